@@ -1,0 +1,1 @@
+"""Attach, load and check adapters."""

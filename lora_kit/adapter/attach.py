@@ -1,0 +1,147 @@
+"""A frozen base + LoRA -> a PEFT model of which only the adapter trains."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_kit.errors import UserError
+from lora_kit.run import Adapter, nearest
+
+# Fields of `adapter:` that are not PEFT's.
+OWN_FIELDS = {"start"}
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What trains: {name ending: how many modules}, trainable and all parameters (as stored)."""
+
+    modules: dict[str, int]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        names = ", ".join(f"{count} {name}" for name, count in self.modules.items())
+        share = self.trainable / self.total
+        return f"adapter on {names}: {self.trainable:,} parameters train, {share:.2%} of all"
+
+
+def lora_config(adapter: Adapter) -> Any:
+    """The `peft.LoraConfig` that `adapter:` describes."""
+    from peft import LoraConfig
+
+    fields = adapter.model_dump(exclude=OWN_FIELDS)
+    return LoraConfig(task_type="CAUSAL_LM", **fields)
+
+
+def attach(model: Any, adapter: Adapter, seed: int) -> Any:
+    """Put a fresh adapter, or the one of `adapter.start`, on a frozen base.
+
+    The seed is set before the adapter is made, so that A is the same in every run and on every rank.
+
+    Raises:
+        UserError: the patterns match no module, or the adapter to start from does not fit.
+    """
+    from peft import PeftModel, get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    if adapter.start:
+        folder = adapter_folder(adapter.start)
+        try:
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"adapter.start: {folder}: does not fit the base: {reason}") from None
+    linear = linear_names(model)
+    _check_layers(model, adapter)
+    try:
+        attached = get_peft_model(model, lora_config(adapter))
+    except ValueError as error:
+        wanted = adapter.target_modules
+        words = [wanted] if isinstance(wanted, str) else wanted
+        hint = next((h for word in words if (h := nearest(word, linear))), "")
+        reason = " ".join(str(error).split())
+        if "not found in the base model" in reason or "No modules were targeted" in reason:
+            raise UserError(
+                f"adapter.target_modules: {wanted!r} matches no module{hint}; "
+                f"the linear ones are {', '.join(linear)}"
+            ) from None
+        raise UserError(f"adapter: {reason[:240]}") from None
+    _check_matched(attached, adapter, linear)
+    return attached
+
+
+def describe(model: Any) -> Attached:
+    """Count the adapted modules by name ending, and the parameters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            ending = name.rsplit(".", 1)[-1]
+            modules[ending] = modules.get(ending, 0) + 1
+    trainable, total = model.get_nb_trainable_parameters()
+    return Attached(modules, trainable, total)
+
+
+def adapter_folder(run: str | Path) -> Path:
+    """The adapter of a run directory, or the folder itself if it is an adapter.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (Path(run) / "adapter", Path(run)):
+        if (folder / "adapter_config.json").is_file():
+            return folder.resolve()
+    if (Path(run) / "run.yaml").is_file():
+        raise UserError(f"{run}: a run without an adapter: it did not finish (train --resume)")
+    raise UserError(f"{run}: neither a run directory nor an adapter folder")
+
+
+def linear_names(model: Any) -> list[str]:
+    """The different name endings of the linear modules, the head apart."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        }
+    )
+
+
+def _check_layers(model: Any, adapter: Adapter) -> None:
+    """PEFT ignores layer numbers that do not exist, and adapts fewer layers than were asked for."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    beyond = [n for n in adapter.layers_to_transform or [] if count and not 0 <= n < count]
+    if beyond:
+        raise UserError(
+            f"adapter.layers_to_transform: {beyond}: the base has layers 0 to {count - 1}"
+        )
+
+
+def _check_matched(model: Any, adapter: Adapter, linear: list[str]) -> None:
+    """Every name that was given must match something; PEFT is content if one of them does."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    matched = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    problems = []
+    if isinstance(adapter.target_modules, list):
+        for word in adapter.target_modules:
+            if not any(name == word or name.endswith(f".{word}") for name in matched):
+                problems.append(
+                    f"adapter.target_modules: `{word}` matches no module{nearest(word, linear)}; "
+                    f"the linear ones are {', '.join(linear)}"
+                )
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(adapter, key):
+            # As PEFT reads a pattern: at the end of a name, from the start or after a dot.
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in matched):
+                problems.append(f"adapter.{key}: `{pattern}` matches no adapted module")
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,1 @@
+"""A model in, loaded and pinned."""

@@ -1,0 +1,120 @@
+"""A pinned base -> a tokenizer and a frozen model, quantized or not, on this rank's device."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_kit.base.pin import Pinned
+from lora_kit.errors import UserError
+from lora_kit.run import Base
+
+
+def load_tokenizer(pinned: Pinned) -> Any:
+    """The base's own fast tokenizer, with a padding token, padding on the right.
+
+    Raises:
+        UserError: there is none, or it knows more tokens than the base has embeddings.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(pinned.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"base.model: {pinned.folder}: no usable tokenizer ({reason})") from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"base.model: {pinned.folder}: only a slow tokenizer; a tokenizer.json is needed"
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"base.model: {pinned.folder}: the tokenizer has no end-of-text token (eos_token): "
+            "name one in its tokenizer_config.json"
+        )
+    embeddings = embedding_rows(Path(pinned.folder))
+    if embeddings is not None and len(tokenizer) > embeddings:
+        raise UserError(
+            f"base.model: {pinned.folder}: the tokenizer knows {len(tokenizer)} tokens, "
+            f"the base has {embeddings} embeddings: use the tokenizer that belongs to the base"
+        )
+    if tokenizer.pad_token is None:
+        # Only a filler: labels and attention leave padding out by position, not by token.
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def embedding_rows(folder: Path) -> int | None:
+    """The vocabulary that the base's configuration states."""
+    file = folder / "config.json"
+    if not file.is_file():  # a tokenizer saved beside an adapter
+        return None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+
+
+def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
+    """Load the base, every parameter frozen, without running code from its folder.
+
+    Args:
+        base: dtype and quantization; NF4 is double-quantized and computes in `dtype` (QLoRA,
+            Dettmers et al. 2023, arXiv:2305.14314), int8 is LLM.int8() (arXiv:2208.07339).
+        quantize: instead of the run's own, as for a merge, which wants `none`.
+
+    Returns:
+        A transformers model on this rank's device, in evaluation mode. Call `to` only where it is
+        not quantized.
+
+    Raises:
+        UserError: the architecture is unknown, a weight is missing, or it is already quantized.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, base.dtype)
+    quantize = base.quantize if quantize is None else quantize
+    options: dict[str, Any] = {}
+    if quantize != "none":
+        options["quantization_config"] = _quantization(quantize, dtype)
+        # bitsandbytes' weights cannot be moved once they are quantized: load them in place.
+        if torch.cuda.is_available():
+            options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            pinned.folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(f"base.model: {pinned.folder}: cannot be loaded: {reason}") from None
+    # transformers fills what is missing with random numbers and only warns.
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"base.model: {pinned.folder}: weights are missing: {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        )
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _quantization(kind: str, dtype: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # FSDP shards tensors of one floating type: the packed 4-bit values are stored as one.
+        **({"bnb_4bit_quant_storage": dtype} if sharded else {}),
+    )

@@ -1,0 +1,234 @@
+"""The verbs. A stage of the journey is imported when its verb runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_kit import __version__
+from lora_kit.errors import LoraKitError, UserError
+
+app = typer.Typer(
+    name="lora-kit",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Adapt a language model to your field, prove that it got better, ship it.",
+    epilog="A first try that needs no network: lora-kit demo",
+)
+RunDir = Annotated[Path, typer.Argument(help="A finished run, such as runs/demo/sft.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if show_version:
+        print(__version__)
+        raise typer.Exit
+    if debug:
+        os.environ["LORA_KIT_DEBUG"] = "1"
+
+
+@app.command()
+def demo() -> None:
+    """Run the whole journey on the embedded model: adapt, judge, merge, generate.
+
+    Example: lora-kit demo
+    """
+    from lora_kit.demo import run_demo
+
+    run_demo()
+
+
+@app.command()
+def train(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's."),
+    ] = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(help="A config of accelerate_configs/, or a path; default: what fits."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="How many, instead of the config's number.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the interrupted run of this name.")
+    ] = False,
+) -> None:
+    """Train a run file's adapter with `accelerate launch`, then judge it against the base.
+
+    Example: lora-kit train run.yaml train.max_steps=200 --accelerate cpu
+    """
+    from lora_kit.launch import start
+
+    start(run_file, overrides or [], accelerate, processes, resume)
+
+
+@app.command()
+def compare(run: RunDir, as_json: Json = False) -> None:
+    """Measure base against adapted on the held-out text of a finished run.
+
+    Example: lora-kit compare runs/demo/cpt
+    """
+    import lora_kit
+    from lora_kit.launch import prepare_process
+    from lora_kit.prove.show import comparison, side_by_side
+
+    prepare_process()
+    report = lora_kit.compare(run)
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    comparison(report)
+    side_by_side(report)
+
+
+@app.command()
+def generate(
+    run: RunDir,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    base: Annotated[bool, typer.Option("--base", help="Without the adapter.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
+) -> None:
+    """Let a run's model answer or continue a prompt, greedily, with or without its adapter.
+
+    Example: lora-kit generate runs/demo/sft "What does `heapq.heappush` do?"
+    """
+    from lora_kit.launch import prepare_process
+    from lora_kit.prove.show import say
+
+    prepare_process()
+    print(say(run, prompt, base, max_new_tokens))
+
+
+@app.command()
+def merge(
+    run: RunDir,
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 or float32; default: the run's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write base + adapter as one model, reloaded and its logits compared before success is said.
+
+    Example: lora-kit merge runs/demo/sft --out merged
+    """
+    from lora_kit.launch import prepare_process
+    from lora_kit.ship.merge import merge as run_merge
+
+    if dtype not in (None, "bfloat16", "float32"):
+        raise UserError(f"--dtype {dtype}: bfloat16 or float32")
+    prepare_process()
+    merged = run_merge(run, out, dtype)
+    if as_json:
+        print(json.dumps({**asdict(merged), "out": str(merged.out)}))
+        return
+    print(
+        f"{merged.out}: {merged.bytes_written / 2**20:,.1f} MiB; logits of merged and adapter differ "
+        f"by {merged.max_logit_difference:.2g} at most (the adapter's effect: "
+        f"{merged.adapter_effect:.2g}), greedy tokens agree at {merged.greedy_agreement:.0%}"
+    )
+
+
+@app.command()
+def copy(
+    recipe: Annotated[str, typer.Argument(help="cpt or sft.")],
+    folder: Annotated[Path, typer.Argument(help="Where to; made if it is not there.")],
+) -> None:
+    """Give you a recipe and its run file, to read and to change.
+
+    Example: lora-kit copy sft my-field
+    """
+    from lora_kit.run import SHIPPED_RECIPES, nearest, shipped
+
+    if recipe not in SHIPPED_RECIPES:
+        hint = nearest(recipe, list(SHIPPED_RECIPES))
+        raise UserError(f"no recipe is called `{recipe}`{hint}: {', '.join(SHIPPED_RECIPES)}")
+    source = shipped("recipes")
+    targets = {folder / f"{recipe}.py", folder / "run.yaml"}
+    if there := sorted(str(target) for target in targets if target.exists()):
+        raise UserError(f"{', '.join(there)} exists: name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
+    shutil.copy(source / f"{recipe}.py", folder)
+    text = (source / "configs" / f"nano-{recipe}.yaml").read_text(encoding="utf-8")
+    text = text.replace(f"recipe: {recipe}", f"recipe: {recipe}.py", 1)
+    text = text.replace(f"name: nano-{recipe}", f"name: my-{recipe}", 1)
+    (folder / "run.yaml").write_text(text, encoding="utf-8")
+    print(f"{folder / 'run.yaml'} and {folder / f'{recipe}.py'} are yours to change. Then:")
+    print(f"  lora-kit train {folder / 'run.yaml'}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the run file, for editors.
+
+    Example: lora-kit schema > run.schema.json
+    """
+    from lora_kit.run import Run
+
+    print(json.dumps(Run.model_json_schema(), indent=2))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell versions, devices, memory, what is missing and how to get it.
+
+    Example: lora-kit doctor
+    """
+    from lora_kit.doctor import examine
+
+    found = examine()
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print_doctor(found)
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+def _print_doctor(found: dict[str, Any]) -> None:
+    print(f"Python {found['python']} on {found['system']}, {found['cores']} cores")
+    print(f"memory: {found['memory_mib']:,} MiB, {found['memory_free_mib']:,} free")
+    print(f"disk here: {found['disk_free_mib']:,} MiB free; Hub: {found['hub']}")
+    for device in found["devices"]:
+        memory = f", {device['memory_mib']:,} MiB" if device["memory_mib"] else ""
+        print(f"device: {device['name']}{memory}")
+    print(", ".join(f"{name} {number}" for name, number in found["versions"].items() if number))
+    for name, (what, how) in found["missing"].items():
+        print(f"not installed: {name}, for {what}: {how}")
+    for problem in found["problems"]:
+        print(f"PROBLEM: {problem['what']}: {problem['fix']}")
+    if not found["problems"]:
+        print("Ready.")
+
+
+def main() -> None:
+    """Run a verb; a LoraKitError becomes its line on stderr and its exit code."""
+    try:
+        app()
+    except LoraKitError as error:
+        if os.environ.get("LORA_KIT_DEBUG"):
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

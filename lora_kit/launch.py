@@ -1,0 +1,293 @@
+"""Three ways to start a recipe, one result.
+
+`start` is `lora-kit train`: it prints the `accelerate launch` command, runs it as its child, passes
+signals on, and leaves no process behind. `recipe_main` is what a recipe does when accelerate starts
+it. `train` runs a recipe inside the calling process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError
+from lora_kit.run import (
+    WORLD_SIZE_VARIABLE,
+    check_free,
+    load_run,
+    nearest,
+    recipe_path,
+    shipped,
+)
+
+# The folder where a worker leaves its exit code and message for `start`: accelerate reports every
+# failure as 1, with a traceback of its own.
+OUTCOME_VARIABLE = "LORA_KIT_OUTCOME"
+DEBUG_VARIABLE = "LORA_KIT_DEBUG"
+_WAIT_FOR_RANKS_S = 15
+Main = Callable[..., dict[str, Any]]
+
+
+def train(path: str | Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
+    """Run a run file's recipe in this process.
+
+    >>> lora_kit.train("run.yaml", "train.max_steps=200")  # doctest: +SKIP
+
+    Args:
+        overrides: `key=value` settings, as on the command line.
+        resume: continue an interrupted run; refused unless it is the same run.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        LoraKitError: with one line that names cause, place and fix.
+    """
+    run = load_run(path, overrides)
+    prepare_process()
+    return load_recipe(recipe_path(run))(run, resume=resume)
+
+
+def recipe_main(main: Main) -> int:
+    """`recipes/NAME.py RUN.yaml [key=value ...] [--resume]`, as accelerate starts it.
+
+    Returns:
+        The process's exit code.
+    """
+    from lora_kit.train.interrupt import die_with_parent
+
+    die_with_parent()
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    try:
+        if not arguments:
+            raise UserError(f"usage: {Path(sys.argv[0]).name} RUN.yaml [key=value ...] [--resume]")
+        run = load_run(arguments[0], arguments[1:])
+        prepare_process()
+        main(run, resume="--resume" in sys.argv[1:])
+        code, message = 0, ""
+    except LoraKitError as error:
+        code, message = error.exit_code, str(error)
+        if os.environ.get(DEBUG_VARIABLE):
+            traceback.print_exc()
+    folder = os.environ.get(OUTCOME_VARIABLE)
+    if not folder:
+        if code:
+            print(f"error: {message}", file=sys.stderr)
+        return code
+    return _leave_outcome(Path(folder), code, message)
+
+
+def _leave_outcome(folder: Path, code: int, message: str) -> int:
+    """Write this rank's outcome for `start`; returns the exit code for accelerate.
+
+    That is 0 even for an error, because the error is in the file and accelerate would only add a
+    traceback. But where some ranks go on and wait for this one, it must be seen to fail, so that
+    they are ended.
+    """
+    partial = folder / f"{os.environ.get('LOCAL_RANK', '0')}.partial"
+    partial.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
+    partial.replace(partial.with_suffix(".json"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    deadline = time.monotonic() + _WAIT_FOR_RANKS_S
+    while code and len(list(folder.glob("*.json"))) < ranks:
+        if time.monotonic() > deadline:
+            return code
+        time.sleep(0.1)
+    return 0
+
+
+def start(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    accelerate: str | None = None,
+    processes: int | None = None,
+    resume: bool = False,
+    debug: bool = False,
+) -> None:
+    """Check the run file, print the command, run it to its end.
+
+    Args:
+        accelerate: a config of accelerate_configs/ by name, or a path; None: what fits the devices.
+        processes: how many, instead of the config's number.
+
+    Raises:
+        LoraKitError: what stopped the worker, with the worker's exit code.
+    """
+    run = load_run(path, tuple(overrides))
+    config = accelerate_config(accelerate)
+    if not resume:
+        check_free(run)
+    if processes is None and accelerate is None and _gpus() > 1:
+        processes = _gpus()
+    asked, machines = _size(config)
+    asked = processes or asked
+    threads = max(1, len(os.sched_getaffinity(0)) // max(1, asked // machines))
+    options = ["--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
+    options += ["--num_processes", str(processes)] if processes else []
+    options += [str(recipe_path(run)), str(path), *overrides, *(["--resume"] if resume else [])]
+    print(shlex.join(["accelerate", "launch", *options]), file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            OUTCOME_VARIABLE: folder,
+            WORLD_SIZE_VARIABLE: str(asked),
+            **({DEBUG_VARIABLE: "1"} if debug else {}),
+        }
+        command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+        code, received = _run_child(command, environment)
+        files = sorted(Path(folder).glob("*.json"))
+        outcomes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for outcome in outcomes:
+        if outcome["code"]:
+            raise _as_error(outcome["code"], outcome["message"])
+    if received:
+        raise Interrupted(received, f"stopped by {signal.Signals(received).name}")
+    if code or not outcomes:
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        raise CheckFailed(
+            f"the training process ended without a word ({how}); what it printed stands above. "
+            "If it was killed, memory may have run out: see train.per_device_train_batch_size"
+        )
+
+
+def accelerate_config(name: str | None) -> Path:
+    """The file of an accelerate config: shipped, by name; the user's, by path; or what fits.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    folder = shipped("accelerate_configs")
+    if name is None:
+        name = {0: "cpu", 1: "single_gpu"}.get(_gpus(), "multi_gpu")
+    if (folder / f"{name}.yaml").is_file():
+        return folder / f"{name}.yaml"
+    if Path(name).is_file():
+        return Path(name)
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    raise UserError(
+        f"--accelerate {name}: no such config{nearest(name, names)}; shipped: {', '.join(names)}"
+    )
+
+
+def load_recipe(file: Path) -> Main:
+    """The `main` of a recipe's file. Raises UserError if it has none."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise UserError(f"recipe: {file}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "main", None)):
+        raise UserError(f"recipe: {file}: defines no main(run, resume)")
+    return module.main
+
+
+def prepare_process() -> None:
+    from lora_kit.speed.runtime import keep_freed_memory
+
+    keep_freed_memory()
+    _quiet_libraries()
+
+
+def _quiet_libraries() -> None:
+    """Silence what tells a user nothing they can act on."""
+    import logging
+    import warnings
+
+    # bitsandbytes looks for an optional kernel package on every CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
+    # PEFT 0.21 still asks transformers by the old name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _gpus() -> int:
+    """How many GPUs may be used, asked of the driver, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([n for n in visible.split(",") if n.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def _size(config: Path) -> tuple[int, int]:
+    """How many processes on how many machines a config asks for."""
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    return int(values.get("num_processes", 1)), int(values.get("num_machines", 1))
+
+
+def _run_child(command: list[str], environment: dict[str, str]) -> tuple[int, int | None]:
+    """Run a command in a process group of its own; returns its exit code and the signal received.
+
+    The first SIGINT or SIGTERM is passed on to the group and its end awaited; a second one kills
+    what is left. The group ends with this process, whatever ends it.
+    """
+    received: list[int] = []
+
+    def forward(signum: int, frame: Any) -> None:
+        received.append(signum)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signum if len(received) == 1 else signal.SIGKILL)
+
+    with _blocked_signals():
+        child = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+        )
+        before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+        # accelerate may end before its worker, which is still saving.
+        while _alive(child.pid):
+            time.sleep(0.05)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code, received[0] if received else None
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """No signal may come between the child's start and the handlers that pass signals on."""
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def _end_with_parent() -> None:
+    """In the child: unblock signals, and receive SIGTERM when the launcher ends (Linux)."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _as_error(code: int, message: str) -> LoraKitError:
+    if code > 128:
+        return Interrupted(code - 128, message)
+    return CheckFailed(message) if code == 1 else UserError(message)

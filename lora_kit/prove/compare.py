@@ -1,0 +1,161 @@
+"""Base against adapted, on held-out text of the domain and on general text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_kit.adapter.load import load, open_run
+from lora_kit.data import chat, text
+from lora_kit.data.formats import Example
+from lora_kit.data.labelled import Labelled
+from lora_kit.data.splits import Splits, load_splits
+from lora_kit.errors import UserError
+from lora_kit.prove.measure import Losses, generate, measure
+from lora_kit.run import Run, read_lock
+
+RESAMPLES = 10_000
+FEWEST_UNITS = 20
+SMALLEST_SHARE = 0.005  # a difference below half a percent is called no difference
+_NATS_TO_BITS = 1 / np.log(2)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run is judged on: labelled tokens, and the examples shown side by side."""
+
+    domain: Labelled
+    general: Labelled | None
+    shown: list[Example]
+
+
+def compare(run: str | Path, seed: int = 0) -> dict[str, Any]:
+    """Measure a finished run: its base alone against its base with the adapter.
+
+    Returns:
+        What `report.json` holds under verdict, domain, general and samples: losses in nats per
+        token and bits per byte, differences (adapted minus base) with 95% bootstrap intervals over
+        documents, and a word for each.
+
+    Raises:
+        UserError: there is no finished run, or its data or base changed since it was trained.
+    """
+    opened = open_run(run)
+    model, tokenizer = load(run)
+    splits = load_splits(opened.data, None, opened.seed)
+    _check_data(run, splits)
+    return compare_model(model, tokenizer, held_out(opened, splits, tokenizer), seed)
+
+
+def held_out(run: Run, splits: Splits, tokenizer: Any) -> HeldOut:
+    """Tokenize what a run is judged on, every token of it scored once."""
+    length = run.train.max_length
+    if splits.eval[0].text is not None:
+        domain = text.documents(splits.eval, tokenizer, length)
+    else:
+        domain = chat.conversations(splits.eval, tokenizer, length, splits.dropped)
+    general = text.documents(splits.general, tokenizer, length) if splits.general else None
+    return HeldOut(domain, general, splits.eval[:3])
+
+
+def compare_model(
+    model: Any, tokenizer: Any, judged: HeldOut, seed: int = 0, samples: bool = True
+) -> dict[str, Any]:
+    """`compare` for a PEFT model in memory; its adapter is switched off to measure the base."""
+    pad = tokenizer.pad_token_id
+    report: dict[str, Any] = {"verdict": {}, "domain": None, "general": None, "samples": []}
+    for name, labelled in (("domain", judged.domain), ("general", judged.general)):
+        if labelled is None:
+            continue
+        adapted = measure(model, labelled, pad)
+        with model.disable_adapter():
+            base = measure(model, labelled, pad)
+        report[name] = statistics(base, adapted, seed)
+    report["verdict"]["domain"] = verdict(report["domain"], "better", "worse", "no different")
+    if report["general"]:
+        report["verdict"]["general"] = verdict(report["general"], "kept", "forgot", "kept")
+    if samples:
+        report["samples"] = side_by_side(model, tokenizer, judged.shown)
+    return report
+
+
+def statistics(base: Losses, adapted: Losses, seed: int) -> dict[str, Any]:
+    """Both measures of both models, the difference, and its 95% interval.
+
+    A measure is a ratio of sums over the units (nats / tokens; nats / bytes, in bits). The interval
+    is the percentile bootstrap over units, paired: both models are judged on the same resample
+    (Efron and Tibshirani 1993, chapter 13).
+    """
+    units = len(base.nats)
+    # (resamples, units): how often each unit is drawn
+    random = np.random.default_rng(seed)
+    draws = random.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float32)
+    result: dict[str, Any] = {"documents": units}
+    for name, size, factor in (
+        ("loss", base.tokens, 1.0),
+        ("bits_per_byte", base.bytes, _NATS_TO_BITS),
+    ):
+        drawn = draws @ size
+        change = (draws @ (adapted.nats - base.nats))[drawn > 0] / drawn[drawn > 0] * factor
+        low, high = np.percentile(change, [2.5, 97.5])
+        before = base.nats.sum() / size.sum() * factor
+        after = adapted.nats.sum() / size.sum() * factor
+        result[name] = {
+            "base": round(float(before), 4),
+            "adapted": round(float(after), 4),
+            "difference": round(float(after - before), 4),
+            "ci95": [round(float(low), 4), round(float(high), 4)],
+        }
+    return result
+
+
+def verdict(measured: dict[str, Any], lower: str, higher: str, same: str) -> str:
+    """A word for a comparison: the interval of the loss must exclude 0, over enough documents."""
+    if measured["documents"] < FEWEST_UNITS:
+        return "too little data"
+    loss = measured["loss"]
+    low, high = loss["ci95"]
+    if abs(loss["difference"]) < SMALLEST_SHARE * abs(loss["base"]) or low <= 0 <= high:
+        return same
+    return lower if loss["difference"] < 0 else higher
+
+
+def side_by_side(
+    model: Any, tokenizer: Any, examples: list[Example], max_new_tokens: int = 48
+) -> list[dict[str, str]]:
+    """What base and adapted say to the first held-out examples, greedily."""
+    prompts, shown, wanted = [], [], []
+    for example in examples:
+        if example.text is not None:
+            ids = tokenizer(example.text, add_special_tokens=False, verbose=False).input_ids
+            start = tokenizer.decode(ids[: min(32, len(ids) // 2 + 1)])
+            prompts.append(start)
+            shown.append(start)
+            wanted.append(tokenizer.decode(ids[32 : 32 + max_new_tokens]))
+        else:
+            turns = list(example.messages[:-1])
+            bare = turns[-1]["content"] + example.joiner
+            prompts.append(chat.prompt_text(tokenizer, turns) if tokenizer.chat_template else bare)
+            shown.append(turns[-1]["content"])
+            wanted.append(example.messages[-1]["content"])
+    adapted = generate(model, tokenizer, prompts, max_new_tokens)
+    with model.disable_adapter():
+        base = generate(model, tokenizer, prompts, max_new_tokens)
+    return [
+        {"prompt": p, "expected": w, "base": b, "adapted": a}
+        for p, w, b, a in zip(shown, wanted, base, adapted, strict=True)
+    ]
+
+
+def _check_data(run: str | Path, splits: Splits) -> None:
+    """The rows that are judged must be the ones that were held out."""
+    recorded = read_lock(run).get("data", {})
+    for source, digest in splits.hashes.items():
+        if source in recorded and recorded[source] != digest:
+            raise UserError(
+                f"{source} changed since {run} was trained: rows it learned from could be among "
+                "the ones it is judged on"
+            )

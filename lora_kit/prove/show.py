@@ -1,0 +1,74 @@
+"""Comparisons for people, as tables in the terminal; and a model's answer to one prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_kit.adapter.load import load
+from lora_kit.data.chat import prompt_text
+from lora_kit.prove.measure import generate
+from lora_kit.prove.report import in_words
+
+
+def comparison(*reports: dict[str, Any], titles: tuple[str, ...] = ("",)) -> None:
+    """Print reports as one table: a line for each text and measure, then the verdicts in words."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, pad_edge=False)
+    table.add_column("held-out text")
+    for name in ("documents", "base", "adapted", "change", "95% interval of the change"):
+        table.add_column(name, justify="right")
+    for title, report in zip(titles, reports, strict=True):
+        for part in ("domain", "general"):
+            if report[part] is None:
+                continue
+            for measure, unit in (("loss", "nats per token"), ("bits_per_byte", "bits per byte")):
+                found = report[part][measure]
+                low, high = found["ci95"]
+                table.add_row(
+                    " ".join(word for word in (title, part + ",", unit) if word),
+                    str(report[part]["documents"]),
+                    f"{found['base']:.3f}",
+                    f"{found['adapted']:.3f}",
+                    f"{found['difference'] / found['base']:+.1%}",
+                    f"{low:+.3f} to {high:+.3f}",
+                )
+    console.print(table)
+    for title, report in zip(titles, reports, strict=True):
+        for part, word in report["verdict"].items():
+            label = " ".join(w for w in (title, part) if w)
+            console.print(f"{label}: {in_words(word)}", markup=False, highlight=False)
+
+
+def side_by_side(report: dict[str, Any], count: int = 3) -> None:
+    """Print what base and adapted said to the first held-out examples."""
+    for sample in report["samples"][:count]:
+        for name in ("prompt", "base", "adapted", "expected"):
+            text = printable(sample[name])
+            print(f"{name:>9}: {text}")
+        print()
+
+
+def printable(text: str) -> str:
+    """One line, without what would steer a terminal; no longer than 160 characters."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def say(run: str | Path, prompt: str, base: bool, max_new_tokens: int) -> str:
+    """What a run's model says to a prompt: an answer where it has a chat template and learned from
+    conversations, else the text that follows."""
+    import contextlib
+
+    from lora_kit.adapter.load import open_run
+    from lora_kit.run import read_lock
+
+    open_run(run)
+    model, tokenizer = load(run)
+    if read_lock(run).get("kind") == "chat":
+        prompt = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
+    with model.disable_adapter() if base else contextlib.nullcontext():
+        return generate(model, tokenizer, [prompt], max_new_tokens)[0]

@@ -1,0 +1,528 @@
+"""`run.yaml` -> `Run`: what one run is, every mistake in it reported at once.
+
+The schema is pydantic's: frozen, strict, unknown keys refused. `adapter:` uses the field names of
+`peft.LoraConfig`, `train:` those of `transformers.TrainingArguments` plus `max_length`; only fields
+that this package reads are accepted. Neither library is imported here: the process that trains
+checks the same fields against the installed classes (`train.arguments.check_installed`), and a run
+file that already has a mistake is checked against them to complete the list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lora_kit.errors import RunFileError, UserError
+
+SHIPPED_RECIPES = ("cpt", "sft")
+# How `lora-kit train` tells its workers how many of them there should be.
+WORLD_SIZE_VARIABLE = "LORA_KIT_WORLD_SIZE"
+Source = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Base(_Section):
+    """The model that is adapted. Its weights are never changed."""
+
+    model: str = Field(
+        min_length=1,
+        description="Hub id (owner/name), local folder, or `nano`, the embedded model.",
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit on the Hub; null: the newest, pinned in the lock."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Type of the frozen weights, and of computing on a quantized base."
+    )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none", description="QLoRA: nf4 (4-bit NormalFloat, double quantization) or int8; or none."
+    )
+
+
+class Adapter(_Section):
+    """LoRA, in the spelling of `peft.LoraConfig`."""
+
+    r: Positive = Field(16, description="Rank of the update B·A.")
+    lora_alpha: Positive = Field(32, description="The update is scaled by lora_alpha / r.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of inputs of A dropped; 0: off."
+    )
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="`all-linear` (without the head), a regular expression, or name endings.",
+    )
+    exclude_modules: str | list[str] | None = Field(
+        None, description="Modules left out, as a regular expression or name endings; null: none."
+    )
+    layers_to_transform: list[int] | None = Field(
+        None, description="Numbers of the layers to adapt, from 0; null: all."
+    )
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, description="Other ranks by module name or regular expression."
+    )
+    alpha_pattern: dict[str, int] = Field(
+        default_factory=dict, description="Other lora_alpha by module name or regular expression."
+    )
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
+    use_dora: bool = Field(False, description="Learn the magnitude of each output apart (DoRA).")
+    start: str | None = Field(
+        None,
+        description="Begin from the adapter of this run or adapter folder; its rank, scale and "
+        "target modules are taken over. null: a fresh adapter.",
+    )
+
+
+class Data(_Section):
+    """Rows in: a file, a folder, or `nano:topics|docstrings|instructions`. Paths are relative to
+    the run file."""
+
+    train: Source | list[Source] = Field(description="What to learn from: a source or several.")
+    eval: float | Source | list[Source] = Field(
+        0.1, description="The share of documents held out (0 < share < 1), or sources of its own."
+    )
+    general: Source | list[Source] | None = Field(
+        None, description="General text that should not be forgotten, measured by `compare`."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Renames columns: {prompt: my_question, completion: my_answer}.",
+    )
+    chat_template: Literal["chatml"] | None = Field(
+        None, description="A shipped template for a base that has none; null: the tokenizer's own."
+    )
+
+    @field_validator("eval")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("a share held out lies between 0 and 1")
+        return value
+
+
+class Train(_Section):
+    """The trainer, in the spelling of `transformers.TrainingArguments`, plus `max_length`."""
+
+    max_length: int = Field(512, ge=8, description="Tokens a row at most; the length of a chunk.")
+    max_steps: Positive | None = Field(
+        None, description="Optimizer steps; null: as many as num_train_epochs needs."
+    )
+    num_train_epochs: float = Field(
+        1.0, gt=0, description="Passes over the data without max_steps."
+    )
+    per_device_train_batch_size: Positive = Field(8, description="Rows in one forward pass.")
+    gradient_accumulation_steps: Positive = Field(1, description="Forward passes in one step.")
+    per_device_eval_batch_size: Positive = Field(8, description="Rows in one evaluation pass.")
+    learning_rate: float = Field(2e-4, ge=0, description="Peak; LoRA wants about 10x a full one.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate goes after the warm-up."
+    )
+    warmup_steps: float = Field(
+        0.03, ge=0, description="Steps of warm-up; below 1: as a share of all steps; 0: none."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter; 0: off.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm here; 0: off.")
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
+    ] = Field("adamw_torch", description="8-bit and paged ones are bitsandbytes'.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the mean of squares.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of squares.")
+    activation_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, a third slower.",
+    )
+    logging_steps: Positive = Field(10, description="Steps between rows of metrics.jsonl.")
+    eval_steps: Positive | None = Field(
+        None, description="Steps between losses on held-out rows; null: at the end only."
+    )
+    save_steps: Positive = Field(500, description="Steps between checkpoints.")
+    save_total_limit: Positive = Field(2, description="Checkpoints kept.")
+    dataloader_num_workers: int = Field(0, ge=0, description="Processes that collate; 0: none.")
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        default_factory=list, description="Trackers beside metrics.jsonl; []: none."
+    )
+
+
+class Run(_Section):
+    """One run: everything that decides its result."""
+
+    recipe: str = Field(description=f"{', '.join(SHIPPED_RECIPES)}, or a path to a recipe (.py).")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$",
+        description="The run is written to runs/<name>.",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the adapter, the split and the row order.")
+    base: Base
+    adapter: Adapter = Adapter()
+    data: Data
+    train: Train = Train()
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is written, below the working folder."""
+        return Path("runs") / self.name
+
+
+# Keys of the installed classes that another part of the run owns.
+_OWNERS = {
+    "train.output_dir": "`name:` decides it: the run is written to runs/<name>",
+    "train.run_name": "`name:` decides it",
+    "train.seed": "`seed:` at the top decides it",
+    "train.data_seed": "`seed:` at the top decides it",
+    "train.push_to_hub": "nothing is uploaded by training",
+    "train.hub_token": "a token does not belong into a run file; log in with `hf auth login`",
+    "train.bf16": "`base.dtype` decides it",
+    "train.fp16": "`base.dtype` decides it",
+    "train.deepspeed": "`--accelerate zero3` decides it",
+    "train.fsdp": "`--accelerate fsdp_qlora` decides it",
+    "train.use_cpu": "`--accelerate cpu` decides it",
+    "train.resume_from_checkpoint": "`lora-kit train RUN --resume` asks for it",
+    "train.eval_strategy": "`train.eval_steps` decides it",
+    "train.gradient_checkpointing": "transformers calls it `activation_checkpointing` now",
+    "train.save_strategy": "`train.save_steps` decides it",
+    "train.logging_strategy": "`train.logging_steps` decides it",
+    "adapter.base_model_name_or_path": "`base.model` decides it",
+    "adapter.revision": "`base.revision` decides it",
+    "adapter.task_type": "a causal language model is always meant",
+    "base.trust_remote_code": "code from a model repository is never run",
+    "base.device_map": "accelerate places the model; see --accelerate",
+    "base.load_in_4bit": "write `quantize: nf4`",
+    "base.load_in_8bit": "write `quantize: int8`",
+    "data.seed": "`seed:` at the top decides it",
+    "data.packing": "text is always cut into full chunks of train.max_length; chat rows are not packed",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but `2e-4` is a number and a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is not a word", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# The resolvers are copied before one is added: the class attribute is SafeLoader's own.
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in _Loader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def load_run(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Run:
+    """Read a run file, apply `key=value` overrides, and check everything.
+
+    Relative paths in `data:`, `base.model`, `adapter.start` and `recipe` are taken from the run
+    file's folder; the ones returned are absolute.
+
+    Raises:
+        UserError: the file is missing or not YAML.
+        RunFileError: one or more keys are wrong; all of them are named.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a run file, as in {path / 'run.yaml'}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): name a run file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): is it a run file?") from None
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a run file: `key: value` lines are expected")
+    problems = [problem for item in overrides if (problem := _override(values, item))]
+    values = _absolute(values, path.resolve().parent)
+    problems += _missing_paths(values)
+    try:
+        run = Run.model_validate(values)
+    except ValidationError as error:
+        raise RunFileError(str(path), problems + _describe(error, values)) from None
+    problems += _cross_checks(run)
+    if problems:
+        raise RunFileError(str(path), problems)
+    return run
+
+
+def write_run(run: Run, path: Path) -> None:
+    """Write the resolved run, defaults and all, so that the file alone repeats it."""
+    header = (
+        "# What ran, defaults included. Repeat it: lora-kit train THIS_FILE name=ANOTHER_NAME\n"
+    )
+    body = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(header + body, encoding="utf-8")
+
+
+def check_free(run: Run) -> None:
+    """Raises UserError if the run's directory exists."""
+    path = run.directory
+    if not path.exists():
+        return
+    unfinished = (path / "run.yaml").is_file() and not read_lock(path).get("finished")
+    more = "continue it with --resume, " if unfinished else ""
+    raise UserError(f"{path} exists: {more}choose another with name=NAME, or remove it")
+
+
+def read_lock(directory: str | Path) -> dict[str, Any]:
+    """run.lock.json of a run directory; empty where there is none."""
+    file = Path(directory) / "run.lock.json"
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{file}: not JSON: it was changed by hand or is damaged") from None
+
+
+def shipped(kind: Literal["recipes", "accelerate_configs"]) -> Path:
+    """The folder of recipes or accelerate configs, in a checkout as in an installed package."""
+    package = Path(__file__).resolve().parent
+    inside = package / "shipped" / kind
+    return inside if inside.is_dir() else package.parent / kind
+
+
+def recipe_path(run: Run) -> Path:
+    """The recipe's file: a shipped one by name, or the user's own."""
+    if run.recipe in SHIPPED_RECIPES:
+        return shipped("recipes") / f"{run.recipe}.py"
+    return Path(run.recipe)
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean X?` for the known word most like this one, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{where}:{mark.line + 1}" if mark else where
+        raise UserError(f"{place}: not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _override(values: dict[str, Any], item: str) -> str | None:
+    """Set `a.b=c` in `values`; returns what is wrong with it, if anything."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        return f"`{item}`: an override reads key=value, as in train.max_steps=200"
+    parent: Any = values
+    *path, last = key.split(".")
+    for part in path:
+        if parent.get(part) is None:
+            parent[part] = {}
+        parent = parent[part]
+        if not isinstance(parent, dict):
+            return f"`{item}`: {part} has no keys of its own"
+    try:
+        parent[last] = _parse(text, f"`{item}`")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths become absolute. A name that is no path (a Hub id, `nano:`) stays."""
+
+    def place(value: Any, only_if_there: bool) -> Any:
+        if isinstance(value, list):
+            return [place(item, only_if_there) for item in value]
+        if not isinstance(value, str) or not value or value.startswith("nano:") or value == "nano":
+            return value
+        full = (folder / Path(value).expanduser()).absolute()
+        return value if only_if_there and not full.exists() else str(full)
+
+    values = dict(values)
+    # A model or a run may be named from the working folder (runs/x) as well; data may not.
+    for section, key, optional in (
+        ("data", "train", False),
+        ("data", "eval", False),
+        ("data", "general", False),
+        ("base", "model", True),
+        ("adapter", "start", True),
+    ):
+        if isinstance(values.get(section), dict) and key in values[section]:
+            values[section] = {**values[section], key: place(values[section][key], optional)}
+    recipe = values.get("recipe")
+    if isinstance(recipe, str) and recipe.endswith(".py"):
+        values["recipe"] = place(recipe, False)
+    return values
+
+
+def _missing_paths(values: dict[str, Any]) -> list[str]:
+    """Sources that are not there; looked at before validation, so that all mistakes come at once."""
+    problems = []
+    data = values.get("data")
+    for key in ("train", "eval", "general"):
+        sources = data.get(key) if isinstance(data, dict) else None
+        for source in sources if isinstance(sources, list) else [sources]:
+            if isinstance(source, str) and source and not source.startswith("nano:"):
+                if not Path(source).exists():
+                    problems.append(f"data.{key}: {source}: no such file or folder")
+    return problems
+
+
+def _cross_checks(run: Run) -> list[str]:
+    """Mistakes that lie between two keys, or in a name that must exist."""
+    problems = []
+    if run.recipe not in SHIPPED_RECIPES:
+        if not run.recipe.endswith(".py"):
+            hint = nearest(run.recipe, list(SHIPPED_RECIPES))
+            problems.append(f"recipe: no recipe is called `{run.recipe}`{hint}")
+        elif not Path(run.recipe).is_file():
+            problems.append(f"recipe: {run.recipe} is not there")
+    if run.adapter.start:
+        fixed = {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform"}
+        fixed |= {"rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
+        for key in sorted(fixed & run.adapter.model_fields_set):
+            if getattr(run.adapter, key) != Adapter.model_fields[key].get_default(
+                call_default_factory=True
+            ):
+                problems.append(f"adapter.{key}: taken over from adapter.start; leave it out")
+    return problems
+
+
+def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
+    """One line for each mistake: key, value, what is wanted, the nearest name."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        location = [part for part in item["loc"] if isinstance(part, str)]
+        # A union reports each branch under the branch's own name (`str`, `list[...]`): drop those.
+        known: list[str] = []
+        for part in location:
+            here = _at(values, known)
+            if not isinstance(here, dict) or (part not in here and item["type"] != "missing"):
+                break
+            known.append(part)
+        key = ".".join(known)
+        value = item.get("input")
+        if item["type"] == "extra_forbidden":
+            lines[key] = _unknown(key)
+        elif item["type"] == "missing":
+            lines[key] = f"{key}: missing: {_wanted(known)}"
+        elif key not in lines:
+            lines[key] = (
+                f"{key}: {_short(_at(values, known), value)} is not usable: {_wanted(known)}"
+            )
+            if item["type"] == "value_error":
+                lines[key] = f"{key}: {_short(value, value)}: {item['ctx']['error']}"
+    return list(lines.values())
+
+
+def _at(values: Any, path: list[str]) -> Any:
+    for part in path:
+        if not isinstance(values, dict) or part not in values:
+            return None
+        values = values[part]
+    return values
+
+
+def _short(value: Any, fallback: Any) -> str:
+    text = repr(fallback if value is None else value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _field(path: list[str]) -> Any:
+    model: Any = Run
+    field = None
+    for part in path:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            return None
+        model = field.annotation
+    return field
+
+
+def _wanted(path: list[str]) -> str:
+    """What a key takes, from its annotation and its description."""
+    field = _field(path)
+    if field is None:
+        return "see `lora-kit schema`"
+    annotation = field.annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"keys such as {', '.join(list(annotation.model_fields)[:4])}"
+    return f"{_type_words(path)}. {field.description or ''}".strip()
+
+
+def _type_words(path: list[str]) -> str:
+    """`a whole number >= 1`, `one of a, b`, from the JSON schema of the key."""
+    schema = Run.model_json_schema()
+    node: Any = schema
+    for part in path:
+        node = node["properties"][part]
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    names = {"integer": "a whole number", "number": "a number", "string": "a text"}
+    names |= {"boolean": "true or false", "array": "a list", "object": "a mapping", "null": "null"}
+    words = []
+    for option in node.get("anyOf", [node]):
+        if "enum" in option or "const" in option:
+            choices = option.get("enum", [option.get("const")])
+            words.append("one of " + ", ".join(map(str, choices)))
+            continue
+        word = names.get(option.get("type", ""), "a value")
+        for bound, sign in (
+            ("minimum", ">="),
+            ("exclusiveMinimum", ">"),
+            ("maximum", "<="),
+            ("exclusiveMaximum", "<"),
+        ):
+            if bound in option:
+                word += f" {sign} {option[bound]:g}"
+        words.append(word)
+    return " or ".join(words)
+
+
+def _unknown(key: str) -> str:
+    """Why this key is not taken, and which one may be meant."""
+    if key in _OWNERS:
+        return f"{key}: not set here: {_OWNERS[key]}"
+    section, _, name = key.rpartition(".")
+    sections = {"base": Base, "adapter": Adapter, "data": Data, "train": Train}
+    model: Any = sections.get(section, Run)
+    hint = nearest(name, list(model.model_fields))
+    if not hint:
+        everywhere = [f"{s}.{f}" for s, m in sections.items() for f in m.model_fields]
+        same = [full for full in everywhere if full.rpartition(".")[2] == name]
+        hint = f"; did you mean `{same[0]}`?" if same else ""
+    return f"{key}: unknown key{_upstream(section, name)}{hint}"
+
+
+def _upstream(section: str, name: str) -> str:
+    """Says so when the installed PEFT or transformers has the field, but nothing here reads it."""
+    import dataclasses
+
+    upstream: Any = None
+    if section == "adapter":
+        from peft import LoraConfig as upstream
+    elif section == "train":
+        from transformers import TrainingArguments as upstream
+    if upstream is None or name not in {field.name for field in dataclasses.fields(upstream)}:
+        return ""
+    return f" ({upstream.__name__} has it, but lora_kit does not read it)"

@@ -1,0 +1,1 @@
+"""Arithmetic and settings that make a step quick."""

@@ -1,0 +1,99 @@
+"""`train:` -> transformers.TrainingArguments, checked against the installed classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from lora_kit.adapter.attach import OWN_FIELDS as ADAPTER_OWN_FIELDS
+from lora_kit.errors import RunFileError
+from lora_kit.run import Run
+
+# Fields of `train:` that our own code reads: max_length cuts the rows, save_total_limit bounds the
+# sealed checkpoints, eval_steps and report_to are translated below.
+OWN_FIELDS = {"max_length", "max_steps", "save_total_limit", "eval_steps", "report_to"}
+
+
+def training_arguments(run: Run, checkpoints: Path) -> Any:
+    """The trainer's arguments for a run; checkpoints are written below `checkpoints`."""
+    import torch
+    from transformers import TrainingArguments
+
+    train = run.train
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=train.max_steps or -1,
+        eval_strategy="steps" if train.eval_steps else "no",
+        eval_steps=train.eval_steps,
+        report_to=list(train.report_to) or "none",
+        run_name=run.name,
+        seed=run.seed,
+        data_seed=run.seed,
+        # On a GPU the adapter's matmuls run in bf16 like the base's; its weights stay fp32.
+        bf16=run.base.dtype == "bfloat16" and torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="steps",
+        logging_nan_inf_filter=False,  # a NaN loss must be seen, not replaced by an average
+        prediction_loss_only=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        label_names=["labels"],
+        **train.model_dump(exclude=OWN_FIELDS),
+    )
+
+
+def check_installed(run: Run, path: str = "run.yaml") -> None:
+    """Check every field of `adapter:` and `train:` against the installed classes.
+
+    The classes themselves take anything: `TrainingArguments(learning_rate="abc")` constructs.
+
+    Raises:
+        RunFileError: a field is unknown to the installed version, or of another type there.
+    """
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    problems = []
+    for section, upstream, own in (
+        ("adapter", LoraConfig, ADAPTER_OWN_FIELDS),
+        ("train", TrainingArguments, {"max_length"}),
+    ):
+        hints = typing.get_type_hints(upstream)
+        fields = {field.name for field in dataclasses.fields(upstream)}
+        for name, value in getattr(run, section):
+            if name in own or value is None:
+                continue
+            if name not in fields:
+                problems.append(f"{section}.{name}: {upstream.__name__} has no such field here")
+            elif not _fits(value, hints[name]):
+                problems.append(
+                    f"{section}.{name}: {value!r} is not what {upstream.__name__} takes"
+                )
+    if problems:
+        raise RunFileError(path, problems)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of an annotated type; enumerations are taken by value."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple, dict):
+        return isinstance(value, origin)
+    if not isinstance(hint, type):
+        return True
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hasattr(hint, "__members__"):
+        return value in [member.value for member in hint]  # type: ignore[attr-defined]
+    return isinstance(value, hint)

@@ -1,0 +1,110 @@
+"""What a person and a program see of a training: a progress display and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+_COLUMNS = (
+    *("loss", "eval_loss", "learning_rate", "grad_norm"),
+    *("tokens", "tokens_per_second", "seconds"),
+)
+
+
+class Metrics(TrainerCallback):
+    """One object a logged step in metrics.jsonl, written at once; only the first rank writes.
+
+    When a run is resumed, rows after the checkpoint's step are cut off: those steps run again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if row["step"] <= state.global_step]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.replace(self.path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        row = {name: logs[name] for name in _COLUMNS if name in logs}
+        if not state.is_world_process_zero or not ({"loss", "eval_loss"} & row.keys()):
+            return
+        with self.path.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps({"step": state.global_step, **row}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress(TrainerCallback):
+    """A bar with loss, tokens per second and time left; without a terminal a line a logged step."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.task: Any = None
+        self.losses = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task(
+            "", total=state.max_steps, completed=state.global_step, figures=""
+        )
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        figures = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.update(self.task, figures=figures)
+        else:
+            print(f"step {state.global_step}/{state.max_steps}  {figures}", file=sys.stderr)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also after an error in the middle of training."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

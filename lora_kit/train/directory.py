@@ -1,0 +1,196 @@
+"""The run directory runs/<name>/: begun before anything is loaded, finished by `save_run`.
+
+run.yaml  run.lock.json  adapter/  checkpoints/  metrics.jsonl  report.json  report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lora_kit.base.pin import Pinned
+from lora_kit.data.splits import Splits
+from lora_kit.errors import CheckFailed, LoraKitError, UserError
+from lora_kit.run import (
+    WORLD_SIZE_VARIABLE,
+    Run,
+    check_free,
+    load_run,
+    read_lock,
+    write_run,
+)
+from lora_kit.train import checkpoint
+
+# Keys that may differ when a run is continued: they change what is written, not what is learned.
+FREE_TO_CHANGE = {
+    *("train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit"),
+    *("train.report_to", "train.dataloader_num_workers", "train.per_device_eval_batch_size"),
+}
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes for all: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class RunDirectory:
+    """The files of one run. Every rank has one; only the first writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.lock_file = path / "run.lock.json"
+        self.report = path / "report.json"
+
+    def say(self, text: str) -> None:
+        """A line for people, on stderr, once for all ranks."""
+        if is_first_rank():
+            print(text, file=sys.stderr, flush=True)
+
+    def lock(self, **entries: Any) -> None:
+        """Add entries to run.lock.json."""
+        if is_first_rank():
+            checkpoint.write_json(self.lock_file, {**read_lock(self.path), **entries})
+
+    def check_world(self, running: int) -> None:
+        """Raises CheckFailed if fewer or more processes run than were asked for.
+
+        `accelerate launch` starts a single one for some configurations of several, in silence.
+        """
+        asked = int(os.environ.get(WORLD_SIZE_VARIABLE, running))
+        if asked != running:
+            raise CheckFailed(
+                f"{asked} processes were asked for, {running} run(s): on CPU use --accelerate "
+                "cpu_2proc, on GPUs see that `lora-kit doctor` lists them"
+            )
+        recorded = read_lock(self.path).get("batch", {}).get("processes", running)
+        if recorded != running:
+            raise UserError(
+                f"{self.path}: begun with {recorded} process(es), now {running}: a run is only "
+                "continued with the same batches"
+            )
+
+    def checkpoint_to_resume(self) -> checkpoint.Checkpoint:
+        found, problems = checkpoint.newest(self.checkpoints)
+        for problem in problems:
+            self.say(f"not used: {problem}")
+        if found is None:
+            why = "; ".join(problems) or "none was saved"
+            raise UserError(f"{self.path}: no whole checkpoint to continue from ({why})")
+        return found
+
+
+@contextlib.contextmanager
+def run_directory(run: Run, pinned: Pinned, splits: Splits, resume: bool) -> Iterator[RunDirectory]:
+    """Begin a run directory, or open the one to continue.
+
+    A fresh one gets run.yaml and run.lock.json at once. If the user's mistake comes to light before
+    the first checkpoint, it is removed again, so that the mended run finds its place free.
+
+    Raises:
+        UserError: it exists; or `resume`, and it does not, is finished, or differs in seed, data,
+            batch, learning rate, base or any other key that decides the result.
+    """
+    directory = RunDirectory(run.directory)
+    if resume:
+        _check_same(run, pinned, splits, directory)
+    if not is_first_rank():
+        yield directory
+        return
+    if resume:
+        write_run(run, directory.path / "run.yaml")
+    else:
+        _begin(run, pinned, splits, directory)
+    try:
+        yield directory
+    except BaseException as error:
+        users = isinstance(error, LoraKitError) and not isinstance(error, CheckFailed)
+        if users and not resume and not any(directory.checkpoints.glob("*")):
+            shutil.rmtree(directory.path, ignore_errors=True)
+            _remove_empty_parents(directory.path)
+        raise
+
+
+def batch_geometry(run: Run) -> dict[str, int]:
+    """Rows of one optimizer step: processes × forward passes × rows."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows, passes = run.train.per_device_train_batch_size, run.train.gradient_accumulation_steps
+    return {
+        "processes": processes,
+        "gradient_accumulation_steps": passes,
+        "per_device_train_batch_size": rows,
+        "rows_per_step": processes * passes * rows,
+        "max_length": run.train.max_length,
+    }
+
+
+def _begin(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) -> None:
+    path = directory.path
+    check_free(run)
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
+    write_run(run, path / "run.yaml")
+    versions = {name: version(name) for name in _LIBRARIES}
+    directory.lock(
+        base=pinned.to_lock(),
+        kind=splits.kind,
+        data=splits.hashes,
+        batch=batch_geometry(run),
+        seed=run.seed,
+        versions={"python": platform.python_version(), **versions},
+        finished=False,
+    )
+
+
+def _check_same(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) -> None:
+    path = directory.path
+    if not (path / "run.yaml").is_file():
+        raise UserError(f"{path}: there is no such run to continue; leave --resume out")
+    lock = read_lock(path)
+    if lock.get("finished"):
+        raise UserError(f"{path}: finished already; choose another with name=NAME")
+    before, now = (_flat(r.model_dump(mode="json")) for r in (load_run(path / "run.yaml"), run))
+    problems = [
+        f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE
+    ]
+    if lock["base"]["hashes"] != pinned.hashes:
+        problems.append(f"the files of the base {pinned.model} changed")
+    problems += [
+        f"the data of {source} changed"
+        for source in sorted(splits.hashes)
+        if lock["data"].get(source) != splits.hashes[source]
+    ]
+    if problems:
+        raise UserError(f"{path} is only continued as it was begun: " + "; ".join(problems))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _remove_empty_parents(path: Path) -> None:
+    """runs/ itself and folders inside it, where nothing else is in them."""
+    for parent in path.parents:
+        if parent == Path(".") or any(parent.iterdir()):
+            return
+        parent.rmdir()

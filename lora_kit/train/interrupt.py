@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM: stop at the end of the step, after saving; die with the parent."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from lora_kit.errors import Interrupted
+
+_PR_SET_PDEATHSIG = 1
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM. While `saving` is set the trainer stops by itself at
+    the end of its step; otherwise there is nothing to save and `Interrupted` is raised at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.saving = False
+
+    def _received(self, signum: int, frame: Any) -> None:
+        if self.signum is not None:  # a second one, for example from the launcher's own end
+            return
+        self.signum = signum
+        if not self.saving:
+            raise Interrupted(signum, f"stopped by {signal.Signals(signum).name}")
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopSignal]:
+        """Handle SIGINT and SIGTERM inside the block, as far as this thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._received) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to send SIGTERM to this process when its parent ends.
+
+    `accelerate launch` leaves a single worker running when it is killed itself (measured with 1.15).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the request was made
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,74 @@
+"""The end of a training: the adapter on disk, checked, and the finished lock file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_kit.base.pin import Pinned
+from lora_kit.errors import CheckFailed
+from lora_kit.train.checkpoint import file_hash
+from lora_kit.train.directory import RunDirectory, is_first_rank
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_run(trainer: Any, tokenizer: Any, pinned: Pinned) -> None:
+    """Write runs/<name>/adapter/ and complete the lock file. Every rank must call it.
+
+    The folder is a plain PEFT adapter with the tokenizer and its template beside it. It appears
+    under its name only when it is whole and holds finite numbers.
+
+    Raises:
+        CheckFailed: a weight of the adapter is NaN or infinite.
+    """
+    directory: RunDirectory = trainer.directory
+    partial = directory.path / "adapter.partial"
+    if is_first_rank():
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))  # gathers the shards, where there are any
+    if is_first_rank():
+        # PEFT's card is an empty form with this machine's paths; the other holds them as well.
+        for name in ("README.md", "training_args.bin"):
+            (partial / name).unlink(missing_ok=True)
+        _name_base(partial / "adapter_config.json", pinned)
+        tokenizer.save_pretrained(str(partial))
+        _check_finite(partial / WEIGHTS)
+        if directory.adapter.exists():  # of this very run, stopped after it was saved
+            shutil.rmtree(directory.adapter)
+        partial.replace(directory.adapter)
+        directory.lock(
+            adapter={"sha256": file_hash(directory.adapter / WEIGHTS)},
+            tokenizer={"sha256": file_hash(directory.adapter / "tokenizer.json")},
+            chat_template=_template_hash(tokenizer),
+        )
+    trainer.accelerator.wait_for_everyone()
+
+
+def _name_base(config: Path, pinned: Pinned) -> None:
+    """A Hub model by id and commit, a local one by its folder: PEFT alone finds the base again."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    on_hub = pinned.revision is not None
+    values["base_model_name_or_path"] = pinned.model if on_hub else pinned.folder
+    values["revision"] = pinned.revision
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_finite(weights: Path) -> None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(str(weights), framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - not a dict
+            if not bool(torch.isfinite(opened.get_tensor(name)).all()):
+                raise CheckFailed(f"{weights}: {name} is not finite: the adapter is not saved")
+
+
+def _template_hash(tokenizer: Any) -> str | None:
+    import hashlib
+
+    template = tokenizer.chat_template
+    return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()

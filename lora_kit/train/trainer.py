@@ -1,0 +1,169 @@
+"""transformers' Trainer, made to count tokens, refuse NaN, seal its checkpoints and stop politely."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from lora_kit.data.labelled import Labelled, collator
+from lora_kit.errors import CheckFailed, Interrupted
+from lora_kit.run import Run
+from lora_kit.train import checkpoint
+from lora_kit.train.arguments import training_arguments
+from lora_kit.train.callbacks import Metrics, Progress
+from lora_kit.train.directory import RunDirectory
+from lora_kit.train.interrupt import StopSignal
+
+# Written into each checkpoint; hold this machine's paths and are read by nobody.
+_LITTER = ("training_args.bin", "README.md")
+
+
+class LoraTrainer(Trainer):
+    """The trainer of every recipe. Data come labelled, so that the loss is transformers' own:
+    the mean over all labels of the whole batch, all ranks and accumulation steps together."""
+
+    def __init__(self, run: Run, directory: RunDirectory, stop: StopSignal, **options: Any) -> None:
+        self.run = run
+        self.directory = directory
+        self.stop = stop
+        self.seconds = 0.0  # spent in optimizer steps, earlier parts of a resumed run included
+        self._tokens_before = 0
+        self._tokens_here: torch.Tensor | int = 0  # this rank's, kept on its device
+        super().__init__(**options)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Watch(self))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far on all ranks, padding not counted. All ranks must ask."""
+        here = torch.as_tensor(self._tokens_here, device=self.args.device)
+        return self._tokens_before + int(self.accelerator.reduce(here, "sum").item())
+
+    def resume(self, found: checkpoint.Checkpoint) -> None:
+        self._tokens_before, self.seconds = found.tokens, found.seconds
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items: Any = None) -> Any:
+        mask = inputs.get("attention_mask")
+        self._tokens_here += inputs["input_ids"].numel() if mask is None else mask.sum()
+        return super().training_step(model, inputs, num_items)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called between the backward pass and the optimizer's step: the last moment at which a NaN
+        has not reached the weights. The norm is over all ranks, so that all of them stop."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(float(grad_norm)):
+            raise CheckFailed(
+                f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
+                f"(gradient norm {float(grad_norm)}): the weights of the step before are kept; "
+                "lower train.learning_rate, or look for broken weights in the base"
+            )
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            tokens = self.tokens
+            logs["tokens"] = tokens
+            logs["seconds"] = round(self.seconds, 3)
+            here = tokens - self._tokens_before
+            spent = self.seconds - self._seconds_before
+            logs["tokens_per_second"] = round(here / spent, 1) if spent > 0 else 0.0
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        self._seconds_before = self.seconds
+        return super().train(*args, **options)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        tokens = self.tokens
+        self.accelerator.wait_for_everyone()  # each rank writes its own random state
+        if self.is_world_process_zero():
+            for name in _LITTER:
+                (folder / name).unlink(missing_ok=True)
+            checkpoint.seal(folder, self.state.global_step, tokens, self.seconds)
+            checkpoint.rotate(folder.parent, self.run.train.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+
+class _Watch(TrainerCallback):
+    """Measures the time of the steps and stops after the step in which a signal came."""
+
+    def __init__(self, trainer: LoraTrainer) -> None:
+        self.trainer = trainer
+        self.started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.seconds += time.perf_counter() - self.started
+        signum = torch.tensor(self.trainer.stop.signum or 0, device=args.device)
+        # A signal reaches the ranks at different steps; they stop at the same one.
+        if args.world_size > 1:
+            signum = self.trainer.accelerator.gather(signum[None]).max()
+        if int(signum):
+            self.trainer.stop.signum = int(signum)
+            control.should_save = control.should_training_stop = True
+
+
+def make_trainer(
+    run: Run,
+    directory: RunDirectory,
+    stop: StopSignal,
+    model: Any,
+    tokenizer: Any,
+    train: Labelled,
+    held_out: Labelled,
+) -> LoraTrainer:
+    """The trainer of a recipe, with metrics.jsonl, a progress display and sealed checkpoints.
+
+    Raises:
+        UserError: the disk is too small for the checkpoints that will be kept.
+    """
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    keep = run.train.save_total_limit
+    needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
+    checkpoint.check_disk(directory.path, needed)
+    trainer = LoraTrainer(
+        run,
+        directory,
+        stop,
+        model=model,
+        args=training_arguments(run, directory.checkpoints),
+        train_dataset=train.to_dataset(),
+        eval_dataset=held_out.to_dataset() if run.train.eval_steps else None,
+        data_collator=collator(tokenizer.pad_token_id),
+        callbacks=[Metrics(directory.metrics), Progress()],
+    )
+    directory.check_world(trainer.accelerator.num_processes)
+    return trainer
+
+
+def fit(trainer: LoraTrainer, resume: bool) -> None:
+    """Train to the end, or to a signal.
+
+    Raises:
+        CheckFailed: the loss or its gradient became NaN or infinite (exit code 1).
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved (exit code 130 or 143).
+        UserError: `resume`, and there is no whole checkpoint.
+    """
+    found = trainer.directory.checkpoint_to_resume() if resume else None
+    if found:
+        trainer.resume(found)
+        trainer.directory.say(f"continuing after step {found.step}")
+    trainer.stop.saving = True
+    try:
+        trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
+    finally:
+        trainer.stop.saving = False
+    signum, step = trainer.stop.signum, trainer.state.global_step
+    if signum is not None and step < trainer.state.max_steps:
+        raise Interrupted(
+            signum, f"stopped after step {step}, saved; go on with lora-kit train RUN.yaml --resume"
+        )

@@ -1,0 +1,69 @@
+"""Supervised fine-tuning: a base model learns to answer from prompts and answers or conversations.
+
+    lora-kit train run.yaml train.max_steps=200
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py run.yaml
+    python -c 'import lora_kit; lora_kit.train("run.yaml")'
+
+Only the assistant's words and the marker that ends them are learned from. The tokenizer's own chat
+template is used; a base without one learns prompt, answer and end-of-text as they are, or is given
+`data.chat_template`. Rows over `train.max_length` tokens are left out and counted, never cut.
+LoRA: Hu et al. 2021 (arXiv:2106.09685); QLoRA: Dettmers et al. 2023 (arXiv:2305.14314).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_kit.launch import recipe_main
+from lora_kit.run import Run
+
+
+def main(run: Run, resume: bool = False) -> dict[str, Any]:
+    """Run the whole journey; returns what report.json holds."""
+    from lora_kit.adapter.attach import attach, describe
+    from lora_kit.base.load import load_base, load_tokenizer
+    from lora_kit.base.pin import pin
+    from lora_kit.data.chat import conversations, set_template
+    from lora_kit.data.splits import load_splits
+    from lora_kit.prove.compare import held_out
+    from lora_kit.prove.finish import prove
+    from lora_kit.train.arguments import check_installed
+    from lora_kit.train.directory import run_directory
+    from lora_kit.train.interrupt import StopSignal
+    from lora_kit.train.save import save_run
+    from lora_kit.train.trainer import fit, make_trainer
+
+    check_installed(run)
+    with StopSignal().listening() as stop:
+        # 1. Which base and which rows, before anything large is loaded.
+        pinned = pin(run.base)
+        splits = load_splits(run.data, "chat", run.seed)
+
+        with run_directory(run, pinned, splits, resume) as directory:
+            # 2. Rows to labelled tokens.
+            tokenizer = load_tokenizer(pinned)
+            set_template(tokenizer, run.data.chat_template)
+            train = conversations(splits.train, tokenizer, run.train.max_length, splits.dropped)
+            judged = held_out(run, splits, tokenizer)
+            directory.say(f"data: {splits.summary()}")
+            directory.say(f"tokens: {train.summary()}")
+            directory.say(f"sample: {tokenizer.decode(train.input_ids[0][:48])!r}")
+
+            # 3. The base, frozen, in its type or quantized.
+            model = load_base(run.base, pinned)
+
+            # 4. The adapter, the only part that trains.
+            model = attach(model, run.adapter, run.seed)
+            directory.say(str(describe(model)))
+
+            # 5. Train.
+            trainer = make_trainer(run, directory, stop, model, tokenizer, train, judged.domain)
+            fit(trainer, resume)
+
+            # 6. Save, then judge against the base.
+            save_run(trainer, tokenizer, pinned)
+            return prove(run, trainer, tokenizer, judged)
+
+
+if __name__ == "__main__":
+    raise SystemExit(recipe_main(main))
