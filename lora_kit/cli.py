@@ -86,11 +86,12 @@ def compare(run: RunDir, as_json: Json = False) -> None:
 
     Example: lora-kit compare runs/demo/cpt
     """
-    import lora_kit
     from lora_kit.launch import prepare_process
-    from lora_kit.prove.show import comparison, side_by_side
 
     prepare_process()
+    import lora_kit
+    from lora_kit.prove.show import comparison, side_by_side
+
     report = lora_kit.compare(run)
     if as_json:
         print(json.dumps(report, ensure_ascii=False))
@@ -111,9 +112,10 @@ def generate(
     Example: lora-kit generate runs/demo/sft "What does `heapq.heappush` do?"
     """
     from lora_kit.launch import prepare_process
-    from lora_kit.prove.show import say
 
     prepare_process()
+    from lora_kit.prove.show import say
+
     print(say(run, prompt, base, max_new_tokens))
 
 
@@ -130,12 +132,13 @@ def merge(
 
     Example: lora-kit merge runs/demo/sft --out merged
     """
-    from lora_kit.launch import prepare_process
-    from lora_kit.ship.merge import merge as run_merge
-
     if dtype not in (None, "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: bfloat16 or float32")
+    from lora_kit.launch import prepare_process
+
     prepare_process()
+    from lora_kit.ship.merge import merge as run_merge
+
     merged = run_merge(run, out, dtype)
     if as_json:
         print(json.dumps({**asdict(merged), "out": str(merged.out)}))

@@ -197,6 +197,7 @@ def load_recipe(file: Path) -> Main:
 
 
 def prepare_process() -> None:
+    """Set up a process that will load a model. Libraries read some of it when they are imported."""
     from lora_kit.speed.runtime import keep_freed_memory
 
     keep_freed_memory()

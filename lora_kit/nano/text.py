@@ -85,8 +85,13 @@ def parse(path: Path) -> tuple[str, ast.Module] | None:
         return None
 
 
-def definitions(module: str, tree: ast.Module) -> Iterator[tuple[str, Definition, ast.Constant]]:
-    """(qualified name, node, docstring node) of everything in a module that has a docstring."""
+def definitions(
+    module: str, tree: ast.Module, nested: bool = True
+) -> Iterator[tuple[str, Definition, ast.Constant]]:
+    """(qualified name, node, docstring node) of everything in a module that has a docstring.
+
+    Without `nested`, nothing inside a function: no name reaches it from outside.
+    """
 
     def walk(node: ast.AST, name: str) -> Iterator[tuple[str, Definition, ast.Constant]]:
         if isinstance(node, Definition) and node.body:
@@ -94,6 +99,8 @@ def definitions(module: str, tree: ast.Module) -> Iterator[tuple[str, Definition
             value = first.value if isinstance(first, ast.Expr) else None
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 yield name, node, value
+        if not nested and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield from walk(child, f"{name}.{child.name}")
@@ -113,7 +120,7 @@ def docstrings() -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for module, path in sources():
         parsed = parse(path)
-        for name, _, constant in definitions(module, parsed[1]) if parsed else ():
+        for name, _, constant in definitions(module, parsed[1], nested=False) if parsed else ():
             found.setdefault(name, inspect.cleandoc(str(constant.value)).strip())
     for name, text in _compiled():
         found.setdefault(name, inspect.cleandoc(text).strip())

@@ -11,36 +11,35 @@ from lora_kit.prove.measure import generate
 from lora_kit.prove.report import in_words
 
 
-def comparison(*reports: dict[str, Any], titles: tuple[str, ...] = ("",)) -> None:
-    """Print reports as one table: a line for each text and measure, then the verdicts in words."""
+def comparison(report: dict[str, Any], title: str = "Base against adapted") -> None:
+    """Print one report as a table, lower is better, and its verdicts in words."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     table.add_column("held-out text")
-    for name in ("documents", "base", "adapted", "change", "95% interval of the change"):
+    for name in ("documents", "base", "adapted", "change", "95% interval"):
         table.add_column(name, justify="right")
-    for title, report in zip(titles, reports, strict=True):
-        for part in ("domain", "general"):
+    for part in ("domain", "general"):
+        for measure, unit in (("loss", "nats per token"), ("bits_per_byte", "bits per byte")):
             if report[part] is None:
                 continue
-            for measure, unit in (("loss", "nats per token"), ("bits_per_byte", "bits per byte")):
-                found = report[part][measure]
-                low, high = found["ci95"]
-                table.add_row(
-                    " ".join(word for word in (title, part + ",", unit) if word),
-                    str(report[part]["documents"]),
-                    f"{found['base']:.3f}",
-                    f"{found['adapted']:.3f}",
-                    f"{found['difference'] / found['base']:+.1%}",
-                    f"{low:+.3f} to {high:+.3f}",
-                )
+            found = report[part][measure]
+            low, high = (bound / found["base"] for bound in found["ci95"])
+            table.add_row(
+                f"{part}, {unit}",
+                str(report[part]["documents"]),
+                f"{found['base']:.3f}",
+                f"{found['adapted']:.3f}",
+                f"{found['difference'] / found['base']:+.1%}",
+                f"{low:+.1%} to {high:+.1%}",
+            )
     console.print(table)
-    for title, report in zip(titles, reports, strict=True):
-        for part, word in report["verdict"].items():
-            label = " ".join(w for w in (title, part) if w)
-            console.print(f"{label}: {in_words(word)}", markup=False, highlight=False)
+    for part, word in report["verdict"].items():
+        console.print(f"{part}: {in_words(word)}", markup=False, highlight=False)
+    if report["general"] is None:
+        console.print("general: not known, data.general names no text", highlight=False)
 
 
 def side_by_side(report: dict[str, Any], count: int = 3) -> None:

@@ -1,0 +1,99 @@
+"""The whole journey on the embedded model: CPT, SFT, compare, merge, reload, generate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from lora_kit.errors import UserError
+from lora_kit.launch import prepare_process, start
+from lora_kit.run import shipped
+
+CPT, SFT, MERGED = Path("runs/demo/cpt"), Path("runs/demo/sft"), Path("runs/demo/merged")
+QUESTION = "What does `os.remove` do?"
+
+
+def run_demo() -> None:
+    """Adapt nano to Python's language reference (QLoRA), then to answering questions; prove it.
+
+    Writes runs/demo/cpt, runs/demo/sft and runs/demo/merged, replacing those of an earlier demo.
+
+    Raises:
+        UserError: one of these folders exists and was not made by a demo.
+    """
+    from rich.console import Console
+
+    console = Console()
+    for folder in (CPT, SFT, MERGED):
+        _remove_own(folder)
+    configs = shipped("recipes") / "configs"
+    started = time.monotonic()
+
+    _step(1, "Continued pre-training: nano reads Python's language reference (QLoRA, 4 bits)")
+    start(configs / "nano-cpt.yaml", ["name=demo/cpt"])
+
+    _step(2, "Instruction tuning, going on from that adapter: what does a function do?")
+    start(configs / "nano-sft.yaml", ["name=demo/sft", f"adapter.start={CPT.absolute()}"])
+
+    _step(3, "Merge the adapter into the base, reload it from disk, compare the logits")
+    prepare_process()
+    from lora_kit.prove.show import comparison, printable
+    from lora_kit.ship.merge import merge
+
+    merged = merge(SFT, MERGED)
+
+    _step(4, "Ask the merged model, loaded by transformers alone")
+    answer = _ask(MERGED, QUESTION)
+    reports = [json.loads((f / "report.json").read_text(encoding="utf-8")) for f in (CPT, SFT)]
+    console.rule("Result")
+    comparison(reports[0], "1. Reading: the language reference is the domain")
+    console.print()
+    comparison(reports[1], "2. Answering: questions about functions are the domain")
+    console.print(
+        f"\nLower is better; a base of 3.8 million parameters, of which none changed. Trained: {reports[0]['training']['trainable_parameters']:,} "
+        f"parameters of an adapter beside it, in {time.monotonic() - started:.0f} s altogether.\n"
+        f"Merged model: {merged.out}, its logits within {merged.max_logit_difference:.2g} of the "
+        f"adapter's (the adapter's own effect: {merged.adapter_effect:.2g}).",
+        highlight=False,
+    )
+    console.print(f"\nQ: {QUESTION}\nA: {printable(answer)}", markup=False, highlight=False)
+    console.print(
+        "(a model this small writes the form of an answer, not the truth)\n\n"
+        f"The report, for a browser:  {SFT / 'report.html'}\n"
+        "Now your own data:          lora-kit copy sft my-field",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _step(number: int, title: str) -> None:
+    print(f"\n[{number}/4] {title}", file=sys.stderr, flush=True)
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove what an earlier demo wrote, finished or not; anything else is the user's."""
+    if not folder.exists():
+        return
+    mine = (folder / "run.yaml").is_file() or (folder / "config.json").is_file()
+    if folder.is_symlink() or not folder.is_dir() or not (mine or not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a demo's: move it away")
+    shutil.rmtree(folder)
+
+
+def _ask(folder: Path, question: str) -> str:
+    """The merged model's answer; nothing of lora_kit is in between, only its greedy `generate`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,157 @@
+"""Tiny models and data that the tests make themselves; nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read by the libraries when they are imported, in this process and in those the tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+WORDS = (
+    "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew for an evil "
+    "queen and her jack of all trades who knows how to bake bread in a stone oven every morning"
+).split()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Sentences of ten words, all different, the same for the same seed."""
+    import random
+
+    chooser = random.Random(seed)
+    return [" ".join(chooser.choices(WORDS, k=10)) + f" {n}." for n in range(count)]
+
+
+def make_tokenizer(folder: Path, chat_template: str | None = None, bos: bool = False) -> Any:
+    """A byte-level BPE with 400 tokens: <eos>, <pad>, <s>, <|im_end|> and merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<eos>", "<pad>", "<s>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences(200), trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 2)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        bos_token="<s>" if bos else None,
+        chat_template=chat_template,
+    )
+    fast.save_pretrained(str(folder))
+    return fast
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_base(folder: Path, chat_template: str | None = CHATML, **config: Any) -> Path:
+    """A random Llama of two layers, width 64 (NF4 quantizes in blocks of 64), with a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    make_tokenizer(folder, chat_template)
+    settings = {
+        "vocab_size": 400,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        **config,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny base with a ChatML template, float32. Do not write into it."""
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def plain_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a chat template."""
+    return make_base(tmp_path_factory.mktemp("plain_base"), chat_template=None)
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, entered."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RunMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def run_file(work: Path, base: Path) -> RunMaker:
+    """Writes run.yaml and its data into the working folder; dotted keys replace settings.
+
+    run_file("cpt", **{"train.max_steps": 2}) -> Path
+    """
+
+    def write(recipe: str = "cpt", **changes: Any) -> Path:
+        if recipe == "cpt":
+            (work / "text.txt").write_text("<|endoftext|>".join(sentences(60)), encoding="utf-8")
+            source = "text.txt"
+        else:
+            rows = [
+                {"prompt": f"What is {n}?", "completion": f"It is {s}"}
+                for n, s in enumerate(sentences(60))
+            ]
+            (work / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+            source = "rows.jsonl"
+        values: dict[str, Any] = {
+            "recipe": recipe,
+            "name": "test",
+            "base": {"model": str(base), "dtype": "float32"},
+            "adapter": {"r": 4, "lora_alpha": 8},
+            "data": {"train": source, "eval": 0.4},
+            "train": {
+                "max_steps": 4,
+                "max_length": 64,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+            },
+        }
+        for key, value in changes.items():
+            *sections, last = key.split(".")
+            place = values
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = value
+        file = work / "run.yaml"
+        file.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+        return file
+
+    return write
