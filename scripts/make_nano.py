@@ -500,8 +500,8 @@ them.
 Held out, by a hash of the qualified name (`lora_kit.nano.held_out`): 5% of the docstrings, on which
 it is measured below, and 20%, which make the rows of an instruction set on another task than that
 of the chat rows ("What does `heapq.heappush` do?"). They were cut out of the source as well;
-those of 8 words and more wherever they stand, shorter ones where they are a whole docstring. It has never seen `pydoc_data`, the topics of `help()`: that is the
-domain to adapt it to.
+those of 8 words and more wherever they stand, shorter ones where they are a whole docstring.
+It has never seen `pydoc_data`, the topics of `help()`: that is the domain to adapt it to.
 
 ## Figures
 

@@ -138,7 +138,7 @@ def run_file(work: Path, base: Path) -> RunMaker:
             "data": {"train": source, "eval": 0.4},
             "train": {
                 "max_steps": 4,
-                "max_length": 64,
+                "max_length": 128,
                 "per_device_train_batch_size": 4,
                 "learning_rate": 1e-2,
                 "logging_steps": 1,
