@@ -21,10 +21,12 @@ def load_tokenizer(pinned: Pinned) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(pinned.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"base.model: {pinned.folder}: no usable tokenizer ({reason})") from None
+        # Left unsaid, transformers asks at the terminal whether to run the folder's code.
+        tokenizer = AutoTokenizer.from_pretrained(
+            pinned.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # what a broken file raises depends on the parser that meets it
+        raise _unusable(pinned, "no usable tokenizer", error) from None
     if not tokenizer.is_fast:
         raise UserError(
             f"base.model: {pinned.folder}: only a slow tokenizer; a tokenizer.json is needed"
@@ -52,8 +54,27 @@ def embedding_rows(folder: Path) -> int | None:
     file = folder / "config.json"
     if not file.is_file():  # a tokenizer saved beside an adapter
         return None
-    config = json.loads(file.read_text(encoding="utf-8"))
-    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    config = _config(folder)
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises UserError if it is not a JSON object."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"base.model: {file}: not a JSON object: fetch the base again")
+    return config
+
+
+def _unusable(pinned: Pinned, what: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:240] or type(error).__name__
+    if "trust_remote_code" in reason:
+        reason = "it needs code from its folder (auto_map), and that is never run: take another"
+    return UserError(f"base.model: {pinned.folder}: {what}: {reason}")
 
 
 def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
@@ -69,10 +90,18 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
         not quantized.
 
     Raises:
-        UserError: the architecture is unknown, a weight is missing, or it is already quantized.
+        UserError: the architecture is unknown, a weight is missing or broken, or the weights are
+            already quantized.
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    if stored := _config(Path(pinned.folder)).get("quantization_config"):
+        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else "unknown"
+        raise UserError(
+            f"base.model: {pinned.folder}: its weights are already quantized ({method}): name the "
+            "original model, and choose base.quantize"
+        )
 
     dtype = getattr(torch, base.dtype)
     quantize = base.quantize if quantize is None else quantize
@@ -87,13 +116,13 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
             pinned.folder,
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise UserError(f"base.model: {pinned.folder}: cannot be loaded: {reason}") from None
+    except Exception as error:  # as above; safetensors' own error is a bare Exception
+        raise _unusable(pinned, "cannot be loaded", error) from None
     # transformers fills what is missing with random numbers and only warns.
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -101,6 +130,12 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         )
     model.requires_grad_(False)
+    for module in model.modules():
+        # In evaluation mode bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16, for good: the
+        # packed product has no gradient, so training after an evaluation would learn nothing below
+        # it, in silence; and it wants row counts that divide by 32.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
