@@ -19,12 +19,13 @@ from lora_kit.errors import LoraKitError, UserError
 app = typer.Typer(
     name="lora-kit",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Adapt a language model to your field, prove that it got better, ship it.",
     epilog="A first try that needs no network: lora-kit demo",
 )
+# What typer raises for a verb or an option that is wrong; it has no public name of its own.
+_WrongUsage: Any = typer.BadParameter.__base__
 RunDir = Annotated[Path, typer.Argument(help="A finished run, such as runs/demo/sft.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object.")]
 
@@ -40,6 +41,8 @@ def _top(
         raise typer.Exit
     if debug:
         os.environ["LORA_KIT_DEBUG"] = "1"
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -144,8 +147,8 @@ def merge(
         print(json.dumps({**asdict(merged), "out": str(merged.out)}))
         return
     print(
-        f"{merged.out}: {merged.bytes_written / 2**20:,.1f} MiB; logits of merged and adapter differ "
-        f"by {merged.max_logit_difference:.2g} at most (the adapter's effect: "
+        f"{merged.out}: {merged.bytes_written / 2**20:,.1f} MiB; logits of merged and adapter "
+        f"differ by {merged.max_logit_difference:.2g} at most (the adapter's effect: "
         f"{merged.adapter_effect:.2g}), greedy tokens agree at {merged.greedy_agreement:.0%}"
     )
 
@@ -163,20 +166,22 @@ def copy(
 
     if recipe not in SHIPPED_RECIPES:
         hint = nearest(recipe, list(SHIPPED_RECIPES))
-        raise UserError(f"no recipe is called `{recipe}`{hint}: {', '.join(SHIPPED_RECIPES)}")
+        raise UserError(f"no recipe is called `{recipe}`{hint} ({', '.join(SHIPPED_RECIPES)})")
     source = shipped("recipes")
     targets = {folder / f"{recipe}.py", folder / "run.yaml"}
     if there := sorted(str(target) for target in targets if target.exists()):
         raise UserError(f"{', '.join(there)} exists: name another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
-    shutil.copy(source / f"{recipe}.py", folder)
-    text = (source / "configs" / f"nano-{recipe}.yaml").read_text(encoding="utf-8")
+    config = f"nano-{recipe}.yaml"
+    text = (source / "configs" / config).read_text(encoding="utf-8")
+    text = text.replace(f"lora-kit train recipes/configs/{config}", "lora-kit train run.yaml", 1)
     text = text.replace(f"recipe: {recipe}", f"recipe: {recipe}.py", 1)
     text = text.replace(f"name: nano-{recipe}", f"name: my-{recipe}", 1)
-    (folder / "run.yaml").write_text(text, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / f"{recipe}.py", folder)
+        (folder / "run.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     print(f"{folder / 'run.yaml'} and {folder / f'{recipe}.py'} are yours to change. Then:")
     print(f"  lora-kit train {folder / 'run.yaml'}")
 
@@ -226,12 +231,21 @@ def _print_doctor(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run a verb; a LoraKitError becomes its line on stderr and its exit code."""
+    """Run a verb; a mistake becomes one line on stderr and its exit code."""
+    # --debug is taken wherever it stands: it is added at the end of a line that failed.
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    arguments = ["--debug"] * (len(arguments) < len(sys.argv) - 1) + arguments
     try:
-        app()
+        code = app(arguments, prog_name="lora-kit", standalone_mode=False)
     except LoraKitError as error:
         if os.environ.get("LORA_KIT_DEBUG"):
             traceback.print_exc()
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except _WrongUsage as error:
+        verb = error.ctx.command_path if error.ctx else "lora-kit"
+        line = " ".join(error.format_message().split())
+        print(f"error: {line} (see {verb} --help)", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(code or 0)

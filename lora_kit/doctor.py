@@ -54,8 +54,14 @@ def examine() -> dict[str, Any]:
 
 
 def _devices(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a library of the system that is not there
+        what = f"torch cannot be imported ({' '.join(str(error).split())[:120]})"
+        problems.append(
+            {"what": what, "fix": "install it anew: pip install --force-reinstall torch"}
+        )
+        return []
     if platform.system() != "Linux":
         what = f"{platform.system()} is not supported yet"
         problems.append({"what": what, "fix": "use Linux (WSL2 on Windows)"})

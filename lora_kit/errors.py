@@ -26,7 +26,7 @@ class RunFileError(UserError):
 
 
 class CheckFailed(LoraKitError):
-    """A check, a gate or a training that cannot go on (NaN loss, logits that differ). Exit code 1."""
+    """A check or gate that failed, or a training that cannot go on (NaN loss). Exit code 1."""
 
     exit_code = 1
 

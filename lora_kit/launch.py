@@ -39,7 +39,8 @@ from lora_kit.run import (
 # failure as 1, with a traceback of its own.
 OUTCOME_VARIABLE = "LORA_KIT_OUTCOME"
 DEBUG_VARIABLE = "LORA_KIT_DEBUG"
-_WAIT_FOR_RANKS_S = 15
+_WAIT_FOR_RANKS_S = 5
+_PID = ".pid"  # file name ending: rank -> process id, written there as well
 Main = Callable[..., dict[str, Any]]
 
 
@@ -69,43 +70,50 @@ def recipe_main(main: Main) -> int:
     Returns:
         The process's exit code.
     """
-    from lora_kit.train.interrupt import die_with_parent
+    from lora_kit.train.interrupt import StopSignal, die_with_parent
 
     die_with_parent()
+    folder = os.environ.get(OUTCOME_VARIABLE)
+    rank = os.environ.get("LOCAL_RANK", "0")
     arguments = [a for a in sys.argv[1:] if a != "--resume"]
     try:
-        if not arguments:
-            raise UserError(f"usage: {Path(sys.argv[0]).name} RUN.yaml [key=value ...] [--resume]")
-        run = load_run(arguments[0], arguments[1:])
-        prepare_process()
-        main(run, resume="--resume" in sys.argv[1:])
+        with StopSignal().listening():  # until the recipe listens itself
+            if folder:
+                (Path(folder) / f"{rank}{_PID}").write_text(str(os.getpid()))
+            if not arguments:
+                name = Path(sys.argv[0]).name
+                raise UserError(f"usage: {name} RUN.yaml [key=value ...] [--resume]")
+            run = load_run(arguments[0], arguments[1:])
+            prepare_process()
+            main(run, resume="--resume" in sys.argv[1:])
         code, message = 0, ""
     except LoraKitError as error:
         code, message = error.exit_code, str(error)
         if os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
-    folder = os.environ.get(OUTCOME_VARIABLE)
     if not folder:
         if code:
             print(f"error: {message}", file=sys.stderr)
         return code
-    return _leave_outcome(Path(folder), code, message)
+    return _leave_outcome(Path(folder), rank, code, message)
 
 
-def _leave_outcome(folder: Path, code: int, message: str) -> int:
+def _leave_outcome(folder: Path, rank: str, code: int, message: str) -> int:
     """Write this rank's outcome for `start`; returns the exit code for accelerate.
 
     That is 0 even for an error, because the error is in the file and accelerate would only add a
-    traceback. But where some ranks go on and wait for this one, it must be seen to fail, so that
-    they are ended.
+    traceback. But other ranks may go on and wait for this one, deaf to signals: they are ended.
     """
-    partial = folder / f"{os.environ.get('LOCAL_RANK', '0')}.partial"
+    partial = folder / f"{rank}.partial"
     partial.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
     partial.replace(partial.with_suffix(".json"))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     deadline = time.monotonic() + _WAIT_FOR_RANKS_S
     while code and len(list(folder.glob("*.json"))) < ranks:
         if time.monotonic() > deadline:
+            for pid in _worker_ids(folder):
+                if pid != os.getpid():
+                    _send(os.kill, pid, signal.SIGKILL)
             return code
         time.sleep(0.1)
     return 0
@@ -136,7 +144,8 @@ def start(
         processes = _gpus()
     asked, machines = _size(config)
     asked = processes or asked
-    threads = max(1, len(os.sched_getaffinity(0)) // max(1, asked // machines))
+    cores = len(os.sched_getaffinity(0)) // max(1, asked // machines)
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores)
     options = ["--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
     options += ["--num_processes", str(processes)] if processes else []
     options += [str(recipe_path(run)), str(path), *overrides, *(["--resume"] if resume else [])]
@@ -149,20 +158,21 @@ def start(
             **({DEBUG_VARIABLE: "1"} if debug else {}),
         }
         command = [sys.executable, "-m", "accelerate.commands.launch", *options]
-        code, received = _run_child(command, environment)
+        code, received = _run_child(command, environment, Path(folder), asked // machines)
         files = sorted(Path(folder).glob("*.json"))
         outcomes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     for outcome in outcomes:
         if outcome["code"]:
             raise _as_error(outcome["code"], outcome["message"])
+    if outcomes and not code:
+        return  # also where a signal came too late to stop anything
     if received:
         raise Interrupted(received, f"stopped by {signal.Signals(received).name}")
-    if code or not outcomes:
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        raise CheckFailed(
-            f"the training process ended without a word ({how}); what it printed stands above. "
-            "If it was killed, memory may have run out: see train.per_device_train_batch_size"
-        )
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    raise CheckFailed(
+        f"the training process ended without a word ({how}); what it printed stands above. "
+        "If it was killed, memory may have run out: see train.per_device_train_batch_size"
+    )
 
 
 def accelerate_config(name: str | None) -> Path:
@@ -213,7 +223,8 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
     # PEFT 0.21 still asks transformers by the old name.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    old_name = ".*is_gradient_checkpointing.*"
+    warnings.filterwarnings("ignore", message=old_name, category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -229,22 +240,36 @@ def _gpus() -> int:
 
 def _size(config: Path) -> tuple[int, int]:
     """How many processes on how many machines a config asks for."""
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    return int(values.get("num_processes", 1)), int(values.get("num_machines", 1))
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        size = int(values.get("num_processes", 1)), int(values.get("num_machines", 1))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"--accelerate {config}: not a config of accelerate ({reason})") from None
+    return max(1, size[0]), max(1, size[1])
 
 
-def _run_child(command: list[str], environment: dict[str, str]) -> tuple[int, int | None]:
+def _run_child(
+    command: list[str], environment: dict[str, str], folder: Path, workers: int
+) -> tuple[int, int | None]:
     """Run a command in a process group of its own; returns its exit code and the signal received.
 
-    The first SIGINT or SIGTERM is passed on to the group and its end awaited; a second one kills
-    what is left. The group ends with this process, whatever ends it.
+    The first SIGINT or SIGTERM is passed on and the end awaited; a second one kills what is left.
+    Once all workers have left their ids in `folder`, only they are signalled: they save and end,
+    and accelerate, which would kill them after 30 s, ends with them. All of it ends with this
+    process, whatever ends it.
     """
     received: list[int] = []
 
     def forward(signum: int, frame: Any) -> None:
         received.append(signum)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signum if len(received) == 1 else signal.SIGKILL)
+        ids = _worker_ids(folder)
+        last = len(received) > 1
+        for pid in ids:
+            _send(os.kill, pid, signal.SIGKILL if last else signum)
+        if last or len(ids) < workers:
+            # SIGTERM in place of SIGINT: accelerate would print a traceback.
+            _send(os.killpg, child.pid, signal.SIGKILL if last else signal.SIGTERM)
 
     with _blocked_signals():
         child = subprocess.Popen(
@@ -253,13 +278,23 @@ def _run_child(command: list[str], environment: dict[str, str]) -> tuple[int, in
         before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = child.wait()
-        # accelerate may end before its worker, which is still saving.
-        while _alive(child.pid):
+        # accelerate may end before its workers, which are still saving.
+        while _alive(child.pid, _worker_ids(folder)):
             time.sleep(0.05)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return code, received[0] if received else None
+
+
+def _worker_ids(folder: Path) -> list[int]:
+    texts = [file.read_text() for file in sorted(folder.glob(f"*{_PID}"))]
+    return [int(text) for text in texts if text]
+
+
+def _send(how: Callable[[int, int], None], pid: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        how(pid, signum)
 
 
 @contextlib.contextmanager
@@ -280,12 +315,17 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+def _alive(group: int, pids: list[int]) -> bool:
+    """Whether a process of the group, or one of `pids`, still runs. In a container without an init
+    process the ended ones stay as zombies for ever: those don't count."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            mine = process.pid in pids or os.getpgid(process.pid) == group
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _as_error(code: int, message: str) -> LoraKitError:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -23,12 +24,28 @@ from lora_kit.errors import RunFileError, UserError
 SHIPPED_RECIPES = ("cpt", "sft")
 # How `lora-kit train` tells its workers how many of them there should be.
 WORLD_SIZE_VARIABLE = "LORA_KIT_WORLD_SIZE"
+EMBEDDED = ("nano:topics", "nano:docstrings", "nano:instructions")
 Source = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
+# The columns that data.formats knows.
+Column = Literal[
+    "text",
+    "messages",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "response",
+    "question",
+    "answer",
+]
+# A run file is a page; what is larger is something else, named by mistake.
+_LARGEST_BYTES = 2**20
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Base(_Section):
@@ -64,13 +81,13 @@ class Adapter(_Section):
     exclude_modules: str | list[str] | None = Field(
         None, description="Modules left out, as a regular expression or name endings; null: none."
     )
-    layers_to_transform: list[int] | None = Field(
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="Numbers of the layers to adapt, from 0; null: all."
     )
-    rank_pattern: dict[str, int] = Field(
+    rank_pattern: dict[str, Positive] = Field(
         default_factory=dict, description="Other ranks by module name or regular expression."
     )
-    alpha_pattern: dict[str, int] = Field(
+    alpha_pattern: dict[str, Positive] = Field(
         default_factory=dict, description="Other lora_alpha by module name or regular expression."
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
@@ -93,7 +110,7 @@ class Data(_Section):
     general: Source | list[Source] | None = Field(
         None, description="General text that should not be forgotten, measured by `compare`."
     )
-    columns: dict[str, str] = Field(
+    columns: dict[Column, str] = Field(
         default_factory=dict,
         description="Renames columns: {prompt: my_question, completion: my_answer}.",
     )
@@ -158,8 +175,10 @@ class Run(_Section):
 
     recipe: str = Field(description=f"{', '.join(SHIPPED_RECIPES)}, or a path to a recipe (.py).")
     name: str = Field(
+        max_length=200,
         pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$",
-        description="The run is written to runs/<name>.",
+        description="The run is written to runs/<name>. Letters, digits, `_`, `-`, `.` (not as the "
+        "first), and `/` for a folder in between.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the adapter, the split and the row order.")
     base: Base
@@ -173,6 +192,12 @@ class Run(_Section):
         return Path("runs") / self.name
 
 
+_SECTIONS: dict[str, type[_Section]] = {
+    "base": Base,
+    "adapter": Adapter,
+    "data": Data,
+    "train": Train,
+}
 # Keys of the installed classes that another part of the run owns.
 _OWNERS = {
     "train.output_dir": "`name:` decides it: the run is written to runs/<name>",
@@ -199,12 +224,27 @@ _OWNERS = {
     "base.load_in_4bit": "write `quantize: nf4`",
     "base.load_in_8bit": "write `quantize: int8`",
     "data.seed": "`seed:` at the top decides it",
-    "data.packing": "text is always cut into full chunks of train.max_length; chat rows are not packed",
+    "data.packing": "text is always cut into chunks of train.max_length; chat rows are not packed",
+}
+# Other names that people know a key by, where the nearest spelling would be the wrong one.
+_MEANT = {
+    "adapter.rank": "r",
+    "train.batch_size": "per_device_train_batch_size",
+    "train.lr": "learning_rate",
 }
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `2e-4` is a number and a key may stand only once."""
+    """YAML 1.1 as PyYAML reads it, but `2e-4` is a number, a date is text, a key may stand only
+    once, and there are no aliases: a few of them, nested, stand for more than fits into memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (*name) are not taken: write the value out", mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -222,20 +262,33 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# The resolvers are copied before one is added: the class attribute is SafeLoader's own.
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in _Loader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: the name `1e4` in quotes."""
 
 
-def load_run(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Run:
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$")
+for _class in (_Loader, _Dumper):
+    # `add_implicit_resolver` copies the table of SafeLoader before it adds to it.
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def load_run(
+    path: str | Path,
+    overrides: tuple[str, ...] | list[str] = (),
+    needs_sources: bool = True,
+) -> Run:
     """Read a run file, apply `key=value` overrides, and check everything.
 
     Relative paths in `data:`, `base.model`, `adapter.start` and `recipe` are taken from the run
     file's folder; the ones returned are absolute.
+
+    Args:
+        needs_sources: whether the data and the recipe must be there; a finished run is loaded
+            without them.
 
     Raises:
         UserError: the file is missing or not YAML.
@@ -245,7 +298,9 @@ def load_run(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> R
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a run file, as in {path / 'run.yaml'}")
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise UserError(f"{path}: larger than {_LARGEST_BYTES:,} bytes: this is no run file")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): name a run file") from None
     except UnicodeDecodeError as error:
@@ -253,14 +308,18 @@ def load_run(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> R
     values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a run file: `key: value` lines are expected")
+    # A section of which nothing is left but its name takes its defaults.
+    values = {k: {} if v is None and k in _SECTIONS else v for k, v in values.items()}
     problems = [problem for item in overrides if (problem := _override(values, item))]
     values = _absolute(values, path.resolve().parent)
-    problems += _missing_paths(values)
+    # Looked at before the schema, so that all mistakes come at once.
+    if needs_sources:
+        problems += _missing_sources(values) + _missing_recipe(values)
+    problems += _twice_decided(values)
     try:
         run = Run.model_validate(values)
     except ValidationError as error:
         raise RunFileError(str(path), problems + _describe(error, values)) from None
-    problems += _cross_checks(run)
     if problems:
         raise RunFileError(str(path), problems)
     return run
@@ -271,7 +330,9 @@ def write_run(run: Run, path: Path) -> None:
     header = (
         "# What ran, defaults included. Repeat it: lora-kit train THIS_FILE name=ANOTHER_NAME\n"
     )
-    body = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    body = yaml.dump(
+        run.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
     path.write_text(header + body, encoding="utf-8")
 
 
@@ -322,8 +383,12 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}" if mark else where
-        raise UserError(f"{place}: not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
+        why = ", ".join(filter(None, (error.context, error.problem)))
+        raise UserError(f"{place}: not YAML: {why}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply for a run file") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        # A value that its tag does not fit, such as `!!int abc`, is no YAMLError.
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -355,8 +420,8 @@ def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             return [place(item, only_if_there) for item in value]
         if not isinstance(value, str) or not value or value.startswith("nano:") or value == "nano":
             return value
-        full = (folder / Path(value).expanduser()).absolute()
-        return value if only_if_there and not full.exists() else str(full)
+        full = os.path.join(folder, os.path.expanduser(value))
+        return value if only_if_there and not os.path.exists(full) else str(Path(full))
 
     values = dict(values)
     # A model or a run may be named from the working folder (runs/x) as well; data may not.
@@ -375,37 +440,48 @@ def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return values
 
 
-def _missing_paths(values: dict[str, Any]) -> list[str]:
-    """Sources that are not there; looked at before validation, so that all mistakes come at once."""
+def _missing_sources(values: dict[str, Any]) -> list[str]:
+    """Files, folders and embedded texts in `data:` that are not there."""
     problems = []
     data = values.get("data")
     for key in ("train", "eval", "general"):
         sources = data.get(key) if isinstance(data, dict) else None
         for source in sources if isinstance(sources, list) else [sources]:
-            if isinstance(source, str) and source and not source.startswith("nano:"):
-                if not Path(source).exists():
-                    problems.append(f"data.{key}: {source}: no such file or folder")
+            if not isinstance(source, str) or not source or source in EMBEDDED:
+                continue
+            if source.startswith("nano:"):
+                hint = nearest(source, list(EMBEDDED))
+                problems.append(f"data.{key}: {source}: no such embedded text{hint}")
+            elif not os.path.exists(source):
+                problems.append(f"data.{key}: {_short(source, 240)}: no such file or folder")
     return problems
 
 
-def _cross_checks(run: Run) -> list[str]:
-    """Mistakes that lie between two keys, or in a name that must exist."""
+def _missing_recipe(values: dict[str, Any]) -> list[str]:
+    recipe = values.get("recipe")
+    if not isinstance(recipe, str) or recipe in SHIPPED_RECIPES:
+        return []
+    if not recipe.endswith(".py"):
+        hint = nearest(recipe, list(SHIPPED_RECIPES))
+        return [
+            f"recipe: no recipe is called {_short(recipe)}{hint} "
+            f"({', '.join(SHIPPED_RECIPES)}, or a path to a .py)"
+        ]
+    return [] if os.path.isfile(recipe) else [f"recipe: {_short(recipe, 240)}: no such file"]
+
+
+def _twice_decided(values: dict[str, Any]) -> list[str]:
+    """Keys of the adapter that `adapter.start` decides; their defaults may stand there, as they do
+    in a resolved run file."""
+    adapter = values.get("adapter")
+    if not isinstance(adapter, dict) or not adapter.get("start"):
+        return []
     problems = []
-    if run.recipe not in SHIPPED_RECIPES:
-        if not run.recipe.endswith(".py"):
-            hint = nearest(run.recipe, list(SHIPPED_RECIPES))
-            problems.append(f"recipe: no recipe is called `{run.recipe}`{hint}")
-        elif not Path(run.recipe).is_file():
-            problems.append(f"recipe: {run.recipe} is not there")
-    if run.adapter.start:
-        fixed = {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform"}
-        fixed |= {"rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
-        for key in sorted(fixed & run.adapter.model_fields_set):
-            if getattr(run.adapter, key) != Adapter.model_fields[key].get_default(
-                call_default_factory=True
-            ):
-                problems.append(f"adapter.{key}: taken over from adapter.start; leave it out")
-    return problems
+    for key in Adapter.model_fields.keys() & adapter.keys() - {"start", "lora_dropout"}:
+        default = Adapter.model_fields[key].get_default(call_default_factory=True)
+        if adapter[key] != default:
+            problems.append(f"adapter.{key}: taken over from adapter.start; leave it out")
+    return sorted(problems)
 
 
 def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
@@ -421,17 +497,18 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
                 break
             known.append(part)
         key = ".".join(known)
-        value = item.get("input")
+        value = _short(_at(values, known))
         if item["type"] == "extra_forbidden":
             lines[key] = _unknown(key)
         elif item["type"] == "missing":
             lines[key] = f"{key}: missing: {_wanted(known)}"
+        elif location[-1] == "[key]":  # of data.columns, the one mapping with names of its own
+            names = list(get_args(Column))
+            lines[key] = f"{key}: no such column{nearest(known[-1], names)} ({', '.join(names)})"
+        elif item["type"] == "value_error":
+            lines[key] = f"{key}: {value} is not usable: {item['ctx']['error']}"
         elif key not in lines:
-            lines[key] = (
-                f"{key}: {_short(_at(values, known), value)} is not usable: {_wanted(known)}"
-            )
-            if item["type"] == "value_error":
-                lines[key] = f"{key}: {_short(value, value)}: {item['ctx']['error']}"
+            lines[key] = f"{key}: {value} is not usable: {_wanted(known)}"
     return list(lines.values())
 
 
@@ -443,31 +520,21 @@ def _at(values: Any, path: list[str]) -> Any:
     return values
 
 
-def _short(value: Any, fallback: Any) -> str:
-    text = repr(fallback if value is None else value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _field(path: list[str]) -> Any:
-    model: Any = Run
-    field = None
-    for part in path:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        if field is None:
-            return None
-        model = field.annotation
-    return field
+def _short(value: Any, most: int = 60) -> str:
+    """A value as a run file spells it, cut to `most` characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _wanted(path: list[str]) -> str:
     """What a key takes, from its annotation and its description."""
-    field = _field(path)
-    if field is None:
-        return "see `lora-kit schema`"
-    annotation = field.annotation
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"keys such as {', '.join(list(annotation.model_fields)[:4])}"
-    return f"{_type_words(path)}. {field.description or ''}".strip()
+    field = Run.model_fields[path[0]]
+    if len(path) == 1 and path[0] in _SECTIONS:
+        return f"keys such as {', '.join(list(_SECTIONS[path[0]].model_fields)[:4])}"
+    if path[0] in _SECTIONS:
+        path = path[:2]  # what lies deeper is a key of a mapping
+        field = _SECTIONS[path[0]].model_fields[path[1]]
+    return f"{_type_words(path)}. {field.description}"
 
 
 def _type_words(path: list[str]) -> str:
@@ -487,14 +554,9 @@ def _type_words(path: list[str]) -> str:
             words.append("one of " + ", ".join(map(str, choices)))
             continue
         word = names.get(option.get("type", ""), "a value")
-        for bound, sign in (
-            ("minimum", ">="),
-            ("exclusiveMinimum", ">"),
-            ("maximum", "<="),
-            ("exclusiveMaximum", "<"),
-        ):
-            if bound in option:
-                word += f" {sign} {option[bound]:g}"
+        signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+        bounds = [f"{sign} {option[name]}" for name, sign in signs.items() if name in option]
+        word = " ".join([word, " and ".join(bounds)]).rstrip()
         words.append(word)
     return " or ".join(words)
 
@@ -504,13 +566,12 @@ def _unknown(key: str) -> str:
     if key in _OWNERS:
         return f"{key}: not set here: {_OWNERS[key]}"
     section, _, name = key.rpartition(".")
-    sections = {"base": Base, "adapter": Adapter, "data": Data, "train": Train}
-    model: Any = sections.get(section, Run)
-    hint = nearest(name, list(model.model_fields))
-    if not hint:
-        everywhere = [f"{s}.{f}" for s, m in sections.items() for f in m.model_fields]
-        same = [full for full in everywhere if full.rpartition(".")[2] == name]
-        hint = f"; did you mean `{same[0]}`?" if same else ""
+    model: Any = _SECTIONS.get(section, Run)
+    elsewhere = [f"{s}.{name}" for s, m in _SECTIONS.items() if name in m.model_fields]
+    if meant := [_MEANT[key]] if key in _MEANT else elsewhere:
+        hint = f"; did you mean `{meant[0]}`?"
+    else:
+        hint = nearest(name, list(model.model_fields))
     return f"{key}: unknown key{_upstream(section, name)}{hint}"
 
 

@@ -39,7 +39,7 @@ def lora_config(adapter: Adapter) -> Any:
 def attach(model: Any, adapter: Adapter, seed: int) -> Any:
     """Put a fresh adapter, or the one of `adapter.start`, on a frozen base.
 
-    The seed is set before the adapter is made, so that A is the same in every run and on every rank.
+    The seed is set before the adapter is made, so that A is the same in every run and every rank.
 
     Raises:
         UserError: the patterns match no module, or the adapter to start from does not fit.
@@ -51,12 +51,17 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
     if adapter.start:
         folder = adapter_folder(adapter.start)
         try:
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            started = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"adapter.start: {folder}: does not fit the base: {reason}") from None
+        _check_whole(started, folder)
+        return started
     linear = linear_names(model)
     _check_layers(model, adapter)
+    if adapter.layers_to_transform and adapter.target_modules == "all-linear":
+        # PEFT takes numbers of layers only with a list of names.
+        adapter = adapter.model_copy(update={"target_modules": linear})
     try:
         attached = get_peft_model(model, lora_config(adapter))
     except ValueError as error:
@@ -115,10 +120,24 @@ def linear_names(model: Any) -> list[str]:
     )
 
 
+def _check_whole(model: Any, folder: Path) -> None:
+    """PEFT leaves random what the file lacks, as the adapter of a base with fewer layers does."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as opened:
+        stored = set(opened.keys())
+    if missing := sorted(get_peft_model_state_dict(model).keys() - stored):
+        raise UserError(
+            f"adapter.start: {folder}: does not fit the base: it has nothing for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+
+
 def _check_layers(model: Any, adapter: Adapter) -> None:
     """PEFT ignores layer numbers that do not exist, and adapts fewer layers than were asked for."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    beyond = [n for n in adapter.layers_to_transform or [] if count and not 0 <= n < count]
+    count: int = model.config.get_text_config().num_hidden_layers
+    beyond = [n for n in adapter.layers_to_transform or [] if not 0 <= n < count]
     if beyond:
         raise UserError(
             f"adapter.layers_to_transform: {beyond}: the base has layers 0 to {count - 1}"

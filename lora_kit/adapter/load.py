@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lora_kit.adapter.attach import adapter_folder
 from lora_kit.base.load import load_base, load_tokenizer
-from lora_kit.base.pin import Pinned, pin
+from lora_kit.base.pin import Pinned, pin, sha256
 from lora_kit.errors import UserError
 from lora_kit.run import Base, Run, load_run, read_lock
 
@@ -29,12 +29,55 @@ def load(run: str | Path, *, quantize: str | None = None, dtype: str | None = No
     Raises:
         UserError: no finished run is there, or the base is not the one it was trained on.
     """
-    opened = open_run(run)
-    base = opened.base.model_copy(
-        update={k: v for k, v in (("quantize", quantize), ("dtype", dtype)) if v is not None}
+    import torch
+
+    base = changed_base(open_run(run).base, quantize=quantize, dtype=dtype)
+    adapter_folder(run)  # before anything large is loaded
+    model = load_base(base, pin_like(run, base))
+    if torch.cuda.is_available() and base.quantize == "none":
+        model = model.to("cuda")
+    tokenizer = load_run_tokenizer(run)
+    model = load_adapter(model, run)
+    # So that an application's own `generate` stops where an answer ends.
+    model.generation_config.eos_token_id = end_tokens(model, tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def changed_base(base: Base, **changes: str | None) -> Base:
+    """A run's base with other settings; None leaves one as it is. Raises UserError on others than
+    the run file takes."""
+    for key, value in changes.items():
+        known = get_args(Base.model_fields[key].annotation)
+        if value is not None and value not in known:
+            raise UserError(f"{key}: {value!r} is not usable: one of {', '.join(known)}")
+    return base.model_copy(update={k: v for k, v in changes.items() if v is not None})
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Where generation stops: at the base's own end tokens, the tokenizer's, and at the token that
+    ends an answer in the chat template, which need be neither (ChatML's <|im_end|>)."""
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = known if isinstance(known, list) else [known]
+    return sorted(
+        {n for n in [*ids, tokenizer.eos_token_id, _turn_end(tokenizer)] if n is not None}
     )
-    pinned = pin_like(run, base)
-    return load_adapter(load_base(base, pinned), run), load_run_tokenizer(run)
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """The single token that the chat template writes after an answer."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "sentinelx"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template is a program, and may refuse whatever it likes
+        return None
+    after = text.rpartition("sentinelx")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
+    # Only a token made to be an end: an ordinary one also stands inside of answers.
+    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ids[0] if ids and ids[0] in special else None
 
 
 def open_run(run: str | Path) -> Run:
@@ -66,13 +109,25 @@ def pin_like(run: str | Path, base: Base) -> Pinned:
 
 
 def load_adapter(model: Any, run: str | Path) -> Any:
-    """Put a run's finished adapter on its loaded base, in evaluation mode."""
+    """Put a run's finished adapter on its loaded base, in evaluation mode.
+
+    Raises:
+        UserError: it is missing, not as the run saved it, or does not fit the base.
+    """
     from peft import PeftModel
 
     folder = adapter_folder(run)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        # PEFT would take a pickle in its place, or look for it on the Hub.
+        raise UserError(f"{folder}: adapter_model.safetensors is missing: copy the whole run again")
+    saved = read_lock(run).get("adapter", {}).get("sha256")
+    if saved is not None and sha256(weights) != saved:
+        # PEFT fills tensors that are missing with fresh ones, and only warns.
+        raise UserError(f"{weights}: not as the run saved it: copy the run again, or train again")
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # safetensors' own error is a bare Exception
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: the adapter does not fit the base: {reason}") from None
 

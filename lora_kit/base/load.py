@@ -112,7 +112,7 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
         if torch.cuda.is_available():
             options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             pinned.folder,
             dtype=dtype,
             local_files_only=True,
@@ -123,6 +123,7 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
         )
     except Exception as error:  # as above; safetensors' own error is a bare Exception
         raise _unusable(pinned, "cannot be loaded", error) from None
+    model, info = loaded
     # transformers fills what is missing with random numbers and only warns.
     if missing := sorted(info["missing_keys"]):
         raise UserError(

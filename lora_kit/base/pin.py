@@ -14,7 +14,10 @@ from lora_kit.run import Base
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 # What a base is made of. Weights in other formats than safetensors can run code, and are not read.
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+# README.md carries the licence.
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
+# Only the top folder is read; `consolidated` are the same weights once more, in Mistral's layout.
+_NOT_READ = ["*/*", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HFValidationError,
+        IncompleteSnapshotError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -76,49 +79,65 @@ def _from_hub(model: str, revision: str | None) -> Path:
 
     where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        # README.md carries the licence.
         return Path(
-            snapshot_download(model, revision=revision, allow_patterns=[*_FILES, "README.md"])
+            snapshot_download(
+                model, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT_READ
+            )
         )
-    except GatedRepoError:
-        raise UserError(
-            f"base.model: {model} is gated: ask for access at {where}/{model}, "
-            "then log in with `hf auth login`"
-        ) from None
+    except HFValidationError as error:
+        raise UserError(f"base.model: {model}: not a Hub id: {_first_line(error)}") from None
     except RevisionNotFoundError:
         raise UserError(f"base.revision: {model} has no revision `{revision}`") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"base.model: {model} is not on {where}, or is private and you are not logged in "
-            "(`hf auth login`)"
-        ) from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError):
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
-        why = "HF_HUB_OFFLINE is set" if offline else f"{where} cannot be reached"
-        raise UserError(
-            f"base.model: {model} is neither a local folder nor in the cache, and {why}: "
-            "name a local folder, or fetch it first with `hf download`"
-        ) from None
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no status")
-        if status in (401, 403):
-            raise UserError(
-                f"base.model: {model}: access refused ({status}): ask for it at {where}/{model}, "
+    # Gated is a kind of not found to the client.
+    except (RepositoryNotFoundError, OSError, ValueError) as error:
+        # What went wrong on the way is the cause of "not in the cache".
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, GatedRepoError) or status == 403:
+            problem = (
+                f"access refused ({status}): ask for it at {where}/{model}, "
                 "then log in with `hf auth login`"
-            ) from None
-        raise UserError(f"base.model: {model}: {where} answers {status}: try again later") from None
+            )
+        elif isinstance(cause, RepositoryNotFoundError) or status in (401, 404):
+            problem = (
+                f"not on {where}, or private and you are not logged in (`hf auth login`); "
+                "or name a local folder"
+            )
+        elif status is not None:
+            problem = f"{where} answers {status}: try again later, or name a local folder"
+        elif isinstance(error, IncompleteSnapshotError):
+            problem = f"only in part in the cache, and {_why(where)}: fetch it with `hf download`"
+        elif isinstance(error, OfflineModeIsEnabled | FileNotFoundError):
+            problem = (
+                f"neither a local folder nor in the cache, and {_why(where)}: "
+                "name a local folder, or fetch it first with `hf download`"
+            )
+        else:
+            problem = f"cannot be fetched from {where}: {_first_line(error)}"
+        raise UserError(f"base.model: {model}: {problem}") from None
+
+
+def _why(where: str) -> str:
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _hashes(folder: Path) -> dict[str, str]:
     """sha256 of weights and configuration; the Hub's cache names large files by it already."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return {file.name: _sha256(file) for file in files}
+    return {file.name: sha256(file) for file in files}
 
 
-def _sha256(file: Path) -> str:
-    cached = file.resolve().name if file.is_symlink() else ""
-    if re.fullmatch(r"[0-9a-f]{64}", cached):
-        return cached
+def sha256(file: Path) -> str:
+    """The hash of a file's bytes; of a large one in the Hub's cache, the name it has there."""
+    cached = file.resolve()
+    if cached.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", cached.name):
+        return cached.name
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while chunk := opened.read(1 << 20):
@@ -133,12 +152,13 @@ def _licence(folder: Path) -> str | None:
         return None
     import yaml
 
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        front = yaml.safe_load(parts[1])
+        values = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError:
         return None
-    value = front.get("license") if isinstance(front, dict) else None
+    value = values.get("license") if isinstance(values, dict) else None
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return value if isinstance(value, str) else None

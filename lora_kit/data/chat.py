@@ -65,6 +65,8 @@ def conversations(
             writes something else than the contents, so that no mask can be trusted.
     """
     labelled = Labelled()
+    if not examples:
+        raise UserError(f"no rows left: {dropped}" if dropped.counts else "no rows to learn from")
     if tokenizer.chat_template:
         rendered = _Renderer(tokenizer)
         texts, spans = zip(*(rendered(example) for example in examples), strict=True)
@@ -73,9 +75,9 @@ def conversations(
             list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         rows = [
-            _label(ids, offsets, marked)
-            for ids, offsets, marked in zip(
-                encoded.input_ids, encoded.offset_mapping, spans, strict=True
+            (ids, _label(text, ids, offsets, marked))
+            for text, ids, offsets, marked in zip(
+                texts, encoded.input_ids, encoded.offset_mapping, spans, strict=True
             )
         ]
         sizes = [
@@ -122,17 +124,25 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def _label(ids: list[int], offsets: list[Span], spans: list[Span]) -> tuple[list[int], list[int]]:
-    """A token is learned from if all of its characters lie in one of the spans."""
+def _label(text: str, ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
+    """A token is learned from if its characters lie in one of the spans.
+
+    White space of the template may be part of it: after `[/INST] ` the first token of an answer is
+    often ` Hello`, and it is this token that the model has to choose.
+    """
     labels = [IGNORED] * len(ids)
     position = 0
     for start, end in spans:
-        while position < len(ids) and offsets[position][0] < start:
+        while position < len(ids) and offsets[position][1] <= start:
             position += 1
-        while position < len(ids) and offsets[position][1] <= end:
-            labels[position] = ids[position]
+        while position < len(ids) and offsets[position][0] < end:
+            first, last = offsets[position]
+            outside = text[first:start] + text[end:last]
+            inside = text[max(first, start) : min(last, end)]
+            if not outside or (outside.isspace() and inside.strip()):
+                labels[position] = ids[position]
             position += 1
-    return ids, labels
+    return labels
 
 
 class _Renderer:
@@ -151,21 +161,20 @@ class _Renderer:
         if roles not in self.known:
             self.known[roles] = self._pieces(roles, example.place)
         pieces, ends = self.known[roles]
-        text = _render(self.tokenizer, list(example.messages))
-        raw = [message["content"] for message in example.messages]
-        for contents in (raw, [content.strip() for content in raw]):
-            if text == _join(pieces, contents):
-                return text, _spans(pieces, ends, contents, roles)
-        raise UserError(
-            f"{example.place}: the chat template changes what the turns say, so the answers cannot "
-            "be marked; use another template or remove the row"
-        )
+        text = _render(self.tokenizer, list(example.messages), place=example.place)
+        contents = _as_written(text, pieces, [message["content"] for message in example.messages])
+        if contents is None:
+            raise UserError(
+                f"{example.place}: the chat template changes what the turns say, so the answers "
+                "cannot be marked; use another template or remove the row"
+            )
+        return text, _spans(pieces, ends, contents, roles)
 
     def _pieces(self, roles: tuple[str, ...], place: str) -> tuple[list[str], list[str]]:
         """What is written before, between and after the contents; the end marker of each answer."""
         marks = [f"sentinel{number}x" for number in range(len(roles))]
         turns = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
-        rest = _render(self.tokenizer, turns)
+        rest = _render(self.tokenizer, turns, place=place)
         pieces = []
         for mark in marks:
             piece, found, rest = rest.partition(mark)
@@ -180,8 +189,9 @@ class _Renderer:
             if role != "assistant":
                 ends.append("")
                 continue
-            # Rendered up to this answer, what follows its content is the end marker and white space.
-            _, _, after = _render(self.tokenizer, turns[: number + 1]).rpartition(marks[number])
+            # Rendered up to this answer, its content is followed by the end marker and white space.
+            begun = _render(self.tokenizer, turns[: number + 1], place=place)
+            _, _, after = begun.rpartition(marks[number])
             marker = after.rstrip()
             if not pieces[number + 1].startswith(marker) or not marker:
                 raise UserError(f"{place}: the chat template writes no end marker after an answer")
@@ -189,8 +199,21 @@ class _Renderer:
         return pieces, ends
 
 
-def _join(pieces: list[str], contents: list[str]) -> str:
-    return pieces[0] + "".join(c + p for c, p in zip(contents, pieces[1:], strict=True))
+def _as_written(text: str, pieces: list[str], contents: list[str]) -> list[str] | None:
+    """The contents as the template wrote them, each as it is or without the white space around it;
+    None if pieces and contents don't join to the text."""
+    written, position = [], len(pieces[0])
+    if not text.startswith(pieces[0]):
+        return None
+    for content, piece in zip(contents, pieces[1:], strict=True):
+        for variant in (content, content.strip(), content.lstrip(), content.rstrip()):
+            if text.startswith(variant + piece, position):
+                written.append(variant)
+                position += len(variant) + len(piece)
+                break
+        else:
+            return None
+    return written if position == len(text) else None
 
 
 def _spans(
@@ -205,13 +228,19 @@ def _spans(
     return spans
 
 
-def _render(tokenizer: Any, turns: list[Message], add_generation_prompt: bool = False) -> str:
+def _render(
+    tokenizer: Any, turns: list[Message], add_generation_prompt: bool = False, place: str = ""
+) -> str:
     import jinja2
 
     try:
         return tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         roles = "-".join(turn["role"] for turn in turns)
-        raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from None
+        reason = " ".join(str(error).split())
+        where = f"{place}: " if place else ""
+        raise UserError(
+            f"{where}the chat template refuses a conversation of {roles}: {reason}"
+        ) from None

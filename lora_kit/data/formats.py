@@ -94,12 +94,8 @@ def _rename(row: Row, columns: dict[str, str]) -> dict[str, Any]:
         if theirs not in row.columns:
             have = ", ".join(row.columns)
             raise UserError(f"{row.place}: data.columns names `{theirs}`; the columns are: {have}")
-    renamed = {theirs: ours for ours, theirs in columns.items()}
-    # A column that is not named but bears one of our names would otherwise collide with a renamed one.
-    kept = {name: value for name, value in row.columns.items() if name not in columns}
-    return {renamed.get(n, n): v for n, v in kept.items()} | {
-        ours: row.columns[theirs] for ours, theirs in columns.items()
-    }
+    kept = {name: v for name, v in row.columns.items() if name not in columns.values()}
+    return kept | {ours: row.columns[theirs] for ours, theirs in columns.items()}
 
 
 def _format_of(values: dict[str, Any], place: str) -> str:
@@ -123,7 +119,19 @@ def _text(values: dict[str, Any], name: str, place: str) -> str:
     value = values[name]
     if not isinstance(value, str):
         raise UserError(f"{place}: `{name}` is {value!r:.40}, not text: mend or remove the row")
-    return value
+    return _encodable(value, f"{place}: `{name}`")
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON can spell half of a character (`\\ud83d` alone), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise UserError(
+            f"{where} holds half a character ({half}): mend or remove the row"
+        ) from None
+    return text
 
 
 def _messages(name: str, values: dict[str, Any], place: str) -> tuple[list[Message], str]:
@@ -149,10 +157,16 @@ def _conversation(value: Any, place: str) -> list[Message]:
         content = turn.get("content") if isinstance(turn, dict) else None
         if not isinstance(turn, dict) or not isinstance(content, str):
             raise UserError(f"{place}: turn {number} has no `role` and text `content`")
-        if turn.get("role") not in ROLES:
+        if turn.get("tool_calls") or turn.get("function_call"):
             raise UserError(
-                f"{place}: turn {number} has the role {turn.get('role')!r}; known: {', '.join(ROLES)}"
+                f"{place}: turn {number} calls a tool: only text turns are learned from"
             )
+        if turn.get("role") not in ROLES:
+            role = turn.get("role")
+            raise UserError(
+                f"{place}: turn {number} has the role {role!r:.40}; known: {', '.join(ROLES)}"
+            )
+        content = _encodable(content, f"{place}: turn {number}")
         messages.append({"role": turn["role"], "content": content})
     if messages[-1]["role"] != "assistant":
         raise UserError(f"{place}: the last turn is the {messages[-1]['role']}'s, not an answer")

@@ -1,14 +1,16 @@
 """Sources -> rows. A row is a document of text, or a mapping of columns, with its place.
 
 A document is a file, or a part of a file between end-of-text markers. A source with fewer than 20
-documents is cut into blocks of 2 KiB at line ends, so that a share of it can be held out and judged.
+documents is cut into blocks of 2 KiB at line ends: a share of it can be held out and judged.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 from lora_kit import nano
 from lora_kit.errors import UserError
+from lora_kit.run import EMBEDDED
 
 END_OF_TEXT = "<|endoftext|>"
 BLOCK_BYTES = 2048
@@ -64,16 +67,14 @@ def _read_nano(source: str) -> tuple[list[Row], str]:
     elif name == "instructions":
         rows = [Row(f"{source}/{n}", dict(row)) for n, row in enumerate(nano.instructions(), 1)]
     else:
-        raise UserError(
-            f"{source}: not an embedded source: nano:topics, nano:docstrings, nano:instructions"
-        )
+        raise UserError(f"{source}: no such embedded text: {', '.join(EMBEDDED)}")
     digest = hashlib.sha256(json.dumps([r.columns for r in rows]).encode()).hexdigest()
     return rows, digest
 
 
 def _read_path(source: str) -> tuple[list[Row], str]:
     root = Path(source)
-    if root.is_dir():
+    if os.path.isdir(source):
         known = TEXT_SUFFIXES | TABLE_SUFFIXES
         inside = sorted(p for p in root.rglob("*") if p.is_file())
         files = [p for p in inside if p.suffix.lower() in known and not _hidden(p, root)]
@@ -81,7 +82,7 @@ def _read_path(source: str) -> tuple[list[Row], str]:
             raise UserError(
                 f"{source}: no file of a known kind ({' '.join(sorted(known))}) among {len(inside)}"
             )
-    elif root.is_file():
+    elif os.path.isfile(source):
         files = [root]
     else:
         raise UserError(f"{source}: no such file or folder")
@@ -121,6 +122,9 @@ def _decode(content: bytes, file: Path) -> str:
         raise UserError(
             f"{file}:{line}: not UTF-8 (byte {error.start}): convert it, for example with iconv"
         ) from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(f"{file}:{line}: holds a zero byte: this is no text file")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -136,21 +140,36 @@ def _documents(file: Path, text: str) -> list[Row]:
 
 
 def _blocks(document: Row) -> list[Row]:
-    """Cut a long document at line ends into blocks of about 2 KiB; joined they are the document."""
+    """Cut a long document at line ends into blocks of about 2 KiB; joined they are the document.
+
+    A line longer than that is cut at a space, or where there is none, between two characters.
+    """
     name, _, first = document.place.rpartition(":")
     blocks: list[Row] = []
     lines: list[str] = []
     size, start, number = 0, int(first), int(first)
-    for line in document.columns["text"].splitlines(keepends=True):
-        lines.append(line)
-        size += len(line.encode())
-        number += 1
+    for piece in _pieces(document.columns["text"]):
+        lines.append(piece)
+        size += len(piece.encode("utf-8"))
+        number += piece.count("\n")
         if size >= BLOCK_BYTES:
             blocks.append(Row(f"{name}:{start}", {"text": "".join(lines)}, joins=bool(blocks)))
             lines, size, start = [], 0, number
     if lines:
         blocks.append(Row(f"{name}:{start}", {"text": "".join(lines)}, joins=bool(blocks)))
     return blocks
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Lines with their ends; the long ones in pieces of 2,048 characters and on to a space."""
+    for line in io.StringIO(text, newline="\n"):
+        start = 0
+        while len(line) - start > BLOCK_BYTES:
+            space = line.find(" ", start + BLOCK_BYTES, start + 2 * BLOCK_BYTES)
+            end = start + BLOCK_BYTES if space < 0 else space
+            yield line[start:end]
+            start = end
+        yield line[start:]
 
 
 def _read_table(file: Path, text: str) -> list[Row]:
@@ -167,10 +186,8 @@ def _json_lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{file}:{number}: not JSON: {error.msg} (column {error.colno})"
-                ) from None
+            except (ValueError, RecursionError) as error:
+                raise _not_json(file, number, error) from None
 
 
 def _read_json(file: Path, text: str) -> list[Row]:
@@ -178,11 +195,18 @@ def _read_json(file: Path, text: str) -> list[Row]:
         return []
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise _not_json(file, getattr(error, "lineno", 1), error) from None
     if not isinstance(values, list):
         raise UserError(f"{file}: a list of objects is expected; one object a line is .jsonl")
     return [_checked(f"{file}[{number}]", value) for number, value in enumerate(values)]
+
+
+def _not_json(file: Path, line: int, error: Exception) -> UserError:
+    """Besides syntax: numbers of thousands of digits, and lists in lists without an end."""
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"{file}:{line}: not JSON: {error.msg} (column {error.colno})")
+    return UserError(f"{file}:{line}: not readable as JSON: {error}")
 
 
 def _checked(place: str, value: Any) -> Row:
@@ -193,22 +217,22 @@ def _checked(place: str, value: Any) -> Row:
 
 def _read_csv(file: Path, text: str, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    last = 0
     try:
         for values in reader:
+            first, last = last + 1, reader.line_num  # a quoted value may hold line ends
             if not values:
                 continue
             if header is None:
                 header = values
                 if len(set(header)) < len(header) or "" in header:
-                    raise UserError(f"{file}:1: columns need names that differ: {header}")
+                    raise UserError(f"{file}:{first}: columns need names that differ: {header}")
             elif len(values) != len(header):
-                raise UserError(
-                    f"{file}:{reader.line_num}: {len(values)} values for {len(header)} columns"
-                )
+                raise UserError(f"{file}:{first}: {len(values)} values for {len(header)} columns")
             else:
                 columns = dict(zip(header, values, strict=True))
-                yield Row(f"{file}:{reader.line_num}", columns)
+                yield Row(f"{file}:{first}", columns)
     except csv.Error as error:
-        raise UserError(f"{file}:{reader.line_num}: not readable as a table: {error}") from None
+        raise UserError(f"{file}:{last + 1}: not readable as a table: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -45,6 +45,7 @@ def load_splits(data: Data, wanted: Wanted | None, seed: int) -> Splits:
     """
     dropped = Dropped()
     train, hashes = _examples(data.train, data, dropped)
+    _check_any("train", train, dropped)
     if wanted is None:
         wanted = "chat" if train and train[0].text is None else "text"
     _check_kind(train, wanted)
@@ -52,6 +53,7 @@ def load_splits(data: Data, wanted: Wanted | None, seed: int) -> Splits:
         train, held_out = hold_out(train, data.eval, seed)
     else:
         held_out, more = _examples(data.eval, data, dropped)
+        _check_any("eval", held_out, dropped)
         _check_kind(held_out, wanted)
         hashes |= more
         _check_leaks(train, held_out)
@@ -61,17 +63,13 @@ def load_splits(data: Data, wanted: Wanted | None, seed: int) -> Splits:
         hashes |= more
         if any(example.text is None for example in general):
             raise UserError("data.general: text is expected (txt, md, or a `text` column)")
+        _check_any("general", general, dropped)
         known = {example.key for example in chain(train, held_out)}
         for example in general:
             if example.key in known:
                 dropped.add("general rows that stand in the domain's data too", example.place)
         general = [example for example in general if example.key not in known]
-        if not general:
-            raise UserError(f"data.general: no rows left; left out: {dropped}")
-    for name, examples in (("train", train), ("eval", held_out)):
-        if not examples:
-            left = f"; left out: {dropped}" if dropped.counts else ""
-            raise UserError(f"data.{name}: no rows left{left}")
+        _check_any("general", general, dropped)
     return Splits(wanted, train, held_out, general, hashes, dropped)
 
 
@@ -80,8 +78,8 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Hold out a share of the examples, equal ones always together; the order is kept.
 
-    Examples are ranked by sha256(seed, text), so that the choice depends on nothing but the seed
-    and the text: not on the order of files, nor on what else is in the set.
+    Examples are ranked by sha256(seed, text), so that the choice depends on the seed and the texts
+    alone, not on the order of files; a text that is added moves at most one other to its side.
     """
     ranked = sorted({_rank(example, seed) for example in examples})
     count = max(1, round(share * len(ranked)))
@@ -98,9 +96,7 @@ def hold_out(
         side = int(_rank(example, seed) <= limit)
         # A block goes on where the one before it stopped only if that one is on the same side.
         joins = example.joins and previous is not None and side == previous_side
-        sides[side].append(
-            Example(example.place, example.text, example.messages, example.joiner, joins)
-        )
+        sides[side].append(replace(example, joins=joins))
         previous, previous_side = example, side
     return sides
 
@@ -113,7 +109,13 @@ def _examples(
     sources: str | list[str], data: Data, dropped: Dropped
 ) -> tuple[list[Example], dict[str, str]]:
     rows, hashes = read_sources(sources)
-    return to_examples(rows, data.columns, dropped), hashes
+    columns = {str(ours): theirs for ours, theirs in data.columns.items()}
+    return to_examples(rows, columns, dropped), hashes
+
+
+def _check_any(name: str, examples: list[Example], dropped: Dropped) -> None:
+    if not examples:
+        raise UserError(f"data.{name}: no rows left; left out: {dropped}")
 
 
 def _check_kind(examples: list[Example], wanted: Wanted) -> None:

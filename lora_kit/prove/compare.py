@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_kit.adapter.attach import adapter_folder
 from lora_kit.adapter.load import load, open_run
 from lora_kit.data import chat, text
 from lora_kit.data.formats import Example
@@ -44,9 +45,10 @@ def compare(run: str | Path, seed: int = 0) -> dict[str, Any]:
         UserError: there is no finished run, or its data or base changed since it was trained.
     """
     opened = open_run(run)
-    model, tokenizer = load(run)
+    adapter_folder(run)
     splits = load_splits(opened.data, None, opened.seed)
     _check_data(run, splits)
+    model, tokenizer = load(run)
     return compare_model(model, tokenizer, held_out(opened, splits, tokenizer), seed)
 
 
@@ -90,16 +92,24 @@ def statistics(base: Losses, adapted: Losses, seed: int) -> dict[str, Any]:
     (Efron and Tibshirani 1993, chapter 13).
     """
     units = len(base.nats)
-    # (resamples, units): how often each unit is drawn
     random = np.random.default_rng(seed)
-    draws = random.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float32)
+    columns = np.stack([adapted.nats - base.nats, base.tokens, base.bytes], axis=1)
+    # (resamples, 3): the sums over the units drawn, in pieces, because all draws of 10,000
+    # documents at once would take 800 MB
+    piece = max(1, 2**22 // units)
+    sums = np.concatenate(
+        [
+            random.multinomial(units, np.full(units, 1 / units), min(piece, RESAMPLES - done))
+            @ columns
+            for done in range(0, RESAMPLES, piece)
+        ]
+    )
     result: dict[str, Any] = {"documents": units}
-    for name, size, factor in (
-        ("loss", base.tokens, 1.0),
-        ("bits_per_byte", base.bytes, _NATS_TO_BITS),
+    for name, size, drawn, factor in (
+        ("loss", base.tokens, sums[:, 1], 1.0),
+        ("bits_per_byte", base.bytes, sums[:, 2], _NATS_TO_BITS),
     ):
-        drawn = draws @ size
-        change = (draws @ (adapted.nats - base.nats))[drawn > 0] / drawn[drawn > 0] * factor
+        change = sums[drawn > 0, 0] / drawn[drawn > 0] * factor
         low, high = np.percentile(change, [2.5, 97.5])
         before = base.nats.sum() / size.sum() * factor
         after = adapted.nats.sum() / size.sum() * factor
@@ -128,34 +138,47 @@ def side_by_side(
 ) -> list[dict[str, str]]:
     """What base and adapted say to the first held-out examples, greedily."""
     prompts, shown, wanted = [], [], []
+    chats = [example.text is None for example in examples]
+    templated = all(chats) and bool(tokenizer.chat_template)
     for example in examples:
         if example.text is not None:
-            ids = tokenizer(example.text, add_special_tokens=False, verbose=False).input_ids
-            start = tokenizer.decode(ids[: min(32, len(ids) // 2 + 1)])
+            start, rest = _cut(tokenizer, example.text, max_new_tokens)
             prompts.append(start)
             shown.append(start)
-            wanted.append(tokenizer.decode(ids[32 : 32 + max_new_tokens]))
+            wanted.append(rest)
         else:
             turns = list(example.messages[:-1])
             bare = turns[-1]["content"] + example.joiner
-            prompts.append(chat.prompt_text(tokenizer, turns) if tokenizer.chat_template else bare)
+            prompts.append(chat.prompt_text(tokenizer, turns) if templated else bare)
             shown.append(turns[-1]["content"])
             wanted.append(example.messages[-1]["content"])
-    adapted = generate(model, tokenizer, prompts, max_new_tokens)
+    adapted = generate(model, tokenizer, prompts, max_new_tokens, templated)
     with model.disable_adapter():
-        base = generate(model, tokenizer, prompts, max_new_tokens)
+        base = generate(model, tokenizer, prompts, max_new_tokens, templated)
     return [
         {"prompt": p, "expected": w, "base": b, "adapted": a}
         for p, w, b, a in zip(shown, wanted, base, adapted, strict=True)
     ]
 
 
+def _cut(tokenizer: Any, text: str, tokens: int) -> tuple[str, str]:
+    """The first half of a text, 32 tokens at most, and the tokens after it. Cut between characters,
+    which a token may be only a part of."""
+    offsets = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    ).offset_mapping
+    count = min(32, (len(offsets) + 1) // 2)
+    cut = offsets[count - 1][1] if offsets else 0
+    end = offsets[min(count + tokens, len(offsets)) - 1][1] if offsets else 0
+    return text[:cut], text[cut:end]
+
+
 def _check_data(run: str | Path, splits: Splits) -> None:
     """The rows that are judged must be the ones that were held out."""
     recorded = read_lock(run).get("data", {})
-    for source, digest in splits.hashes.items():
-        if source in recorded and recorded[source] != digest:
-            raise UserError(
-                f"{source} changed since {run} was trained: rows it learned from could be among "
-                "the ones it is judged on"
-            )
+    changed = [s for s, digest in splits.hashes.items() if recorded.get(s, digest) != digest]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)} changed since {run} was trained: rows it learned from could be "
+            "among the ones it is judged on; restore the data, or train again"
+        )

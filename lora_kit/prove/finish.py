@@ -22,7 +22,9 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
     model = trainer.model_wrapped if sharded else trainer.model
     # A sharded model would have to generate on all ranks in step: its samples are left out.
     report = compare_model(model, tokenizer, judged, samples=is_first_rank() and not sharded)
-    last = next((r for r in reversed(read_metrics(trainer.directory.metrics)) if "loss" in r), {})
+    last: dict[str, Any] = next(
+        (r for r in reversed(read_metrics(trainer.directory.metrics)) if "loss" in r), {}
+    )
     report["training"] = {
         "steps": trainer.state.global_step,
         "tokens": trainer.tokens,

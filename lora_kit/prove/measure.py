@@ -7,12 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.labelled import Labelled, collator
+from lora_kit.adapter.load import end_tokens
+from lora_kit.data.labelled import IGNORED, Labelled, collator
+from lora_kit.data.text import context_token
+from lora_kit.errors import CheckFailed
+
+# Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
+# of 152k. A single row may be longer.
+LOGITS_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
 class Losses:
-    """By unit, arrays of shape (units,): summed loss in nats, labels predicted, bytes they spell."""
+    """By unit, arrays of shape (units,): loss in nats, labels predicted, bytes they spell."""
 
     nats: np.ndarray
     tokens: np.ndarray
@@ -27,7 +34,11 @@ def measure(model: Any, labelled: Labelled, pad_id: int, rows_at_once: int = 8) 
 
     Args:
         model: a causal language model, on its device.
-        rows_at_once: as many rows of the longest length as fit into memory together.
+        rows_at_once: as many rows of the longest length as fit into memory together; fewer where
+            their logits would be larger than LOGITS_AT_ONCE.
+
+    Raises:
+        CheckFailed: a loss is NaN or infinite.
     """
     import torch
     import torch.distributed as dist
@@ -35,7 +46,9 @@ def measure(model: Any, labelled: Labelled, pad_id: int, rows_at_once: int = 8) 
     collate = collator(pad_id)
     device = next(model.parameters()).device
     order = sorted(range(len(labelled)), key=lambda n: -len(labelled.input_ids[n]))
-    batches = _batches(labelled, order, rows_at_once)
+    budget = rows_at_once * max(map(len, labelled.input_ids))
+    budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    batches = _batches(labelled, order, budget)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if ranks > 1 else 0
     sums = torch.zeros((2, len(labelled.unit_bytes)), dtype=torch.float64)
@@ -51,71 +64,80 @@ def measure(model: Any, labelled: Labelled, pad_id: int, rows_at_once: int = 8) 
             )
             targets = batch.pop("labels").to(device)[:, 1:]
             logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]
-            # (rows, length - 1) nats; -100 gives 0
-            nats = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
-            ).view(targets.shape)
             if mine < len(batches):
+                # Row by row: float32 logits of the whole batch would double its memory.
+                nats = [_row_nats(row, wanted) for row, wanted in zip(logits, targets, strict=True)]
                 units = torch.tensor([labelled.units[n] for n in rows])
-                sums[0].index_add_(0, units, nats.sum(1).double().cpu())
-                sums[1].index_add_(0, units, (targets != -100).sum(1).double().cpu())
+                sums[0].index_add_(0, units, torch.stack(nats).cpu())
+                sums[1].index_add_(0, units, (targets != IGNORED).sum(1).double().cpu())
     model.train(training)
     if ranks > 1:
         shared = sums.to(device)
         dist.all_reduce(shared)
         sums = shared.cpu()
+    if not bool(torch.isfinite(sums).all()):
+        unit = int((~torch.isfinite(sums[0])).nonzero()[0])
+        raise CheckFailed(
+            f"the loss of held-out document {unit + 1} of {len(labelled.unit_bytes)} is not finite"
+            ": look for NaN or infinite weights in base or adapter"
+        )
     return Losses(sums[0].numpy(), sums[1].numpy(), np.array(labelled.unit_bytes, dtype=float))
 
 
-def _batches(labelled: Labelled, order: list[int], rows_at_once: int) -> list[list[int]]:
-    """Rows in batches of at most `rows_at_once` times the longest row's tokens."""
-    budget = rows_at_once * max(map(len, labelled.input_ids))
+def _row_nats(logits: Any, targets: Any) -> Any:
+    """Summed loss of one row, float64: logits (length, vocabulary), targets (length,)."""
+    import torch
+
+    here = targets != IGNORED
+    nats = torch.nn.functional.cross_entropy(logits[here].float(), targets[here], reduction="none")
+    return nats.double().sum()
+
+
+def _batches(labelled: Labelled, order: list[int], budget: int) -> list[list[int]]:
+    """Rows, longest first, in batches of `budget` tokens at most, padding counted, or one row."""
     batches: list[list[int]] = []
     width = 0
     for n in order:
-        length = len(labelled.input_ids[n])
         if batches and (len(batches[-1]) + 1) * width <= budget:
             batches[-1].append(n)
         else:
             batches.append([n])
-            width = length
+            width = len(labelled.input_ids[n])
     return batches
 
 
-def generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of prompts that are complete texts (templates applied), batched.
+def generate(
+    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, templated: bool = False
+) -> list[str]:
+    """Greedy continuations, batched.
 
     Padding stands on the left, so that each continuation follows its prompt directly.
+
+    Args:
+        templated: the prompts come from the chat template, which writes every marker itself; else
+            they begin as texts do in training, after the beginning or end-of-text token.
     """
     import torch
 
     device = next(model.parameters()).device
-    padding, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
-        inputs = tokenizer(
-            prompts,
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=not tokenizer.chat_template,
-            return_token_type_ids=False,
-        ).to(device)
-    finally:
-        tokenizer.padding_side = padding
+    begin = [] if templated else context_token(tokenizer)
+    rows = [
+        begin + tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        for prompt in prompts
+    ]
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id
+    # (prompts, longest prompt)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
     with torch.inference_mode():
         out = model.generate(
-            **inputs,
+            input_ids=ids,
+            attention_mask=(torch.arange(width, device=device) >= width - lengths[:, None]).long(),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad,
             eos_token_id=end_tokens(model, tokenizer),
         )
-    new = out[:, inputs["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(new, skip_special_tokens=True)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Where generation stops: the base's own end tokens, and the tokenizer's."""
-    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = known if isinstance(known, list) else [known]
-    return sorted({n for n in [*ids, tokenizer.eos_token_id] if n is not None})
+    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

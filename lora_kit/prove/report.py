@@ -54,9 +54,9 @@ def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
 
 def _curve(points: list[tuple[int, float]], width: int = 640, height: int = 200) -> dict[str, Any]:
     """Points of an SVG polyline, in a box of width × height, and the ends of both axes."""
-    if len(points) < 2:
+    steps, losses = zip(*points, strict=True) if points else ((), ())
+    if len(set(steps)) < 2:
         return {}
-    steps, losses = zip(*points, strict=True)
     low, high = min(losses), max(losses)
     spread = (high - low) or 1.0
     line = " ".join(

@@ -67,7 +67,8 @@ def say(run: str | Path, prompt: str, base: bool, max_new_tokens: int) -> str:
 
     open_run(run)
     model, tokenizer = load(run)
-    if read_lock(run).get("kind") == "chat":
+    templated = read_lock(run).get("kind") == "chat" and bool(tokenizer.chat_template)
+    if templated:
         prompt = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
     with model.disable_adapter() if base else contextlib.nullcontext():
-        return generate(model, tokenizer, [prompt], max_new_tokens)[0]
+        return generate(model, tokenizer, [prompt], max_new_tokens, templated)[0]

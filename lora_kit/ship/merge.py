@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import resource
 import shutil
 import time
@@ -10,15 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.load import load_adapter, load_run_tokenizer, open_run, pin_like
+from lora_kit.adapter.attach import adapter_folder
+from lora_kit.adapter.load import (
+    changed_base,
+    end_tokens,
+    load_adapter,
+    load_run_tokenizer,
+    open_run,
+    pin_like,
+)
 from lora_kit.base.load import load_base
 from lora_kit.errors import CheckFailed, UserError
 
 PROBE_TOKENS = 64
 # float32 sums differ in their last digits; the largest logit difference that explains.
 FLOAT32_TOLERANCE = 1e-4
-# In bfloat16 the merged weight is rounded to 8 bits: what that may cost of the adapter's own effect.
+# In bfloat16 the merged weight is rounded to 8 bits: what that may cost of the adapter's effect.
 ROUNDING_SHARE = 0.25
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True)
@@ -53,10 +65,10 @@ def merge(run: str | Path, out: str | Path, dtype: str | None = None) -> Merged:
 
     started = time.perf_counter()
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists: name another folder with --out, or remove it")
-    opened = open_run(run)
-    base = opened.base.model_copy(update={"dtype": dtype or opened.base.dtype})
+    base = changed_base(open_run(run).base, dtype=dtype)
+    adapter_folder(run)
     pinned = pin_like(run, base)
     tokenizer = load_run_tokenizer(run)
     model = load_adapter(load_base(base, pinned, quantize="none"), run)
@@ -67,8 +79,12 @@ def merge(run: str | Path, out: str | Path, dtype: str | None = None) -> Merged:
             effect = (model(input_ids=probe).logits.float() - wanted).abs().max().item()
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    above = _make_room(partial, size)
     try:
+        _untie(model.get_base_model())
         merged = model.merge_and_unload(safe_merge=True)
+        _settle_generation(merged, tokenizer)
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(str(partial))
         del model, merged
@@ -80,15 +96,17 @@ def merge(run: str | Path, out: str | Path, dtype: str | None = None) -> Merged:
         limit = FLOAT32_TOLERANCE if base.dtype == "float32" else ROUNDING_SHARE * effect
         # Written so that a NaN fails as well.
         if not difference <= max(limit, FLOAT32_TOLERANCE):
+            fix = "" if base.dtype == "float32" else "; merge with --dtype float32"
             raise CheckFailed(
                 f"{out}: not written: the merged model's logits differ by {difference:.2g} "
-                f"(allowed: {limit:.2g}, the adapter's effect: {effect:.2g}); "
-                "merge with --dtype float32"
+                f"(allowed: {limit:.2g}, the adapter's effect: {effect:.2g}){fix}"
             )
-        out.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in above if not out.exists() else ():
+            with contextlib.suppress(OSError):  # somebody else put something there
+                folder.rmdir()
     return Merged(
         out,
         difference,
@@ -98,6 +116,56 @@ def merge(run: str | Path, out: str | Path, dtype: str | None = None) -> Merged:
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
     )
+
+
+def _untie(model: Any) -> None:
+    """Where the adapter changes one of two tied matrices, embeddings or head, they part: merged
+    into the shared one it would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
+    embeddings, head = (
+        end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends
+    )
+    if embeddings.weight is head.weight:
+        head.weight = type(head.weight)(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+
+
+def _settle_generation(model: Any, tokenizer: Any) -> None:
+    """Whoever loads the folder stops where an answer ends, without knowing the template.
+
+    Bases come with sampling settings and sampling off; transformers ignores them until it saves,
+    and then it refuses.
+    """
+    config = model.generation_config
+    config.eos_token_id = end_tokens(model, tokenizer)
+    config.pad_token_id = tokenizer.pad_token_id
+    if not config.do_sample:
+        for name in _SAMPLING:
+            setattr(config, name, None)
+
+
+def _make_room(folder: Path, needed: int) -> list[Path]:
+    """Make an empty folder on a disk with `needed` bytes free; returns the parents made, innermost
+    first."""
+    above = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        for made in (folder, *above):
+            made.rmdir()
+        raise UserError(
+            f"{folder.parent}: {free / 2**20:,.0f} MiB free, the merged model takes "
+            f"{needed / 2**20:,.0f} MiB: free some, or name another disk with --out"
+        )
+    return above
 
 
 def _probe(vocabulary: int) -> Any:

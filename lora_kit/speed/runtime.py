@@ -8,14 +8,15 @@ import sys
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_KEEP_BYTES = 1 << 30
+# The second is the most that older versions of glibc take.
+_KEEP_BYTES = (1 << 30, 1 << 25)
 
 
 def keep_freed_memory() -> bool:
     """Tell glibc to keep large freed blocks instead of handing them back to the kernel.
 
     A training step frees and takes the same tensors again and again; each time the kernel would
-    have to map and zero their pages. Returns whether the allocator took the setting (it is glibc's).
+    have to map and zero their pages. Returns whether the allocator (glibc's) took the setting.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -23,4 +24,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES))
+    took = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _KEEP_BYTES)
+    return took and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES[0]))

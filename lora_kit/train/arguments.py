@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import types
 import typing
 from pathlib import Path
@@ -52,7 +53,8 @@ def check_installed(run: Run, path: str = "run.yaml") -> None:
     The classes themselves take anything: `TrainingArguments(learning_rate="abc")` constructs.
 
     Raises:
-        RunFileError: a field is unknown to the installed version, or of another type there.
+        RunFileError: a field is unknown to the installed version, or of another type there; or a
+            tracker of `train.report_to` is not installed.
     """
     from peft import LoraConfig
     from transformers import TrainingArguments
@@ -73,6 +75,9 @@ def check_installed(run: Run, path: str = "run.yaml") -> None:
                 problems.append(
                     f"{section}.{name}: {value!r} is not what {upstream.__name__} takes"
                 )
+    for tracker in run.train.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            problems.append(f"train.report_to: {tracker} is not installed: pip install {tracker}")
     if problems:
         raise RunFileError(path, problems)
 

@@ -62,7 +62,7 @@ def read_seal(folder: Path) -> Checkpoint:
 
 def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, and what is wrong with the newer ones."""
-    problems = []
+    problems: list[str] = []
     for folder in reversed(_sorted(checkpoints)):
         try:
             return read_seal(folder), problems

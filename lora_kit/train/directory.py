@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lora_kit.adapter.attach import adapter_folder
 from lora_kit.base.pin import Pinned
 from lora_kit.data.splits import Splits
 from lora_kit.errors import CheckFailed, LoraKitError, UserError
@@ -67,17 +68,11 @@ class RunDirectory:
 
         `accelerate launch` starts a single one for some configurations of several, in silence.
         """
-        asked = int(os.environ.get(WORLD_SIZE_VARIABLE, running))
+        asked = int(os.environ.get(WORLD_SIZE_VARIABLE) or _processes())
         if asked != running:
             raise CheckFailed(
                 f"{asked} processes were asked for, {running} run(s): on CPU use --accelerate "
                 "cpu_2proc, on GPUs see that `lora-kit doctor` lists them"
-            )
-        recorded = read_lock(self.path).get("batch", {}).get("processes", running)
-        if recorded != running:
-            raise UserError(
-                f"{self.path}: begun with {recorded} process(es), now {running}: a run is only "
-                "continued with the same batches"
             )
 
     def checkpoint_to_resume(self) -> checkpoint.Checkpoint:
@@ -86,7 +81,10 @@ class RunDirectory:
             self.say(f"not used: {problem}")
         if found is None:
             why = "; ".join(problems) or "none was saved"
-            raise UserError(f"{self.path}: no whole checkpoint to continue from ({why})")
+            raise UserError(
+                f"{self.path}: no whole checkpoint to continue from ({why}): remove the folder "
+                "and start again, or choose another with name=NAME"
+            )
         return found
 
 
@@ -99,16 +97,23 @@ def run_directory(run: Run, pinned: Pinned, splits: Splits, resume: bool) -> Ite
 
     Raises:
         UserError: it exists; or `resume`, and it does not, is finished, or differs in seed, data,
-            batch, learning rate, base or any other key that decides the result.
+            batch, learning rate, base or any other key that decides the result; or the adapter to
+            start from belongs to another base.
+        CheckFailed: not as many processes run as were asked for.
     """
     directory = RunDirectory(run.directory)
+    directory.check_world(_processes())
     if resume:
         _check_same(run, pinned, splits, directory)
+    else:
+        _check_start(run, pinned)
     if not is_first_rank():
         yield directory
         return
     if resume:
-        write_run(run, directory.path / "run.yaml")
+        # Never half there: the other ranks read it at the same time.
+        write_run(run, directory.path / "run.yaml.partial")
+        (directory.path / "run.yaml.partial").replace(directory.path / "run.yaml")
     else:
         _begin(run, pinned, splits, directory)
     try:
@@ -123,7 +128,7 @@ def run_directory(run: Run, pinned: Pinned, splits: Splits, resume: bool) -> Ite
 
 def batch_geometry(run: Run) -> dict[str, int]:
     """Rows of one optimizer step: processes × forward passes × rows."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _processes()
     rows, passes = run.train.per_device_train_batch_size, run.train.gradient_accumulation_steps
     return {
         "processes": processes,
@@ -132,6 +137,11 @@ def batch_geometry(run: Run) -> dict[str, int]:
         "rows_per_step": processes * passes * rows,
         "max_length": run.train.max_length,
     }
+
+
+def _processes() -> int:
+    """How many accelerate says there are, before any of them has met the others."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _begin(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) -> None:
@@ -154,6 +164,18 @@ def _begin(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) ->
     )
 
 
+def _check_start(run: Run, pinned: Pinned) -> None:
+    """An adapter fits any base of the same shapes, and is worth something on its own one alone."""
+    if not run.adapter.start:
+        return
+    trained_on = read_lock(adapter_folder(run.adapter.start).parent).get("base")
+    if trained_on and trained_on["hashes"] != pinned.hashes:
+        raise UserError(
+            f"adapter.start: {run.adapter.start}: trained on another base ({trained_on['model']}), "
+            f"not on {pinned.model} as it lies here"
+        )
+
+
 def _check_same(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) -> None:
     path = directory.path
     if not (path / "run.yaml").is_file():
@@ -167,6 +189,8 @@ def _check_same(run: Run, pinned: Pinned, splits: Splits, directory: RunDirector
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE
     ]
+    if lock["batch"]["processes"] != _processes():
+        problems.append(f"processes were {lock['batch']['processes']}, are now {_processes()}")
     if lock["base"]["hashes"] != pinned.hashes:
         problems.append(f"the files of the base {pinned.model} changed")
     problems += [

@@ -49,7 +49,7 @@ class StopSignal:
 def die_with_parent() -> None:
     """Ask Linux to send SIGTERM to this process when its parent ends.
 
-    `accelerate launch` leaves a single worker running when it is killed itself (measured with 1.15).
+    `accelerate launch` leaves a single worker running when it is killed itself (seen with 1.15).
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,10 +1,9 @@
-"""transformers' Trainer, made to count tokens, refuse NaN, seal its checkpoints and stop politely."""
+"""transformers' Trainer, made to count tokens, refuse NaN, seal checkpoints and stop politely."""
 
 from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +55,8 @@ class LoraTrainer(Trainer):
         """Called between the backward pass and the optimizer's step: the last moment at which a NaN
         has not reached the weights. The norm is over all ranks, so that all of them stop."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if grad_norm is None:  # DeepSpeed before it has one
+            return None
         if not math.isfinite(float(grad_norm)):
             raise CheckFailed(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
@@ -79,8 +80,9 @@ class LoraTrainer(Trainer):
         return super().train(*args, **options)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_weights(model)
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = self.directory.checkpoints / f"checkpoint-{self.state.global_step}"
         tokens = self.tokens
         self.accelerator.wait_for_everyone()  # each rank writes its own random state
         if self.is_world_process_zero():
@@ -90,6 +92,20 @@ class LoraTrainer(Trainer):
             checkpoint.rotate(folder.parent, self.run.train.save_total_limit)
         self.accelerator.wait_for_everyone()
 
+    def _check_weights(self, model: Any) -> None:
+        """A step can overflow weights though its gradient was finite; the checkpoint written then
+        would push out the last good one."""
+        broken = torch.zeros((), device=self.args.device)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                local = getattr(parameter, "to_local", lambda p=parameter: p)()  # this rank's shard
+                broken += (~torch.isfinite(local.detach()).all()).float()
+        if float(self.accelerator.reduce(broken, "sum")):
+            raise CheckFailed(
+                f"step {self.state.global_step}: the adapter's weights are not finite any more: "
+                "the checkpoint before is kept; lower train.learning_rate"
+            )
+
 
 class _Watch(TrainerCallback):
     """Measures the time of the steps and stops after the step in which a signal came."""
@@ -97,6 +113,10 @@ class _Watch(TrainerCallback):
     def __init__(self, trainer: LoraTrainer) -> None:
         self.trainer = trainer
         self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A resumed run brings the old ones with it, and would not read the new.
+        state.compute_steps(args, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.perf_counter()
@@ -162,6 +182,9 @@ def fit(trainer: LoraTrainer, resume: bool) -> None:
         trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
     finally:
         trainer.stop.saving = False
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Progress):
+                callback.close()
     signum, step = trainer.stop.signum, trainer.state.global_step
     if signum is not None and step < trainer.state.max_steps:
         raise Interrupted(

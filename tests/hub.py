@@ -1,0 +1,154 @@
+"""A Hub on this machine: the routes by which the unmodified client reads a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+SHA = "c0ffee" + "0" * 34
+OLDER = "b0a7" + "1" * 36
+# Names that stand for an answer instead of a model: name -> (status, X-Error-Code).
+ANSWERS = {
+    "org/gated-no-token": (401, "GatedRepo"),
+    "org/gated-refused": (403, "GatedRepo"),
+    "org/blocked": (403, None),
+    "org/missing": (404, "RepoNotFound"),
+    "org/down": (503, None),
+}
+# The client takes a 401 without a code for a model that is private or not there.
+ANSWERS["org/private"] = (401, None)
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `repos`: {id: {revision's sha: folder}}; `refs`: {branch or tag: sha}."""
+
+    daemon_threads = True
+
+    def __init__(self, repos: dict[str, dict[str, Path]], refs: dict[str, str]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos, self.refs = repos, refs
+        self.asked: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append(path)
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        model = (api or file or [None, ""])[1]
+        if model in ANSWERS:
+            return self._error(*ANSWERS[model])
+        if model not in self.server.repos:
+            return self._error(404, "RepoNotFound")
+        name = (api[3] if api else file[2] if file else None) or "main"
+        sha = self.server.refs.get(name, name)
+        folder = self.server.repos[model].get(sha)
+        if folder is None:
+            return self._error(404, "RevisionNotFound")
+        if api and api[2] == "tree":
+            files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+            return self._json([_entry(f, folder) for f in files])
+        if api:
+            return self._json({"id": model, "sha": sha, "siblings": [], "private": False})
+        assert file
+        wanted = folder / file[3]
+        if not wanted.is_file():
+            return self._error(404, "EntryNotFound")
+        entry = _entry(wanted, folder)
+        etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+        return self._send(200, wanted.read_bytes(), {"X-Repo-Commit": sha, "ETag": f'"{etag}"'})
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _error(self, status: int, code: str | None) -> None:
+        self._send(status, b"{}", {"X-Error-Code": code} if code else {})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _entry(file: Path, folder: Path) -> dict[str, Any]:
+    """As the Hub lists a file: weights lie in LFS, under their sha256, the rest in git."""
+    content = file.read_bytes()
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    entry = {
+        "type": "file",
+        "path": str(file.relative_to(folder)),
+        "size": len(content),
+        "oid": git,
+    }
+    if file.suffix in (".safetensors", ".bin"):
+        oid = hashlib.sha256(content).hexdigest()
+        entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
+    return entry
+
+
+@contextmanager
+def serving(repos: dict[str, dict[str, Path]], refs: dict[str, str]) -> Iterator[Hub]:
+    """A running Hub, stopped at the end of the block."""
+    hub = Hub(repos, refs)
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()
+        thread.join()
+
+
+def client(code: str, endpoint: str, home: Path, **environment: str) -> list[Any]:
+    """Run code in a process that sees this Hub alone; returns the JSON lines it prints.
+
+    The client reads these variables when it is imported.
+    """
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(home),
+        "NO_PROXY": "127.0.0.1",
+        **environment,
+    }
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_CACHE")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**kept, **settings},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,0 +1,72 @@
+"""What people type, run as a child process; and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from lora_kit.train.checkpoint import file_hash
+
+LORA_KIT = [sys.executable, "-c", "from lora_kit.cli import main; main()"]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """Start a command in the working folder, its output kept for `finish`."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+    """Wait for it; returns exit code and stderr."""
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, errors
+
+
+def lora_kit(*arguments: str | Path, seconds: float = 60) -> tuple[int, str]:
+    """`lora-kit ...` to its end; returns exit code and stderr."""
+    return finish(start([*LORA_KIT, *map(str, arguments)]), seconds)
+
+
+def until(what: Callable[[], bool], seconds: float) -> bool:
+    """Wait until it is so; returns whether it came to be."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if what():
+            return True
+        time.sleep(0.05)
+    return what()
+
+
+def left_over(mark: str) -> list[list[str]]:
+    """Command lines of running processes that name `mark`."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(mark in word for word in words):
+            found.append(words)
+    return found
+
+
+def adapter_hash(run: str | Path = "runs/test") -> str:
+    return file_hash(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+def send_when(
+    process: subprocess.Popen[str], ready: Callable[[], bool], number: signal.Signals
+) -> None:
+    """Signal the process alone, as soon as `ready`."""
+    assert until(ready, 60), "it did not get that far"
+    process.send_signal(number)

@@ -1,0 +1,155 @@
+"""What an application gets: the model as it was trained, ready to answer; or why it cannot."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunMaker, make_base
+from trained import edit, finish
+
+import lora_kit
+from lora_kit.adapter.load import end_tokens
+from lora_kit.errors import UserError
+from lora_kit.prove.show import say
+
+IDS = torch.arange(4, 60)[None]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits.float()
+
+
+@pytest.fixture
+def run(run_file: RunMaker) -> Path:
+    return finish(run_file, "sft")
+
+
+def test_load_gives_model_and_tokenizer_ready_to_answer(run: Path, base: Path) -> None:
+    from peft import PeftModel
+
+    model, tokenizer = lora_kit.load(run)
+    assert isinstance(model, PeftModel) and not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.get_base_model().dtype == torch.float32
+    assert tokenizer.chat_template and tokenizer.padding_side == "right"
+    # The application's own generate stops where the template ends an answer, at <|im_end|>.
+    assert model.generation_config.eos_token_id == end_tokens(model, tokenizer) == [0, 3]
+    assert model.generation_config.pad_token_id == 1
+    adapted = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+    assert (adapted - plain).abs().max() > 0.1
+    # `base` is the base, and without it the adapter answers.
+    assert say(run, "What is 3?", base=True, max_new_tokens=8) != say(
+        run, "What is 3?", base=False, max_new_tokens=8
+    )
+
+
+def test_peft_alone_loads_the_adapter_and_finds_the_base(run: Path, base: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    model, _ = lora_kit.load(run)
+    alone = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32).eval()
+    assert torch.equal(logits(alone), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype", "layer", "kind"),
+    [
+        (None, "bfloat16", "Linear", torch.bfloat16),
+        ("nf4", None, "Linear4bit", torch.float32),
+        ("int8", "bfloat16", "Linear8bitLt", torch.bfloat16),
+        ("none", "float32", "Linear", torch.float32),
+    ],
+)
+def test_type_and_quantization_can_be_others_than_the_runs(
+    run: Path, quantize: str | None, dtype: str | None, layer: str, kind: torch.dtype
+) -> None:
+    model, _ = lora_kit.load(run, quantize=quantize, dtype=dtype)
+    inner = model.get_base_model().model
+    assert type(inner.layers[0].mlp.up_proj.base_layer).__name__ == layer
+    assert inner.embed_tokens.weight.dtype == kind
+    exact, _ = lora_kit.load(run)
+    error = (logits(model) - logits(exact)).abs().max()
+    assert error == 0 if (layer, kind) == ("Linear", torch.float32) else 0 < error < 0.5
+
+
+@pytest.mark.parametrize("wrong", [{"quantize": "nf5"}, {"dtype": "float16"}, {"quantize": ""}])
+def test_other_words_are_refused(run: Path, wrong: dict[str, str]) -> None:
+    [(key, value)] = wrong.items()
+    with pytest.raises(UserError, match=f"{key}: '{value}' is not usable: one of") as raised:
+        lora_kit.load(run, **wrong)
+    assert ("nf4" if key == "quantize" else "bfloat16") in str(raised.value)
+
+
+def test_another_base_is_refused(run_file: RunMaker, tmp_path: Path) -> None:
+    own = make_base(tmp_path / "own")
+    run = finish(run_file, **{"base.model": str(own), "train.max_steps": 1})
+    lora_kit.load(run)
+    edit(own / "config.json", lambda c: c.update(rms_norm_eps=1e-2))
+    with pytest.raises(UserError, match=r"config\.json changed since") as raised:
+        lora_kit.load(run)
+    assert str(run) in str(raised.value) and str(own) in str(raised.value)
+    shutil.rmtree(own)
+    with pytest.raises(UserError, match=r"base\.model: .*no such folder"):
+        lora_kit.load(run)
+
+
+def test_a_broken_adapter_is_refused_and_no_pickle_is_read(run: Path, work: Path) -> None:
+    weights = run / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    config = run / "adapter" / "adapter_config.json"
+    kept = config.read_bytes()
+
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="not as the run saved it") as raised:
+        lora_kit.load(run)
+    assert str(weights) in str(raised.value)
+    lock = (run / "run.lock.json").read_bytes()
+    edit(run / "run.lock.json", lambda c: c.pop("adapter"))
+    with pytest.raises(UserError, match="does not fit the base") as raised:
+        lora_kit.load(run)
+    assert str(weights.parent) in str(raised.value) and "\n" not in str(raised.value)
+    (run / "run.lock.json").write_bytes(lock)
+
+    weights.write_bytes(whole)
+    edit(config, lambda c: c.update(r=7))
+    with pytest.raises(UserError, match="does not fit the base"):
+        lora_kit.load(run)
+    config.write_bytes(kept)
+
+    class Canary:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (work / "canary",))
+
+    weights.unlink()
+    (run / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(Canary()))
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
+        lora_kit.load(run)
+    assert not (work / "canary").exists()
+
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(UserError, match="without an adapter: it did not finish"):
+        lora_kit.load(run)
+    with pytest.raises(UserError, match="no run directory"):
+        lora_kit.load(work / "nowhere")
+    (run / "run.lock.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError):
+        lora_kit.load(run)
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(run: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    del tensors[min(tensors)]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="not as the run saved it"):
+        lora_kit.load(run)

@@ -1,0 +1,201 @@
+"""Starting a recipe: which command runs, what becomes of its signals, errors and processes."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+from processes import left_over, lora_kit, send_when, until
+
+from lora_kit import launch
+from lora_kit.errors import UserError
+from lora_kit.launch import accelerate_config
+from lora_kit.run import shipped
+from lora_kit.train.callbacks import read_metrics
+
+CONFIGS = {
+    "cpu": 1,
+    "cpu_2proc": 2,
+    "fsdp_qlora": 2,
+    "multi_gpu": 2,
+    "multi_node": 16,
+    "single_gpu": 1,
+    "zero3": 2,
+}
+METRICS = Path("runs/test/metrics.jsonl")
+
+
+def steps() -> list[int]:
+    return [row["step"] for row in read_metrics(METRICS)]
+
+
+def long_run(run_file: Any, max_steps: int = 200) -> Path:
+    """A run of many small steps, to be stopped."""
+    changes = {"max_steps": max_steps, "per_device_train_batch_size": 1, "max_length": 32}
+    return run_file("cpt", **{f"train.{key}": value for key, value in changes.items()})
+
+
+def test_configs_are_the_ones_of_the_house() -> None:
+    assert {file.stem for file in shipped("accelerate_configs").glob("*")} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_loads_each_config(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    file = accelerate_config(name)
+    loaded = load_config_from_file(str(file))
+    assert loaded.num_processes == CONFIGS[name] == launch._size(file)[0]
+    assert f"--accelerate {name}" in file.read_text() or "my_multi_node.yaml" in file.read_text()
+    # Every key of the nested sections is one that the command knows: others are dropped in silence.
+    known = set(vars(launch_command_parser().parse_args(["script.py"])))
+    for key in ("fsdp_config", "deepspeed_config"):
+        nested = getattr(loaded, key) or {}
+        assert set(nested) <= known
+
+
+def test_config_that_fits_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, name in (("", "cpu"), ("-1", "cpu"), ("0", "single_gpu"), ("0,1", "multi_gpu")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert accelerate_config(None).stem == name
+    with pytest.raises(UserError, match="did you mean `cpu_2proc`"):
+        accelerate_config("cpu_2procs")
+
+
+def test_own_config_by_path(work: Path) -> None:
+    (work / "mine.yaml").write_text("num_processes: 3\nnum_machines: 1\n")
+    assert launch._size(accelerate_config("mine.yaml")) == (3, 1)
+    (work / "mine.yaml").write_text("a list of words")
+    with pytest.raises(UserError, match=r"mine\.yaml: not a config of accelerate"):
+        launch._size(accelerate_config("mine.yaml"))
+
+
+def test_printed_command_is_the_one_that_runs(
+    run_file: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[Any] = []
+
+    def child(command: list[str], environment: dict[str, str], *_: Any) -> tuple[int, None]:
+        ran.append((command, environment))
+        (Path(environment[launch.OUTCOME_VARIABLE]) / "0.json").write_text('{"code": 0}')
+        return 0, None
+
+    monkeypatch.setattr(launch, "_run_child", child)
+    file = run_file()
+    launch.start(file, ["data.columns={prompt: b}"], accelerate="cpu", processes=1)
+    printed = shlex.split(capsys.readouterr().err.splitlines()[0])
+    command, environment = ran[0]
+    assert printed[:2] == ["accelerate", "launch"]
+    assert command[1:3] == ["-m", "accelerate.commands.launch"]
+    assert printed[2:] == command[3:]
+    assert printed[-3:] == [
+        str(shipped("recipes") / "cpt.py"),
+        str(file),
+        "data.columns={prompt: b}",
+    ]
+    assert environment["LORA_KIT_WORLD_SIZE"] == "1"
+
+
+def test_fewer_processes_than_asked_for(run_file: Any, work: Path) -> None:
+    (work / "mine.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\n"
+        "num_machines: 1\nnum_processes: 2\nmachine_rank: 0\n"
+    )
+    code, said = lora_kit("train", run_file(), "--accelerate", "mine.yaml")
+    assert code == 1, said
+    assert "error: 2 processes were asked for, 1 run(s)" in said
+    assert "Traceback" not in said
+    assert not Path("runs").exists()  # the mended command finds the place free
+
+
+@pytest.mark.parametrize(
+    ("config", "number", "expected"),
+    [
+        ("cpu", signal.SIGINT, 130),
+        ("cpu", signal.SIGTERM, 143),
+        ("cpu_2proc", signal.SIGINT, 130),
+        ("cpu_2proc", signal.SIGTERM, 143),
+    ],
+)
+def test_signal_saves_and_leaves_no_process(
+    run_file: Any, work: Path, config: str, number: signal.Signals, expected: int
+) -> None:
+    file = long_run(run_file)
+    process = processes.start([*processes.LORA_KIT, "train", str(file), "--accelerate", config])
+    send_when(process, lambda: len(steps()) >= 3, number)
+    code, said = processes.finish(process, 20)
+    assert code == expected, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: stopped after step")
+    assert not left_over(str(work))
+    (checkpoint,) = Path("runs/test/checkpoints").iterdir()
+    stopped_at = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert (checkpoint / "seal.json").is_file()
+    assert stopped_at == steps()[-1] < 200
+    assert not Path("runs/test/adapter").exists()
+    if number is signal.SIGINT:
+        return  # going on is the same after either
+    code, said = lora_kit("train", file, "--accelerate", config, "--resume")
+    assert code == 0, said
+    assert f"continuing after step {stopped_at}" in said
+    assert steps() == list(range(1, 201))
+    assert Path("runs/test/report.json").is_file()
+
+
+def test_signal_before_training_leaves_nothing(run_file: Any, work: Path) -> None:
+    file = long_run(run_file)
+    process = processes.start([*processes.LORA_KIT, "train", str(file), "--accelerate", "cpu"])
+    send_when(process, lambda: len(left_over(str(work))) >= 3, signal.SIGINT)
+    code, said = processes.finish(process, 20)
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert not left_over(str(work))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("config", ["cpu", "cpu_2proc"])
+def test_killed_launcher_takes_its_workers_along(run_file: Any, work: Path, config: str) -> None:
+    file = long_run(run_file)
+    process = processes.start([*processes.LORA_KIT, "train", str(file), "--accelerate", config])
+    send_when(process, lambda: len(steps()) >= 2, signal.SIGKILL)
+    process.wait()
+    assert until(lambda: not left_over(str(work)), 10), left_over(str(work))
+    assert (next(Path("runs/test/checkpoints").iterdir()) / "seal.json").is_file()
+
+
+def test_mistake_comes_through_as_one_line(run_file: Any, work: Path) -> None:
+    file = run_file("cpt", **{"adapter.target_modules": ["q_prj"]})
+    code, said = lora_kit("train", file, "--accelerate", "cpu_2proc", seconds=30)
+    assert code == 2, said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "did you mean `q_proj`" in errors[0]
+    assert "Traceback" not in said
+    assert not Path("runs").exists()
+    assert not left_over(str(work))
+
+
+def test_mistake_of_one_rank_ends_the_others(run_file: Any, work: Path) -> None:
+    """The first rank alone makes the run directory: the other one must not wait for it."""
+    file = run_file()
+    (work / "runs").write_text("a file where the folder should be")
+    code, said = lora_kit("train", file, "--accelerate", "cpu_2proc", seconds=30)
+    assert code == 2, said
+    assert "error: runs/test: cannot be made" in said
+    assert not left_over(str(work))
+
+
+def test_worker_that_dies_without_a_word(run_file: Any, work: Path) -> None:
+    (work / "mine.py").write_text(
+        "import os, sys\nfrom lora_kit.launch import recipe_main\n\n"
+        "def main(run, resume=False):\n    os.kill(os.getpid(), 9)\n\n"
+        'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n'
+    )
+    code, said = lora_kit("train", run_file(), "recipe=mine.py")
+    assert code == 1
+    assert "error: the training process ended without a word" in said

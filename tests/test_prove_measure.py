@@ -1,0 +1,173 @@
+"""Losses are those of a plain loop; a batch says what its prompts say one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tokenizer, sentences
+
+from lora_kit.adapter.load import end_tokens
+from lora_kit.base.load import load_base, load_tokenizer
+from lora_kit.base.pin import Pinned
+from lora_kit.data.formats import Example
+from lora_kit.data.labelled import IGNORED, Labelled
+from lora_kit.data.text import context_token, documents
+from lora_kit.errors import CheckFailed
+from lora_kit.prove import measure as module
+from lora_kit.prove.measure import generate, measure
+from lora_kit.run import Base
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Any:
+    """Initialised ten times as wide as usual, so that it is sure of what it says."""
+    loaded = load_base(Base(model=str(base), dtype="float32"), Pinned("x", str(base)))
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Path) -> Any:
+    return load_tokenizer(Pinned("x", str(base)))
+
+
+@pytest.fixture
+def labelled() -> Labelled:
+    """Seven rows of 1 to 60 tokens in four units, out of order, partly ignored."""
+    random = np.random.default_rng(0)
+    rows = Labelled(unit_bytes=[10, 20, 30, 40])
+    for length, unit in zip((5, 60, 1, 33, 34, 2, 17), (3, 0, 2, 0, 1, 3, 1), strict=True):
+        ids = random.integers(2, 400, length).tolist()
+        rows.add(ids, [IGNORED if n % 3 == 0 else i for n, i in enumerate(ids)], unit)
+    return rows
+
+
+def naive(model: Any, labelled: Labelled) -> tuple[np.ndarray, np.ndarray]:
+    """Row by row, label by label, in float64."""
+    nats, tokens = np.zeros(4), np.zeros(4)
+    for ids, labels, unit in zip(labelled.input_ids, labelled.labels, labelled.units, strict=True):
+        with torch.no_grad():
+            chances = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for place, label in enumerate(labels[1:]):
+            if label != IGNORED:
+                nats[unit] -= chances[place, label].item()
+                tokens[unit] += 1
+    return nats, tokens
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 8, 100])
+@pytest.mark.parametrize("logits", [1, 2**28])
+def test_measure_equals_a_plain_loop(
+    model: Any, labelled: Labelled, rows_at_once: int, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
+    model.train()
+    found = measure(model, labelled, pad_id=1, rows_at_once=rows_at_once)
+    assert model.training
+    model.eval()
+    nats, tokens = naive(model, labelled)
+    np.testing.assert_allclose(found.nats, nats, rtol=1e-5, atol=1e-5)
+    assert found.tokens.tolist() == tokens.tolist() and found.tokens[2] == 0
+    assert found.bytes.tolist() == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize(("rows_at_once", "logits"), [(3, 2**28), (100, 400 * 130)])
+def test_a_batch_is_no_larger_than_what_it_is_allowed(
+    model: Any,
+    labelled: Labelled,
+    rows_at_once: int,
+    logits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
+    shapes: list[tuple[int, int]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    measure(model, labelled, pad_id=1, rows_at_once=rows_at_once)
+    hook.remove()
+    assert sum(rows for rows, _ in shapes) == len(labelled) and len(shapes) < len(labelled)
+    assert all(rows * width <= min(rows_at_once * 60, logits // 400) for rows, width in shapes)
+
+
+def test_broken_weights_are_no_loss(base: Path, labelled: Labelled) -> None:
+    broken = load_base(Base(model=str(base), dtype="float32"), Pinned("x", str(base)))
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[labelled.input_ids[1][3]] = float("nan")
+    with pytest.raises(CheckFailed, match=r"held-out document \d of 4 is not finite"):
+        measure(broken, labelled, pad_id=1)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_bits_per_byte_by_hand(model: Any, tmp_path: Path, bos: bool) -> None:
+    make_tokenizer(tmp_path, bos=bos)
+    tokenizer = load_tokenizer(Pinned("x", str(tmp_path)))
+    text = "the quick brown föx 🦊 jumps over the lazy dog."
+    whole = documents([Example("x", text=text)], tokenizer, max_length=512)
+    [ids] = whole.input_ids
+    assert ids[0] == (2 if bos else 0) and tokenizer.decode(ids[1:]) == text
+    with torch.no_grad():
+        chances = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    nats = -sum(chances[n, token].item() for n, token in enumerate(ids[1:]))
+    found = measure(model, whole, pad_id=1)
+    assert found.bytes.tolist() == [len(text.encode())] == [50]
+    assert found.tokens.tolist() == [len(ids) - 1]
+    assert found.nats[0] / np.log(2) / 50 == pytest.approx(nats / np.log(2) / 50, rel=1e-5)
+    # In windows every token is scored once all the same.
+    cut = documents([Example("x", text=text)], tokenizer, max_length=8)
+    assert len(cut) > 2 and measure(model, cut, pad_id=1).tokens.tolist() == found.tokens.tolist()
+
+
+@pytest.fixture
+def steered(model: Any) -> Iterator[dict[str, Any]]:
+    """A model whose next token is set: after token t comes step[t], else t + 1."""
+    step: dict[str, Any] = {"after": {}}
+
+    def head(_: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        ids = kwargs["input_ids"]
+        out.logits = torch.zeros(*ids.shape, 400)
+        for row, place in np.ndindex(*ids.shape):
+            token = ids[row, place].item()
+            out.logits[row, place, step["after"].get(token, min(token + 1, 399))] = 9.0
+        out.logits = out.logits[:, -1:]
+        return out
+
+    hook = model.register_forward_hook(head, with_kwargs=True)
+    yield step
+    hook.remove()
+
+
+def test_a_batch_says_what_its_prompts_say_one_by_one(model: Any, tokenizer: Any) -> None:
+    prompts = ["the", " ".join(sentences(3)), "", "seven wizards make", "a 🦊"]
+    together = generate(model, tokenizer, prompts, 12)
+    assert together == [generate(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    assert len(set(together)) > 2  # not all the same babble
+    assert tokenizer.padding_side == "right"
+    # And what transformers says to the very ids that training would show it.
+    ids = [*context_token(tokenizer), *tokenizer(prompts[1], add_special_tokens=False).input_ids]
+    with torch.no_grad():
+        plain = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+    assert tokenizer.decode(plain[0, len(ids) :], skip_special_tokens=True) == together[1]
+
+
+def test_generation_stops_where_an_answer_ends(
+    model: Any, tokenizer: Any, plain_base: Path, steered: dict[str, Any]
+) -> None:
+    # <eos> is 0; <|im_end|> is 3, which only the chat template calls an end.
+    assert end_tokens(model, tokenizer) == [0, 3]
+    [first] = tokenizer(" bake", add_special_tokens=False).input_ids[:1]
+    steered["after"] = {first: 3, 3: 100}
+    assert generate(model, tokenizer, [" bake"], 20, templated=True) == [""]
+    plain = load_tokenizer(Pinned("x", str(plain_base)))
+    assert end_tokens(model, plain) == [0]
+    assert generate(model, plain, [" bake"], 20) != [""]
+    steered["after"] = {first: 50, 50: 51, 51: 0, 0: 60}
+    assert generate(model, plain, [" bake"], 20) == [plain.decode([50, 51])]

@@ -1,0 +1,206 @@
+"""A merged model is base + adapter to the last digits, or it is not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunMaker, make_base
+from trained import edit, finish
+from typer.testing import CliRunner
+
+import lora_kit
+from lora_kit.cli import app
+from lora_kit.errors import CheckFailed, UserError
+from lora_kit.ship.merge import FLOAT32_TOLERANCE, ROUNDING_SHARE, merge
+
+TEXT = "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew"
+# Full precision at every step: what is compared is the merge, not the run's type.
+PLAIN = {"base.dtype": "float32"}
+
+
+def alone(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
+    """A merged model as a stranger loads it: transformers, nothing else."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    assert not any("lora" in name for name, _ in model.named_modules())
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**tokenizer(TEXT, return_tensors="pt")).logits.float()
+
+
+def greedy(model: Any, tokenizer: Any, count: int = 64) -> list[int]:
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "tied"),
+    [
+        ({}, True),
+        ({"use_rslora": True}, False),
+        ({"use_dora": True}, True),
+        (
+            {"rank_pattern": {"q_proj": 2, "layers.1.mlp.*": 8}, "alpha_pattern": {"v_proj": 32}},
+            False,
+        ),
+    ],
+    ids=["plain-tied", "rslora-untied", "dora-tied", "patterns-untied"],
+)
+def test_merged_is_base_plus_adapter(
+    run_file: RunMaker, tmp_path: Path, adapter: dict[str, Any], tied: bool
+) -> None:
+    base = make_base(tmp_path / "base", tie_word_embeddings=tied)
+    changes = {f"adapter.{key}": value for key, value in adapter.items()}
+    run = finish(run_file, **PLAIN, **changes, **{"base.model": str(base)})
+    merged = merge(run, tmp_path / "deep" / "merged")
+
+    model, tokenizer = lora_kit.load(run)
+    again, others = alone(merged.out)
+    assert again.config.tie_word_embeddings is tied
+    wanted, got = logits(model, tokenizer), logits(again, others)
+    assert (wanted - got).abs().max().item() <= 1e-4
+    assert greedy(model, tokenizer) == greedy(again, others)
+    # All of which says nothing of an adapter that does nothing.
+    with model.disable_adapter():
+        assert (logits(model, tokenizer) - wanted).abs().max().item() > 0.1
+        assert greedy(model, tokenizer) != greedy(again, others)
+    assert merged.max_logit_difference <= FLOAT32_TOLERANCE < 0.1 < merged.adapter_effect
+    assert merged.greedy_agreement == 1.0
+    assert not list((tmp_path / "deep").glob("*.partial"))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_of_two_tied_matrices_parts_them(
+    run_file: RunMaker, tmp_path: Path, target: str
+) -> None:
+    run = finish(run_file, **PLAIN, **{"adapter.target_modules": [target, "q_proj"]})
+    merged = merge(run, tmp_path / "merged")
+    assert merged.max_logit_difference <= FLOAT32_TOLERANCE < 0.1 < merged.adapter_effect
+    model, tokenizer = alone(merged.out)
+    assert model.config.tie_word_embeddings is False
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    adapted, _ = lora_kit.load(run)
+    assert (logits(adapted, tokenizer) - logits(model, tokenizer)).abs().max().item() <= 1e-4
+
+
+def test_a_4_bit_run_merges_into_the_16_bit_base_within_rounding(
+    run_file: RunMaker, tmp_path: Path, base: Path
+) -> None:
+    run = finish(run_file, **{"base.dtype": "bfloat16", "base.quantize": "nf4"})
+    merged = merge(run, tmp_path / "merged")
+    assert 0 < merged.max_logit_difference <= ROUNDING_SHARE * merged.adapter_effect
+    model, tokenizer = alone(merged.out, "bfloat16")
+    assert getattr(model.config, "quantization_config", None) is None
+    # The unquantized base with the adapter is what it equals, up to 8 bits of mantissa.
+    plain, _ = lora_kit.load(run, quantize="none", dtype="float32")
+    exact = merge(run, tmp_path / "exact", dtype="float32")
+    assert exact.max_logit_difference <= FLOAT32_TOLERANCE
+    sharp, _ = alone(exact.out)
+    assert next(sharp.parameters()).dtype == torch.float32
+    difference = (logits(plain, tokenizer) - logits(sharp, tokenizer)).abs().max().item()
+    assert difference <= 1e-4
+    rounded = (logits(plain, tokenizer) - logits(model, tokenizer)).abs().max().item()
+    assert difference < rounded < ROUNDING_SHARE * exact.adapter_effect
+
+
+@pytest.fixture
+def run(run_file: RunMaker) -> Path:
+    return finish(run_file, "sft", **PLAIN)
+
+
+def test_the_merged_folder_answers_and_stops(run_file: RunMaker, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "own")
+    run = finish(run_file, "sft", **PLAIN, **{"base.model": str(base)})
+    # A base as they come: end tokens in a list, sampling settings with sampling off.
+    edit(
+        base / "generation_config.json",
+        lambda c: c.update(eos_token_id=[0, 5], temperature=0.6, top_p=0.9, do_sample=False),
+    )
+    merged = merge(run, tmp_path / "merged")
+    model, tokenizer = alone(merged.out)
+    _, own = lora_kit.load(run)
+    assert tokenizer.chat_template == own.chat_template is not None
+    assert tokenizer.get_vocab() == own.get_vocab()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.eos_token_id == [0, end, 5]
+    assert model.generation_config.pad_token_id == 1
+    # Forced to end its answer at the third token, it says no more.
+    hook = model.lm_head.register_forward_hook(
+        lambda _, __, out: out.index_fill(-1, torch.tensor([end]), 99.0)
+    )
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    hook.remove()
+    assert out[0, inputs["input_ids"].shape[1] :].tolist() == [end]
+    assert sorted(file.name for file in merged.out.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert not any(str(base) in f.read_text("latin-1") for f in merged.out.glob("*.json"))
+
+
+def test_the_command_prints_what_it_measured(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    done = CliRunner().invoke(app, ["merge", str(run), "--out", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {"max_logit_difference", "seconds", "peak_rss_mib", "bytes_written"} <= found.keys()
+    assert 0 <= found["max_logit_difference"] <= 1e-4 and found["seconds"] > 0
+    assert 100 < found["peak_rss_mib"] < 100_000
+    assert found["bytes_written"] == sum(file.stat().st_size for file in out.iterdir())
+
+
+def test_a_merge_that_is_wrong_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import Linear
+
+    right = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda *a: 1.05 * right(*a))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckFailed, match="merged model's logits differ by") as raised:
+        merge(run, tmp_path / "deep" / "er" / "merged")
+    assert raised.value.exit_code == 1 and "\n" not in str(raised.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda *a: right(*a) * float("nan"))
+    with pytest.raises((CheckFailed, UserError, ValueError)):
+        merge(run, tmp_path / "deep" / "er" / "merged")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for out, words in (
+        (tmp_path / "file", "exists: name another folder"),
+        (tmp_path / "link", "exists: name another folder"),
+        (run, "exists: name another folder"),
+        (tmp_path / "file" / "merged", "cannot be made"),
+    ):
+        with pytest.raises(UserError, match=words) as raised:
+            merge(run, out)
+        assert str(out) in str(raised.value) and "\n" not in str(raised.value)
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(UserError, match="float8"):
+        merge(run, tmp_path / "merged", dtype="float8")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match=r"0 MiB free, the merged model takes"):
+        merge(run, tmp_path / "deep" / "merged")
+    assert not (tmp_path / "deep").exists()

@@ -1,0 +1,37 @@
+"""Small runs, trained for real in the test's process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conftest import RunMaker
+
+import lora_kit
+
+# Loud enough that the adapter changes what the model says, not only its digits.
+LOUD = {"train.learning_rate": 3e-2, "train.max_steps": 8, "train.lr_scheduler_type": "constant"}
+
+
+def finish(run_file: RunMaker, recipe: str = "cpt", **changes: Any) -> Path:
+    """Train a run to its end; returns its directory."""
+    file = run_file(recipe, **{**LOUD, **changes})
+    lora_kit.train(file)
+    return (file.parent / "runs" / changes.get("name", "test")).resolve()
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads(file.read_text(encoding="utf-8"))
+    change(values)
+    file.write_text(json.dumps(values), encoding="utf-8")
+
+
+def folder_maker(folder: Path, base: Path) -> RunMaker:
+    """`run_file` for a fixture that outlives a test: it writes into `folder` and goes there."""
+    import conftest
+
+    os.chdir(folder)
+    return conftest.run_file.__wrapped__(folder, base)  # type: ignore[attr-defined]
