@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -155,7 +156,7 @@ def merge(
 
 @app.command()
 def copy(
-    recipe: Annotated[str, typer.Argument(help="cpt or sft.")],
+    name: Annotated[str, typer.Argument(help="cpt, sft, or a shipped run file's name.")],
     folder: Annotated[Path, typer.Argument(help="Where to; made if it is not there.")],
 ) -> None:
     """Give you a recipe and its run file, to read and to change.
@@ -164,21 +165,25 @@ def copy(
     """
     from lora_kit.run import SHIPPED_RECIPES, nearest, shipped
 
-    if recipe not in SHIPPED_RECIPES:
-        hint = nearest(recipe, list(SHIPPED_RECIPES))
-        raise UserError(f"no recipe is called `{recipe}`{hint} ({', '.join(SHIPPED_RECIPES)})")
-    source = shipped("recipes")
-    targets = {folder / f"{recipe}.py", folder / "run.yaml"}
-    if there := sorted(str(target) for target in targets if target.exists()):
+    configs = {file.stem: file for file in (shipped("recipes") / "configs").glob("*.yaml")}
+    known = [*SHIPPED_RECIPES, *sorted(configs)]
+    if name not in known:
+        raise UserError(f"nothing is called `{name}`{nearest(name, known)} ({', '.join(known)})")
+    config = configs[f"nano-{name}" if name in SHIPPED_RECIPES else name]
+    text = config.read_text(encoding="utf-8")
+    recipe = next(r for r in SHIPPED_RECIPES if f"\nrecipe: {r}\n" in text)
+    if there := sorted(
+        str(folder / f) for f in (f"{recipe}.py", "run.yaml") if (folder / f).exists()
+    ):
         raise UserError(f"{', '.join(there)} exists: name another folder")
-    config = f"nano-{recipe}.yaml"
-    text = (source / "configs" / config).read_text(encoding="utf-8")
-    text = text.replace(f"lora-kit train recipes/configs/{config}", "lora-kit train run.yaml", 1)
+    # What the file says of how it is started must be true where it lies now.
+    text = re.sub(r"(?m)^#   lora-kit copy [^;\n]*\n|(?<=#   )lora-kit copy [^;\n]*; ", "", text)
+    text = text.replace(f"recipes/configs/{config.name}", "run.yaml").replace("my-field/", "")
     text = text.replace(f"recipe: {recipe}", f"recipe: {recipe}.py", 1)
-    text = text.replace(f"name: nano-{recipe}", f"name: my-{recipe}", 1)
+    text = text.replace(f"name: {config.stem}", f"name: my-{name}", 1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / f"{recipe}.py", folder)
+        shutil.copy(shipped("recipes") / f"{recipe}.py", folder)
         (folder / "run.yaml").write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
@@ -243,6 +248,9 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except typer.Abort:
+        print("error: stopped by SIGINT", file=sys.stderr)
+        raise SystemExit(130) from None
     except _WrongUsage as error:
         verb = error.ctx.command_path if error.ctx else "lora-kit"
         line = " ".join(error.format_message().split())

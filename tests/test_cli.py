@@ -110,7 +110,7 @@ def test_without_a_verb_comes_the_help(run: Shell) -> None:
         ("merge gone", "Missing option '--out'."),
         ("merge gone --out merged --dtype float16", "--dtype float16: bfloat16 or float32"),
         ("merge gone --out there", "there exists: name another folder with --out"),
-        ("copy spt folder", "no recipe is called `spt`; did you mean `sft`? (cpt, sft)"),
+        ("copy spt folder", "nothing is called `spt`; did you mean `sft`?"),
         ("copy sft file.txt", "file.txt: cannot be written (File exists)"),
         ("schema more", "unexpected extra argument"),
     ],
@@ -208,6 +208,22 @@ def test_copy_gives_a_recipe_and_a_run_file_that_work_and_overwrites_neither(
         assert [(p.name, p.read_text(encoding="utf-8")) for p in folder.iterdir()] == [
             (kept, "mine")
         ]
+
+
+CONFIGS = sorted(file.stem for file in (shipped("recipes") / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_copy_gives_any_shipped_run_file(run: Shell, work: Path, name: str) -> None:
+    assert run("copy", name, "mine").code == 0
+    (work / "mine" / "data.jsonl").touch()
+    (work / "mine" / "texts").mkdir()
+    copied = load_run(work / "mine" / "run.yaml")
+    assert copied.name == f"my-{name}"
+    assert recipe_path(copied).parent == work / "mine"
+    header = (work / "mine" / "run.yaml").read_text(encoding="utf-8").split("recipe:")[0]
+    assert "#   lora-kit train run.yaml" in header
+    assert "copy" not in header and "my-field" not in header and "recipes/configs" not in header
 
 
 def test_a_copied_recipe_runs_as_the_shipped_one(run: Shell, work: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +191,36 @@ def test_mistake_of_one_rank_ends_the_others(run_file: Any, work: Path) -> None:
     code, said = lora_kit("train", file, "--accelerate", "cpu_2proc", seconds=30)
     assert code == 2, said
     assert "error: runs/test: cannot be made" in said
+    assert not left_over(str(work))
+
+
+def test_ended_process_that_nobody_reaps_is_not_awaited() -> None:
+    """In a container without an init process the group would seem alive for ever."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, start_new_session=True)
+    assert launch._alive(child.pid, [])
+    assert launch._alive(-1, [child.pid])
+    os.kill(child.pid, signal.SIGKILL)
+    assert until(lambda: not launch._alive(child.pid, [child.pid]), 5)
+    os.kill(child.pid, 0)  # it is still there, as a zombie
+    child.communicate()
+
+
+def test_second_signal_kills(run_file: Any, work: Path) -> None:
+    (work / "deaf.py").write_text(
+        "import signal, sys, time\nfrom lora_kit.launch import recipe_main\n\n"
+        "def main(run, resume=False):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    open('ready', 'w').close()\n    time.sleep(60)\n\n"
+        'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n'
+    )
+    command = [*processes.LORA_KIT, "train", str(run_file()), "recipe=deaf.py"]
+    process = processes.start(command)
+    send_when(process, Path("ready").exists, signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, said = processes.finish(process, 10)
+    assert code == 143, said
     assert not left_over(str(work))
 
 

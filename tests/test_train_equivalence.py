@@ -18,8 +18,8 @@ from lora_kit.run import load_run, shipped
 from lora_kit.train.callbacks import read_metrics
 
 
-def losses(run: str = "runs/test") -> list[float]:
-    return [row["loss"] for row in read_metrics(Path(run) / "metrics.jsonl")]
+def losses(run: str = "runs/test", key: str = "loss") -> list[float]:
+    return [row[key] for row in read_metrics(Path(run) / "metrics.jsonl") if key in row]
 
 
 def test_three_ways_to_start(run_file: Any) -> None:
@@ -44,15 +44,20 @@ def test_two_processes_are_two_accumulation_steps(run_file: Any) -> None:
             "data.eval": 12 / 60,
             "train.max_steps": 18,
             "train.per_device_train_batch_size": 4,
+            "train.eval_steps": 9,
         },
     )
     one = package.train(file, "name=one", "train.gradient_accumulation_steps=2")
     code, said = lora_kit("train", file, "name=two", "--accelerate", "cpu_2proc")
     assert code == 0, said
     assert losses("runs/two") == pytest.approx(losses("runs/one"), abs=1e-4)
+    evals = [losses(run, "eval_loss") for run in ("runs/one", "runs/two")]
+    assert evals[1] == pytest.approx(evals[0], abs=1e-4)
+    # 12 rows in batches of 8 and 4: each label counts once, as in the comparison at the end.
+    assert evals[0][-1] == pytest.approx(one["domain"]["loss"]["adapted"], abs=1e-4)
     alone, together = (read_metrics(Path(f"runs/{run}/metrics.jsonl")) for run in ("one", "two"))
-    assert [row["tokens"] for row in together] == [row["tokens"] for row in alone]
-    assert len(alone) == 18
+    assert [row.get("tokens") for row in together] == [row.get("tokens") for row in alone]
+    assert (len(alone), len(evals[0])) == (20, 2)
     two = json.loads(Path("runs/two/report.json").read_text())
     assert two["training"]["world_size"] == 2
     assert two["training"]["tokens"] == one["training"]["tokens"]

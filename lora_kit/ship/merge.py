@@ -121,16 +121,16 @@ def merge(run: str | Path, out: str | Path, dtype: str | None = None) -> Merged:
 def _untie(model: Any) -> None:
     """Where the adapter changes one of two tied matrices, embeddings or head, they part: merged
     into the shared one it would change both."""
+    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends: Any = (model.get_input_embeddings(), model.get_output_embeddings())
     if not any(isinstance(end, BaseTunerLayer) for end in ends):
         return
-    embeddings, head = (
-        end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends
-    )
+    layers: list[Any] = [e.get_base_layer() if isinstance(e, BaseTunerLayer) else e for e in ends]
+    embeddings, head = layers
     if embeddings.weight is head.weight:
-        head.weight = type(head.weight)(head.weight.detach().clone(), requires_grad=False)
+        head.weight = torch.nn.Parameter(embeddings.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
 

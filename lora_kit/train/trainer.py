@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from lora_kit.data.labelled import Labelled, collator
+from lora_kit.data.labelled import IGNORED, Labelled, collator
 from lora_kit.errors import CheckFailed, Interrupted
 from lora_kit.run import Run
 from lora_kit.train import checkpoint
@@ -74,6 +74,34 @@ class LoraTrainer(Trainer):
             spent = self.seconds - self._seconds_before
             logs["tokens_per_second"] = round(here / spent, 1) if spent > 0 else 0.0
         super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The mean loss over all held-out labels, the same for every batch size and number of
+        ranks. transformers' own is a mean of batches, of which the last one may be short."""
+        rows: Any = self.eval_dataset
+        size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
+        starts = range(0, len(rows), size)
+        sums = torch.zeros(2, device=self.args.device)  # nats, labels
+        self.model_wrapped.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for turn in range(0, len(starts), ranks):
+                mine = turn + self.args.process_index
+                # Every rank runs as many passes as the others: a sharded model needs all of them.
+                first = starts[min(mine, len(starts) - 1)]
+                chosen = [rows[n] for n in range(first, min(first + size, len(rows)))]
+                batch = self._prepare_inputs(self.data_collator(chosen))
+                count = (batch["labels"][:, 1:] != IGNORED).sum()
+                loss = self.model_wrapped(**batch).loss
+                if mine < len(starts) and count:
+                    sums += torch.stack([loss.float() * count, count.float()])
+        self.model_wrapped.train()
+        nats, labels = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {"eval_loss": nats / max(1.0, labels)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def train(self, *args: Any, **options: Any) -> Any:
         self._seconds_before = self.seconds
