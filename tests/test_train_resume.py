@@ -138,6 +138,11 @@ def test_nothing_to_continue(run_file: Any, crashed: Path) -> None:
     assert not Path("runs/another").exists()
     with pytest.raises(UserError, match="runs/test exists: continue it with --resume"):
         package.train(crashed)
+    lock = RUN / "run.lock.json"
+    kept_lock = lock.rename(RUN / "aside.json")
+    with pytest.raises(UserError, match=r"run\.lock\.json: missing or cut short"):
+        package.train(crashed, resume=True)
+    kept_lock.rename(lock)
     shutil.rmtree(CHECKPOINTS)
     with pytest.raises(UserError, match=r"no whole checkpoint to continue from \(none was saved"):
         package.train(crashed, resume=True)

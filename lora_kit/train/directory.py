@@ -181,6 +181,11 @@ def _check_same(run: Run, pinned: Pinned, splits: Splits, directory: RunDirector
     if not (path / "run.yaml").is_file():
         raise UserError(f"{path}: there is no such run to continue; leave --resume out")
     lock = read_lock(path)
+    if not lock.keys() >= {"base", "data", "batch"}:
+        raise UserError(
+            f"{directory.lock_file}: missing or cut short, so that nothing says how the run was "
+            "begun: remove the folder and start again, or choose another with name=NAME"
+        )
     if lock.get("finished"):
         raise UserError(f"{path}: finished already; choose another with name=NAME")
     before, now = (_flat(r.model_dump(mode="json")) for r in (load_run(path / "run.yaml"), run))
