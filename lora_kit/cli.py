@@ -118,9 +118,10 @@ def generate(
     from lora_kit.launch import prepare_process
 
     prepare_process()
-    from lora_kit.prove.show import say
+    from lora_kit.prove.show import harmless, say
 
-    print(say(run, prompt, base, max_new_tokens))
+    answer = say(run, prompt, base, max_new_tokens)
+    print(harmless(answer) if sys.stdout.isatty() else answer)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from lora_kit.errors import UserError
 from lora_kit.launch import prepare_process, start
@@ -52,9 +53,10 @@ def run_demo() -> None:
     comparison(reports[0], "1. Reading: the language reference is the domain")
     console.print()
     comparison(reports[1], "2. Answering: questions about functions are the domain")
+    trained = reports[0]["training"]["trainable_parameters"]
     console.print(
-        f"\nLower is better; a base of 3.8 million parameters, of which none changed. Trained: {reports[0]['training']['trainable_parameters']:,} "
-        f"parameters of an adapter beside it, in {time.monotonic() - started:.0f} s altogether.\n"
+        f"\nLower is better. The base's 3.8 million parameters stayed as they were; an adapter of "
+        f"{trained:,} beside them was trained. {time.monotonic() - started:.0f} s in all.\n"
         f"Merged model: {merged.out}, its logits within {merged.max_logit_difference:.2g} of the "
         f"adapter's (the adapter's own effect: {merged.adapter_effect:.2g}).",
         highlight=False,
@@ -89,11 +91,11 @@ def _ask(folder: Path, question: str) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    inputs = tokenizer.apply_chat_template(
+    inputs: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
     )
     out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -222,8 +222,8 @@ def _quiet_libraries() -> None:
     # bitsandbytes looks for an optional kernel package on every CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
-    # PEFT 0.21 still asks transformers by the old name.
-    old_name = ".*is_gradient_checkpointing.*"
+    # transformers renames it, PEFT 0.21 and our key are of the old name: both work until 6.
+    old_name = ".*gradient_checkpointing.*is deprecated.*"
     warnings.filterwarnings("ignore", message=old_name, category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

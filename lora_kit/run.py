@@ -154,7 +154,8 @@ class Train(_Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the mean of squares.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of squares.")
-    activation_checkpointing: bool = Field(
+    # Called activation_checkpointing from transformers 5.21 on; both names are taken until 6.
+    gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass: less memory, a third slower.",
     )
@@ -213,7 +214,6 @@ _OWNERS = {
     "train.use_cpu": "`--accelerate cpu` decides it",
     "train.resume_from_checkpoint": "`lora-kit train RUN --resume` asks for it",
     "train.eval_strategy": "`train.eval_steps` decides it",
-    "train.gradient_checkpointing": "transformers calls it `activation_checkpointing` now",
     "train.save_strategy": "`train.save_steps` decides it",
     "train.logging_strategy": "`train.logging_steps` decides it",
     "adapter.base_model_name_or_path": "`base.model` decides it",

@@ -17,10 +17,45 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # On models this small more threads only wait for each other: 30 times slower on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-WORDS = (
-    "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew for an evil "
-    "queen and her jack of all trades who knows how to bake bread in a stone oven every morning"
-).split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "make",
+    "toxic",
+    "brew",
+    "for",
+    "an",
+    "evil",
+    "queen",
+    "and",
+    "her",
+    "jack",
+    "of",
+    "all",
+    "trades",
+    "who",
+    "knows",
+    "how",
+    "to",
+    "bake",
+    "bread",
+    "in",
+    "a",
+    "stone",
+    "oven",
+    "every",
+    "morning",
+]
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

@@ -137,11 +137,28 @@ def test_a_broken_adapter_is_refused_and_no_pickle_is_read(run: Path, work: Path
     shutil.rmtree(run / "adapter")
     with pytest.raises(UserError, match="without an adapter: it did not finish"):
         lora_kit.load(run)
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="neither a run directory nor an adapter"):
         lora_kit.load(work / "nowhere")
     (run / "run.lock.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError):
         lora_kit.load(run)
+
+
+def test_an_adapter_folder_alone_finds_its_base(run: Path, work: Path) -> None:
+    """The folder inside a run, and a copy of it somewhere else, as PEFT would take it."""
+    shutil.copytree(run / "adapter", work / "sent")
+    ids = torch.arange(4, 30)[None]
+    wanted = lora_kit.load(run)[0](input_ids=ids).logits
+    for folder in (run / "adapter", work / "sent"):
+        model, _ = lora_kit.load(folder, dtype="float32")
+        assert torch.equal(model(input_ids=ids).logits, wanted)
+
+
+def test_a_run_loads_where_its_data_are_not(run: Path, work: Path) -> None:
+    shutil.copytree(run, work / "served")
+    text = (work / "served" / "run.yaml").read_text(encoding="utf-8")
+    (work / "served" / "run.yaml").write_text(text.replace("text.txt", "gone.txt"))
+    assert lora_kit.load(work / "served")[1].eos_token == "<eos>"
 
 
 def test_an_adapter_that_lacks_tensors_is_refused(run: Path) -> None:

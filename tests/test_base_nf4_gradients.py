@@ -1,4 +1,4 @@
-"""An evaluation must not change what a 4-bit base computes or the gradients that pass through it."""
+"""An evaluation changes neither what a 4-bit base computes nor the gradients through it."""
 
 from __future__ import annotations
 

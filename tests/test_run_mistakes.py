@@ -146,7 +146,6 @@ def test_a_name_stays_inside_runs_and_fits_a_file_system(folder: Path, name: str
         ("train.seed", "`seed:` at the top"),
         ("train.push_to_hub", "nothing is uploaded"),
         ("train.hub_token", "does not belong into a run file"),
-        ("train.gradient_checkpointing", "activation_checkpointing"),
         ("base.trust_remote_code", "never run"),
         ("base.load_in_4bit", "quantize: nf4"),
         ("train.lr", "did you mean `learning_rate`"),

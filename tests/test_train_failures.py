@@ -105,14 +105,9 @@ def test_no_rows_left(run_file: Any, work: Path) -> None:
     assert not Path("runs").exists()
 
 
-def test_old_name_of_checkpointing(run_file: Any) -> None:
-    with pytest.raises(UserError, match="activation_checkpointing"):
-        package.train(run_file("cpt", **{"train.gradient_checkpointing": True}))
-
-
 def test_checkpointing_changes_no_number(run_file: Any) -> None:
     file = run_file()
-    package.train(file, "name=with", "train.activation_checkpointing=true")
+    package.train(file, "name=with", "train.gradient_checkpointing=true")
     package.train(file, "name=without")
     assert adapter_hash("runs/with") == adapter_hash("runs/without")
 

@@ -37,7 +37,7 @@ TRAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam_beta1": (0.8, {"adam_beta1": 0.8}),
     "adam_beta2": (0.9, {"adam_beta2": 0.9}),
     "adam_epsilon": (1e-6, {"adam_epsilon": 1e-6}),
-    "activation_checkpointing": (True, {"activation_checkpointing": True}),
+    "gradient_checkpointing": (True, {"gradient_checkpointing": True}),
     "logging_steps": (3, {"logging_steps": 3}),
     "eval_steps": (3, {"eval_steps": 3, "eval_strategy": "steps"}),
     "save_steps": (3, {"save_steps": 3}),

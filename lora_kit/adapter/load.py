@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ def load(run: str | Path, *, quantize: str | None = None, dtype: str | None = No
     >>> model, tokenizer = lora_kit.load("runs/demo/sft")  # doctest: +SKIP
 
     Args:
-        run: a run directory.
+        run: a run directory, or the folder of a PEFT adapter.
         quantize: `none`, `nf4` or `int8` instead of what the run was trained with.
         dtype: `bfloat16` or `float32` instead of the run's.
 
@@ -31,7 +32,7 @@ def load(run: str | Path, *, quantize: str | None = None, dtype: str | None = No
     """
     import torch
 
-    base = changed_base(open_run(run).base, quantize=quantize, dtype=dtype)
+    base = changed_base(run_base(run), quantize=quantize, dtype=dtype)
     adapter_folder(run)  # before anything large is loaded
     model = load_base(base, pin_like(run, base))
     if torch.cuda.is_available() and base.quantize == "none":
@@ -85,12 +86,36 @@ def open_run(run: str | Path) -> Run:
     file = Path(run) / "run.yaml"
     if not file.is_file():
         raise UserError(f"{run}: no run directory (run.yaml is missing)")
-    return load_run(file)
+    return load_run(file, needs_sources=False)
+
+
+def run_home(run: str | Path) -> Path:
+    """The run directory of a run, also when its adapter/ was named; else the adapter's folder."""
+    if (Path(run) / "run.yaml").is_file():
+        return Path(run)
+    folder = adapter_folder(run)
+    return folder.parent if (folder.parent / "run.yaml").is_file() else folder
+
+
+def run_base(run: str | Path) -> Base:
+    """The base that a run file names, or, for an adapter folder alone, its adapter_config.json.
+
+    Raises:
+        UserError: neither is there, or no base is named.
+    """
+    home = run_home(run)
+    if (home / "run.yaml").is_file():
+        return open_run(home).base
+    config = json.loads((home / "adapter_config.json").read_text(encoding="utf-8"))
+    model = config.get("base_model_name_or_path")
+    if not model:
+        raise UserError(f"{home}: adapter_config.json names no base (base_model_name_or_path)")
+    return Base(model=model, revision=config.get("revision"))
 
 
 def pin_like(run: str | Path, base: Base) -> Pinned:
     """Pin a run's base at the revision it was trained on, and check that its files are the same."""
-    trained_on = read_lock(run).get("base", {})
+    trained_on = read_lock(run_home(run)).get("base", {})
     if trained_on.get("revision"):
         base = base.model_copy(update={"revision": trained_on["revision"]})
     pinned = pin(base)
@@ -121,7 +146,7 @@ def load_adapter(model: Any, run: str | Path) -> Any:
     if not weights.is_file():
         # PEFT would take a pickle in its place, or look for it on the Hub.
         raise UserError(f"{folder}: adapter_model.safetensors is missing: copy the whole run again")
-    saved = read_lock(run).get("adapter", {}).get("sha256")
+    saved = read_lock(run_home(run)).get("adapter", {}).get("sha256")
     if saved is not None and sha256(weights) != saved:
         # PEFT fills tensors that are missing with fresh ones, and only warns.
         raise UserError(f"{weights}: not as the run saved it: copy the run again, or train again")

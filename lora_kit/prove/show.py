@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.load import load
+from lora_kit.adapter.load import load, run_home
 from lora_kit.data.chat import prompt_text
 from lora_kit.prove.measure import generate
 from lora_kit.prove.report import in_words
+from lora_kit.run import read_lock
 
 
 def comparison(report: dict[str, Any], title: str = "Base against adapted") -> None:
@@ -51,24 +53,26 @@ def side_by_side(report: dict[str, Any], count: int = 3) -> None:
         print()
 
 
+def harmless(text: str) -> str:
+    """Text without what would steer a terminal; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
 def printable(text: str) -> str:
     """One line, without what would steer a terminal; no longer than 160 characters."""
-    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    line = harmless(" ".join(text.split()))
     return line if len(line) <= 160 else line[:157] + "..."
 
 
 def say(run: str | Path, prompt: str, base: bool, max_new_tokens: int) -> str:
-    """What a run's model says to a prompt: an answer where it has a chat template and learned from
-    conversations, else the text that follows."""
-    import contextlib
-
-    from lora_kit.adapter.load import open_run
-    from lora_kit.run import read_lock
-
-    open_run(run)
+    """What a run's model says to a prompt: the answer, where it learned from conversations, else
+    the text that follows."""
     model, tokenizer = load(run)
-    templated = read_lock(run).get("kind") == "chat" and bool(tokenizer.chat_template)
+    lock = read_lock(run_home(run))
+    templated = lock.get("kind") == "chat" and bool(tokenizer.chat_template)
     if templated:
         prompt = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
+    else:
+        prompt += lock.get("joiner", "")
     with model.disable_adapter() if base else contextlib.nullcontext():
         return generate(model, tokenizer, [prompt], max_new_tokens, templated)[0]

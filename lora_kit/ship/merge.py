@@ -18,8 +18,8 @@ from lora_kit.adapter.load import (
     end_tokens,
     load_adapter,
     load_run_tokenizer,
-    open_run,
     pin_like,
+    run_base,
 )
 from lora_kit.base.load import load_base
 from lora_kit.errors import CheckFailed, UserError
@@ -67,7 +67,10 @@ def merge(run: str | Path, out: str | Path, dtype: str | None = None) -> Merged:
     out = Path(out)
     if os.path.lexists(out):
         raise UserError(f"{out} exists: name another folder with --out, or remove it")
-    base = changed_base(open_run(run).base, dtype=dtype)
+    partial = out.with_name(out.name + ".partial")
+    if os.path.lexists(partial):
+        raise UserError(f"{partial} exists, perhaps of a merge that was killed: remove it")
+    base = changed_base(run_base(run), dtype=dtype)
     adapter_folder(run)
     pinned = pin_like(run, base)
     tokenizer = load_run_tokenizer(run)
@@ -77,8 +80,6 @@ def merge(run: str | Path, out: str | Path, dtype: str | None = None) -> Merged:
         wanted = model(input_ids=probe).logits.float()
         with model.disable_adapter():
             effect = (model(input_ids=probe).logits.float() - wanted).abs().max().item()
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     above = _make_room(partial, size)
     try:

@@ -156,6 +156,7 @@ def _begin(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) ->
     directory.lock(
         base=pinned.to_lock(),
         kind=splits.kind,
+        joiner=splits.train[0].joiner,
         data=splits.hashes,
         batch=batch_geometry(run),
         seed=run.seed,
@@ -188,7 +189,10 @@ def _check_same(run: Run, pinned: Pinned, splits: Splits, directory: RunDirector
         )
     if lock.get("finished"):
         raise UserError(f"{path}: finished already; choose another with name=NAME")
-    before, now = (_flat(r.model_dump(mode="json")) for r in (load_run(path / "run.yaml"), run))
+    before, now = (
+        _flat(r.model_dump(mode="json"))
+        for r in (load_run(path / "run.yaml", needs_sources=False), run)
+    )
     problems = [
         f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

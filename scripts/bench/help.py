@@ -2,7 +2,7 @@
 
     python scripts/bench/help.py --rounds 20
 
-Prints the median and the quartiles of each in milliseconds. Both must be installed beside this Python.
+Prints the median and the quartiles of each in milliseconds. Both must be installed here.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python scripts/bench/shakespeare.py --base stories260K --text tinyshakespeare.txt
 
-The last tenth of the text is held out. r=8 on all linear layers, 300 steps of 16 rows of 256 tokens,
-float32; then the same on NF4. Prints a row of losses (nats per token on the held-out tenth) for each.
-A plain PEFT loop of the same geometry came to 2.62 at a learning rate of 1e-2, 2.68 at 5e-3.
+The last tenth of the text is held out. r=8 on all linear layers, 300 steps of 16 rows of 256
+tokens, float32; then the same on NF4. Prints the loss on the held-out tenth before and after, in
+nats per token. A plain PEFT loop of the same geometry came to 2.62 at a learning rate of 1e-2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 
-import lora_kit
+from lora_kit.launch import train
 
 LEARNING_RATE = 1e-2
 
@@ -49,7 +49,7 @@ def main() -> None:
                 },
             }
             Path("run.yaml").write_text(json.dumps(values), encoding="utf-8")
-            report = lora_kit.train("run.yaml")
+            report = train("run.yaml")
             loss, training = report["domain"]["loss"], report["training"]
             print(
                 f"{quantize}: {loss['base']:.3f} -> {loss['adapted']:.3f} nats per token, "
