@@ -166,9 +166,6 @@ class Train(_Section):
     save_steps: Positive = Field(500, description="Steps between checkpoints.")
     save_total_limit: Positive = Field(2, description="Checkpoints kept.")
     dataloader_num_workers: int = Field(0, ge=0, description="Processes that collate; 0: none.")
-    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        default_factory=list, description="Trackers beside metrics.jsonl; []: none."
-    )
 
 
 class Run(_Section):

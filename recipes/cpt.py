@@ -33,9 +33,9 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.train.save import save_run
     from lora_kit.train.trainer import fit, make_trainer
 
-    check_installed(run)
     with StopSignal().listening() as stop:
         # 1. Which base and which rows, before anything large is loaded.
+        check_installed(run)
         pinned = pin(run.base)
         splits = load_splits(run.data, "text", run.seed)
 

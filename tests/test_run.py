@@ -90,7 +90,7 @@ def test_a_written_run_reads_back_equal_and_can_be_changed(folder: Path) -> None
     text = (
         GOOD.replace("name: test", "name: '1e4'")
         + "adapter: {target_modules: [q_proj, '2e3'], rank_pattern: {a.b: 2}}\n"
-        + "train: {learning_rate: 3e-5, adam_epsilon: 1e-10, report_to: [trackio], eval_steps: 5}"
+        + "train: {learning_rate: 3e-5, adam_epsilon: 1e-10, eval_steps: 5}"
     )
     run = load_run(write(folder, text))
     (folder / "elsewhere").mkdir()

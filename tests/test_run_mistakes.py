@@ -110,7 +110,6 @@ train: {learning_rate: abc, output_dir: x, max_step: 3}
         ("train.num_train_epochs", ".inf"),
         ("train.max_length", "1e3"),
         ("train.optim", "sgd"),
-        ("train.report_to", "wandb"),
         ("data.eval", "0"),
         ("data.eval", "1"),
         ("data.eval", ".nan"),

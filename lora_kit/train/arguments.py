@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import types
 import typing
 from pathlib import Path
@@ -14,8 +13,8 @@ from lora_kit.errors import RunFileError
 from lora_kit.run import Run
 
 # Fields of `train:` that our own code reads: max_length cuts the rows, save_total_limit bounds the
-# sealed checkpoints, eval_steps and report_to are translated below.
-OWN_FIELDS = {"max_length", "max_steps", "save_total_limit", "eval_steps", "report_to"}
+# sealed checkpoints, eval_steps is translated below.
+OWN_FIELDS = {"max_length", "max_steps", "save_total_limit", "eval_steps"}
 
 
 def training_arguments(run: Run, checkpoints: Path) -> Any:
@@ -29,7 +28,7 @@ def training_arguments(run: Run, checkpoints: Path) -> Any:
         max_steps=train.max_steps or -1,
         eval_strategy="steps" if train.eval_steps else "no",
         eval_steps=train.eval_steps,
-        report_to=list(train.report_to) or "none",
+        report_to="none",  # metrics.jsonl is written by our own callback
         run_name=run.name,
         seed=run.seed,
         data_seed=run.seed,
@@ -53,8 +52,7 @@ def check_installed(run: Run, path: str = "run.yaml") -> None:
     The classes themselves take anything: `TrainingArguments(learning_rate="abc")` constructs.
 
     Raises:
-        RunFileError: a field is unknown to the installed version, or of another type there; or a
-            tracker of `train.report_to` is not installed.
+        RunFileError: a field is unknown to the installed version, or of another type there.
     """
     from peft import LoraConfig
     from transformers import TrainingArguments
@@ -75,9 +73,6 @@ def check_installed(run: Run, path: str = "run.yaml") -> None:
                 problems.append(
                     f"{section}.{name}: {value!r} is not what {upstream.__name__} takes"
                 )
-    for tracker in run.train.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            problems.append(f"train.report_to: {tracker} is not installed: pip install {tracker}")
     if problems:
         raise RunFileError(path, problems)
 

@@ -32,7 +32,7 @@ from lora_kit.train import checkpoint
 # Keys that may differ when a run is continued: they change what is written, not what is learned.
 FREE_TO_CHANGE = {
     *("train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit"),
-    *("train.report_to", "train.dataloader_num_workers", "train.per_device_eval_batch_size"),
+    *("train.dataloader_num_workers", "train.per_device_eval_batch_size"),
 }
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")
 
