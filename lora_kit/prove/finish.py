@@ -20,6 +20,9 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
     """
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     model = trainer.model_wrapped if sharded else trainer.model
+    count = f"{len(judged.domain.unit_bytes)} held-out documents"
+    count += f" and {len(judged.general.unit_bytes)} general ones" if judged.general else ""
+    trainer.directory.say(f"judging base and adapted on {count}")
     # A sharded model would have to generate on all ranks in step: its samples are left out.
     report = compare_model(model, tokenizer, judged, samples=is_first_rank() and not sharded)
     last: dict[str, Any] = next(
