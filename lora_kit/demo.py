@@ -14,7 +14,7 @@ from lora_kit.launch import prepare_process, start
 from lora_kit.run import shipped
 
 CPT, SFT, MERGED = Path("runs/demo/cpt"), Path("runs/demo/sft"), Path("runs/demo/merged")
-QUESTION = "What does `os.remove` do?"
+QUESTION = "What does `zipfile.ZipFile.read` do?"
 
 
 def run_demo() -> None:
@@ -63,7 +63,7 @@ def run_demo() -> None:
     )
     console.print(f"\nQ: {QUESTION}\nA: {printable(answer)}", markup=False, highlight=False)
     console.print(
-        "(a model this small writes the form of an answer, not the truth)\n\n"
+        "(a model this small writes the form of an answer, seldom the truth)\n\n"
         f"The report, for a browser:  {SFT / 'report.html'}\n"
         "Now your own data:          lora-kit copy sft my-field",
         markup=False,
