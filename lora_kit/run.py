@@ -339,7 +339,7 @@ def check_free(run: Run) -> None:
     if not path.exists():
         return
     unfinished = (path / "run.yaml").is_file() and not read_lock(path).get("finished")
-    more = "continue it with --resume, " if unfinished else ""
+    more = f"continue it (lora-kit train {path / 'run.yaml'} --resume), " if unfinished else ""
     raise UserError(f"{path} exists: {more}choose another with name=NAME, or remove it")
 
 

@@ -136,7 +136,10 @@ def test_nothing_to_continue(run_file: Any, crashed: Path) -> None:
     with pytest.raises(UserError, match="no such run to continue"):
         package.train(crashed, "name=another", resume=True)
     assert not Path("runs/another").exists()
-    with pytest.raises(UserError, match="runs/test exists: continue it with --resume"):
+    with pytest.raises(
+        UserError,
+        match=r"runs/test exists: continue it \(lora-kit train runs/test/run.yaml --resume\)",
+    ):
         package.train(crashed)
     lock = RUN / "run.lock.json"
     kept_lock = lock.rename(RUN / "aside.json")

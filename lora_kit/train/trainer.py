@@ -216,5 +216,7 @@ def fit(trainer: LoraTrainer, resume: bool) -> None:
     signum, step = trainer.stop.signum, trainer.state.global_step
     if signum is not None and step < trainer.state.max_steps:
         raise Interrupted(
-            signum, f"stopped after step {step}, saved; go on with lora-kit train RUN.yaml --resume"
+            signum,
+            f"stopped after step {step}, saved: go on with "
+            f"lora-kit train {trainer.directory.path / 'run.yaml'} --resume",
         )
