@@ -141,7 +141,6 @@ def start(
     accelerate: str | None = None,
     processes: int | None = None,
     resume: bool = False,
-    debug: bool = False,
 ) -> None:
     """Check the run file, print the command, run it to its end.
 
@@ -171,7 +170,6 @@ def start(
             **os.environ,
             OUTCOME_VARIABLE: folder,
             WORLD_SIZE_VARIABLE: str(asked),
-            **({DEBUG_VARIABLE: "1"} if debug else {}),
         }
         command = [sys.executable, "-m", "accelerate.commands.launch", *options]
         code, received = _run_child(command, environment, Path(folder), asked // machines)

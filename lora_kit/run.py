@@ -474,7 +474,7 @@ def _twice_decided(values: dict[str, Any]) -> list[str]:
     if not isinstance(adapter, dict) or not adapter.get("start"):
         return []
     problems = []
-    for key in Adapter.model_fields.keys() & adapter.keys() - {"start", "lora_dropout"}:
+    for key in Adapter.model_fields.keys() & adapter.keys() - {"start"}:
         default = Adapter.model_fields[key].get_default(call_default_factory=True)
         if adapter[key] != default:
             problems.append(f"adapter.{key}: taken over from adapter.start; leave it out")

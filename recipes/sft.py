@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_kit.launch import recipe_main
-from lora_kit.run import Run
+from lora_kit.run import Run, read_lock
 
 
 def main(run: Run, resume: bool = False) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     with StopSignal().listening() as stop:
         # 1. Which base and which rows, before anything large is loaded.
         check_installed(run)
-        pinned = pin(run.base)
+        pinned = pin(run.base, read_lock(run.directory) if resume else None)
         splits = load_splits(run.data, "chat", run.seed)
 
         with run_directory(run, pinned, splits, resume) as directory:

@@ -36,6 +36,12 @@ for model, revision in json.loads(os.environ["PINS"]):
     print(json.dumps({**out, "seconds": time.perf_counter() - started}))
 """
 
+# What decides a base's output, and is hashed.
+DECIDING = (
+    *("chat_template.jinja", "config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json"),
+)
+
 
 def pins(hub: str, home: Path, *wanted: tuple[str, str | None], **environment: str) -> list[Any]:
     return client(PIN, hub, home, PINS=json.dumps(wanted), **environment)
@@ -77,9 +83,7 @@ def test_a_hub_base_is_pinned_to_its_commit_and_found_again_offline(
     assert [p["revision"] for p in (newest, commit)] == [SHA, SHA]
     assert [p["revision"] for p in (branch, tag, older)] == [OLDER, OLDER, OLDER]
     assert newest["model"] == "org/model" and newest["licence"] == "apache-2.0"
-    assert newest["hashes"] == {
-        name: sha256(repo / name) for name in ("config.json", "model.safetensors")
-    }
+    assert newest["hashes"] == {name: sha256(repo / name) for name in DECIDING}
     assert tag["hashes"]["config.json"] == sha256(plain_base / "config.json")
     assert tag["licence"] is None
     assert short["error"] == f"base.revision: org/model has no revision `{SHA[:7]}`"
@@ -133,7 +137,7 @@ def test_an_endpoint_that_does_not_answer_is_given_up_soon(tmp_path: Path) -> No
 def test_a_local_folder(base: Path, work: Path) -> None:
     found = pin(Base(model=str(base)))
     assert found.folder == str(base.resolve()) and found.revision is None
-    assert found.hashes == {n: sha256(base / n) for n in ("config.json", "model.safetensors")}
+    assert found.hashes == {name: sha256(base / name) for name in DECIDING}
     assert "folder" not in found.to_lock()
     # A link named like a hash is not taken at its word outside the Hub's cache.
     linked = work / "linked"

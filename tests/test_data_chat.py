@@ -257,3 +257,20 @@ def test_the_shipped_template_ends_a_turn_with_a_token_that_is_there(
     assert asked == f"{begin}<|im_start|>user\nq{end}\n<|im_start|>assistant\n"
     with pytest.raises(UserError, match="a template of its own"):
         set_template(tokenizer, "chatml")
+
+
+def test_the_prompt_is_what_answers_were_learned_after(tmp_path: Path) -> None:
+    """Prompt and learned tokens together are the text that was trained on."""
+    thinking = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for template in (thinking, CHATML):
+        tokenizer = make_tokenizer(tmp_path, template)
+        turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The fox."}]
+        rows = conversations([Example("x", messages=tuple(turns))], tokenizer, 256, Dropped())
+        learned = tokenizer.decode([n for n in rows.labels[0] if n != -100])
+        trained = tokenizer.decode(rows.input_ids[0]).rstrip()
+        assert prompt_text(tokenizer, turns[:1]) + learned == trained

@@ -142,3 +142,30 @@ def test_start_refuses_the_adapter_of_another_base(run_file: Any, work: Path) ->
     with pytest.raises(UserError, match="neither a run directory nor an adapter folder"):
         package.train(run_file("cpt", **{"adapter": {"start": str(twin)}}))
     assert [folder.name for folder in Path("runs").iterdir()] == ["first"]
+
+
+def test_a_dropout_beside_start_is_refused(run_file: Any) -> None:
+    with pytest.raises(UserError, match=r"adapter\.lora_dropout: taken over from adapter\.start"):
+        package.train(run_file("cpt", **{"adapter": {"start": "x", "lora_dropout": 0.3}}))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "says"),
+    [
+        ({"exclude_modules": ["zzz"]}, r"exclude_modules: `zzz` matches no module"),
+        ({"exclude_modules": "zzz"}, r"exclude_modules: `zzz` matches no module's whole name"),
+        ({"target_modules": "q_proj"}, r"write \[q_proj\]"),
+    ],
+)
+def test_module_names_that_stand_for_nothing(
+    run_file: Any, adapter: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        package.train(run_file("cpt", adapter=adapter))
+
+
+def test_excluded_modules_and_layers_go_together(run_file: Any) -> None:
+    adapter = {"exclude_modules": ["k_proj"], "layers_to_transform": [0], "r": 4}
+    report = package.train(run_file("cpt", adapter=adapter))
+    # q 64+64, v and o 64+32 and 64+64, gate and up 64+128 each, down 128+64, of rank 4
+    assert report["training"]["trainable_parameters"] == 4 * (128 + 96 + 128 + 3 * 192)

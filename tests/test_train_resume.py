@@ -249,3 +249,19 @@ def test_overflown_weights_push_out_no_checkpoint(
         package.train(run_file("cpt", **{f"train.{key}": value for key, value in changes.items()}))
     assert kept() == [2]
     assert (CHECKPOINTS / "checkpoint-2" / "seal.json").is_file()
+
+
+def test_another_tokenizer_is_refused(run_file: Any, tmp_path: Path) -> None:
+    own = make_base(tmp_path / "own")
+    file = run_file("cpt", **{"base.model": str(own), "train.save_steps": 2})
+    package.train(file)
+    write_lock_unfinished(Path("runs/test"))
+    text = (own / "chat_template.jinja").read_text(encoding="utf-8")
+    (own / "chat_template.jinja").write_text(text + " ", encoding="utf-8")
+    with pytest.raises(UserError, match=r"the files of the base .* changed"):
+        package.train(file, resume=True)
+
+
+def write_lock_unfinished(run: Path) -> None:
+    lock = json.loads((run / "run.lock.json").read_text(encoding="utf-8"))
+    (run / "run.lock.json").write_text(json.dumps({**lock, "finished": False}), encoding="utf-8")

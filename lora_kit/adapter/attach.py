@@ -59,6 +59,7 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
         return started
     linear = linear_names(model)
     _check_layers(model, adapter)
+    _check_names(model, adapter, linear)
     if adapter.layers_to_transform and adapter.target_modules == "all-linear":
         # PEFT takes numbers of layers only with a list of names.
         adapter = adapter.model_copy(update={"target_modules": linear})
@@ -66,8 +67,9 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
         attached = get_peft_model(model, lora_config(adapter))
     except ValueError as error:
         wanted = adapter.target_modules
-        words = [wanted] if isinstance(wanted, str) else wanted
-        hint = next((h for word in words if (h := nearest(word, linear))), "")
+        hint = nearest(wanted, linear) if isinstance(wanted, str) else ""
+        if isinstance(wanted, str) and wanted in linear:
+            hint = f"; a text is a regular expression for the whole name: write [{wanted}]"
         reason = " ".join(str(error).split())
         if "not found in the base model" in reason or "No modules were targeted" in reason:
             raise UserError(
@@ -75,7 +77,7 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
                 f"the linear ones are {', '.join(linear)}"
             ) from None
         raise UserError(f"adapter: {reason[:240]}") from None
-    _check_matched(attached, adapter, linear)
+    _check_patterns(attached, adapter)
     return attached
 
 
@@ -144,23 +146,36 @@ def _check_layers(model: Any, adapter: Adapter) -> None:
         )
 
 
-def _check_matched(model: Any, adapter: Adapter, linear: list[str]) -> None:
-    """Every name that was given must match something; PEFT is content if one of them does."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    matched = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+def _check_names(model: Any, adapter: Adapter, linear: list[str]) -> None:
+    """Every name that was given must stand for a module; PEFT is content if one of them does."""
+    names = [name for name, _ in model.named_modules()]
     problems = []
-    if isinstance(adapter.target_modules, list):
-        for word in adapter.target_modules:
-            if not any(name == word or name.endswith(f".{word}") for name in matched):
+    for key in ("target_modules", "exclude_modules"):
+        given = getattr(adapter, key)
+        for word in given if isinstance(given, list) else []:
+            if not any(name == word or name.endswith(f".{word}") for name in names):
                 problems.append(
-                    f"adapter.target_modules: `{word}` matches no module{nearest(word, linear)}; "
+                    f"adapter.{key}: `{word}` matches no module{nearest(word, linear)}; "
                     f"the linear ones are {', '.join(linear)}"
                 )
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(adapter, key):
-            # As PEFT reads a pattern: at the end of a name, from the start or after a dot.
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in matched):
-                problems.append(f"adapter.{key}: `{pattern}` matches no adapted module")
+    excluded = adapter.exclude_modules
+    if isinstance(excluded, str) and not any(re.fullmatch(excluded, name) for name in names):
+        problems.append(f"adapter.exclude_modules: `{excluded}` matches no module's whole name")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _check_patterns(model: Any, adapter: Adapter) -> None:
+    """Ranks and scales of their own must be those of an adapted module."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    # As PEFT reads a pattern: at the end of a name, from the start or after a dot.
+    problems = [
+        f"adapter.{key}: `{pattern}` matches no adapted module"
+        for key in ("rank_pattern", "alpha_pattern")
+        for pattern in getattr(adapter, key)
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted)
+    ]
     if problems:
         raise UserError("\n".join(problems))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_kit.adapter.attach import adapter_folder
-from lora_kit.base.load import load_base, load_tokenizer
+from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer
 from lora_kit.base.pin import Pinned, pin, sha256
 from lora_kit.errors import UserError
 from lora_kit.run import Base, Run, load_run, read_lock
@@ -30,12 +30,10 @@ def load(run: str | Path, *, quantize: str | None = None, dtype: str | None = No
     Raises:
         UserError: no finished run is there, or the base is not the one it was trained on.
     """
-    import torch
-
     base = changed_base(run_base(run), quantize=quantize, dtype=dtype)
     adapter_folder(run)  # before anything large is loaded
     model = load_base(base, pin_like(run, base))
-    if torch.cuda.is_available() and base.quantize == "none":
+    if gpu_is_used() and base.quantize == "none":
         model = model.to("cuda")
     tokenizer = load_run_tokenizer(run)
     model = load_adapter(model, run)
@@ -115,10 +113,9 @@ def run_base(run: str | Path) -> Base:
 
 def pin_like(run: str | Path, base: Base) -> Pinned:
     """Pin a run's base at the revision it was trained on, and check that its files are the same."""
-    trained_on = read_lock(run_home(run)).get("base", {})
-    if trained_on.get("revision"):
-        base = base.model_copy(update={"revision": trained_on["revision"]})
-    pinned = pin(base)
+    lock = read_lock(run_home(run))
+    trained_on = lock.get("base", {})
+    pinned = pin(base, lock)
     before = trained_on.get("hashes", pinned.hashes)
     changed = sorted(
         name

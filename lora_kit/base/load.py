@@ -12,6 +12,14 @@ from lora_kit.errors import UserError
 from lora_kit.run import Base
 
 
+def gpu_is_used() -> bool:
+    """Whether this process computes on a GPU: there is one, and accelerate was not told `cpu`."""
+    import torch
+
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return torch.cuda.is_available() and not told_cpu
+
+
 def load_tokenizer(pinned: Pinned) -> Any:
     """The base's own fast tokenizer, with a padding token, padding on the right.
 
@@ -109,7 +117,7 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
     if quantize != "none":
         options["quantization_config"] = _quantization(quantize, dtype)
         # bitsandbytes' weights cannot be moved once they are quantized: load them in place.
-        if torch.cuda.is_available():
+        if gpu_is_used():
             options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

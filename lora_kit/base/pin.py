@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lora_kit import nano
 from lora_kit.errors import UserError
@@ -16,13 +17,14 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 # What a base is made of. Weights in other formats than safetensors can run code, and are not read.
 # README.md carries the licence.
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
+_HASHED = ["*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
 # Only the top folder is read; `consolidated` are the same weights once more, in Mistral's layout.
 _NOT_READ = ["*/*", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """A base as it lies on disk. `hashes`: {file name: sha256}, of weights and configuration."""
+    """A base as it lies on disk. `hashes`: {file name: sha256}, of all that decides its output."""
 
     model: str
     folder: str
@@ -35,8 +37,12 @@ class Pinned:
         return {key: value for key, value in asdict(self).items() if key != "folder"}
 
 
-def pin(base: Base) -> Pinned:
+def pin(base: Base, lock: dict[str, Any] | None = None) -> Pinned:
     """Find the base, fetch it if it is on the Hub, and fix its revision and hashes.
+
+    Args:
+        lock: the lock file of a run that used it; the revision is the one named there, unless the
+            base names its own.
 
     Raises:
         UserError: it is not there, cannot be reached offline, is gated, or has no safetensors.
@@ -46,7 +52,8 @@ def pin(base: Base) -> Pinned:
     elif Path(base.model).is_dir():
         folder, revision, model = Path(base.model).resolve(), None, base.model
     elif _HUB_ID.match(base.model):
-        folder = _from_hub(base.model, base.revision)
+        used = (lock or {}).get("base", {}).get("revision")
+        folder = _from_hub(base.model, base.revision or used)
         # The cache keeps each snapshot in a folder named after its commit.
         revision, model = folder.name, base.model
     else:
@@ -128,9 +135,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of weights and configuration; the Hub's cache names large files by it already."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return {file.name: sha256(file) for file in files}
+    """sha256 of weights, configuration, tokenizer and template."""
+    files = {file for pattern in _HASHED for file in folder.glob(pattern)}
+    return {file.name: sha256(file) for file in sorted(files)}
 
 
 def sha256(file: Path) -> str:

@@ -101,10 +101,18 @@ def conversations(
 
 
 def prompt_text(tokenizer: Any, messages: list[Message]) -> str:
-    """What a model is given so that it answers: the template's prompt, or the bare content."""
+    """What a model is given so that it answers: the template's prompt, or the bare content.
+
+    Some templates write more before an answer than their own prompt holds, such as Qwen3's empty
+    thoughts. Answers were learned after that, so it belongs to the prompt.
+    """
     if not tokenizer.chat_template:
         return messages[-1]["content"]
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    prompt = _render(tokenizer, messages, add_generation_prompt=True)
+    answered = _render(tokenizer, [*messages, {"role": "assistant", "content": "sentinelx"}])
+    learned_after, _, _ = answered.rpartition("sentinelx")
+    more = learned_after.removeprefix(prompt)
+    return learned_after if learned_after.startswith(prompt) and more.strip() else prompt
 
 
 def _plain(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ def compare(run: str | Path, seed: int = 0) -> dict[str, Any]:
     """Measure a finished run: its base alone against its base with the adapter.
 
     Returns:
-        What `report.json` holds under verdict, domain, general and samples: losses in nats per
-        token and bits per byte, differences (adapted minus base) with 95% bootstrap intervals over
-        documents, and a word for each.
+        What `report.json` holds: losses in nats per token and bits per byte, differences (adapted
+        minus base) with 95% bootstrap intervals over documents, and a word for each, measured now;
+        `training` and `memory` as the run recorded them.
 
     Raises:
         UserError: there is no finished run, or its data or base changed since it was trained.
@@ -49,7 +50,10 @@ def compare(run: str | Path, seed: int = 0) -> dict[str, Any]:
     splits = load_splits(opened.data, None, opened.seed)
     _check_data(run, splits)
     model, tokenizer = load(run)
-    return compare_model(model, tokenizer, held_out(opened, splits, tokenizer), seed)
+    report = compare_model(model, tokenizer, held_out(opened, splits, tokenizer), seed)
+    file = Path(run) / "report.json"
+    recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return report | {name: recorded.get(name) for name in ("training", "memory")}
 
 
 def held_out(run: Run, splits: Splits, tokenizer: Any) -> HeldOut:
@@ -175,9 +179,10 @@ def _cut(tokenizer: Any, text: str, tokens: int) -> tuple[str, str]:
 
 def _check_data(run: str | Path, splits: Splits) -> None:
     """The rows that are judged must be the ones that were held out."""
-    recorded = read_lock(run).get("data", {})
-    changed = [s for s, digest in splits.hashes.items() if recorded.get(s, digest) != digest]
-    if changed:
+    recorded = read_lock(run).get("data", {}).values()
+    # By content, not by name: a run and its data may have been moved.
+    changed = [source for source, digest in splits.hashes.items() if digest not in recorded]
+    if changed and recorded:
         raise UserError(
             f"{', '.join(changed)} changed since {run} was trained: rows it learned from could be "
             "among the ones it is judged on; restore the data, or train again"

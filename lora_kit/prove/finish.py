@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 from typing import Any
 
+from lora_kit.base.load import gpu_is_used
 from lora_kit.prove.compare import HeldOut, compare_model
-from lora_kit.prove.report import in_words, write_report
+from lora_kit.prove.report import in_lines, write_report
 from lora_kit.run import Run
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import is_first_rank
@@ -30,7 +31,7 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
     )
     report["training"] = {
         "steps": trainer.state.global_step,
-        "tokens": trainer.tokens,
+        "tokens": trainer.count_tokens(),
         "tokens_per_second": last.get("tokens_per_second", 0.0),
         "seconds": round(trainer.seconds, 3),
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
@@ -40,8 +41,8 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
     if is_first_rank():
         write_report(trainer.directory.path, run, report)
         trainer.directory.lock(finished=True)
-        for where, word in report["verdict"].items():
-            trainer.directory.say(f"{where}: {in_words(word)}")
+        for line in in_lines(report):
+            trainer.directory.say(line)
         trainer.directory.say(f"written to {trainer.directory.path}")
     return report
 
@@ -50,6 +51,6 @@ def _peak_mib() -> float:
     """The most memory this process held: the GPU's where it trains on one, else resident."""
     import torch
 
-    if torch.cuda.is_available():
+    if gpu_is_used():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB

@@ -35,6 +35,20 @@ def in_words(verdict: str) -> str:
     return _WORDS[verdict]
 
 
+def in_lines(report: dict[str, Any]) -> list[str]:
+    """A line for each text that was judged: bits per byte, change, interval, verdict."""
+    lines = []
+    for part, word in report["verdict"].items():
+        found = report[part]["bits_per_byte"]
+        low, high = (bound / found["base"] for bound in found["ci95"])
+        lines.append(
+            f"{part}: {found['base']:.3f} -> {found['adapted']:.3f} bits per byte "
+            f"({found['difference'] / found['base']:+.1%}, 95% {low:+.1%} to {high:+.1%}): "
+            f"{in_words(word)}"
+        )
+    return lines
+
+
 def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
     import jinja2
 

@@ -44,9 +44,9 @@ def comparison(report: dict[str, Any], title: str = "Base against adapted") -> N
         console.print("general: not known, data.general names no text", highlight=False)
 
 
-def side_by_side(report: dict[str, Any], count: int = 3) -> None:
+def side_by_side(report: dict[str, Any]) -> None:
     """Print what base and adapted said to the first held-out examples."""
-    for sample in report["samples"][:count]:
+    for sample in report["samples"]:
         for name in ("prompt", "base", "adapted", "expected"):
             text = printable(sample[name])
             print(f"{name:>9}: {text}")

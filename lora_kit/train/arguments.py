@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.attach import OWN_FIELDS as ADAPTER_OWN_FIELDS
+from lora_kit.base.load import gpu_is_used
 from lora_kit.errors import RunFileError
 from lora_kit.run import Run
 
@@ -19,11 +20,10 @@ OWN_FIELDS = {"max_length", "max_steps", "save_total_limit", "eval_steps"}
 
 def training_arguments(run: Run, checkpoints: Path) -> Any:
     """The trainer's arguments for a run; checkpoints are written below `checkpoints`."""
-    import torch
     from transformers import TrainingArguments
 
     train = run.train
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=train.max_steps or -1,
         eval_strategy="steps" if train.eval_steps else "no",
@@ -33,20 +33,25 @@ def training_arguments(run: Run, checkpoints: Path) -> Any:
         seed=run.seed,
         data_seed=run.seed,
         # On a GPU the adapter's matmuls run in bf16 like the base's; its weights stay fp32.
-        bf16=run.base.dtype == "bfloat16" and torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
+        bf16=run.base.dtype == "bfloat16" and gpu_is_used(),
+        use_cpu=not gpu_is_used(),
         save_strategy="steps",
         logging_nan_inf_filter=False,  # a NaN loss must be seen, not replaced by an average
         prediction_loss_only=True,
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=gpu_is_used(),
         ddp_find_unused_parameters=False,
         label_names=["labels"],
         **train.model_dump(exclude=OWN_FIELDS),
     )
+    # One process that sees several GPUs would split each batch over them and multiply its size:
+    # several GPUs are several processes here. `device` fills in the number that is cut down.
+    if arguments.device is not None:
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
-def check_installed(run: Run, path: str = "run.yaml") -> None:
+def check_installed(run: Run) -> None:
     """Check every field of `adapter:` and `train:` against the installed classes.
 
     The classes themselves take anything: `TrainingArguments(learning_rate="abc")` constructs.
@@ -74,7 +79,7 @@ def check_installed(run: Run, path: str = "run.yaml") -> None:
                     f"{section}.{name}: {value!r} is not what {upstream.__name__} takes"
                 )
     if problems:
-        raise RunFileError(path, problems)
+        raise RunFileError("run.yaml", problems)
 
 
 def _fits(value: Any, hint: Any) -> bool:

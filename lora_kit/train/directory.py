@@ -51,7 +51,6 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.lock_file = path / "run.lock.json"
-        self.report = path / "report.json"
 
     def say(self, text: str) -> None:
         """A line for people, on stderr, once for all ranks."""
@@ -112,7 +111,8 @@ def run_directory(run: Run, pinned: Pinned, splits: Splits, resume: bool) -> Ite
         return
     if resume:
         # Never half there: the other ranks read it at the same time.
-        write_run(run, directory.path / "run.yaml.partial")
+        base = run.base.model_copy(update={"revision": pinned.revision})
+        write_run(run.model_copy(update={"base": base}), directory.path / "run.yaml.partial")
         (directory.path / "run.yaml.partial").replace(directory.path / "run.yaml")
     else:
         _begin(run, pinned, splits, directory)
@@ -151,7 +151,9 @@ def _begin(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) ->
         path.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made ({error.strerror})") from None
-    write_run(run, path / "run.yaml")
+    # With the commit that was found, so that the file alone repeats the run.
+    base = run.base.model_copy(update={"revision": pinned.revision})
+    write_run(run.model_copy(update={"base": base}), path / "run.yaml")
     versions = {name: version(name) for name in _LIBRARIES}
     directory.lock(
         base=pinned.to_lock(),
@@ -196,7 +198,10 @@ def _check_same(run: Run, pinned: Pinned, splits: Splits, directory: RunDirector
     problems = [
         f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE
+        if before.get(key) != now.get(key)
+        and key not in FREE_TO_CHANGE
+        # A branch, or none, is compared by the commit it led to: by the hashes below.
+        and key != "base.revision"
     ]
     if lock["batch"]["processes"] != _processes():
         problems.append(f"processes were {lock['batch']['processes']}, are now {_processes()}")

@@ -31,14 +31,13 @@ class LoraTrainer(Trainer):
         self.directory = directory
         self.stop = stop
         self.seconds = 0.0  # spent in optimizer steps, earlier parts of a resumed run included
-        self._tokens_before = 0
+        self._tokens_before, self._seconds_before = 0, 0.0
         self._tokens_here: torch.Tensor | int = 0  # this rank's, kept on its device
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Watch(self))
 
-    @property
-    def tokens(self) -> int:
+    def count_tokens(self) -> int:
         """Tokens trained on so far on all ranks, padding not counted. All ranks must ask."""
         here = torch.as_tensor(self._tokens_here, device=self.args.device)
         return self._tokens_before + int(self.accelerator.reduce(here, "sum").item())
@@ -67,7 +66,7 @@ class LoraTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            tokens = self.tokens
+            tokens = self.count_tokens()
             logs["tokens"] = tokens
             logs["seconds"] = round(self.seconds, 3)
             here = tokens - self._tokens_before
@@ -111,7 +110,7 @@ class LoraTrainer(Trainer):
         self._check_weights(model)
         super()._save_checkpoint(model, trial)
         folder = self.directory.checkpoints / f"checkpoint-{self.state.global_step}"
-        tokens = self.tokens
+        tokens = self.count_tokens()
         self.accelerator.wait_for_everyone()  # each rank writes its own random state
         if self.is_world_process_zero():
             for name in _LITTER:
@@ -140,23 +139,31 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: LoraTrainer) -> None:
         self.trainer = trainer
-        self.started = 0.0
+        self.counted_to = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run brings the old ones with it, and would not read the new.
         state.compute_steps(args, state.max_steps)
+        self.counted_to = time.perf_counter()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.perf_counter()
+    # Between two steps lies the time to fetch data, which counts, to evaluate and to save.
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.counted_to = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.counted_to = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.seconds += time.perf_counter() - self.started
-        signum = torch.tensor(self.trainer.stop.signum or 0, device=args.device)
+        now = time.perf_counter()
+        self.trainer.seconds += now - self.counted_to
+        self.counted_to = now
+        signum = self.trainer.stop.signum or 0
         # A signal reaches the ranks at different steps; they stop at the same one.
         if args.world_size > 1:
-            signum = self.trainer.accelerator.gather(signum[None]).max()
-        if int(signum):
-            self.trainer.stop.signum = int(signum)
+            mine = torch.tensor([signum], device=args.device)
+            signum = int(self.trainer.accelerator.gather(mine).max())
+        if signum:
+            self.trainer.stop.signum = signum
             control.should_save = control.should_training_stop = True
 
 
@@ -214,6 +221,7 @@ def fit(trainer: LoraTrainer, resume: bool) -> None:
             if isinstance(callback, Progress):
                 callback.close()
     signum, step = trainer.stop.signum, trainer.state.global_step
+    trainer.stop.signum = None  # the next signal stops what comes after training
     if signum is not None and step < trainer.state.max_steps:
         raise Interrupted(
             signum,

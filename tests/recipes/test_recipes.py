@@ -78,7 +78,10 @@ def test_recipe_leaves_a_whole_run(
     assert lock["finished"] is True
     assert lock["seed"] == 0
     assert lock["batch"]["rows_per_step"] == 4
-    assert set(lock["base"]["hashes"]) == {"model.safetensors", "config.json"}
+    assert set(lock["base"]["hashes"]) == {
+        *("model.safetensors", "config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
     assert len(lock["data"]) == 2
     for entry in ("adapter", "tokenizer"):
         assert len(lock[entry]["sha256"]) == 64
