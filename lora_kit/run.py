@@ -1,10 +1,8 @@
 """`run.yaml` -> `Run`: what one run is, every mistake in it reported at once.
 
-The schema is pydantic's: frozen, strict, unknown keys refused. `adapter:` uses the field names of
-`peft.LoraConfig`, `train:` those of `transformers.TrainingArguments` plus `max_length`; only fields
-that this package reads are accepted. Neither library is imported here: the process that trains
-checks the same fields against the installed classes (`train.arguments.check_installed`), and a run
-file that already has a mistake is checked against them to complete the list.
+Neither PEFT nor transformers is imported for a good file: the process that trains checks the fields
+against the installed classes (`train.arguments.check_installed`). A run file that already has a
+mistake is checked against them to complete the list.
 """
 
 from __future__ import annotations
@@ -14,188 +12,49 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
 from lora_kit.errors import RunFileError, UserError
+from lora_kit.schema import (
+    EMBEDDED,
+    SECTIONS,
+    SHIPPED_RECIPES,
+    Adapter,
+    Base,
+    Column,
+    Data,
+    Run,
+    Train,
+)
 
-SHIPPED_RECIPES = ("cpt", "sft")
+# The schema's names belong to this module's readers as well.
+__all__ = [
+    "EMBEDDED",
+    "SHIPPED_RECIPES",
+    "WORLD_SIZE_VARIABLE",
+    "Adapter",
+    "Base",
+    "Column",
+    "Data",
+    "Run",
+    "Train",
+    "check_free",
+    "load_run",
+    "nearest",
+    "read_lock",
+    "recipe_path",
+    "shipped",
+    "write_run",
+]
+
 # How `lora-kit train` tells its workers how many of them there should be.
 WORLD_SIZE_VARIABLE = "LORA_KIT_WORLD_SIZE"
-EMBEDDED = ("nano:topics", "nano:docstrings", "nano:instructions")
-Source = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
-# The columns that data.formats knows.
-Column = Literal[
-    "text",
-    "messages",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "response",
-    "question",
-    "answer",
-]
 # A run file is a page; what is larger is something else, named by mistake.
 _LARGEST_BYTES = 2**20
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Base(_Section):
-    """The model that is adapted. Its weights are never changed."""
-
-    model: str = Field(
-        min_length=1,
-        description="Hub id (owner/name), local folder, or `nano`, the embedded model.",
-    )
-    revision: str | None = Field(
-        None, description="Branch, tag or commit on the Hub; null: the newest, pinned in the lock."
-    )
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Type of the frozen weights, and of computing on a quantized base."
-    )
-    quantize: Literal["none", "nf4", "int8"] = Field(
-        "none", description="QLoRA: nf4 (4-bit NormalFloat, double quantization) or int8; or none."
-    )
-
-
-class Adapter(_Section):
-    """LoRA, in the spelling of `peft.LoraConfig`."""
-
-    r: Positive = Field(16, description="Rank of the update B·A.")
-    lora_alpha: Positive = Field(32, description="The update is scaled by lora_alpha / r.")
-    lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of inputs of A dropped; 0: off."
-    )
-    target_modules: str | list[str] = Field(
-        "all-linear",
-        description="`all-linear` (without the head), a regular expression, or name endings.",
-    )
-    exclude_modules: str | list[str] | None = Field(
-        None, description="Modules left out, as a regular expression or name endings; null: none."
-    )
-    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="Numbers of the layers to adapt, from 0; null: all."
-    )
-    rank_pattern: dict[str, Positive] = Field(
-        default_factory=dict, description="Other ranks by module name or regular expression."
-    )
-    alpha_pattern: dict[str, Positive] = Field(
-        default_factory=dict, description="Other lora_alpha by module name or regular expression."
-    )
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
-    use_dora: bool = Field(False, description="Learn the magnitude of each output apart (DoRA).")
-    start: str | None = Field(
-        None,
-        description="Begin from the adapter of this run or adapter folder; its rank, scale and "
-        "target modules are taken over. null: a fresh adapter.",
-    )
-
-
-class Data(_Section):
-    """Rows in: a file, a folder, or `nano:topics|docstrings|instructions`. Paths are relative to
-    the run file."""
-
-    train: Source | list[Source] = Field(description="What to learn from: a source or several.")
-    eval: float | Source | list[Source] = Field(
-        0.1, description="The share of documents held out (0 < share < 1), or sources of its own."
-    )
-    general: Source | list[Source] | None = Field(
-        None, description="General text that should not be forgotten, measured by `compare`."
-    )
-    columns: dict[Column, str] = Field(
-        default_factory=dict,
-        description="Renames columns: {prompt: my_question, completion: my_answer}.",
-    )
-    chat_template: Literal["chatml"] | None = Field(
-        None, description="A shipped template for a base that has none; null: the tokenizer's own."
-    )
-
-    @field_validator("eval")
-    @classmethod
-    def _share(cls, value: Any) -> Any:
-        if isinstance(value, float) and not 0 < value < 1:
-            raise ValueError("a share held out lies between 0 and 1")
-        return value
-
-
-class Train(_Section):
-    """The trainer, in the spelling of `transformers.TrainingArguments`, plus `max_length`."""
-
-    max_length: int = Field(512, ge=8, description="Tokens a row at most; the length of a chunk.")
-    max_steps: Positive | None = Field(
-        None, description="Optimizer steps; null: as many as num_train_epochs needs."
-    )
-    num_train_epochs: float = Field(
-        1.0, gt=0, description="Passes over the data without max_steps."
-    )
-    per_device_train_batch_size: Positive = Field(8, description="Rows in one forward pass.")
-    gradient_accumulation_steps: Positive = Field(1, description="Forward passes in one step.")
-    per_device_eval_batch_size: Positive = Field(8, description="Rows in one evaluation pass.")
-    learning_rate: float = Field(2e-4, ge=0, description="Peak; LoRA wants about 10x a full one.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="How the learning rate goes after the warm-up."
-    )
-    warmup_steps: float = Field(
-        0.03, ge=0, description="Steps of warm-up; below 1: as a share of all steps; 0: none."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter; 0: off.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm here; 0: off.")
-    optim: Literal[
-        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
-    ] = Field("adamw_torch", description="8-bit and paged ones are bitsandbytes'.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the mean of squares.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of squares.")
-    # Called activation_checkpointing from transformers 5.21 on; both names are taken until 6.
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute activations in the backward pass: less memory, a third slower.",
-    )
-    logging_steps: Positive = Field(10, description="Steps between rows of metrics.jsonl.")
-    eval_steps: Positive | None = Field(
-        None, description="Steps between losses on held-out rows; null: at the end only."
-    )
-    save_steps: Positive = Field(500, description="Steps between checkpoints.")
-    save_total_limit: Positive = Field(2, description="Checkpoints kept.")
-    dataloader_num_workers: int = Field(0, ge=0, description="Processes that collate; 0: none.")
-
-
-class Run(_Section):
-    """One run: everything that decides its result."""
-
-    recipe: str = Field(description=f"{', '.join(SHIPPED_RECIPES)}, or a path to a recipe (.py).")
-    name: str = Field(
-        max_length=200,
-        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$",
-        description="The run is written to runs/<name>. Letters, digits, `_`, `-`, `.` (not as the "
-        "first), and `/` for a folder in between.",
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="Of the adapter, the split and the row order.")
-    base: Base
-    adapter: Adapter = Adapter()
-    data: Data
-    train: Train = Train()
-
-    @property
-    def directory(self) -> Path:
-        """Where the run is written, below the working folder."""
-        return Path("runs") / self.name
-
-
-_SECTIONS: dict[str, type[_Section]] = {
-    "base": Base,
-    "adapter": Adapter,
-    "data": Data,
-    "train": Train,
-}
 # Keys of the installed classes that another part of the run owns.
 _OWNERS = {
     "train.output_dir": "`name:` decides it: the run is written to runs/<name>",
@@ -306,7 +165,7 @@ def load_run(
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a run file: `key: value` lines are expected")
     # A section of which nothing is left but its name takes its defaults.
-    values = {k: {} if v is None and k in _SECTIONS else v for k, v in values.items()}
+    values = {k: {} if v is None and k in SECTIONS else v for k, v in values.items()}
     problems = [problem for item in overrides if (problem := _override(values, item))]
     values = _absolute(values, path.resolve().parent)
     # Looked at before the schema, so that all mistakes come at once.
@@ -526,11 +385,11 @@ def _short(value: Any, most: int = 60) -> str:
 def _wanted(path: list[str]) -> str:
     """What a key takes, from its annotation and its description."""
     field = Run.model_fields[path[0]]
-    if len(path) == 1 and path[0] in _SECTIONS:
-        return f"keys such as {', '.join(list(_SECTIONS[path[0]].model_fields)[:4])}"
-    if path[0] in _SECTIONS:
+    if len(path) == 1 and path[0] in SECTIONS:
+        return f"keys such as {', '.join(list(SECTIONS[path[0]].model_fields)[:4])}"
+    if path[0] in SECTIONS:
         path = path[:2]  # what lies deeper is a key of a mapping
-        field = _SECTIONS[path[0]].model_fields[path[1]]
+        field = SECTIONS[path[0]].model_fields[path[1]]
     return f"{_type_words(path)}. {field.description}"
 
 
@@ -563,8 +422,8 @@ def _unknown(key: str) -> str:
     if key in _OWNERS:
         return f"{key}: not set here: {_OWNERS[key]}"
     section, _, name = key.rpartition(".")
-    model: Any = _SECTIONS.get(section, Run)
-    elsewhere = [f"{s}.{name}" for s, m in _SECTIONS.items() if name in m.model_fields]
+    model: Any = SECTIONS.get(section, Run)
+    elsewhere = [f"{s}.{name}" for s, m in SECTIONS.items() if name in m.model_fields]
     if meant := [_MEANT[key]] if key in _MEANT else elsewhere:
         hint = f"; did you mean `{meant[0]}`?"
     else:

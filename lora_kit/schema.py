@@ -1,0 +1,185 @@
+"""The schema of a run: every key, its type, its default and what it means.
+
+pydantic's, frozen and strict, unknown keys refused. `adapter:` uses the field names of
+`peft.LoraConfig`, `train:` those of `transformers.TrainingArguments` plus `max_length`; only fields
+that this package reads are here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+SHIPPED_RECIPES = ("cpt", "sft")
+EMBEDDED = ("nano:topics", "nano:docstrings", "nano:instructions")
+Source = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+# The columns that data.formats knows.
+Column = Literal[
+    "text",
+    "messages",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "response",
+    "question",
+    "answer",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Base(_Section):
+    """The model that is adapted. Its weights are never changed."""
+
+    model: str = Field(
+        min_length=1,
+        description="Hub id (owner/name), local folder, or `nano`, the embedded model.",
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit on the Hub; null: the newest, pinned in the lock."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Type of the frozen weights, and of computing on a quantized base."
+    )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none", description="QLoRA: nf4 (4-bit NormalFloat, double quantization) or int8; or none."
+    )
+
+
+class Adapter(_Section):
+    """LoRA, in the spelling of `peft.LoraConfig`."""
+
+    r: Positive = Field(16, description="Rank of the update B·A.")
+    lora_alpha: Positive = Field(32, description="The update is scaled by lora_alpha / r.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of inputs of A dropped; 0: off."
+    )
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="`all-linear` (without the head), a regular expression, or name endings.",
+    )
+    exclude_modules: str | list[str] | None = Field(
+        None, description="Modules left out, as a regular expression or name endings; null: none."
+    )
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="Numbers of the layers to adapt, from 0; null: all."
+    )
+    rank_pattern: dict[str, Positive] = Field(
+        default_factory=dict, description="Other ranks by module name or regular expression."
+    )
+    alpha_pattern: dict[str, Positive] = Field(
+        default_factory=dict, description="Other lora_alpha by module name or regular expression."
+    )
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
+    use_dora: bool = Field(False, description="Learn the magnitude of each output apart (DoRA).")
+    start: str | None = Field(
+        None,
+        description="Begin from the adapter of this run or adapter folder; its rank, scale and "
+        "target modules are taken over. null: a fresh adapter.",
+    )
+
+
+class Data(_Section):
+    """Rows in: a file, a folder, or `nano:topics|docstrings|instructions`. Paths are relative to
+    the run file."""
+
+    train: Source | list[Source] = Field(description="What to learn from: a source or several.")
+    eval: float | Source | list[Source] = Field(
+        0.1, description="The share of documents held out (0 < share < 1), or sources of its own."
+    )
+    general: Source | list[Source] | None = Field(
+        None, description="General text that should not be forgotten, measured by `compare`."
+    )
+    columns: dict[Column, str] = Field(
+        default_factory=dict,
+        description="Renames columns: {prompt: my_question, completion: my_answer}.",
+    )
+    chat_template: Literal["chatml"] | None = Field(
+        None, description="A shipped template for a base that has none; null: the tokenizer's own."
+    )
+
+    @field_validator("eval")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("a share held out lies between 0 and 1")
+        return value
+
+
+class Train(_Section):
+    """The trainer, in the spelling of `transformers.TrainingArguments`, plus `max_length`."""
+
+    max_length: int = Field(512, ge=8, description="Tokens a row at most; the length of a chunk.")
+    max_steps: Positive | None = Field(
+        None, description="Optimizer steps; null: as many as num_train_epochs needs."
+    )
+    num_train_epochs: float = Field(
+        1.0, gt=0, description="Passes over the data without max_steps."
+    )
+    per_device_train_batch_size: Positive = Field(8, description="Rows in one forward pass.")
+    gradient_accumulation_steps: Positive = Field(1, description="Forward passes in one step.")
+    per_device_eval_batch_size: Positive = Field(8, description="Rows in one evaluation pass.")
+    learning_rate: float = Field(2e-4, ge=0, description="Peak; LoRA wants about 10x a full one.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate goes after the warm-up."
+    )
+    warmup_steps: float = Field(
+        0.03, ge=0, description="Steps of warm-up; below 1: as a share of all steps; 0: none."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter; 0: off.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm here; 0: off.")
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
+    ] = Field("adamw_torch", description="8-bit and paged ones are bitsandbytes'.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the mean of squares.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of squares.")
+    # Called activation_checkpointing from transformers 5.21 on; both names are taken until 6.
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, a third slower.",
+    )
+    logging_steps: Positive = Field(10, description="Steps between rows of metrics.jsonl.")
+    eval_steps: Positive | None = Field(
+        None, description="Steps between losses on held-out rows; null: at the end only."
+    )
+    save_steps: Positive = Field(500, description="Steps between checkpoints.")
+    save_total_limit: Positive = Field(2, description="Checkpoints kept.")
+    dataloader_num_workers: int = Field(0, ge=0, description="Processes that collate; 0: none.")
+
+
+class Run(_Section):
+    """One run: everything that decides its result."""
+
+    recipe: str = Field(description=f"{', '.join(SHIPPED_RECIPES)}, or a path to a recipe (.py).")
+    name: str = Field(
+        max_length=200,
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$",
+        description="The run is written to runs/<name>. Letters, digits, `_`, `-`, `.` (not as the "
+        "first), and `/` for a folder in between.",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the adapter, the split and the row order.")
+    base: Base
+    adapter: Adapter = Adapter()
+    data: Data
+    train: Train = Train()
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is written, below the working folder."""
+        return Path("runs") / self.name
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "base": Base,
+    "adapter": Adapter,
+    "data": Data,
+    "train": Train,
+}
