@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from lora_kit.adapter.attach import adapter_folder
 from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer
-from lora_kit.base.pin import Pinned, pin, sha256
+from lora_kit.base.pin import Pinned, file_hash, pin
 from lora_kit.errors import UserError
 from lora_kit.run import Base, Run, load_run, read_lock
 
@@ -144,7 +144,7 @@ def load_adapter(model: Any, run: str | Path) -> Any:
         # PEFT would take a pickle in its place, or look for it on the Hub.
         raise UserError(f"{folder}: adapter_model.safetensors is missing: copy the whole run again")
     saved = read_lock(run_home(run)).get("adapter", {}).get("sha256")
-    if saved is not None and sha256(weights) != saved:
+    if saved is not None and file_hash(weights) != saved:
         # PEFT fills tensors that are missing with fresh ones, and only warns.
         raise UserError(f"{weights}: not as the run saved it: copy the run again, or train again")
     try:

@@ -141,10 +141,15 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def sha256(file: Path) -> str:
-    """The hash of a file's bytes; of a large one in the Hub's cache, the name it has there."""
+    """The hash of a base's file; of a large one in the Hub's cache, the name it has there."""
     cached = file.resolve()
     if cached.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", cached.name):
         return cached.name
+    return file_hash(file)
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file's bytes, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while chunk := opened.read(1 << 20):

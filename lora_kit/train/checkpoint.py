@@ -7,13 +7,13 @@ would take it, and go on with a fresh optimizer or wrong weights, without a word
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_kit.base.pin import file_hash
 from lora_kit.errors import UserError
 
 SEAL = "seal.json"
@@ -102,15 +102,6 @@ def checkpoint_bytes(trainable: int, keep: int, optim: str) -> int:
     """
     state = 2 if "8bit" in optim else 8
     return (keep + 1) * trainable * (4 + state) + trainable * 4 + (keep + 1) * (1 << 20)
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file, in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_json(path: Path, content: object) -> None:
