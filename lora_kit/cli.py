@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import traceback
@@ -120,6 +121,9 @@ def generate(
     prepare_process()
     from lora_kit.prove.show import harmless, say
 
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("PROMPT: not UTF-8: mend its bytes, for example with iconv")
+
     answer = say(run, prompt, base, max_new_tokens)
     print(harmless(answer) if sys.stdout.isatty() else answer)
 
@@ -189,7 +193,7 @@ def copy(
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     print(f"{folder / 'run.yaml'} and {folder / f'{recipe}.py'} are yours to change. Then:")
-    print(f"  lora-kit train {folder / 'run.yaml'}")
+    print(f"  lora-kit train {shlex.quote(str(folder / 'run.yaml'))}")
 
 
 @app.command()

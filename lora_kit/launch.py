@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def start(
     config = accelerate_config(accelerate)
     if not resume:
         check_free(run)
+    _check_devices(config)
     if processes is None and accelerate is None and _gpus() > 1:
         processes = _gpus()
     asked, machines = _size(config)
@@ -222,26 +224,11 @@ def load_recipe(file: Path) -> Main:
 
 def prepare_process() -> None:
     """Set up a process that will load a model. Libraries read some of it when they are imported."""
+    from lora_kit.base.load import quiet_libraries
     from lora_kit.speed.runtime import keep_freed_memory
 
     keep_freed_memory()
-    _quiet_libraries()
-
-
-def _quiet_libraries() -> None:
-    """Silence what tells a user nothing they can act on."""
-    import logging
-    import warnings
-
-    # bitsandbytes looks for an optional kernel package on every CPU.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
-    # transformers renames it, PEFT 0.21 and our key are of the old name: both work until 6.
-    old_name = ".*gradient_checkpointing.*is deprecated.*"
-    warnings.filterwarnings("ignore", message=old_name, category=FutureWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet_libraries()
 
 
 def _gpus() -> int:
@@ -249,18 +236,42 @@ def _gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([n for n in visible.split(",") if n.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if found := list(Path("/proc/driver/nvidia/gpus").glob("*")):
+        return len(found)
+    # Where the driver lies outside, as under WSL2, it is asked itself.
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _check_devices(config: Path) -> None:
+    """Raises UserError if a config wants a GPU or a package that is not there."""
+    values = _read_config(config)
+    if not values.get("use_cpu") and _gpus() == 0:
+        raise UserError(
+            f"--accelerate {config.stem}: no GPU is visible: see `lora-kit doctor`, or leave it out"
+        )
+    deepspeed = values.get("distributed_type") == "DEEPSPEED"
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--accelerate {config.stem} needs deepspeed: pip install deepspeed")
 
 
 def _size(config: Path) -> tuple[int, int]:
     """How many processes on how many machines a config asks for."""
+    values = _read_config(config)
+    return values["num_processes"], values["num_machines"]
+
+
+def _read_config(config: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-        size = int(values.get("num_processes", 1)), int(values.get("num_machines", 1))
+        values = dict(yaml.safe_load(config.read_text(encoding="utf-8")).items())
+        for key in ("num_processes", "num_machines"):
+            values[key] = max(1, int(values.get(key, 1)))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"--accelerate {config}: not a config of accelerate ({reason})") from None
-    return max(1, size[0]), max(1, size[1])
+    return values
 
 
 def _run_child(

@@ -197,7 +197,8 @@ def check_free(run: Run) -> None:
     path = run.directory
     if not path.exists():
         return
-    unfinished = (path / "run.yaml").is_file() and not read_lock(path).get("finished")
+    saved = any((path / "checkpoints").glob("*/seal.json"))
+    unfinished = saved and not read_lock(path).get("finished")
     more = f"continue it (lora-kit train {path / 'run.yaml'} --resume), " if unfinished else ""
     raise UserError(f"{path} exists: {more}choose another with name=NAME, or remove it")
 
@@ -434,7 +435,9 @@ def _unknown(key: str) -> str:
 def _upstream(section: str, name: str) -> str:
     """Says so when the installed PEFT or transformers has the field, but nothing here reads it."""
     import dataclasses
+    import logging
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT brings it, and it chats
     upstream: Any = None
     if section == "adapter":
         from peft import LoraConfig as upstream

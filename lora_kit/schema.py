@@ -95,7 +95,7 @@ class Data(_Section):
         0.1, description="The share of documents held out (0 < share < 1), or sources of its own."
     )
     general: Source | list[Source] | None = Field(
-        None, description="General text that should not be forgotten, measured by `compare`."
+        None, description="General text that should not be forgotten; measured beside the domain."
     )
     columns: dict[Column, str] = Field(
         default_factory=dict,
@@ -125,8 +125,10 @@ class Train(_Section):
     )
     per_device_train_batch_size: Positive = Field(8, description="Rows in one forward pass.")
     gradient_accumulation_steps: Positive = Field(1, description="Forward passes in one step.")
-    per_device_eval_batch_size: Positive = Field(8, description="Rows in one evaluation pass.")
-    learning_rate: float = Field(2e-4, ge=0, description="Peak; LoRA wants about 10x a full one.")
+    per_device_eval_batch_size: Positive = Field(8, description="Rows in a pass of eval_steps.")
+    learning_rate: float = Field(
+        2e-4, ge=0, description="Peak; about ten times that of full tuning."
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="How the learning rate goes after the warm-up."
     )

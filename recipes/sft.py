@@ -34,10 +34,10 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.train.trainer import fit, make_trainer
 
     with StopSignal().listening() as stop:
-        # 1. Which base and which rows, before anything large is loaded.
+        # 1. Which rows and which base, before anything large is loaded.
         check_installed(run)
-        pinned = pin(run.base, read_lock(run.directory) if resume else None)
         splits = load_splits(run.data, "chat", run.seed)
+        pinned = pin(run.base, read_lock(run.directory) if resume else None)
 
         with run_directory(run, pinned, splits, resume) as directory:
             # 2. Rows to labelled tokens.

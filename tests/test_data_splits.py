@@ -133,3 +133,18 @@ def test_what_leaves_nothing_to_learn_or_judge_is_refused(
     with pytest.raises(UserError) as caught:
         load_splits(data, wanted, 0)  # type: ignore[arg-type]
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_renamed_columns_leave_text_as_it_is(tmp_path: Path) -> None:
+    """`general` is text; it has no columns to rename."""
+    rows = [{"q": f"question {n}", "a": f"answer {n}"} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = Data(
+        train=str(tmp_path / "rows.jsonl"),
+        eval=0.2,
+        general="nano:docstrings",
+        columns={"prompt": "q", "completion": "a"},
+    )
+    splits = load_splits(data, "chat", 0)
+    assert len(splits.train) == 24 and len(splits.general) > 20
+    assert len(splits.eval) == 6 and "20 are needed for a verdict" in splits.summary()

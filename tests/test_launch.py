@@ -233,3 +233,15 @@ def test_worker_that_dies_without_a_word(run_file: Any, work: Path) -> None:
     code, said = lora_kit("train", run_file(), "recipe=mine.py")
     assert code == 1
     assert "error: the training process ended without a word" in said
+
+
+def test_a_gpu_config_without_a_gpu_is_refused(
+    run_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_kit.launch._gpus", lambda: 0)
+    with pytest.raises(UserError, match="--accelerate single_gpu: no GPU is visible"):
+        launch.start(run_file(), accelerate="single_gpu")
+    monkeypatch.setattr("lora_kit.launch._gpus", lambda: 2)
+    with pytest.raises(UserError, match="--accelerate zero3 needs deepspeed"):
+        launch.start(run_file(), accelerate="zero3")
+    assert not Path("runs").exists()

@@ -151,6 +151,10 @@ def test_an_existing_run_directory_is_not_taken(folder: Path) -> None:
     with pytest.raises(UserError, match="exists: choose another"):
         check_free(run)
     write_run(run, run.directory / "run.yaml")
+    with pytest.raises(UserError, match="exists: choose another"):  # nothing to continue from
+        check_free(run)
+    (run.directory / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (run.directory / "checkpoints" / "checkpoint-1" / "seal.json").touch()
     with pytest.raises(UserError, match="--resume"):
         check_free(run)
     (run.directory / "run.lock.json").write_text('{"finished": true}', encoding="utf-8")

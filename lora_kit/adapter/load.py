@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_kit.adapter.attach import adapter_folder
-from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer
+from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer, quiet_libraries
 from lora_kit.base.pin import Pinned, file_hash, pin
 from lora_kit.errors import UserError
 from lora_kit.run import Base, Run, load_run, read_lock
@@ -30,6 +30,7 @@ def load(run: str | Path, *, quantize: str | None = None, dtype: str | None = No
     Raises:
         UserError: no finished run is there, or the base is not the one it was trained on.
     """
+    quiet_libraries()
     base = changed_base(run_base(run), quantize=quantize, dtype=dtype)
     adapter_folder(run)  # before anything large is loaded
     model = load_base(base, pin_like(run, base))

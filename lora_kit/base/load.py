@@ -12,6 +12,22 @@ from lora_kit.errors import UserError
 from lora_kit.run import Base
 
 
+def quiet_libraries() -> None:
+    """Silence what tells a user nothing they can act on."""
+    import logging
+    import warnings
+
+    # bitsandbytes looks for an optional kernel package on every CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
+    # transformers renames it, PEFT 0.21 and our key are of the old name: both work until 6.
+    old_name = ".*gradient_checkpointing.*is deprecated.*"
+    warnings.filterwarnings("ignore", message=old_name, category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def gpu_is_used() -> bool:
     """Whether this process computes on a GPU: there is one, and accelerate was not told `cpu`."""
     import torch

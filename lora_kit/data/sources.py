@@ -83,6 +83,8 @@ def _read_path(source: str) -> tuple[list[Row], str]:
                 f"{source}: no file of a known kind ({' '.join(sorted(known))}) among {len(inside)}"
             )
     elif os.path.isfile(source):
+        if root.suffix.lower() in (".pdf", ".docx", ".doc", ".odt", ".epub"):
+            raise UserError(f"{source}: not text: extract it first, for example with pdftotext")
         files = [root]
     else:
         raise UserError(f"{source}: no such file or folder")

@@ -12,6 +12,8 @@ from lora_kit.data.sources import read_sources
 from lora_kit.errors import UserError
 from lora_kit.run import Data
 
+# Fewer held-out documents are measured, but not judged.
+FEWEST_TO_JUDGE = 20
 Wanted = Literal["text", "chat"]
 
 
@@ -29,7 +31,10 @@ class Splits:
     def summary(self) -> str:
         line = f"{len(self.train)} examples to train on, {len(self.eval)} held out"
         line += f", {len(self.general)} general" if self.general else ""
-        return line + (f"; left out: {self.dropped}" if self.dropped.counts else "")
+        line += f"; left out: {self.dropped}" if self.dropped.counts else ""
+        if len(self.eval) < FEWEST_TO_JUDGE:
+            line += f"; {FEWEST_TO_JUDGE} are needed for a verdict: raise data.eval, or add data"
+        return line
 
 
 def load_splits(data: Data, wanted: Wanted | None, seed: int) -> Splits:
@@ -110,7 +115,14 @@ def _examples(
 ) -> tuple[list[Example], dict[str, str]]:
     rows, hashes = read_sources(sources)
     columns = {str(ours): theirs for ours, theirs in data.columns.items()}
-    return to_examples(rows, columns, dropped), hashes
+    # Text has no columns to rename, the embedded one and that of files alike.
+    tables = [row.columns.keys() != {"text"} for row in rows]
+    examples = [
+        example
+        for row, table in zip(rows, tables, strict=True)
+        for example in to_examples([row], columns if table else {}, dropped)
+    ]
+    return examples, hashes
 
 
 def _check_any(name: str, examples: list[Example], dropped: Dropped) -> None:

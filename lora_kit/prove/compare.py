@@ -14,13 +14,13 @@ from lora_kit.adapter.load import load, open_run
 from lora_kit.data import chat, text
 from lora_kit.data.formats import Example
 from lora_kit.data.labelled import Labelled
-from lora_kit.data.splits import Splits, load_splits
+from lora_kit.data.splits import FEWEST_TO_JUDGE, Splits, load_splits
 from lora_kit.errors import UserError
 from lora_kit.prove.measure import Losses, generate, measure
 from lora_kit.run import Run, read_lock
 
 RESAMPLES = 10_000
-FEWEST_UNITS = 20
+FEWEST_UNITS = FEWEST_TO_JUDGE
 SMALLEST_SHARE = 0.005  # a difference below half a percent is called no difference
 _NATS_TO_BITS = 1 / np.log(2)
 

@@ -59,8 +59,9 @@ class LoraTrainer(Trainer):
         if not math.isfinite(float(grad_norm)):
             raise CheckFailed(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
-                f"(gradient norm {float(grad_norm)}): the weights of the step before are kept; "
-                "lower train.learning_rate, or look for broken weights in the base"
+                f"(gradient norm {float(grad_norm)}): stopped before it reached the weights; "
+                "checkpoints saved so far are kept; lower train.learning_rate, or look for broken "
+                "weights in the base"
             )
         return grad_norm
 
