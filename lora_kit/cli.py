@@ -11,7 +11,7 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -83,6 +83,58 @@ def train(
     from lora_kit.launch import start
 
     start(run_file, overrides or [], accelerate, processes, resume)
+
+
+@app.command()
+def preview(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many to show; 0: none.")] = 3,
+    split: Annotated[
+        Literal["train", "eval", "general"], typer.Option(help="Whose samples are shown.")
+    ] = "train",
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page to browse as well.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a run would learn from, token by token, and what would stop it; no model is loaded.
+
+    Example: lora-kit preview run.yaml --html preview.html
+    """
+    from lora_kit.run import load_run
+
+    run = load_run(run_file, overrides or [])
+    from lora_kit.data import preview as view
+
+    if html is not None:
+        view.check_page(html)  # before the work, not after it
+    from lora_kit.base.load import load_tokenizer, quiet_libraries
+    from lora_kit.base.pin import pin
+    from lora_kit.data.prepare import Kind, prepare
+    from lora_kit.data.templates import set_template
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(pin(run.base, weights=False))
+    set_template(tokenizer, run.data.chat_template)
+    kinds: dict[str, Kind] = {"sft": "chat", "cpt": "text"}
+    # A recipe of the user's own learns from what is there.
+    data = prepare(
+        run.data, kinds.get(run.recipe), tokenizer, run.train.max_length, run.seed, limits=False
+    )
+    problems = data.census.problems(run.data.limits)
+    if as_json:
+        print(json.dumps(view.to_json(run, data, problems)))
+    else:
+        view.show(data, tokenizer, split, samples)
+    for problem in problems:
+        print(f"a run would stop here: {view.harmless(problem)}", file=sys.stderr)
+    if html is not None:
+        view.write_page(html, run, data, tokenizer, problems)
+        print(f"{html}: written; open it in a browser", file=sys.stderr)
 
 
 @app.command()

@@ -8,6 +8,7 @@ mistake is checked against them to complete the list.
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import os
 import re
@@ -26,7 +27,9 @@ from lora_kit.schema import (
     Base,
     Column,
     Data,
+    Limits,
     Run,
+    Source,
     Train,
 )
 
@@ -39,9 +42,12 @@ __all__ = [
     "Base",
     "Column",
     "Data",
+    "Limits",
     "Run",
+    "Source",
     "Train",
     "check_free",
+    "is_hub_id",
     "load_run",
     "nearest",
     "read_lock",
@@ -50,6 +56,26 @@ __all__ = [
     "write_run",
 ]
 
+# The keys of `data:` that name sources.
+SOURCE_KEYS = ("train", "eval", "general", "against")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE_ENDINGS = {
+    *(".txt", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
+    *(
+        ".gz",
+        ".html",
+        ".htm",
+        ".pdf",
+        ".docx",
+        ".doc",
+        ".odt",
+        ".epub",
+        ".xlsx",
+        ".rtf",
+        ".py",
+        ".conll",
+    ),
+}
 # How `lora-kit train` tells its workers how many of them there should be.
 WORLD_SIZE_VARIABLE = "LORA_KIT_WORLD_SIZE"
 # A run file is a page; what is larger is something else, named by mistake.
@@ -80,13 +106,13 @@ _OWNERS = {
     "base.load_in_4bit": "write `quantize: nf4`",
     "base.load_in_8bit": "write `quantize: int8`",
     "data.seed": "`seed:` at the top decides it",
-    "data.packing": "text is always cut into chunks of train.max_length; chat rows are not packed",
 }
 # Other names that people know a key by, where the nearest spelling would be the wrong one.
 _MEANT = {
     "adapter.rank": "r",
     "train.batch_size": "per_device_train_batch_size",
     "train.lr": "learning_rate",
+    **{f"data.{key}.path": "source" for key in ("train", "eval", "general", "against")},
 }
 
 
@@ -275,42 +301,62 @@ def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     def place(value: Any, only_if_there: bool) -> Any:
         if isinstance(value, list):
             return [place(item, only_if_there) for item in value]
+        if isinstance(value, dict) and "source" in value:
+            return {**value, "source": place(value["source"], only_if_there)}
         if not isinstance(value, str) or not value or value.startswith("nano:") or value == "nano":
             return value
         full = os.path.join(folder, os.path.expanduser(value))
-        return value if only_if_there and not os.path.exists(full) else str(Path(full))
+        if only_if_there or is_hub_id(value):
+            return str(Path(full)) if os.path.exists(full) else value
+        return str(Path(full))
 
     values = dict(values)
     # A model or a run may be named from the working folder (runs/x) as well; data may not.
     for section, key, optional in (
-        ("data", "train", False),
-        ("data", "eval", False),
-        ("data", "general", False),
+        *(("data", key, False) for key in SOURCE_KEYS),
+        ("data", "labels", False),
         ("base", "model", True),
         ("adapter", "start", True),
     ):
-        if isinstance(values.get(section), dict) and key in values[section]:
-            values[section] = {**values[section], key: place(values[section][key], optional)}
+        here = values.get(section)
+        if not isinstance(here, dict) or key not in here:
+            continue
+        if key != "labels" or isinstance(here[key], str):  # a list has the names themselves
+            values[section] = here | {key: place(here[key], optional)}
     recipe = values.get("recipe")
     if isinstance(recipe, str) and recipe.endswith(".py"):
         values["recipe"] = place(recipe, False)
     return values
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a data set on the Hub (owner/name), if it is no path."""
+    return bool(_HUB_ID.fullmatch(name)) and os.path.splitext(name)[1].lower() not in _FILE_ENDINGS
+
+
 def _missing_sources(values: dict[str, Any]) -> list[str]:
     """Files, folders and embedded texts in `data:` that are not there."""
     problems = []
     data = values.get("data")
-    for key in ("train", "eval", "general"):
-        sources = data.get(key) if isinstance(data, dict) else None
-        for source in sources if isinstance(sources, list) else [sources]:
+    data = data if isinstance(data, dict) else {}
+    for key in SOURCE_KEYS:
+        sources = data.get(key)
+        for item in sources if isinstance(sources, list) else [sources]:
+            source = item.get("source") if isinstance(item, dict) else item
             if not isinstance(source, str) or not source or source in EMBEDDED:
                 continue
             if source.startswith("nano:"):
                 hint = nearest(source, list(EMBEDDED))
                 problems.append(f"data.{key}: {source}: no such embedded text{hint}")
-            elif not os.path.exists(source):
+            elif os.path.exists(source) or is_hub_id(source):
+                continue  # the Hub is asked later
+            elif glob.has_magic(source) and glob.glob(source, recursive=True):
+                continue
+            else:
                 problems.append(f"data.{key}: {_short(source, 240)}: no such file or folder")
+    labels = data.get("labels")
+    if isinstance(labels, str) and not os.path.isfile(labels):
+        problems.append(f"data.labels: {_short(labels, 240)}: no such file")
     return problems
 
 
@@ -345,36 +391,54 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
     """One line for each mistake: key, value, what is wanted, the nearest name."""
     lines: dict[str, str] = {}
     for item in error.errors():
-        location = [part for part in item["loc"] if isinstance(part, str)]
         # A union reports each branch under the branch's own name (`str`, `list[...]`): drop those.
-        known: list[str] = []
-        for part in location:
+        known: list[str | int] = []
+        for part in item["loc"]:
             here = _at(values, known)
-            if not isinstance(here, dict) or (part not in here and item["type"] != "missing"):
-                break
-            known.append(part)
-        key = ".".join(known)
+            fields = _model(_key(known)).model_fields if item["type"] == "missing" else {}
+            listed = isinstance(part, int) and isinstance(here, list)
+            if listed or (isinstance(here, dict) and (part in here or part in fields)):
+                known.append(part)
+        key = _key(known)
         value = _short(_at(values, known))
         if item["type"] == "extra_forbidden":
             lines[key] = _unknown(key)
         elif item["type"] == "missing":
             lines[key] = f"{key}: missing: {_wanted(known)}"
-        elif location[-1] == "[key]":  # of data.columns, the one mapping with names of its own
+        elif item["loc"][-1] == "[key]":  # of data.columns, the one mapping with names of its own
             names = list(get_args(Column))
-            lines[key] = f"{key}: no such column{nearest(known[-1], names)} ({', '.join(names)})"
+            hint = nearest(str(known[-1]), names)
+            lines[key] = f"{key}: no such column{hint} ({', '.join(names)})"
         elif item["type"] == "value_error":
             lines[key] = f"{key}: {value} is not usable: {item['ctx']['error']}"
         elif key not in lines:
             lines[key] = f"{key}: {value} is not usable: {_wanted(known)}"
-    return list(lines.values())
+    # Where the mistake is known more closely, the other branches of a union have nothing to say.
+    closer = {key for key in lines for other in lines if other.startswith((f"{key}.", f"{key}["))}
+    return [line for key, line in lines.items() if key not in closer]
 
 
-def _at(values: Any, path: list[str]) -> Any:
+def _at(values: Any, path: list[str | int]) -> Any:
     for part in path:
-        if not isinstance(values, dict) or part not in values:
+        listed = isinstance(part, int) and isinstance(values, list)
+        if not listed and not (isinstance(values, dict) and part in values):
             return None
         values = values[part]
     return values
+
+
+def _key(path: list[str | int]) -> str:
+    """`data.train[1].fraction`, as people write it."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return "".join(parts).removeprefix(".")
+
+
+def _model(section: str) -> Any:
+    """The class whose keys stand in a section, such as `base`, `data.limits` or `data.train[0]`."""
+    plain = re.sub(r"\[\d+\]", "", section)
+    if plain in {f"data.{key}" for key in SOURCE_KEYS}:
+        return Source
+    return Limits if plain == "data.limits" else SECTIONS.get(plain, Run)
 
 
 def _short(value: Any, most: int = 60) -> str:
@@ -383,34 +447,34 @@ def _short(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def _wanted(path: list[str]) -> str:
+def _wanted(path: list[str | int]) -> str:
     """What a key takes, from its annotation and its description."""
-    field = Run.model_fields[path[0]]
-    if len(path) == 1 and path[0] in SECTIONS:
-        return f"keys such as {', '.join(list(SECTIONS[path[0]].model_fields)[:4])}"
-    if path[0] in SECTIONS:
-        path = path[:2]  # what lies deeper is a key of a mapping
-        field = SECTIONS[path[0]].model_fields[path[1]]
-    return f"{_type_words(path)}. {field.description}"
+    names = [part for part in path if isinstance(part, str)]
+    if (inside := ".".join(names)) in (*SECTIONS, "data.limits"):
+        return f"keys such as {', '.join(list(_model(inside).model_fields)[:4])}"
+    model, name = _model(".".join(names[:-1])), names[-1]
+    if name not in model.model_fields:  # a key of a mapping
+        model, name = _model(names[0]), names[1]
+    return f"{_type_words(model, name)}. {model.model_fields[name].description}"
 
 
-def _type_words(path: list[str]) -> str:
+def _type_words(model: Any, name: str) -> str:
     """`a whole number >= 1`, `one of a, b`, from the JSON schema of the key."""
-    schema = Run.model_json_schema()
-    node: Any = schema
-    for part in path:
-        node = node["properties"][part]
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-    names = {"integer": "a whole number", "number": "a number", "string": "a text"}
-    names |= {"boolean": "true or false", "array": "a list", "object": "a mapping", "null": "null"}
+    node = model.model_json_schema()["properties"][name]
+    words_for = {"integer": "a whole number", "number": "a number", "string": "a text"}
+    words_for |= {
+        "boolean": "true or false",
+        "array": "a list",
+        "object": "a mapping",
+        "null": "null",
+    }
     words = []
     for option in node.get("anyOf", [node]):
         if "enum" in option or "const" in option:
             choices = option.get("enum", [option.get("const")])
             words.append("one of " + ", ".join(map(str, choices)))
             continue
-        word = names.get(option.get("type", ""), "a value")
+        word = words_for.get(option.get("type", ""), "keys of its own")
         signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
         bounds = [f"{sign} {option[name]}" for name, sign in signs.items() if name in option]
         word = " ".join([word, " and ".join(bounds)]).rstrip()
@@ -423,9 +487,10 @@ def _unknown(key: str) -> str:
     if key in _OWNERS:
         return f"{key}: not set here: {_OWNERS[key]}"
     section, _, name = key.rpartition(".")
-    model: Any = SECTIONS.get(section, Run)
+    model = _model(section)
     elsewhere = [f"{s}.{name}" for s, m in SECTIONS.items() if name in m.model_fields]
-    if meant := [_MEANT[key]] if key in _MEANT else elsewhere:
+    plain = re.sub(r"\[\d+\]", "", key)
+    if meant := [_MEANT[plain]] if plain in _MEANT else elsewhere:
         hint = f"; did you mean `{meant[0]}`?"
     else:
         hint = nearest(name, list(model.model_fields))

@@ -14,20 +14,30 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 SHIPPED_RECIPES = ("cpt", "sft")
 EMBEDDED = ("nano:topics", "nano:docstrings", "nano:instructions")
-Source = Annotated[str, Field(min_length=1)]
+Path_ = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 # The columns that data.formats knows.
 Column = Literal[
     "text",
+    "label",
     "messages",
+    "conversations",
+    "tools",
+    "system",
     "prompt",
     "completion",
     "instruction",
     "input",
+    "context",
     "output",
     "response",
     "question",
     "answer",
+    "tokens",
+    "tags",
+    "chosen",
+    "rejected",
 ]
 
 
@@ -86,23 +96,82 @@ class Adapter(_Section):
     )
 
 
-class Data(_Section):
-    """Rows in: a file, a folder, or `nano:topics|docstrings|instructions`. Paths are relative to
-    the run file."""
+class Source(_Section):
+    """A source with more to say than where it is."""
 
-    train: Source | list[Source] = Field(description="What to learn from: a source or several.")
-    eval: float | Source | list[Source] = Field(
+    source: Path_ = Field(description="A file, folder, glob or Hub data set (owner/name).")
+    config: str | None = Field(None, description="Of a Hub set; null: its default one.")
+    split: str = Field("train", min_length=1, description="Of a Hub set.")
+    revision: str | None = Field(None, description="Of a Hub set: branch, tag or commit.")
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="The share of the tokens trained on that come from here."
+    )
+
+
+AnySource = Path_ | Source
+Sources = AnySource | list[AnySource]
+
+
+class Limits(_Section):
+    """What a run may lose before it is stopped; a share of rows (0.05: 5%) or a number."""
+
+    dropped: Share = Field(0.05, description="Share of rows left out; 1: off.")
+    truncated: Share = Field(0.05, description="Share of conversations cut short; 1: off.")
+    without_supervision: int = Field(0, ge=0, description="Samples with nothing to learn from.")
+    exact_leaks: int = Field(
+        0, ge=0, description="Rows of data.eval or data.against that are training rows too."
+    )
+    near_leaks: Share = Field(
+        0.01, description="Share of those rows that are nearly a training row; 1: off."
+    )
+
+
+class Data(_Section):
+    """Rows in: a file, a folder, a glob, a Hub data set, `nano:topics|docstrings|instructions`, or
+    a list of them. Paths are relative to the run file."""
+
+    train: Sources = Field(description="What to learn from: a source or several.")
+    eval: float | Sources = Field(
         0.1, description="The share of documents held out (0 < share < 1), or sources of its own."
     )
-    general: Source | list[Source] | None = Field(
+    general: Sources | None = Field(
         None, description="General text that should not be forgotten; measured beside the domain."
+    )
+    replay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The share of the tokens trained on that are general text, against forgetting; "
+        "null: none.",
+    )
+    against: Sources | None = Field(
+        None, description="Benchmark files of any columns that must not stand in the training rows."
     )
     columns: dict[Column, str] = Field(
         default_factory=dict,
         description="Renames columns: {prompt: my_question, completion: my_answer}.",
     )
-    chat_template: Literal["chatml"] | None = Field(
+    labels: str | list[str] | None = Field(
+        None, description="The names of the labels, or a .json or .txt file of them; null: any."
+    )
+    chat_template: Literal["chatml", "alpaca"] | None = Field(
         None, description="A shipped template for a base that has none; null: the tokenizer's own."
+    )
+    supervise: Literal["assistant", "last", "all"] = Field(
+        "assistant",
+        description="Learn from the assistant's turns, from its last one, or from all there is.",
+    )
+    packing: Literal["none", "documents", "running"] | None = Field(
+        None,
+        description="none: a document a row; documents: several, kept apart; running: one stream "
+        "of text, cut. null: running for text, none for chat.",
+    )
+    group: str | None = Field(
+        None, description="The column whose equal values stay on one side of the split; null: none."
+    )
+    limits: Limits = Limits()
+    workers: Positive | None = Field(
+        None, description="Processes that prepare; changes no result. null: the cores, 8 at most."
     )
 
     @field_validator("eval")

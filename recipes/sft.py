@@ -23,9 +23,9 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.adapter.attach import attach, describe
     from lora_kit.base.load import load_base, load_tokenizer
     from lora_kit.base.pin import pin
-    from lora_kit.data.chat import conversations, set_template
-    from lora_kit.data.splits import load_splits
-    from lora_kit.prove.compare import held_out
+    from lora_kit.data.prepare import prepare
+    from lora_kit.data.templates import set_template
+    from lora_kit.prove.compare import HeldOut
     from lora_kit.prove.finish import prove
     from lora_kit.train.arguments import check_installed
     from lora_kit.train.directory import run_directory
@@ -34,20 +34,18 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.train.trainer import fit, make_trainer
 
     with StopSignal().listening() as stop:
-        # 1. Which rows and which base, before anything large is loaded.
+        # 1. The base's files, and what is learned from: read, checked, split, tokenized, labelled.
         check_installed(run)
-        splits = load_splits(run.data, "chat", run.seed)
-        pinned = pin(run.base, read_lock(run.directory) if resume else None)
+        lock = read_lock(run.directory) if resume else None
+        pinned = pin(run.base, lock)
+        tokenizer = load_tokenizer(pinned)
+        set_template(tokenizer, run.data.chat_template)
+        data = prepare(run.data, "chat", tokenizer, run.train.max_length, run.seed, lock=lock)
 
-        with run_directory(run, pinned, splits, resume) as directory:
-            # 2. Rows to labelled tokens.
-            tokenizer = load_tokenizer(pinned)
-            set_template(tokenizer, run.data.chat_template)
-            train = conversations(splits.train, tokenizer, run.train.max_length, splits.dropped)
-            judged = held_out(run, splits, tokenizer)
-            directory.say(f"data: {splits.summary()}")
-            directory.say(f"tokens: {train.summary()}")
-            directory.say(f"sample: {tokenizer.decode(train.input_ids[0][:48])!r}")
+        with run_directory(run, pinned, data, resume) as directory:
+            # 2. What was found, before anything large is loaded.
+            directory.say("\n".join(data.summary()))
+            directory.say(f"sample: {tokenizer.decode(data.train[0]['input_ids'][:48])!r}")
 
             # 3. The base, frozen, in its type or quantized.
             model = load_base(run.base, pinned)
@@ -57,12 +55,12 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
             directory.say(str(describe(model)))
 
             # 5. Train.
-            trainer = make_trainer(run, directory, stop, model, tokenizer, train, judged.domain)
+            trainer = make_trainer(run, directory, stop, model, tokenizer, data)
             fit(trainer, resume)
 
             # 6. Save, then judge against the base.
             save_run(trainer, tokenizer, pinned)
-            return prove(run, trainer, tokenizer, judged)
+            return prove(run, trainer, tokenizer, HeldOut.of(data))
 
 
 if __name__ == "__main__":

@@ -139,6 +139,14 @@ def plain_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("plain_base"), chat_template=None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is prepared is kept here, for these tests and the processes they start."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["LORA_KIT_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, entered."""

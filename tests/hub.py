@@ -1,4 +1,4 @@
-"""A Hub on this machine: the routes by which the unmodified client reads a model."""
+"""A Hub on this machine: the routes by which the unmodified client reads models and data sets."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 SHA = "c0ffee" + "0" * 34
 OLDER = "b0a7" + "1" * 36
@@ -27,10 +28,14 @@ ANSWERS = {
 }
 # The client takes a 401 without a code for a model that is private or not there.
 ANSWERS["org/private"] = (401, None)
+_REPO = r"((?:datasets/)?[^/]+/[^/]+)"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repos`: {id: {revision's sha: folder}}; `refs`: {branch or tag: sha}."""
+    """Serves `repos`: {id: {revision's sha: folder}}; `refs`: {branch or tag: sha}.
+
+    The id of a data set begins with `datasets/`.
+    """
 
     daemon_threads = True
 
@@ -57,11 +62,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.server.asked.append(path)
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        path = path.replace("/api/models/", "/api/")
+        api = re.fullmatch(rf"/api/{_REPO}(?:/(revision|tree)/([^/]+))?", path)
+        file = re.fullmatch(rf"/{_REPO}/resolve/([^/]+)/(.+)", path)
         model = (api or file or [None, ""])[1]
-        if model in ANSWERS:
-            return self._error(*ANSWERS[model])
+        if model.removeprefix("datasets/") in ANSWERS:
+            return self._error(*ANSWERS[model.removeprefix("datasets/")])
         if model not in self.server.repos:
             return self._error(404, "RepoNotFound")
         name = (api[3] if api else file[2] if file else None) or "main"
@@ -75,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         if api:
             return self._json({"id": model, "sha": sha, "siblings": [], "private": False})
         assert file
-        wanted = folder / file[3]
+        wanted = folder / unquote(file[3])
         if not wanted.is_file():
             return self._error(404, "EntryNotFound")
         entry = _entry(wanted, folder)
@@ -98,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(file: Path, folder: Path) -> dict[str, Any]:
-    """As the Hub lists a file: weights lie in LFS, under their sha256, the rest in git."""
+    """As the Hub lists a file: large ones lie in LFS, under their sha256, the rest in git."""
     content = file.read_bytes()
     git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     entry = {
@@ -107,7 +113,7 @@ def _entry(file: Path, folder: Path) -> dict[str, Any]:
         "size": len(content),
         "oid": git,
     }
-    if file.suffix in (".safetensors", ".bin"):
+    if file.suffix in (".safetensors", ".bin", ".parquet"):
         oid = hashlib.sha256(content).hexdigest()
         entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
     return entry

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from lora_kit.train.checkpoint import file_hash
+from lora_kit.hashes import file_hash
 
 LORA_KIT = [sys.executable, "-c", "from lora_kit.cli import main; main()"]
 

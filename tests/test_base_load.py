@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import make_base
 from safetensors.torch import load_file, save_file
+from trained import labelled
 
 from lora_kit.adapter.attach import attach
 from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import Pinned, pin
-from lora_kit.data.labelled import IGNORED, Labelled, collator
+from lora_kit.data.labelled import IGNORED, collator
 from lora_kit.errors import UserError
 from lora_kit.prove.measure import measure
 from lora_kit.run import Adapter, Base
@@ -91,7 +92,7 @@ def test_a_quantized_base_is_what_was_asked_for_and_trains_after_measuring(
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     before = gradients(adapted, ids)
-    rows = Labelled([list(range(9))], [list(range(9))], [0], [9])
+    rows = labelled([(list(range(9)), list(range(9)))], [0], [9])
     measure(adapted, rows, pad_id=1)
     after = gradients(adapted, ids)
     assert len(before) == 28 and all(g.abs().sum() > 0 for g in before)

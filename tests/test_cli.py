@@ -102,6 +102,10 @@ def test_without_a_verb_comes_the_help(run: Shell) -> None:
         ("train run.yaml --fast", "No such option: --fast"),
         ("train run.yaml --processes 0", "'--processes'"),
         ("train gone.yaml", "gone.yaml: cannot be read (No such file or directory)"),
+        ("preview", "Missing argument 'RUN.yaml'. (see lora-kit preview --help)"),
+        ("preview gone.yaml --json", "gone.yaml: cannot be read (No such file or directory)"),
+        ("preview gone.yaml --samples -1", "'--samples'"),
+        ("preview gone.yaml --split test", "'--split'"),
         ("compare gone", "gone: no run directory (run.yaml is missing)"),
         ("compare gone --json", "gone: no run directory (run.yaml is missing)"),
         ("generate gone hello", "gone: neither a run directory nor an adapter folder"),
@@ -155,6 +159,58 @@ def test_the_installed_command_ends_with_the_same_code(work: Path) -> None:
 
 
 # --- Verbs that train nothing
+
+
+def test_preview_reports_what_train_would_refuse(
+    run: Shell, run_file: Callable[..., Path], work: Path
+) -> None:
+    file = run_file("sft")
+    with (work / "rows.jsonl").open("a", encoding="utf-8") as opened:
+        opened.write('\n{"prompt": null, "completion": "x"}' * 10)
+    before = sorted(work.iterdir())
+    done = run("preview", str(file), "--json")
+    found = json.loads(done.out)
+    assert done.code == 0 and done.out.count("\n") == 1
+    assert (found["recipe"], found["kind"]) == ("sft", "chat")
+    assert (found["rows_read"], found["rows_kept"]) == (70, 60)
+    assert found["dropped"] == {"with a null `prompt`": 10}
+    assert found["truncated"] == {} and found["samples_without_supervision"] == 0
+    assert found["duplicates"].keys() == found["leaks"].keys() == {"exact", "near"}
+    assert found["tokens"] > found["supervised_tokens"] > found["end_markers_supervised"] == 60
+    assert len(found["problems"]) == 1 and "data.limits.dropped" in found["problems"][0]
+    assert done.err == f"a run would stop here: {found['problems'][0]}\n"
+
+    people = run("preview", str(file), "data.limits.dropped=0.2", "--samples", "2")
+    assert (people.code, people.err) == (0, "")
+    assert people.out.startswith("train: ") and people.out.count("⟦It is ") == 2
+    judged = run("preview", str(file), "--split", "eval", "--samples", "1")
+    assert "⟦judged⟧" in judged.out and judged.out.count("⟦It is ") == 1
+    assert sorted(work.iterdir()) == before
+
+
+def test_preview_writes_a_page_and_never_over_something_else(
+    run: Shell, run_file: Callable[..., Path], work: Path
+) -> None:
+    file = run_file("cpt")
+    for _ in range(2):  # the second replaces the first
+        done = run("preview", str(file), "--html", "page.html", "--json")
+        assert done.code == 0 and json.loads(done.out)["kind"] == "text"
+        assert done.err == "page.html: written; open it in a browser\n"
+    assert "It is not there" not in (work / "page.html").read_text(encoding="utf-8")
+    done = run("preview", str(file), "--html", "text.txt")
+    assert (done.code, done.out) == (2, "") and len(done.errors) == 1
+    assert "--html text.txt: exists and is no page of preview" in done.errors[0]
+    done = run("preview", str(file), "--split", "general")
+    assert (done.code, done.out) == (2, "") and "no data.general" in done.errors[0]
+
+
+def test_preview_of_a_recipe_of_ones_own_takes_what_is_there(
+    run: Shell, run_file: Callable[..., Path], work: Path
+) -> None:
+    (work / "own.py").write_text("def main(run, resume): ...", encoding="utf-8")
+    for recipe, kind in (("cpt", "text"), ("sft", "chat")):
+        done = run("preview", str(run_file(recipe)), "recipe=own.py", "--json")
+        assert json.loads(done.out)["kind"] == kind
 
 
 def test_schema_prints_the_json_schema(run: Shell) -> None:

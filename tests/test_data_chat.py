@@ -1,276 +1,292 @@
-"""Masks of conversations: the assistant's words and their end marker, and nothing else."""
+"""Masks of conversations, case by case: what is learned, cut, left out, and why."""
 
 from __future__ import annotations
 
-import random
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer
+from families import CHATML, FAMILIES, HERMES, LLAMA31, QWEN3, ZEPHYR, byte_level
 
-from lora_kit.data.chat import conversations, prompt_text, set_template
-from lora_kit.data.formats import Dropped, Example, Message
-from lora_kit.data.labelled import IGNORED
+from lora_kit.data.chat import ChatEncoder, Encoded
+from lora_kit.data.formats import Example, Message, NotUsable
+from lora_kit.data.templates import prompt_text
 from lora_kit.errors import UserError
 
-# Small templates in the style of each family: (template, end marker).
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not "
-    "supported') }}{% endif %}{% for m in messages %}"
-    "{% set role = 'model' if m.role == 'assistant' else m.role %}"
-    "<start_of_turn>{{ role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}"
-    "{% endfor %}"
-)
-ZEPHYR = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-# Takes the thinking out of earlier answers, and writes an empty one before the last.
-QWEN3 = (
-    "{% for m in messages %}{% set content = m.content %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}{% if '</think>' in content %}"
-    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{% if loop.last %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-    "{{ content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-FAMILIES = {
-    "chatml": (CHATML, "<|im_end|>"),
-    "llama-3": (LLAMA3, "<|eot_id|>"),
-    "gemma": (GEMMA, "<end_of_turn>"),
-    "mistral": (MISTRAL, "<eos>"),
-    "zephyr": (ZEPHYR, "<eos>"),
-    "qwen3": (QWEN3, "<|im_end|>"),
-}
-NO_SYSTEM = ("gemma", "mistral")
-# Words that look like what the templates write, or like what finds the mask.
-TRAPS = [
-    *("assistant", "user", "model", "sentinel0x", "sentinel1x", "{{ messages }}", "{% if x %}"),
-    *("<|im_start|>assistant\n", "[/INST]", "<|im_end|>", "<end_of_turn>", "<think>", "ä😀"),
-    *("\n", "  ", "queen", "bread. "),
-]
+ANY = "{% for m in messages %}<t>{{ m.content }}<eos>{% endfor %}"
+REWRITES = "whose turns the chat template rewrites"
+NO_END = "after whose answers the chat template writes no end marker"
+LEFT_OUT = "of which the chat template leaves out a turn"
+TOOLS = ({"type": "function", "function": {"name": "find_fox", "parameters": {"type": "object"}}},)
+CALL = {"name": "find_fox", "arguments": '{"where": "ä \\"den\\""}'}  # OpenAI's way: as text
+CALLED = '{"name": "find_fox", "arguments": {"where": "ä \\"den\\""}}'
+ASKED = {"role": "user", "content": "Where?"}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+RETURNED = {"role": "tool", "content": '{"at": "the \\"den\\""}'}
+TOLD = {"role": "assistant", "content": " In the den. \n"}
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), bos=True)
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {markers: byte_level(folder, markers=markers) for markers in (True, False)}
 
 
-@pytest.fixture
-def tokenizer(bare: Any) -> Any:
-    bare.chat_template = None
-    return bare
+@pytest.fixture(params=[True, False], ids=["markers", "no markers"])
+def tokenizer(request: Any, tokenizers: dict[bool, Any]) -> Any:
+    """With and without tokens of their own for the templates' markers."""
+    return tokenizers[request.param]
 
 
-def example(*contents: str, system: str | None = None, place: str = "f:1") -> Example:
+def chat(*contents: str, system: str | None = None) -> list[Message]:
     turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
-    turns += [{"role": roles[n % 2], "content": c} for n, c in enumerate(contents)]
-    return Example(place, messages=tuple(turns))
+    return turns + [{"role": roles[n % 2], "content": c} for n, c in enumerate(contents)]
 
 
-def learned(tokenizer: Any, *examples: Example) -> list[str]:
-    """What each row is learned from, decoded."""
-    labelled = conversations(list(examples), tokenizer, 10_000, Dropped())
-    for ids, labels in zip(labelled.input_ids, labelled.labels, strict=True):
-        assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-    return [tokenizer.decode([t for t in row if t != IGNORED]) for row in labelled.labels]
+def encode(
+    tokenizer: Any,
+    messages: list[Message],
+    *,
+    supervise: str = "assistant",
+    most: int = 10_000,
+    tools: tuple[Any, ...] = (),
+    joiner: str = "",
+) -> Encoded | NotUsable:
+    row = Example("f:1", messages=tuple(messages), tools=tools, joiner=joiner)
+    (found,) = ChatEncoder(tokenizer, supervise, most)([row])
+    return found
 
 
-def refused(tokenizer: Any, *examples: Example) -> str:
-    with pytest.raises(UserError) as caught:
-        conversations(list(examples), tokenizer, 10_000, Dropped())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def learned(tokenizer: Any, messages: list[Message], **settings: Any) -> list[str]:
+    found = encode(tokenizer, messages, **settings)
+    assert isinstance(found, Encoded), (found.reason, found.detail)
+    return [tokenizer.decode(found.ids[a:b]) for a, b in found.learned]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_answers_and_their_end_markers_are_learned_and_nothing_else(
-    tokenizer: Any, family: str
-) -> None:
-    tokenizer.chat_template, end = FAMILIES[family]
-    system = None if family in NO_SYSTEM else "Be brief."
-    one = example("Who are you?", "the fox.", system=system)
-    many = example("the dog", "the fox", "the fox", "the dog", "a", "b", system=system)
-    first, second = learned(tokenizer, one, many)
-    # Mistral's template writes a space before an answer; the tokenizer makes one token of ` the`.
-    space = " " if family == "mistral" else ""
-    assert first == f"{space}the fox.{end}"
-    assert second == f"{space}the fox{end}{space}the dog{end}{space}b{end}"
+def left_out(tokenizer: Any, messages: list[Message], **settings: Any) -> tuple[str, str]:
+    found = encode(tokenizer, messages, **settings)
+    assert isinstance(found, NotUsable), found
+    assert "\n" not in found.reason + found.detail
+    return found.reason, found.detail
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(4))
-def test_contents_that_look_like_the_template_are_only_contents(
-    tokenizer: Any, family: str, seed: int
-) -> None:
-    tokenizer.chat_template, end = FAMILIES[family]
-    chooser = random.Random(seed)
-    contents = ["§" + "".join(chooser.choices(TRAPS, k=8)) + "z" for _ in range(4)]
-    (text,) = learned(tokenizer, example(*contents))
-    assert text == "".join(content + end for content in contents[1::2])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompt_and_learned_tokens_are_the_text_trained_on(tokenizer: Any, name: str) -> None:
+    tokenizer.chat_template = FAMILIES[name].source
+    found = encode(tokenizer, chat("Who?", "the fox"))
+    assert isinstance(found, Encoded)
+    (until,) = [end for _, end in found.learned]
+    prompt = prompt_text(tokenizer, chat("Who?"))
+    text = tokenizer.decode(found.ids[:until])
+    space = " " if FAMILIES[name].space else ""
+    assert text == f"{prompt}{space}the fox{FAMILIES[name].end}"
 
 
-@pytest.mark.parametrize("family", ["llama-3", "gemma", "mistral"])
-def test_a_template_may_trim_what_it_likes(tokenizer: Any, family: str) -> None:
-    tokenizer.chat_template, end = FAMILIES[family]
-    (text,) = learned(tokenizer, example(" who? ", "\n the fox \n"))
-    assert text.strip() == f"the fox{end}"
+def test_the_end_marker_is_learned_where_it_pads_as_well(tokenizer: Any) -> None:
+    from lora_kit.data.labelled import IGNORED, LabelledWriter, collator
 
-
-def test_white_space_of_an_answer_that_is_not_trimmed_is_learned(tokenizer: Any) -> None:
-    tokenizer.chat_template = CHATML
-    assert learned(tokenizer, example("q", "  the fox \n\n")) == ["  the fox \n\n<|im_end|>"]
-
-
-@pytest.mark.parametrize("family", ["llama-3", "gemma", "mistral"])
-def test_there_is_one_beginning_of_text(tokenizer: Any, family: str) -> None:
-    tokenizer.chat_template, _ = FAMILIES[family]
-    (ids,) = conversations([example("q", "a", "q", "a")], tokenizer, 999, Dropped()).input_ids
-    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_prompt_is_where_the_answer_begins(tokenizer: Any, family: str) -> None:
-    tokenizer.chat_template, _ = FAMILIES[family]
-    turns = example("who?", "the fox").messages
-    (ids,) = conversations([example("who?", "the fox")], tokenizer, 999, Dropped()).input_ids
-    assert tokenizer.decode(ids).startswith(prompt_text(tokenizer, list(turns[:1])))
+    tokenizer.chat_template, pad = ZEPHYR, tokenizer.pad_token
+    tokenizer.pad_token = tokenizer.eos_token
+    writer = LabelledWriter()
+    for found in (encode(tokenizer, chat("q", "the fox")), encode(tokenizer, chat("q", "a"))):
+        assert isinstance(found, Encoded)
+        writer.add(found.ids, found.learned)
+    batch = collator(tokenizer.pad_token_id)(list(writer.finish()))
+    tokenizer.pad_token = pad
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        kept = labels != IGNORED
+        assert (labels[kept] == ids[kept]).all()
+        # Not the one after the question, nor those that fill the shorter row.
+        assert (labels == tokenizer.eos_token_id).sum() == 1
+        assert labels[kept][-1] == tokenizer.eos_token_id
 
 
 def test_thinking_that_a_template_takes_out_is_refused_not_mislabelled(tokenizer: Any) -> None:
     tokenizer.chat_template = QWEN3
-    thinking = "<think>hm</think>\n\nthe fox"
-    rows = [example("q", "a"), example("q", thinking, "q", "the dog", place="f:2")]
-    assert refused(tokenizer, *rows).startswith("f:2: the chat template changes what the turns say")
+    thinking = "<think>\nhm\n</think>\n\nthe fox"
+    assert learned(tokenizer, chat("q", thinking)) == [f"{thinking}<|im_end|>"]
+    unlike = "<think>hm</think>the fox"  # but for white space what the template writes
+    assert learned(tokenizer, chat("q", unlike)) == [f"{thinking}<|im_end|>"]
+    assert left_out(tokenizer, chat("q", thinking, "q", "dog")) == (REWRITES, "turn 2")
+    assert learned(tokenizer, chat("q", thinking, "q", "dog"), supervise="last") == [
+        "dog<|im_end|>"
+    ]
+    tokenizer.chat_template = FAMILIES["deepseek"].source
+    assert left_out(tokenizer, chat("q", thinking)) == (REWRITES, "turn 2")
+
+
+def test_thoughts_are_learned_where_the_template_writes_them(tokenizer: Any) -> None:
+    tokenizer.chat_template = QWEN3
+    one, two = ({**TOLD, "reasoning_content": thought} for thought in ("Hm.", "So."))
+    second = "<think>\nSo.\n</think>\n\n In the den. \n<|im_end|>"
+    assert learned(tokenizer, [ASKED, two]) == [second]
+    assert left_out(tokenizer, [ASKED, one, ASKED, two])[0].startswith("whose thoughts")
+    assert learned(tokenizer, [ASKED, one, ASKED, two], supervise="last") == [second]
+    called = {**CALLS, "reasoning_content": "Hm."}
+    first, last = learned(tokenizer, [ASKED, called, RETURNED, two], tools=TOOLS)
+    assert first.startswith("<think>\nHm.\n</think>") and last == second
+    tokenizer.chat_template = CHATML
+    reason, detail = left_out(tokenizer, [ASKED, one])
+    assert (reason, detail) == ("whose thoughts the chat template leaves out", "turn 2")
+
+
+@pytest.mark.parametrize("tools", [TOOLS, ()], ids=["tools", "no tools"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_calls_are_learned_and_what_tools_return_is_not(
+    tokenizer: Any, tools: tuple[Any, ...], as_text: bool
+) -> None:
+    calls = CALLS
+    if not as_text:
+        function = {"name": "find_fox", "arguments": {"where": 'ä "den"'}}
+        calls = {**CALLS, "tool_calls": [{"type": "function", "function": function}]}
+    both = [{**calls, "content": "Let me see."}, RETURNED, RETURNED, TOLD]
+    rows = [ASKED, calls, RETURNED, TOLD, ASKED, *both]
+    tokenizer.chat_template = HERMES
+    call, told = f"<tool_call>\n{CALLED}\n</tool_call><|im_end|>", " In the den. \n<|im_end|>"
+    assert learned(tokenizer, rows, tools=tools) == [call, told, f"Let me see.\n{call}", told]
+    assert learned(tokenizer, [ASKED, calls], tools=tools) == [call]
+    tokenizer.chat_template = QWEN3
+    call = f"\n{call}"
+    assert learned(tokenizer, rows, tools=tools) == [call, told, f"Let me see.{call}", told]
+    assert learned(tokenizer, [ASKED, calls], tools=tools) == [call]  # no empty thoughts
+
+
+def test_a_call_may_have_an_end_marker_of_its_own(tokenizers: dict[bool, Any]) -> None:
+    tokenizer = tokenizers[True]
+    tokenizer.chat_template = LLAMA31
+    rows = [ASKED, CALLS, RETURNED, TOLD]
+    call = CALLED.replace("arguments", "parameters") + "<|eom_id|>"
+    assert learned(tokenizer, rows, tools=TOOLS) == [call, "In the den.<|eot_id|>"]
+    assert learned(tokenizer, rows[:2]) == [call]
+    trap = {"name": "find_fox", "arguments": '{"where": "<|eot_id|> x"}'}
+    trapped = {**CALLS, "tool_calls": [{"function": trap}]}
+    (text,) = learned(tokenizer, [ASKED, trapped])
+    assert text.endswith('<|eot_id|> x"}}<|eom_id|>')
+    # It writes a call instead of what is said.
+    rows[1] = {**CALLS, "content": "Let me see."}
+    assert left_out(tokenizer, rows) == (REWRITES, "turn 2")
+
+
+def test_calls_and_tools_that_a_template_does_not_write_are_not_lost_in_silence(
+    tokenizer: Any,
+) -> None:
+    tokenizer.chat_template = CHATML
+    rows = [ASKED, CALLS, RETURNED, TOLD]
+    for supervise in ("assistant", "last", "all"):
+        assert left_out(tokenizer, rows, supervise=supervise) == (
+            *("whose tool calls the chat template leaves out", "turn 2"),
+        )
+    reason, _ = left_out(tokenizer, chat("q", "a"), tools=TOOLS)
+    assert reason == "whose tools the chat template leaves out"
+    tokenizer.chat_template = HERMES.replace("m.role == 'tool'", "m.role == 'x'").replace(
+        "{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"
+    )
+    assert left_out(tokenizer, rows, tools=TOOLS) == (REWRITES, "turn 3")
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "why"),
     [
-        (GEMMA, "f:7: the chat template refuses a conversation of system-user-assistant: System"),
         (
-            "{% for m in messages if m.role != 'system' %}{{ m.content }}<eos>{% endfor %}",
-            "f:7: the chat template leaves out a turn of system-user-assistant",
+            FAMILIES["gemma"].source,
+            ("that the chat template refuses", "system-user-assistant: The"),
         ),
-        (
-            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-            "f:7: the chat template writes no end marker after an answer",
-        ),
-        (
-            "{% for m in messages %}{{ m.content | upper }}<eos>{% endfor %}",
-            "f:7: the chat template leaves out a turn",
-        ),
-        (
-            "{% for m in messages %}{{ m.content[:9] }}{{ m.content[10:] }}<eos>{% endfor %}",
-            "f:7: the chat template leaves out a turn",
-        ),
-        (
-            "{% for m in messages %}{{ m.content.replace('bread', 'x') }}<eos>{% endfor %}",
-            "f:7: the chat template changes what the turns say",
-        ),
-        (
-            "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
-            "{% if 'bread' in messages[-1].content %}more{% endif %}",
-            "f:7: the chat template changes what the turns say",
-        ),
-        ("{{ messages[9].content }}", "f:7: the chat template refuses a conversation"),
-        ("{{ 1 + messages }}", "f:7: the chat template refuses a conversation"),
-        ("{% for %}", "f:7: the chat template refuses a conversation"),
+        (ANY.replace(" %}", " if m.role != 'system' %}", 1), (LEFT_OUT, "system-user-assistant")),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", (NO_END, "")),
+        (ANY.replace("m.content", "m.content | upper"), (LEFT_OUT, "system-user")),
+        (ANY.replace("m.content", "m.content[:9]"), (LEFT_OUT, "system-user")),
+        (ANY.replace("m.content", "m.content.replace('bread', 'x')"), (REWRITES, "turn 3")),
+        (ANY.replace("m.content", "m.content.replace('quest', 'x')"), (REWRITES, "turn 2")),
+        (ANY + "{% if 'bread' in messages[-1].content %}more{% endif %}", (NO_END, "")),
+        (ANY + "{{ range(99999) | random }}", (REWRITES, "turn 3")),
+        ("{{ messages[9].content }}", ("that the chat template refuses", "system-user")),
+        ("{{ 1 + messages }}", ("that the chat template refuses", "system-user")),
+        ("{% for %}", ("that the chat template refuses", "system-user")),
     ],
 )
-def test_a_template_that_hides_the_answers_is_refused_in_one_line(
-    tokenizer: Any, template: str, words: str
+def test_a_template_that_hides_the_answers_is_found_out(
+    tokenizer: Any, template: str, why: tuple[str, str]
 ) -> None:
     tokenizer.chat_template = template
-    row = example("a question", "some bread", system="be brief", place="f:7")
-    assert refused(tokenizer, row).startswith(words)
+    reason, detail = left_out(tokenizer, chat("a question", "some bread", system="be brief"))
+    assert reason == why[0] and detail.startswith(why[1])
 
 
-@pytest.mark.parametrize("template", [CHATML, None])
-def test_long_rows_are_dropped_counted_and_placed(tokenizer: Any, template: str | None) -> None:
-    tokenizer.chat_template = template
-    rows = [
-        example("q", "a", place="f:1"),
-        example("q", "the fox " * 40, place="f:2"),
-        example("q " * 90, "a", place="f:3"),
-        example("q", "ä", place="f:4"),
-    ]
-    dropped = Dropped()
-    labelled = conversations(rows, tokenizer, 80, dropped)
-    assert len(labelled) == 2 and labelled.units == [0, 1]
-    assert str(dropped) == "2 longer than train.max_length (80 tokens) (first: f:2)"
-    end = "<|im_end|>" if template else ""
-    assert labelled.unit_bytes == [len(f"a{end}"), len(f"ä{end}".encode())]
-    with pytest.raises(UserError, match=r"no rows left: 1 longer than .* \(first: f:2\)"):
-        conversations(rows[1:2], tokenizer, 80, Dropped())
-    with pytest.raises(UserError, match="no rows"):
-        conversations([], tokenizer, 40, Dropped())
+def test_no_word_of_an_answer_hides_in_a_token_of_the_template(tmp_path: Any) -> None:
+    tokenizer = byte_level(tmp_path, markers=False)
+    tokenizer.chat_template = "{% for m in messages %}fo{{ m.content }}<eos>\n{% endfor %}"
+    reason, detail = left_out(tokenizer, chat("x", "x jumps"))  # `ox` is one token
+    assert reason == "whose answer shares a token with what stands beside it"
+    assert detail == "'ox'"
+    assert learned(tokenizer, chat("x", " dog")) == [" dog<eos>"]
+    more = "{% if not loop.last %}y morning{% endif %}"  # `every` is one token
+    tokenizer.chat_template = "{% for m in messages %}|{{ m.content }} ever" + more + "{% endfor %}"
+    assert left_out(tokenizer, chat("q", "a", "q", "a"))[1] == "' every'"
+    assert learned(tokenizer, chat("q", "a")) == ["a ever"]
+    tokenizer.chat_template = "{% for m in messages %}|{{ m.content }}»😀\n{% endfor %}"  # bytes
+    assert learned(tokenizer, chat("q", "ä", "q", "a")) == ["ä»😀", "a»😀"]
+
+
+def test_one_bad_row_leaves_the_others_of_its_batch(tokenizer: Any) -> None:
+    tokenizer.chat_template = FAMILIES["gemma"].source
+    contents = [chat("q", f"fox {n}", system="s" if n == 40 else None) for n in range(70)]
+    rows = [Example(f"f:{n}", messages=tuple(m)) for n, m in enumerate(contents)]
+    found = list(ChatEncoder(tokenizer, "assistant", 999)(rows))
+    assert [n for n, row in enumerate(found) if isinstance(row, NotUsable)] == [40]
+    assert isinstance(found[69], Encoded)
+    assert tokenizer.decode(found[69].ids[slice(*found[69].learned[0])]) == "fox 69<end_of_turn>"
+
+
+def test_long_conversations_are_cut_after_an_answer_that_is_learned(tokenizer: Any) -> None:
+    tokenizer.chat_template = CHATML
+    rows = chat("q", "a fox", "q", "the dog", "q", "bread " * 200)
+    found = encode(tokenizer, rows, most=200)
+    assert isinstance(found, Encoded) and found.cut and found.answers == 2
+    assert found.ids == encode(tokenizer, rows[:4]).ids  # type: ignore[union-attr]
+    rows[3]["weight"] = 0
+    found = encode(tokenizer, rows, most=200)
+    assert isinstance(found, Encoded) and found.cut
+    assert found.ids == encode(tokenizer, rows[:2]).ids  # type: ignore[union-attr]
+    too_long = ("longer than train.max_length (200 tokens)", "")
+    for supervise in ("last", "all"):  # another answer would be the last
+        assert left_out(tokenizer, rows, most=200, supervise=supervise) == too_long
+    rows[1]["weight"] = 0
+    assert left_out(tokenizer, rows, most=200) == too_long
+    rows[5]["weight"] = 0
+    assert learned(tokenizer, rows) == []
+
+
+@pytest.mark.parametrize("as_prompt", ["q <s> x", "<s>q"])
+def test_a_beginning_of_text_that_someone_wrote_is_counted(tokenizer: Any, as_prompt: str) -> None:
+    tokenizer.chat_template = "{{ bos_token }}" + ANY.replace("<t>", "")
+    if as_prompt == "<s>q":
+        reason, _ = left_out(tokenizer, chat(as_prompt, "a"))
+        assert reason == "that begin with two beginning-of-text tokens"
+    else:
+        assert learned(tokenizer, chat(as_prompt, "a")) == ["a<eos>"]
 
 
 def test_without_a_template_prompt_and_answer_stand_as_they_are(tokenizer: Any) -> None:
-    row = Example("f:1", messages=example("Who?", "The fox.").messages, joiner="\n\n")
-    labelled = conversations([row], tokenizer, 99, Dropped())
-    assert tokenizer.decode(labelled.input_ids[0]) == "<s>Who?\n\nThe fox.<eos>"
-    assert learned(tokenizer, row) == ["The fox.<eos>"]
-    assert "set data.chat_template: chatml" in refused(tokenizer, example("q", "a", "q", "a"))
-    assert "f:1: a conversation" in refused(tokenizer, example("q", "a", system="s"))
-
-
-@pytest.mark.parametrize("has_end", [True, False])
-@pytest.mark.parametrize("bos", [True, False])
-def test_the_shipped_template_ends_a_turn_with_a_token_that_is_there(
-    tmp_path: Path, has_end: bool, bos: bool
-) -> None:
-    tokenizer = make_tokenizer(tmp_path, bos=bos)
-    if not has_end:
-        known = tokenizer.get_vocab()
-        tokenizer.get_vocab = lambda: {k: v for k, v in known.items() if k != "<|im_end|>"}
-    set_template(tokenizer, None)
-    assert tokenizer.chat_template is None
-    set_template(tokenizer, "chatml")
-    row = example("q {{ x }}", "a", "q", "{% b %}", system="s")
-    end = "<|im_end|>" if has_end else "<eos>"
-    assert learned(tokenizer, row) == [f"a{end}{{% b %}}{end}"]
-    (ids,) = conversations([row], tokenizer, 999, Dropped()).input_ids
-    begin = "<s>" if bos else ""
-    assert tokenizer.decode(ids).startswith(
-        f"{begin}<|im_start|>system\ns{end}\n<|im_start|>user\n"
-    )
-    asked = prompt_text(tokenizer, [{"role": "user", "content": "q"}])
-    assert asked == f"{begin}<|im_start|>user\nq{end}\n<|im_start|>assistant\n"
-    with pytest.raises(UserError, match="a template of its own"):
-        set_template(tokenizer, "chatml")
-
-
-def test_the_prompt_is_what_answers_were_learned_after(tmp_path: Path) -> None:
-    """Prompt and learned tokens together are the text that was trained on."""
-    thinking = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-        "{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    for template in (thinking, CHATML):
-        tokenizer = make_tokenizer(tmp_path, template)
-        turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The fox."}]
-        rows = conversations([Example("x", messages=tuple(turns))], tokenizer, 256, Dropped())
-        learned = tokenizer.decode([n for n in rows.labels[0] if n != -100])
-        trained = tokenizer.decode(rows.input_ids[0]).rstrip()
-        assert prompt_text(tokenizer, turns[:1]) + learned == trained
+    tokenizer.chat_template = None
+    found = encode(tokenizer, chat("Who?", "The fox."), joiner="\n\n")
+    assert isinstance(found, Encoded) and found.learned_bytes == len("The fox.")
+    assert tokenizer.decode(found.ids) == "<s>Who?\n\nThe fox.<eos>"
+    assert learned(tokenizer, chat("Who?", "The fox.")) == ["The fox.<eos>"]
+    every = learned(tokenizer, chat("Who?", "The fox."), supervise="all", joiner=" ")
+    assert every == ["<s>Who? The fox.<eos>"]
+    unlearned = chat("Who?", "The fox.")
+    unlearned[1]["weight"] = 0
+    assert learned(tokenizer, unlearned) == []
+    assert learned(tokenizer, unlearned, supervise="all", joiner="\n") == ["<s>Who?\n"]
+    assert left_out(tokenizer, chat("q", "the fox " * 9), most=9)[0].startswith("longer than")
+    for rows, tools in (
+        (chat("q", "a", "q", "a"), ()),
+        (chat("q", "a", system="s"), ()),
+        (chat("q", "a"), TOOLS),
+        ([ASKED, CALLS], ()),
+        ([ASKED, {**TOLD, "reasoning_content": "Hm."}], ()),
+    ):
+        with pytest.raises(
+            UserError, match=r"^f:1: a conversation, .* data.chat_template: chatml$"
+        ):
+            encode(tokenizer, rows, tools=tools)

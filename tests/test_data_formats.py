@@ -2,118 +2,208 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import pytest
 
-from lora_kit.data.formats import FORMATS, Dropped, Example, to_examples
-from lora_kit.data.sources import Row
+from lora_kit.data.formats import (
+    FORMATS,
+    Columns,
+    Dropped,
+    Example,
+    NotUsable,
+    format_of,
+    normalised,
+    to_example,
+)
+from lora_kit.data.readers import Row
 from lora_kit.errors import UserError
 from lora_kit.run import Column
 
-ANSWER = {"role": "assistant", "content": "A"}
+Values = dict[str, Any]
 ASK = {"role": "user", "content": "Q"}
+ANSWER = {"role": "assistant", "content": "A"}
+OTHER = {"role": "assistant", "content": "B"}
+SYSTEM = {"role": "system", "content": "S"}
+HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 
 
-def one(columns: dict[str, Any], names: dict[str, str] | None = None) -> Example:
-    dropped = Dropped()
-    (example,) = to_examples([Row("f:1", columns)], names or {}, dropped)
-    assert not dropped.counts
-    return example
+def one(values: Values, **columns: Any) -> Example:
+    told = Columns(**columns)
+    row = Row("f:1", values)
+    return to_example(row, format_of(row, told), told)
 
 
-def refused(columns: dict[str, Any], names: dict[str, str] | None = None) -> str:
+def turns(values: Values, **columns: Any) -> list[tuple[str, str]]:
+    example = one(values, **columns)
+    assert (example.place, example.text) == ("f:1", None)
+    return [(m["role"], m["content"]) for m in example.messages]
+
+
+def refused(values: Values, **columns: Any) -> str:
     with pytest.raises(UserError) as caught:
-        to_examples([Row("f:1", {"text": "x"}), Row("f:2", columns)], names or {}, Dropped())
+        one(values, **columns)
     line = str(caught.value)
-    assert "\n" not in line
+    assert line.startswith("f:1: ") and "\n" not in line
     return line
 
 
-@pytest.mark.parametrize(
-    ("columns", "prompt", "joiner"),
-    [
-        ({"prompt": "Q", "completion": "A", "id": 7}, "Q", ""),
-        ({"question": "Q", "answer": "A"}, "Q", "\n\n"),
-        ({"instruction": "Q", "response": "A"}, "Q", "\n\n"),
-        ({"instruction": "Q", "output": "A", "input": ""}, "Q", "\n\n"),
-        ({"instruction": "Q", "output": "A", "input": "I"}, "Q\n\nI", "\n\n"),
-        ({"messages": [ASK, ANSWER]}, "Q", ""),
-    ],
-)
-def test_the_columns_name_the_format(columns: dict[str, Any], prompt: str, joiner: str) -> None:
-    example = one(columns)
-    assert [m["content"] for m in example.messages] == [prompt, "A"]
-    assert [m["role"] for m in example.messages] == ["user", "assistant"]
-    assert (example.joiner, example.text, example.place) == (joiner, None, "f:1")
+def dropped(values: Values, **columns: Any) -> tuple[str, str]:
+    with pytest.raises(NotUsable) as caught:
+        one(values, **columns)
+    return caught.value.reason, caught.value.detail
 
 
-def test_a_text_and_whole_conversations_are_kept_as_they_are() -> None:
-    assert one({"text": "  a\n"}).text == "  a\n"
-    turns = [{"role": "system", "content": ""}, ASK, ANSWER, ASK, ANSWER]
-    assert list(one({"messages": turns}).messages) == turns
+QA = [("user", "Q"), ("assistant", "A")]
+SQA = [("system", "S"), *QA]
+PAIR = {"prompt": "Q", "completion": "A"}
+ASKED = {"question": "Q", "answer": "A"}
+TOLD = {"instruction": "Q", "output": "A"}
+# Of each format: rows, and the turns they become; or what is asked and answered.
+CASES: list[tuple[str, Values, Any]] = [
+    ("prompt-completion", PAIR | {"id": 7}, QA),
+    ("prompt-completion", PAIR | {"prompt": ""}, ("", "A")),
+    ("prompt-completion", {"prompt": [SYSTEM, ASK], "completion": [ANSWER]}, SQA),
+    ("question-answer", ASKED | {"context": None}, QA),
+    ("question-answer", ASKED | {"context": "C"}, ("C\n\nQ", "A")),
+    ("question-answer", ASKED | {"context": ["C", "D"]}, ("C\n\nD\n\nQ", "A")),
+    ("question-answer", ASKED | {"input": "of another format"}, QA),
+    ("instruction-response", {"instruction": "Q", "response": "A", "context": ""}, QA),
+    ("instruction-output", TOLD | {"input": " \n"}, QA),
+    ("instruction-output", TOLD | {"input": "I"}, ("Q\n\nI", "A")),
+    ("instruction-output", TOLD | {"input": "I", "instruction": ""}, ("I", "A")),
+    ("messages", {"messages": [ASK, ANSWER], "prompt": "Q"}, QA),
+    (
+        "messages",
+        {"messages": [SYSTEM, ASK, ANSWER, ASK, OTHER]},
+        [*SQA, QA[0], ("assistant", "B")],
+    ),
+    ("messages", {"messages": [{**SYSTEM, "role": "developer"}, ASK, ANSWER]}, SQA),
+    ("messages", {"messages": [{**ASK, "content": [{"type": "text", "text": "Q"}]}, ANSWER]}, QA),
+    ("messages", {"messages": [HUMAN, GPT]}, QA),
+    ("sharegpt", {"conversations": [HUMAN, GPT], "id": "x"}, QA),
+    ("sharegpt", {"conversations": [{"from": "system", "value": "S"}, HUMAN, GPT]}, SQA),
+    ("sharegpt", {"conversations": [ASK, ANSWER]}, QA),
+    ("text-label", {"text": "Q", "label": "A"}, QA),
+    ("tokens-tags", {"tokens": ["a", "b", "c"], "tags": ["B-X", "I-X", "O"]}, ("a b c", "X: a b")),
+    ("tokens-tags", {"tokens": ["a", "b"], "tags": ["B-X", "B-X"]}, ("a b", "X: a\nX: b")),
+    ("tokens-tags", {"tokens": ["a", "b"], "tags": ["B-X", "B-Y"]}, ("a b", "X: a\nY: b")),
+    ("tokens-tags", {"tokens": ["a", "b"], "tags": ["B-X", "L-X"]}, ("a b", "X: a b")),
+    ("tokens-tags", {"tokens": ["a", "b"], "tags": ["U-X", "S-X"]}, ("a b", "X: a\nX: b")),
+    ("tokens-tags", {"tokens": ["a"], "tags": ["O"]}, ("a", "none")),
+    ("preference", {"prompt": "Q", "chosen": "A", "rejected": "B"}, QA),
+    ("preference", {"prompt": "Q", "chosen": [ANSWER], "rejected": [OTHER]}, QA),
+    ("preference", {"prompt": [ASK], "chosen": [ANSWER], "rejected": [OTHER]}, QA),
+    ("preference", {"prompt": "Q", "chosen": [ASK, ANSWER], "rejected": [ASK, OTHER]}, QA),
+    ("preference", {"chosen": [HUMAN, GPT], "rejected": [ASK, OTHER]}, QA),
+    ("unpaired-preference", PAIR | {"label": True}, QA),
+    ("unpaired-preference", {"prompt": [ASK], "completion": [ANSWER], "label": True}, QA),
+]
+CLOSE = ("prompt-completion", "messages", "sharegpt", "preference", "unpaired-preference")
 
 
-def test_columns_are_renamed_even_where_the_names_are_swapped() -> None:
-    example = one({"q": "Q", "a": "A", "prompt": "not meant"}, {"prompt": "q", "completion": "a"})
-    assert [m["content"] for m in example.messages] == ["Q", "A"]
-    swapped = {"prompt": "completion", "completion": "prompt"}
-    example = one({"prompt": "A", "completion": "Q"}, swapped)
-    assert [m["content"] for m in example.messages] == ["Q", "A"]
+@pytest.mark.parametrize(("name", "values", "expected"), CASES)
+def test_the_columns_name_the_format(name: str, values: Values, expected: Any) -> None:
+    if isinstance(expected, tuple):
+        expected = list(zip(("user", "assistant"), expected, strict=True))
+    assert format_of(Row("f:1", values), Columns()) == name
+    assert turns(values) == expected
+    example = one(values)
+    # What stands between prompt and answer where there is no chat template.
+    assert example.joiner == ("" if name in CLOSE else "\n\n")
+    assert example.rejected == ("B" if name == "preference" else None)
+    assert example.label == (values["label"] if name == "text-label" else None)
+    if "system" in FORMATS[name].optional and expected[0][0] != "system":
+        for nothing in (None, "", " "):
+            assert turns(values | {"system": nothing}) == expected
+        assert turns(values | {"system": "S"}) == [("system", "S"), *expected]
 
 
-def test_the_run_file_knows_the_columns_of_every_format() -> None:
-    assert set(get_args(Column)) == {c for needed in FORMATS.values() for c in needed} | {"input"}
+def test_every_format_has_a_case_and_the_run_file_knows_its_columns() -> None:
+    assert {name for name, *_ in CASES} | {"text"} == set(FORMATS)
+    assert set(get_args(Column)) == {c for f in FORMATS.values() for c in (*f.needed, *f.optional)}
 
 
-@pytest.mark.parametrize(
-    ("columns", "words"),
-    [
-        ({"a": "x"}, "f:2: the columns (a) fit no format"),
-        ({}, "f:2: the columns (none) fit no format"),
-        ({"prompt": "x"}, "fit no format"),
-        ({"text": "x", "prompt": "x", "completion": "x"}, "(text, prompt-completion)"),
-        ({"text": None}, "f:2: `text` is None, not text"),
-        ({"text": 5}, "`text` is 5, not text"),
-        ({"prompt": "x", "completion": ["x"]}, "`completion` is ['x'], not text"),
-        ({"text": "bad \ud83d end"}, "f:2: `text` holds half a character ('\\ud83d')"),
-        ({"messages": "x"}, "`messages` is 'x', not a list of turns"),
-        ({"messages": []}, "not a list of turns"),
-        ({"messages": [ASK, "x"]}, "turn 2 has no `role` and text `content`"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "turn 1 has no"),
-        ({"messages": [{"role": "human", "content": "x"}]}, "turn 1 has the role 'human'; known"),
-        ({"messages": [{"role": ["x"], "content": "x"}]}, "turn 1 has the role ['x']"),
-        ({"messages": [ASK, {**ANSWER, "content": "\udc00"}]}, "turn 2 holds half a character"),
-        ({"messages": [ASK, {**ANSWER, "tool_calls": [{}]}, ANSWER]}, "turn 2 calls a tool"),
-        ({"messages": [ASK, ANSWER, ASK]}, "the last turn is the user's"),
-    ],
-)
-def test_a_row_of_no_format_is_refused_with_its_place(columns: dict[str, Any], words: str) -> None:
-    line = refused(columns)
-    assert line.startswith("f:2: ") and words in line
+def test_a_text_is_kept_as_it_is() -> None:
+    example = one({"text": "  a\n", "id": 1})
+    assert (example.text, example.messages) == ("  a\n", ())
+    assert dropped({"text": " \n"}) == ("empty", "")
 
 
-def test_a_renamed_column_must_be_there() -> None:
-    line = refused({"text": "x"}, {"text": "b"})
-    assert line == "f:1: data.columns names `b`; the columns are: text"
+def test_the_order_of_the_turns_is_that_of_a_conversation() -> None:
+    assert dropped({"messages": [SYSTEM, ASK]}) == ("without an assistant's turn", "")
+    assert dropped({"messages": [ASK, ANSWER, OTHER]}) == (
+        "with two assistant's turns in a row",
+        "turn 3",
+    )
+    last = ("whose last turn is not an answer", "it is the user's")
+    assert dropped({"messages": [ASK, ANSWER, ASK]}) == last
+    late = ("with a system turn after the first", "turn 2")
+    assert dropped({"messages": [ASK, SYSTEM, ANSWER]}) == late
+    empty = ("with an empty answer", "turn 2")
+    assert dropped({"messages": [ASK, {**ANSWER, "content": " "}, ASK, ANSWER]}) == empty
+    assert dropped({"prompt": "Q", "completion": ""}) == empty
+    system = {"messages": [SYSTEM, ASK, ANSWER], "system": "S"}
+    assert turns(system) == [("system", "S"), *QA]
+    assert "is not the system's turn" in dropped(system | {"system": "other"})[0]
 
 
-def test_empty_rows_are_dropped_counted_and_placed() -> None:
-    columns: list[dict[str, Any]] = [
-        {"text": "x"},
-        {"text": " \n"},
-        {"text": ""},
-        {"prompt": "Q", "completion": " "},
-        {"prompt": "", "completion": "A"},
-    ]
-    dropped = Dropped()
-    rows = [Row(f"f:{n}", c) for n, c in enumerate(columns, 1)]
-    assert [e.place for e in to_examples(rows, {}, dropped)] == ["f:1", "f:5"]
-    assert dropped.counts == {"empty": 2, "with an empty answer": 1}
-    assert str(dropped) == "2 empty (first: f:2); 1 with an empty answer (first: f:4)"
+CALL = {"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
-def test_examples_that_differ_in_white_space_alone_are_the_same() -> None:
-    assert one({"text": "a  b\n"}).key == one({"text": "a b"}).key != one({"text": "ab"}).key
+def test_tools_and_their_calls_are_kept() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "2", "tool_call_id": "1", "name": "f", "weight": None}
+    for tools in ([TOOL], json.dumps([TOOL])):
+        example = one({"messages": [ASK, call, result, ANSWER], "tools": tools})
+        assert example.tools == (TOOL,)
+        assert example.messages[1] == {**call, "content": ""}
+        assert example.messages[2] == {k: v for k, v in result.items() if k != "weight"}
+    thought = one({"messages": [ASK, {**ANSWER, "reasoning_content": "hm"}]})
+    assert thought.messages[1]["reasoning_content"] == "hm"
+    other = {**call, "tool_calls": [{"function": {"name": "g"}}]}
+    assert one({"messages": [ASK, call]}).key != one({"messages": [ASK, other]}).key
+    for nothing in (None, "", "null", []):
+        assert one({"messages": [ASK, ANSWER], "tools": nothing}).tools == ()
+
+
+def test_a_turn_can_be_left_out_of_what_is_learned() -> None:
+    for out in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}):
+        answers = one({"messages": [ASK, {**ANSWER, **out}, ASK, OTHER]}).messages[1::2]
+        assert [m.get("weight") for m in answers] == [0, None]
+    for kept in (
+        {"weight": 1},
+        {"weight": 1.0},
+        {"weight": None},
+        {"train": True},
+        {"train": None},
+    ):
+        assert "weight" not in one({"conversations": [HUMAN, {**GPT, **kept}]}).messages[1]
+    assert dropped({"messages": [ASK, {**ANSWER, "weight": 0.5}]}) == (
+        "with a `weight` other than 0 or 1",
+        "turn 2 has 0.5",
+    )
+    assert "other than true or false" in dropped({"messages": [ASK, {**ANSWER, "train": "no"}]})[0]
+
+
+def test_examples_that_differ_in_case_and_punctuation_alone_are_the_same() -> None:
+    assert one({"text": "What's  NEW?\n"}).key == one({"text": "what s new"}).key
+    assert one({"text": "a+b"}).key != one({"text": "a-b"}).key
     left = one({"prompt": "a b", "completion": "c"})
     assert left.key != one({"prompt": "a", "completion": "b c"}).key
+    assert left.question == "a b"
+    assert one({"messages": [SYSTEM, ASK, ANSWER, ASK, OTHER]}).question == "Q\0A\0Q"
+    assert normalised("?!") == "?!"  # or all such texts would be one
+
+
+def test_dropped_rows_are_counted_with_the_first_place() -> None:
+    counts, more = Dropped(), Dropped()
+    for number in (2, 3):
+        counts.add("empty", f"f:{number}")
+    more.add("empty", "f:9")
+    more.add("with a zero byte", "f:10: in `text`")
+    counts.merge(more)
+    assert counts.total == 4
+    assert str(counts) == "3 empty (first: f:2); 1 with a zero byte (first: f:10: in `text`)"

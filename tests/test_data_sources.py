@@ -1,17 +1,23 @@
-"""Files, folders and tables -> rows with their places."""
+"""What `data:` names -> files, each once, with a hash of the content."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_tokenizer, sentences
 
-from lora_kit.data.sources import BLOCK_BYTES, Row, read_sources
+from lora_kit.data import readers
+from lora_kit.data.prepare import prepare
+from lora_kit.data.readers import Row
+from lora_kit.data.sources import FEWEST_DOCUMENTS, Opened, check_apart, open_sources
 from lora_kit.errors import UserError
-from lora_kit.run import EMBEDDED
+from lora_kit.run import EMBEDDED, Data, Source
 
 
 def put(folder: Path, name: str, content: str | bytes) -> str:
@@ -21,152 +27,192 @@ def put(folder: Path, name: str, content: str | bytes) -> str:
     return str(file)
 
 
-def rows(*sources: str) -> list[Row]:
-    return read_sources(list(sources))[0]
+def rows(*sources: Any) -> list[Row]:
+    return [r for s in open_sources(list(sources)) for b in s.batches() for r in b.parsed()]
 
 
-def refused(*sources: str) -> str:
+def texts(*sources: Any) -> list[str]:
+    return [row.columns["text"] for row in rows(*sources)]
+
+
+def digest(source: Any) -> str:
+    (opened,) = open_sources(source)
+    return opened.digest
+
+
+def refused(*sources: Any) -> str:
     with pytest.raises(UserError) as caught:
-        read_sources(list(sources))
+        open_sources(list(sources))
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-# --- Text
-
-
-def test_end_of_text_markers_part_documents_and_places_are_their_lines(tmp_path: Path) -> None:
-    text = "\n\nfirst\nline<|endoftext|>\n  second\n<|endoftext|>\n \n<|endoftext|>third"
-    file = put(tmp_path, "a.txt", "﻿" + text.replace("\n", "\r\n"))
-    found = rows(file)
-    assert [r.columns["text"] for r in found] == ["first\nline", "second", "third"]
-    assert [r.place for r in found] == [f"{file}:3", f"{file}:5", f"{file}:8"]
-    assert not any(r.joins for r in found)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_text_is_cut_into_blocks_that_join_to_it(tmp_path: Path, seed: int) -> None:
-    chooser = random.Random(seed)
-    signs = ["ä", "word ", "\n", "\f", "\u2028", "😀", "x" * 3000, "\x85", "one two three four "]
-    text = "".join(chooser.choices(signs, weights=[9, 90, 20, 1, 1, 3, 1, 1, 40], k=4000)).strip()
-    found = rows(put(tmp_path, "a.txt", text))
-    texts = [r.columns["text"] for r in found]
-    assert "".join(texts) == text
-    assert [r.joins for r in found] == [False] + [True] * (len(found) - 1)
-    assert all(BLOCK_BYTES <= len(t.encode()) < 6 * BLOCK_BYTES for t in texts[:-1])
-    position = 0
-    for row, block in zip(found, texts, strict=True):
-        assert row.place.endswith(f"a.txt:{text[:position].count(chr(10)) + 1}")
-        position += len(block)
-
-
-def test_one_endless_line_is_cut_at_spaces(tmp_path: Path) -> None:
-    found = rows(put(tmp_path, "a.txt", "word " * 2000 + "end"))
-    assert len(found) == 5
-    assert all(r.columns["text"].startswith(" word") for r in found[1:])
-
-
-def test_twenty_documents_are_enough_to_stay_whole(tmp_path: Path) -> None:
-    long = "A line.\n" * 1000
-    assert len(rows(put(tmp_path, "a.txt", "<|endoftext|>".join([long] * 20)))) == 20
-    assert len(rows(put(tmp_path, "b.txt", "<|endoftext|>".join([long] * 19)))) > 19
 
 
 def test_a_folder_gives_its_files_in_order_without_the_hidden_and_unknown(tmp_path: Path) -> None:
     put(tmp_path, "docs/b.md", "second")
     put(tmp_path, "docs/a/c.TXT", "first")
+    put(tmp_path, "docs/a/a.jsonl", '{"text": "a table"}')
+    put(tmp_path, "docs/d.md.gz", gzip.compress(b"third"))
     put(tmp_path, "docs/.git/x.md", "hidden")
     put(tmp_path, "docs/.x.md", "hidden")
     put(tmp_path, "docs/picture.png", b"\x89PNG\xff")
+    put(tmp_path, "docs/a/other.zip.gz", b"\x1f\x8b")
     put(tmp_path, "docs/empty.md", "")
     (tmp_path / "docs" / "broken.md").symlink_to(tmp_path / "gone")
-    found = rows(str(tmp_path / "docs"))
-    assert [r.columns["text"] for r in found] == ["first", "second"]
+    (opened,) = open_sources(str(tmp_path / "docs"))
+    assert opened.passed_over == 2
+    assert len(opened.files) == 5
+    # Text first, then tables.
+    assert texts(str(tmp_path / "docs")) == ["first", "second", "third", "a table"]
 
 
-def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
+def test_a_pattern_gives_what_fits_it(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.txt", "one")
+    put(tmp_path, "a/b/2.txt", "two")
+    put(tmp_path, "a/b/2.png", b"\x89PNG\xff")
+    put(tmp_path, "a/.hidden/3.txt", "three")
+    put(tmp_path, "a[1].txt", "a name that looks like a pattern")
+    here = str(tmp_path)
+    assert texts(f"{here}/a/*.txt") == ["one"]
+    assert texts(f"{here}/a/**/*.txt") == texts(f"{here}/**/a/**/*.txt") == ["one", "two"]
+    assert texts(f"{here}/a[1].txt") == ["a name that looks like a pattern"]
+    (opened,) = open_sources(f"{here}/a/b/*")
+    assert (len(opened.files), opened.passed_over) == (1, 1)
+    assert "no file of a known kind fits the pattern (1 others)" in refused(f"{here}/a/b/*.png")
+    assert "(0 others)" in refused(f"{here}/*.none")
+
+
+def test_the_hash_changes_with_the_content_and_with_nothing_else(tmp_path: Path) -> None:
     one, two = put(tmp_path, "a.txt", "same"), put(tmp_path, "b.txt", "same")
-    other = put(tmp_path, "c.txt", "other")
-    hashes = read_sources([one, two, other])[1]
-    assert hashes[one] == hashes[two] != hashes[other]
-    assert list(hashes) == [one, two, other]
+    first = digest(one)
+    os.utime(one, (1, 1))
+    os.chmod(one, 0o600)
+    assert digest(one) == first == digest(two) == digest(Source(source=two))
+    put(tmp_path, "a.txt", "Same")
+    assert digest(one) != first
+    put(tmp_path, "folder/a.txt", "same")
+    put(tmp_path, "folder/b.txt", "other")
+    both = digest(str(tmp_path / "folder"))
+    assert both == digest(str(tmp_path / "folder" / "*.txt"))
+    (tmp_path / "folder").rename(tmp_path / "moved")
+    put(tmp_path, "moved/.hidden", "not read")
+    assert digest(str(tmp_path / "moved")) == both
+    put(tmp_path, "moved/c.txt", "more")
+    assert digest(str(tmp_path / "moved")) != both
+    # Where one file ends and the next begins is content too.
+    put(tmp_path, "x/a.txt", "ab")
+    put(tmp_path, "x/b.txt", "c")
+    put(tmp_path, "y/a.txt", "a")
+    put(tmp_path, "y/b.txt", "bc")
+    assert digest(str(tmp_path / "x")) != digest(str(tmp_path / "y"))
 
 
-# --- Tables
+def test_fractions_are_given_to_all_of_a_list_and_are_one_together(tmp_path: Path) -> None:
+    a, b, c = (put(tmp_path, f"{name}.txt", name) for name in "abc")
 
-TABLE = [{"prompt": 'a, "b"\nc', "completion": "ä\u2028z"}, {"prompt": "2", "completion": "3"}]
+    def share(*fractions: float | None) -> list[Source]:
+        pairs = zip((a, b, c), fractions, strict=False)
+        return [Source(source=name, fraction=fraction) for name, fraction in pairs]
+
+    assert [s.fraction for s in open_sources(share(0.7, 0.2, 0.1))] == [0.7, 0.2, 0.1]
+    assert [s.fraction for s in open_sources([a, Source(source=b)])] == [None, None]
+    assert f"{b}: has no fraction" in refused(*share(0.5, None, 0.5))
+    assert f"{b}: has no fraction" in refused(Source(source=a, fraction=0.9), b)
+    for wrong in ((0.5, 0.4), (0.5, 0.6), (0.9,)):
+        line = refused(*share(*wrong))
+        assert f"these are {sum(wrong):g}: {a} {wrong[0]:g}" in line
 
 
-def as_csv(delimiter: str) -> str:
-    lines = [f"prompt{delimiter}completion"]
-    for row in TABLE:
-        quoted = '"' + row["prompt"].replace('"', '""') + '"'
-        lines.append(quoted + delimiter + row["completion"])
-    return "\n".join(lines) + "\n\n"
+def test_what_is_named_twice_is_refused(tmp_path: Path) -> None:
+    file, other = put(tmp_path, "docs/a.txt", "text"), put(tmp_path, "docs/b.txt", "text")
+    folder = str(tmp_path / "docs")
+    assert refused(file, file) == f"{file}: named twice: leave one out"
+    assert refused(file, f"{folder}/../docs/a.txt").endswith(
+        f"is in it and in {file}: leave one out"
+    )
+    assert f"{file} is in it and in {folder}: leave one out" in refused(folder, file)
+    assert f"a.txt is in it and in {file}: leave one out" in refused(file, folder)
+    assert "is in it and in" in refused(f"{folder}/a*", f"{folder}/*.txt")
+    assert refused("nano:topics", "nano:topics") == "nano:topics: named twice: leave one out"
+    assert texts(file, other) == ["text", "text"]  # other files with the same content are counted
+    (tmp_path / "link.txt").symlink_to(file)
+    assert f"is in it and in {file}" in refused(file, str(tmp_path / "link.txt"))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", "\n".join(json.dumps(r, ensure_ascii=False) for r in TABLE) + "\n\n"),
-        ("a.JSON", json.dumps(TABLE)),
-        ("a.csv", as_csv(",")),
-        ("a.tsv", as_csv("\t")),
-    ],
-)
-@pytest.mark.parametrize("ends", ["\n", "\r\n"])
-def test_a_table_reads_the_same_in_every_kind(
-    tmp_path: Path, name: str, content: str, ends: str
+def test_a_file_is_not_learned_from_and_judged_by(tmp_path: Path) -> None:
+    file, other = put(tmp_path, "docs/a.txt", "text"), put(tmp_path, "b.txt", "text")
+    train = open_sources([str(tmp_path / "docs")])
+    check_apart(train, open_sources(other), "eval")
+    check_apart(train, open_sources("nano:topics"), "eval")
+    with pytest.raises(UserError, match=r"data\.eval: .*a\.txt is learned from as well"):
+        check_apart(train, open_sources([other, file]), "eval")
+
+
+@pytest.mark.parametrize("content", [b"", gzip.compress(b""), gzip.compress(b" \n")])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv", ".tsv", ".conll"])
+def test_an_empty_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, kind: str
 ) -> None:
-    file = put(tmp_path, name, "﻿" + content.replace("\n", ends))
-    found = rows(file)
-    assert [r.columns for r in found] == TABLE
-    lines = {"a.jsonl": [":1", ":2"], "a.JSON": ["[0]", "[1]"]}.get(name, [":2", ":4"])
-    assert [r.place for r in found] == [file + line for line in lines]
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    file = put(tmp_path, f"a{kind}{'.gz' if content else ''}", content)
+    words = f"{file}: empty: there is nothing to learn from"
+    with pytest.raises(UserError) as caught:
+        prepare(Data(train=file), None, make_tokenizer(tmp_path / "tokenizer"), 64, seed=0)
+    assert str(caught.value) == words
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.txt", b"fine\nfine\nb\xe9d", ":3: not UTF-8 (byte 11)"),
-        ("a.txt", "text".encode("utf-16"), ":1: not UTF-8"),
-        ("a.bin", b"one\ntwo\0", ":2: holds a zero byte"),
-        ("a.txt", b"", ": empty"),
-        ("a.txt", b" \n<|endoftext|>\n", ": empty"),
-        ("a.jsonl", b"", ": empty"),
-        ("a.json", b"\n", ": empty"),
-        ("a.json", b"[]", ": empty"),
-        ("a.csv", b"text\n", ": empty"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b', ":3: not JSON: Unterminated string"),
-        ("a.jsonl", b'{"text": 1}\n[1]', ":2: an object with named columns is expected, not [1]"),
-        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", ":1: not readable as JSON"),
-        ("a.jsonl", b"[" * 100_000, ":1: not readable as JSON"),
-        ("a.json", b'[{"text": "a"},\n{"text": ', ":2: not JSON"),
-        ("a.json", b'{"text": "a"}', "a list of objects is expected"),
-        ("a.json", b'[{"text": "a"}, 7]', "[1]: an object with named columns"),
-        ("a.csv", b'a,b\n1,2\n"3\n4",5\n6', ":5: 1 values for 2 columns"),
-        ("a.csv", b"a,b\n1,2,3\n", ":2: 3 values for 2 columns"),
-        ("a.csv", b'a,b\n1,2\n3,"4\n', ":3: not readable as a table"),
-        ("a.csv", b"a,a\n1,2\n", ":1: columns need names that differ"),
-        ("a.tsv", b"a\t\n1\t2\n", ":1: columns need names that differ"),
-    ],
-)
-def test_broken_files_are_refused_with_file_and_line(
-    tmp_path: Path, name: str, content: bytes, words: str
-) -> None:
-    file = put(tmp_path, name, content)
-    line = refused(file)
-    assert line.startswith(file) and words in line
-
-
-def test_sources_that_are_not_there_or_twice_are_refused(tmp_path: Path) -> None:
+def test_sources_that_are_not_there_are_refused(tmp_path: Path) -> None:
     file = put(tmp_path, "a.txt", "text")
-    assert "no such file or folder" in refused(file, str(tmp_path / "gone"))
+    assert refused(file, str(tmp_path / "gone")) == f"{tmp_path / 'gone'}: no such file or folder"
     assert "no such file or folder" in refused("x" * 5000)
-    assert "named twice" in refused(file, file)
     (tmp_path / "empty").mkdir()
     assert "no file of a known kind" in refused(str(tmp_path / "empty"))
     assert "nano:topics, nano:docstrings, nano:instructions" in refused("nano:other")
+    assert "save it as text" in refused(put(tmp_path, "a.docx", b"PK"))
+
+
+def test_few_documents_are_whole_so_that_they_can_be_cut(tmp_path: Path) -> None:
+    for count in (FEWEST_DOCUMENTS - 1, FEWEST_DOCUMENTS):
+        text = "<|endoftext|>".join(["A line.\n" * 9] * count)
+        (opened,) = open_sources(put(tmp_path, "a.txt", text))
+        batches = list(opened.batches())
+        assert [batch.whole for batch in batches] == (
+            [True] * count if count < FEWEST_DOCUMENTS else [False]
+        )
+        assert sum(len(list(batch.parsed())) for batch in batches) == count
+    many = [put(tmp_path, f"{n}.txt", "A line.") for n in range(FEWEST_DOCUMENTS)]
+    (opened,) = open_sources(f"{tmp_path}/[0-9]*.txt")
+    assert {batch.whole for batch in opened.batches()} == {False}
+    (opened,) = open_sources(many[0])
+    assert {batch.whole for batch in opened.batches()} == {True}
+
+
+def test_few_long_documents_are_told_from_many_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "BATCH_BYTES", 64)
+    text = "\n".join(sentences(100))
+    (opened,) = open_sources(put(tmp_path, "a.txt", text))
+    batches = list(opened.batches())
+    assert len(batches) > FEWEST_DOCUMENTS and all(batch.whole for batch in batches)
+    assert [batch.starts for batch in batches] == [True] + [False] * (len(batches) - 1)
+    assert "".join(row.columns["text"] for b in batches for row in b.parsed()) == text
+
+
+def test_a_file_that_becomes_another_kind_is_prepared_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content, and so the hash, of a folder can be the same while its rows are not."""
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    lines = "\n".join(json.dumps({"text": s}) for s in random.Random(0).sample(sentences(99), 60))
+    file = Path(put(tmp_path, "docs/a.jsonl", lines))
+    data = Data(train=str(file.parent), eval=0.4)
+    assert not prepare(data, "text", tokenizer, 64, seed=0).cached
+    assert prepare(data, "text", tokenizer, 64, seed=0).cached
+    file.rename(file.with_suffix(".txt"))
+    again = prepare(data, "text", tokenizer, 64, seed=0)
+    assert not again.cached
+    assert again.names[0][0].endswith("a.txt")
 
 
 def test_the_embedded_texts_are_sources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +224,7 @@ def test_the_embedded_texts_are_sources(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(nano, "general", lambda: pair)
     monkeypatch.setattr(nano, "instructions", lambda: qa)
     found = rows(*EMBEDDED)
-    assert [r.place for r in found] == [
-        "nano:topics/x.y",
-        "nano:docstrings/x.y",
-        "nano:instructions/1",
-    ]
-    assert found[2].columns == qa[0]
+    assert [r.place for r in found] == [f"{name}/1" for name in EMBEDDED]
+    assert [r.columns for r in found] == [{"text": "Text."}] * 2 + qa
+    same: list[Opened] = open_sources(["nano:topics", "nano:docstrings"])
+    assert same[0].digest == same[1].digest != digest("nano:instructions")

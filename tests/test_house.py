@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; rooms on one floor do not import each other, except on the top one.
 FLOORS = (
-    {"errors", "nano"},
+    {"errors", "nano", "hashes"},
     {"schema"},
     {"run"},
     {"data", "base"},
@@ -25,9 +25,9 @@ FLOORS = (
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 TOP = len(FLOORS) - 1
-FILES_TODAY = 41
+FILES_TODAY = 57
 RECIPES_TODAY = 2
-LINES_OF_THE_PACKAGE = 8000
+LINES_OF_THE_PACKAGE = 8000  # of code
 LINES_OF_A_RECIPE = 120
 TOP_LEVEL = {
     *("lora_kit", "recipes", "tests", "scripts", "accelerate_configs"),
@@ -125,9 +125,27 @@ def test_allowed_imports_are_not_called_broken() -> None:
 
 
 def test_the_package_stays_small() -> None:
-    files = [path for path, _ in modules()]
-    total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    total = sum(lines_of_code(path.read_text(encoding="utf-8")) for path, _ in modules())
     assert total <= LINES_OF_THE_PACKAGE
+
+
+def lines_of_code(source: str) -> int:
+    """What has to be understood: lines without blank ones, comments and docstrings."""
+    docs: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            docs |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    lines = enumerate(map(str.strip, source.splitlines()), 1)
+    return sum(bool(line) and line[0] != "#" and number not in docs for number, line in lines)
+
+
+def test_code_is_counted_without_what_explains_it() -> None:
+    source = (
+        '"""Docs,\ntwo lines."""\n\n# a comment\ndef f():\n    """More."""\n    return """x"""\n'
+    )
+    assert lines_of_code(source) == 2
 
 
 def test_a_recipe_is_read_in_one_go_and_imports_no_other() -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RunMaker, make_base, sentences
-from trained import finish, folder_maker
+from trained import finish, folder_maker, labelled
 
 import lora_kit
 from lora_kit.data.formats import Example
+from lora_kit.data.labelled import IGNORED
 from lora_kit.errors import UserError
-from lora_kit.prove.compare import _cut, compare_model, held_out, statistics, verdict
+from lora_kit.prove.compare import HeldOut, _cut, compare_model, statistics, verdict
 from lora_kit.prove.measure import Losses
 
 
@@ -190,9 +191,7 @@ def test_a_text_is_not_prompted_as_an_answer(run: Path, monkeypatch: Any) -> Non
         return plain(self, **options)
 
     monkeypatch.setattr(type(model), "generate", spy)
-    from lora_kit.data.splits import Splits
-    from lora_kit.run import load_run
-
-    splits = Splits("text", [], [Example("x", text="the quick brown fox")], [])
-    compare_model(model, tokenizer, held_out(load_run(run / "run.yaml"), splits, tokenizer))
+    rows = labelled([([0, 5, 6], [IGNORED, 5, 6])], [0], [2])
+    shown = [Example("x", text="the quick brown fox")]
+    compare_model(model, tokenizer, HeldOut(rows, None, shown))
     assert tokenizer.chat_template and [row[0] for row in seen] == [tokenizer.eos_token_id] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer, sentences
+from trained import labelled as make_labelled
 
 from lora_kit.adapter.load import end_tokens
 from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import Pinned
-from lora_kit.data.formats import Example
 from lora_kit.data.labelled import IGNORED, Labelled
-from lora_kit.data.text import context_token, documents
+from lora_kit.data.prepare import prepare
+from lora_kit.data.templates import context_token
 from lora_kit.errors import CheckFailed
 from lora_kit.prove import measure as module
 from lora_kit.prove.measure import generate, measure
-from lora_kit.run import Base
+from lora_kit.run import Base, Data
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +45,21 @@ def tokenizer(base: Path) -> Any:
 def labelled() -> Labelled:
     """Seven rows of 1 to 60 tokens in four units, out of order, partly ignored."""
     random = np.random.default_rng(0)
-    rows = Labelled(unit_bytes=[10, 20, 30, 40])
-    for length, unit in zip((5, 60, 1, 33, 34, 2, 17), (3, 0, 2, 0, 1, 3, 1), strict=True):
+    rows = []
+    for length in (5, 60, 1, 33, 34, 2, 17):
         ids = random.integers(2, 400, length).tolist()
-        rows.add(ids, [IGNORED if n % 3 == 0 else i for n, i in enumerate(ids)], unit)
-    return rows
+        rows.append((ids, [IGNORED if n % 3 == 0 else i for n, i in enumerate(ids)]))
+    return make_labelled(rows, [3, 0, 2, 0, 1, 3, 1], [10, 20, 30, 40])
 
 
 def naive(model: Any, labelled: Labelled) -> tuple[np.ndarray, np.ndarray]:
     """Row by row, label by label, in float64."""
     nats, tokens = np.zeros(4), np.zeros(4)
-    for ids, labels, unit in zip(labelled.input_ids, labelled.labels, labelled.units, strict=True):
+    for row, unit in zip(labelled, labelled.units, strict=True):
+        ids = torch.as_tensor(row["input_ids"])
         with torch.no_grad():
-            chances = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        for place, label in enumerate(labels[1:]):
+            chances = model(ids[None]).logits[0].double().log_softmax(-1)
+        for place, label in enumerate(row["labels"][1:]):
             if label != IGNORED:
                 nats[unit] -= chances[place, label].item()
                 tokens[unit] += 1
@@ -101,7 +104,7 @@ def test_a_batch_is_no_larger_than_what_it_is_allowed(
 def test_broken_weights_are_no_loss(base: Path, labelled: Labelled) -> None:
     broken = load_base(Base(model=str(base), dtype="float32"), Pinned("x", str(base)))
     with torch.no_grad():
-        broken.get_input_embeddings().weight[labelled.input_ids[1][3]] = float("nan")
+        broken.get_input_embeddings().weight[labelled[1]["input_ids"][3]] = float("nan")
     with pytest.raises(CheckFailed, match=r"held-out document \d of 4 is not finite"):
         measure(broken, labelled, pad_id=1)
 
@@ -111,8 +114,12 @@ def test_bits_per_byte_by_hand(model: Any, tmp_path: Path, bos: bool) -> None:
     make_tokenizer(tmp_path, bos=bos)
     tokenizer = load_tokenizer(Pinned("x", str(tmp_path)))
     text = "the quick brown föx 🦊 jumps over the lazy dog."
-    whole = documents([Example("x", text=text)], tokenizer, max_length=512)
-    [ids] = whole.input_ids
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "other.jsonl").write_text('{"text": "a text to learn from"}')
+    data = Data(train=str(tmp_path / "other.jsonl"), eval=str(tmp_path / "rows.jsonl"))
+    whole = prepare(data, "text", tokenizer, 512, 0).eval
+    assert len(whole) == 1
+    ids = whole[0]["input_ids"].tolist()
     assert ids[0] == (2 if bos else 0) and tokenizer.decode(ids[1:]) == text
     with torch.no_grad():
         chances = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
@@ -122,7 +129,7 @@ def test_bits_per_byte_by_hand(model: Any, tmp_path: Path, bos: bool) -> None:
     assert found.tokens.tolist() == [len(ids) - 1]
     assert found.nats[0] / np.log(2) / 50 == pytest.approx(nats / np.log(2) / 50, rel=1e-5)
     # In windows every token is scored once all the same.
-    cut = documents([Example("x", text=text)], tokenizer, max_length=8)
+    cut = prepare(data, "text", tokenizer, 8, 0).eval
     assert len(cut) > 2 and measure(model, cut, pad_id=1).tokens.tolist() == found.tokens.tolist()
 
 

@@ -115,7 +115,7 @@ train: {learning_rate: abc, output_dir: x, max_step: 3}
         ("data.eval", ".nan"),
         ("data.eval", "true"),
         ("data.train", "''"),
-        ("data.general", "{path: x}"),
+        ("data.general", "{source: 3}"),
         ("base.model", "''"),
         ("base.quantize", "4"),
         ("base", "nano"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import make_base
 from processes import adapter_hash, finish, lora_kit, start
+from trained import prepared
 
 import lora_kit as package
 from lora_kit.errors import Interrupted
@@ -122,16 +123,13 @@ def test_losses_are_those_of_trl(run_file: Any, tmp_path: Path) -> None:
     from lora_kit.adapter.attach import attach
     from lora_kit.base.load import load_tokenizer
     from lora_kit.base.pin import pin
-    from lora_kit.data.chat import conversations
-    from lora_kit.data.splits import load_splits
 
     file = run_file("sft", **{"train.max_steps": 6, "train.gradient_accumulation_steps": 2})
     package.train(file)
     run = load_run(file)
     pinned = pin(run.base)
     tokenizer = load_tokenizer(pinned)
-    splits = load_splits(run.data, "chat", run.seed)
-    rows = conversations(splits.train, tokenizer, run.train.max_length, splits.dropped)
+    rows = list(prepared(run).train)
     model = AutoModelForCausalLM.from_pretrained(pinned.folder, dtype=torch.float32)
     names = ("learning_rate", "max_steps", "per_device_train_batch_size", "lr_scheduler_type")
     names += ("warmup_steps", "weight_decay", "max_grad_norm", "gradient_accumulation_steps")
@@ -153,7 +151,7 @@ def test_losses_are_those_of_trl(run_file: Any, tmp_path: Path) -> None:
             disable_tqdm=True,
             **{name: getattr(run.train, name) for name in names},
         ),
-        train_dataset=Dataset.from_dict({"input_ids": rows.input_ids, "labels": rows.labels}),
+        train_dataset=Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows]),
         processing_class=tokenizer,
     )
     theirs.train()

@@ -95,7 +95,7 @@ def test_tokenizer_larger_than_the_embeddings(run_file: Any, work: Path) -> None
 
 
 def test_no_rows_left(run_file: Any, work: Path) -> None:
-    with pytest.raises(UserError, match=r"no rows left: .*longer than train\.max_length \(8 tok"):
+    with pytest.raises(UserError, match=r"no rows left; .*longer than train\.max_length \(8 tok"):
         package.train(run_file("sft", **{"train.max_length": 8}))
     rows = [{"prompt": f"question {n}", "completion": "  "} for n in range(30)]
     (work / "empty.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_base
+from trained import prepared
 
 import lora_kit as package
 from lora_kit.adapter.attach import attach, describe
 from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import pin
-from lora_kit.data.splits import load_splits
 from lora_kit.errors import RunFileError
 from lora_kit.run import Adapter, Base, Data, Run, Train, load_run
 from lora_kit.train import arguments
@@ -61,7 +61,11 @@ ADAPTER: dict[str, Any] = {
 OWN_ADAPTER = {"start": "test_train_failures.py"}
 OTHERS = {
     Base: {"model", "revision", "dtype", "quantize"},
-    Data: {"train", "eval", "general", "columns", "chat_template"},
+    Data: {
+        *("train", "eval", "general", "columns", "chat_template"),  # below
+        # tests/test_data_prepare.py
+        *("replay", "against", "labels", "supervise", "packing", "group", "limits", "workers"),
+    },
     Run: {"recipe", "name", "seed", "base", "adapter", "data", "train"},
 }
 
@@ -158,29 +162,34 @@ def test_base(base: Path, tmp_path: Path) -> None:
         pin(Base(model=str(base), revision="main"))
 
 
-def rows_of(file: Path, kind: Any = "text") -> tuple[list[str], list[str], list[str]]:
-    run = load_run(file)
-    splits = load_splits(run.data, kind, run.seed)
-    return tuple([e.key for e in part] for part in (splits.train, splits.eval, splits.general))  # type: ignore[return-value]
+def rows_of(file: Path, kind: Any = "text", **changes: Any) -> tuple[list[str], ...]:
+    """What is said in the rows to learn from, to judge by, and of general text."""
+    run = load_run(file, [f"{key}={value}" for key, value in changes.items()])
+    tokenizer = load_tokenizer(pin(run.base))
+    data = prepared(run, kind)
+    parts = (data.train, data.eval, data.general or ())
+    return tuple([tokenizer.decode(row["input_ids"]) for row in part] for part in parts)
 
 
 def test_data(run_file: Any, work: Path, plain_base: Path) -> None:
     (work / "more.txt").write_text("<|endoftext|>".join(f"row {n}" for n in range(25)))
-    train, held_out, general = rows_of(run_file())
+    whole = {"data.packing": "none"}
+    train, held_out, general = rows_of(run_file("cpt", **whole))
     assert (len(train), len(held_out), len(general)) == (36, 24, 0)
-    assert [len(part) for part in rows_of(run_file("cpt", **{"data.eval": 0.1}))] == [54, 6, 0]
-    both = rows_of(run_file("cpt", **{"data.train": ["text.txt", "more.txt"]}))
+    assert [len(p) for p in rows_of(run_file("cpt", **whole, **{"data.eval": 0.1}))] == [54, 6, 0]
+    both = rows_of(run_file("cpt", **whole, **{"data.train": ["text.txt", "more.txt"]}))
     assert len(both[0]) + len(both[1]) == 85
-    train, held_out, _ = rows_of(run_file("cpt", **{"data.eval": "more.txt"}))
+    train, held_out, _ = rows_of(run_file("cpt", **whole, **{"data.eval": "more.txt"}))
     assert len(train) == 60
-    assert held_out == [f"row {n}" for n in range(25)]
+    assert held_out == [f"<eos>row {n}" for n in range(25)]
     assert rows_of(run_file("cpt", **{"data.general": "more.txt"}))[2] == held_out
     (work / "named.jsonl").write_text(
         "\n".join(json.dumps({"q": f"ask {n}", "a": f"say {n}"}) for n in range(9))
     )
     columns = {"prompt": "q", "completion": "a"}
     file = run_file("sft", **{"data.train": "named.jsonl", "data.columns": columns})
-    assert "ask 0\0say 0" in {key for part in rows_of(file, "chat") for key in part}
+    said = "".join(key for part in rows_of(file, "chat") for key in part)
+    assert "ask 0<|im_end|>" in said and "say 0<|im_end|>" in said
     # A template for a base without one stands beside the adapter.
     file = run_file("sft", **{"base.model": str(plain_base), "train.max_steps": 1})
     for name, override in (("without", "null"), ("with", "chatml")):
@@ -192,12 +201,8 @@ def test_data(run_file: Any, work: Path, plain_base: Path) -> None:
 
 
 def test_max_length(run_file: Any, base: Path) -> None:
-    from lora_kit.data.text import running_text
-
-    run = load_run(run_file("cpt", **{"train.max_length": 24}))
-    tokenizer = load_tokenizer(pin(run.base))
-    rows = running_text(load_splits(run.data, "text", 0).train, tokenizer, run.train.max_length)
-    assert {len(row) for row in rows.input_ids[:-1]} == {24}
+    rows = prepared(load_run(run_file("cpt", **{"train.max_length": 24})), "text").train
+    assert set(rows.lengths[:-1]) == {24}
 
 
 def test_top(run_file: Any) -> None:
@@ -205,8 +210,7 @@ def test_top(run_file: Any) -> None:
     file = run_file("cpt", **{"train.max_steps": 1})
     assert rows_of(file) == rows_of(file)
     run = load_run(file)
-    seeded = [load_splits(run.data, "text", seed).eval for seed in (0, 1)]
-    assert {e.key for e in seeded[0]} != {e.key for e in seeded[1]}
+    assert rows_of(file)[1] != rows_of(file, seed=1)[1]
     first, same, second = (
         attach(bare(Path(run.base.model)), run.adapter, seed).state_dict() for seed in (0, 0, 1)
     )

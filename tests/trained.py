@@ -29,6 +29,31 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file.write_text(json.dumps(values), encoding="utf-8")
 
 
+def labelled(rows: list[tuple[list[int], list[int]]], units: list[int], sizes: list[int]) -> Any:
+    """`Labelled` rows of (ids, labels) in units of any order; `sizes`: bytes of each unit."""
+    import numpy as np
+
+    from lora_kit.data.labelled import IGNORED, LabelledWriter
+
+    writer = LabelledWriter()
+    for ids, labels in rows:
+        assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+        writer.add(ids, [(n, n + 1) for n, label in enumerate(labels) if label != IGNORED])
+    made = writer.finish()
+    made.units, made.unit_bytes = np.array(units), np.array(sizes)
+    return made
+
+
+def prepared(run: Any, kind: Any = "chat") -> Any:
+    """What a run would learn from."""
+    from lora_kit.base.load import load_tokenizer
+    from lora_kit.base.pin import pin
+    from lora_kit.data.prepare import prepare
+
+    tokenizer = load_tokenizer(pin(run.base))
+    return prepare(run.data, kind, tokenizer, run.train.max_length, run.seed)
+
+
 def folder_maker(folder: Path, base: Path) -> RunMaker:
     """`run_file` for a fixture that outlives a test: it writes into `folder` and goes there."""
     import conftest

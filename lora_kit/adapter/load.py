@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 from lora_kit.adapter.attach import adapter_folder
 from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer, quiet_libraries
-from lora_kit.base.pin import Pinned, file_hash, pin
+from lora_kit.base.pin import Pinned, pin
 from lora_kit.errors import UserError
+from lora_kit.hashes import file_hash
 from lora_kit.run import Base, Run, load_run, read_lock
 
 

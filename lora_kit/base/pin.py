@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from dataclasses import asdict, dataclass, field
@@ -11,13 +10,15 @@ from typing import Any
 
 from lora_kit import nano
 from lora_kit.errors import UserError
+from lora_kit.hashes import file_hash
 from lora_kit.run import Base
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 # What a base is made of. Weights in other formats than safetensors can run code, and are not read.
 # README.md carries the licence.
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
-_HASHED = ["*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
+_WEIGHTS = "*.safetensors"
+_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
+_HASHED = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
 # Only the top folder is read; `consolidated` are the same weights once more, in Mistral's layout.
 _NOT_READ = ["*/*", "consolidated*.safetensors"]
 
@@ -37,12 +38,13 @@ class Pinned:
         return {key: value for key, value in asdict(self).items() if key != "folder"}
 
 
-def pin(base: Base, lock: dict[str, Any] | None = None) -> Pinned:
+def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) -> Pinned:
     """Find the base, fetch it if it is on the Hub, and fix its revision and hashes.
 
     Args:
         lock: the lock file of a run that used it; the revision is the one named there, unless the
             base names its own.
+        weights: without them only what a tokenizer needs is fetched and hashed.
 
     Raises:
         UserError: it is not there, cannot be reached offline, is gated, or has no safetensors.
@@ -53,7 +55,7 @@ def pin(base: Base, lock: dict[str, Any] | None = None) -> Pinned:
         folder, revision, model = Path(base.model).resolve(), None, base.model
     elif _HUB_ID.match(base.model):
         used = (lock or {}).get("base", {}).get("revision")
-        folder = _from_hub(base.model, base.revision or used)
+        folder = _from_hub(base.model, base.revision or used, weights)
         # The cache keeps each snapshot in a folder named after its commit.
         revision, model = folder.name, base.model
     else:
@@ -66,14 +68,14 @@ def pin(base: Base, lock: dict[str, Any] | None = None) -> Pinned:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"base.model: {folder}: no config.json: not a model folder")
-    if not list(folder.glob("*.safetensors")):
+    if weights and not list(folder.glob(_WEIGHTS)):
         raise UserError(
             f"base.model: {folder}: no .safetensors weights; other formats are not read"
         )
-    return Pinned(model, str(folder), revision, _licence(folder), _hashes(folder))
+    return Pinned(model, str(folder), revision, _licence(folder), _hashes(folder, weights))
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
+def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -88,7 +90,10 @@ def _from_hub(model: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                model, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT_READ
+                model,
+                revision=revision,
+                allow_patterns=_FILES + [_WEIGHTS] * weights,
+                ignore_patterns=_NOT_READ,
             )
         )
     except HFValidationError as error:
@@ -134,9 +139,9 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def _hashes(folder: Path, weights: bool) -> dict[str, str]:
     """sha256 of weights, configuration, tokenizer and template."""
-    files = {file for pattern in _HASHED for file in folder.glob(pattern)}
+    files = {file for pattern in _HASHED + [_WEIGHTS] * weights for file in folder.glob(pattern)}
     return {file.name: sha256(file) for file in sorted(files)}
 
 
@@ -146,15 +151,6 @@ def sha256(file: Path) -> str:
     if cached.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", cached.name):
         return cached.name
     return file_hash(file)
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file's bytes, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _licence(folder: Path) -> str | None:

@@ -8,149 +8,259 @@ conversation; then the place of each answer is known, not searched for.
 >>> pieces_and_contents = ["<user>", "Hi", "<end><bot>", "Hello", "<end>"]  # what is found
 >>> # text:        <user>Hi<end><bot>Hello<end>
 >>> # learned from:               ^^^^^^^^^^^^^
+
+Where a turn is more than its content (a tool call, a thought), or the template writes the turns
+otherwise, an answer is what follows the template's own prompt for it, up to the end marker.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
-from lora_kit.data.formats import Dropped, Example, Message
-from lora_kit.data.labelled import IGNORED, Labelled
-from lora_kit.data.text import context_token
+from lora_kit.data.formats import Example, Message, NotUsable
+from lora_kit.data.templates import context_token, render, render_many
+from lora_kit.data.words import WordEncoder
 from lora_kit.errors import UserError
 
 Span = tuple[int, int]
-
-# ChatML, for a base without a template. Where the tokenizer has no <|im_end|>, a turn ends with its
-# end-of-text token, so that generation stops in every engine without new embeddings.
-_CHATML = (
-    "{{% if {bos} %}}{{{{ bos_token }}}}{{% endif %}}"
-    "{{% for message in messages %}}"
-    "<|im_start|>{{{{ message['role'] }}}}\n{{{{ message['content'] }}}}{end}\n"
-    "{{% endfor %}}"
-    "{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
-)
+# Few at once: their tokens stay in the processor's caches (10% faster than 500).
+_ENCODED_AT_ONCE = 32
+_NO_END = "after whose answers the chat template writes no end marker"
+_REWRITTEN = "whose turns the chat template rewrites"
 
 
-def set_template(tokenizer: Any, name: str | None) -> None:
-    """Give a tokenizer the shipped template of this name; None leaves it as it is.
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens. `learned` are spans of them; `answers` whole answers among them,
+    each with its end marker; `learned_bytes` the UTF-8 bytes they spell."""
 
-    Raises:
-        UserError: the tokenizer has a template of its own.
+    ids: list[int]
+    learned: list[Span]
+    answers: int
+    learned_bytes: int
+    cut: bool = False
+
+
+class ChatEncoder:
+    """Tokenizes and labels conversations with a tokenizer's own template.
+
+    Args:
+        supervise: `assistant`: every answer; `last`: the last one; `all`: every token.
+        max_length: tokens of a row at most.
     """
-    if name is None:
-        return
-    if tokenizer.chat_template:
-        raise UserError(
-            "data.chat_template: this base has a template of its own; leave the key out"
-        )
-    has_end = "<|im_end|>" in tokenizer.get_vocab()
-    end = "<|im_end|>" if has_end else tokenizer.eos_token
-    begins = tokenizer.bos_token is not None and context_token(tokenizer) == [
-        tokenizer.bos_token_id
-    ]
-    tokenizer.chat_template = _CHATML.format(bos=str(begins).lower(), end=end)
 
+    def __init__(self, tokenizer: Any, supervise: str, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.supervise = supervise
+        self.max_length = max_length
+        self.renderer = _Renderer(tokenizer) if tokenizer.chat_template else None
+        self.begin = context_token(tokenizer)
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        self.encode = WordEncoder(backend)
 
-def conversations(
-    examples: list[Example], tokenizer: Any, max_length: int, dropped: Dropped
-) -> Labelled:
-    """Tokenize and label each conversation; those over `max_length` tokens are dropped and counted.
+    def __call__(self, examples: list[Example]) -> Iterator[Encoded | NotUsable]:
+        """For each example its tokens, or why it is left out.
 
-    A base without a template gets prompt, joiner, answer and the end-of-text token, if every
-    example is one prompt and one answer.
+        A conversation over `max_length` tokens is cut after the last whole answer that fits; one
+        without such an answer is left out.
 
-    Raises:
-        UserError: the base has no template and an example has several turns, or the template
-            writes something else than the contents, so that no mask can be trusted.
-    """
-    labelled = Labelled()
-    if not examples:
-        raise UserError(f"no rows left: {dropped}" if dropped.counts else "no rows to learn from")
-    if tokenizer.chat_template:
-        rendered = _Renderer(tokenizer)
-        texts, spans = zip(*(rendered(example) for example in examples), strict=True)
+        Raises:
+            UserError: there is no template, and an example is not one prompt and one answer.
+        """
+        for start in range(0, len(examples), _ENCODED_AT_ONCE):
+            some = examples[start : start + _ENCODED_AT_ONCE]
+            yield from self._templated(some) if self.renderer else map(self._plain, some)
+
+    def _templated(self, examples: list[Example]) -> Iterator[Encoded | NotUsable]:
+        assert self.renderer is not None
+        written = self._written(examples)
+        rendered = [self._render(e, text) for e, text in zip(examples, written, strict=True)]
+        texts = [r[0] for r in rendered if not isinstance(r, NotUsable)]
         # Templates write the beginning-of-text token themselves.
-        encoded = tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        rows = [
-            (ids, _label(text, ids, offsets, marked))
-            for text, ids, offsets, marked in zip(
-                texts, encoded.input_ids, encoded.offset_mapping, spans, strict=True
-            )
-        ]
-        sizes = [
-            sum(len(text[a:b].encode()) for a, b in marked)
-            for text, marked in zip(texts, spans, strict=True)
-        ]
-    else:
-        rows = [_plain(example, tokenizer) for example in examples]
-        sizes = [len(example.messages[-1]["content"].encode()) for example in examples]
-    for example, (ids, labels), size in zip(examples, rows, sizes, strict=True):
-        if len(ids) > max_length:
-            dropped.add(f"longer than train.max_length ({max_length} tokens)", example.place)
-        elif all(label == IGNORED for label in labels[1:]):
-            dropped.add("without a token to learn from", example.place)
+        encodings = iter(self.encode(texts))
+        for example, result in zip(examples, rendered, strict=True):
+            if isinstance(result, NotUsable):
+                yield result
+                continue
+            encoding = next(encodings)
+            try:
+                if len(encoding) <= self.max_length:
+                    yield self._label(*result, encoding)
+                else:
+                    yield self._shortened(example, result[1], encoding)
+            except NotUsable as error:
+                yield error
+
+    def _written(self, examples: list[Example]) -> list[str | None]:
+        """What the template writes for each; None where that has to be asked one by one."""
+        if any(example.tools for example in examples):
+            return [None] * len(examples)
+        try:
+            return list(render_many(self.tokenizer, [e.messages for e in examples]))
+        except NotUsable:  # one of them
+            return [None] * len(examples)
+
+    def _render(
+        self, example: Example, text: str | None = None
+    ) -> tuple[str, list[Span], int] | NotUsable:
+        """The text, the spans of its characters to learn from, and how many answers they hold."""
+        assert self.renderer is not None
+        answers = [n for n, m in enumerate(example.messages) if m["role"] == "assistant"]
+        wanted = [n for n in answers if example.messages[n].get("weight") != 0]
+        if self.supervise == "last":
+            wanted = wanted[-1:] if wanted[-1:] == answers[-1:] else []
+        try:
+            if self.supervise != "all":
+                text, spans = self.renderer(example, wanted, text)
+                return text, spans, len(spans)
+            unlearned = [n for n in answers if n not in wanted]
+            text, spans = self.renderer(example, unlearned, text)
+            return text, _between(spans, len(text)), len(wanted)
+        except NotUsable as error:
+            return error
+
+    def _label(
+        self, text: str, spans: list[Span], answers: int, encoding: Any, cut: bool = False
+    ) -> Encoded:
+        ids = encoding.ids
+        self._check_beginning(ids)
+        if spans == [(0, len(text))]:
+            learned = [(0, len(ids))]
         else:
-            labelled.add(ids, labels, len(labelled.unit_bytes))
-            labelled.unit_bytes.append(size)
-    if not labelled:
-        raise UserError(f"no rows left: {dropped}")
-    return labelled
+            learned = [found for a, b in spans if (found := _tokens(text, encoding, a, b))]
+        if len(learned) < len(spans) and self.supervise != "all":
+            raise NotUsable("whose answer is of no token that the tokenizer knows")
+        size = sum(len(text[a:b].encode()) for a, b in spans)
+        return Encoded(ids, learned, answers, size, cut)
+
+    def _check_beginning(self, ids: list[int]) -> None:
+        begin = self.tokenizer.bos_token_id
+        if begin is not None and ids[:2] == [begin, begin]:
+            raise NotUsable("that begin with two beginning-of-text tokens")
+
+    def _shortened(self, example: Example, spans: list[Span], encoding: Any) -> Encoded:
+        too_long = NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
+        if self.supervise != "assistant":
+            raise too_long
+        ends = [n for n, m in enumerate(example.messages, 1) if m["role"] == "assistant"]
+        learned = [end for end in ends if example.messages[end - 1].get("weight") != 0]
+        for end, span in reversed(list(zip(learned, spans, strict=True))):
+            final = encoding.char_to_token(span[1] - 1)
+            if end == ends[-1] or final is None or final >= self.max_length:
+                continue
+            shorter = Example(example.place, messages=example.messages[:end], tools=example.tools)
+            result = self._render(shorter)
+            if isinstance(result, NotUsable):
+                continue
+            (found,) = self.encode([result[0]])
+            if len(found) <= self.max_length:
+                return self._label(*result, found, cut=True)
+        raise too_long
+
+    def _plain(self, example: Example) -> Encoded | NotUsable:
+        """Prompt, joiner, answer and the end-of-text token, for a base without a template."""
+        turns = example.messages
+        simple = len(turns) == 2 and turns[0]["role"] == "user" and all(map(_is_plain, turns))
+        if not simple or example.tools:
+            raise UserError(
+                f"{example.place}: a conversation, but this base has no chat template: "
+                "set data.chat_template: chatml"
+            )
+        prompt, answer = (message["content"] for message in turns)
+        asked, answered = self.encode([prompt + example.joiner, answer])
+        before = [*self.begin, *asked.ids]
+        ids = [*before, *answered.ids, self.tokenizer.eos_token_id]
+        if len(ids) > self.max_length:
+            return NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
+        try:
+            self._check_beginning(ids)
+        except NotUsable as error:
+            return error
+        size, learned = len(answer.encode()), turns[1].get("weight") != 0
+        if self.supervise == "all":
+            asked_bytes = len((prompt + example.joiner).encode())
+            until = len(ids) if learned else len(before)
+            return Encoded(ids, [(0, until)], int(learned), asked_bytes + size * learned)
+        return Encoded(ids, [(len(before), len(ids))] * learned, int(learned), size * learned)
 
 
-def prompt_text(tokenizer: Any, messages: list[Message]) -> str:
-    """What a model is given so that it answers: the template's prompt, or the bare content.
+def _is_plain(message: Message) -> bool:
+    """Whether a turn is a role and what it says: no calls, no thoughts, no name."""
+    return len(message) == 2 + ("weight" in message)
 
-    Some templates write more before an answer than their own prompt holds, such as Qwen3's empty
-    thoughts. Answers were learned after that, so it belongs to the prompt.
+
+def _between(spans: list[Span], length: int) -> list[Span]:
+    """What lies outside the spans.
+
+    >>> _between([(2, 4)], 9)
+    [(0, 2), (4, 9)]
     """
-    if not tokenizer.chat_template:
-        return messages[-1]["content"]
-    prompt = _render(tokenizer, messages, add_generation_prompt=True)
-    answered = _render(tokenizer, [*messages, {"role": "assistant", "content": "sentinelx"}])
-    learned_after, _, _ = answered.rpartition("sentinelx")
-    more = learned_after.removeprefix(prompt)
-    return learned_after if learned_after.startswith(prompt) and more.strip() else prompt
+    starts, ends = [0, *(b for _, b in spans)], [*(a for a, _ in spans), length]
+    return [(a, b) for a, b in zip(starts, ends, strict=True) if a < b]
 
 
-def _plain(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
-    if len(example.messages) != 2 or example.messages[0]["role"] != "user":
-        raise UserError(
-            f"{example.place}: a conversation, but this base has no chat template: "
-            "set data.chat_template: chatml"
-        )
-    prompt, answer = (message["content"] for message in example.messages)
-    begin = context_token(tokenizer)
-    ids = [*begin, *_ids(tokenizer, prompt + example.joiner)]
-    answer_ids = [*_ids(tokenizer, answer), tokenizer.eos_token_id]
-    return ids + answer_ids, [IGNORED] * len(ids) + answer_ids
+def _tokens(text: str, encoding: Any, start: int, end: int) -> Span | None:
+    """The tokens whose characters lie in text[start:end]; None where it has none of its own.
 
+    White space of the template may be part of the first: after `[/INST] ` the first token of an
+    answer is often ` Hello`, and it is this token that the model has to choose. Likewise the last.
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def _label(text: str, ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
-    """A token is learned from if its characters lie in one of the spans.
-
-    White space of the template may be part of it: after `[/INST] ` the first token of an answer is
-    often ` Hello`, and it is this token that the model has to choose.
+    Raises:
+        NotUsable: a token is of words both inside and outside, or what stands last has no token.
     """
-    labels = [IGNORED] * len(ids)
-    position = 0
-    for start, end in spans:
-        while position < len(ids) and offsets[position][1] <= start:
-            position += 1
-        while position < len(ids) and offsets[position][0] < end:
-            first, last = offsets[position]
-            outside = text[first:start] + text[end:last]
-            inside = text[max(first, start) : min(last, end)]
-            if not outside or (outside.isspace() and inside.strip()):
-                labels[position] = ids[position]
-            position += 1
-    return labels
+    first, last = None, encoding.char_to_token(end - 1)
+    position = start
+    while first is None and position < end:  # a character that the tokenizer leaves out
+        first = encoding.char_to_token(position)
+        position += 1
+    if first is None:
+        return None
+    if last is None:
+        said = text[start:end].rstrip()
+        last = encoding.char_to_token(start + len(said) - 1) if said else first
+        if last is None:
+            raise NotUsable("of whose end marker the tokenizer leaves out characters")
+    if encoding.token_to_chars(first)[0] == start and encoding.token_to_chars(last)[1] == end:
+        following = encoding.token_to_chars(last + 1) if last + 1 < len(encoding) else None
+        if following is None or following[0] >= end:
+            return first, last + 1  # nearly always
+    count = len(encoding)
+    # A character of several bytes can be several tokens.
+    while last + 1 < count and (chars := encoding.token_to_chars(last + 1)) and chars[0] < end:
+        if chars[1] <= chars[0]:
+            break
+        last += 1
+    first = _with_blanks(encoding, first, start)
+    while first <= last and not _belongs(text, encoding.token_to_chars(first), start, end):
+        first += 1
+    while first <= last and not _belongs(text, encoding.token_to_chars(last), start, end):
+        last -= 1
+    return (first, last + 1) if first <= last else None
+
+
+def _with_blanks(encoding: Any, first: int, start: int) -> int:
+    """Back over tokens of white space alone, which some tokenizers say are of no character."""
+    while first > 0:
+        a, b = encoding.token_to_chars(first - 1)
+        begins = encoding.token_to_chars(first - 2)[1] if first > 1 else 0
+        if a < b or b <= start or begins < start:
+            break
+        first -= 1
+    return first
+
+
+def _belongs(text: str, chars: Span, start: int, end: int) -> bool:
+    a, b = chars
+    inside, outside = text[max(a, start) : min(b, end)], text[a : max(a, start)] + text[end:b]
+    if outside.strip() and inside.strip():
+        raise NotUsable("whose answer shares a token with what stands beside it", repr(text[a:b]))
+    return not outside or (not outside.strip() and bool(inside.strip()))
 
 
 class _Renderer:
@@ -162,49 +272,157 @@ class _Renderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.known: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+        self.known: dict[tuple[str, ...], list[str] | NotUsable] = {}
+        self.marker: str | None = None
+        self.after = ""  # what is written after the last answer
 
-    def __call__(self, example: Example) -> tuple[str, list[Span]]:
+    def __call__(
+        self, example: Example, wanted: list[int], text: str | None = None
+    ) -> tuple[str, list[Span]]:
+        """The text, and where the answers of the wanted turns stand in it, end marker included."""
+        if text is None:
+            text = render(self.tokenizer, example.messages, example.tools)
+        if example.tools or not all(map(_is_plain, example.messages)):
+            return text, self._by_prompts(example, wanted, text)
         roles = tuple(message["role"] for message in example.messages)
         if roles not in self.known:
-            self.known[roles] = self._pieces(roles, example.place)
-        pieces, ends = self.known[roles]
-        text = _render(self.tokenizer, list(example.messages), place=example.place)
+            try:
+                self.known[roles] = self._pieces(roles)
+            except NotUsable as error:
+                self.known[roles] = error
+        pieces = self.known[roles]
+        if isinstance(pieces, NotUsable):
+            raise pieces
         contents = _as_written(text, pieces, [message["content"] for message in example.messages])
         if contents is None:
-            raise UserError(
-                f"{example.place}: the chat template changes what the turns say, so the answers "
-                "cannot be marked; use another template or remove the row"
-            )
-        return text, _spans(pieces, ends, contents, roles)
+            return text, self._by_prompts(example, wanted, text)
+        return text, _spans(pieces, contents, wanted, len(self._end_marker()))
 
-    def _pieces(self, roles: tuple[str, ...], place: str) -> tuple[list[str], list[str]]:
-        """What is written before, between and after the contents; the end marker of each answer."""
+    def _pieces(self, roles: tuple[str, ...]) -> list[str]:
+        """What is written before, between and after the contents."""
         marks = [f"sentinel{number}x" for number in range(len(roles))]
         turns = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
-        rest = _render(self.tokenizer, turns, place=place)
+        rest = render(self.tokenizer, turns)
         pieces = []
         for mark in marks:
             piece, found, rest = rest.partition(mark)
             if not found:
-                raise UserError(
-                    f"{place}: the chat template leaves out a turn of {'-'.join(roles)}"
-                )
+                raise NotUsable("of which the chat template leaves out a turn", "-".join(roles))
             pieces.append(piece)
         pieces.append(rest)
-        ends = []
-        for number, role in enumerate(roles):
-            if role != "assistant":
-                ends.append("")
-                continue
-            # Rendered up to this answer, its content is followed by the end marker and white space.
-            begun = _render(self.tokenizer, turns[: number + 1], place=place)
-            _, _, after = begun.rpartition(marks[number])
-            marker = after.rstrip()
-            if not pieces[number + 1].startswith(marker) or not marker:
-                raise UserError(f"{place}: the chat template writes no end marker after an answer")
-            ends.append(marker)
-        return pieces, ends
+        for role, piece in zip(roles, pieces[1:], strict=True):
+            if role == "assistant" and not piece.startswith(self._end_marker()):
+                raise NotUsable(_NO_END)
+        return pieces
+
+    def _end_marker(self) -> str:
+        """What the template writes after every answer, whether another turn follows or not: Phi-3
+        closes a conversation with one token more."""
+        if self.marker is None:
+            ask, mark = {"role": "user", "content": "sentinel0x"}, "sentinel1x"
+            turns = [ask, {"role": "assistant", "content": mark}]
+            after = self.after = render(self.tokenizer, turns).rpartition(mark)[2].rstrip()
+            try:
+                goes_on = render(self.tokenizer, [*turns, ask]).rpartition(mark)[2]
+            except NotUsable:  # it takes one question alone
+                goes_on = after
+            self.marker = after if goes_on.startswith(after) else self._shared(after, goes_on)
+        if not self.marker:
+            raise NotUsable(_NO_END)
+        return self.marker
+
+    def _shared(self, after: str, goes_on: str) -> str:
+        """What both begin with, up to where a token of the vocabulary's own or a line ends."""
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(after, goes_on, strict=False))
+        shared = after[: len(list(same))]
+        tokens = tuple(self.tokenizer.get_added_vocab())
+        for end in range(len(shared), 0, -1):
+            if shared[end : end + 1].isspace() or shared.endswith(tokens, 0, end):
+                return shared[:end].rstrip()
+        return ""
+
+    def _by_prompts(self, example: Example, wanted: list[int], text: str) -> list[Span]:
+        """Each answer is what follows the template's prompt for the turns before it."""
+        for number, message in enumerate(example.messages, 1):
+            said = message["content"].strip()
+            if message["role"] == "assistant":
+                _check_calls(message, text, number)
+            elif said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
+                raise NotUsable(_REWRITTEN, f"turn {number}")
+        if not all(name in text for name in _names(example.tools)):
+            raise NotUsable("whose tools the chat template leaves out")
+        return [self._answer(example, number, text) for number in wanted]
+
+    def _answer(self, example: Example, number: int, text: str) -> Span:
+        turns, message = list(example.messages[:number]), example.messages[number]
+        prompt = render(self.tokenizer, turns, example.tools, add_generation_prompt=True)
+        start, end = len(prompt), self._end(example, number, text)
+        if not text.startswith(prompt) or end is None:
+            raise NotUsable(_REWRITTEN, f"turn {number + 1}")
+        marker = self._end_marker()
+        until = render(self.tokenizer, example.messages[: number + 1], example.tools).rstrip()
+        marked = until.endswith(self.after)
+        if marked:
+            stop = text.rfind(marker, start, end)
+            end = stop + len(marker)
+        else:  # after a call some write another, such as Llama's <|eom_id|>
+            stop = end = len(until) if text.startswith(until) else -1
+            if not until.endswith(tuple(self.tokenizer.get_added_vocab())):
+                raise NotUsable(_NO_END)
+        if stop < start:
+            raise NotUsable(_REWRITTEN, f"turn {number + 1}")
+        written, content = text[start:stop], message["content"]
+        thoughts = message.get("reasoning_content") or message.get("thinking") or ""
+        if not (thoughts or message.get("tool_calls")):
+            # What stands between prompt and content, such as empty thoughts, is the template's.
+            for variant in _variants(content):
+                if marked and written.endswith(variant):
+                    return stop - len(variant), end
+            if _squeezed(written) != _squeezed(content):
+                raise NotUsable(_REWRITTEN, f"turn {number + 1}")
+            return start, end
+        _check_calls(message, written, number + 1)
+        if _squeezed(content) not in _squeezed(written):
+            raise NotUsable(_REWRITTEN, f"turn {number + 1}")
+        if _squeezed(str(thoughts)) not in _squeezed(written):
+            raise NotUsable("whose thoughts the chat template leaves out", f"turn {number + 1}")
+        if not thoughts:
+            turns.append({"role": "assistant", "content": "sentinelx"})
+            shown = render(self.tokenizer, turns, example.tools).rpartition("sentinelx")[0]
+            if text.startswith(shown, 0, stop):
+                start = max(start, len(shown))
+        return start, end
+
+    def _end(self, example: Example, number: int, text: str) -> int | None:
+        """Where the words of the turn after an answer begin, or the text ends; None if the text
+        does not go on as the template does."""
+        if number + 1 == len(example.messages):
+            return len(text)
+        following = {**example.messages[number + 1], "content": "sentinelx"}
+        turns = [*example.messages[: number + 1], following]
+        shown, found, _ = render(self.tokenizer, turns, example.tools).rpartition("sentinelx")
+        return len(shown) if found and text.startswith(shown) else None
+
+
+def _check_calls(message: Message, text: str, turn: int) -> None:
+    if not all(name in text for name in _names(message.get("tool_calls") or ())):
+        raise NotUsable("whose tool calls the chat template leaves out", f"turn {turn}")
+
+
+def _names(calls: Iterable[Any]) -> list[str]:
+    """Of tools, or of calls to them."""
+    inner = (call.get("function", call) for call in calls)
+    names = (each.get("name") for each in inner if isinstance(each, dict))
+    return [name for name in names if isinstance(name, str)]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _variants(content: str) -> tuple[str, ...]:
+    """A content as it is, and without the white space around it."""
+    return content, content.strip(), content.lstrip(), content.rstrip()
 
 
 def _as_written(text: str, pieces: list[str], contents: list[str]) -> list[str] | None:
@@ -214,7 +432,7 @@ def _as_written(text: str, pieces: list[str], contents: list[str]) -> list[str] 
     if not text.startswith(pieces[0]):
         return None
     for content, piece in zip(contents, pieces[1:], strict=True):
-        for variant in (content, content.strip(), content.lstrip(), content.rstrip()):
+        for variant in _variants(content):
             if text.startswith(variant + piece, position):
                 written.append(variant)
                 position += len(variant) + len(piece)
@@ -225,30 +443,12 @@ def _as_written(text: str, pieces: list[str], contents: list[str]) -> list[str] 
 
 
 def _spans(
-    pieces: list[str], ends: list[str], contents: list[str], roles: tuple[str, ...]
+    pieces: list[str], contents: list[str], wanted: list[int], marker_length: int
 ) -> list[Span]:
     spans, position = [], 0
     for number, content in enumerate(contents):
         position += len(pieces[number])
-        if roles[number] == "assistant":
-            spans.append((position, position + len(content) + len(ends[number])))
+        if number in wanted:
+            spans.append((position, position + len(content) + marker_length))
         position += len(content)
     return spans
-
-
-def _render(
-    tokenizer: Any, turns: list[Message], add_generation_prompt: bool = False, place: str = ""
-) -> str:
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        roles = "-".join(turn["role"] for turn in turns)
-        reason = " ".join(str(error).split())
-        where = f"{place}: " if place else ""
-        raise UserError(
-            f"{where}the chat template refuses a conversation of {roles}: {reason}"
-        ) from None

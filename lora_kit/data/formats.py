@@ -1,28 +1,57 @@
 """Rows -> examples: which columns are text, a prompt and its answer, or a conversation.
 
-The format of a row is found by the names of its columns. Where the names fit none, or more than
-one, that is an error which lists the columns and the candidates: nothing is guessed.
+The format of a file is found by the columns of its first row. Where they fit none, or more than
+one, that is an error which lists the columns and the candidates: nothing is guessed. A later row
+that does not fit is dropped, counted and placed.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_kit.data.sources import Row
+from lora_kit.data.json_rows import shown
+from lora_kit.data.readers import Row
 from lora_kit.errors import UserError
 
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+# ShareGPT's names for the roles.
+_SPEAKERS = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{"chatgpt": "assistant", "system": "system", "tool": "tool"},
+}
+# Not the signs that mean something in formulas and code. A zero byte stands between turns.
+_PUNCTUATION = {**dict.fromkeys(map(ord, ".,;:!?\"'`“”‘’„«»…"), " "), 0: " \0 "}
+_TAG = re.compile(r"O|([BIESLU])-(\S+)")
+_NUMBER = re.compile("[0-9]{1,9}")
+_DEEPEST = 64  # levels of a tool or a tool's call
 
-# format -> the columns it needs
-FORMATS: dict[str, tuple[str, ...]] = {
-    "text": ("text",),
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
-    "instruction-output": ("instruction", "output"),
-    "instruction-response": ("instruction", "response"),
-    "question-answer": ("question", "answer"),
+
+@dataclass(frozen=True)
+class Format:
+    """The columns a format needs, those it may have besides, and whether it is text or chat."""
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    kind: str = "chat"
+
+
+FORMATS = {
+    "text": Format(("text",), kind="text"),
+    "text-label": Format(("text", "label"), ("system",)),
+    "messages": Format(("messages",), ("tools", "system")),
+    "sharegpt": Format(("conversations",), ("tools", "system")),
+    "prompt-completion": Format(("prompt", "completion"), ("system", "tools")),
+    "instruction-output": Format(("instruction", "output"), ("input", "context", "system")),
+    "instruction-response": Format(("instruction", "response"), ("input", "context", "system")),
+    "question-answer": Format(("question", "answer"), ("context", "system")),
+    "tokens-tags": Format(("tokens", "tags"), ("system",)),
+    "preference": Format(("chosen", "rejected"), ("prompt", "system")),
+    "unpaired-preference": Format(("prompt", "completion", "label"), ("system",)),
 }
 
 
@@ -30,25 +59,55 @@ FORMATS: dict[str, tuple[str, ...]] = {
 class Example:
     """Either a text, or messages that end with an assistant's.
 
-    `joiner` stands between prompt and answer where a base has no chat template.
+    `joiner` stands between prompt and answer where a base has no chat template. `rejected` is the
+    answer that a preference row calls the worse one: it is never learned from.
     """
 
     place: str
     text: str | None = None
     messages: tuple[Message, ...] = ()
     joiner: str = ""
-    joins: bool = False
+    tools: tuple[Any, ...] = ()
+    rejected: str | None = None
+    group: str | None = None
+    label: str | None = None
+
+    @property
+    def content(self) -> str:
+        """All that is said, one turn after the other."""
+        if self.text is not None:
+            return self.text
+        return "\0".join(said(message) for message in self.messages)
+
+    @property
+    def question(self) -> str:
+        """What comes before the last answer; of a text, nothing."""
+        return "\0".join(said(m) for m in self.messages[:-1] if m["role"] != "system")
 
     @property
     def key(self) -> str:
-        """What makes two examples the same: their text, whatever the white space."""
-        parts = [self.text] if self.text is not None else [m["content"] for m in self.messages]
-        return "\0".join(" ".join(part.split()) for part in parts)
+        """What makes two examples the same: what they say, whatever case, punctuation and space."""
+        return normalised(self.content)
+
+
+def said(message: Message) -> str:
+    """A message as text: what it says, and the tools it calls."""
+    calls = message.get("tool_calls")
+    return (message.get("content") or "") + (str(calls) if calls else "")
+
+
+def normalised(text: str) -> str:
+    """Case folded, without the punctuation of prose, every run of white space one space.
+
+    >>> normalised("What's  NEW?\\n") == normalised("what s new")
+    True
+    """
+    return " ".join(text.casefold().translate(_PUNCTUATION).split()) or text.strip()
 
 
 @dataclass
 class Dropped:
-    """Rows left out: reason -> how many, and where the first one stood."""
+    """Rows left out, or changed: reason -> how many, and where the first one stood."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
@@ -57,117 +116,394 @@ class Dropped:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.first.setdefault(reason, place)
 
+    def merge(self, other: Dropped) -> None:
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.first.setdefault(reason, other.first[reason])
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
     def __str__(self) -> str:
         return "; ".join(f"{n} {why} (first: {self.first[why]})" for why, n in self.counts.items())
 
 
-def to_examples(rows: list[Row], columns: dict[str, str], dropped: Dropped) -> list[Example]:
-    """Read rows as examples; what is empty is dropped, counted and placed.
+class NotUsable(Exception):
+    """Why a row is dropped, and what of the row shows it."""
 
-    Args:
-        columns: renames, {our name: the row's name}, as in `data.columns`.
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How rows are read: `data.columns`, `data.labels` and `data.group`.
+
+    renames: {our name: the row's name}. labels: the names there are; none: any.
+    """
+
+    renames: dict[str, str] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    group: str | None = None
+
+    def rename(self, columns: dict[str, Any]) -> dict[str, Any]:
+        if not self.renames:
+            return columns
+        if columns.keys() == {"text"}:  # of a file, or embedded: there is nothing to rename
+            return columns
+        moved = {*self.renames, *self.renames.values()}
+        kept = {name: v for name, v in columns.items() if name not in moved}
+        return kept | {o: columns[t] for o, t in self.renames.items() if t in columns}
+
+
+def format_of(row: Row, columns: Columns) -> str:
+    """The format of a file, by the columns of its first row.
 
     Raises:
-        UserError: the columns fit no format or several, or a value has the wrong type.
+        UserError: the columns fit no format or several, or `data.columns` or `data.group` name one
+            that is not there.
     """
-    examples = []
-    for row in rows:
-        values = _rename(row, columns)
-        name = _format_of(values, row.place)
-        if name == "text":
-            text = _text(values, "text", row.place)
-            if not text.strip():
-                dropped.add("empty", row.place)
-            else:
-                examples.append(Example(row.place, text=text, joins=row.joins))
-            continue
-        messages, joiner = _messages(name, values, row.place)
-        if not messages[-1]["content"].strip():
-            dropped.add("with an empty answer", row.place)
-        else:
-            examples.append(Example(row.place, messages=tuple(messages), joiner=joiner))
-    return examples
-
-
-def _rename(row: Row, columns: dict[str, str]) -> dict[str, Any]:
-    for theirs in columns.values():
-        if theirs not in row.columns:
-            have = ", ".join(row.columns)
-            raise UserError(f"{row.place}: data.columns names `{theirs}`; the columns are: {have}")
-    kept = {name: v for name, v in row.columns.items() if name not in columns.values()}
-    return kept | {ours: row.columns[theirs] for ours, theirs in columns.items()}
-
-
-def _format_of(values: dict[str, Any], place: str) -> str:
-    fitting = [name for name, needed in FORMATS.items() if all(n in values for n in needed)]
+    if row.columns.keys() == {"text"}:
+        return "text"  # of a file, or embedded: there is nothing to rename
+    have = _listed(row.columns)
+    for key, names in (
+        ("columns", list(columns.renames.values())),
+        ("group", [columns.group] if columns.group else []),
+    ):
+        for name in names:
+            if name not in row.columns:
+                raise UserError(f"{row.place}: data.{key} names `{name}`; the columns are: {have}")
+    values = columns.rename(row.columns)
+    fitting = [name for name, f in FORMATS.items() if all(n in values for n in f.needed)]
+    # text + label says more than text alone.
+    fitting = [
+        name
+        for name in fitting
+        if not any(set(FORMATS[name].needed) < set(FORMATS[other].needed) for other in fitting)
+    ]
+    if len(fitting) > 1:  # `data.columns` may tell
+        told = set(columns.renames)
+        fitting = [n for n in fitting if told & set(FORMATS[n].needed)] or fitting
     if len(fitting) == 1:
         return fitting[0]
-    have = ", ".join(values) or "none"
     if fitting:
+        # A column that only one of them has.
+        needed = [name for format_name in fitting for name in FORMATS[format_name].needed]
+        example = next(name for name in reversed(needed) if needed.count(name) == 1)
         raise UserError(
-            f"{place}: the columns ({have}) fit more than one format ({', '.join(fitting)}): "
-            "remove the columns that are not meant"
+            f"{row.place}: the columns ({have}) fit more than one format ({', '.join(fitting)}): "
+            f"say which is meant, for example data.columns: {{{example}: {example}}}"
         )
-    candidates = "; ".join("+".join(needed) for needed in FORMATS.values())
+    candidates = "; ".join("+".join(f.needed) for f in FORMATS.values())
     raise UserError(
-        f"{place}: the columns ({have}) fit no format ({candidates}): "
-        "rename them, for example data.columns: {prompt: YOURS, completion: YOURS}"
+        f"{row.place}: the columns ({have}) fit no format ({candidates}): rename them, for "
+        f"example data.columns: {{{_suggested(values)}}}"
     )
 
 
-def _text(values: dict[str, Any], name: str, place: str) -> str:
+def unread(row: Row, format_name: str, columns: Columns) -> list[str]:
+    """The columns of a row that its format does not use."""
+    known = FORMATS[format_name]
+    used = {columns.renames.get(name, name) for name in (*known.needed, *known.optional)}
+    return [name for name in row.columns if name not in {*used, columns.group}]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names of columns in one line: a file without a header can have any text for a name."""
+    listed = [" ".join(f"{name:.40}".split()) for name in names]
+    more = [f"{len(listed) - 20} more"] if len(listed) > 20 else []
+    return ", ".join(listed[:20] + more) or "none"
+
+
+def _suggested(values: dict[str, Any]) -> str:
+    """Renames that would help: of columns that differ by their case alone, and of what the format
+    lacks that has most of its columns here."""
+    known = {name for f in FORMATS.values() for name in (*f.needed, *f.optional)}
+    found = {name.lower(): name for name in values if name.lower() in known - {name}}
+    have = {*values, *found}
+
+    def lacking(f: Format) -> list[str]:
+        return [name for name in f.needed if name not in have]
+
+    best = min(FORMATS.values(), key=lambda f: len(lacking(f)) / len(f.needed))
+    if len(lacking(best)) == len(best.needed):
+        best = FORMATS["prompt-completion"]
+    found |= {name: "YOURS" for name in lacking(best)}
+    return ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items())
+
+
+def to_example(row: Row, format_name: str, columns: Columns) -> Example:
+    """Read a row in its file's format.
+
+    Raises:
+        NotUsable: a column is missing, empty or of another type, or the turns make no conversation.
+    """
+    known = FORMATS[format_name]
+    renamed = columns.rename(row.columns)
+    values = {n: renamed[n] for n in (*known.needed, *known.optional) if n in renamed}
+    for name in known.needed:
+        if name not in values:
+            raise NotUsable(f"without `{name}`")
+        if values[name] is None:
+            raise NotUsable(f"with a null `{name}`")
+    group = None
+    if columns.group and row.columns.keys() != {"text"}:
+        if row.columns.get(columns.group) is None:
+            raise NotUsable(f"without the group `{columns.group}`")
+        group = str(row.columns[columns.group])
+    if format_name == "text":
+        text = _text(values, "text")
+        if not text.strip():
+            raise NotUsable("empty")
+        return Example(row.place, text=text, group=group)
+    joiner, label, rejected = "\n\n", None, None
+    tools = _tools(values.get("tools"))
+    if format_name == "messages":
+        messages, joiner = _turns(values["messages"]), ""
+    elif format_name == "sharegpt":
+        messages, joiner = _turns(values["conversations"]), ""
+    elif format_name == "tokens-tags":
+        messages = _tagged(values, columns.labels)
+    elif format_name == "text-label":
+        label = _label(values["label"], columns.labels)
+        messages = _pair(_text(values, "text"), label)
+    elif format_name == "preference":
+        messages, rejected = _preference(values)
+        joiner = ""
+    elif format_name == "unpaired-preference":
+        if not isinstance(values["label"], bool):
+            raise NotUsable("whose `label` is not true or false", f"it is {shown(values['label'])}")
+        if not values["label"]:
+            raise NotUsable("that a preference calls the worse answer")
+        messages, joiner = _prompted(values["prompt"], values["completion"], "completion"), ""
+    elif format_name == "prompt-completion":
+        messages, joiner = _prompted(values["prompt"], values["completion"], "completion"), ""
+    else:
+        ask, answer = known.needed
+        parts = [_optional(values, "context"), _text(values, ask), _optional(values, "input")]
+        messages = _pair("\n\n".join(part for part in parts if part), _text(values, answer))
+    if system := _optional(values, "system"):
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        elif messages[0]["content"] != system:
+            raise NotUsable("with a `system` that is not the system's turn")
+    _check_turns(messages)
+    return Example(row.place, None, tuple(messages), joiner, tools, rejected, group, label)
+
+
+def _text(values: dict[str, Any], name: str) -> str:
     value = values[name]
     if not isinstance(value, str):
-        raise UserError(f"{place}: `{name}` is {value!r:.40}, not text: mend or remove the row")
-    return _encodable(value, f"{place}: `{name}`")
+        raise NotUsable(f"whose `{name}` is not text", f"it is {shown(value)}")
+    return _clean(value, f"`{name}`")
 
 
-def _encodable(text: str, where: str) -> str:
-    """JSON can spell half of a character (`\\ud83d` alone), which no tokenizer takes."""
+def _optional(values: dict[str, Any], name: str) -> str:
+    """A text, the paragraphs of one, or nothing."""
+    value = values.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n\n".join(value)
+    text = _text({name: value}, name)
+    return text if text.strip() else ""
+
+
+def _clean(text: str, where: str) -> str:
+    """JSON can spell a zero byte, and half of a character (`\\ud83d` alone), which no tokenizer
+    takes."""
+    if "\0" in text:
+        raise NotUsable("with a zero byte", f"in {where}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
-        raise UserError(
-            f"{where} holds half a character ({half}): mend or remove the row"
-        ) from None
+        raise NotUsable("with half a character", f"{text[error.start]!a} in {where}") from None
     return text
 
 
-def _messages(name: str, values: dict[str, Any], place: str) -> tuple[list[Message], str]:
-    if name == "messages":
-        return _conversation(values["messages"], place), ""
-    ask, answer = FORMATS[name]
-    prompt, completion = _text(values, ask, place), _text(values, answer, place)
-    joiner = "" if name == "prompt-completion" else "\n\n"
-    if name.startswith("instruction") and values.get("input"):
-        prompt = f"{prompt}\n\n{_text(values, 'input', place)}"
-    return [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": completion},
-    ], joiner
+def _nested(value: Any, where: str, depth: int = 0) -> Any:
+    """A value with texts anywhere in it, each as `_clean` takes it."""
+    if depth > _DEEPEST:
+        raise NotUsable("nested too deeply", f"in {where}")
+    if isinstance(value, str):
+        _clean(value, where)
+    elif isinstance(value, (list, dict)):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _nested(part, where, depth + 1)
+    return value
 
 
-def _conversation(value: Any, place: str) -> list[Message]:
-    """OpenAI's messages, of text alone, checked turn by turn."""
+def _pair(prompt: str, answer: str) -> list[Message]:
+    if not prompt.strip():
+        raise NotUsable("with nothing asked")
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _prompted(prompt: Any, answer: Any, name: str) -> list[Message]:
+    """A prompt and an answer, each a text or a list of turns."""
+    values = {"prompt": prompt, name: answer}
+    turns = (
+        _turns(prompt)
+        if isinstance(prompt, list)
+        else [{"role": "user", "content": _text(values, "prompt")}]
+    )
+    if isinstance(answer, list):
+        return [*turns, *_turns(answer)]
+    return [*turns, {"role": "assistant", "content": _text(values, name)}]
+
+
+def _preference(values: dict[str, Any]) -> tuple[list[Message], str]:
+    """The prompt with the chosen answer, and the rejected answer as text."""
+    chosen, rejected = values["chosen"], values["rejected"]
+    prompt = values.get("prompt")
+    whole = isinstance(chosen, list) and len(chosen) > 1  # it repeats the prompt
+    if not whole and prompt is None:
+        raise NotUsable("with a preference without a prompt", "name data.columns: {prompt: ...}")
+    messages = _turns(chosen) if whole else _prompted(prompt, chosen, "chosen")
+    worse = said(_turns(rejected)[-1]) if isinstance(rejected, list) else _text(values, "rejected")
+    return messages, worse
+
+
+def _label(value: Any, labels: tuple[str, ...]) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise NotUsable("whose `label` is neither a name nor a number", f"it is {shown(value)}")
+    if isinstance(value, int) or (labels and value not in labels and _NUMBER.fullmatch(value)):
+        if not labels:
+            raise NotUsable(
+                "whose `label` is a number without a name",
+                f"it is {shown(value)}: name data.labels",
+            )
+        if not 0 <= int(value) < len(labels):
+            raise NotUsable("whose `label` is not in data.labels", f"it is {shown(value)}")
+        return labels[int(value)]
+    if not value.strip():
+        raise NotUsable("with an empty `label`")
+    if labels and value not in labels:
+        raise NotUsable("whose `label` is not in data.labels", f"it is {shown(value)}")
+    return _clean(value, "`label`")
+
+
+def _tagged(values: dict[str, Any], labels: tuple[str, ...]) -> list[Message]:
+    """A sentence, and the entities that its tags mark, one a line: `Disease: colon cancer`."""
+    tokens, tags = values["tokens"], values["tags"]
+    if not isinstance(tokens, list) or not all(isinstance(t, str) and t for t in tokens):
+        raise NotUsable("whose `tokens` are not a list of texts")
+    if not isinstance(tags, list) or len(tags) != len(tokens):
+        raise NotUsable("without one tag a token")
+    tags = [labels[t] if type(t) is int and 0 <= t < len(labels) else t for t in tags]
+    entities: list[tuple[str, list[str]]] = []
+    inside: str | None = None
+    for number, (token, tag) in enumerate(zip(tokens, tags, strict=True), 1):
+        match = _TAG.fullmatch(tag) if isinstance(tag, str) else None
+        if match is None:
+            known = "" if isinstance(tag, str) else ": name data.labels"
+            raise NotUsable("with a tag that is not IOB", f"token {number} has {shown(tag)}{known}")
+        if labels and match[2] and tag not in labels and match[2] not in labels:
+            raise NotUsable("whose tag is not in data.labels", f"token {number} has {shown(tag)}")
+        begins, kind = match[1] or "O", match[2]
+        if begins == "O":
+            inside = None
+        elif begins in "BSU":
+            entities.append((kind, [token]))
+            inside = kind if begins == "B" else None
+        elif inside != kind:
+            before = shown(inside) if inside else "no entity"
+            raise NotUsable(
+                "whose IOB tags jump", f"token {number} has {shown(tag)} after {before}"
+            )
+        else:
+            entities[-1][1].append(token)
+            inside = kind if begins == "I" else None
+    answer = "\n".join(f"{kind}: {' '.join(words)}" for kind, words in entities) or "none"
+    return _pair(_clean(" ".join(tokens), "`tokens`"), answer)
+
+
+def _tools(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str):  # some sets store it so
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            raise NotUsable("whose `tools` are not JSON") from None
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise NotUsable("whose `tools` are not a list of objects")
+    return tuple(_nested(value, "`tools`"))
+
+
+def _turns(value: Any) -> list[Message]:
+    """OpenAI's turns ({role, content}) or ShareGPT's ({from, value}), under either name."""
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "from" in value[0]:
+        return _conversation(value, "from", "value")
+    return _conversation(value, "role", "content")
+
+
+def _conversation(value: Any, who: str, what: str) -> list[Message]:
+    """Turns, checked one by one; of each what templates read: role, content, calls, thinking.
+
+    `weight: 0` (OpenAI's) or `train: false` at an assistant's turn: it is not learned from.
+    """
     if not isinstance(value, list) or not value:
-        raise UserError(f"{place}: `messages` is {value!r:.40}, not a list of turns")
+        raise NotUsable("whose turns are not a list", f"they are {shown(value)}")
     messages: list[Message] = []
     for number, turn in enumerate(value, 1):
-        content = turn.get("content") if isinstance(turn, dict) else None
-        if not isinstance(turn, dict) or not isinstance(content, str):
-            raise UserError(f"{place}: turn {number} has no `role` and text `content`")
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise UserError(
-                f"{place}: turn {number} calls a tool: only text turns are learned from"
+        if not isinstance(turn, dict):
+            raise NotUsable("with a turn that is no object", f"turn {number}")
+        role = turn.get(who)
+        role = _SPEAKERS.get(role, role) if who == "from" and isinstance(role, str) else role
+        if role == "developer":  # OpenAI's newer name
+            role = "system"
+        if role not in ROLES:
+            raise NotUsable("with an unknown role", f"turn {number} has {shown(role)}")
+        content, calls = turn.get(what), turn.get("tool_calls")
+        if isinstance(content, list) and all(
+            isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
+            for p in content
+        ):
+            content = "".join(part["text"] for part in content)
+        if calls and role != "assistant":
+            raise NotUsable("with a tool call that is not the assistant's", f"turn {number}")
+        if calls and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
+            raise NotUsable("whose `tool_calls` are not a list of objects", f"turn {number}")
+        if content is None and calls:
+            content = ""
+        if not isinstance(content, str):
+            raise NotUsable(
+                f"with a turn whose `{what}` is not text", f"turn {number} has {shown(content)}"
             )
-        if turn.get("role") not in ROLES:
-            role = turn.get("role")
-            raise UserError(
-                f"{place}: turn {number} has the role {role!r:.40}; known: {', '.join(ROLES)}"
-            )
-        content = _encodable(content, f"{place}: turn {number}")
-        messages.append({"role": turn["role"], "content": content})
-    if messages[-1]["role"] != "assistant":
-        raise UserError(f"{place}: the last turn is the {messages[-1]['role']}'s, not an answer")
+        message: Message = {"role": role, "content": _clean(content, f"turn {number}")}
+        for name in ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking"):
+            if turn.get(name):
+                message[name] = _nested(turn[name], f"turn {number}")
+        if not _is_learned(turn, number):
+            message["weight"] = 0
+        messages.append(message)
     return messages
+
+
+def _is_learned(turn: dict[str, Any], number: int) -> bool:
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight is not None and weight not in (0, 1):
+        raise NotUsable("with a `weight` other than 0 or 1", f"turn {number} has {shown(weight)}")
+    if train is not None and not isinstance(train, bool):
+        raise NotUsable("with a `train` other than true or false", f"turn {number}")
+    return weight != 0 and train is not False
+
+
+def _check_turns(messages: list[Message]) -> None:
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise NotUsable("without an assistant's turn")
+    for number in range(1, len(roles)):
+        if roles[number] == "assistant" == roles[number - 1]:
+            raise NotUsable("with two assistant's turns in a row", f"turn {number + 1}")
+        if roles[number] == "system":
+            raise NotUsable("with a system turn after the first", f"turn {number + 1}")
+    if roles[-1] != "assistant":
+        raise NotUsable("whose last turn is not an answer", f"it is the {roles[-1]}'s")
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant" and not said(message).strip():
+            raise NotUsable("with an empty answer", f"turn {number}")

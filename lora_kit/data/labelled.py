@@ -2,74 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import datasets
     import torch
 
 IGNORED = -100  # torch's and transformers' label for "not learned from"
+_ARRAYS = ("offsets", "spans", "span_offsets", "units", "unit_bytes", "files", "numbers")
 
 
-@dataclass
 class Labelled:
-    """Rows of token ids and labels of equal length; a label of -100 is not learned from.
+    """Rows of token ids, and the spans of each that are learned from; on disk, or in memory.
 
     A unit is what is judged as one: a document, or a row. `units[i]` is the unit of row i,
-    `unit_bytes[u]` the UTF-8 bytes that the labels of unit u spell.
+    `unit_bytes[u]` the UTF-8 bytes that the labels of unit u spell. `files[i]`, `numbers[i]` say
+    where row i begins.
 
-    >>> Labelled([[1, 5, 6, 2]], [[-100, -100, 6, 2]], [0], [3]).supervised_tokens
-    2
+    >>> rows = LabelledWriter()
+    >>> rows.add([1, 5, 6, 2], [(2, 3)], unit_bytes=3)
+    >>> rows.finish()[0]["labels"].tolist()
+    [-100, -100, 6, -100]
     """
 
-    input_ids: list[list[int]] = field(default_factory=list)
-    labels: list[list[int]] = field(default_factory=list)
-    units: list[int] = field(default_factory=list)
-    unit_bytes: list[int] = field(default_factory=list)
+    def __init__(self, ids: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+        self.ids = ids  # int32: all rows, one after the other
+        self.offsets = arrays["offsets"]  # int64, (rows + 1,)
+        self.spans = arrays["spans"].reshape(-1, 2)  # int32: first, last + 1
+        self.span_offsets = arrays["span_offsets"]  # int64, (rows + 1,)
+        self.units = arrays["units"]
+        self.unit_bytes = arrays["unit_bytes"]
+        self.files = arrays["files"]
+        self.numbers = arrays["numbers"]
 
-    def add(self, input_ids: list[int], labels: list[int], unit: int) -> None:
-        assert len(input_ids) == len(labels)
-        self.input_ids.append(input_ids)
-        self.labels.append(labels)
-        self.units.append(unit)
+    @classmethod
+    def open(cls, path: Path) -> Labelled:
+        """Map what a `LabelledWriter` wrote; nothing is read before it is asked for."""
+        with np.load(path.with_suffix(".npz")) as stored:
+            arrays = {name: stored[name] for name in _ARRAYS}
+        count = int(arrays["offsets"][-1])
+        file = path.with_suffix(".bin")
+        ids = np.memmap(file, np.int32, "r", shape=(count,)) if count else np.zeros(0, np.int32)
+        return cls(ids, arrays)
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """`input_ids` and `labels` of a row: int64, (tokens,); a label of -100 is not learned."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        row %= len(self)
+        ids = self.ids[self.offsets[row] : self.offsets[row + 1]].astype(np.int64)
+        labels = np.full_like(ids, IGNORED)
+        for first, last in self.spans[self.span_offsets[row] : self.span_offsets[row + 1]]:
+            labels[first:last] = ids[first:last]
+        return {"input_ids": ids, "labels": labels}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
 
     @property
     def tokens(self) -> int:
-        return sum(map(len, self.input_ids))
+        return len(self.ids)
 
     @property
     def supervised_tokens(self) -> int:
         """Labels that a loss is computed for; the first of a row has nothing before it."""
-        return sum(label != IGNORED for row in self.labels for label in row[1:])
+        return int((self.spans[:, 1] - np.maximum(self.spans[:, 0], 1)).clip(0).sum())
 
     def summary(self) -> str:
         share = self.supervised_tokens / max(1, self.tokens)
         return (
-            f"{len(self)} rows, {self.tokens:,} tokens, "
+            f"{len(self):,} rows, {self.tokens:,} tokens, "
             f"{self.supervised_tokens:,} of them ({share:.0%}) learned from"
         )
 
-    def to_dataset(self) -> datasets.Dataset:
-        """An Arrow table with the columns `input_ids` and `labels`."""
-        import datasets
 
-        return datasets.Dataset.from_dict({"input_ids": self.input_ids, "labels": self.labels})
+class LabelledWriter:
+    """Collects rows, their tokens in a file where there is a path, else in memory."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.file = path.with_suffix(".bin").open("wb") if path else None
+        self.kept: list[np.ndarray] = []
+        # Arrays of machine integers: four bytes a row, where a list would take forty.
+        self.offsets, self.span_offsets = array("q", [0]), array("I", [0])
+        self.spans, self.files, self.units = array("i"), array("i"), array("I")
+        self.unit_bytes, self.numbers = array("I"), array("I")
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def add(
+        self,
+        ids: Any,
+        spans: Any,
+        unit_bytes: int = 0,
+        place: tuple[int, int] = (0, 0),
+        same_unit: bool = False,
+    ) -> None:
+        """Add a row.
+
+        Args:
+            ids: tokens. spans: pairs (first, last + 1) of those learned from.
+            unit_bytes: what the row's unit spells. same_unit: it is the unit of the row before.
+        """
+        row = np.asarray(ids, dtype=np.int32)
+        if self.file:
+            self.file.write(row.tobytes())
+        else:
+            self.kept.append(row)
+        self.offsets.append(self.offsets[-1] + len(row))
+        for first, last in spans:
+            self.spans.append(first)
+            self.spans.append(last)
+        self.span_offsets.append(len(self.spans) // 2)
+        if not same_unit:
+            self.unit_bytes.append(unit_bytes)
+        self.units.append(len(self.unit_bytes) - 1)
+        self.files.append(place[0])
+        self.numbers.append(place[1])
+
+    def finish(self) -> Labelled:
+        stored = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {name: np.frombuffer(a, a.typecode) for name, a in stored.items()}
+        if not self.file or not self.path:
+            return Labelled(np.concatenate([*self.kept, np.zeros(0, np.int32)]), arrays)
+        self.file.close()
+        np.savez(self.path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
+        return Labelled.open(self.path)
 
 
-def collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+def collator(pad_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Pads a batch on the right to its longest row.
 
     The function returned takes rows with `input_ids` and `labels` and gives int64 tensors of shape
     (rows, longest): `input_ids`, `labels` (padding is -100), and, where there is padding,
-    `attention_mask` (0 on padding).
+    `attention_mask` (0 on padding). Packed rows have `position_ids` as well: they go without a
+    mask, because from the positions alone the model keeps documents apart; each token of padding
+    has position 0, as a document of its own.
     """
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
 
         lengths = [len(row["input_ids"]) for row in rows]
@@ -77,11 +158,28 @@ def collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, torch.Te
         ids = torch.full((len(rows), width), pad_id)
         labels = torch.full((len(rows), width), IGNORED)
         for n, row in enumerate(rows):
-            ids[n, : lengths[n]] = torch.tensor(row["input_ids"])
-            labels[n, : lengths[n]] = torch.tensor(row["labels"])
+            ids[n, : lengths[n]] = torch.as_tensor(row["input_ids"])
+            labels[n, : lengths[n]] = torch.as_tensor(row["labels"])
         batch = {"input_ids": ids, "labels": labels}
-        if min(lengths) < width:
+        if "position_ids" in rows[0]:
+            positions = torch.zeros_like(ids)
+            for n, row in enumerate(rows):
+                positions[n, : lengths[n]] = torch.as_tensor(row["position_ids"])
+            batch["position_ids"] = positions
+        elif min(lengths) < width:
             batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
         return batch
 
     return collate
+
+
+def real_tokens(batch: dict[str, Any]) -> Any:
+    """How many tokens of a collated batch are no padding: a number, or an int64 tensor ()."""
+    if "position_ids" in batch:
+        # A document has two tokens at least: a 0 before a 0, or at the end, is padding.
+        starts = batch["position_ids"] == 0
+        following = starts.roll(-1, dims=1)
+        following[:, -1] = True
+        return (~(starts & following)).sum()
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else mask.sum()

@@ -1,4 +1,4 @@
-"""Sources -> rows. A row is a document of text, or a mapping of columns, with its place.
+"""What `data:` names -> files, Hub sets and embedded texts, each with the hash of its content.
 
 A document is a file, or a part of a file between end-of-text markers. A source with fewer than 20
 documents is cut into blocks of 2 KiB at line ends: a share of it can be held out and judged.
@@ -6,235 +6,181 @@ documents is cut into blocks of 2 KiB at line ends: a share of it can be held ou
 
 from __future__ import annotations
 
-import csv
+import glob
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lora_kit import nano
+from lora_kit.data import hub, readers
+from lora_kit.data.readers import Batch
 from lora_kit.errors import UserError
-from lora_kit.run import EMBEDDED
+from lora_kit.hashes import file_hash
+from lora_kit.run import EMBEDDED, Source, is_hub_id
 
-END_OF_TEXT = "<|endoftext|>"
-BLOCK_BYTES = 2048
 FEWEST_DOCUMENTS = 20
-TEXT_SUFFIXES = {
-    *(".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs"),
-    *(".sh", ".sql", ".tex"),
-}
-TABLE_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv"}
+_MADE_BY_PROGRAMS = (".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row as it was read. `place` is file:line, or file for a whole file."""
+class Opened:
+    """A source that is there.
 
-    place: str
-    columns: dict[str, Any]
-    joins: bool = False  # goes on right where the row before it stopped: one text, cut in blocks
+    `digest` is the sha256 of its content; `files` are what it reads, or `rows` what is embedded;
+    `passed_over` counts the files of a folder that are of no known kind. Of a set of the Hub,
+    `labels` are the names of classes by column, and `commit` is where it is from.
+    """
+
+    name: str
+    fraction: float | None
+    digest: str
+    files: tuple[Path, ...] = ()
+    rows: list[dict[str, Any]] | None = None
+    passed_over: int = 0
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    commit: str | None = None
+
+    def batches(self) -> Iterator[Batch]:
+        """Its rows in order: the documents of its text files, then the rows of its tables."""
+        if self.rows is not None:
+            yield from readers.list_batches(self.name, self.rows)
+            return
+        texts = [file for file in self.files if not readers.is_table(file)]
+        yield from readers.text_batches(texts, whole=_is_cut(texts))
+        for file in self.files:
+            if readers.is_table(file):
+                for batch in readers.table(file):
+                    yield readers.with_labels(batch, self.labels) if self.labels else batch
 
 
-def read_sources(sources: str | list[str]) -> tuple[list[Row], dict[str, str]]:
-    """Read every source; returns the rows in order and {source: sha256 of its content}.
+def open_sources(sources: Any, commits: dict[str, str] | None = None) -> list[Opened]:
+    """Find every source and hash its content.
+
+    Args:
+        sources: as in `data.train`: a name, a `Source`, or a list of them.
+        commits: {name of a Hub set and its split: commit} to take where no revision is named.
 
     Raises:
-        UserError: a source is missing, empty, of an unknown kind, or broken, with file and line.
+        UserError: a source is missing, of an unknown kind, or named twice; some have a `fraction`
+            and some don't, or the fractions are not 1 together.
     """
-    rows: list[Row] = []
-    hashes: dict[str, str] = {}
-    for source in [sources] if isinstance(sources, str) else sources:
-        if source in hashes:
-            raise UserError(f"{source}: named twice in one list: leave one out")
-        found, digest = _read_nano(source) if source.startswith("nano:") else _read_path(source)
-        if not found:
-            raise UserError(f"{source}: empty: there is nothing to learn from")
-        rows += found
-        hashes[source] = digest
-    return rows, hashes
-
-
-def _read_nano(source: str) -> tuple[list[Row], str]:
-    name = source.removeprefix("nano:")
-    if name == "topics":
-        rows = [Row(f"{source}/{key}", {"text": text}) for key, text in nano.topics()]
-    elif name == "docstrings":
-        rows = [Row(f"{source}/{key}", {"text": text}) for key, text in nano.general()]
-    elif name == "instructions":
-        rows = [Row(f"{source}/{n}", dict(row)) for n, row in enumerate(nano.instructions(), 1)]
-    else:
-        raise UserError(f"{source}: no such embedded text: {', '.join(EMBEDDED)}")
-    digest = hashlib.sha256(json.dumps([r.columns for r in rows]).encode()).hexdigest()
-    return rows, digest
-
-
-def _read_path(source: str) -> tuple[list[Row], str]:
-    root = Path(source)
-    if os.path.isdir(source):
-        known = TEXT_SUFFIXES | TABLE_SUFFIXES
-        inside = sorted(p for p in root.rglob("*") if p.is_file())
-        files = [p for p in inside if p.suffix.lower() in known and not _hidden(p, root)]
-        if not files:
-            raise UserError(
-                f"{source}: no file of a known kind ({' '.join(sorted(known))}) among {len(inside)}"
-            )
-    elif os.path.isfile(source):
-        if root.suffix.lower() in (".pdf", ".docx", ".doc", ".odt", ".epub"):
-            raise UserError(f"{source}: not text: extract it first, for example with pdftotext")
-        files = [root]
-    else:
-        raise UserError(f"{source}: no such file or folder")
-    digest = hashlib.sha256()
-    documents: list[Row] = []
-    table: list[Row] = []
-    for file in files:
-        content = _read_bytes(file)
-        digest.update(hashlib.sha256(content).digest())
-        text = _decode(content, file)
-        if file.suffix.lower() in TABLE_SUFFIXES:
-            table += _read_table(file, text)
-        else:
-            documents += _documents(file, text)
-    if 0 < len(documents) < FEWEST_DOCUMENTS:
-        documents = [block for document in documents for block in _blocks(document)]
-    return documents + table, digest.hexdigest()
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-
-
-def _decode(content: bytes, file: Path) -> str:
-    """UTF-8, with or without a byte-order mark; line ends become \\n."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+    listed = sources if isinstance(sources, list) else [sources]
+    wanted = [s if isinstance(s, Source) else Source(source=s) for s in listed]
+    fractions = [source.fraction for source in wanted if source.fraction is not None]
+    if fractions and len(fractions) < len(wanted):
+        missing = next(s.source for s in wanted if s.fraction is None)
+        raise UserError(f"{missing}: has no fraction, but others of its list have: give each one")
+    if fractions and abs(sum(fractions) - 1) > 1e-6:
         raise UserError(
-            f"{file}:{line}: not UTF-8 (byte {error.start}): convert it, for example with iconv"
-        ) from None
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{file}:{line}: holds a zero byte: this is no text file")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+            f"data: the fractions of a list are 1 together, these are {sum(fractions):g}: "
+            + ", ".join(f"{s.source} {s.fraction:g}" for s in wanted)
+        )
+    opened = [_open(source, commits or {}) for source in wanted]
+    seen: dict[Any, str] = {}
+    for source in opened:
+        names: list[Any] = [file.resolve() for file in source.files] or [source.name]
+        if source.commit:  # files of the same content are one in the Hub's cache
+            names = list(dict.fromkeys(names))
+        for name in names:
+            if name in seen:
+                where = f"{name} is in it and in {seen[name]}" if source.files else "named twice"
+                where = "named twice" if seen[name] == source.name else where
+                raise UserError(f"{source.name}: {where}: leave one out")
+            seen[name] = source.name
+    return opened
 
 
-def _documents(file: Path, text: str) -> list[Row]:
-    documents, line = [], 1
-    for part in text.split(END_OF_TEXT):
-        stripped = part.strip()
-        if stripped:
-            first = line + part[: len(part) - len(part.lstrip())].count("\n")
-            documents.append(Row(f"{file}:{first}", {"text": stripped}))
-        line += part.count("\n")
-    return documents
+def check_apart(train: list[Opened], other: list[Opened], key: str) -> None:
+    """Raises UserError if a file to learn from is one to judge by as well."""
+    known = {file.resolve(): source.name for source in train for file in source.files}
+    for source in other:
+        for file in source.files:
+            if file.resolve() in known:
+                raise UserError(
+                    f"data.{key}: {file} is learned from as well (data.train: "
+                    f"{known[file.resolve()]}): rows to judge by must be others"
+                )
 
 
-def _blocks(document: Row) -> list[Row]:
-    """Cut a long document at line ends into blocks of about 2 KiB; joined they are the document.
-
-    A line longer than that is cut at a space, or where there is none, between two characters.
-    """
-    name, _, first = document.place.rpartition(":")
-    blocks: list[Row] = []
-    lines: list[str] = []
-    size, start, number = 0, int(first), int(first)
-    for piece in _pieces(document.columns["text"]):
-        lines.append(piece)
-        size += len(piece.encode("utf-8"))
-        number += piece.count("\n")
-        if size >= BLOCK_BYTES:
-            blocks.append(Row(f"{name}:{start}", {"text": "".join(lines)}, joins=bool(blocks)))
-            lines, size, start = [], 0, number
-    if lines:
-        blocks.append(Row(f"{name}:{start}", {"text": "".join(lines)}, joins=bool(blocks)))
-    return blocks
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Lines with their ends; the long ones in pieces of 2,048 characters and on to a space."""
-    for line in io.StringIO(text, newline="\n"):
-        start = 0
-        while len(line) - start > BLOCK_BYTES:
-            space = line.find(" ", start + BLOCK_BYTES, start + 2 * BLOCK_BYTES)
-            end = start + BLOCK_BYTES if space < 0 else space
-            yield line[start:end]
-            start = end
-        yield line[start:]
-
-
-def _read_table(file: Path, text: str) -> list[Row]:
-    suffix = file.suffix.lower()
-    if suffix == ".jsonl":
-        return [_checked(f"{file}:{n}", value) for n, value in _json_lines(file, text)]
-    if suffix == ".json":
-        return _read_json(file, text)
-    return list(_read_csv(file, text, "\t" if suffix == ".tsv" else ","))
-
-
-def _json_lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _not_json(file, number, error) from None
+def _open(source: Source, commits: dict[str, str]) -> Opened:
+    name = source.source
+    if name.startswith("nano:"):
+        return _open_nano(source)
+    if os.path.isdir(name):
+        files, others = _inside(Path(name))
+    elif os.path.isfile(name):
+        files, others = [Path(name)], 0
+        if readers.suffix_of(files[0]) in _MADE_BY_PROGRAMS:
+            raise UserError(f"{name}: not text: save it as text, HTML or PDF first")
+    elif glob.has_magic(name):
+        found = sorted({Path(p) for p in glob.glob(name, recursive=True) if os.path.isfile(p)})
+        files = [file for file in found if _known(file)]
+        others = len(found) - len(files)
+        if not files:
+            raise UserError(f"{name}: no file of a known kind fits the pattern ({others} others)")
+    elif is_hub_id(name):
+        split = hub.fetch(source, commits)
+        if all(file.stat().st_size == 0 for file in split.files):
+            raise UserError(f"{split.name}: empty: there is nothing to learn from")
+        return Opened(
+            split.name,
+            source.fraction,
+            split.digest,
+            split.files,
+            labels=split.labels,
+            commit=split.commit,
+        )
+    else:
+        raise UserError(f"{name}: no such file or folder")
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(bytes.fromhex(file_hash(file)))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    if all(file.stat().st_size == 0 for file in files):
+        raise UserError(f"{name}: empty: there is nothing to learn from")
+    return Opened(name, source.fraction, digest.hexdigest(), tuple(files), passed_over=others)
 
 
-def _read_json(file: Path, text: str) -> list[Row]:
-    if not text.strip():
-        return []
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _not_json(file, getattr(error, "lineno", 1), error) from None
-    if not isinstance(values, list):
-        raise UserError(f"{file}: a list of objects is expected; one object a line is .jsonl")
-    return [_checked(f"{file}[{number}]", value) for number, value in enumerate(values)]
+def _open_nano(source: Source) -> Opened:
+    name = source.source
+    rows: list[dict[str, Any]]
+    if name == "nano:topics":
+        rows = [{"text": text} for _, text in nano.topics()]
+    elif name == "nano:docstrings":
+        rows = [{"text": text} for _, text in nano.general()]
+    elif name == "nano:instructions":
+        rows = [dict(row) for row in nano.instructions()]
+    else:
+        raise UserError(f"{name}: no such embedded text: {', '.join(EMBEDDED)}")
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Opened(name, source.fraction, digest, rows=rows)
 
 
-def _not_json(file: Path, line: int, error: Exception) -> UserError:
-    """Besides syntax: numbers of thousands of digits, and lists in lists without an end."""
-    if isinstance(error, json.JSONDecodeError):
-        return UserError(f"{file}:{line}: not JSON: {error.msg} (column {error.colno})")
-    return UserError(f"{file}:{line}: not readable as JSON: {error}")
+def _inside(root: Path) -> tuple[list[Path], int]:
+    """The files of known kinds below a folder, and how many there are of others."""
+    inside = sorted(p for p in root.rglob("*") if p.is_file())
+    inside = [p for p in inside if not any(n.startswith(".") for n in p.relative_to(root).parts)]
+    files = [p for p in inside if _known(p)]
+    if not files:
+        kinds = " ".join(sorted(readers.TEXT_SUFFIXES | readers.TABLE_SUFFIXES))
+        raise UserError(f"{root}: no file of a known kind ({kinds}) among {len(inside)}")
+    return files, len(inside) - len(files)
 
 
-def _checked(place: str, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: an object with named columns is expected, not {value!r:.40}")
-    return Row(place, value)
+def _known(file: Path) -> bool:
+    return readers.suffix_of(file) in readers.TEXT_SUFFIXES | readers.TABLE_SUFFIXES
 
 
-def _read_csv(file: Path, text: str, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    last = 0
-    try:
-        for values in reader:
-            first, last = last + 1, reader.line_num  # a quoted value may hold line ends
-            if not values:
-                continue
-            if header is None:
-                header = values
-                if len(set(header)) < len(header) or "" in header:
-                    raise UserError(f"{file}:{first}: columns need names that differ: {header}")
-            elif len(values) != len(header):
-                raise UserError(f"{file}:{first}: {len(values)} values for {len(header)} columns")
-            else:
-                columns = dict(zip(header, values, strict=True))
-                yield Row(f"{file}:{first}", columns)
-    except csv.Error as error:
-        raise UserError(f"{file}:{last + 1}: not readable as a table: {error}") from None
+def _is_cut(files: list[Path]) -> bool:
+    """Whether there are too few documents for a share of them to be held out."""
+    found = (
+        begins for file in files for _, _, begins in readers.documents(file, readers.BATCH_BYTES)
+    )
+    return sum(1 for _ in islice(filter(None, found), FEWEST_DOCUMENTS)) < FEWEST_DOCUMENTS

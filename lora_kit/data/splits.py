@@ -1,148 +1,99 @@
-"""Sources -> train, evaluation and general examples that never meet."""
+"""Which rows are learned from, and which are judged: sides that never meet, shares that hold.
+
+Everything here works on hashes of rows, not on the rows: it is decided by the seed and what the
+rows say, and not by their order or by how many workers read them.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Literal
+import numpy as np
 
-from lora_kit.data.formats import Dropped, Example, to_examples
-from lora_kit.data.sources import read_sources
+from lora_kit.data.duplicates import ranks
 from lora_kit.errors import UserError
-from lora_kit.run import Data
 
 # Fewer held-out documents are measured, but not judged.
 FEWEST_TO_JUDGE = 20
-Wanted = Literal["text", "chat"]
-
-
-@dataclass
-class Splits:
-    """Examples of one kind by use; `hashes` are {source: sha256} of everything that was read."""
-
-    kind: Wanted
-    train: list[Example]
-    eval: list[Example]
-    general: list[Example]
-    hashes: dict[str, str] = field(default_factory=dict)
-    dropped: Dropped = field(default_factory=Dropped)
-
-    def summary(self) -> str:
-        line = f"{len(self.train)} examples to train on, {len(self.eval)} held out"
-        line += f", {len(self.general)} general" if self.general else ""
-        line += f"; left out: {self.dropped}" if self.dropped.counts else ""
-        if len(self.eval) < FEWEST_TO_JUDGE:
-            line += f"; {FEWEST_TO_JUDGE} are needed for a verdict: raise data.eval, or add data"
-        return line
-
-
-def load_splits(data: Data, wanted: Wanted | None, seed: int) -> Splits:
-    """Read all sources and split them.
-
-    Args:
-        wanted: what the recipe learns from: `text` (cpt) or `chat` (sft); None: what is there.
-        seed: decides which documents are held out, nothing else does.
-
-    Raises:
-        UserError: a source is unusable, of the other kind, or leaves nothing to train or judge on;
-            or an evaluation row is a training row too.
-    """
-    dropped = Dropped()
-    train, hashes = _examples(data.train, data, dropped)
-    _check_any("train", train, dropped)
-    if wanted is None:
-        wanted = "chat" if train and train[0].text is None else "text"
-    _check_kind(train, wanted)
-    if isinstance(data.eval, float):
-        train, held_out = hold_out(train, data.eval, seed)
-    else:
-        held_out, more = _examples(data.eval, data, dropped)
-        _check_any("eval", held_out, dropped)
-        _check_kind(held_out, wanted)
-        hashes |= more
-        _check_leaks(train, held_out)
-    general: list[Example] = []
-    if data.general is not None:
-        general, more = _examples(data.general, data, dropped)
-        hashes |= more
-        if any(example.text is None for example in general):
-            raise UserError("data.general: text is expected (txt, md, or a `text` column)")
-        _check_any("general", general, dropped)
-        known = {example.key for example in chain(train, held_out)}
-        for example in general:
-            if example.key in known:
-                dropped.add("general rows that stand in the domain's data too", example.place)
-        general = [example for example in general if example.key not in known]
-        _check_any("general", general, dropped)
-    return Splits(wanted, train, held_out, general, hashes, dropped)
 
 
 def hold_out(
-    examples: list[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Hold out a share of the examples, equal ones always together; the order is kept.
+    roots: np.ndarray,
+    keys: np.ndarray,
+    share: float,
+    seed: int,
+    labels: np.ndarray | None = None,
+    key: str = "data.eval",
+) -> np.ndarray:
+    """Hold out a share of the units, which are rows that must stay together.
 
-    Examples are ranked by sha256(seed, text), so that the choice depends on the seed and the texts
-    alone, not on the order of files; a text that is added moves at most one other to its side.
+    A unit is ranked by the seed and the lowest key of its rows, and the first ranks are chosen: a
+    row that is added moves at most one other unit to its side, and large units are not preferred.
+    Those of more than twice the rows asked for come last: a template that most rows share would
+    otherwise leave nothing to learn from.
+    With labels each label gives its share of units, the rest going to those that lost most by
+    rounding (largest remainder). The last unit of a label is learned from, where that is possible.
+
+    Args:
+        roots: (rows,) rows of one unit have the same number. keys: uint64 hashes, (rows,).
+        labels: (rows,) a unit has the label of its first row. key: of the run file, for messages.
+
+    Returns:
+        bool, (rows,): held out.
+
+    Raises:
+        UserError: there are less than two units.
     """
-    ranked = sorted({_rank(example, seed) for example in examples})
-    count = max(1, round(share * len(ranked)))
-    if len(ranked) < 2:
+    units, first, inverse, sizes = np.unique(roots, True, True, True)
+    if len(units) < 2:
         raise UserError(
-            f"data.eval: {len(ranked)} different document(s) cannot be split: "
-            "name a source of its own in data.eval"
+            f"{key}: {len(units)} different document(s) cannot be split: "
+            + ("name a source of its own" if key == "data.eval" else "name more text")
         )
-    limit = ranked[min(count, len(ranked) - 1) - 1]
-    sides: tuple[list[Example], list[Example]] = ([], [])
-    previous: Example | None = None
-    previous_side = -1
-    for example in examples:
-        side = int(_rank(example, seed) <= limit)
-        # A block goes on where the one before it stopped only if that one is on the same side.
-        joins = example.joins and previous is not None and side == previous_side
-        sides[side].append(replace(example, joins=joins))
-        previous, previous_side = example, side
-    return sides
+    lowest = np.full(len(units), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(lowest, inverse, keys)
+    order = ranks(lowest, seed)
+    wanted = min(max(1, round(share * len(units))), len(units) - 1)
+    kinds = np.zeros(len(units), dtype=int) if labels is None else labels[first]
+    names, counts = np.unique(kinds, return_counts=True)
+    exact = wanted * counts / len(units)
+    quota = np.floor(exact).astype(int)
+    # Among equal remainders the most frequent label first.
+    order_of_labels = np.lexsort((-counts, quota - exact))
+    most = counts - 1
+    while (left := wanted - quota.sum()) > 0:
+        some = order_of_labels[(quota < most)[order_of_labels]]
+        most = most if len(some) else counts
+        quota[some[:left]] += 1
+    chosen = np.zeros(len(units), dtype=bool)
+    first_chosen = np.lexsort((order, sizes > 2 * share * len(roots)))
+    for name, number in zip(names, quota, strict=True):
+        chosen[first_chosen[kinds[first_chosen] == name][:number]] = True
+    return chosen[inverse]
 
 
-def _rank(example: Example, seed: int) -> str:
-    return hashlib.sha256(f"{seed}\0{example.key}".encode("utf-8", "surrogatepass")).hexdigest()
+def mix(
+    tokens: np.ndarray, sources: np.ndarray, order: np.ndarray, fractions: dict[int, float]
+) -> np.ndarray:
+    """Choose rows so that each source gives its fraction of the tokens.
+
+    As many as possible without a row twice: the source that is short for its fraction is used
+    whole, of the others the rows that come first in `order`.
+
+    Args:
+        tokens, sources, order: (rows,). fractions: {source: share}, together 1.
+
+    Returns:
+        bool, (rows,): chosen.
+    """
+    total = min(tokens[sources == s].sum() / share for s, share in fractions.items())
+    chosen = np.zeros(len(tokens), dtype=bool)
+    for source, share in fractions.items():
+        members = np.flatnonzero(sources == source)
+        chosen[members[take(tokens[members], order[members], share * total)]] = True
+    return chosen
 
 
-def _examples(
-    sources: str | list[str], data: Data, dropped: Dropped
-) -> tuple[list[Example], dict[str, str]]:
-    rows, hashes = read_sources(sources)
-    columns = {str(ours): theirs for ours, theirs in data.columns.items()}
-    # Text has no columns to rename, the embedded one and that of files alike.
-    tables = [row.columns.keys() != {"text"} for row in rows]
-    examples = [
-        example
-        for row, table in zip(rows, tables, strict=True)
-        for example in to_examples([row], columns if table else {}, dropped)
-    ]
-    return examples, hashes
-
-
-def _check_any(name: str, examples: list[Example], dropped: Dropped) -> None:
-    if not examples:
-        raise UserError(f"data.{name}: no rows left; left out: {dropped}")
-
-
-def _check_kind(examples: list[Example], wanted: Wanted) -> None:
-    for example in examples:
-        if wanted == "text" and example.text is None:
-            raise UserError(f"{example.place}: a question and answer, not text: use `recipe: sft`")
-        if wanted == "chat" and example.text is not None:
-            raise UserError(f"{example.place}: text without an answer: use `recipe: cpt`")
-
-
-def _check_leaks(train: list[Example], held_out: list[Example]) -> None:
-    known = {example.key: example.place for example in train}
-    leaks = [(known[e.key], e.place) for e in held_out if e.key in known]
-    if leaks:
-        raise UserError(
-            f"data.eval: {len(leaks)} of {len(held_out)} rows are training rows too "
-            f"(first: {leaks[0][1]} is {leaks[0][0]}): remove them from one side"
-        )
+def take(tokens: np.ndarray, order: np.ndarray, wanted: float) -> np.ndarray:
+    """The numbers of the rows, first by `order`, that come nearest to `wanted` tokens; sorted."""
+    first = np.argsort(order, kind="stable")
+    total = np.concatenate([[0], np.cumsum(tokens[first])])
+    return np.sort(first[: int(np.abs(total - wanted).argmin())])

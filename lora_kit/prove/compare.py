@@ -11,13 +11,14 @@ import numpy as np
 
 from lora_kit.adapter.attach import adapter_folder
 from lora_kit.adapter.load import load, open_run
-from lora_kit.data import chat, text
 from lora_kit.data.formats import Example
 from lora_kit.data.labelled import Labelled
-from lora_kit.data.splits import FEWEST_TO_JUDGE, Splits, load_splits
+from lora_kit.data.prepare import Prepared, prepare
+from lora_kit.data.splits import FEWEST_TO_JUDGE
+from lora_kit.data.templates import prompt_text
 from lora_kit.errors import UserError
 from lora_kit.prove.measure import Losses, generate, measure
-from lora_kit.run import Run, read_lock
+from lora_kit.run import read_lock
 
 RESAMPLES = 10_000
 FEWEST_UNITS = FEWEST_TO_JUDGE
@@ -33,6 +34,10 @@ class HeldOut:
     general: Labelled | None
     shown: list[Example]
 
+    @classmethod
+    def of(cls, prepared: Prepared) -> HeldOut:
+        return cls(prepared.eval, prepared.general, prepared.shown)
+
 
 def compare(run: str | Path, seed: int = 0) -> dict[str, Any]:
     """Measure a finished run: its base alone against its base with the adapter.
@@ -47,24 +52,17 @@ def compare(run: str | Path, seed: int = 0) -> dict[str, Any]:
     """
     opened = open_run(run)
     adapter_folder(run)
-    splits = load_splits(opened.data, None, opened.seed)
-    _check_data(run, splits)
     model, tokenizer = load(run)
-    report = compare_model(model, tokenizer, held_out(opened, splits, tokenizer), seed)
+    # What the limits allow was decided when the run was trained.
+    lock, length = read_lock(run), opened.train.max_length
+    prepared = prepare(
+        opened.data, lock.get("kind"), tokenizer, length, opened.seed, limits=False, lock=lock
+    )
+    _check_data(run, prepared)
+    report = compare_model(model, tokenizer, HeldOut.of(prepared), seed)
     file = Path(run) / "report.json"
     recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return report | {name: recorded.get(name) for name in ("training", "memory")}
-
-
-def held_out(run: Run, splits: Splits, tokenizer: Any) -> HeldOut:
-    """Tokenize what a run is judged on, every token of it scored once."""
-    length = run.train.max_length
-    if splits.eval[0].text is not None:
-        domain = text.documents(splits.eval, tokenizer, length)
-    else:
-        domain = chat.conversations(splits.eval, tokenizer, length, splits.dropped)
-    general = text.documents(splits.general, tokenizer, length) if splits.general else None
-    return HeldOut(domain, general, splits.eval[:3])
 
 
 def compare_model(
@@ -153,7 +151,8 @@ def side_by_side(
         else:
             turns = list(example.messages[:-1])
             bare = turns[-1]["content"] + example.joiner
-            prompts.append(chat.prompt_text(tokenizer, turns) if templated else bare)
+            prompt = prompt_text(tokenizer, turns, example.tools) if templated else bare
+            prompts.append(prompt)
             shown.append(turns[-1]["content"])
             wanted.append(example.messages[-1]["content"])
     adapted = generate(model, tokenizer, prompts, max_new_tokens, templated)
@@ -177,11 +176,11 @@ def _cut(tokenizer: Any, text: str, tokens: int) -> tuple[str, str]:
     return text[:cut], text[cut:end]
 
 
-def _check_data(run: str | Path, splits: Splits) -> None:
+def _check_data(run: str | Path, prepared: Prepared) -> None:
     """The rows that are judged must be the ones that were held out."""
     recorded = read_lock(run).get("data", {}).values()
     # By content, not by name: a run and its data may have been moved.
-    changed = [source for source, digest in splits.hashes.items() if digest not in recorded]
+    changed = [source for source, digest in prepared.hashes.items() if digest not in recorded]
     if changed and recorded:
         raise UserError(
             f"{', '.join(changed)} changed since {run} was trained: rows it learned from could be "

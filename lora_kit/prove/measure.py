@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_kit.adapter.load import end_tokens
 from lora_kit.data.labelled import IGNORED, Labelled, collator
-from lora_kit.data.text import context_token
+from lora_kit.data.templates import context_token
 from lora_kit.errors import CheckFailed
 
 # Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
@@ -45,10 +45,11 @@ def measure(model: Any, labelled: Labelled, pad_id: int, rows_at_once: int = 8) 
 
     collate = collator(pad_id)
     device = next(model.parameters()).device
-    order = sorted(range(len(labelled)), key=lambda n: -len(labelled.input_ids[n]))
-    budget = rows_at_once * max(map(len, labelled.input_ids))
+    lengths = labelled.lengths
+    order = np.argsort(-lengths, kind="stable").tolist()
+    budget = rows_at_once * int(lengths.max())
     budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    batches = _batches(labelled, order, budget)
+    batches = _batches(lengths, order, budget)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if ranks > 1 else 0
     sums = torch.zeros((2, len(labelled.unit_bytes)), dtype=torch.float64)
@@ -59,15 +60,13 @@ def measure(model: Any, labelled: Labelled, pad_id: int, rows_at_once: int = 8) 
             mine = turn * ranks + rank
             # Every rank runs as many passes as the others: a sharded model needs all of them.
             rows = batches[min(mine, len(batches) - 1)]
-            batch = collate(
-                [{"input_ids": labelled.input_ids[n], "labels": labelled.labels[n]} for n in rows]
-            )
+            batch = collate([labelled[n] for n in rows])
             targets = batch.pop("labels").to(device)[:, 1:]
             logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]
             if mine < len(batches):
                 # Row by row: float32 logits of the whole batch would double its memory.
                 nats = [_row_nats(row, wanted) for row, wanted in zip(logits, targets, strict=True)]
-                units = torch.tensor([labelled.units[n] for n in rows])
+                units = torch.tensor([int(labelled.units[n]) for n in rows])
                 sums[0].index_add_(0, units, torch.stack(nats).cpu())
                 sums[1].index_add_(0, units, (targets != IGNORED).sum(1).double().cpu())
     model.train(training)
@@ -93,7 +92,7 @@ def _row_nats(logits: Any, targets: Any) -> Any:
     return nats.double().sum()
 
 
-def _batches(labelled: Labelled, order: list[int], budget: int) -> list[list[int]]:
+def _batches(lengths: np.ndarray, order: list[int], budget: int) -> list[list[int]]:
     """Rows, longest first, in batches of `budget` tokens at most, padding counted, or one row."""
     batches: list[list[int]] = []
     width = 0
@@ -102,7 +101,7 @@ def _batches(labelled: Labelled, order: list[int], budget: int) -> list[list[int
             batches[-1].append(n)
         else:
             batches.append([n])
-            width = len(labelled.input_ids[n])
+            width = int(lengths[n])
     return batches
 
 

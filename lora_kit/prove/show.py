@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.load import load, run_home
-from lora_kit.data.chat import prompt_text
+from lora_kit.data.templates import prompt_text
 from lora_kit.prove.measure import generate
 from lora_kit.prove.report import in_words
 from lora_kit.run import read_lock

@@ -42,6 +42,7 @@ def training_arguments(run: Run, checkpoints: Path) -> Any:
         dataloader_pin_memory=gpu_is_used(),
         ddp_find_unused_parameters=False,
         label_names=["labels"],
+        remove_unused_columns=False,  # there are none, and position_ids must stay
         **train.model_dump(exclude=OWN_FIELDS),
     )
     # One process that sees several GPUs would split each batch over them and multiply its size:

@@ -13,8 +13,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_kit.base.pin import file_hash
 from lora_kit.errors import UserError
+from lora_kit.hashes import file_hash
 
 SEAL = "seal.json"
 

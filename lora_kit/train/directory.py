@@ -1,6 +1,7 @@
 """The run directory runs/<name>/: begun before anything is loaded, finished by `save_run`.
 
-run.yaml  run.lock.json  adapter/  checkpoints/  metrics.jsonl  report.json  report.html
+run.yaml  run.lock.json  census.json  metrics.jsonl  report.json  report.html
+adapter/  checkpoints/
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from lora_kit.adapter.attach import adapter_folder
 from lora_kit.base.pin import Pinned
-from lora_kit.data.splits import Splits
+from lora_kit.data.prepare import Prepared
 from lora_kit.errors import CheckFailed, LoraKitError, UserError
 from lora_kit.run import (
     WORLD_SIZE_VARIABLE,
@@ -32,7 +33,7 @@ from lora_kit.train import checkpoint
 # Keys that may differ when a run is continued: they change what is written, not what is learned.
 FREE_TO_CHANGE = {
     *("train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit"),
-    *("train.dataloader_num_workers", "train.per_device_eval_batch_size"),
+    *("train.dataloader_num_workers", "train.per_device_eval_batch_size", "data.workers"),
 }
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")
 
@@ -88,7 +89,9 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def run_directory(run: Run, pinned: Pinned, splits: Splits, resume: bool) -> Iterator[RunDirectory]:
+def run_directory(
+    run: Run, pinned: Pinned, prepared: Prepared, resume: bool
+) -> Iterator[RunDirectory]:
     """Begin a run directory, or open the one to continue.
 
     A fresh one gets run.yaml and run.lock.json at once. If the user's mistake comes to light before
@@ -103,7 +106,7 @@ def run_directory(run: Run, pinned: Pinned, splits: Splits, resume: bool) -> Ite
     directory = RunDirectory(run.directory)
     directory.check_world(_processes())
     if resume:
-        _check_same(run, pinned, splits, directory)
+        _check_same(run, pinned, prepared, directory)
     else:
         _check_start(run, pinned)
     if not is_first_rank():
@@ -115,7 +118,7 @@ def run_directory(run: Run, pinned: Pinned, splits: Splits, resume: bool) -> Ite
         write_run(run.model_copy(update={"base": base}), directory.path / "run.yaml.partial")
         (directory.path / "run.yaml.partial").replace(directory.path / "run.yaml")
     else:
-        _begin(run, pinned, splits, directory)
+        _begin(run, pinned, prepared, directory)
     try:
         yield directory
     except BaseException as error:
@@ -144,7 +147,7 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _begin(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) -> None:
+def _begin(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDirectory) -> None:
     path = directory.path
     check_free(run)
     try:
@@ -157,14 +160,16 @@ def _begin(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) ->
     versions = {name: version(name) for name in _LIBRARIES}
     directory.lock(
         base=pinned.to_lock(),
-        kind=splits.kind,
-        joiner=splits.train[0].joiner,
-        data=splits.hashes,
+        kind=prepared.kind,
+        joiner=prepared.joiner,
+        data=prepared.hashes,
+        commits=prepared.commits,
         batch=batch_geometry(run),
         seed=run.seed,
         versions={"python": platform.python_version(), **versions},
         finished=False,
     )
+    checkpoint.write_json(path / "census.json", prepared.census.to_json())
 
 
 def _check_start(run: Run, pinned: Pinned) -> None:
@@ -179,7 +184,7 @@ def _check_start(run: Run, pinned: Pinned) -> None:
         )
 
 
-def _check_same(run: Run, pinned: Pinned, splits: Splits, directory: RunDirectory) -> None:
+def _check_same(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDirectory) -> None:
     path = directory.path
     if not (path / "run.yaml").is_file():
         raise UserError(f"{path}: there is no such run to continue; leave --resume out")
@@ -209,8 +214,8 @@ def _check_same(run: Run, pinned: Pinned, splits: Splits, directory: RunDirector
         problems.append(f"the files of the base {pinned.model} changed")
     problems += [
         f"the data of {source} changed"
-        for source in sorted(splits.hashes)
-        if lock["data"].get(source) != splits.hashes[source]
+        for source in sorted(prepared.hashes)
+        if lock["data"].get(source) != prepared.hashes[source]
     ]
     if problems:
         raise UserError(f"{path} is only continued as it was begun: " + "; ".join(problems))

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_kit.base.pin import Pinned, file_hash
+from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed
+from lora_kit.hashes import file_hash
 from lora_kit.train.directory import RunDirectory, is_first_rank
 
 WEIGHTS = "adapter_model.safetensors"

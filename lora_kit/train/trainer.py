@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from lora_kit.data.labelled import IGNORED, Labelled, collator
+from lora_kit.data.labelled import IGNORED, collator, real_tokens
+from lora_kit.data.packing import Packed, check_isolation
+from lora_kit.data.prepare import Prepared
 from lora_kit.errors import CheckFailed, Interrupted
 from lora_kit.run import Run
 from lora_kit.train import checkpoint
@@ -46,8 +48,7 @@ class LoraTrainer(Trainer):
         self._tokens_before, self.seconds = found.tokens, found.seconds
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items: Any = None) -> Any:
-        mask = inputs.get("attention_mask")
-        self._tokens_here += inputs["input_ids"].numel() if mask is None else mask.sum()
+        self._tokens_here += real_tokens(inputs)
         return super().training_step(model, inputs, num_items)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -174,13 +175,13 @@ def make_trainer(
     stop: StopSignal,
     model: Any,
     tokenizer: Any,
-    train: Labelled,
-    held_out: Labelled,
+    data: Prepared,
 ) -> LoraTrainer:
     """The trainer of a recipe, with metrics.jsonl, a progress display and sealed checkpoints.
 
     Raises:
-        UserError: the disk is too small for the checkpoints that will be kept.
+        UserError: the disk is too small for the checkpoints that will be kept; or the base does
+            not keep packed documents apart.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     keep = run.train.save_total_limit
@@ -192,11 +193,13 @@ def make_trainer(
         stop,
         model=model,
         args=training_arguments(run, directory.checkpoints),
-        train_dataset=train.to_dataset(),
-        eval_dataset=held_out.to_dataset() if run.train.eval_steps else None,
+        train_dataset=data.train,
+        eval_dataset=data.eval if run.train.eval_steps else None,
         data_collator=collator(tokenizer.pad_token_id),
         callbacks=[Metrics(directory.metrics), Progress()],
     )
+    if isinstance(data.train, Packed):
+        check_isolation(trainer.model)
     directory.check_world(trainer.accelerator.num_processes)
     return trainer
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trained import prepared
 
 import lora_kit as package
 from lora_kit.run import load_run, shipped
 
 RUN = Path("runs/test")
 FILES = {
-    *("run.yaml", "run.lock.json", "metrics.jsonl", "report.json", "report.html"),
+    *("run.yaml", "run.lock.json", "census.json", "metrics.jsonl", "report.json", "report.html"),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja"),
     *(
@@ -39,7 +40,7 @@ def test_recipe_leaves_a_whole_run(
     returned = package.train(file)
     out, said = capfd.readouterr()
     assert out == ""  # what people read goes to stderr
-    assert "24 held out" in said
+    assert "eval: 24 rows read, 24 kept" in said
     assert f"{TRAINABLE:,} parameters train" in said
     assert "step 4/4" in said
 
@@ -89,17 +90,11 @@ def test_recipe_leaves_a_whole_run(
 
 def test_tokens_count_no_padding(run_file: Any) -> None:
     """Rows of different lengths: what is counted is what was trained on, once an epoch."""
-    from lora_kit.base.load import load_tokenizer
-    from lora_kit.base.pin import pin
-    from lora_kit.data.chat import conversations
-    from lora_kit.data.splits import load_splits
-
     file = run_file("sft", **{"train.max_steps": 9})  # 36 rows in batches of 4: one epoch
     report = package.train(file)
     run = load_run(file)
-    splits = load_splits(run.data, "chat", run.seed)
-    rows = conversations(splits.train, load_tokenizer(pin(run.base)), 128, splits.dropped)
-    assert len({len(row) for row in rows.input_ids}) > 1
+    rows = prepared(run).train
+    assert len(set(rows.lengths)) > 1
     assert report["training"]["tokens"] == rows.tokens
 
 
@@ -108,7 +103,7 @@ def test_own_recipe_by_path(run_file: Any, work: Path) -> None:
     shutil.copy(shipped("recipes") / "cpt.py", work / "mine.py")
     mine = work / "mine.py"
     changed = mine.read_text().replace(
-        'directory.say(f"data:', 'run.seed and directory.say(f"data:'
+        'directory.say(f"sample:', 'run.seed and directory.say(f"sample:'
     )
     mine.write_text(changed.replace("return prove(", "return {'mine': True} | prove("))
     assert package.train(run_file(), "recipe=mine.py")["mine"] is True

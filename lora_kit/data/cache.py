@@ -1,0 +1,109 @@
+"""Prepared once: what was prepared is kept, under a key of all that decides it.
+
+~/.cache/lora_kit/<key>/ (or below LORA_KIT_CACHE) appears under its name when it is whole. A lock
+lets one process prepare while others, such as the other ranks of a run, wait for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_kit.hashes import file_hash
+
+CACHE_VARIABLE = "LORA_KIT_CACHE"
+# Raised whenever the same input gives other files than before.
+VERSION = 1
+DAYS_KEPT = 30
+_SEAL = "seal.json"
+
+
+def key_of(*parts: Any) -> str:
+    """A key of settings, and of a tokenizer (the last part) with its template."""
+    *settings, tokenizer = parts
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    # Padding and truncation are set when the tokenizer is used, and change nothing here.
+    model = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": 0, "truncation": 0}
+    text = json.dumps([VERSION, settings, special, tokenizer.chat_template, model], default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def prepared(key: str, build: Callable[[Path], None]) -> Path:
+    """The folder of this key: kept from before, or filled by `build` now.
+
+    A folder that is damaged is prepared again. Where the cache cannot be written, a temporary
+    folder is used, for this process alone.
+    """
+    from filelock import FileLock
+
+    root = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lora_kit")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f"{key}.lock")
+        lock.acquire(blocking=False)
+    except TimeoutError:
+        print("data: another process prepares it: waiting", file=sys.stderr, flush=True)
+        lock.acquire()
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix="lora_kit-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        print(f"data: {root}: not kept there ({error.strerror})", file=sys.stderr, flush=True)
+        build(folder)
+        return folder
+    folder = root / key
+    try:
+        if not _is_whole(folder):
+            _remove_old(root)
+            partial = root / f"{key}.partial"
+            for left in (folder, partial):  # damaged; of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
+            try:
+                build(partial)
+                seal = {f.name: file_hash(f) for f in sorted(partial.iterdir())}
+                (partial / _SEAL).write_text(json.dumps(seal), encoding="utf-8")
+                partial.rename(folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        with contextlib.suppress(OSError):
+            os.utime(folder)
+    finally:
+        lock.release()
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is there as it was sealed."""
+    try:
+        seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        if seal and all(file_hash(folder / name) == seal[name] for name in seal):
+            return True
+    except (OSError, ValueError, TypeError):
+        pass
+    if folder.exists():
+        print(f"data: {folder}: damaged: prepared again", file=sys.stderr, flush=True)
+    return False
+
+
+def _remove_old(root: Path) -> None:
+    """Forget what no run has used for a month. A process that still reads it is not disturbed: on
+    Linux mapped files stay until the last reader has closed them."""
+    oldest = time.time() - DAYS_KEPT * 86400
+    # Those with a seal, and what killed processes left: nobody else's folders.
+    found = [*(seal.parent for seal in root.glob(f"*/{_SEAL}")), *root.glob("*.partial")]
+    for folder in found:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
+                (root / f"{folder.stem}.lock").unlink(missing_ok=True)

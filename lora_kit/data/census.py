@@ -1,0 +1,193 @@
+"""What was read, what became of it, and what stops a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lora_kit.data.duplicates import histogram
+from lora_kit.data.formats import Dropped
+from lora_kit.data.labelled import Labelled
+from lora_kit.errors import UserError
+from lora_kit.run import Limits
+
+LEAKED = "that stand in data.train too"  # rows of data.eval: data.limits.exact_leaks counts them
+
+
+@dataclass
+class Count:
+    """One use of the data: what is learned from, what is judged, or general text.
+
+    `rows_read` = `rows_kept` + what `dropped` counts + `unused`, which are the rows that fractions
+    leave over; `first` says where the first row of each reason stands; `lengths` are pairs (up to
+    so many tokens, rows).
+    """
+
+    rows_read: int = 0
+    rows_kept: int = 0
+    unused: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    samples_without_supervision: int = 0
+    end_markers_supervised: int = 0
+    longest: int = 0
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+
+    def lost(self, dropped: Dropped, cut: Dropped) -> None:
+        for counts, more in ((self.dropped, dropped), (self.truncated, cut)):
+            for reason, count in more.counts.items():
+                counts[reason] = counts.get(reason, 0) + count
+                self.first.setdefault(reason, more.first[reason])
+
+    def measure(self, rows: Labelled) -> None:
+        self.samples = len(rows)
+        self.tokens, self.supervised_tokens = rows.tokens, rows.supervised_tokens
+        self.longest = int(rows.lengths.max(initial=0))
+        self.lengths = histogram(rows.lengths, self.longest)
+
+
+@dataclass
+class Census:
+    """What `preview` shows, the log says and the run directory keeps as census.json.
+
+    `duplicates` are rows of data.train that repeat an earlier one. `leaks` are rows of a data.eval
+    or data.against named by the user that stand in data.train: `rows` of them were looked at. Near
+    ones were looked for among `compared` of the rows to learn from; `held_out`: data.eval is a
+    share.
+    """
+
+    train: Count = field(default_factory=Count)
+    eval: Count = field(default_factory=Count)
+    general: Count = field(default_factory=Count)
+    held_out: bool = False
+    duplicates: dict[str, int] = field(default_factory=lambda: {"exact": 0, "near": 0})
+    leaks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compared: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """train and eval together, as `rows_read`, ...; and each of the three apart."""
+        both = (self.train, self.eval)
+        totals: dict[str, Any] = {
+            name: sum(getattr(count, name) for count in both)
+            for name in (
+                *("rows_read", "rows_kept", "unused", "samples", "tokens", "supervised_tokens"),
+                *("samples_without_supervision", "end_markers_supervised"),
+            )
+        }
+        for name in ("dropped", "truncated"):
+            totals[name] = {}
+            for count in both:
+                for reason, number in getattr(count, name).items():
+                    totals[name][reason] = totals[name].get(reason, 0) + number
+        totals["supervised_share"] = round(
+            totals["supervised_tokens"] / max(1, totals["tokens"]), 4
+        )
+        totals["duplicates"] = self.duplicates
+        totals["leaks"] = {
+            kind: sum(leak[kind] for leak in self.leaks.values()) for kind in ("exact", "near")
+        }
+        return totals | asdict(self) | {"leaks": totals["leaks"], "leaks_by_source": self.leaks}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Census:
+        names = ("held_out", "duplicates", "compared", "notes")
+        rest: dict[str, Any] = {name: values[name] for name in names}
+        rest |= {name: Count(**values[name]) for name in ("train", "eval", "general")}
+        return cls(**rest, leaks=values["leaks_by_source"])
+
+    def problems(self, limits: Limits) -> list[str]:
+        """What exceeds `data.limits`, each with the key that changes it."""
+        found = []
+        # A share held out is a part of data.train: too few rows for a share of their own.
+        parts = {"data.train": [self.train, *([self.eval] if self.held_out else [])]}
+        parts |= {} if self.held_out else {"data.eval": [self.eval]}
+        parts |= {"data.general": [self.general]}
+        for name, counts in parts.items():
+            read = sum(count.rows_read for count in counts)
+            for what, limit in (("dropped", limits.dropped), ("truncated", limits.truncated)):
+                lost: dict[str, int] = {}
+                for count in counts:
+                    for reason, number in getattr(count, what).items():
+                        if reason == LEAKED:
+                            continue
+                        lost[reason] = lost.get(reason, 0) + number
+                total = sum(lost.values())
+                if read and total > limit * read:
+                    most = max(lost, key=lambda reason: lost[reason])
+                    first = next(c.first[most] for c in counts if most in c.first)
+                    found.append(
+                        f"{name}: {total:,} of {read:,} rows ({total / read:.1%}) are {what}, most "
+                        f"of them {most} (first: {first}); the limit is {limit:.1%}: mend them, or "
+                        f"raise data.limits.{what}"
+                    )
+            unsupervised = sum(count.samples_without_supervision for count in counts)
+            if unsupervised > limits.without_supervision:
+                why = "with nothing to learn from"
+                first = next(c.first[why] for c in counts if why in c.first)
+                found.append(
+                    f"{name}: {unsupervised:,} samples hold nothing to learn from (first: {first}):"
+                    " remove them, or raise data.limits.without_supervision"
+                )
+        for source, leak in self.leaks.items():
+            if leak["exact"] > limits.exact_leaks:
+                found.append(
+                    f"{source}: {leak['exact']:,} of {leak['rows']:,} rows are training rows too "
+                    f"(first: {leak['first_exact']}): remove them from one side, or raise "
+                    "data.limits.exact_leaks"
+                )
+            if leak["near"] > limits.near_leaks * leak["rows"]:
+                found.append(
+                    f"{source}: {leak['near']:,} of {leak['rows']:,} rows are nearly training rows "
+                    f"(first: {leak['first_near']}); the limit is {limits.near_leaks:.1%}: remove "
+                    "them, or raise data.limits.near_leaks"
+                )
+        return found
+
+    def check(self, limits: Limits) -> None:
+        """Raises UserError, a line for each limit that is exceeded."""
+        if problems := self.problems(limits):
+            raise UserError("\n".join(problems))
+
+    def lines(self) -> list[str]:
+        """The census as lines of text."""
+        lines = []
+        for name, count in (("train", self.train), ("eval", self.eval), ("general", self.general)):
+            if not count.rows_read and not count.rows_kept:
+                continue
+            share = count.supervised_tokens / max(1, count.tokens)
+            line = f"{name}: {count.rows_read:,} rows read, {count.rows_kept:,} kept"
+            line += f", {count.unused:,} left over by fractions" if count.unused else ""
+            line += f"; {count.tokens:,} tokens, {count.supervised_tokens:,} ({share:.0%}) learned"
+            line += (
+                f" from, {count.end_markers_supervised:,} end markers; longest {count.longest:,}"
+            )
+            lines.append(line if name == "train" else line.replace("learned from", "judged"))
+            for what in ("dropped", "truncated"):
+                for reason, number in getattr(count, what).items():
+                    lines.append(f"  {what}: {number:,} {reason} (first: {count.first[reason]})")
+        exact, near = self.duplicates["exact"], self.duplicates["near"]
+        lines.append(f"duplicates in train: {exact:,} exact, {near:,} near")
+        for source, leak in self.leaks.items():
+            lines.append(
+                f"leaks: {source}: {leak['exact']:,} exact, {leak['near']:,} near of "
+                f"{leak['rows']:,} rows"
+            )
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def leak_count(exact: np.ndarray, near: np.ndarray, places: tuple[str, str]) -> dict[str, Any]:
+    """How many rows leak, each counted once: `near` without the exact ones."""
+    return {
+        "rows": len(exact),
+        "exact": int(exact.sum()),
+        "near": int((near & ~exact).sum()),
+        "first_exact": places[0],
+        "first_near": places[1],
+    }

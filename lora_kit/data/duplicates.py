@@ -1,0 +1,194 @@
+"""Rows that repeat each other: exactly, by a hash, and nearly, by MinHash.
+
+Two texts are near if the sets of their five-byte shingles (normalised: see `formats.normalised`)
+have a Jaccard similarity of NEAR or more, which is one word in twelve changed; in a text too short
+for that, one word. Signatures are rensa's R-MinHash; candidates share a band of BAND positions
+(Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3), and are near if their whole
+signatures, which estimate the similarity, agree so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+NEAR = 0.7
+ONE_WORD = 12  # shingles that a changed word of eight letters takes away
+POSITIONS = 128  # of a signature: the estimate's standard error is 0.04 at 0.7
+BAND = 4  # 32 bands of 4: a pair at 0.7 is a candidate with 99.98%
+SHINGLE = 5  # bytes
+_AT_ONCE = 2**15  # pairs whose signatures are compared in one go: 32 MB
+LONGEST = 2**16  # bytes of a text that are looked at, from its beginning
+
+
+def hashed(text: str, seed: int | None = None) -> int:
+    """64 bits of a text's BLAKE2b hash; two of 5 million texts are mixed up once in a million."""
+    key = b"" if seed is None else seed.to_bytes(8, "little")
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def ranks(keys: np.ndarray, seed: int) -> np.ndarray:
+    """A pseudorandom order of rows: uint64, decided by the seed and the rows' own hashes alone.
+
+    SplitMix64's finalizer (Steele, Lea, Flood 2014).
+    """
+    x = keys ^ np.uint64(hashed("rank", seed))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Signed:
+    """MinHash signatures: uint32, (texts, POSITIONS); and the shingles of each text: int64."""
+
+    values: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, rows: Any) -> Signed:
+        return Signed(self.values[rows], self.sizes[rows])
+
+    @staticmethod
+    def join(parts: list[Signed]) -> Signed:
+        if not parts:
+            return Signed(np.zeros((0, POSITIONS), np.uint32), np.zeros(0, np.int64))
+        return Signed(
+            np.concatenate([p.values for p in parts]), np.concatenate([p.sizes for p in parts])
+        )
+
+
+def are_near(a: Signed, b: Signed) -> np.ndarray:
+    """Whether each of `a` is near its counterpart in `b`: bool."""
+    smaller = np.minimum(a.sizes, b.sizes)
+    least = np.clip((smaller - ONE_WORD) / (smaller + ONE_WORD), 0.5, NEAR)
+    return (a.values == b.values).mean(axis=1) >= least
+
+
+def sign(texts: list[str]) -> Signed:
+    """The signatures of normalised texts."""
+    import rensa
+
+    if not texts:
+        return Signed.join([])
+    padded = [text.encode("utf-8", "surrogatepass")[:LONGEST].ljust(SHINGLE) for text in texts]
+    starts = np.cumsum([0, *map(len, padded)])
+    flat = np.frombuffer(b"".join(padded), dtype=np.uint8)
+    shingles = np.zeros(len(flat) - SHINGLE + 1, dtype=np.uint64)
+    for n in range(SHINGLE):
+        shingles = (shingles << np.uint64(8)) | flat[n : n + len(shingles)]
+    shingles *= np.uint64(0x9E3779B97F4A7C15)  # spread over all 64 bits
+    shingles ^= shingles >> np.uint64(32)
+    # A shingle that begins in one text and ends in the next belongs to neither.
+    ends = starts[1:, None] - np.arange(1, SHINGLE)
+    inside = np.ones(len(flat), dtype=bool)
+    inside[ends.ravel()] = False
+    offsets = starts - (SHINGLE - 1) * np.arange(len(starts))
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+        shingles[inside[: len(shingles)]], offsets.astype(np.uint64), POSITIONS, 0
+    )
+    return Signed(np.array(matrix.to_rows(), dtype=np.uint32), np.diff(offsets))
+
+
+def repeated(keys: np.ndarray) -> np.ndarray:
+    """Which rows repeat an earlier one exactly: bool."""
+    again = np.ones(len(keys), dtype=bool)
+    again[np.unique(keys, return_index=True)[1]] = False
+    return again
+
+
+def clusters(keys: np.ndarray, signed: Signed, rows: np.ndarray) -> np.ndarray:
+    """Rows that are equal or near, directly or by others in between, have the same number.
+
+    Args:
+        keys: uint64 of every row. signed: signatures of some rows. rows: which these are.
+
+    Returns:
+        For each row the number of the first row of its cluster: int64.
+    """
+    first, inverse = np.unique(keys, return_index=True, return_inverse=True)[1:]
+    roots = first[inverse].astype(np.int64)
+    pairs = near_pairs(signed)
+    return joined(roots, rows[pairs[:, 0]], rows[pairs[:, 1]])
+
+
+def joined(roots: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Put row a[i] and row b[i] into one cluster, for every i; the first row is its root.
+
+    All at once: each root takes the lowest one it is linked to, until none changes.
+    """
+    roots = roots.copy()
+    while not np.array_equal(left := roots[a], right := roots[b]):
+        lowest = np.minimum(left, right)
+        np.minimum.at(roots, left, lowest)
+        np.minimum.at(roots, right, lowest)
+        while not np.array_equal(up := roots[roots], roots):
+            roots = up
+    return roots
+
+
+def near_pairs(signed: Signed) -> np.ndarray:
+    """Pairs of texts that are near: int64, (pairs, 2), the first the smaller number.
+
+    Of many that share a band only neighbours are compared, so not every pair is listed, but rows
+    that are alike are linked by others in between.
+    """
+    roots = np.arange(len(signed))
+    found = [np.zeros((0, 2), dtype=np.int64)]
+    for start in range(0, POSITIONS, BAND):
+        order, same = _by_band(signed.values[:, start : start + BAND])
+        a, b = order[:-1][same], order[1:][same]
+        new = roots[a] != roots[b]  # by an earlier band
+        a, b = a[new], b[new]
+        near = [are_near(signed[a[n : n + _AT_ONCE]], signed[b[n : n + _AT_ONCE]])
+                for n in range(0, len(a), _AT_ONCE)]  # fmt: skip
+        found_near = np.concatenate([np.zeros(0, dtype=bool), *near])
+        a, b = a[found_near], b[found_near]
+        roots = joined(roots, a, b)
+        found.append(np.stack([np.minimum(a, b), np.maximum(a, b)], axis=1))
+    return np.concatenate(found)
+
+
+def near_any(signed: Signed, known: Signed) -> np.ndarray:
+    """For each text the number of one in `known` that is near it, or -1: int64."""
+    match = np.full(len(signed), -1, dtype=np.int64)
+    both = Signed.join([known, signed])
+    for start in range(0, POSITIONS, BAND):
+        order, same = _by_band(both.values[:, start : start + BAND])
+        group = np.cumsum(np.concatenate([[False], ~same])) if len(order) else order
+        is_known = order < len(known)
+        mixed = np.intersect1d(group[is_known], group[~is_known])
+        for n in mixed:
+            low, high = np.searchsorted(group, [n, n + 1])
+            members = order[low:high]
+            theirs = members[members < len(known)]
+            for row in members[members >= len(known)] - len(known):
+                if match[row] < 0:
+                    near = are_near(signed[np.full(len(theirs), row)], known[theirs])
+                    match[row] = theirs[near.argmax()] if near.any() else -1
+    return match
+
+
+def _by_band(band: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows sorted by their values in a band, and whether each has the same ones as the next."""
+    mixed = np.zeros(len(band), dtype=np.uint64)
+    for column in band.T:
+        mixed = (mixed ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(32)
+    order = np.argsort(mixed, kind="stable")
+    return order, mixed[order][1:] == mixed[order][:-1]
+
+
+def histogram(lengths: np.ndarray, longest: int) -> list[tuple[int, int]]:
+    """(up to so many tokens, rows): twelve ranges of equal width up to `longest`."""
+    edges = np.unique(np.linspace(0, max(longest, 1), 13).round().astype(int))
+    return [
+        (int(b), int(((lengths > a) & (lengths <= b)).sum())) for a, b in pairwise(edges.tolist())
+    ]

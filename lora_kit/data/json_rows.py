@@ -1,0 +1,215 @@
+"""JSON -> rows: objects whose keys differ, one a line or many in a list, read as a stream."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import re
+import reprlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lora_kit.errors import UserError
+
+_PIECE_BYTES = 2**20
+_LONGEST = 2**26  # characters of one object, where a mistake is looked for
+_COLON = re.compile(r"\s*:\s*")
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# What a file that is damaged, or a gzip file that is cut off, raises while it is read.
+UNREADABLE = (OSError, EOFError, zlib.error)
+
+
+def open_bytes(file: Path) -> BinaryIO:
+    """A file to read, unpacked where its name ends with .gz."""
+    try:
+        if file.suffix.lower() == ".gz":
+            return gzip.open(file, "rb")  # type: ignore[return-value]
+        return file.open("rb")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def shown(value: Any) -> str:
+    """A value in a message: 40 characters at most, however long or deep it is."""
+    text = repr(value) if isinstance(value, str) and len(value) < 40 else reprlib.repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def why(error: Exception) -> str:
+    """What a library says, as one short line."""
+    said = getattr(error, "strerror", None) or str(error)
+    return " ".join(said.split())[:120] or type(error).__name__
+
+
+def parse_line(line: str, name: str, number: int) -> dict[str, Any]:
+    """One line of JSON, which must be an object whose keys differ."""
+    try:
+        value = json.loads(line, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(f"{name}:{number}", error) from None
+    return _object(value, f"{name}:{number}")
+
+
+class JsonList:
+    """The objects of a JSON list, or of an object of objects ({id: row}), one after the other.
+
+    A file of any length is read in pieces, with lines or without; objects count from 0, as in
+    Python and jq.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.text = ""  # read and not yet decoded
+        self.position = 0
+        self.lines_before = 0  # line ends before `text`
+        self.columns_before = 0  # characters before `text` in the line it begins in
+        self.seen: set[int] = set()  # hashes of the keys of an object of objects
+        self.pieces = self._read()
+        self.decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
+
+    def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, row). Raises UserError with the line where it is no list of objects."""
+        opening = self._next()
+        if not opening:
+            return
+        if opening not in "[{":
+            raise self._error("a list of objects is expected")
+        closing = "]" if opening == "[" else "}"
+        self.position += 1
+        number = 0
+        while (character := self._next()) != closing:
+            if number and character:
+                if character != ",":
+                    raise self._error("not JSON: a comma is expected")
+                self.position += 1
+                character = self._next()
+            if not character:
+                raise self._error(f"not JSON: cut off, `{closing}` is missing")
+            value = self._value(keyed=opening == "{")
+            if opening == "{" and not isinstance(value, dict):
+                raise UserError(
+                    f"{self.file}: a list of objects, or an object of objects, is expected; one "
+                    "object a line is .jsonl"
+                )
+            yield number, _object(value, f"{self.file}[{number}]")
+            number += 1
+        self.position += 1
+        if self._next():
+            raise self._error(f"not JSON: something stands after the last `{closing}`")
+
+    def _value(self, keyed: bool) -> Any:
+        """The next value; of `"key": value` the value. More is read until it is whole."""
+        while True:
+            try:
+                start = self.position
+                if keyed:
+                    key, start = self.decoder.raw_decode(self.text, start)
+                    if not isinstance(key, str):
+                        raise json.JSONDecodeError("a key in quotes is expected", self.text, start)
+                    colon = _COLON.match(self.text, start)
+                    if colon is None:
+                        raise json.JSONDecodeError("a colon is expected", self.text, start)
+                    start = colon.end()
+                value, end = self.decoder.raw_decode(self.text, start)
+                if keyed:
+                    if hash(key) in self.seen:
+                        raise ValueError(f"the key {shown(key)} stands twice in one object")
+                    self.seen.add(hash(key))
+                self.position = end
+                return value
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, json.JSONDecodeError):
+                    # Doubled, or a long object would be decoded once for each piece.
+                    ahead = error.pos - self.position
+                    left = len(self.text) - self.position
+                    if left < _LONGEST and self._more(left):
+                        continue
+                    self.position += ahead
+                    what = f"not JSON: {error.msg} (column {self._column()})"
+                    raise self._error(what) from None
+                raise _not_json(f"{self.file}:{self._line()}", error) from None
+
+    def _next(self) -> str:
+        """On to the next character that is no white space; returns it, or nothing at the end."""
+        while True:
+            while self.position < len(self.text):
+                if self.text[self.position] not in " \t\r\n":
+                    return self.text[self.position]
+                self.position += 1
+            if not self._more():
+                return ""
+
+    def _more(self, least: int = 0) -> bool:
+        """Read on, `least` characters or more; what was decoded is forgotten."""
+        self.columns_before = self._column() - 1
+        self.lines_before += self.text.count("\n", 0, self.position)
+        kept = [self.text[self.position :]]
+        size = 0
+        for piece in self.pieces:
+            kept.append(piece)
+            size += len(piece)
+            if size >= least:
+                break
+        self.text, self.position = "".join(kept), 0
+        return size > 0
+
+    def _read(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        line = 1
+        try:
+            with open_bytes(self.file) as opened:
+                while True:
+                    piece = opened.read(_PIECE_BYTES)
+                    if opened.tell() == len(piece) and piece.startswith(UTF16_MARKS):
+                        raise UserError(f"{self.file}:1: UTF-16: convert it to UTF-8 with iconv")
+                    if b"\0" in piece:
+                        line += piece[: piece.index(b"\0")].count(b"\n")
+                        raise UserError(f"{self.file}:{line}: holds a zero byte: this is no text")
+                    text = decoder.decode(piece, final=not piece)
+                    line += text.count("\n")
+                    if text:
+                        yield text
+                    if not piece:
+                        return
+        except UnicodeDecodeError as error:
+            line += piece[: error.start].count(b"\n")
+            raise UserError(
+                f"{self.file}:{line}: not UTF-8: convert it, for example with iconv"
+            ) from None
+        except UNREADABLE as error:
+            raise UserError(f"{self.file}:{line}: cannot be read ({why(error)})") from None
+
+    def _line(self) -> int:
+        return self.lines_before + self.text.count("\n", 0, self.position) + 1
+
+    def _column(self) -> int:
+        end = self.text.rfind("\n", 0, self.position)
+        return self.position - end + (self.columns_before if end < 0 else 0)
+
+    def _error(self, what: str) -> UserError:
+        return UserError(f"{self.file}:{self._line()}: {what}")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+    return values
+
+
+def _not_json(place: str, error: Exception) -> UserError:
+    """Besides syntax: numbers of thousands of digits, and lists in lists without an end."""
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"{place}: not JSON: {error.msg} (column {error.colno})")
+    return UserError(f"{place}: not readable as JSON: {error}")
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: an object with named columns is expected, not {shown(value)}")
+    return value

@@ -1,0 +1,484 @@
+"""Sources -> labelled tokens to learn from and to judge by, with a census of every row.
+
+    sources -> batches -> tokens, hashes (encode, table) -> sides, shares (splits) -> rows -> census
+
+It is done once: the result is kept under a key of everything that decides it (cache).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lora_kit.data import cache
+from lora_kit.data.census import Census
+from lora_kit.data.duplicates import clusters, joined, repeated
+from lora_kit.data.encode import Settings, Work, encode_all
+from lora_kit.data.formats import FORMATS, Columns, Example, format_of, unread
+from lora_kit.data.labelled import Labelled
+from lora_kit.data.leaks import against, general_apart, train_against_eval
+from lora_kit.data.packing import Packed
+from lora_kit.data.readers import Batch
+from lora_kit.data.rows import write_judged, write_train
+from lora_kit.data.sources import Opened, check_apart, open_sources
+from lora_kit.data.splits import FEWEST_TO_JUDGE, hold_out, mix, take
+from lora_kit.data.table import Table
+from lora_kit.data.templates import context_token
+from lora_kit.errors import UserError
+from lora_kit.run import Data, nearest
+
+Kind = Literal["text", "chat"]
+USES = ("train", "eval", "general")
+_SECONDS_BETWEEN_LINES = 15
+
+
+@dataclass
+class Prepared:
+    """What a run learns from and is judged by.
+
+    `hashes` are {source: sha256} of everything that was read, `names` (file, style) of the places
+    in `train` and the others, `shown` some examples of `eval`, `template` whether rows went through
+    a chat template; `cached`: nothing had to be prepared.
+    """
+
+    kind: Kind
+    train: Labelled | Packed
+    eval: Labelled
+    general: Labelled | None
+    shown: list[Example]
+    hashes: dict[str, str]
+    census: Census
+    joiner: str
+    names: list[tuple[str, str]]
+    cached: bool
+    commits: dict[str, str] = field(default_factory=dict)
+
+    def rows(self, use: str) -> Labelled:
+        """The rows of a use, not packed."""
+        rows = getattr(self, use)
+        return rows.rows if isinstance(rows, Packed) else rows
+
+    def place(self, rows: Labelled, row: int) -> str:
+        """file:line of a row."""
+        name, style = self.names[rows.files[row]]
+        return style.format(name, rows.numbers[row])
+
+    def summary(self) -> list[str]:
+        lines = self.census.lines()
+        if isinstance(self.train, Packed):
+            lines.append(f"packing: {len(self.train):,} rows, {self.train.fill:.1%} full")
+        if len(self.eval.unit_bytes) < FEWEST_TO_JUDGE:
+            lines.append(
+                f"note: {FEWEST_TO_JUDGE} held-out documents are needed for a verdict: raise "
+                "data.eval, or add data"
+            )
+        return lines
+
+
+def prepare(
+    data: Data,
+    kind: Kind | None,
+    tokenizer: Any,
+    max_length: int,
+    seed: int,
+    limits: bool = True,
+    lock: dict[str, Any] | None = None,
+) -> Prepared:
+    """Read, check, split, tokenize and label; or map what an earlier run prepared from the same.
+
+    Args:
+        kind: what the recipe learns from: `text` (cpt) or `chat` (sft); None: what is there.
+        tokenizer: with its chat template set.
+        max_length: tokens of a row at most.
+        seed: decides what is held out and what fractions leave over, nothing else does.
+        limits: stop where `data.limits` are exceeded.
+        lock: the lock file of a run that used it; sets of the Hub are taken at the commits named
+            there, unless they name their own.
+
+    Raises:
+        UserError: a source is unusable, of the other kind, or leaves nothing to train or judge on;
+            or a limit is exceeded.
+    """
+    asked: dict[str, Any] = {"train": data.train, "general": data.general, "against": data.against}
+    asked["eval"] = None if isinstance(data.eval, float) else data.eval
+    known = (lock or {}).get("commits", {})
+    opened = {use: open_sources(named, known) for use, named in asked.items() if named is not None}
+    for use in opened.keys() - {"train"}:
+        for source in opened[use]:
+            if source.fraction is not None:
+                raise UserError(f"data.{use}: {source.name}: only data.train is mixed by fractions")
+    for use in ("eval", "against"):
+        check_apart(opened["train"], opened.get(use, []), use)
+    columns = Columns(
+        {str(o): t for o, t in data.columns.items()}, _labels(data.labels), data.group
+    )
+    settings = Settings(columns, data.supervise, max_length, seed, "against" in opened)
+    key = cache.key_of(
+        {  # a file of the same content and another name can be of another kind
+            use: [(s.name, s.fraction, s.digest, *map(str, s.files)) for s in found]
+            for use, found in opened.items()
+        },
+        data.model_dump(mode="json", exclude={"train", "limits", "workers"}),
+        asdict(settings),
+        kind,
+        tokenizer,
+    )
+    cached = True
+
+    def build(folder: Path) -> None:
+        nonlocal cached
+        cached = False
+        _Preparation(data, opened, settings, kind, tokenizer, folder).run()
+
+    folder = cache.prepared(key, build)
+    found = _load(folder, data, max_length, cached)
+    found.commits = {s.name: s.commit for used in opened.values() for s in used if s.commit}
+    if limits:
+        found.census.check(data.limits)
+    return found
+
+
+def _load(folder: Path, data: Data, max_length: int, cached: bool) -> Prepared:
+    values = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    train = Labelled.open(folder / "train")
+    packed = _packing(data, values["kind"]) == "documents"
+    return Prepared(
+        kind=values["kind"],
+        train=Packed(train, max_length) if packed else train,
+        eval=Labelled.open(folder / "eval"),
+        general=Labelled.open(folder / "general") if values["general"] else None,
+        shown=[Example(**{**e, "messages": tuple(e["messages"])}) for e in values["shown"]],
+        hashes=values["hashes"],
+        census=Census.from_json(values["census"]),
+        joiner=values["joiner"],
+        names=[tuple(pair) for pair in values["names"]],
+        cached=cached,
+    )
+
+
+def _packing(data: Data, kind: Kind) -> str:
+    if data.packing == "running" and kind == "chat":
+        raise UserError("data.packing: running: for text; conversations: none or documents")
+    return data.packing or ("running" if kind == "text" else "none")
+
+
+def _labels(labels: str | list[str] | None) -> tuple[str, ...]:
+    """The names of `data.labels`: listed, or in a file, a JSON list or a name a line."""
+    if labels is None or isinstance(labels, list):
+        return tuple(labels or ())
+    try:
+        text = Path(labels).read_text(encoding="utf-8-sig")
+        if labels.endswith(".json"):
+            names = json.loads(text)
+        else:
+            names = [line.strip() for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.labels: {labels}: cannot be read ({error})") from None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise UserError(f"data.labels: {labels}: a list of names is expected")
+    return tuple(names)
+
+
+@dataclass
+class _Preparation:
+    """One preparation, from the sources to the files of its folder."""
+
+    data: Data
+    opened: dict[str, list[Opened]]
+    settings: Settings
+    kind: Kind | None
+    tokenizer: Any
+    folder: Path
+    names: list[tuple[str, str]] = field(default_factory=list)  # of files: name, style of places
+    fractions: dict[int, float] = field(default_factory=dict)  # of files of data.train
+    source_of: list[int] = field(default_factory=list)  # the source of each file
+    use_of: list[str] = field(default_factory=list)
+    formats: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    below: int = 2**64 - 1  # of the table that the batch in hand goes to
+
+    def run(self) -> None:
+        tables = self._read()
+        census = Census(held_out=isinstance(self.data.eval, float), notes=self.notes)
+        train, judged, replayed = self._divide(tables, census)
+        for table in tables.values():
+            table.forget_signatures()
+        kind = self.kind or "text"
+        packing = _packing(self.data, kind)
+        args = (self.tokenizer, self.settings.max_length)
+        rows = {
+            "train": write_train(self.folder / "train", train, replayed, kind, packing, *args),
+            "eval": write_judged(self.folder / "eval", judged["eval"], kind, *args),
+        }
+        if "general" in judged:
+            rows["general"] = write_judged(
+                self.folder / "general", judged["general"], "text", *args
+            )
+        for use, labelled in rows.items():
+            getattr(census, use).measure(labelled)
+        table, chosen = judged["eval"]
+        first = [n for n in table.examples if chosen[n]][:3]
+        meta = {
+            "kind": kind,
+            "joiner": tables["train"].joiner or "",
+            "general": "general" in rows,
+            "hashes": {s.name: s.digest for found in self.opened.values() for s in found},
+            "names": self.names,
+            "shown": [asdict(table.examples[n]) for n in first],
+            "census": census.to_json(),
+        }
+        for name in USES:
+            (self.folder / f"{name}.table").unlink(missing_ok=True)
+        (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+    def _read(self) -> dict[str, Table]:
+        """Every row of every source, tokenized."""
+        tables = {
+            use: Table(self.folder / f"{use}.table", self.settings.seed)
+            for use in USES
+            if use in self.opened
+        }
+        workers = self.data.workers or min(8, len(os.sched_getaffinity(0)))
+        said, count = time.monotonic(), 0
+        for file, part in encode_all(
+            self._work(tables), self.tokenizer, self.settings, self, workers
+        ):
+            table = tables[self.use_of[file]]
+            table.add(file, part)
+            count += part.read
+            if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                print(f"data: {count:,} rows prepared", file=sys.stderr, flush=True)
+        for use, table in tables.items():
+            table.finish()
+            if not len(table):
+                raise UserError(f"data.{use}: no rows left; left out: {table.dropped}")
+        return tables
+
+    def _work(self, tables: dict[str, Table]) -> Iterator[Work]:
+        """The batches of all sources; each file's format is found by its first row."""
+        number = 0
+        for use in USES:
+            for source in self.opened.get(use, []):
+                known: dict[str, tuple[int, str]] = {}
+                for batch in source.batches():
+                    batch = replace(batch, plain=use == "general")
+                    if batch.name not in known:
+                        known[batch.name] = len(self.names), self._format(batch, use)
+                        self.names.append((batch.name, batch.style))
+                        self.use_of.append(use)
+                        self.source_of.append(number)
+                        if source.fraction is not None:
+                            self.fractions[number] = source.fraction
+                    file, format_name = known[batch.name]
+                    self.below = tables[use].below
+                    yield file, batch, format_name
+                if not known:
+                    raise UserError(f"{source.name}: empty: there is nothing to learn from")
+                number += 1
+
+    def _format(self, batch: Batch, use: str) -> str:
+        row = next(batch.parsed())
+        columns = Columns() if batch.plain else self.settings.columns
+        name = format_of(row, columns)
+        kind: Any = FORMATS[name].kind
+        if use == "general" and kind != "text":
+            raise UserError("data.general: text is expected (txt, md, or a `text` column)")
+        if use != "general" and self.kind is None:
+            self.kind = kind
+            _packing(self.data, kind)  # refused now, not after all the work
+        if use != "general" and kind != self.kind:
+            if self.kind == "text":
+                raise UserError(f"{row.place}: a question and answer, not text: use `recipe: sft`")
+            raise UserError(
+                f"{row.place}: text without an answer (columns: {', '.join(row.columns)}): use "
+                "`recipe: cpt`, or name the column of the answer, as in data.columns: "
+                "{label: YOURS}"
+            )
+        self.formats.add(name)
+        left = f"columns not read: {', '.join(unread(row, name, columns))[:200]}"
+        if not left.endswith(": ") and not any(note.startswith(left) for note in self.notes):
+            self.notes.append(f"{left} (first: {batch.name})")
+        return name
+
+    def _divide(self, tables: dict[str, Table], census: Census) -> tuple[Any, dict[str, Any], Any]:
+        """Which rows are learned from, judged, and replayed: pairs of a table and bools."""
+        train = tables["train"]
+        roots = clusters(train.keys, train.signed, train.signed_rows)
+        self._count_duplicates(train, roots, census)
+        learned = np.ones(len(train), dtype=bool)
+        if isinstance(self.data.eval, float):
+            labels = train.labels if train.label_names else None
+            if self.data.group and not train.groups.any():
+                raise UserError(
+                    f"data.group: no row of data.train has a column `{self.data.group}`"
+                )
+            held = hold_out(
+                _grouped(roots, train.groups),
+                train.keys,
+                self.data.eval,
+                self.settings.seed,
+                labels,
+            )
+            learned &= ~held
+            judged = {"eval": (train, held)}
+        else:
+            exact = train_against_eval(train, tables["eval"], self._place, census, self.data.eval)
+            self._check_labels(train, tables["eval"])
+            judged = {"eval": (tables["eval"], ~exact)}
+            if exact.all():
+                raise UserError("data.eval: every row is a row of data.train too: name others")
+        if "against" in self.opened:
+            against(self.opened["against"], train, learned, self._place, census)
+        if self.fractions:
+            sources = np.array(self.source_of)[train.sources]
+            tokens = self._tokens(train, "train")[learned]
+            self._check_fractions(tokens, sources[learned])
+            used = mix(tokens, sources[learned], train.ranks[learned], self.fractions)
+            census.train.unused = int((~used).sum())
+            learned[np.flatnonzero(learned)[~used]] = False
+        replayed = None
+        if "general" in tables:
+            general, kept = tables["general"], general_apart(tables, self._place, census)
+            if not kept.any():
+                raise UserError(f"data.general: no rows left; left out: {census.general.dropped}")
+            if self.data.replay is not None:
+                learned_from = int(self._tokens(train, "train")[learned].sum())
+                replay = self._replay(general, kept, learned_from)
+                kept &= ~replay[0]
+                replayed = (general, replay[1])
+            judged["general"] = (general, kept)
+        elif self.data.replay is not None:
+            raise UserError("data.replay: is a share of general text: name some in data.general")
+        self._count_rows(tables, learned, judged, replayed, census)
+        return (train, learned), judged, replayed
+
+    def _replay(
+        self, general: Table, kept: np.ndarray, tokens: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """General rows that are not judged, and those of them that are learned from."""
+        rows = np.flatnonzero(kept)
+        roots = clusters(general.keys, general.signed, general.signed_rows)[rows]
+        units = len(np.unique(roots))
+        share = max(0.1, min(0.5, FEWEST_TO_JUDGE / units))
+        seed = self.settings.seed
+        held = hold_out(roots, general.keys[rows], share, seed, key="data.general")
+        pool = np.zeros(len(general), dtype=bool)
+        pool[rows[~held]] = True
+        replay = self.data.replay or 0.0
+        wanted = replay / (1 - replay) * tokens
+        lengths = self._tokens(general, "general")
+        there = int(lengths[pool].sum())
+        if there < 0.99 * wanted:
+            raise UserError(
+                f"data.replay: {replay:g} of the tokens trained on are {wanted:,.0f}; data.general "
+                f"has {there:,} besides what is judged: lower it to "
+                f"{there / (there + tokens):.3f}, or name more text"
+            )
+        chosen = np.zeros(len(general), dtype=bool)
+        members = np.flatnonzero(pool)
+        chosen[members[take(lengths[members], general.ranks[members], wanted)]] = True
+        return pool, chosen
+
+    def _tokens(self, table: Table, use: str) -> np.ndarray:
+        """Tokens that each row adds to what is trained on: a text is closed, and may be begun."""
+        if use == "train" and self.kind == "chat":
+            return table.lengths
+        begins = context_token(self.tokenizer) == [self.tokenizer.bos_token_id]
+        return table.lengths + (2 if begins else 1) * ~table.joins
+
+    def _check_fractions(self, tokens: np.ndarray, sources: np.ndarray) -> None:
+        for number in self.fractions:
+            if not tokens[sources == number].any():
+                name = self.opened["train"][number].name
+                raise UserError(f"{name}: no rows left to learn from, but it has a fraction")
+
+    def _count_duplicates(self, train: Table, roots: np.ndarray, census: Census) -> None:
+        exact = repeated(train.keys)
+        census.compared = len(train.signed_rows)
+        near = (roots != np.arange(len(roots))) & ~exact
+        census.duplicates = {"exact": int(exact.sum()), "near": int(near.sum())}
+        if census.compared < len(train):
+            census.notes.append(
+                f"near duplicates and near leaks were looked for among {census.compared:,} of "
+                f"{len(train):,} rows, a random sample"
+            )
+        for use in self.opened:
+            for source in self.opened[use]:
+                if source.passed_over:
+                    census.notes.append(
+                        f"{source.name}: {source.passed_over:,} file(s) of other kinds passed over"
+                    )
+
+    def _count_rows(
+        self,
+        tables: dict[str, Table],
+        learned: np.ndarray,
+        judged: dict[str, Any],
+        replayed: Any,
+        census: Census,
+    ) -> None:
+        for use, table in tables.items():
+            count = getattr(census, use)
+            count.lost(table.dropped, table.cut)
+            count.rows_read = table.read
+            count.samples_without_supervision = table.without_supervision
+        for use, (table, chosen) in [("train", (tables["train"], learned)), *judged.items()]:
+            count = getattr(census, use)
+            count.rows_kept = int(chosen.sum())
+            text = use == "general" or self.kind == "text"
+            # Documents that are judged are not closed by the end-of-text token.
+            count.end_markers_supervised = (
+                0 if text and use != "train" else int(table.answers[chosen].sum())
+            )
+        if census.held_out:
+            census.eval.rows_read = census.eval.rows_kept
+            census.train.rows_read -= census.eval.rows_read
+        if replayed is not None:
+            table, chosen = replayed
+            number, tokens = int(chosen.sum()), int(table.lengths[chosen].sum())
+            census.general.rows_kept += number
+            census.general.unused = (
+                len(table)
+                - census.general.rows_kept
+                - sum(
+                    n
+                    for why, n in census.general.dropped.items()
+                    if why not in table.dropped.counts
+                )
+            )
+            census.notes.append(
+                f"replay: {number:,} general rows ({tokens:,} tokens) are learned from as well"
+            )
+        if "preference" in self.formats:
+            census.notes.append("preference rows: the chosen answers are learned from alone")
+
+    def _check_labels(self, train: Table, held_out: Table) -> None:
+        unknown = [name for name in held_out.label_names if name not in train.label_names]
+        if unknown and train.label_names:
+            row = int(np.flatnonzero(held_out.labels == held_out.label_names[unknown[0]])[0])
+            raise UserError(
+                f"data.eval: {self._place(held_out, row)}: the label {unknown[0]!r:.60} is in no "
+                f"row of data.train{nearest(unknown[0], list(train.label_names))}"
+                + (f", and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+            )
+
+    def _place(self, table: Table, row: int) -> str:
+        file, number = table.place(row)
+        name, style = self.names[file]
+        return style.format(name, number)
+
+
+def _grouped(roots: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Clusters whose rows share a group become one."""
+    rows = np.flatnonzero(groups)  # documents of text files have none
+    first, inverse = np.unique(groups[rows], return_index=True, return_inverse=True)[1:]
+    return joined(roots, rows, rows[first][inverse])

@@ -1,0 +1,296 @@
+"""What a run would learn from, for people to look at: in the terminal, and as one page.
+
+Nothing here decides anything: it shows what `prepare` found, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_kit.data.labelled import IGNORED
+from lora_kit.data.packing import Packed
+from lora_kit.data.prepare import USES, Prepared
+from lora_kit.errors import UserError
+from lora_kit.run import Run
+
+SAMPLES_OF_A_PAGE = 50  # of each split
+TOKENS_OF_A_PAGE = 800  # of each sample: 120,000 tokens are a page of about 5 MB
+TOKENS_OF_A_TERMINAL = 512
+# A page begins with this; a file that does not is somebody else's, and is not overwritten.
+MARK = "<!doctype html>\n<!-- lora-kit preview -->\n"
+_TEMPLATE = Path(__file__).with_name("preview.html.jinja")
+_LONGEST_CHARACTER = 8  # tokens; four for its bytes, and a token may end one and begin another
+_JOINERS = "\u200c\u200d"  # steer nothing, and are part of ordinary words in many scripts
+_BROKEN = "\ufffd"
+# Styles of a terminal.
+_LEARNED, _CONTEXT, _SPECIAL = "bold green", "dim", "dim magenta"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of a token, or of the tokens that spell one character together. Without `ids`: what
+    is said of tokens that are not shown."""
+
+    text: str
+    ids: tuple[int, ...]
+    learned: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row that the model sees; `number` counts from 1, `learned` of its `tokens` are learned."""
+
+    use: str
+    number: int
+    place: str
+    tokens: int
+    learned: int
+    pieces: list[Piece]
+
+
+def harmless(text: str) -> str:
+    """Text in which what steers a terminal, or turns the reading direction, is spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else _spelled(c) for c in text)
+
+
+def _spelled(character: str) -> str:
+    if character in _JOINERS or unicodedata.category(character) == "Zs":
+        return character
+    return f"⟨U+{ord(character):04X}⟩"
+
+
+def _line(text: str) -> str:
+    return " ".join(harmless(text).split())
+
+
+def pieces(
+    tokenizer: Any, ids: list[int], learned: list[bool], start: int, stop: int
+) -> Iterator[Piece]:
+    """The tokens ids[start:stop] of a row, each with its own text; one that spells nothing, and a
+    marker, with its name."""
+    marks = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    before = max(0, start - 1)
+    while start < stop:
+        special = ids[start] in marks
+        if special:
+            end, text = start + 1, tokenizer.convert_ids_to_tokens(ids[start])
+        else:
+            end, text = _next(tokenizer, ids, before, start)
+            text = text or tokenizer.convert_ids_to_tokens(ids[start])
+        yield Piece(harmless(text), tuple(ids[start:end]), any(learned[start:end]), special)
+        before, start = start, end
+
+
+def _next(tokenizer: Any, ids: list[int], before: int, start: int) -> tuple[int, str]:
+    """The text that begins with a token, and where it ends: at the next token, unless it takes more
+    of them to spell a character."""
+
+    def decode(first: int, last: int) -> str:
+        return tokenizer.backend_tokenizer.decode(ids[first:last], skip_special_tokens=False)
+
+    def text(end: int) -> str:
+        # Decoded after the token before it: some decoders strip the space that begins a text.
+        whole = decode(before, end)
+        return whole[len(known) :] if whole.startswith(known) else decode(start, end)
+
+    known = decode(before, start)
+    for end in range(start + 1, min(start + _LONGEST_CHARACTER, len(ids)) + 1):
+        if _BROKEN not in (found := text(end)):
+            return end, found
+    return start + 1, text(start + 1)
+
+
+def samples(
+    prepared: Prepared, tokenizer: Any, use: str, count: int, most_tokens: int
+) -> list[Sample]:
+    """Rows from the first to the last, evenly apart; of a long one its beginning and its end.
+
+    Raises:
+        UserError: there are no rows of this use.
+    """
+    rows = prepared.rows(use)
+    if rows is None or not len(rows):
+        raise UserError(f"--split {use}: the run file names no data.{use}")
+    found = []
+    for number in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int)).tolist():
+        row = rows[number]
+        ids = row["input_ids"].tolist()
+        # Nothing stands before the first token of a row: it is not predicted.
+        learned = [False, *(row["labels"][1:] != IGNORED).tolist()]
+        length, half = len(ids), most_tokens // 2
+        if length <= most_tokens:
+            shown = list(pieces(tokenizer, ids, learned, 0, length))
+        else:
+            shown = [
+                *pieces(tokenizer, ids, learned, 0, half),
+                Piece(f" … {length - 2 * half:,} tokens not shown … ", ()),
+                *pieces(tokenizer, ids, learned, length - half, length),
+            ]
+        place = _line(prepared.place(rows, number))
+        found.append(Sample(use, number + 1, place, length, sum(learned), shown))
+    return found
+
+
+def packing(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """How rows are made of documents, how many there are, and the share of them that is tokens;
+    null where each is padded to the longest of its batch."""
+    rows = prepared.train
+    mode = "documents"
+    if not isinstance(rows, Packed):
+        running = prepared.kind == "text" and run.data.packing != "none"
+        mode = "running" if running else "none"
+    tokens = prepared.rows("train").tokens
+    fill = None if mode == "none" else round(tokens / (len(rows) * run.train.max_length), 4)
+    return {"mode": mode, "rows": len(rows), "fill": fill}
+
+
+def to_json(run: Run, prepared: Prepared, problems: list[str]) -> dict[str, Any]:
+    """The census, and what else `preview --json` says."""
+    return {
+        "recipe": run.recipe,
+        "kind": prepared.kind,
+        "max_length": run.train.max_length,
+        "packing": packing(run, prepared),
+        "problems": problems,
+        **prepared.census.to_json(),
+    }
+
+
+def show(prepared: Prepared, tokenizer: Any, use: str, count: int) -> None:
+    """Print the census, the lengths of rows, and samples: in colours on a terminal that has some,
+    elsewhere what is learned from stands in ⟦ ⟧."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # data has more than latin1 can say
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    coloured = console.color_system is not None and not console.no_color
+    found = samples(prepared, tokenizer, use, count, TOKENS_OF_A_TERMINAL)
+    for line in prepared.summary():
+        console.print(harmless(line))
+    console.print(f"\nlengths of {use} rows, in tokens:")
+    lengths = getattr(prepared.census, use).lengths
+    most = max(rows for _, rows in lengths)
+    for up_to, rows in lengths:
+        bar = "█" * round(40 * rows / max(1, most)) or ("▏" if rows else "")
+        console.print(f"{'≤ ' + format(up_to, ','):>9} {bar} {rows:,}")
+    verb = "learned from" if use == "train" else "judged"
+    if found and coloured:
+        legend = Text("\n").append(verb, _LEARNED).append(" and ").append(f"not {verb}", _CONTEXT)
+        console.print(legend)
+    elif found:
+        console.print(f"\n⟦{verb}⟧ and not {verb}")
+    for sample in found:
+        head = f"{sample.use} row {sample.number:,}, {sample.place}: {sample.tokens:,} tokens, "
+        head += f"{sample.learned:,} of them {verb}"
+        console.print(Text(f"\n{head}", "bold"))
+        console.print(_coloured(sample) if coloured else _bracketed(sample))
+
+
+def _coloured(sample: Sample) -> Any:
+    from rich.text import Text
+
+    text = Text()
+    for piece in sample.pieces:
+        style = _LEARNED if piece.learned else _SPECIAL if piece.special else _CONTEXT
+        text.append(_with_ends(piece.text), style + " underline" * piece.special)
+    return text
+
+
+def _bracketed(sample: Sample) -> str:
+    parts, inside = [], False
+    for piece in sample.pieces:
+        if piece.learned != inside:
+            parts.append("⟦" if piece.learned else "⟧")
+        inside = piece.learned
+        parts.append(_with_ends(piece.text))
+    return "".join(parts) + "⟧" * inside
+
+
+def _with_ends(text: str) -> str:
+    """Line ends are seen, and end lines."""
+    return text.replace("\n", "↵\n")
+
+
+def check_page(file: Path) -> None:
+    """Raises UserError if a page cannot be written there, or would replace what is no such page."""
+    if os.path.lexists(file):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if file.is_file():
+                with file.open(encoding="utf-8") as opened:
+                    if opened.read(len(MARK)) == MARK:
+                        return
+        raise UserError(f"--html {file}: exists and is no page of preview: name another file")
+    if not file.parent.is_dir():
+        raise UserError(f"--html {file}: there is no folder {file.parent}")
+
+
+def write_page(
+    file: Path, run: Run, prepared: Prepared, tokenizer: Any, problems: list[str]
+) -> None:
+    """Write one self-contained page: it loads nothing, and all text from data is escaped."""
+    check_page(file)
+    text = page(run, prepared, tokenizer, problems)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("x", encoding="utf-8") as opened:
+            opened.write(text)
+        partial.replace(file)
+    except OSError as error:
+        raise UserError(f"--html {file}: cannot be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def page(run: Run, prepared: Prepared, tokenizer: Any, problems: list[str]) -> str:
+    """The page of `write_page`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Also what is no sample: names of files, what is wrong with a row.
+        finalize=lambda value: harmless(value) if type(value) is str else value,
+    )
+    environment.filters["csp"] = _csp
+    census = prepared.census
+    uses = [use for use in USES if getattr(census, use).samples]
+    notes = [line.removeprefix("note: ") for line in prepared.summary() if line[:6] == "note: "]
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        run=run,
+        prepared=prepared,
+        packing=packing(run, prepared),
+        template=run.data.chat_template
+        or ("the base's own" if tokenizer.chat_template else "none"),
+        census=census,
+        counts={use: getattr(census, use) for use in uses},
+        problems=problems,
+        notes=notes,
+        samples={
+            use: samples(prepared, tokenizer, use, SAMPLES_OF_A_PAGE, TOKENS_OF_A_PAGE)
+            for use in uses
+        },
+        most_tokens=TOKENS_OF_A_PAGE,
+    )
+
+
+def _csp(content: str) -> str:
+    """The one script, or style, that a Content-Security-Policy lets through."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

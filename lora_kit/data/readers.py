@@ -1,0 +1,419 @@
+"""Files -> batches of raw rows, read as a stream: nothing larger than a batch is held.
+
+A batch knows where each of its rows stands, so that every later message names file and line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lora_kit.data import extracted
+from lora_kit.data.json_rows import (
+    UNREADABLE,
+    UTF16_MARKS,
+    JsonList,
+    open_bytes,
+    parse_line,
+    shown,
+    why,
+)
+from lora_kit.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+TEXT_SUFFIXES = {
+    *(".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs"),
+    *(".sh", ".sql", ".tex", *extracted.SUFFIXES),
+}
+TABLE_SUFFIXES = {
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
+    *(".iob", ".iob2", ".bio", ".conll"),
+}
+_IOB_SUFFIXES = {".iob", ".iob2", ".bio", ".conll"}
+_TAG = re.compile(r"O|[BIESLU]-\S+")
+# A batch is what one worker takes at a time: small, so that its tokens stay in the caches.
+BATCH_ROWS = 256
+BATCH_BYTES = 2**20
+_LONGEST_LINE = 2**26
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was read. `place` is file:line, or file[n] for the n-th of a list."""
+
+    place: str
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of one file: parsed ones, or lines of JSON that a worker parses.
+
+    `numbers[i]` is the line, or the number in a list, of row i; `style` says which, as in
+    `{}:{}`. `whole`: the one row is a text to be cut into blocks; `starts`: it begins a document.
+    """
+
+    name: str
+    style: str
+    numbers: list[int]
+    rows: list[dict[str, Any]] | None = None
+    lines: list[str] | None = None
+    whole: bool = False
+    starts: bool = True
+    plain: bool = False  # general text: `data.columns` and `data.group` are not about it
+
+    def place(self, number: int) -> str:
+        return self.style.format(self.name, number)
+
+    def parsed(self) -> Iterator[Row]:
+        """The rows. Raises UserError with file and line where one is not a JSON object."""
+        for number, columns in zip(self.numbers, self.rows or [], strict=self.lines is None):
+            yield Row(self.place(number), columns)
+        for number, line in zip(self.numbers, self.lines or [], strict=self.rows is None):
+            yield Row(self.place(number), parse_line(line, self.name, number))
+
+
+def suffix_of(file: Path) -> str:
+    """The kind of a file by its name: `.jsonl` for rows.jsonl and rows.JSONL.gz."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def is_table(file: Path) -> bool:
+    return suffix_of(file) in TABLE_SUFFIXES
+
+
+def table(file: Path) -> Iterator[Batch]:
+    """The rows of a table, in batches."""
+    suffix = suffix_of(file)
+    if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and _has_json_lines(file)):
+        yield from _json_lines(file)
+    elif suffix == ".json":
+        yield from _batches(file, "{}[{}]", JsonList(file).objects())
+    elif suffix in (".parquet", ".arrow"):
+        yield from _batches(file, "{}[{}]", _arrow(file, suffix))
+    elif suffix in _IOB_SUFFIXES or (suffix == ".tsv" and _looks_tagged(file)):
+        yield from _batches(file, "{}:{}", _tagged(file))
+    else:
+        yield from _batches(file, "{}:{}", _csv(file, "\t" if suffix == ".tsv" else ","))
+
+
+def documents(file: Path, size: int | None = None) -> Iterator[tuple[int, str, bool]]:
+    """(line, text, begins) of the documents of a text file: its parts between end-of-text markers.
+
+    With a `size`, a document of more characters comes in pieces that end where a line does, unless
+    one line alone is twice as long; `begins`: a piece is the first of its document.
+    """
+    parts: list[str] = []  # of this document, not yet given out
+    length, first, begins = 0, 1, True
+    for number, line in _text_lines(file):
+        *closed, rest = line.split(END_OF_TEXT)
+        for part in closed:
+            yield from _pieces(first, "".join([*parts, part]).rstrip(), size, begins)
+            parts, length, first, begins = [], 0, number, True
+        if not rest:
+            continue
+        if size is not None and parts and length + len(rest) > size and not rest.isspace():
+            for piece in _pieces(first, "".join(parts), size, begins):
+                yield piece
+                begins = False
+            parts, length = [], 0
+        if not parts:
+            first = number
+        parts.append(rest)
+        length += len(rest)
+    yield from _pieces(first, "".join(parts).rstrip(), size, begins)
+
+
+def _pieces(
+    line: int, text: str, size: int | None, begins: bool
+) -> Iterator[tuple[int, str, bool]]:
+    """A part of a document, cut where `documents` says; at its beginning without white space."""
+    start = len(text) - len(text.lstrip()) if begins else 0
+    line += text.count("\n", 0, start)
+    while start < len(text):
+        end = len(text)
+        if size is not None and end - start > size:
+            end = text.find("\n", start + size) + 1
+            end = end if 0 < end <= start + 2 * size else start + size
+        yield line, text[start:end], begins
+        line += text.count("\n", start, end)
+        start, begins = end, False
+
+
+def text_batches(files: Iterable[Path], whole: bool) -> Iterator[Batch]:
+    """The documents of text files, in batches.
+
+    Args:
+        whole: each document will be cut into blocks: a long one comes in pieces of about 1 MiB.
+    """
+    for file in files:
+        found = documents(file, BATCH_BYTES if whole else None)
+        if suffix_of(file) in extracted.SUFFIXES:
+            # A scan, or a page of navigation alone, is dropped and counted like an empty row.
+            found = iter([*found] or [(1, "", True)])
+        if whole:
+            for line, text, begins in found:
+                rows = [{"text": text}]
+                yield Batch(str(file), "{}:{}", [line], rows, whole=bool(text), starts=begins)
+        else:
+            rest = ((line, {"text": text}) for line, text, _ in found)
+            yield from _batches(file, "{}:{}", rest)
+
+
+def _batches(
+    file: Path | str, style: str, rows: Iterable[tuple[int, dict[str, Any]]]
+) -> Iterator[Batch]:
+    numbers: list[int] = []
+    kept: list[dict[str, Any]] = []
+    size = 0
+    for number, columns in rows:
+        numbers.append(number)
+        kept.append(columns)
+        try:
+            size += _size(columns)
+        except RecursionError:
+            raise UserError(f"{style.format(file, number)}: nested too deeply") from None
+        if len(kept) >= BATCH_ROWS or size >= BATCH_BYTES:
+            yield Batch(str(file), style, numbers, rows=kept)
+            numbers, kept, size = [], [], 0
+    if kept:
+        yield Batch(str(file), style, numbers, rows=kept)
+
+
+def _size(value: Any, levels: int = 100) -> int:
+    """About how many characters a row holds. A row of more levels could not go to a worker."""
+    if not levels:
+        raise RecursionError
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return sum(_size(part, levels - 1) for part in value)
+    return len(value) if isinstance(value, (str, bytes)) else 8
+
+
+def list_batches(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Batch]:
+    """Rows that a library reads, numbered from 1."""
+    yield from _batches(name, "{}/{}", enumerate(rows, 1))
+
+
+def _byte_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines without a byte-order mark and without zero bytes, from 1. \r alone ends one too."""
+    number = 0
+    try:
+        with open_bytes(file) as opened:
+            for raw in opened:
+                for line in raw.splitlines(keepends=True) if b"\r" in raw else [raw]:
+                    number += 1
+                    if number == 1:
+                        if line.startswith(UTF16_MARKS):
+                            raise UserError(f"{file}:1: UTF-16: convert it to UTF-8 with iconv")
+                        line = line.removeprefix(codecs.BOM_UTF8)
+                    if b"\0" in line:
+                        raise UserError(f"{file}:{number}: holds a zero byte: this is no text file")
+                    yield number, line
+    except UNREADABLE as error:
+        raise UserError(f"{file}:{number + 1}: cannot be read ({why(error)})") from None
+
+
+def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Decoded lines; \\r\\n and \\r become \\n."""
+    suffix = suffix_of(file)
+    if suffix in extracted.SUFFIXES:
+        yield from enumerate(io.StringIO(extracted.text_of(file, suffix)), 1)
+        return
+    for number, line in _byte_lines(file):
+        text = _decode(line, file, number)
+        yield number, text.rstrip("\r\n") + "\n" if "\r" in text else text
+
+
+def _decode(line: bytes, file: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}:{number}: not UTF-8 (byte {error.start + 1} of the line): convert it, for "
+            "example with iconv"
+        ) from None
+
+
+def _json_lines(file: Path) -> Iterator[Batch]:
+    numbers: list[int] = []
+    lines: list[str] = []
+    size = 0
+    for number, raw in _byte_lines(file):
+        if raw.isspace():
+            continue
+        numbers.append(number)
+        lines.append(_decode(raw, file, number))
+        size += len(raw)
+        if len(lines) >= BATCH_ROWS or size >= BATCH_BYTES:
+            yield Batch(str(file), "{}:{}", numbers, lines=lines)
+            numbers, lines, size = [], [], 0
+    if lines:
+        yield Batch(str(file), "{}:{}", numbers, lines=lines)
+
+
+def _has_json_lines(file: Path) -> bool:
+    """Whether a .json file has an object a line, as many on the Hub do."""
+    try:
+        with open_bytes(file) as opened:
+            first, second = (opened.readline(_LONGEST_LINE) for _ in range(2))
+        return second.startswith(b"{") and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError, *UNREADABLE):
+        return False  # its reader will say what is wrong
+
+
+def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)
+    lines = (text for _, text in _text_lines(file))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    last = 0
+    try:
+        for values in reader:
+            first, last = last + 1, reader.line_num  # a quoted value may hold line ends
+            if not values:
+                continue
+            if header is None:
+                header = values
+                if len(set(header)) < len(header) or "" in header:
+                    raise UserError(
+                        f"{file}:{first}: columns need names that differ: {shown(header)}"
+                    )
+                if len(header) == 1 and any(c in header[0] for c in ";\t|"):
+                    raise UserError(
+                        f"{file}:{first}: one column, {shown(header[0])}: separate values with a "
+                        "comma (.csv) or a tab (.tsv)"
+                    )
+            elif len(values) != len(header):
+                raise UserError(f"{file}:{first}: {len(values)} values for {len(header)} columns")
+            else:
+                yield first, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{file}:{last + 1}: not readable as a table: {error}") from None
+
+
+def _looks_tagged(file: Path) -> bool:
+    """Whether a .tsv has no header but tokens and IOB tags: its first lines all end with a tag."""
+    first = [_fields(line) for _, line in islice(_text_lines(file), 20) if line.strip()]
+    return bool(first) and all(len(f) > 1 and _TAG.fullmatch(f[-1]) is not None for f in first)
+
+
+def _fields(line: str) -> list[str]:
+    """The fields of a line, between tabs or else spaces: other white space can be a token."""
+    if "\t" in line:
+        return [field.strip(" \n") for field in line.split("\t")]
+    return [field for field in line.strip(" \n").split(" ") if field]
+
+
+def _tagged(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Sentences of a file with a token and, in its last column, an IOB tag a line."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    start = 0
+    for number, line in _text_lines(file):
+        fields = _fields(line)
+        if not line.strip() or fields[0] == "-DOCSTART-":
+            if tokens:
+                yield start, {"tokens": tokens, "tags": tags}
+            start, tokens, tags = 0, [], []
+            continue
+        if not tokens and line.startswith("# ") and not _TAG.fullmatch(fields[-1]):
+            continue  # a comment, as `# id 17`
+        if len(fields) < 2 or not fields[0]:
+            raise UserError(f"{file}:{number}: a token and its tag are expected, not {shown(line)}")
+        start = start or number
+        tokens.append(fields[0])
+        tags.append(fields[-1])
+    if tokens:
+        yield start, {"tokens": tokens, "tags": tags}
+
+
+def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of Parquet or Arrow, numbered from 0; the numbers of a ClassLabel become its names."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        source: Any = str(file)
+        if file.suffix.lower() == ".gz":
+            with open_bytes(file) as opened:
+                source = pa.BufferReader(opened.read())
+        if suffix == ".parquet":
+            parquet = pq.ParquetFile(source, memory_map=isinstance(source, str))
+            schema, batches = parquet.schema_arrow, parquet.iter_batches(batch_size=BATCH_ROWS)
+        else:
+            stream = pa.memory_map(source) if isinstance(source, str) else source
+            try:
+                reader: Any = pa.ipc.open_file(stream)
+                batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
+            except pa.ArrowInvalid:  # `datasets` writes the streaming format
+                stream.seek(0)
+                reader = pa.ipc.open_stream(stream)
+                batches = iter(reader)
+            schema = reader.schema
+        if len(set(schema.names)) < len(schema.names):
+            raise UserError(f"{file}: columns need names that differ: {shown(schema.names)}")
+        names = _class_names(schema.metadata)
+        for batch in batches:
+            batch.validate(full=True)  # a damaged one would be read beyond its end
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                for row in batch.slice(start, BATCH_ROWS).to_pylist():
+                    yield number, named(row, names)
+                    number += 1
+    except UserError:
+        raise
+    # ValueError: text that is not UTF-8, a date that Python doesn't have
+    except (pa.ArrowException, ValueError, OverflowError, *UNREADABLE) as error:
+        raise UserError(f"{file}[{number}]: not readable as {suffix[1:]}: {why(error)}") from None
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
+    """{column: names of its classes}, from the note that `datasets` leaves in a schema."""
+    note = (metadata or {}).get(b"huggingface")
+    try:
+        features = json.loads(note)["info"]["features"] if note else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
+    found: dict[str, list[str]] = {}
+    for name, feature in features.items() if isinstance(features, dict) else ():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else None
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            found[name] = list(inner.get("names") or [])
+    return found
+
+
+def named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    """A row whose class numbers are replaced by the names of the classes (-1: none, null)."""
+
+    def name(value: Any, known: list[str]) -> Any:
+        if isinstance(value, list):
+            return [name(v, known) for v in value]
+        if isinstance(value, str) and value not in known and value.lstrip("-").isdecimal():
+            value = int(value)  # of csv
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        return known[value] if 0 <= value < len(known) else None
+
+    for column, known in names.items():
+        if column in row:
+            row[column] = name(row[column], known)
+    return row
+
+
+def with_labels(batch: Batch, labels: dict[str, list[str]]) -> Batch:
+    """A batch whose class numbers are replaced by names that its file doesn't have."""
+    rows = [named(row.columns, labels) for row in batch.parsed()]
+    return replace(batch, rows=rows, lines=None)

@@ -1,0 +1,144 @@
+"""All rows of one use of the data, tokenized: on disk what is large, in memory what decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_kit.data.duplicates import Signed, ranks
+from lora_kit.data.encode import Part
+from lora_kit.data.formats import Dropped, Example
+
+# Rows with a signature, at most: 512 bytes each. Beyond, those of the lowest ranks are a sample.
+LARGEST_SAMPLE = 200_000
+_EXAMPLES = 64
+# Of each row: name, type.
+_COLUMNS = (
+    *(("lengths", np.int32), ("span_counts", np.int16), ("sizes", np.int32)),
+    *(("answers", np.int16), ("numbers", np.uint32), ("keys", np.uint64)),
+    *(("questions", np.uint64), ("groups", np.uint64), ("joins", np.bool_)),
+)
+
+
+class Table:
+    """Collects parts in their order. `below` is the rank under which rows get a signature."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.path = path
+        self.seed = seed
+        self.below = 2**64 - 1
+        self.read = 0
+        self.dropped, self.cut = Dropped(), Dropped()
+        self.without_supervision = 0
+        self.joiner: str | None = None
+        self.examples: dict[int, Example] = {}
+        self.label_names: dict[str, int] = {}
+        self._file = path.open("wb")
+        self._parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in _COLUMNS}
+        self._more: dict[str, list[np.ndarray]] = {n: [] for n in ("spans", "sources", "labels")}
+        self._signed: list[tuple[np.ndarray, Signed, Signed]] = []
+        self._rows = self._sampled = 0
+
+    def add(self, source: int, part: Part) -> None:
+        """Add the rows of a batch; `source` is the number of its file."""
+        self._file.write(part.ids.tobytes())
+        for name, kind in _COLUMNS:
+            self._parts[name].append(np.array(getattr(part, name), dtype=kind))
+        self._more["spans"].append(np.array(part.spans, dtype=np.int32))
+        self._more["sources"].append(np.full(len(part.lengths), source, dtype=np.int32))
+        codes = [self.label_names.setdefault(n, len(self.label_names)) if n else -1
+                 for n in part.labels]  # fmt: skip
+        self._more["labels"].append(np.array(codes, dtype=np.int32))
+        # A worker may have begun before `below` fell.
+        order = ranks(np.array(part.keys, dtype=np.uint64)[part.signed_rows], self.seed)
+        signed = self._below(order, part.signed_rows, part.signed, part.signed_questions)
+        self._signed.append((signed[0] + self._rows, *signed[1:]))
+        self._sampled += len(signed[0])
+        if self._sampled > LARGEST_SAMPLE:
+            self._sample_fewer()
+        if self.joiner is None and part.lengths:
+            self.joiner = part.joiner
+        self.examples |= {self._rows + n: example for n, example in part.examples.items()}
+        if len(self.examples) > 8 * _EXAMPLES:
+            self._forget_examples()
+        self.read += part.read
+        self.dropped.merge(part.dropped)
+        self.cut.merge(part.cut)
+        self.without_supervision += part.without_supervision
+        self._rows += len(part.lengths)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def finish(self) -> Table:
+        """Close the file and put the parts together."""
+        self._file.close()
+        for name, parts in [*self._parts.items(), *self._more.items()]:
+            setattr(self, name, np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
+            parts.clear()
+        self.keys: np.ndarray = self.keys.astype(np.uint64)
+        self.lengths: np.ndarray
+        self.sizes: np.ndarray
+        self.answers: np.ndarray
+        self.numbers: np.ndarray
+        self.sources: np.ndarray
+        self.labels: np.ndarray
+        self.groups: np.ndarray
+        self.questions: np.ndarray
+        self.joins: np.ndarray
+        self.spans: np.ndarray
+        self.span_counts: np.ndarray
+        self.ranks = ranks(self.keys, self.seed)
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        self.span_offsets = np.concatenate([[0], np.cumsum(self.span_counts, dtype=np.int64)]) * 2
+        count = int(self.offsets[-1])
+        self.ids = (
+            np.memmap(self.path, np.int32, "r", shape=(count,)) if count else np.zeros(0, "i")
+        )
+        self.signed_rows = np.concatenate([np.zeros(0, np.int64), *(p[0] for p in self._signed)])
+        self.signed = Signed.join([p[1] for p in self._signed])
+        self.signed_questions = Signed.join([p[2] for p in self._signed])
+        self._signed.clear()
+        if len(self):
+            self._forget_examples()
+        return self
+
+    def forget_signatures(self) -> None:
+        """Once what is near is known: a hundred megabytes that writing rows can use."""
+        self.signed = self.signed_questions = Signed.join([])
+
+    def tokens(self, row: int) -> np.ndarray:
+        """The token ids of a row: int32."""
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    def learned(self, row: int) -> np.ndarray:
+        """The spans that a row is learned from: int32, (spans, 2)."""
+        return self.spans[self.span_offsets[row] : self.span_offsets[row + 1]].reshape(-1, 2)
+
+    def place(self, row: int) -> tuple[int, int]:
+        return int(self.sources[row]), int(self.numbers[row])
+
+    def _below(
+        self, order: np.ndarray, rows: np.ndarray, signed: Signed, questions: Signed
+    ) -> tuple[np.ndarray, Signed, Signed]:
+        """Of some signed rows those whose rank is sampled."""
+        low = order < np.uint64(self.below)
+        return rows[low], signed[low], questions[low] if len(questions) else questions
+
+    def _sample_fewer(self) -> None:
+        """Halve the ranks that are sampled. What is left does not depend on when this happens."""
+        self.below //= 2
+        kept: list[Any] = []
+        keys = np.concatenate(self._parts["keys"])
+        for rows, signed, questions in self._signed:
+            kept.append(self._below(ranks(keys[rows], self.seed), rows, signed, questions))
+        self._signed = kept
+        self._sampled = sum(len(rows) for rows, _, _ in kept)
+
+    def _forget_examples(self) -> None:
+        keys = np.concatenate(self._parts["keys"]) if self._parts["keys"] else self.keys
+        rows = np.array(sorted(self.examples), dtype=np.int64)
+        order = rows[np.argsort(ranks(keys[rows], self.seed), kind="stable")]
+        self.examples = {int(n): self.examples[int(n)] for n in order[:_EXAMPLES]}

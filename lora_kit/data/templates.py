@@ -1,0 +1,214 @@
+"""Chat templates: the shipped ones, and rendering in transformers' sandbox, bounded in time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lora_kit.data.formats import Message, NotUsable
+from lora_kit.errors import UserError
+
+SECONDS_TO_RENDER = 10.0
+_GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+_BEGIN = "{{% if {bos} %}}{{{{ bos_token }}}}{{% endif %}}"
+# For a base without a template. Where the tokenizer has no <|im_end|>, a turn ends with its
+# end-of-text token, so that generation stops in every engine without new embeddings.
+_SHIPPED = {
+    "chatml": _BEGIN + "{{% for message in messages %}}"
+    "<|im_start|>{{{{ message['role'] }}}}\n{{{{ message['content'] }}}}{end}\n"
+    "{{% endfor %}}"
+    "{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}",
+    # The layout that Stanford's Alpaca made common, without its preamble.
+    "alpaca": _BEGIN + "{{% for message in messages %}}"
+    "{{% if message['role'] == 'assistant' %}}"
+    "### Response:\n{{{{ message['content'] }}}}{end}\n\n"
+    "{{% elif message['role'] == 'system' %}}{{{{ message['content'] }}}}\n\n"
+    "{{% else %}}### Instruction:\n{{{{ message['content'] }}}}\n\n{{% endif %}}"
+    "{{% endfor %}}"
+    "{{% if add_generation_prompt %}}### Response:\n{{% endif %}}",
+}
+
+
+def set_template(tokenizer: Any, name: str | None) -> None:
+    """Give a tokenizer the shipped template of this name; None leaves it as it is.
+
+    Raises:
+        UserError: the tokenizer has a template of its own, or one that cannot be used.
+    """
+    if name is None:
+        if tokenizer.chat_template:
+            check_template(tokenizer)
+        return
+    if tokenizer.chat_template:
+        raise UserError(
+            "data.chat_template: this base has a template of its own; leave the key out"
+        )
+    marked = name == "chatml" and "<|im_end|>" in tokenizer.get_vocab()
+    end = "<|im_end|>" if marked else tokenizer.eos_token
+    begins = tokenizer.bos_token is not None and context_token(tokenizer) == [
+        tokenizer.bos_token_id
+    ]
+    tokenizer.chat_template = _SHIPPED[name].format(bos=str(begins).lower(), end=end)
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises UserError if a template cannot render one question and its answer, or takes longer
+    than SECONDS_TO_RENDER for it."""
+    import jinja2
+
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        names = ", ".join(template) if isinstance(template, dict) else type(template).__name__
+        raise UserError(f"base: several chat templates ({names}): keep one of them")
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            _GENERATION.sub("", template)
+        )
+        # One power can take longer than any limit, and cannot be interrupted. `round` takes one.
+        powers = any(parsed.find_all(jinja2.nodes.Pow)) or any(
+            node.name == "round" for node in parsed.find_all(jinja2.nodes.Filter)
+        )
+    except (jinja2.TemplateSyntaxError, RecursionError):
+        powers = False  # rendering says what is wrong with it
+    if powers:
+        raise UserError("base: the chat template raises to a power, as no honest one does")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = render(tokenizer, turns)
+    except NotUsable as error:
+        raise UserError(f"base: the chat template is not usable: {error.detail}") from None
+    begin = tokenizer.bos_token_id
+    begun = tokenizer(text, add_special_tokens=False).input_ids[:2]
+    if begin is not None and begun == [begin, begin]:
+        raise UserError(
+            "base: the chat template writes the beginning-of-text token twice: no engine would "
+            "serve that; mend the template of the base"
+        )
+
+
+def render(
+    tokenizer: Any,
+    messages: list[Message] | tuple[Message, ...],
+    tools: tuple[Any, ...] = (),
+    add_generation_prompt: bool = False,
+) -> str:
+    """What the tokenizer's template writes for a conversation.
+
+    Raises:
+        NotUsable: it refuses these turns, or reaches for what its sandbox forbids.
+        UserError: it takes longer than SECONDS_TO_RENDER.
+    """
+    return render_many(tokenizer, [messages], tools, add_generation_prompt)[0]
+
+
+def render_many(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    tools: tuple[Any, ...] = (),
+    add_generation_prompt: bool = False,
+) -> list[str]:
+    """`render` for several conversations with the same tools; all of them, or none."""
+    plain = [
+        [{k: v for k, v in m.items() if k != "weight"} if "weight" in m else m for m in messages]
+        for messages in conversations
+    ]
+    parsed = [[_with_parsed_calls(message) for message in messages] for messages in plain]
+    if parsed == plain:
+        return _rendered(tokenizer, plain, tools, add_generation_prompt)
+    try:
+        return _rendered(tokenizer, parsed, tools, add_generation_prompt)
+    except NotUsable:  # it wants them as text
+        return _rendered(tokenizer, plain, tools, add_generation_prompt)
+
+
+def _with_parsed_calls(message: Message) -> Message:
+    """OpenAI spells the arguments of a call as JSON in a text; most templates take an object, and
+    engines give them one. The text would be quoted once more."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(function["arguments"])
+                if isinstance(arguments, dict):
+                    function = {**function, "arguments": arguments}
+                    call = {**call, "function": function} if "function" in call else function
+        calls.append(call)
+    return {**message, "tool_calls": calls}
+
+
+def _rendered(
+    tokenizer: Any, plain: list[list[Message]], tools: tuple[Any, ...], add_generation_prompt: bool
+) -> list[str]:
+    import jinja2
+
+    try:
+        with _time_limit():
+            return tokenizer.apply_chat_template(
+                plain,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **({"tools": list(tools)} if tools else {}),
+            )
+    except UserError:  # the time limit's; a ValueError as well
+        raise
+    except (
+        *(jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError),
+        *(AttributeError, MemoryError, RuntimeError, SyntaxError),
+    ) as error:
+        roles = "-".join(turn["role"] for turn in plain[0])
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise NotUsable("that the chat template refuses", f"{roles:.60}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Interrupt a template that loops. Only the main thread can be interrupted so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        raise UserError(
+            f"the chat template was still rendering after {SECONDS_TO_RENDER:g} s: it loops; use "
+            "the template of a base you trust"
+        )
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_RENDER)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def prompt_text(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] = ()) -> str:
+    """What a model is given so that it answers: the template's prompt, or the bare content.
+
+    Some templates write more before an answer than their own prompt holds, such as Qwen3's empty
+    thoughts. Answers were learned after that, so it belongs to the prompt.
+    """
+    if not tokenizer.chat_template:
+        return messages[-1]["content"]
+    prompt = render(tokenizer, messages, tools, add_generation_prompt=True)
+    answer = {"role": "assistant", "content": "sentinelx"}
+    answered = render(tokenizer, [*messages, answer], tools)
+    learned_after, _, _ = answered.rpartition("sentinelx")
+    more = learned_after.removeprefix(prompt)
+    return learned_after if learned_after.startswith(prompt) and more.strip() else prompt
+
+
+def context_token(tokenizer: Any) -> list[int]:
+    """The token that stands before a text: beginning-of-text if the tokenizer adds it, else end."""
+    added = tokenizer("a").input_ids
+    if tokenizer.bos_token_id is not None and added[:1] == [tokenizer.bos_token_id]:
+        return [tokenizer.bos_token_id]
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -1,0 +1,235 @@
+"""Prepared once: by one process, whole or not at all, and again where it is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATML, make_tokenizer
+from processes import until
+
+from lora_kit.data import cache
+
+KEY = "0123abc"
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache; it is not there yet."""
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Build:
+    """Writes two files, and counts how often."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, folder: Path) -> None:
+        self.times += 1
+        (folder / "rows.bin").write_bytes(bytes(range(200)))
+        (folder / "meta.json").write_text('{"rows": 3}', encoding="utf-8")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_what_was_prepared_is_kept(root: Path) -> None:
+    build = Build()
+    folder = cache.prepared(KEY, build)
+    assert folder == root / KEY == cache.prepared(KEY, build) and build.times == 1
+    assert names(folder) == ["meta.json", "rows.bin", "seal.json"]
+    assert names(root) == [KEY, f"{KEY}.lock"]
+    cache.prepared("another", build)
+    assert build.times == 2
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "a byte flipped": lambda f: (f / "rows.bin").write_bytes(bytes([1, *range(1, 200)])),
+    "cut short": lambda f: os.truncate(f / "rows.bin", 150),
+    "a file gone": lambda f: (f / "meta.json").unlink(),
+    "a folder in place of a file": lambda f: (
+        (f / "meta.json").unlink(),
+        (f / "meta.json").mkdir(),
+    ),
+    "no seal": lambda f: (f / "seal.json").unlink(),
+    "an empty seal": lambda f: (f / "seal.json").write_text("{}"),
+    "a seal cut short": lambda f: os.truncate(f / "seal.json", 9),
+    "a seal of something else": lambda f: (f / "seal.json").write_text("3"),
+    "a seal that is no text": lambda f: (f / "seal.json").write_bytes(b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_what_is_damaged_is_prepared_again(
+    damage: Callable[[Path], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = Build()
+    folder = cache.prepared(KEY, build)
+    damage(folder)
+    assert cache.prepared(KEY, build) == folder and build.times == 2
+    assert f"{folder}: damaged: prepared again" in capsys.readouterr().err
+    assert (folder / "rows.bin").read_bytes() == bytes(range(200))
+    assert cache.prepared(KEY, build) == folder and build.times == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_preparation_that_fails_leaves_nothing_behind(
+    root: Path, error: type[BaseException]
+) -> None:
+    def build(folder: Path) -> None:
+        (folder / "half").write_bytes(b"half")
+        raise error
+
+    with pytest.raises(error):
+        cache.prepared(KEY, build)
+    assert names(root) == [f"{KEY}.lock"]
+    good = Build()
+    assert names(cache.prepared(KEY, good)) == ["meta.json", "rows.bin", "seal.json"]
+
+
+def test_what_a_killed_process_left_is_not_used(root: Path) -> None:
+    (root / f"{KEY}.partial").mkdir(parents=True)
+    (root / f"{KEY}.partial" / "rubbish").write_bytes(b"half")
+    folder = cache.prepared(KEY, Build())
+    assert names(folder) == ["meta.json", "rows.bin", "seal.json"]
+    assert names(root) == [KEY, f"{KEY}.lock"]
+
+
+def test_without_a_place_to_keep_it_a_temporary_folder_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a file"
+    file.write_text("in the way")
+    build = Build()
+    for place in (file, file / "below"):
+        monkeypatch.setenv("LORA_KIT_CACHE", str(place))
+        folder = cache.prepared(KEY, build)
+        assert (folder / "rows.bin").read_bytes() == bytes(range(200))
+        assert tmp_path not in folder.parents
+        assert f"data: {place}: not kept there" in capsys.readouterr().err
+    assert build.times == 2 and file.read_text() == "in the way"
+
+
+def test_a_temporary_folder_goes_with_its_process(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    found = run_script(
+        "print(cache.prepared('key', lambda f: (f / 'a').write_text('a')))", tmp_path / "file"
+    )
+    (folder,) = found.stdout.split()
+    assert Path(folder).name.startswith("lora_kit-") and not Path(folder).exists()
+
+
+def test_what_no_run_has_used_for_a_month_is_forgotten(root: Path) -> None:
+    build = Build()
+    for key in ("old", "used", "new"):
+        cache.prepared(key, build)
+    (root / "killed.partial").mkdir()
+    month_ago = time.time() - (cache.DAYS_KEPT + 1) * 86400
+    for name in ("old", "used", "killed.partial"):
+        os.utime(root / name, (month_ago, month_ago))
+    cache.prepared("used", build)  # it counts when it was used, not when it was made
+    cache.prepared("next", build)
+    assert names(root) == [
+        *("new", "new.lock", "next", "next.lock", "used", "used.lock"),
+    ]
+    assert build.times == 4
+
+
+def test_another_folder_in_the_cache_is_left_alone(root: Path) -> None:
+    (root / "mine").mkdir(parents=True)
+    (root / "mine" / "thesis.txt").write_text("years of work")
+    os.utime(root / "mine", (0, 0))
+    cache.prepared(KEY, Build())
+    assert (root / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def script(code: str) -> list[str]:
+    start = "import os, sys, time\nfrom pathlib import Path\nfrom lora_kit.data import cache\n"
+    return [sys.executable, "-c", start + code]
+
+
+def run_script(code: str, root: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LORA_KIT_CACHE": str(root)}
+    return subprocess.run(
+        script(code), capture_output=True, text=True, check=True, timeout=60, env=environment
+    )
+
+
+WAITING = """
+def build(folder):
+    with open("log", "a") as log:
+        print("built by", os.getpid(), file=log, flush=True)
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    (folder / "rows").write_text("rows")
+print((cache.prepared("key", build) / "rows").read_text())
+"""
+
+
+def start(name: str) -> subprocess.Popen[bytes]:
+    with open(f"{name}.out", "wb") as out, open(f"{name}.err", "wb") as err:
+        return subprocess.Popen(script(WAITING), stdout=out, stderr=err)
+
+
+def log() -> list[str]:
+    return Path("log").read_text().splitlines() if Path("log").exists() else []
+
+
+def test_two_processes_prepare_once(work: Path) -> None:
+    first = start("first")
+    assert until(lambda: len(log()) == 1, 30)
+    second = start("second")
+    assert until(
+        lambda: "another process prepares it: waiting" in Path("second.err").read_text(), 30
+    )
+    Path("go").touch()
+    assert first.wait(30) == second.wait(30) == 0
+    assert log() == [f"built by {first.pid}"]
+    assert Path("first.out").read_text() == Path("second.out").read_text() == "rows\n"
+
+
+def test_where_one_process_is_killed_the_other_prepares(work: Path) -> None:
+    first = start("first")
+    assert until(lambda: len(log()) == 1, 30)
+    second = start("second")
+    assert until(lambda: "waiting" in Path("second.err").read_text(), 30)
+    first.kill()
+    first.wait(30)
+    assert until(lambda: len(log()) == 2, 30)
+    Path("go").touch()
+    assert second.wait(30) == 0 and Path("second.out").read_text() == "rows\n"
+    assert names(work / "cache") == ["key", "key.lock"]
+
+
+def test_a_key_is_of_all_that_decides_and_of_nothing_else(tmp_path: Path) -> None:
+    def tokenizer(name: str, **settings: Any) -> Any:
+        return make_tokenizer(tmp_path / name, **settings)
+
+    first = tokenizer("a")
+    key = cache.key_of({"seed": 0}, "chat", first)
+    assert key == cache.key_of({"seed": 0}, "chat", tokenizer("b"))
+    first(["long enough", "x"], padding=True, truncation=True, max_length=4)
+    assert key == cache.key_of({"seed": 0}, "chat", first)  # it was used, and is the same
+    others = [
+        cache.key_of({"seed": 1}, "chat", first),
+        cache.key_of({"seed": 0}, "text", first),
+        cache.key_of({"seed": 0}, "chat", tokenizer("c", chat_template=CHATML)),
+        cache.key_of({"seed": 0}, "chat", tokenizer("d", bos=True)),
+    ]
+    first.eos_token = "<|im_end|>"
+    others.append(cache.key_of({"seed": 0}, "chat", first))
+    first.eos_token = "<eos>"
+    first.add_tokens(["more"])
+    others.append(cache.key_of({"seed": 0}, "chat", first))
+    assert len({key, *others}) == 7
+    assert json.dumps(key).strip('"').isalnum() and len(key) == 32

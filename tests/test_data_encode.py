@@ -1,0 +1,96 @@
+"""Any number of workers: the same files, and the same mistakes named."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import CHATML, make_tokenizer
+from prepared import chats, prepared, put, put_texts, texts
+
+from lora_kit.data import encode, readers, table
+from lora_kit.errors import UserError
+from lora_kit.hashes import file_hash
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; and batches so small that a few rows are enough for a pool."""
+    monkeypatch.setattr(readers, "BATCH_ROWS", 20)
+    return use_cache(tmp_path / "cache", monkeypatch)
+
+
+def use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORA_KIT_CACHE", str(folder))
+    return folder
+
+
+def hashes(cache: Path) -> dict[str, str]:
+    (kept,) = [folder for folder in cache.iterdir() if folder.is_dir()]
+    return {file.name: file_hash(file) for file in sorted(kept.iterdir())}
+
+
+def test_any_number_of_workers_writes_the_same_bytes(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that depends on several batches: samples, fractions, duplicates, dropped rows."""
+    monkeypatch.setattr(table, "LARGEST_SAMPLE", 60)
+    rows = chats(400, 5)
+    bad: list[dict[str, Any]] = [{"prompt": "?", "completion": None}] * 9
+    mixed = [*rows, *bad, *rows[:30]]
+    random.Random(0).shuffle(mixed)
+    data = {
+        "train": [
+            {"source": put(tmp_path / "a.jsonl", mixed), "fraction": 0.7},
+            {"source": put(tmp_path / "b.jsonl", chats(150, 5, seed=1)), "fraction": 0.3},
+        ],
+        "eval": 0.1,
+        "general": put_texts(tmp_path / "general.txt", texts(120, seed=2)),
+        "replay": 0.1,
+        "against": put(tmp_path / "against.jsonl", [{"q": r["prompt"]} for r in rows[:50]]),
+    }
+    batches = 439 // 20 + 150 // 20 + 120 // 20
+    assert batches >= encode.FEWEST_FOR_WORKERS
+    found = []
+    for workers in (1, 2, 3):
+        folder = use_cache(tmp_path / f"cache-{workers}", monkeypatch)
+        census = prepared(tokenizer, check=False, workers=workers, **data).census
+        found.append(hashes(folder))
+    assert found[0] == found[1] == found[2]
+    assert 0 < census.compared <= 60 and census.duplicates["exact"] == 30
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def test_a_mistake_that_a_worker_finds_is_the_users(
+    tmp_path: Path, tokenizer: Any, cache: Path
+) -> None:
+    lines = [json.dumps(row) for row in chats(300, 3)]
+    lines[229] = '{"prompt": "a", "completion": '
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    before = children()
+    with pytest.raises(UserError, match=r"a\.jsonl:230: not JSON"):
+        prepared(tokenizer, train=str(tmp_path / "a.jsonl"), workers=2)
+    assert [file.suffix for file in cache.iterdir()] == [".lock"]
+    started = [p for p in children() - before if "loky" in " ".join(psutil.Process(p).cmdline())]
+    assert len(started) <= 1  # loky's tracker of semaphores stays, for the next pool
+
+
+def test_few_rows_are_encoded_in_this_process(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "loky", None)  # importing it would fail
+    train = put(tmp_path / "a.jsonl", chats(20 * (encode.FEWEST_FOR_WORKERS - 1), 3))
+    assert len(prepared(tokenizer, train=train, workers=4).eval) == 14

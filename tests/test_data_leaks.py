@@ -1,0 +1,196 @@
+"""Rows to judge by that stand among the rows to learn from."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATML, make_tokenizer
+from prepared import chats, prepared, put, put_texts, texts
+
+from lora_kit.data import table
+from lora_kit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+
+
+def edited(text: str, seed: int) -> str:
+    """One word changed."""
+    chooser = random.Random(seed)
+    words = text.split()
+    words[chooser.randrange(len(words))] = "other"
+    return " ".join(words)
+
+
+def leaks(tokenizer: Any, **data: Any) -> dict[str, Any]:
+    """The counts of the one source that was compared with data.train."""
+    census = prepared(tokenizer, check=False, **data).census
+    (found,) = census.leaks.values()
+    return found
+
+
+@pytest.mark.parametrize("words", [8, 60])
+def test_copies_and_light_edits_are_found(tmp_path: Path, tokenizer: Any, words: int) -> None:
+    """A tenth of the training rows is copied, another has a word of the answer changed."""
+    train = chats(400, words)
+    other = chats(100, words, seed=1)
+    # White space, case and punctuation make no other row.
+    same = [{"prompt": r["prompt"].upper() + " ?", "completion": r["completion"] + "."}
+            for r in train[:20]] + train[20:40]  # fmt: skip
+    light = [
+        {**row, "completion": edited(row["completion"], n)} for n, row in enumerate(train[40:80])
+    ]
+    found = leaks(
+        tokenizer,
+        train=put(tmp_path / "train.jsonl", train),
+        eval=put(tmp_path / "eval.jsonl", [*other, *same, *light]),
+        max_length=4096,
+    )
+    assert (found["rows"], found["exact"]) == (180, 40)
+    assert 36 <= found["near"] <= 40
+    assert found["first_exact"] == f"{tmp_path}/eval.jsonl:101 is {tmp_path}/train.jsonl:1"
+    assert found["first_near"].startswith(f"{tmp_path}/eval.jsonl:1")
+
+
+def test_none_is_reported_on_a_clean_pair(tmp_path: Path, tokenizer: Any) -> None:
+    train = put(tmp_path / "train.jsonl", chats(500, 10))
+    found = prepared(tokenizer, train=train, eval=put(tmp_path / "eval.jsonl", chats(200, 10, 1)))
+    (leak,) = found.census.leaks.values()
+    assert (leak["rows"], leak["exact"], leak["near"]) == (200, 0, 0)
+    assert leak["first_exact"] == leak["first_near"] == ""
+    assert found.census.train.rows_kept == 500 and found.census.eval.rows_kept == 200
+
+
+def test_a_leak_stops_the_run_and_a_higher_limit_leaves_the_row_out(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    train, other = chats(60), chats(30, seed=1)
+    data = {
+        "train": put(tmp_path / "train.jsonl", train),
+        "eval": put(tmp_path / "eval.jsonl", [*other, train[5], train[5]]),
+    }
+    with pytest.raises(UserError, match=r"2 of 32 rows .*eval\.jsonl:31 is .*train\.jsonl:6.*"
+                       r"data\.limits\.exact_leaks"):  # fmt: skip
+        prepared(tokenizer, **data)
+    census = prepared(tokenizer, **data, limits={"exact_leaks": 2}).census
+    assert census.eval.rows_read == 32 and census.eval.rows_kept == 30
+    assert census.eval.dropped == {"that stand in data.train too": 2}
+    assert census.eval.first["that stand in data.train too"] == f"{tmp_path}/eval.jsonl:31"
+    everything = put(tmp_path / "all.jsonl", train[:9])
+    with pytest.raises(UserError, match=r"data\.eval: every row is a row of data\.train too"):
+        prepared(tokenizer, train=data["train"], eval=everything)
+
+
+def test_near_leaks_have_a_limit_of_their_own(tmp_path: Path, tokenizer: Any) -> None:
+    train, other = chats(60), chats(38, seed=1)
+    light = [{**row, "completion": edited(row["completion"], 1)} for row in train[:2]]
+    data = {
+        "train": put(tmp_path / "train.jsonl", train),
+        "eval": put(tmp_path / "eval.jsonl", [*light, *other]),
+    }
+    with pytest.raises(UserError, match=r"2 of 40 rows are nearly .*1\.0%.*data\.limits\.near_"):
+        prepared(tokenizer, **data)
+    assert prepared(tokenizer, **data, limits={"near_leaks": 0.05}).census.eval.rows_kept == 40
+
+
+def benchmark(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows as a benchmark of other columns has them."""
+    return [
+        {"id": n, "item": {"stem": r["prompt"], "choices": [r["completion"], "none"]}, "n": 3.5}
+        for n, r in enumerate(rows)
+    ]
+
+
+def test_benchmarks_of_any_columns_are_searched(tmp_path: Path, tokenizer: Any) -> None:
+    train, other = chats(300), chats(100, seed=1)
+    # Only the question is the same: such an answer may be anything.
+    asked = [{"prompt": r["prompt"], "completion": o["completion"]}
+             for r, o in zip(train[:30], other, strict=False)]  # fmt: skip
+    nearly = [{"prompt": edited(r["prompt"], n), "completion": o["completion"]}
+              for n, (r, o) in enumerate(zip(train[30:60], other, strict=False))]  # fmt: skip
+    rows = benchmark([*other[60:], *asked, *nearly])
+    found = leaks(
+        tokenizer,
+        train=put(tmp_path / "train.jsonl", train),
+        eval=0.01,
+        against=put(tmp_path / "benchmark.jsonl", rows),
+    )
+    assert found["rows"] == 100
+    assert 28 <= found["exact"] <= 30  # a few questions may be held out
+    assert 26 <= found["near"] <= 30
+    assert "benchmark.jsonl:41 is " in found["first_exact"]
+
+
+def test_a_clean_benchmark_is_clean_whatever_it_holds(tmp_path: Path, tokenizer: Any) -> None:
+    rows: list[dict[str, Any]] = benchmark(chats(50, seed=1))
+    rows += [{"id": 1, "answer": 2}, {"id": None, "item": ""}, {"item": {"stem": "  ?"}}]
+    against = put(tmp_path / "benchmark.jsonl", rows)
+    train = put(tmp_path / "train.jsonl", chats(100))
+    found = leaks(tokenizer, train=train, against=against)
+    assert (found["rows"], found["exact"], found["near"]) == (53, 0, 0)
+    documents = put_texts(tmp_path / "train.txt", texts(100))
+    found = leaks(tokenizer, kind="text", train=documents, against=against)
+    assert (found["rows"], found["exact"], found["near"]) == (53, 0, 0)
+
+
+def test_a_benchmark_of_documents_is_searched_in_text(tmp_path: Path, tokenizer: Any) -> None:
+    train = texts(100, 40)
+    against = [{"passage": train[n]} for n in range(5)] + [{"passage": edited(train[9], 0)}]
+    census = prepared(
+        tokenizer,
+        "text",
+        check=False,
+        train=put_texts(tmp_path / "train.txt", train),
+        eval=put_texts(tmp_path / "eval.txt", texts(20, 40, seed=1)),
+        against=put(tmp_path / "benchmark.jsonl", [*against, {"passage": "short"}]),
+    ).census
+    found = census.leaks[f"data.against: {tmp_path}/benchmark.jsonl"]
+    assert (found["rows"], found["exact"], found["near"]) == (7, 5, 1)
+
+
+def test_rows_that_are_held_out_are_no_leak(tmp_path: Path, tokenizer: Any) -> None:
+    """A benchmark must not stand in what is learned from; that it is judged does no harm."""
+    train = put(tmp_path / "train.jsonl", chats(40))
+    whole = leaks(tokenizer, train=train, eval=0.5,
+                  against=put(tmp_path / "b.jsonl", benchmark(chats(40))))  # fmt: skip
+    assert whole["exact"] == 20
+
+
+@pytest.mark.parametrize("what", ["eval", "against"])
+def test_a_file_on_both_sides_is_refused(tmp_path: Path, tokenizer: Any, what: str) -> None:
+    train = put(tmp_path / "train.jsonl", chats(40))
+    with pytest.raises(UserError, match=rf"data\.{what}: .*is learned from as well"):
+        prepared(tokenizer, train=train, **{what: train})
+
+
+def test_beyond_a_sample_near_ones_are_looked_for_in_it(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "LARGEST_SAMPLE", 200)
+    train, other = chats(600), chats(60, seed=1)
+    light = [{**row, "completion": edited(row["completion"], 1)} for row in train[:60]]
+    data = {
+        "train": put(tmp_path / "train.jsonl", train),
+        "eval": put(tmp_path / "eval.jsonl", [*other, *train[60:120], *light]),
+    }
+    census = prepared(tokenizer, check=False, **data).census
+    assert 100 <= census.compared <= 200
+    (note,) = census.notes
+    assert note == (
+        f"near duplicates and near leaks were looked for among {census.compared} of 600 rows, a "
+        "random sample"
+    )
+    (leak,) = census.leaks.values()
+    assert leak["exact"] == 60  # by their hashes, always
+    # The rows to judge are few: each of them is compared with the sample.
+    assert abs(leak["near"] - 60 * census.compared / 600) <= 10
