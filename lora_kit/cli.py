@@ -29,6 +29,11 @@ app = typer.Typer(
 # What typer raises for a verb or an option that is wrong; it has no public name of its own.
 _WrongUsage: Any = typer.BadParameter.__base__
 RunDir = Annotated[Path, typer.Argument(help="A finished run, such as runs/demo/sft.")]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object.")]
 
 
@@ -60,11 +65,8 @@ def demo() -> None:
 
 @app.command()
 def train(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's."),
-    ] = None,
+    run_file: RunFile,
+    overrides: Overrides = None,
     accelerate: Annotated[
         str | None,
         typer.Option(help="A config of accelerate_configs/, or a path; default: what fits."),
@@ -87,11 +89,8 @@ def train(
 
 @app.command()
 def preview(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's."),
-    ] = None,
+    run_file: RunFile,
+    overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="How many to show; 0: none.")] = 3,
     split: Annotated[
         Literal["train", "eval", "general"], typer.Option(help="Whose samples are shown.")
@@ -121,9 +120,14 @@ def preview(
     tokenizer = load_tokenizer(pin(run.base, weights=False))
     set_template(tokenizer, run.data.chat_template)
     kinds: dict[str, Kind] = {"sft": "chat", "cpt": "text"}
-    # A recipe of the user's own learns from what is there.
+    # A copied recipe keeps its name; one of the user's own learns from what is there.
     data = prepare(
-        run.data, kinds.get(run.recipe), tokenizer, run.train.max_length, run.seed, limits=False
+        run.data,
+        kinds.get(Path(run.recipe).stem),
+        tokenizer,
+        run.train.max_length,
+        run.seed,
+        limits=False,
     )
     problems = data.census.problems(run.data.limits)
     if as_json:

@@ -11,11 +11,14 @@ from typing import Any
 NEEDED = (
     *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"),
     *("huggingface_hub", "safetensors", "pydantic", "typer", "rich"),
+    *("pyarrow", "rensa", "loky", "filelock"),
 )
 # package -> what it is for and how it comes
 OPTIONAL = {
     "evaluate": ("metrics of answers by name", "pip install 'lora-kit[metrics]'"),
     "trl": ("the test that compares our losses with TRL's", "pip install 'lora-kit[test]'"),
+    "pypdf": ("PDF files as data", "pip install 'lora-kit[documents]'"),
+    "trafilatura": ("HTML files as data", "pip install 'lora-kit[documents]'"),
     "deepspeed": ("--accelerate zero3", "pip install deepspeed"),
 }
 

@@ -61,20 +61,8 @@ SOURCE_KEYS = ("train", "eval", "general", "against")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = {
     *(".txt", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
-    *(
-        ".gz",
-        ".html",
-        ".htm",
-        ".pdf",
-        ".docx",
-        ".doc",
-        ".odt",
-        ".epub",
-        ".xlsx",
-        ".rtf",
-        ".py",
-        ".conll",
-    ),
+    *(".gz", ".html", ".htm", ".pdf", ".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf"),
+    *(".py", ".conll"),
 }
 # How `lora-kit train` tells its workers how many of them there should be.
 WORLD_SIZE_VARIABLE = "LORA_KIT_WORLD_SIZE"

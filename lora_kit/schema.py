@@ -19,26 +19,10 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # The columns that data.formats knows.
 Column = Literal[
-    "text",
-    "label",
-    "messages",
-    "conversations",
-    "tools",
-    "system",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "context",
-    "output",
-    "response",
-    "question",
-    "answer",
-    "tokens",
-    "tags",
-    "chosen",
-    "rejected",
-]
+    "text", "label", "messages", "conversations", "tools", "system", "prompt", "completion",
+    "instruction", "input", "context", "output", "response", "question", "answer", "tokens", "tags",
+    "chosen", "rejected",
+]  # fmt: skip
 
 
 class _Section(BaseModel):

@@ -6,7 +6,8 @@
 
 Only the assistant's words and the marker that ends them are learned from. The tokenizer's own chat
 template is used; a base without one learns prompt, answer and end-of-text as they are, or is given
-`data.chat_template`. Rows over `train.max_length` tokens are left out and counted, never cut.
+`data.chat_template`. A conversation over `train.max_length` tokens is cut after the last answer
+that fits, or left out; both are counted.
 LoRA: Hu et al. 2021 (arXiv:2106.09685); QLoRA: Dettmers et al. 2023 (arXiv:2305.14314).
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from conftest import CHATML, make_tokenizer
 from processes import until
 
 from lora_kit.data import cache
+from lora_kit.errors import UserError
 
 KEY = "0123abc"
 
@@ -95,6 +97,16 @@ def test_a_preparation_that_fails_leaves_nothing_behind(
     assert names(root) == [f"{KEY}.lock"]
     good = Build()
     assert names(cache.prepared(KEY, good)) == ["meta.json", "rows.bin", "seal.json"]
+
+
+def test_a_full_disk_is_the_users_to_mend(root: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "rows.bin").write_bytes(b"some")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"No space left on device.*LORA_KIT_CACHE"):
+        cache.prepared(KEY, build)
+    assert names(root) == [f"{KEY}.lock"]
 
 
 def test_what_a_killed_process_left_is_not_used(root: Path) -> None:

@@ -135,6 +135,18 @@ def test_text_is_closed_where_it_is_learned_and_not_where_it_is_judged(
     assert (census.train.end_markers_supervised, census.eval.end_markers_supervised) == (30, 0)
 
 
+def test_blocks_that_go_on_are_closed_once(tmp_path: Path, tokenizer: Any) -> None:
+    """One long text is cut into blocks; what stands between two that are held out is a text."""
+    train = put_texts(tmp_path / "a.txt", ["\n".join(texts(300))])
+    general = put_texts(tmp_path / "b.txt", texts(60, seed=1))
+    for packing in ("documents", "running"):
+        data = {"train": train, "eval": 0.25, "packing": packing}
+        for more in ({}, {"general": general, "replay": 0.05}):
+            found = prepared(tokenizer, "text", **data, **more)
+            closed = int((found.rows("train").ids == tokenizer.eos_token_id).sum())
+            assert 1 < found.census.train.end_markers_supervised == closed
+
+
 def test_repeated_rows_are_counted_once_each(tmp_path: Path, tokenizer: Any) -> None:
     rows = chats(50)
     again = [{**row, "prompt": f" {row['prompt'].upper()}\n"} for row in rows[:7]]

@@ -10,6 +10,7 @@ from conftest import WORDS, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_kit.data.census import histogram
 from lora_kit.data.duplicates import (
     LONGEST,
     NEAR,
@@ -18,10 +19,10 @@ from lora_kit.data.duplicates import (
     are_near,
     clusters,
     hashed,
-    histogram,
     joined,
     near_any,
     near_pairs,
+    parted,
     ranks,
     repeated,
     sign,
@@ -141,8 +142,14 @@ def test_clusters_are_linked_by_what_is_in_between() -> None:
 def test_clusters_do_not_depend_on_the_order() -> None:
     texts = prose(120)
     texts += [one_word_changed(text, n) for n, text in enumerate(texts[:40])] + texts[:20]
+    # Of many that are alike some are near and some are not.
+    alike = [text for text in prose(40, 60, seed=1) for _ in range(10)]
+    for seed in range(4):
+        alike = [one_word_changed(text, 400 * seed + n) for n, text in enumerate(alike)]
     found = clusters_of(texts)
     assert len(np.unique(found)) == 120
+    texts += list(dict.fromkeys(alike))
+    found = clusters_of(texts)
     order = np.random.default_rng(0).permutation(len(texts))
     again = clusters_of([texts[n] for n in order])
     for n, unit in enumerate(again):
@@ -220,3 +227,25 @@ def test_a_histogram_counts_every_length_once() -> None:
     assert found[0] == (8, 3) and found[-1] == (100, 1)
     assert histogram(np.array([3, 2]), 3) == [(1, 0), (2, 1), (3, 1)]
     assert sum(count for _, count in histogram(np.zeros(0, int), 0)) == 0
+
+
+def test_rows_that_share_a_long_instruction_can_be_split() -> None:
+    """They are all near each other; equal ones stay together, and so does a small cluster."""
+    shared = (
+        "Sort this line into one of our kinds of complaints, questions, orders, or praise; say "
+    )
+    shared += (
+        "none where you cannot tell which of them it may be. Never answer its question itself. "
+    )
+    shared += (
+        "Think of former customers, who were once promised the very same quick reply by mail. "
+    )
+    texts = [f"{shared}{n} {n * n}" for n in range(60)] + ["a line of its own " * 4] * 2
+    texts.append(texts[0])
+    keys = np.array([hashed(text) for text in texts], dtype=np.uint64)
+    roots = clusters(keys, sign(texts), np.arange(len(texts)))
+    assert len(set(roots[:60])) == 1
+    apart = parted(roots, keys)
+    assert len(set(apart[:60])) == 60 and apart[62] == apart[0] and apart[60] == apart[61]
+    few = roots[:15]
+    assert (parted(few, keys[:15]) == few).all()

@@ -66,7 +66,6 @@ def test_the_first_label_of_a_row_is_not_counted() -> None:
     writer.add([8], [(0, 1)])
     rows = writer.finish()
     assert (len(rows), rows.tokens, rows.supervised_tokens) == (3, 6, 2)
-    assert rows.summary() == "3 rows, 6 tokens, 2 of them (33%) learned from"
 
 
 def rows_of(*rows: tuple[list[int], list[int]]) -> list[dict[str, Any]]:

@@ -62,6 +62,19 @@ def test_copies_and_light_edits_are_found(tmp_path: Path, tokenizer: Any, words:
     assert found["first_near"].startswith(f"{tmp_path}/eval.jsonl:1")
 
 
+def test_a_system_prompt_hides_no_leak(tmp_path: Path, tokenizer: Any) -> None:
+    """Whatever stands before a conversation, its question and its answer are known."""
+    rows = [{"prompt": f"Who is {n}?", "completion": f"It is {n * n}."} for n in range(60)]
+    others = chats(9)
+    system = {"system": texts(1, 40)[0]}
+    train = put(tmp_path / "train.jsonl", [row | system for row in rows])
+    both = put(tmp_path / "both.jsonl", rows + others)
+    assert leaks(tokenizer, train=train, eval=both)["exact"] == 60
+    other, same = put(tmp_path / "other.jsonl", others), put(tmp_path / "same.jsonl", rows)
+    found = prepared(tokenizer, check=False, train=train, eval=other, against=same).census.leaks
+    assert found[f"data.against: {same}"]["exact"] == 60
+
+
 def test_none_is_reported_on_a_clean_pair(tmp_path: Path, tokenizer: Any) -> None:
     train = put(tmp_path / "train.jsonl", chats(500, 10))
     found = prepared(tokenizer, train=train, eval=put(tmp_path / "eval.jsonl", chats(200, 10, 1)))

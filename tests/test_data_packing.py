@@ -109,7 +109,6 @@ def test_a_packed_row_is_its_documents_one_after_the_other() -> None:
             start += LENGTHS[document]
         assert start == len(row["input_ids"]) <= ROOM
     assert packed.fill == sum(LENGTHS) / (ROOM * len(packed))
-    assert f"packed into {len(packed)} rows, {packed.fill:.1%} full" in packed.summary()
     learned = sum(int((row["labels"][1:] != IGNORED).sum()) for row in map(packed.__getitem__,
                   range(len(packed))))  # fmt: skip
     assert learned == rows.supervised_tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer
+from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, said, texts
 
 from lora_kit.errors import UserError
@@ -52,6 +52,13 @@ def test_the_side_of_a_row_depends_on_neither_the_order_nor_the_file(
     after = prepared(tokenizer, train=halves, eval=0.3)
     for use in ("train", "eval"):
         assert sorted(said(before, use, tokenizer)) == sorted(said(after, use, tokenizer))
+
+
+def test_rows_of_one_system_prompt_are_no_repeats(tmp_path: Path, tokenizer: Any) -> None:
+    system = {"system": texts(1, 100)[0]}
+    train = put(tmp_path / "a.jsonl", [row | system for row in chats(40, 6)])
+    found = prepared(make_tokenizer(tmp_path / "chatml", CHATML), train=train, max_length=4096)
+    assert len(found.eval) == 4 and found.census.duplicates == {"exact": 0, "near": 0}
 
 
 def test_rows_that_repeat_each_other_stay_on_one_side(tmp_path: Path, tokenizer: Any) -> None:

@@ -100,6 +100,20 @@ def test_what_rounding_leaves_goes_to_the_largest_remainders() -> None:
     assert np.bincount(labels[held]).tolist() == [3, 1, 1]
 
 
+def test_equal_labels_do_not_depend_on_the_order() -> None:
+    keys, names = keys_of(40), np.repeat(np.arange(5), 8)
+    units = np.arange(40)
+    units[[9, 20, 30]] = 0  # a unit whose rows have other labels
+    chosen = set()
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(40)
+        first = list(dict.fromkeys(names[order].tolist()))  # labels are numbered as they come
+        labels = np.array([first.index(name) for name in names[order]])
+        held = hold_out(units[order], keys[order], 0.075, 0, labels)
+        chosen.add(tuple(sorted(keys[order][held].tolist())))
+    assert len(chosen) == 1
+
+
 def test_a_label_keeps_a_row_to_be_learned_from() -> None:
     """What was never learned cannot be judged; 20 labels of one row each stay in train."""
     labels = np.concatenate([np.zeros(100, int), np.arange(1, 21)])

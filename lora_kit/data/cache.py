@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,16 +17,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 
 CACHE_VARIABLE = "LORA_KIT_CACHE"
 # Raised whenever the same input gives other files than before.
-VERSION = 1
+VERSION = 2
 DAYS_KEPT = 30
 _SEAL = "seal.json"
+# Other versions of these can make other rows of the same input.
+_LIBRARIES = ("lora-kit", "tokenizers", "transformers", "rensa", "trafilatura", "pypdf")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def key_of(*parts: Any) -> str:
@@ -34,8 +40,16 @@ def key_of(*parts: Any) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     # Padding and truncation are set when the tokenizer is used, and change nothing here.
     model = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": 0, "truncation": 0}
-    text = json.dumps([VERSION, settings, special, tokenizer.chat_template, model], default=str)
+    made_by = [VERSION, {name: _version(name) for name in _LIBRARIES}]
+    text = json.dumps([made_by, settings, special, tokenizer.chat_template, model], default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # of an extra
+        return None
 
 
 def prepared(key: str, build: Callable[[Path], None]) -> Path:
@@ -73,8 +87,13 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
                 seal = {f.name: file_hash(f) for f in sorted(partial.iterdir())}
                 (partial / _SEAL).write_text(json.dumps(seal), encoding="utf-8")
                 partial.rename(folder)
-            except BaseException:
+            except BaseException as error:
                 shutil.rmtree(partial, ignore_errors=True)
+                if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                    raise UserError(
+                        f"{root}: what is prepared does not fit there ({error.strerror}): make "
+                        f"room, or name another folder with {CACHE_VARIABLE}"
+                    ) from None
                 raise
         with contextlib.suppress(OSError):
             os.utime(folder)

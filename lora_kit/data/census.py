@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from lora_kit.data.duplicates import histogram
 from lora_kit.data.formats import Dropped
 from lora_kit.data.labelled import Labelled
 from lora_kit.errors import UserError
@@ -182,12 +182,9 @@ class Census:
         return lines + [f"note: {note}" for note in self.notes]
 
 
-def leak_count(exact: np.ndarray, near: np.ndarray, places: tuple[str, str]) -> dict[str, Any]:
-    """How many rows leak, each counted once: `near` without the exact ones."""
-    return {
-        "rows": len(exact),
-        "exact": int(exact.sum()),
-        "near": int((near & ~exact).sum()),
-        "first_exact": places[0],
-        "first_near": places[1],
-    }
+def histogram(lengths: np.ndarray, longest: int) -> list[tuple[int, int]]:
+    """(up to so many tokens, rows): twelve ranges of equal width up to `longest`."""
+    edges = np.unique(np.linspace(0, max(longest, 1), 13).round().astype(int))
+    return [
+        (int(b), int(((lengths > a) & (lengths <= b)).sum())) for a, b in pairwise(edges.tolist())
+    ]

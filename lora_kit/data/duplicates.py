@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 NEAR = 0.7
 ONE_WORD = 12  # shingles that a changed word of eight letters takes away
+LARGEST_CLUSTER, LARGEST_SHARE = 20, 0.05  # rows, or share of the rows, that stay together
 POSITIONS = 128  # of a signature: the estimate's standard error is 0.04 at 0.7
 BAND = 4  # 32 bands of 4: a pair at 0.7 is a candidate with 99.98%
 SHINGLE = 5  # bytes
@@ -58,15 +58,20 @@ class Signed:
 
     @staticmethod
     def join(parts: list[Signed]) -> Signed:
-        if not parts:
-            return Signed(np.zeros((0, POSITIONS), np.uint32), np.zeros(0, np.int64))
-        return Signed(
-            np.concatenate([p.values for p in parts]), np.concatenate([p.sizes for p in parts])
-        )
+        """One after the other. The list is emptied on the way, so that no signature is there twice
+        for long."""
+        total = sum(map(len, parts))
+        joined = Signed(np.zeros((total, POSITIONS), np.uint32), np.zeros(total, np.int64))
+        while parts:
+            part = parts.pop()
+            start = total - len(part)
+            joined.values[start:total], joined.sizes[start:total] = part.values, part.sizes
+            total = start
+        return joined
 
 
 def are_near(a: Signed, b: Signed) -> np.ndarray:
-    """Whether each of `a` is near its counterpart in `b`: bool."""
+    """Whether each of `a`, or its only one, is near its counterpart in `b`: bool."""
     smaller = np.minimum(a.sizes, b.sizes)
     least = np.clip((smaller - ONE_WORD) / (smaller + ONE_WORD), 0.5, NEAR)
     return (a.values == b.values).mean(axis=1) >= least
@@ -119,6 +124,18 @@ def clusters(keys: np.ndarray, signed: Signed, rows: np.ndarray) -> np.ndarray:
     return joined(roots, rows[pairs[:, 0]], rows[pairs[:, 1]])
 
 
+def parted(roots: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Large clusters taken apart into rows that are equal: int64, as `clusters` gives.
+
+    A long instruction that many rows share makes all of them near each other, though they are not
+    repeats; together they could not be split. Real repeats come in smaller numbers.
+    """
+    sizes = np.bincount(roots, minlength=len(roots))[roots]
+    large = sizes > max(LARGEST_CLUSTER, LARGEST_SHARE * len(roots))
+    first, inverse = np.unique(keys, return_index=True, return_inverse=True)[1:]
+    return np.where(large, first[inverse], roots)
+
+
 def joined(roots: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Put row a[i] and row b[i] into one cluster, for every i; the first row is its root.
 
@@ -142,8 +159,11 @@ def near_pairs(signed: Signed) -> np.ndarray:
     """
     roots = np.arange(len(signed))
     found = [np.zeros((0, 2), dtype=np.int64)]
+    # Which ones are neighbours is decided by what they say, not by where they stand.
+    said = np.argsort(_mixed(signed.values), kind="stable")
     for start in range(0, POSITIONS, BAND):
-        order, same = _by_band(signed.values[:, start : start + BAND])
+        order, same = _by_band(signed.values[said, start : start + BAND])
+        order = said[order]
         a, b = order[:-1][same], order[1:][same]
         new = roots[a] != roots[b]  # by an earlier band
         a, b = a[new], b[new]
@@ -171,24 +191,22 @@ def near_any(signed: Signed, known: Signed) -> np.ndarray:
             theirs = members[members < len(known)]
             for row in members[members >= len(known)] - len(known):
                 if match[row] < 0:
-                    near = are_near(signed[np.full(len(theirs), row)], known[theirs])
+                    near = are_near(signed[[row]], known[theirs])
                     match[row] = theirs[near.argmax()] if near.any() else -1
     return match
 
 
 def _by_band(band: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows sorted by their values in a band, and whether each has the same ones as the next."""
-    mixed = np.zeros(len(band), dtype=np.uint64)
-    for column in band.T:
-        mixed = (mixed ^ column) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= mixed >> np.uint64(32)
+    mixed = _mixed(band)
     order = np.argsort(mixed, kind="stable")
     return order, mixed[order][1:] == mixed[order][:-1]
 
 
-def histogram(lengths: np.ndarray, longest: int) -> list[tuple[int, int]]:
-    """(up to so many tokens, rows): twelve ranges of equal width up to `longest`."""
-    edges = np.unique(np.linspace(0, max(longest, 1), 13).round().astype(int))
-    return [
-        (int(b), int(((lengths > a) & (lengths <= b)).sum())) for a, b in pairwise(edges.tolist())
-    ]
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """A hash of each row of numbers: uint64."""
+    mixed = np.zeros(len(values), dtype=np.uint64)
+    for column in values.T:
+        mixed = (mixed ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(32)
+    return mixed

@@ -96,8 +96,11 @@ class Encoder:
         part.numbers = [number for number, _ in examples]
         chosen = [example for _, example in examples]
         if format_name == "text":
-            encodings = self._encode([e.text or "" for e in chosen])
-            self._add_texts(part, chosen, encodings)
+            texts = [e.text or "" for e in chosen]
+            ids = [encoding.ids for encoding in self.chat.encode(texts)]
+            part.ids = _flat(ids)
+            self._add_texts(part, texts, [len(row) for row in ids])
+            part.joins = [False] * len(ids)
         else:
             chosen = self._add_chats(part, chosen)
         self._survey(part, chosen, sampled_below)
@@ -114,22 +117,17 @@ class Encoder:
             except NotUsable as error:
                 _drop(part, error, row.place)
 
-    def _encode(self, texts: list[str]) -> list[Any]:
-        return self.chat.encode(texts)
-
-    def _add_texts(self, part: Part, examples: list[Example], encodings: list[Any]) -> None:
-        ids = [encoding.ids for encoding in encodings]
-        part.ids = _flat(ids)
-        part.lengths = [len(row) for row in ids]
-        part.spans = list(chain.from_iterable((0, n) for n in part.lengths))
-        part.span_counts = [1] * len(ids)
-        part.answers = [1] * len(ids)
-        part.sizes = [len((e.text or "").encode()) for e in examples]
-        part.joins = [False] * len(ids)
+    def _add_texts(self, part: Part, texts: list[str], lengths: list[int]) -> None:
+        """Texts are learned from as a whole."""
+        part.lengths = lengths
+        part.spans = list(chain.from_iterable((0, n) for n in lengths))
+        part.span_counts = part.answers = [1] * len(lengths)
+        part.sizes = [len(text.encode()) for text in texts]
 
     def _add_chats(self, part: Part, examples: list[Example]) -> list[Example]:
         kept: list[Example] = []
-        numbers, rows = [], []
+        numbers: list[int] = []
+        rows: list[Encoded] = []
         for number, example, result in zip(
             part.numbers, examples, self.chat(examples), strict=True
         ):
@@ -144,12 +142,8 @@ class Encoder:
                 kept.append(example)
                 numbers.append(number)
                 rows.append(result)
-        self._add_encoded(part, rows)
         part.numbers = numbers
         part.joiner = kept[0].joiner if kept else ""
-        return kept
-
-    def _add_encoded(self, part: Part, rows: list[Encoded]) -> None:
         part.ids = _flat([row.ids for row in rows])
         part.lengths = [len(row.ids) for row in rows]
         part.spans = [n for row in rows for span in row.learned for n in span]
@@ -157,6 +151,7 @@ class Encoder:
         part.answers = [row.answers for row in rows]
         part.sizes = [row.learned_bytes for row in rows]
         part.joins = [False] * len(rows)
+        return kept
 
     def _survey(self, part: Part, examples: list[Example], sampled_below: int) -> None:
         """Hashes and signatures, by which rows are split, and known again."""
@@ -182,9 +177,9 @@ class Encoder:
         part = Part()
         row: Row = next(batch.parsed())
         text, first = row.columns["text"], batch.numbers[0]
-        (encoding,) = self._encode([text])
-        ids = encoding.ids
+        (encoding,) = self.chat.encode([text])
         examples: list[Example] = []
+        lengths: list[int] = []
         start = token = 0
         for end in _block_ends(text):
             until = _token_at(encoding, end, len(text))
@@ -193,16 +188,13 @@ class Encoder:
             block = text[start:end]
             line = first + text.count("\n", 0, start)
             part.numbers.append(line)
-            part.lengths.append(until - token)
-            part.sizes.append(len(block.encode()))
+            lengths.append(until - token)
             part.joins.append(bool(examples) or not batch.starts)
             examples.append(Example(batch.place(line), text=block))
             start, token = end, until
         part.read = len(examples)
-        part.ids = np.array(ids, dtype=np.int32)
-        part.spans = list(chain.from_iterable((0, n) for n in part.lengths))
-        part.span_counts = [1] * len(examples)
-        part.answers = [1] * len(examples)
+        part.ids = np.array(encoding.ids, dtype=np.int32)
+        self._add_texts(part, [example.text or "" for example in examples], lengths)
         self._survey(part, examples, sampled_below)
         return part
 
@@ -250,7 +242,7 @@ def _token_at(encoding: Any, position: int, length: int) -> int:
     return len(encoding)
 
 
-Work = tuple[int, Batch, str]  # the source's number, a batch of it, its format
+Work = tuple[int, Batch, str]  # the file's number, a batch of it, its format
 _encoder: Encoder | None = None  # of this worker
 
 
@@ -284,8 +276,8 @@ def encode_all(
     first = list(islice(batches, FEWEST_FOR_WORKERS))
     if workers == 1 or len(first) < FEWEST_FOR_WORKERS:
         encoder = Encoder(tokenizer, settings)
-        for source, batch, format_name in chain(first, batches):
-            yield source, encoder(batch, format_name, sample.below)
+        for file, batch, format_name in chain(first, batches):
+            yield file, encoder(batch, format_name, sample.below)
         return
     # Unlike multiprocessing, loky does not run the caller's script again in each worker.
     from loky import ProcessPoolExecutor
@@ -300,14 +292,14 @@ def encode_all(
     )
     running: deque[tuple[int, Any]] = deque()
     try:
-        for source, batch, format_name in chain(first, batches):
-            running.append((source, pool.submit(_work, batch, format_name, sample.below)))
+        for file, batch, format_name in chain(first, batches):
+            running.append((file, pool.submit(_work, batch, format_name, sample.below)))
             if len(running) > 3 * workers:
-                source, future = running.popleft()
-                yield source, future.result()
+                file, future = running.popleft()
+                yield file, future.result()
         while running:
-            source, future = running.popleft()
-            yield source, future.result()
+            file, future = running.popleft()
+            yield file, future.result()
     except BrokenProcessPool:
         raise CheckFailed(
             "a process that prepared data was killed: memory may have run out; try fewer with "

@@ -74,10 +74,11 @@ class Example:
 
     @property
     def content(self) -> str:
-        """All that is said, one turn after the other."""
+        """All that is said, one turn after the other, after the system prompt: that is often the
+        same for all rows, or stands before the same questions elsewhere."""
         if self.text is not None:
             return self.text
-        return "\0".join(said(message) for message in self.messages)
+        return "\0".join(said(m) for m in self.messages if m["role"] != "system")
 
     @property
     def question(self) -> str:
@@ -120,10 +121,6 @@ class Dropped:
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.first.setdefault(reason, other.first[reason])
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
 
     def __str__(self) -> str:
         return "; ".join(f"{n} {why} (first: {self.first[why]})" for why, n in self.counts.items())

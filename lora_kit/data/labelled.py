@@ -77,13 +77,6 @@ class Labelled:
         """Labels that a loss is computed for; the first of a row has nothing before it."""
         return int((self.spans[:, 1] - np.maximum(self.spans[:, 0], 1)).clip(0).sum())
 
-    def summary(self) -> str:
-        share = self.supervised_tokens / max(1, self.tokens)
-        return (
-            f"{len(self):,} rows, {self.tokens:,} tokens, "
-            f"{self.supervised_tokens:,} of them ({share:.0%}) learned from"
-        )
-
 
 class LabelledWriter:
     """Collects rows, their tokens in a file where there is a path, else in memory."""

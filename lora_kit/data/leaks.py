@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.census import LEAKED, Census, leak_count
+from lora_kit.data.census import LEAKED, Census
 from lora_kit.data.duplicates import Signed, hashed, near_any, sign
 from lora_kit.data.formats import normalised
 from lora_kit.data.sources import Opened
@@ -38,16 +38,15 @@ def train_against_eval(
         first_exact = pair(row, int((train.keys == other.keys[row]).argmax()))
         census.eval.dropped[LEAKED] = int(exact.sum())
         census.eval.first[LEAKED] = place(other, row)
-    for n in np.flatnonzero(match >= 0):
-        row = int(other.signed_rows[n])
-        if not exact[row]:
-            first_near = pair(row, int(train.signed_rows[match[n]]))
-            break
+    alone = np.flatnonzero((match >= 0) & ~exact[other.signed_rows])
+    if len(alone):
+        n = alone[0]
+        first_near = pair(int(other.signed_rows[n]), int(train.signed_rows[match[n]]))
     listed = sources if isinstance(sources, list) else [sources]
     name = (
         "data.eval" if len(listed) > 1 else f"data.eval: {getattr(listed[0], 'source', listed[0])}"
     )
-    census.leaks[name] = leak_count(exact, near, (first_exact, first_near))
+    census.leaks[name] = _count(exact, near, first_exact, first_near)
     return exact
 
 
@@ -77,21 +76,20 @@ def against(
         keys = np.array([hashed(text) for text in texts], dtype=np.uint64)
         is_there = np.isin(keys, known)
         match = near_any(sign(texts), signed)
+        owner = np.array(row_of, dtype=np.int64)
         exact, near = np.zeros(len(places), dtype=bool), np.zeros(len(places), dtype=bool)
+        exact[owner[is_there]] = near[owner[match >= 0]] = True
         first_exact = first_near = ""
-        for n, row_number in enumerate(row_of):
-            if is_there[n]:
-                exact[row_number] = True
-                twin = rows[int((known == keys[n]).argmax()) % len(rows)]
-                first_exact = first_exact or f"{places[row_number]} is {place(train, int(twin))}"
-        for n, row_number in enumerate(row_of):
-            if match[n] >= 0:
-                near[row_number] = True
-                if not exact[row_number]:
-                    twin = owners[match[n]]
-                    first_near = first_near or f"{places[row_number]} is {place(train, int(twin))}"
+        if exact.any():
+            n = int(is_there.argmax())
+            twin = int(rows[int((known == keys[n]).argmax()) % len(rows)])
+            first_exact = f"{places[owner[n]]} is {place(train, twin)}"
+        alone = np.flatnonzero((match >= 0) & ~exact[owner])
+        if len(alone):
+            n = int(alone[0])
+            first_near = f"{places[owner[n]]} is {place(train, int(owners[match[n]]))}"
         name = f"data.against: {source.name}"
-        census.leaks[name] = leak_count(exact, near, (first_exact, first_near))
+        census.leaks[name] = _count(exact, near, first_exact, first_near)
 
 
 def _texts(columns: dict[str, Any]) -> Iterator[str]:
@@ -115,6 +113,19 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _strings(item)
+
+
+def _count(
+    exact: np.ndarray, near: np.ndarray, first_exact: str, first_near: str
+) -> dict[str, Any]:
+    """How many rows leak, each counted once: `near` without the exact ones."""
+    return {
+        "rows": len(exact),
+        "exact": int(exact.sum()),
+        "near": int((near & ~exact).sum()),
+        "first_exact": first_exact,
+        "first_near": first_near,
+    }
 
 
 def general_apart(tables: dict[str, Table], place: Place, census: Census) -> np.ndarray:

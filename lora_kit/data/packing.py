@@ -83,9 +83,6 @@ class Packed:
         """The share of the rows that is tokens."""
         return self.rows.tokens / max(1, len(self.bins) * self.room)
 
-    def summary(self) -> str:
-        return f"{self.rows.summary()}; packed into {len(self):,} rows, {self.fill:.1%} full"
-
 
 def check_isolation(model: Any) -> None:
     """Run two packed documents through a model, and again with the first one changed.

@@ -20,14 +20,14 @@ import numpy as np
 
 from lora_kit.data import cache
 from lora_kit.data.census import Census
-from lora_kit.data.duplicates import clusters, joined, repeated
+from lora_kit.data.duplicates import clusters, joined, parted, repeated
 from lora_kit.data.encode import Settings, Work, encode_all
 from lora_kit.data.formats import FORMATS, Columns, Example, format_of, unread
 from lora_kit.data.labelled import Labelled
 from lora_kit.data.leaks import against, general_apart, train_against_eval
 from lora_kit.data.packing import Packed
 from lora_kit.data.readers import Batch
-from lora_kit.data.rows import write_judged, write_train
+from lora_kit.data.rows import count_texts, write_judged, write_train
 from lora_kit.data.sources import Opened, check_apart, open_sources
 from lora_kit.data.splits import FEWEST_TO_JUDGE, hold_out, mix, take
 from lora_kit.data.table import Table
@@ -44,9 +44,9 @@ _SECONDS_BETWEEN_LINES = 15
 class Prepared:
     """What a run learns from and is judged by.
 
-    `hashes` are {source: sha256} of everything that was read, `names` (file, style) of the places
-    in `train` and the others, `shown` some examples of `eval`, `template` whether rows went through
-    a chat template; `cached`: nothing had to be prepared.
+    `hashes` are {source: sha256} of everything that was read, `commits` {Hub set: commit}, `names`
+    (file, style) of the places in `train` and the others, `shown` some examples of `eval`; `joiner`
+    stands between prompt and answer without a template; `cached`: nothing had to be prepared.
     """
 
     kind: Kind
@@ -149,7 +149,7 @@ def prepare(
 def _load(folder: Path, data: Data, max_length: int, cached: bool) -> Prepared:
     values = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     train = Labelled.open(folder / "train")
-    packed = _packing(data, values["kind"]) == "documents"
+    packed = packing_of(data, values["kind"]) == "documents"
     return Prepared(
         kind=values["kind"],
         train=Packed(train, max_length) if packed else train,
@@ -164,7 +164,8 @@ def _load(folder: Path, data: Data, max_length: int, cached: bool) -> Prepared:
     )
 
 
-def _packing(data: Data, kind: Kind) -> str:
+def packing_of(data: Data, kind: Kind) -> str:
+    """`data.packing`, or what is usual for texts and for conversations."""
     if data.packing == "running" and kind == "chat":
         raise UserError("data.packing: running: for text; conversations: none or documents")
     return data.packing or ("running" if kind == "text" else "none")
@@ -212,7 +213,7 @@ class _Preparation:
         for table in tables.values():
             table.forget_signatures()
         kind = self.kind or "text"
-        packing = _packing(self.data, kind)
+        packing = packing_of(self.data, kind)
         args = (self.tokenizer, self.settings.max_length)
         rows = {
             "train": write_train(self.folder / "train", train, replayed, kind, packing, *args),
@@ -294,7 +295,7 @@ class _Preparation:
             raise UserError("data.general: text is expected (txt, md, or a `text` column)")
         if use != "general" and self.kind is None:
             self.kind = kind
-            _packing(self.data, kind)  # refused now, not after all the work
+            packing_of(self.data, kind)  # refused now, not after all the work
         if use != "general" and kind != self.kind:
             if self.kind == "text":
                 raise UserError(f"{row.place}: a question and answer, not text: use `recipe: sft`")
@@ -314,6 +315,12 @@ class _Preparation:
         train = tables["train"]
         roots = clusters(train.keys, train.signed, train.signed_rows)
         self._count_duplicates(train, roots, census)
+        near, roots = roots, parted(roots, train.keys)
+        if apart := int((near != roots).sum()):
+            census.notes.append(
+                f"{apart:,} rows are near many others, by what they all share: only equal ones of "
+                "them stay on one side of the split"
+            )
         learned = np.ones(len(train), dtype=bool)
         if isinstance(self.data.eval, float):
             labels = train.labels if train.label_names else None
@@ -366,7 +373,8 @@ class _Preparation:
     ) -> tuple[np.ndarray, np.ndarray]:
         """General rows that are not judged, and those of them that are learned from."""
         rows = np.flatnonzero(kept)
-        roots = clusters(general.keys, general.signed, general.signed_rows)[rows]
+        roots = clusters(general.keys, general.signed, general.signed_rows)
+        roots = parted(roots, general.keys)[rows]
         units = len(np.unique(roots))
         share = max(0.1, min(0.5, FEWEST_TO_JUDGE / units))
         seed = self.settings.seed
@@ -434,11 +442,13 @@ class _Preparation:
         for use, (table, chosen) in [("train", (tables["train"], learned)), *judged.items()]:
             count = getattr(census, use)
             count.rows_kept = int(chosen.sum())
-            text = use == "general" or self.kind == "text"
-            # Documents that are judged are not closed by the end-of-text token.
-            count.end_markers_supervised = (
-                0 if text and use != "train" else int(table.answers[chosen].sum())
-            )
+            if use != "general" and self.kind == "chat":
+                count.end_markers_supervised = int(table.answers[chosen].sum())
+        # Documents that are judged are not closed by the end-of-text token.
+        closed = [(tables["train"], learned)] if self.kind == "text" else []
+        closed += [replayed] if replayed is not None else []
+        if self.tokenizer.eos_token_id is not None:
+            census.train.end_markers_supervised += sum(map(count_texts, closed))
         if census.held_out:
             census.eval.rows_read = census.eval.rows_kept
             census.train.rows_read -= census.eval.rows_read

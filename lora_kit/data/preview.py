@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from lora_kit.data.labelled import IGNORED
-from lora_kit.data.packing import Packed
-from lora_kit.data.prepare import USES, Prepared
+from lora_kit.data.prepare import USES, Prepared, packing_of
 from lora_kit.errors import UserError
 from lora_kit.run import Run
 
@@ -148,10 +147,7 @@ def packing(run: Run, prepared: Prepared) -> dict[str, Any]:
     """How rows are made of documents, how many there are, and the share of them that is tokens;
     null where each is padded to the longest of its batch."""
     rows = prepared.train
-    mode = "documents"
-    if not isinstance(rows, Packed):
-        running = prepared.kind == "text" and run.data.packing != "none"
-        mode = "running" if running else "none"
+    mode = packing_of(run.data, prepared.kind)
     tokens = prepared.rows("train").tokens
     fill = None if mode == "none" else round(tokens / (len(rows) * run.train.max_length), 4)
     return {"mode": mode, "rows": len(rows), "fill": fill}

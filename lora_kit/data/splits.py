@@ -34,7 +34,8 @@ def hold_out(
 
     Args:
         roots: (rows,) rows of one unit have the same number. keys: uint64 hashes, (rows,).
-        labels: (rows,) a unit has the label of its first row. key: of the run file, for messages.
+        labels: (rows,) a unit has the label of its row of the lowest key. key: of the run file, for
+            messages.
 
     Returns:
         bool, (rows,): held out.
@@ -42,22 +43,24 @@ def hold_out(
     Raises:
         UserError: there are less than two units.
     """
-    units, first, inverse, sizes = np.unique(roots, True, True, True)
+    by_key = np.argsort(keys, kind="stable")
+    units, first, sizes = np.unique(roots[by_key], return_index=True, return_counts=True)
     if len(units) < 2:
         raise UserError(
             f"{key}: {len(units)} different document(s) cannot be split: "
             + ("name a source of its own" if key == "data.eval" else "name more text")
         )
-    lowest = np.full(len(units), np.iinfo(np.uint64).max, dtype=np.uint64)
-    np.minimum.at(lowest, inverse, keys)
-    order = ranks(lowest, seed)
+    lowest = by_key[first]
+    order = ranks(keys[lowest], seed)
     wanted = min(max(1, round(share * len(units))), len(units) - 1)
-    kinds = np.zeros(len(units), dtype=int) if labels is None else labels[first]
-    names, counts = np.unique(kinds, return_counts=True)
+    kinds = np.zeros(len(units), dtype=int) if labels is None else labels[lowest]
+    names, kinds, counts = np.unique(kinds, return_inverse=True, return_counts=True)
     exact = wanted * counts / len(units)
     quota = np.floor(exact).astype(int)
-    # Among equal remainders the most frequent label first.
-    order_of_labels = np.lexsort((-counts, quota - exact))
+    # Among equal remainders the most frequent label first, then that of the first rank.
+    head = np.full(len(names), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(head, kinds, order)
+    order_of_labels = np.lexsort((head, -counts, quota - exact))
     most = counts - 1
     while (left := wanted - quota.sum()) > 0:
         some = order_of_labels[(quota < most)[order_of_labels]]
@@ -65,9 +68,9 @@ def hold_out(
         quota[some[:left]] += 1
     chosen = np.zeros(len(units), dtype=bool)
     first_chosen = np.lexsort((order, sizes > 2 * share * len(roots)))
-    for name, number in zip(names, quota, strict=True):
-        chosen[first_chosen[kinds[first_chosen] == name][:number]] = True
-    return chosen[inverse]
+    for kind, number in enumerate(quota):
+        chosen[first_chosen[kinds[first_chosen] == kind][:number]] = True
+    return chosen[np.searchsorted(units, roots)]
 
 
 def mix(

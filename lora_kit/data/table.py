@@ -12,7 +12,7 @@ from lora_kit.data.encode import Part
 from lora_kit.data.formats import Dropped, Example
 
 # Rows with a signature, at most: 512 bytes each. Beyond, those of the lowest ranks are a sample.
-LARGEST_SAMPLE = 200_000
+LARGEST_SAMPLE = 150_000
 _EXAMPLES = 64
 # Of each row: name, type.
 _COLUMNS = (
@@ -98,9 +98,9 @@ class Table:
             np.memmap(self.path, np.int32, "r", shape=(count,)) if count else np.zeros(0, "i")
         )
         self.signed_rows = np.concatenate([np.zeros(0, np.int64), *(p[0] for p in self._signed)])
-        self.signed = Signed.join([p[1] for p in self._signed])
-        self.signed_questions = Signed.join([p[2] for p in self._signed])
+        signed, questions = [p[1] for p in self._signed], [p[2] for p in self._signed]
         self._signed.clear()
+        self.signed, self.signed_questions = Signed.join(signed), Signed.join(questions)
         if len(self):
             self._forget_examples()
         return self

@@ -156,10 +156,10 @@ def _ascii(pattern: str) -> str | None:
         inside = part == "[" or (inside and part != "]")
         parts.append(part)
     try:
-        re.compile("".join(parts), re.ASCII)
+        groups = re.compile("".join(parts), re.ASCII).groups
     except re.error:
         return None
-    return "".join(parts)
+    return None if groups else "".join(parts)  # `findall` would return groups, not words
 
 
 def _pattern_of(pre_tokenizer: Any) -> str | None:
