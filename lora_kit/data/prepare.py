@@ -315,13 +315,15 @@ class _Preparation:
         train = tables["train"]
         roots = clusters(train.keys, train.signed, train.signed_rows)
         self._count_duplicates(train, roots, census)
-        near, roots = roots, parted(roots, train.keys)
-        if apart := int((near != roots).sum()):
+        apart, roots = roots, parted(roots, train.keys)
+        if apart := int((apart != roots).sum()):
             census.notes.append(
                 f"{apart:,} rows are near many others, by what they all share: only equal ones of "
                 "them stay on one side of the split"
             )
         learned = np.ones(len(train), dtype=bool)
+        if isinstance(self.data.eval, float) and "against" not in self.opened:
+            train.forget_signatures()
         if isinstance(self.data.eval, float):
             labels = train.labels if train.label_names else None
             if self.data.group and not train.groups.any():

@@ -53,8 +53,11 @@ def hold_out(
     lowest = by_key[first]
     order = ranks(keys[lowest], seed)
     wanted = min(max(1, round(share * len(units))), len(units) - 1)
-    kinds = np.zeros(len(units), dtype=int) if labels is None else labels[lowest]
-    names, kinds, counts = np.unique(kinds, return_inverse=True, return_counts=True)
+    if labels is None:
+        names, kinds, counts = [None], np.zeros(len(units), np.uint8), np.array([len(units)])
+    else:
+        names, kinds, counts = np.unique(labels[lowest], return_inverse=True, return_counts=True)
+    del by_key, first, lowest  # of millions of rows each is tens of megabytes
     exact = wanted * counts / len(units)
     quota = np.floor(exact).astype(int)
     # Among equal remainders the most frequent label first, then that of the first rank.

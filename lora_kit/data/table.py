@@ -90,7 +90,9 @@ class Table:
         self.joins: np.ndarray
         self.spans: np.ndarray
         self.span_counts: np.ndarray
-        self.ranks = ranks(self.keys, self.seed)
+        for name in ("groups", "questions"):  # mostly there are none: one zero stands for all
+            if not getattr(self, name).any():
+                setattr(self, name, np.broadcast_to(np.uint64(0), len(self)))
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self.span_offsets = np.concatenate([[0], np.cumsum(self.span_counts, dtype=np.int64)]) * 2
         count = int(self.offsets[-1])
@@ -104,6 +106,11 @@ class Table:
         if len(self):
             self._forget_examples()
         return self
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """The order in which rows are chosen: uint64."""
+        return ranks(self.keys, self.seed)
 
     def forget_signatures(self) -> None:
         """Once what is near is known: a hundred megabytes that writing rows can use."""
