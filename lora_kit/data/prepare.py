@@ -315,12 +315,14 @@ class _Preparation:
         train = tables["train"]
         roots = clusters(train.keys, train.signed, train.signed_rows)
         self._count_duplicates(train, roots, census)
-        apart, roots = roots, parted(roots, train.keys)
-        if apart := int((apart != roots).sum()):
+        before, roots = roots, parted(roots, train.keys)
+        if not np.array_equal(before, roots):
+            apart = int((before != roots).sum())
             census.notes.append(
                 f"{apart:,} rows are near many others, by what they all share: only equal ones of "
                 "them stay on one side of the split"
             )
+        del before
         learned = np.ones(len(train), dtype=bool)
         if isinstance(self.data.eval, float) and "against" not in self.opened:
             train.forget_signatures()

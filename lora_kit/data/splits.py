@@ -53,15 +53,14 @@ def hold_out(
     lowest = by_key[first]
     order = ranks(keys[lowest], seed)
     wanted = min(max(1, round(share * len(units))), len(units) - 1)
-    if labels is None:
-        names, kinds, counts = [None], np.zeros(len(units), np.uint8), np.array([len(units)])
-    else:
-        names, kinds, counts = np.unique(labels[lowest], return_inverse=True, return_counts=True)
+    kinds, counts = np.zeros(len(units), dtype=np.intp), np.array([len(units)])
+    if labels is not None:
+        kinds, counts = np.unique(labels[lowest], return_inverse=True, return_counts=True)[1:]
     del by_key, first, lowest  # of millions of rows each is tens of megabytes
     exact = wanted * counts / len(units)
     quota = np.floor(exact).astype(int)
     # Among equal remainders the most frequent label first, then that of the first rank.
-    head = np.full(len(names), np.iinfo(np.uint64).max, dtype=np.uint64)
+    head = np.full(len(counts), np.iinfo(np.uint64).max, dtype=np.uint64)
     np.minimum.at(head, kinds, order)
     order_of_labels = np.lexsort((head, -counts, quota - exact))
     most = counts - 1
