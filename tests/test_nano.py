@@ -78,6 +78,17 @@ def test_topics_and_docstrings_are_there_once_each():
     assert not [name for name in names if name.startswith(("test.", "pydoc_data", "lib2to3"))]
 
 
+def test_a_replaced_hook_changes_no_text(monkeypatch):
+    # typer replaces sys.excepthook: `preview` and `compare` would read other rows than a run.
+    for hook in ("excepthook", "displayhook", "breakpointhook", "unraisablehook"):
+        monkeypatch.setattr(sys, hook, getattr(sys, f"__{hook}__"))
+    before = list(nano_text._compiled())
+    assert "sys.excepthook" in dict(before)
+    for hook in ("excepthook", "displayhook", "breakpointhook", "unraisablehook"):
+        monkeypatch.setattr(sys, hook, lambda *args: None)
+    assert list(nano_text._compiled()) == before
+
+
 def test_general_documents_are_held_out_long_and_distinct():
     names, texts = zip(*nano.general(), strict=True)
     assert len(names) >= 80

@@ -192,6 +192,8 @@ def _compiled() -> Iterator[tuple[str, str]]:
         if module.__doc__:
             yield public or "builtins", module.__doc__
         for name, value in sorted(vars(module).items()):
+            if module is sys:  # a library may have put a hook of its own there: `typer` does
+                value = getattr(sys, f"__{name}__", value)
             if isinstance(value, types.BuiltinFunctionType) and value.__doc__:
                 yield f"{public}.{name}".lstrip("."), value.__doc__
             elif isinstance(value, type):
