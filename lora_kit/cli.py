@@ -130,15 +130,15 @@ def preview(
         limits=False,
     )
     problems = data.census.problems(run.data.limits)
+    if html is not None:
+        view.write_page(html, run, data, tokenizer, problems)
+        print(f"{html}: written; open it in a browser", file=sys.stderr)
     if as_json:
         print(json.dumps(view.to_json(run, data, problems)))
     else:
         view.show(data, tokenizer, split, samples)
     for problem in problems:
         print(f"a run would stop here: {view.harmless(problem)}", file=sys.stderr)
-    if html is not None:
-        view.write_page(html, run, data, tokenizer, problems)
-        print(f"{html}: written; open it in a browser", file=sys.stderr)
 
 
 @app.command()

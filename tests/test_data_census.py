@@ -11,6 +11,7 @@ from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, texts
 
 from lora_kit.data.census import Census, Count
+from lora_kit.data.formats import WORSE
 from lora_kit.data.labelled import IGNORED
 from lora_kit.errors import UserError
 from lora_kit.run import Limits
@@ -261,3 +262,14 @@ def test_all_that_is_exceeded_is_said_at_once() -> None:
     assert keys == [
         *("dropped", "truncated", "without_supervision", "dropped", "exact_leaks", "near_leaks")
     ]
+
+
+def test_the_worse_answers_of_a_preference_are_no_loss() -> None:
+    """Half of an unpaired set; left out and counted, but nothing to mend."""
+    census = Census(held_out=True)
+    census.train = Count(rows_read=20, rows_kept=10, dropped={WORSE: 10}, first={WORSE: "f:1"})
+    assert census.problems(Limits()) == []
+    census.train.dropped["empty"] = 2
+    census.train.first["empty"] = "f:9"
+    (problem,) = census.problems(Limits())
+    assert "2 of 20 rows" in problem and "empty (first: f:9)" in problem

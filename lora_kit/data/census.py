@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.formats import Dropped
+from lora_kit.data.formats import WORSE, Dropped
 from lora_kit.data.labelled import Labelled
 from lora_kit.errors import UserError
 from lora_kit.run import Limits
@@ -115,16 +115,18 @@ class Census:
                 lost: dict[str, int] = {}
                 for count in counts:
                     for reason, number in getattr(count, what).items():
-                        if reason == LEAKED:
+                        if reason in (LEAKED, WORSE):
                             continue
                         lost[reason] = lost.get(reason, 0) + number
                 total = sum(lost.values())
                 if read and total > limit * read:
                     most = max(lost, key=lambda reason: lost[reason])
                     first = next(c.first[most] for c in counts if most in c.first)
+                    long = "train.max_length" in most or what == "truncated"
+                    fix = "raise train.max_length" if long else "mend them"
                     found.append(
                         f"{name}: {total:,} of {read:,} rows ({total / read:.1%}) are {what}, most "
-                        f"of them {most} (first: {first}); the limit is {limit:.1%}: mend them, or "
+                        f"of them {most} (first: {first}); the limit is {limit:.1%}: {fix}, or "
                         f"raise data.limits.{what}"
                     )
             unsupervised = sum(count.samples_without_supervision for count in counts)

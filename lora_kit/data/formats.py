@@ -26,6 +26,8 @@ _SPEAKERS = {
 }
 # Not the signs that mean something in formulas and code. A zero byte stands between turns.
 _PUNCTUATION = {**dict.fromkeys(map(ord, ".,;:!?\"'`“”‘’„«»…"), " "), 0: " \0 "}
+# Left out as the format means it, and therefore no loss that a limit counts.
+WORSE = "that a preference calls the worse answer"
 _TAG = re.compile(r"O|([BIESLU])-(\S+)")
 _NUMBER = re.compile("[0-9]{1,9}")
 _DEEPEST = 64  # levels of a tool or a tool's call
@@ -274,7 +276,7 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
         if not isinstance(values["label"], bool):
             raise NotUsable("whose `label` is not true or false", f"it is {shown(values['label'])}")
         if not values["label"]:
-            raise NotUsable("that a preference calls the worse answer")
+            raise NotUsable(WORSE)
         messages, joiner = _prompted(values["prompt"], values["completion"], "completion"), ""
     elif format_name == "prompt-completion":
         messages, joiner = _prompted(values["prompt"], values["completion"], "completion"), ""
