@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,38 @@ def test_few_rows_are_encoded_in_this_process(
     monkeypatch.setitem(sys.modules, "loky", None)  # importing it would fail
     train = put(tmp_path / "a.jsonl", chats(20 * (encode.FEWEST_FOR_WORKERS - 1), 3))
     assert len(prepared(tokenizer, train=train, workers=4).eval) == 14
+
+
+PREPARES_AND_IS_KILLED = """
+import os, psutil, sys, types
+from transformers import AutoTokenizer
+from lora_kit.data import encode, readers
+from lora_kit.data.formats import Columns
+readers.BATCH_ROWS = 1
+rows = [{"prompt": f"a {n}", "completion": "b"} for n in range(encode.FEWEST_FOR_WORKERS)]
+work = [(0, batch, "prompt-completion") for batch in readers.list_batches("rows", rows)]
+settings = encode.Settings(Columns(), "assistant", 64, 0, False)
+sample = types.SimpleNamespace(below=0)
+parts = encode.encode_all(work, AutoTokenizer.from_pretrained(sys.argv[1]), settings, sample, 2)
+next(parts)
+print(*[p.pid for p in psutil.Process().children() if "LokyProcess" in " ".join(p.cmdline())])
+sys.stdout.flush()
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel of Linux for it")
+def test_workers_end_with_a_killed_parent(tmp_path: Path, tokenizer: Any) -> None:
+    """They would wait for ever, and `lora-kit train` with them: it awaits its whole group."""
+    tokenizer.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", PREPARES_AND_IS_KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    running = [psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)]
+    _, left = psutil.wait_procs(running, timeout=5)
+    left = [p for p in left if p.status() != psutil.STATUS_ZOMBIE]  # nobody reaps, in a container
+    for worker in left:
+        worker.kill()
+    assert not left

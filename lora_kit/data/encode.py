@@ -5,6 +5,8 @@ Nothing here knows of other batches, so the result is the same for any number of
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -246,11 +248,17 @@ Work = tuple[int, Batch, str]  # the file's number, a batch of it, its format
 _encoder: Encoder | None = None  # of this worker
 
 
-def _start_worker(tokenizer: Any, settings: Settings) -> None:
+def _start_worker(tokenizer: Any, settings: Settings, parent: int) -> None:
+    import ctypes
     import gc
     import signal
 
     global _encoder
+    if sys.platform.startswith("linux"):
+        # Where the parent is killed, a worker would wait for its next batch for ever.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the request was made
+            os._exit(1)
     gc.disable()  # it would look through a million tokens again and again; there are no cycles
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told as well, and stops us
     _encoder = Encoder(tokenizer, settings)
@@ -287,7 +295,7 @@ def encode_all(
         workers,
         timeout=10,
         initializer=_start_worker,
-        initargs=(tokenizer, settings),
+        initargs=(tokenizer, settings, os.getpid()),
         env=_WORKER_ENVIRONMENT,
     )
     running: deque[tuple[int, Any]] = deque()

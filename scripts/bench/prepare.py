@@ -127,7 +127,7 @@ def label_seconds(file: Path, workers: int) -> float:
     pool = ProcessPoolExecutor(
         workers,
         initializer=encode._start_worker,
-        initargs=(tokenizer(), settings),
+        initargs=(tokenizer(), settings, os.getpid()),
         env=encode._WORKER_ENVIRONMENT,
     )
     with file.with_suffix(".bin").open("wb") as out:
