@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lora_kit import __version__
-from lora_kit.errors import LoraKitError, UserError
+from lora_kit.errors import CheckFailed, LoraKitError, UserError
 
 app = typer.Typer(
     name="lora-kit",
@@ -142,10 +142,24 @@ def preview(
 
 
 @app.command()
-def compare(run: RunDir, as_json: Json = False) -> None:
-    """Measure base against adapted on the held-out text of a finished run.
+def compare(
+    run: RunDir,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[prove.KEY=VALUE]...", help="What to measure besides."),
+    ] = None,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Exit 1 unless prove.gate, or its defaults, hold.")
+    ] = False,
+    scratch: Annotated[
+        bool,
+        typer.Option("--scratch", help="Train a model of the base's shape from nothing beside it."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure base, base with examples and adapter on a finished run's held-out text, again.
 
-    Example: lora-kit compare runs/demo/cpt
+    Example: lora-kit compare runs/demo/sft prove.metrics=[f1] --gate
     """
     from lora_kit.launch import prepare_process
 
@@ -153,12 +167,14 @@ def compare(run: RunDir, as_json: Json = False) -> None:
     import lora_kit
     from lora_kit.prove.show import comparison, side_by_side
 
-    report = lora_kit.compare(run)
+    report = lora_kit.compare(run, overrides or [], gate=gate, scratch=scratch)
     if as_json:
         print(json.dumps(report, ensure_ascii=False))
-        return
-    comparison(report)
-    side_by_side(report)
+    else:
+        comparison(report)
+        side_by_side(report)
+    if report["gate"] and not report["gate"]["passed"]:
+        raise CheckFailed("\n".join(f"gate: {line}" for line in report["gate"]["failed"]))
 
 
 @app.command()
@@ -216,6 +232,27 @@ def merge(
 
 
 @app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second one: how far the two are apart.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter holds, without its base: which layers learned, and who would trip.
+
+    Example: lora-kit inspect runs/demo/sft runs/demo/cpt
+    """
+    from lora_kit.adapter import inspect as view
+
+    found = view.difference(adapter, other) if other else view.inspect(adapter)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        (view.show_difference if other else view.show)(found)
+
+
+@app.command()
 def copy(
     name: Annotated[str, typer.Argument(help="cpt, sft, or a shipped run file's name.")],
     folder: Annotated[Path, typer.Argument(help="Where to; made if it is not there.")],
@@ -224,7 +261,8 @@ def copy(
 
     Example: lora-kit copy sft my-field
     """
-    from lora_kit.run import SHIPPED_RECIPES, nearest, shipped
+    from lora_kit.run import nearest, shipped
+    from lora_kit.schema import SHIPPED_RECIPES
 
     configs = {file.stem: file for file in (shipped("recipes") / "configs").glob("*.yaml")}
     known = [*SHIPPED_RECIPES, *sorted(configs)]
@@ -258,19 +296,32 @@ def schema() -> None:
 
     Example: lora-kit schema > run.schema.json
     """
-    from lora_kit.run import Run
+    from lora_kit.schema import Run
 
     print(json.dumps(Run.model_json_schema(), indent=2))
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Tell versions, devices, memory, what is missing and how to get it.
+def doctor(
+    overrides: Overrides = None,
+    loss: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN.yaml", help="Check how this run's loss is computed, instead."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell versions, devices, memory, what is missing and how to get it; or check a run's loss:
+    accumulated, packed, padded and in two processes it must be the same.
 
-    Example: lora-kit doctor
+    Example: lora-kit doctor --loss run.yaml
     """
-    from lora_kit.doctor import examine
+    from lora_kit.doctor import check_loss, examine
 
+    if loss is not None:
+        _self_test(check_loss(loss, overrides or []), as_json)
+        return
+    if overrides:
+        raise UserError(f"{overrides[0]}: settings belong to --loss RUN.yaml")
     found = examine()
     if as_json:
         print(json.dumps(found))
@@ -278,6 +329,18 @@ def doctor(as_json: Json = False) -> None:
         _print_doctor(found)
     if found["problems"]:
         raise typer.Exit(1)
+
+
+def _self_test(found: dict[str, Any], as_json: bool) -> None:
+    from lora_kit.prove.self_test import show
+
+    if as_json:
+        print(json.dumps(found))
+    else:
+        show(found)
+    failed = [one for one in found["comparisons"] if one["passed"] is False]
+    if failed:
+        raise CheckFailed("\n".join(f"{one['name']}: {one['note']}" for one in failed))
 
 
 def _print_doctor(found: dict[str, Any]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+from lora_kit.run import load_run
+from lora_kit.schema import Run
 
 NEEDED = (
     *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"),
@@ -16,6 +22,7 @@ NEEDED = (
 # package -> what it is for and how it comes
 OPTIONAL = {
     "evaluate": ("metrics of answers by name", "pip install 'lora-kit[metrics]'"),
+    "lm_eval": ("tasks of lm-evaluation-harness", "pip install 'lora-kit[harness]'"),
     "trl": ("the test that compares our losses with TRL's", "pip install 'lora-kit[test]'"),
     "pypdf": ("PDF files as data", "pip install 'lora-kit[documents]'"),
     "trafilatura": ("HTML files as data", "pip install 'lora-kit[documents]'"),
@@ -80,3 +87,35 @@ def _devices(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
         fix = "install the CUDA build: pip install torch, without PyTorch's CPU index"
         problems.append({"what": what, "fix": fix})
     return [{"name": f"CPU, {torch.get_num_threads()} threads", "memory_mib": None}]
+
+
+def check_loss(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """`lora-kit doctor --loss`: what `prove.self_test` finds."""
+    from lora_kit.launch import prepare_process, start
+
+    run = load_run(path, overrides)
+    prepare_process()
+    from lora_kit.prove.self_test import self_test
+    from lora_kit.train.interrupt import StopSignal
+
+    def two(config: str) -> None:
+        # This file in place of the recipe; `resume`, as it does not matter whether runs/ has one.
+        recipe = f"recipe={json.dumps(str(Path(__file__).resolve()))}"
+        start(path, [*overrides, recipe], config, 2, resume=True)
+
+    with StopSignal().listening():
+        return self_test(run, two)
+
+
+def main(run: Run, resume: bool = False) -> dict[str, Any]:
+    """One of the two processes of `check_loss`."""
+    from lora_kit.prove.self_test import one_rank
+
+    return one_rank(run)
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose files have names that others may have as well
+    from lora_kit.launch import recipe_main
+
+    raise SystemExit(recipe_main(main))

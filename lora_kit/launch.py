@@ -8,7 +8,6 @@ it. `train` runs a recipe inside the calling process.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib.util
 import json
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,14 @@ from lora_kit.run import (
     recipe_path,
     shipped,
 )
+from lora_kit.train.interrupt import StopSignal, die_with_parent
 
 # The folder where a worker leaves its exit code and message for `start`: accelerate reports every
 # failure as 1, with a traceback of its own.
 OUTCOME_VARIABLE = "LORA_KIT_OUTCOME"
 DEBUG_VARIABLE = "LORA_KIT_DEBUG"
 _WAIT_FOR_RANKS_S = 5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PID = ".pid"  # file name ending: rank -> process id, written there as well
 Main = Callable[..., dict[str, Any]]
 
@@ -72,8 +73,6 @@ def recipe_main(main: Main) -> int:
     Returns:
         The process's exit code.
     """
-    from lora_kit.train.interrupt import StopSignal, die_with_parent
-
     die_with_parent()
     folder = os.environ.get(OUTCOME_VARIABLE)
     rank = os.environ.get("LOCAL_RANK", "0")
@@ -156,12 +155,12 @@ def start(
     config = accelerate_config(accelerate)
     if not resume:
         check_free(run)
-    _check_devices(config)
+    values = _check_devices(config)
     if processes is None and accelerate is None and _gpus() > 1:
         processes = _gpus()
-    asked, machines = _size(config)
-    asked = processes or asked
-    cores = len(os.sched_getaffinity(0)) // max(1, asked // machines)
+    asked = processes or values["num_processes"]
+    here = asked // values["num_machines"]
+    cores = len(os.sched_getaffinity(0)) // max(1, here)
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores)
     options = ["--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
     options += ["--num_processes", str(processes)] if processes else []
@@ -174,7 +173,7 @@ def start(
             WORLD_SIZE_VARIABLE: str(asked),
         }
         command = [sys.executable, "-m", "accelerate.commands.launch", *options]
-        code, received = _run_child(command, environment, Path(folder), asked // machines)
+        code, received = _run_child(command, environment, Path(folder), here)
         files = sorted(Path(folder).glob("*.json"))
         outcomes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     for outcome in outcomes:
@@ -245,8 +244,8 @@ def _gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def _check_devices(config: Path) -> None:
-    """Raises UserError if a config wants a GPU or a package that is not there."""
+def _check_devices(config: Path) -> dict[str, Any]:
+    """A config's values. Raises UserError if it wants a GPU or a package that is not there."""
     values = _read_config(config)
     if not values.get("use_cpu") and _gpus() == 0:
         raise UserError(
@@ -255,12 +254,7 @@ def _check_devices(config: Path) -> None:
     deepspeed = values.get("distributed_type") == "DEEPSPEED"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"--accelerate {config.stem} needs deepspeed: pip install deepspeed")
-
-
-def _size(config: Path) -> tuple[int, int]:
-    """How many processes on how many machines a config asks for."""
-    values = _read_config(config)
-    return values["num_processes"], values["num_machines"]
+    return values
 
 
 def _read_config(config: Path) -> dict[str, Any]:
@@ -296,11 +290,15 @@ def _run_child(
             # SIGTERM in place of SIGINT: accelerate would print a traceback.
             _send(os.killpg, child.pid, signal.SIGKILL if last else signal.SIGTERM)
 
-    with _blocked_signals():
+    # No signal may come between the child's start and the handlers that pass signals on.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
         child = subprocess.Popen(
             command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
         )
-        before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, forward) for number in _SIGNALS}
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         code = child.wait()
         # accelerate may end before its workers, which are still saving.
@@ -322,22 +320,10 @@ def _send(how: Callable[[int, int], None], pid: int, signum: int) -> None:
         how(pid, signum)
 
 
-@contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """No signal may come between the child's start and the handlers that pass signals on."""
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-
 def _end_with_parent() -> None:
     """In the child: unblock signals, and receive SIGTERM when the launcher ends (Linux)."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    die_with_parent()
 
 
 def _alive(group: int, pids: list[int]) -> bool:

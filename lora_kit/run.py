@@ -24,38 +24,15 @@ from lora_kit.schema import (
     SECTIONS,
     SHIPPED_RECIPES,
     Adapter,
-    Base,
     Column,
-    Data,
+    Gate,
     Limits,
     Run,
     Source,
-    Train,
 )
 
-# The schema's names belong to this module's readers as well.
-__all__ = [
-    "EMBEDDED",
-    "SHIPPED_RECIPES",
-    "WORLD_SIZE_VARIABLE",
-    "Adapter",
-    "Base",
-    "Column",
-    "Data",
-    "Limits",
-    "Run",
-    "Source",
-    "Train",
-    "check_free",
-    "is_hub_id",
-    "load_run",
-    "nearest",
-    "read_lock",
-    "recipe_path",
-    "shipped",
-    "write_run",
-]
-
+# Sections within sections.
+_NESTED: dict[str, Any] = {"data.limits": Limits, "prove.gate": Gate}
 # The keys of `data:` that name sources.
 SOURCE_KEYS = ("train", "eval", "general", "against")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -86,6 +63,10 @@ _OWNERS = {
     "train.eval_strategy": "`train.eval_steps` decides it",
     "train.save_strategy": "`train.save_steps` decides it",
     "train.logging_strategy": "`train.logging_steps` decides it",
+    "train.metric_for_best_model": "the best adapter is that of the lowest eval_loss",
+    "train.greater_is_better": "the best adapter is that of the lowest eval_loss",
+    "train.logging_dir": "TensorBoard's files lie in runs/<name>/tensorboard",
+    "train.disable_tqdm": "a bar is drawn where there is a terminal",
     "adapter.base_model_name_or_path": "`base.model` decides it",
     "adapter.revision": "`base.revision` decides it",
     "adapter.task_type": "a causal language model is always meant",
@@ -100,8 +81,17 @@ _MEANT = {
     "adapter.rank": "r",
     "train.batch_size": "per_device_train_batch_size",
     "train.lr": "learning_rate",
-    **{f"data.{key}.path": "source" for key in ("train", "eval", "general", "against")},
+    "train.early_stopping": "early_stopping_patience",
+    "train.patience": "early_stopping_patience",
+    **{f"data.{key}.path": "source" for key in SOURCE_KEYS},
 }
+
+# What a JSON schema calls a type or a bound, in words.
+_TYPES = {
+    **{"integer": "a whole number", "number": "a number", "string": "a text", "null": "null"},
+    **{"boolean": "true or false", "array": "a list", "object": "a mapping"},
+}
+_SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -120,13 +110,10 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
+            if not isinstance(key, str) or key in seen:
+                what = "stands twice" if isinstance(key, str) else "is not a word"
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is not a word", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} {what}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -197,13 +184,10 @@ def load_run(
 
 def write_run(run: Run, path: Path) -> None:
     """Write the resolved run, defaults and all, so that the file alone repeats it."""
-    header = (
-        "# What ran, defaults included. Repeat it: lora-kit train THIS_FILE name=ANOTHER_NAME\n"
-    )
-    body = yaml.dump(
-        run.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
-    path.write_text(header + body, encoding="utf-8")
+    header = "# What ran, defaults included. Repeat it: lora-kit train THIS_FILE name=ANOTHER_NAME"
+    values = run.model_dump(mode="json")
+    body = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    path.write_text(f"{header}\n{body}", encoding="utf-8")
 
 
 def check_free(run: Run) -> None:
@@ -311,6 +295,12 @@ def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             continue
         if key != "labels" or isinstance(here[key], str):  # a list has the names themselves
             values[section] = here | {key: place(here[key], optional)}
+    prove = values.get("prove")
+    for key in ("metrics", "harness"):
+        if isinstance(prove, dict) and isinstance(prove.get(key), list):
+            # What looks like a path: `f1` is a metric even where a folder has this name.
+            named = [place(v, True) if set("/.") & set(str(v)) else v for v in prove[key]]
+            prove = values["prove"] = {**prove, key: named}
     recipe = values.get("recipe")
     if isinstance(recipe, str) and recipe.endswith(".py"):
         values["recipe"] = place(recipe, False)
@@ -353,11 +343,9 @@ def _missing_recipe(values: dict[str, Any]) -> list[str]:
     if not isinstance(recipe, str) or recipe in SHIPPED_RECIPES:
         return []
     if not recipe.endswith(".py"):
+        known = f"({', '.join(SHIPPED_RECIPES)}, or a path to a .py)"
         hint = nearest(recipe, list(SHIPPED_RECIPES))
-        return [
-            f"recipe: no recipe is called {_short(recipe)}{hint} "
-            f"({', '.join(SHIPPED_RECIPES)}, or a path to a .py)"
-        ]
+        return [f"recipe: no recipe is called {_short(recipe)}{hint} {known}"]
     return [] if os.path.isfile(recipe) else [f"recipe: {_short(recipe, 240)}: no such file"]
 
 
@@ -385,7 +373,7 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
             here = _at(values, known)
             fields = _model(_key(known)).model_fields if item["type"] == "missing" else {}
             listed = isinstance(part, int) and isinstance(here, list)
-            if listed or (isinstance(here, dict) and (part in here or part in fields)):
+            if listed or (isinstance(here, dict) and part in {**here, **fields}):
                 known.append(part)
         key = _key(known)
         value = _short(_at(values, known))
@@ -407,11 +395,11 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
 
 
 def _at(values: Any, path: list[str | int]) -> Any:
-    for part in path:
-        listed = isinstance(part, int) and isinstance(values, list)
-        if not listed and not (isinstance(values, dict) and part in values):
-            return None
-        values = values[part]
+    try:
+        for part in path:
+            values = values[part]
+    except (KeyError, TypeError, IndexError):
+        return None
     return values
 
 
@@ -426,7 +414,7 @@ def _model(section: str) -> Any:
     plain = re.sub(r"\[\d+\]", "", section)
     if plain in {f"data.{key}" for key in SOURCE_KEYS}:
         return Source
-    return Limits if plain == "data.limits" else SECTIONS.get(plain, Run)
+    return {**SECTIONS, **_NESTED}.get(plain, Run)
 
 
 def _short(value: Any, most: int = 60) -> str:
@@ -438,35 +426,26 @@ def _short(value: Any, most: int = 60) -> str:
 def _wanted(path: list[str | int]) -> str:
     """What a key takes, from its annotation and its description."""
     names = [part for part in path if isinstance(part, str)]
-    if (inside := ".".join(names)) in (*SECTIONS, "data.limits"):
+    if (inside := ".".join(names)) in (*SECTIONS, *_NESTED):
         return f"keys such as {', '.join(list(_model(inside).model_fields)[:4])}"
     model, name = _model(".".join(names[:-1])), names[-1]
     if name not in model.model_fields:  # a key of a mapping
-        model, name = _model(names[0]), names[1]
+        model, name = _model(".".join(names[:-2])), names[-2]
     return f"{_type_words(model, name)}. {model.model_fields[name].description}"
 
 
 def _type_words(model: Any, name: str) -> str:
     """`a whole number >= 1`, `one of a, b`, from the JSON schema of the key."""
     node = model.model_json_schema()["properties"][name]
-    words_for = {"integer": "a whole number", "number": "a number", "string": "a text"}
-    words_for |= {
-        "boolean": "true or false",
-        "array": "a list",
-        "object": "a mapping",
-        "null": "null",
-    }
     words = []
     for option in node.get("anyOf", [node]):
         if "enum" in option or "const" in option:
             choices = option.get("enum", [option.get("const")])
             words.append("one of " + ", ".join(map(str, choices)))
-            continue
-        word = words_for.get(option.get("type", ""), "keys of its own")
-        signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-        bounds = [f"{sign} {option[name]}" for name, sign in signs.items() if name in option]
-        word = " ".join([word, " and ".join(bounds)]).rstrip()
-        words.append(word)
+        else:
+            bounds = [f"{sign} {option[key]}" for key, sign in _SIGNS.items() if key in option]
+            word = _TYPES.get(option.get("type"), "keys of its own")
+            words.append(f"{word} {' and '.join(bounds)}".rstrip())
     return " or ".join(words)
 
 

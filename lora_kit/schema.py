@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 SHIPPED_RECIPES = ("cpt", "sft")
 EMBEDDED = ("nano:topics", "nano:docstrings", "nano:instructions")
@@ -203,11 +203,78 @@ class Train(_Section):
     )
     logging_steps: Positive = Field(10, description="Steps between rows of metrics.jsonl.")
     eval_steps: Positive | None = Field(
-        None, description="Steps between losses on held-out rows; null: at the end only."
+        None,
+        description="Steps between losses on held-out rows (eval_loss); the checkpoint of the "
+        "lowest is kept. null: at the end only.",
+    )
+    early_stopping_patience: Positive | None = Field(
+        None,
+        description="Evaluations without a lower eval_loss before the run stops; null: it goes on.",
+    )
+    load_best_model_at_end: bool = Field(
+        True, description="With eval_steps: save the adapter of the lowest eval_loss, not the last."
     )
     save_steps: Positive = Field(500, description="Steps between checkpoints.")
-    save_total_limit: Positive = Field(2, description="Checkpoints kept.")
+    save_total_limit: Positive = Field(2, description="Checkpoints kept, besides the best.")
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        default_factory=list,
+        description="Who is told the figures of metrics.jsonl as well; []: nobody.",
+    )
     dataloader_num_workers: int = Field(0, ge=0, description="Processes that collate; 0: none.")
+
+    @field_validator("early_stopping_patience")
+    @classmethod
+    def _counts_evaluations(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("eval_steps", 0) is None:
+            raise ValueError("it counts evaluations: set train.eval_steps")
+        return value
+
+
+class Gate(_Section):
+    """What must hold for a run to count as done; each null: not asked for."""
+
+    domain: Literal["better", "no different"] | None = Field(
+        "better", description="The verdict on the domain, at least."
+    )
+    general: Literal["kept"] | None = Field(
+        "kept", description="The verdict on general text; not known does not hold."
+    )
+    few_shot: Literal["better", "no different"] | None = Field(
+        None, description="The verdict against the base with prove.shots examples, at least."
+    )
+    loss: float | None = Field(
+        None, gt=0, description="The adapted model's loss on the domain at most, in nats per token."
+    )
+    metrics: dict[str, float] = Field(
+        default_factory=dict, description="The adapted model's score at least: {exact_match: 0.8}."
+    )
+
+
+class Prove(_Section):
+    """How base and adapter are compared, after the training and by `lora-kit compare`."""
+
+    shots: int = Field(
+        3,
+        ge=0,
+        description="Training rows put before each held-out one, for the base without the adapter: "
+        "what examples in the prompt would have bought. 0: off.",
+    )
+    metrics: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Scores of the answers that are generated: exact_match, f1, accuracy, rouge_l, "
+        "or a metric of the evaluate library by name or path, whose code runs here. []: none.",
+    )
+    answers: Positive = Field(
+        200, description="Held-out rows that are answered for the metrics, at most."
+    )
+    harness: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Tasks of lm-evaluation-harness, by name or as a .yaml, which may name code "
+        "that runs here; []: none.",
+    )
+    gate: Gate | None = Field(
+        None, description="What must hold, else `train` and `compare` end with 1; null: nothing."
+    )
 
 
 class Run(_Section):
@@ -225,6 +292,7 @@ class Run(_Section):
     adapter: Adapter = Adapter()
     data: Data
     train: Train = Train()
+    prove: Prove = Prove()
 
     @property
     def directory(self) -> Path:
@@ -237,4 +305,5 @@ SECTIONS: dict[str, type[_Section]] = {
     "adapter": Adapter,
     "data": Data,
     "train": Train,
+    "prove": Prove,
 }

@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 from lora_kit.launch import recipe_main
-from lora_kit.run import Run, read_lock
+from lora_kit.run import read_lock
+from lora_kit.schema import Run
 
 
 def main(run: Run, resume: bool = False) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.base.load import load_base, load_tokenizer
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
-    from lora_kit.prove.compare import HeldOut
+    from lora_kit.prove.compare import HeldOut, check_prove
     from lora_kit.prove.finish import prove
     from lora_kit.train.arguments import check_installed
     from lora_kit.train.directory import run_directory
@@ -39,6 +40,8 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
         pinned = pin(run.base, lock)
         tokenizer = load_tokenizer(pinned)
         data = prepare(run.data, "text", tokenizer, run.train.max_length, run.seed, lock=lock)
+        judged = HeldOut.of(data)
+        check_prove(run.prove, judged, tokenizer, run.data.supervise)
 
         with run_directory(run, pinned, data, resume) as directory:
             # 2. What was found, before anything large is loaded.
@@ -58,7 +61,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
 
             # 6. Save, then judge against the base.
             save_run(trainer, tokenizer, pinned)
-            return prove(run, trainer, tokenizer, HeldOut.of(data))
+            return prove(run, trainer, tokenizer, judged)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 from lora_kit.launch import recipe_main
-from lora_kit.run import Run, read_lock
+from lora_kit.run import read_lock
+from lora_kit.schema import Run
 
 
 def main(run: Run, resume: bool = False) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
     from lora_kit.data.templates import set_template
-    from lora_kit.prove.compare import HeldOut
+    from lora_kit.prove.compare import HeldOut, check_prove
     from lora_kit.prove.finish import prove
     from lora_kit.train.arguments import check_installed
     from lora_kit.train.directory import run_directory
@@ -42,6 +43,8 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
         tokenizer = load_tokenizer(pinned)
         set_template(tokenizer, run.data.chat_template)
         data = prepare(run.data, "chat", tokenizer, run.train.max_length, run.seed, lock=lock)
+        judged = HeldOut.of(data)
+        check_prove(run.prove, judged, tokenizer, run.data.supervise)
 
         with run_directory(run, pinned, data, resume) as directory:
             # 2. What was found, before anything large is loaded.
@@ -61,7 +64,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
 
             # 6. Save, then judge against the base.
             save_run(trainer, tokenizer, pinned)
-            return prove(run, trainer, tokenizer, HeldOut.of(data))
+            return prove(run, trainer, tokenizer, judged)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,7 @@ def run_file(work: Path, base: Path) -> RunMaker:
                 "max_length": 128,
                 "per_device_train_batch_size": 4,
                 "learning_rate": 1e-2,
+                "warmup_steps": 0,  # the first step of a warm-up has a rate of 0
                 "logging_steps": 1,
             },
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.data.prepare import Kind, Prepared, prepare
-from lora_kit.run import Data
+from lora_kit.schema import Data
 
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 

@@ -20,7 +20,7 @@ from lora_kit.base.pin import Pinned, pin
 from lora_kit.data.labelled import IGNORED, collator
 from lora_kit.errors import UserError
 from lora_kit.prove.measure import measure
-from lora_kit.run import Adapter, Base
+from lora_kit.schema import Adapter, Base
 
 
 def settings(folder: Path, **values: Any) -> Base:

@@ -9,7 +9,7 @@ import torch
 from lora_kit.adapter.attach import attach
 from lora_kit.base.load import load_base
 from lora_kit.base.pin import pin
-from lora_kit.run import Adapter, Base
+from lora_kit.schema import Adapter, Base
 from tests.conftest import make_base
 
 

@@ -17,14 +17,14 @@ from hub import OLDER, SHA, Hub, client, serving
 from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import pin
 from lora_kit.errors import UserError
-from lora_kit.run import Base
+from lora_kit.schema import Base
 
 # Pins every (model, revision) of PINS, or says in which line it failed and after how long.
 PIN = """
 import json, os, time
 from lora_kit.base.pin import pin
 from lora_kit.errors import UserError
-from lora_kit.run import Base
+from lora_kit.schema import Base
 
 for model, revision in json.loads(os.environ["PINS"]):
     started = time.perf_counter()

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lora_kit import __version__, cli
-from lora_kit.run import SHIPPED_RECIPES, Run, load_run, recipe_path, shipped
+from lora_kit.run import load_run, recipe_path, shipped
+from lora_kit.schema import SHIPPED_RECIPES, Run
 
 VERBS = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "huggingface_hub")

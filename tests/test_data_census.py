@@ -14,7 +14,7 @@ from lora_kit.data.census import Census, Count
 from lora_kit.data.formats import WORSE
 from lora_kit.data.labelled import IGNORED
 from lora_kit.errors import UserError
-from lora_kit.run import Limits
+from lora_kit.schema import Limits
 
 
 @pytest.fixture(scope="module")

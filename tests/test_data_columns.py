@@ -37,13 +37,13 @@ def test_columns_that_fit_several_formats_are_refused_until_one_is_told() -> Non
     assert one(ALPACA, renames={"text": "text"}).text == "Below is an instruction."
     both = {
         "prompt": "Q",
-        "messages": [ASK, ANSWER],
+        "messages": [ASK, OTHER],
         "chosen": [ASK, ANSWER],
         "rejected": [ASK, OTHER],
     }
     assert "data.columns: {rejected: rejected}" in refused(both)
-    assert one(both, renames={"rejected": "rejected"}).rejected == "B"
-    assert one(both, renames={"messages": "messages"}).rejected is None
+    assert turns(both, renames={"rejected": "rejected"}) == QA
+    assert turns(both, renames={"messages": "messages"}) == [("user", "Q"), ("assistant", "B")]
 
 
 def test_what_an_error_suggests_tells_formats_apart() -> None:

@@ -12,9 +12,11 @@ import pytest
 from conftest import RunMaker, make_tokenizer, sentences
 
 from lora_kit.data.prepare import prepare
-from lora_kit.data.sources import FEWEST_DOCUMENTS, open_sources
+from lora_kit.data.readers import FEWEST_DOCUMENTS
+from lora_kit.data.sources import open_sources
 from lora_kit.errors import UserError
-from lora_kit.run import Data, load_run
+from lora_kit.run import load_run
+from lora_kit.schema import Data
 
 STORY = [f"{line[:-1]}, and that is the {n}th thing." for n, line in enumerate(sentences(12))]
 

@@ -19,7 +19,7 @@ from lora_kit.data.formats import (
 )
 from lora_kit.data.readers import Row
 from lora_kit.errors import UserError
-from lora_kit.run import Column
+from lora_kit.schema import Column
 
 Values = dict[str, Any]
 ASK = {"role": "user", "content": "Q"}
@@ -112,7 +112,6 @@ def test_the_columns_name_the_format(name: str, values: Values, expected: Any) -
     example = one(values)
     # What stands between prompt and answer where there is no chat template.
     assert example.joiner == ("" if name in CLOSE else "\n\n")
-    assert example.rejected == ("B" if name == "preference" else None)
     assert example.label == (values["label"] if name == "text-label" else None)
     if "system" in FORMATS[name].optional and expected[0][0] != "system":
         for nothing in (None, "", " "):

@@ -17,7 +17,7 @@ from lora_kit.data import hub as data_hub
 from lora_kit.data.prepare import prepare
 from lora_kit.data.sources import open_sources
 from lora_kit.errors import UserError
-from lora_kit.run import Data, Source
+from lora_kit.schema import Data, Source
 
 # Opens every list of sources in WANTED, or says why not; with rows and their places.
 OPEN = """
@@ -25,7 +25,7 @@ import json, os
 from pathlib import Path
 from lora_kit.data.sources import open_sources
 from lora_kit.errors import UserError
-from lora_kit.run import Source
+from lora_kit.schema import Source
 
 for wanted, commits in json.loads(os.environ["WANTED"]):
     try:

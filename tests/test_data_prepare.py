@@ -19,7 +19,7 @@ from lora_kit.data.prepare import Prepared
 from lora_kit.data.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-from lora_kit.run import Data
+from lora_kit.schema import Data
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_the_same_is_prepared_to_the_same_bytes_and_only_once(
     first = of_settings(tmp_path, tokenizer, settings)
     again = of_settings(tmp_path, tokenizer, settings)
     assert (first.cached, again.cached) == (False, True) and result(first) == result(again)
-    assert again.shown == first.shown and again.names == first.names
+    assert again.names == first.names
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "other"))
     assert not of_settings(tmp_path, tokenizer, settings).cached
     (one,), (other,) = hashes(cache), hashes(tmp_path / "other")
@@ -232,4 +232,3 @@ def test_places_lead_back_to_the_file(tmp_path: Path, tokenizer: Any) -> None:
             assert originals[places[-1]]["completion"] in text
     assert sorted(places) == sorted(originals)
     assert found.hashes.keys() == {train, other}
-    assert [e.place in originals for e in found.shown] == [True] * 3

@@ -18,7 +18,7 @@ from prepared import chats, prepared, put, put_texts
 from lora_kit.data import preview
 from lora_kit.data.prepare import Prepared
 from lora_kit.errors import UserError
-from lora_kit.run import Run
+from lora_kit.schema import Run
 
 HOSTILE = "\x1b[31mred\x07 \u202eback \x85 <b>\r\n\ttab \udcff"
 

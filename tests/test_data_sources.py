@@ -14,10 +14,10 @@ from conftest import make_tokenizer, sentences
 
 from lora_kit.data import readers
 from lora_kit.data.prepare import prepare
-from lora_kit.data.readers import Row
-from lora_kit.data.sources import FEWEST_DOCUMENTS, Opened, check_apart, open_sources
+from lora_kit.data.readers import FEWEST_DOCUMENTS, Opened, Row
+from lora_kit.data.sources import check_apart, open_sources
 from lora_kit.errors import UserError
-from lora_kit.run import EMBEDDED, Data, Source
+from lora_kit.schema import EMBEDDED, Data, Source
 
 
 def put(folder: Path, name: str, content: str | bytes) -> str:

@@ -54,7 +54,7 @@ def test_accelerate_loads_each_config(name: str) -> None:
 
     file = accelerate_config(name)
     loaded = load_config_from_file(str(file))
-    assert loaded.num_processes == CONFIGS[name] == launch._size(file)[0]
+    assert loaded.num_processes == CONFIGS[name] == launch._read_config(file)["num_processes"]
     assert f"--accelerate {name}" in file.read_text() or "my_multi_node.yaml" in file.read_text()
     # Every key of the nested sections is one that the command knows: others are dropped in silence.
     known = set(vars(launch_command_parser().parse_args(["script.py"])))
@@ -73,10 +73,11 @@ def test_config_that_fits_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_own_config_by_path(work: Path) -> None:
     (work / "mine.yaml").write_text("num_processes: 3\nnum_machines: 1\n")
-    assert launch._size(accelerate_config("mine.yaml")) == (3, 1)
+    values = launch._read_config(accelerate_config("mine.yaml"))
+    assert (values["num_processes"], values["num_machines"]) == (3, 1)
     (work / "mine.yaml").write_text("a list of words")
     with pytest.raises(UserError, match=r"mine\.yaml: not a config of accelerate"):
-        launch._size(accelerate_config("mine.yaml"))
+        launch._read_config(accelerate_config("mine.yaml"))
 
 
 def test_printed_command_is_the_one_that_runs(

@@ -17,7 +17,7 @@ from prepared import prepared, put
 from lora_kit.data import preview
 from lora_kit.data.prepare import Prepared
 from lora_kit.errors import UserError
-from lora_kit.run import Run
+from lora_kit.schema import Run
 
 # Whatever of these ran, or was taken for a tag, would change the title.
 EVIL = (

@@ -1,4 +1,4 @@
-"""The interval covers what was planted, the words follow from it, a run is judged on its own."""
+"""A finished run is judged on its own held-out rows, again, and by what else is asked for."""
 
 from __future__ import annotations
 
@@ -8,99 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import RunMaker, make_base, sentences
 from trained import finish, folder_maker, labelled
 
 import lora_kit
-from lora_kit.data.formats import Example
 from lora_kit.data.labelled import IGNORED
-from lora_kit.errors import UserError
-from lora_kit.prove.compare import HeldOut, _cut, compare_model, statistics, verdict
-from lora_kit.prove.measure import Losses
+from lora_kit.errors import CheckFailed, UserError
+from lora_kit.prove.compare import HeldOut, compare_model
+from lora_kit.schema import Prove
 
-
-def losses(units: int, effect: float, seed: int) -> tuple[Losses, Losses]:
-    """Documents of mixed lengths; the adapted model is `effect` nats per token off, with noise."""
-    random = np.random.default_rng(seed)
-    tokens = random.integers(20, 400, units).astype(float)
-    level = random.normal(3, 0.7, units)  # documents differ far more than the models do
-    base = tokens * level
-    adapted = tokens * (level + effect + random.normal(0, 0.2, units))
-    return Losses(base, tokens, 4 * tokens), Losses(adapted, tokens, 4 * tokens)
-
-
-@pytest.mark.parametrize("effect", [-0.05, 0.0])
-def test_the_interval_covers_the_true_difference(effect: float, monkeypatch: Any) -> None:
-    monkeypatch.setattr("lora_kit.prove.compare.RESAMPLES", 1000)
-    covered = narrow = 0
-    for seed in range(100):
-        found = statistics(*losses(60, effect, seed), seed=seed)["loss"]
-        low, high = found["ci95"]
-        covered += low <= effect <= high
-        # Paired: the spread between documents, 0.7 nats, has gone from it.
-        narrow += high - low < 0.2
-    assert 90 <= covered <= 99 and narrow == 100
-
-
-def test_statistics_are_ratios_of_sums() -> None:
-    base = Losses(np.array([30.0, 10.0]), np.array([10.0, 2.0]), np.array([40.0, 10.0]))
-    adapted = Losses(np.array([18.0, 10.0]), base.tokens, base.bytes)
-    found = statistics(base, adapted, seed=0)
-    assert found["documents"] == 2
-    assert found["loss"] == {
-        "base": round(40 / 12, 4),
-        "adapted": round(28 / 12, 4),
-        "difference": -1.0,
-        "ci95": [-1.2, 0.0],  # both draws the first document, both the second
-    }
-    bits = found["bits_per_byte"]
-    assert bits["base"] == round(40 / np.log(2) / 50, 4)
-    assert bits["difference"] == round(-12 / np.log(2) / 50, 4)
-
-
-def test_statistics_repeat_under_the_seed_in_pieces_too(monkeypatch: Any) -> None:
-    pair = losses(1500, -0.03, seed=1)  # 2**22 draws are one piece: four of them
-    first = statistics(*pair, seed=3)
-    assert statistics(*pair, seed=3) == first
-    assert statistics(*pair, seed=4)["loss"]["ci95"] != first["loss"]["ci95"]
-    assert first["loss"]["ci95"][1] < 0
-
-
-def test_odd_units_give_numbers() -> None:
-    one = Losses(np.array([6.0]), np.array([3.0]), np.array([9.0]))
-    found = statistics(one, Losses(np.array([3.0]), one.tokens, one.bytes), seed=0)
-    assert found["loss"]["ci95"] == [-1.0, -1.0] and found["documents"] == 1
-    assert verdict(found, "better", "worse", "same") == "too little data"
-    # A document without a token, and some without a byte.
-    empty = Losses(np.array([0.0, 6.0]), np.array([0.0, 3.0]), np.array([0.0, 9.0]))
-    found = statistics(empty, Losses(np.array([0.0, 3.0]), empty.tokens, empty.bytes), seed=0)
-    assert found["loss"]["difference"] == -1 and found["loss"]["ci95"] == [-1, -1]
-    json.dumps(found, allow_nan=False)
-
-
-@pytest.mark.parametrize(
-    ("difference", "interval", "documents", "word"),
-    [
-        (-0.5, (-0.6, -0.4), 20, "lower"),
-        (0.5, (0.4, 0.6), 20, "higher"),
-        (-0.5, (-0.6, -0.4), 19, "too little data"),
-        (-0.5, (-1.1, 0.1), 20, "same"),
-        (-0.5, (-1.1, 0.0), 20, "same"),
-        (-0.01, (-0.012, -0.008), 500, "same"),  # certain, and under half a percent of 3 nats
-        (0.01, (0.008, 0.012), 500, "same"),
-        (0.0, (0.0, 0.0), 500, "same"),
-    ],
-)
-def test_the_words(
-    difference: float, interval: tuple[float, float], documents: int, word: str
-) -> None:
-    loss = {"base": 3.0, "difference": difference, "ci95": list(interval)}
-    assert verdict({"documents": documents, "loss": loss}, "lower", "higher", "same") == word
-
-
-FIGURES = ("verdict", "domain", "general", "samples")
+FIGURES = ("verdict", "domain", "general", "few_shot", "metrics", "samples")
 
 
 @pytest.fixture(scope="module")
@@ -161,37 +79,133 @@ def test_what_is_no_finished_run_is_refused(run: Path, work: Path, base: Path) -
 
 
 def test_a_run_that_learned_nothing_is_no_different(run_file: RunMaker) -> None:
-    finished = finish(run_file, "sft", **{"train.learning_rate": 0.0, "train.max_steps": 1})
+    changes = {"train.learning_rate": 0.0, "prove.metrics": ["f1"], "prove.shots": 0}
+    with pytest.raises(CheckFailed, match="did not move"):
+        finish(run_file, "sft", **changes)
+    finished = Path("runs/test")
     report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
-    assert report["verdict"] == {"domain": "no different"} and report["general"] is None
+    assert report["verdict"] == {"domain": "no different", "f1": "no different"}
+    assert report["general"] is report["few_shot"] is None
     assert report["domain"]["loss"]["difference"] == 0
-    assert report["domain"]["loss"]["ci95"] == [0, 0]
+    assert report["domain"]["loss"]["ci95"] == [0, 0] == report["metrics"]["f1"]["ci95"]
+    assert report["overfitting"]["gap"] == 0
     assert all(sample["base"] == sample["adapted"] for sample in report["samples"])
     assert lora_kit.compare(finished)["domain"] == report["domain"]
 
 
-def test_texts_are_cut_between_characters(run: Path) -> None:
-    _, tokenizer = lora_kit.load(run)
-    text = "föx 🦊 " * 40
-    start, rest = _cut(tokenizer, text, 48)
-    assert text.startswith(start + rest) and "\ufffd" not in start + rest and len(start) > 5
-    assert _cut(tokenizer, "a", 48) == ("a", "")
-    half, other = _cut(tokenizer, "the quick brown fox", 48)
-    assert half + other == "the quick brown fox" and other
+def test_samples_are_the_first_and_the_extremes(run: Path) -> None:
+    samples = lora_kit.compare(run)["samples"]
+    kinds = [sample["chosen"] for sample in samples]
+    assert kinds == ["first"] * 2 + ["largest gain"] * 2 + ["largest loss"] * 2
+    change = [sample["loss"]["adapted"] - sample["loss"]["base"] for sample in samples]
+    assert change[2] <= change[3] <= min(change[0], change[1]) and change[3] <= change[5]
+    assert change[4] >= change[5] >= max(change[0], change[1])
+    assert len({sample["prompt"] + sample["expected"] for sample in samples}) == 6
 
 
-def test_a_text_is_not_prompted_as_an_answer(run: Path, monkeypatch: Any) -> None:
-    """Text begins as in training even where the base has a chat template."""
+def test_the_base_with_examples_is_the_base_given_longer_rows(run: Path) -> None:
+    """Zero examples of room, and the few-shot base is not measured; with some it is another."""
+    report = lora_kit.compare(run, ["prove.shots=2"])
+    assert report["few_shot"]["shots"] == 2 and report["few_shot"]["tokens"] > 10
+    assert report["few_shot"]["documents"] == report["domain"]["documents"]
+    assert report["few_shot"]["loss"]["base"] != report["domain"]["loss"]["base"]
+    assert report["few_shot"]["loss"]["adapted"] == report["domain"]["loss"]["adapted"]
+    assert report["verdict"]["few_shot"] == "better"
     model, tokenizer = lora_kit.load(run)
-    seen: list[list[int]] = []
-    plain = type(model).generate
+    rows = labelled([([0, 5, 6] * 42, [0, 5, 6] * 42)] * 20, list(range(20)), [2] * 20)
+    model.config.max_position_embeddings = 127
+    judged = HeldOut("text", rows, None, rows)
+    assert compare_model(model, tokenizer, judged, Prove())["few_shot"] is None
 
-    def spy(self: Any, **options: Any) -> Any:
-        seen.extend(options["input_ids"].tolist())
-        return plain(self, **options)
 
-    monkeypatch.setattr(type(model), "generate", spy)
-    rows = labelled([([0, 5, 6], [IGNORED, 5, 6])], [0], [2])
-    shown = [Example("x", text="the quick brown fox")]
-    compare_model(model, tokenizer, HeldOut(rows, None, shown))
-    assert tokenizer.chat_template and [row[0] for row in seen] == [tokenizer.eos_token_id] * 2
+def test_only_what_is_measured_may_change(run: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.max_steps=3: a finished run takes other prove"):
+        lora_kit.compare(run, ["train.max_steps=3", "prove.shots=1"])
+    with pytest.raises(UserError, match=r"prove\.shotz: unknown key; did you mean `shots`"):
+        lora_kit.compare(run, ["prove.shotz=3"])
+    with pytest.raises(UserError, match=r"prove\.metrics: metrics score answers, and text has"):
+        lora_kit.compare(run, ["prove.metrics=[f1]"])
+    with pytest.raises(UserError, match=r"prove\.gate\.metrics: f1: not in prove\.metrics"):
+        lora_kit.compare(run, ["prove.gate.metrics.f1=0.5"])
+
+
+def test_the_report_keeps_what_was_measured_before(run: Path) -> None:
+    file = run / "report.json"
+    before = file.read_bytes()
+    few = json.loads(before)["few_shot"]
+    again = lora_kit.compare(run, ["prove.shots=0"], gate=True)
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    assert again == stored and stored["few_shot"] == few and stored["verdict"]["few_shot"]
+    assert stored["gate"]["passed"] is (stored["verdict"]["general"] == "kept")
+    assert stored["training"] == json.loads(before)["training"]
+    file.unlink()  # stopped before it was written: it comes from the adapter alone
+    assert lora_kit.compare(run)["domain"] == stored["domain"] and file.is_file()
+    file.write_bytes(before)
+
+
+def test_a_model_from_scratch_is_worse(run: Path) -> None:
+    before = (run / "report.json").read_bytes()
+    report = lora_kit.compare(run, scratch=True)
+    found = report["scratch"]
+    assert found["documents"] == 24 and found["parameters"] > 50_000 and found["seconds"] > 0
+    assert found["loss"]["adapted"] == report["domain"]["loss"]["adapted"]
+    assert found["loss"]["base"] not in (report["domain"]["loss"]["base"], 0)
+    assert report["verdict"]["scratch"] in ("better", "worse", "no different")
+    (run / "report.json").write_bytes(before)
+
+
+def test_rows_of_one_token_are_not_judged(run: Path) -> None:
+    model, tokenizer = lora_kit.load(run)
+    short = labelled([([5], [5])] * 20, list(range(20)), [1] * 20)
+    judged = HeldOut("text", short, None, short)
+    with pytest.raises(UserError, match=r"data\.eval: no row has two tokens"):
+        compare_model(model, tokenizer, judged, Prove())
+    mixed = labelled([([5], [5])] * 5 + [([5, 6], [5, 6])] * 20, list(range(25)), [1] * 25)
+    judged = HeldOut("text", mixed, None, mixed)
+    report = compare_model(model, tokenizer, judged, Prove())
+    assert report["domain"]["documents"] == 20 and len(report["samples"]) == 6
+
+
+def test_scores_come_with_the_base_and_the_base_with_examples(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is asked what: the adapter knows all answers, the base with examples every other one."""
+    model, tokenizer = lora_kit.load(run)
+    rows = [([n, n, n + 50], [IGNORED, IGNORED, n + 50]) for n in range(300, 340)]
+    made = labelled(rows, list(range(40)), [3] * 40)
+    judged = HeldOut("chat", made, None, made)
+
+    def answers(model: Any, tokenizer: Any, prompts: Any, most: int, **_: Any) -> list[str]:
+        off = any(getattr(module, "_disable_adapters", False) for module in model.modules())
+        few = len(prompts[0]) > 2
+        assert off or not few, "examples are for the base"
+        known = [not off or (few and prompt[-1] % 2 == 0) for prompt in prompts]
+        right = [tokenizer.decode([prompt[-1] + 50]) for prompt in prompts]
+        return [word if knows else "" for word, knows in zip(right, known, strict=True)]
+
+    monkeypatch.setattr("lora_kit.prove.compare.generate", answers)
+    prove = Prove(metrics=["accuracy", "f1"], answers=30, shots=2)
+    report = compare_model(model, tokenizer, judged, prove)
+    for name in prove.metrics:
+        found = report["metrics"][name]
+        assert found["rows"] == 30 and 0.2 < found["few_shot"] < 0.8
+        assert found["base"] == 0 and found["adapted"] == found["difference"] == 1
+        assert report["verdict"][name] == "better"
+    assert report["few_shot"]["shots"] == 2 and report["few_shot"]["tokens"] == 6
+
+
+def test_what_the_model_answers_is_scored(run_file: RunMaker) -> None:
+    metrics = ["exact_match", "f1", "rouge_l"]
+    finished = finish(run_file, "sft", **{"prove.metrics": metrics, "prove.answers": 21})
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    assert list(report["metrics"]) == metrics == list(report["verdict"])[-3:]
+    assert all(figures["rows"] == 21 for figures in report["metrics"].values())
+    assert "What is" in report["samples"][0]["prompt"] and report["samples"][0]["expected"]
+
+
+def test_an_answer_is_asked_for_with_the_tokens_of_training() -> None:
+    rows = labelled([([1, 2, 3, 4, 5], [IGNORED, 2, IGNORED, 4, 5])], [0], [2])
+    assert HeldOut("chat", rows, None, rows).question(0) == ([1, 2, 3], [4, 5])
+    assert HeldOut("text", rows, None, rows).question(0) == ([1, 2, 3], [4, 5])
+    whole = labelled([([1, 2, 3, 4], [1, 2, 3, 4])], [0], [2])
+    assert HeldOut("chat", whole, None, whole).question(0) == ([1, 2], [3, 4])

@@ -22,7 +22,7 @@ from lora_kit.data.templates import context_token
 from lora_kit.errors import CheckFailed
 from lora_kit.prove import measure as module
 from lora_kit.prove.measure import generate, measure
-from lora_kit.run import Base, Data
+from lora_kit.schema import Base, Data
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,16 @@ def test_measure_equals_a_plain_loop(
     assert found.bytes.tolist() == [10, 20, 30, 40]
 
 
+def test_some_rows_are_measured_alone(model: Any, labelled: Labelled) -> None:
+    rows = np.array([5, 1])  # of units 3 and 0
+    found = measure(model, labelled, pad_id=1, rows=rows)
+    _, tokens = naive(model, labelled)
+    assert found.tokens[[1, 2]].tolist() == [0, 0] and found.tokens[0] < tokens[0]
+    alone = measure(model, labelled, pad_id=1, rows=rows[:1])
+    assert alone.tokens.tolist() == [0, 0, 0, found.tokens[3]]
+    assert alone.nats[3] == pytest.approx(found.nats[3], rel=1e-5)
+
+
 @pytest.mark.parametrize(("rows_at_once", "logits"), [(3, 2**28), (100, 400 * 130)])
 def test_a_batch_is_no_larger_than_what_it_is_allowed(
     model: Any,
@@ -133,6 +143,13 @@ def test_bits_per_byte_by_hand(model: Any, tmp_path: Path, bos: bool) -> None:
     assert len(cut) > 2 and measure(model, cut, pad_id=1).tokens.tolist() == found.tokens.tolist()
 
 
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    return [
+        *context_token(tokenizer),
+        *tokenizer(text, add_special_tokens=False).input_ids,
+    ]
+
+
 @pytest.fixture
 def steered(model: Any) -> Iterator[dict[str, Any]]:
     """A model whose next token is set: after token t comes step[t], else t + 1."""
@@ -153,13 +170,14 @@ def steered(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_a_batch_says_what_its_prompts_say_one_by_one(model: Any, tokenizer: Any) -> None:
-    prompts = ["the", " ".join(sentences(3)), "", "seven wizards make", "a 🦊"]
+    texts = ["the", " ".join(sentences(3)), "", "seven wizards make", "a 🦊"]
+    prompts = [ids_of(tokenizer, text) for text in texts]
     together = generate(model, tokenizer, prompts, 12)
     assert together == [generate(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    assert together == generate(model, tokenizer, prompts, 12, at_once=2)
     assert len(set(together)) > 2  # not all the same babble
-    assert tokenizer.padding_side == "right"
     # And what transformers says to the very ids that training would show it.
-    ids = [*context_token(tokenizer), *tokenizer(prompts[1], add_special_tokens=False).input_ids]
+    ids = prompts[1]
     with torch.no_grad():
         plain = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
     assert tokenizer.decode(plain[0, len(ids) :], skip_special_tokens=True) == together[1]
@@ -172,9 +190,9 @@ def test_generation_stops_where_an_answer_ends(
     assert end_tokens(model, tokenizer) == [0, 3]
     [first] = tokenizer(" bake", add_special_tokens=False).input_ids[:1]
     steered["after"] = {first: 3, 3: 100}
-    assert generate(model, tokenizer, [" bake"], 20, templated=True) == [""]
+    assert generate(model, tokenizer, [[first]], 20) == [""]
     plain = load_tokenizer(Pinned("x", str(plain_base)))
     assert end_tokens(model, plain) == [0]
-    assert generate(model, plain, [" bake"], 20) != [""]
+    assert generate(model, plain, [[0, first]], 20) != [""]
     steered["after"] = {first: 50, 50: 51, 51: 0, 0: 60}
-    assert generate(model, plain, [" bake"], 20) == [plain.decode([50, 51])]
+    assert generate(model, plain, [[0, first]], 20) == [plain.decode([50, 51])]

@@ -9,28 +9,29 @@ from typing import Any
 
 import pytest
 from conftest import RunMaker, sentences
+from reports import full, metrics, minimal, put_run, worse
 from trained import finish
 
-from lora_kit.prove.report import _WORDS, _curve, in_words, write_report
+from lora_kit.prove.report import findings, in_lines, in_words, write_report
 from lora_kit.prove.show import comparison, printable, side_by_side
-from lora_kit.run import load_run
 
 EVIL = (
-    "<script>alert('\"1\"')</script><img src=http://evil.example/x.png> & {{ 7 * 7 }} \x1b[31mred"
+    "<script>alert('\"1\"')</script><img src=http://evil.invalid/x.png> & {{ 7 * 7 }} \x1b[31mred"
 )
-VOID = {"meta", "br", "img", "path", "polyline", "link"}
+VOID = {"meta", "br", "img", "link"}
+WORDS = ("better", "worse", "no different", "too little data")
 
 
 class Page(HTMLParser):
     """Collects tags, attributes and text, and checks that tags are closed in their order."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, file: Path) -> None:
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str]] = []
         self.words: list[str] = []
-        self.feed(text)
+        self.feed(file.read_text(encoding="utf-8"))
         self.close()
         assert self.open == []
 
@@ -41,27 +42,150 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in VOID:
-            return
-        while self.open and self.open[-1] == "p" and tag != "p":  # </p> may be left out
-            self.open.pop()
-        assert self.open and self.open[-1] == tag, (tag, self.open)
-        self.open.pop()
+        if tag not in VOID:
+            assert self.open and self.open.pop() == tag, (tag, self.open)
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
 
     @property
     def text(self) -> str:
-        return "".join(self.words)
+        return " ".join("".join(self.words).split())
 
 
-def no_constants(name: str) -> Any:
+def no_constant(name: str) -> Any:
     raise AssertionError(f"{name} is not JSON")
 
 
-def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"), parse_constant=no_constants)
+def page_of(folder: Path, report: dict[str, Any], rows: Any = None) -> Page:
+    return Page(put_run(folder, report, rows)[0])
+
+
+def test_the_verdict_comes_first_and_nothing_bad_is_left_out(tmp_path: Path) -> None:
+    page = page_of(tmp_path, full(), metrics())
+    headline = page.text.index("python-docs: better than its base on text it never saw")
+    but = page.text.index(
+        "But it forgets general text, the gate failed, a check of the training failed and "
+        "hellaswag/acc_norm and wikitext/bits_per_byte got worse."
+    )
+    first = page.text.index("Base against adapted")
+    for words in (
+        "3.442 → 2.951 nats per token (−14.3%, 95% −16.3% to −12.5%)",
+        "general text got worse: the adapter forgets",
+        "better than the base with examples in its prompt",
+        "0.114 → 0.471 (+0.357, 95% +0.271 to +0.443)",
+        "not judged: it is no mean over rows, so it has no interval",
+        "general: forgot, asked for kept",
+        "3 of 224 adapters did not move",
+        "Likely cause: a kernel of the attention",
+        "What to do: set base.attn_implementation",
+    ):
+        assert headline < but < page.text.index(words) < first, words
+    for words in (
+        "14.3% better (12.5 to 16.3)",
+        "1.1 points better (2.0 worse to 4.3 better)",
+        "a gap of 0.148 nats, so 23% of what it gained does not carry over",
+        "best, step 200",
+        "stopped early, step 300",
+        "Where the adapter lost most",
+        "87.3% of the base",
+        "nothing frozen moved: not checked",
+        "28 rows dropped, too long (first: rows.jsonl:71)",
+        "17.2 GiB (-3%)",
+        "7d3f" * 10,
+        "lora-kit train runs/python-docs/run.yaml name=python-docs-again",
+    ):
+        assert page.text.index(words) > first, words
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_report_without_the_newer_parts_has_a_page(tmp_path: Path, word: str) -> None:
+    report = minimal(word)
+    page = page_of(tmp_path, report)
+    assert in_words(word) in page.text and "polyline" not in page.tags
+    assert "There is no curve to draw" in page.text
+    assert "so what the base forgot was not measured. data.general: FILE measures it" in page.text
+    assert "Did it train" not in page.text and "The adapter by layer" not in page.text
+    # And without the files that lie beside it.
+    run = put_run(tmp_path, report)[1]
+    for name in ("run.lock.json", "census.json"):
+        (tmp_path / name).unlink()
+    write_report(tmp_path, run, {name: report[name] for name in ("verdict", "domain")})
+    page = Page(tmp_path / "report.html")
+    assert in_words(word) in page.text and "No samples were generated" in page.text
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_every_part_may_be_null(tmp_path: Path) -> None:
+    report = full()
+    for name in report.keys() - {"verdict", "domain"}:
+        page_of(tmp_path, report | {name: None}, metrics())
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+
+
+def test_lines_say_what_the_page_says() -> None:
+    lines = in_lines(full())
+    assert lines[0] == (
+        "domain: 3.442 -> 2.951 nats per token (-14.3%, 95% -16.3% to -12.5%): "
+        "better than the base on text it never saw"
+    )
+    assert [line.split(":")[0] for line in lines] == [
+        *("domain", "general", "few_shot", "exact_match", "rouge_l"),
+        *("hellaswag/acc_norm", "wikitext/bits_per_byte", "wikitext/word_perplexity"),
+        *("gate", "audit"),
+    ]
+    assert lines[-2] == "gate: failed; general: forgot, asked for kept"
+    assert "did not move" in lines[-1] and "attn_implementation" in lines[-1]
+    assert in_lines(minimal())[1].startswith("general: not known: data.general names no text")
+    assert in_lines(worse())[2].endswith("worse than the base with examples in its prompt")
+
+
+def test_a_task_of_the_harness_is_judged_by_its_direction_and_rows() -> None:
+    task = {"rows": 60, "base": 0.5, "adapted": 0.6, "difference": 0.1, "ci95": [0.05, 0.2]}
+    for change, word in (
+        ({}, "better"),
+        ({"higher_is_better": False}, "worse"),
+        ({"ci95": [-0.1, 0.2]}, "no different"),
+        ({"rows": 19}, "too little data"),
+        ({"ci95": None}, "not judged"),
+    ):
+        assert findings(minimal() | {"harness": {"a/b": task | change}})[2].word == word
+
+
+def test_text_of_the_data_is_cut_and_kept_as_text(tmp_path: Path) -> None:
+    evil = "<script>x</script></pre></svg><img src=x onerror=y> {{ 7 * 7 }} \x1b[31m\u202e"
+    report = full()
+    for sample in report["samples"]:
+        sample |= {"prompt": evil, "expected": "", "adapted": "w" * 9000}
+    report["audit"]["problems"][0]["what"] = report["gate"]["failed"][0] = evil
+    report["metrics"] = {evil: report["metrics"]["rouge_l"]}
+    report["layers"][0]["module"] = report["layers"][1]["module"] = f"model.layers.0.{evil}"
+    page = page_of(tmp_path, report, metrics())
+    shown = "<script>x</script></pre></svg><img src=x onerror=y> {{ 7 * 7 }} ⟨U+001B⟩[31m⟨U+202E⟩"
+    assert page.text.count(shown) >= 9 and "(nothing)" in page.text
+    assert "… 7,000 more characters are not shown" in page.text and "w" * 2001 not in page.text
+    assert not {"script", "img", "link", "a", "iframe"} & set(page.tags)
+    assert not {n for n, _ in page.attributes if n in ("src", "href") or n.startswith("on")}
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "url(" not in text and "@import" not in text
+    assert not [c for c in text if not c.isprintable() and c != "\n"]
+    assert "default-src 'none'" in text
+
+
+def test_the_terminal_is_not_steered(capsys: pytest.CaptureFixture[str]) -> None:
+    report = full()
+    steer = "\x1b]0;title\x07\x9b31m\r\u202egnp.\u2066 [bold]x[/bold]" * 50
+    report["samples"][0]["adapted"] = report["audit"]["problems"][0]["what"] = steer
+    comparison(report, "[red]Title[/red]")
+    side_by_side(report)
+    shown = capsys.readouterr().out
+    assert not [c for c in shown if not c.isprintable() and c != "\n"]
+    assert in_words("better") in shown and "[bold]x[/bold]" in shown
+    assert "general, bits per byte" in shown
+    assert printable("a\n b\t\x00c") == "a b  c" and len(printable("x" * 500)) == 160
+
+
+# --- A real run
 
 
 @pytest.fixture
@@ -75,27 +199,12 @@ def run(run_file: RunMaker, work: Path) -> Path:
     return finish(run_file, "sft", **changes, **{"train.max_length": 256})
 
 
-def test_the_page_is_one_file_and_shows_data_as_text(run: Path) -> None:
-    text = (run / "report.html").read_text(encoding="utf-8")
-    page, report = Page(text), read(run / "report.json")
-    assert "script" not in page.tags and "img" not in page.tags and "link" not in page.tags
-    assert not [v for n, v in page.attributes if n in ("src", "href") or "://" in v]
-    assert not [n for n, _ in page.attributes if n.startswith("on")]
-    assert "url(" not in text and "@import" not in text
-    # The data stand there, letter by letter, as text.
-    assert (
-        page.text.count(EVIL) >= 6 and "{{ 7 * 7 }}" in page.text and "evil<b>&.jsonl" in page.text
+def test_a_run_leaves_the_object_and_its_page(run: Path) -> None:
+    report = json.loads(
+        (run / "report.json").read_text(encoding="utf-8"), parse_constant=no_constant
     )
-    assert in_words(report["verdict"]["domain"]) in page.text
-    assert in_words(report["verdict"]["general"]) in page.text
-    assert f"{report['domain']['loss']['base']:.3f}" in page.text
-    assert "polyline" in page.tags
-
-
-def test_the_object_has_the_keys_that_scripts_rely_on(run: Path) -> None:
-    report = read(run / "report.json")
-    assert set(report) == {"verdict", "domain", "general", "training", "memory", "samples"}
-    assert set(report["verdict"]) == {"domain", "general"}
+    assert set(full()) - set(report) <= {"scratch"}
+    assert {"domain", "general"} <= set(report["verdict"])
     for part in ("domain", "general"):
         assert set(report[part]) == {"documents", "loss", "bits_per_byte"}
         for measure in ("loss", "bits_per_byte"):
@@ -103,50 +212,14 @@ def test_the_object_has_the_keys_that_scripts_rely_on(run: Path) -> None:
             assert set(found) == {"base", "adapted", "difference", "ci95"}
             assert found["ci95"][0] <= found["difference"] <= found["ci95"][1]
             assert found["adapted"] - found["base"] == pytest.approx(found["difference"], abs=2e-4)
-    assert report["training"]["steps"] == 8 and report["training"]["world_size"] == 1
-    assert report["training"]["trainable_parameters"] == 8192
-    assert report["training"]["tokens"] > 0 and report["training"]["seconds"] > 0
-    assert report["training"]["tokens_per_second"] > 0
+    training = report["training"]
+    assert (training["steps"], training["world_size"]) == (8, 1)
+    assert training["trainable_parameters"] == 8192 and training["tokens"] > 0
+    assert training["tokens_per_second"] > 0 and training["seconds"] > 0
     assert report["memory"]["measured_mib"] > 100 and "predicted_mib" in report["memory"]
-    assert [set(s) for s in report["samples"]] == [{"prompt", "expected", "base", "adapted"}] * 3
-    assert all(s["prompt"].startswith(EVIL) for s in report["samples"])
-
-
-def test_the_terminal_is_not_steered(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = read(run / "report.json")
-    report["samples"][0]["adapted"] = (
-        "\x1b]0;title\x07\x9b31m\r\u202egnp.\u2066 [bold]x[/bold]" * 50
-    )
-    comparison(report, "[red]Title[/red]")
-    side_by_side(report)
-    shown = capsys.readouterr().out
-    assert not [c for c in shown if not c.isprintable() and c != "\n"]
-    assert in_words(report["verdict"]["domain"]) in shown and "[bold]x[/bold]" in shown
-    assert "general, bits per byte" in shown
-    assert printable("a\n b\t\x00c") == "a b  c" and len(printable("x" * 500)) == 160
-
-
-def test_every_word_has_a_sentence_and_the_page_takes_it(run: Path) -> None:
-    report, opened = read(run / "report.json"), load_run(run / "run.yaml")
-    for word in ("better", "worse", "no different", "too little data"):
-        # Without general text, samples or a curve.
-        few = {**report, "verdict": {"domain": word}, "general": None, "samples": []}
-        (run / "metrics.jsonl").unlink(missing_ok=True)
-        write_report(run, opened, few)
-        page = Page((run / "report.html").read_text(encoding="utf-8"))
-        assert _WORDS[word] in page.text and "polyline" not in page.tags
-        assert "data.general names no text" in page.text
-        assert "No samples were generated" in page.text
-        assert read(run / "report.json")["verdict"] == {"domain": word}
-    for word in ("kept", "forgot", "too little data"):
-        write_report(run, opened, {**report, "verdict": {"domain": "better", "general": word}})
-        assert in_words(word) in Page((run / "report.html").read_text(encoding="utf-8")).text
-    assert not list(run.glob("*.partial"))
-
-
-def test_the_curve_stays_in_its_box() -> None:
-    curve = _curve([(1, 3.0), (5, 2.0), (9, 2.5)], width=100, height=10)
-    assert curve["line"] == "0.0,0.0 50.0,10.0 100.0,5.0"
-    assert (curve["first"], curve["last"], curve["low"], curve["high"]) == (1, 9, "2.00", "3.00")
-    assert _curve([(1, 3.0), (2, 3.0)])["line"] == "0.0,0.0 640.0,0.0"
-    assert _curve([]) == _curve([(1, 3.0)]) == _curve([(4, 3.0), (4, 2.0)]) == {}
+    assert all({"prompt", "expected", "base", "adapted"} <= set(s) for s in report["samples"])
+    page = Page(run / "report.html")
+    shown = EVIL.replace("\x1b", "⟨U+001B⟩")
+    assert page.text.count(shown) >= 6 and "evil<b>&.jsonl" in page.text
+    assert f"{report['domain']['loss']['base']:.3f}" in page.text and "polyline" in page.tags
+    assert not {"script", "img", "link"} & set(page.tags)

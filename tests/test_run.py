@@ -13,21 +13,10 @@ import yaml
 from pydantic import ValidationError
 
 from lora_kit.errors import RunFileError, UserError
-from lora_kit.run import (
-    Adapter,
-    Base,
-    Data,
-    Run,
-    Train,
-    check_free,
-    load_run,
-    read_lock,
-    recipe_path,
-    shipped,
-    write_run,
-)
+from lora_kit.run import check_free, load_run, read_lock, recipe_path, shipped, write_run
+from lora_kit.schema import Adapter, Base, Data, Prove, Run, Train
 
-SECTIONS = {"base": Base, "adapter": Adapter, "data": Data, "train": Train}
+SECTIONS = {"base": Base, "adapter": Adapter, "data": Data, "train": Train, "prove": Prove}
 GOOD = """
 recipe: cpt
 name: test

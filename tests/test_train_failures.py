@@ -116,7 +116,8 @@ def test_start_begins_with_that_adapter(run_file: Any) -> None:
     """Continued pre-training, then fine-tuning on top; at a learning rate of 0 nothing moves."""
     package.train(run_file("cpt", **{"adapter.target_modules": ["q_proj"]}), "name=first")
     file = run_file("sft", **{"adapter": {"start": "runs/first"}, "train.weight_decay": 0.0})
-    package.train(file, "name=still", "train.learning_rate=0")
+    with pytest.raises(CheckFailed, match="the adapter did not move"):
+        package.train(file, "name=still", "train.learning_rate=0")
     assert adapter_hash("runs/still") == adapter_hash("runs/first")
     report = package.train(file, "name=moved", "adapter.start=runs/first/adapter")
     assert adapter_hash("runs/moved") != adapter_hash("runs/first")

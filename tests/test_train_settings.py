@@ -17,11 +17,13 @@ from lora_kit.adapter.attach import attach, describe
 from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import pin
 from lora_kit.errors import RunFileError
-from lora_kit.run import Adapter, Base, Data, Run, Train, load_run
+from lora_kit.run import load_run
+from lora_kit.schema import Adapter, Base, Data, Run, Train
 from lora_kit.train import arguments
 from lora_kit.train.arguments import check_installed, training_arguments
 
 # key -> another value than the default, and what the trainer's arguments then say.
+ONE_STEP = {"train.max_steps": 1, "train.warmup_steps": 0}  # the first of a warm-up has a rate of 0
 TRAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "max_steps": (7, {"max_steps": 7}),
     "num_train_epochs": (2.5, {"num_train_epochs": 2.5}),
@@ -41,10 +43,16 @@ TRAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "logging_steps": (3, {"logging_steps": 3}),
     "eval_steps": (3, {"eval_steps": 3, "eval_strategy": "steps"}),
     "save_steps": (3, {"save_steps": 3}),
+    "report_to": (["tensorboard"], {"report_to": ["tensorboard"]}),
     "dataloader_num_workers": (1, {"dataloader_num_workers": 1}),
 }
-# Keys that our own code reads, with the test below that proves it.
-OWN_TRAIN = {"max_length": "test_max_length", "save_total_limit": "test_train_resume.py"}
+# Keys that our own code reads, with the test below, or the file, that proves it.
+OWN_TRAIN = {
+    "max_length": "test_max_length",
+    "save_total_limit": "test_train_resume.py",
+    "early_stopping_patience": "test_train_early_stopping.py",
+    "load_best_model_at_end": "test_train_early_stopping.py",
+}
 # key -> another value, and what an attached model then shows: ranks, scales and so on, by module.
 ADAPTER: dict[str, Any] = {
     "r": 2,
@@ -66,7 +74,7 @@ OTHERS = {
         # tests/test_data_prepare.py
         *("replay", "against", "labels", "supervise", "packing", "group", "limits", "workers"),
     },
-    Run: {"recipe", "name", "seed", "base", "adapter", "data", "train"},
+    Run: {"recipe", "name", "seed", "base", "adapter", "data", "train", "prove"},
 }
 
 
@@ -191,7 +199,7 @@ def test_data(run_file: Any, work: Path, plain_base: Path) -> None:
     said = "".join(key for part in rows_of(file, "chat") for key in part)
     assert "ask 0<|im_end|>" in said and "say 0<|im_end|>" in said
     # A template for a base without one stands beside the adapter.
-    file = run_file("sft", **{"base.model": str(plain_base), "train.max_steps": 1})
+    file = run_file("sft", **{"base.model": str(plain_base), **ONE_STEP})
     for name, override in (("without", "null"), ("with", "chatml")):
         package.train(file, f"name={name}", f"data.chat_template={override}")
         saved = load_tokenizer(
@@ -207,7 +215,7 @@ def test_max_length(run_file: Any, base: Path) -> None:
 
 def test_top(run_file: Any) -> None:
     """seed: the split and the adapter's A; name: the folder; recipe: which journey."""
-    file = run_file("cpt", **{"train.max_steps": 1})
+    file = run_file("cpt", **ONE_STEP)
     assert rows_of(file) == rows_of(file)
     run = load_run(file)
     assert rows_of(file)[1] != rows_of(file, seed=1)[1]

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_kit.adapter.audit import Coverage, coverage
 from lora_kit.errors import UserError
-from lora_kit.run import Adapter, nearest
+from lora_kit.run import nearest
+from lora_kit.schema import Adapter
 
 # Fields of `adapter:` that are not PEFT's.
 OWN_FIELDS = {"start"}
@@ -16,16 +18,29 @@ OWN_FIELDS = {"start"}
 
 @dataclass(frozen=True)
 class Attached:
-    """What trains: {name ending: how many modules}, trainable and all parameters (as stored)."""
+    """What trains: where it is, and trainable and all parameters (as stored)."""
 
-    modules: dict[str, int]
+    coverage: Coverage
     trainable: int
     total: int
+
+    @property
+    def modules(self) -> dict[str, int]:
+        """{name ending: how many modules}"""
+        return self.coverage.modules
 
     def __str__(self) -> str:
         names = ", ".join(f"{count} {name}" for name, count in self.modules.items())
         share = self.trainable / self.total
-        return f"adapter on {names}: {self.trainable:,} parameters train, {share:.2%} of all"
+        lines = [
+            f"adapter on {names}: {self.trainable:,} parameters train, {share:.2%} of all",
+            f"they adapt {self.coverage}",
+        ]
+        lines += [
+            "warning: {what}: {cause}; {fix}".format(**problem)
+            for problem in self.coverage.problems
+        ]
+        return "\n".join(lines)
 
 
 def lora_config(adapter: Adapter) -> Any:
@@ -82,16 +97,9 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
 
 
 def describe(model: Any) -> Attached:
-    """Count the adapted modules by name ending, and the parameters."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    modules: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            ending = name.rsplit(".", 1)[-1]
-            modules[ending] = modules.get(ending, 0) + 1
+    """Count the adapted modules by name ending, the parameters, and those of the base below."""
     trainable, total = model.get_nb_trainable_parameters()
-    return Attached(modules, trainable, total)
+    return Attached(coverage(model), trainable, total)
 
 
 def adapter_folder(run: str | Path) -> Path:

@@ -11,7 +11,8 @@ from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer, quiet_lib
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-from lora_kit.run import Base, Run, load_run, read_lock
+from lora_kit.run import load_run, read_lock
+from lora_kit.schema import Base, Run
 
 
 def load(run: str | Path, *, quantize: str | None = None, dtype: str | None = None) -> Any:
@@ -125,8 +126,10 @@ def pin_like(run: str | Path, base: Base) -> Pinned:
         if before.get(name) != pinned.hashes.get(name)
     )
     if changed:
+        trained = trained_on["model"]
+        which = "another" if trained == pinned.model else f"{trained}, not on"
         raise UserError(
-            f"{run}: trained on another {pinned.model}: {', '.join(changed)} changed since; "
+            f"{run}: trained on {which} {pinned.model}: {', '.join(changed)} changed since; "
             "an adapter is only worth something on its own base"
         )
     return pinned

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import UserError
-from lora_kit.run import Base
+from lora_kit.schema import Base
 
 
 def quiet_libraries() -> None:
@@ -80,6 +80,20 @@ def embedding_rows(folder: Path) -> int | None:
         return None
     config = _config(folder)
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
+def check_length(pinned: Pinned, max_length: int) -> None:
+    """Raises UserError if rows of `max_length` tokens are longer than the base's positions go."""
+    config = _config(Path(pinned.folder))
+    config = config.get("text_config") or config
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stated = config.get("max_position_embeddings") or config.get("n_positions") or 0
+    positions = int(stated * scaling.get("factor", 1))  # YaRN and its like stretch them
+    if 0 < positions < max_length:
+        raise UserError(
+            f"train.max_length: {max_length} tokens a row, and {pinned.model} has positions for "
+            f"{positions}: {positions} at most"
+        )
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from lora_kit import nano
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-from lora_kit.run import Base
+from lora_kit.schema import Base
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 # What a base is made of. Weights in other formats than safetensors can run code, and are not read.

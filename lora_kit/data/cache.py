@@ -26,7 +26,7 @@ from lora_kit.hashes import file_hash
 
 CACHE_VARIABLE = "LORA_KIT_CACHE"
 # Raised whenever the same input gives other files than before.
-VERSION = 2
+VERSION = 3
 DAYS_KEPT = 30
 _SEAL = "seal.json"
 # Other versions of these can make other rows of the same input.
@@ -104,12 +104,10 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there as it was sealed."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         if seal and all(file_hash(folder / name) == seal[name] for name in seal):
             return True
-    except (OSError, ValueError, TypeError):
-        pass
     if folder.exists():
         print(f"data: {folder}: damaged: prepared again", file=sys.stderr, flush=True)
     return False

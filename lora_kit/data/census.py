@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -11,9 +12,14 @@ import numpy as np
 from lora_kit.data.formats import WORSE, Dropped
 from lora_kit.data.labelled import Labelled
 from lora_kit.errors import UserError
-from lora_kit.run import Limits
+from lora_kit.schema import Limits
 
 LEAKED = "that stand in data.train too"  # rows of data.eval: data.limits.exact_leaks counts them
+
+_SUMMED = (
+    *("rows_read", "rows_kept", "unused", "samples", "tokens", "supervised_tokens"),
+    *("samples_without_supervision", "end_markers_supervised"),
+)
 
 
 @dataclass
@@ -40,10 +46,18 @@ class Count:
     lengths: list[tuple[int, int]] = field(default_factory=list)
 
     def lost(self, dropped: Dropped, cut: Dropped) -> None:
-        for counts, more in ((self.dropped, dropped), (self.truncated, cut)):
-            for reason, count in more.counts.items():
-                counts[reason] = counts.get(reason, 0) + count
-                self.first.setdefault(reason, more.first[reason])
+        self.dropped |= dropped.counts
+        self.truncated |= cut.counts
+        self.first |= dropped.first | cut.first
+
+    def __add__(self, other: Count) -> Count:
+        """Both together, but for the lengths of rows."""
+        return Count(
+            **{name: getattr(self, name) + getattr(other, name) for name in _SUMMED},
+            dropped=Counter(self.dropped) + Counter(other.dropped),
+            truncated=Counter(self.truncated) + Counter(other.truncated),
+            first=other.first | self.first,
+        )
 
     def measure(self, rows: Labelled) -> None:
         self.samples = len(rows)
@@ -73,22 +87,9 @@ class Census:
 
     def to_json(self) -> dict[str, Any]:
         """train and eval together, as `rows_read`, ...; and each of the three apart."""
-        both = (self.train, self.eval)
-        totals: dict[str, Any] = {
-            name: sum(getattr(count, name) for count in both)
-            for name in (
-                *("rows_read", "rows_kept", "unused", "samples", "tokens", "supervised_tokens"),
-                *("samples_without_supervision", "end_markers_supervised"),
-            )
-        }
-        for name in ("dropped", "truncated"):
-            totals[name] = {}
-            for count in both:
-                for reason, number in getattr(count, name).items():
-                    totals[name][reason] = totals[name].get(reason, 0) + number
-        totals["supervised_share"] = round(
-            totals["supervised_tokens"] / max(1, totals["tokens"]), 4
-        )
+        both = self.train + self.eval
+        totals = {name: getattr(both, name) for name in (*_SUMMED, "dropped", "truncated")}
+        totals["supervised_share"] = round(both.supervised_tokens / max(1, both.tokens), 4)
         totals["duplicates"] = self.duplicates
         totals["leaks"] = {
             kind: sum(leak[kind] for leak in self.leaks.values()) for kind in ("exact", "near")
@@ -106,36 +107,29 @@ class Census:
         """What exceeds `data.limits`, each with the key that changes it."""
         found = []
         # A share held out is a part of data.train: too few rows for a share of their own.
-        parts = {"data.train": [self.train, *([self.eval] if self.held_out else [])]}
-        parts |= {} if self.held_out else {"data.eval": [self.eval]}
-        parts |= {"data.general": [self.general]}
-        for name, counts in parts.items():
-            read = sum(count.rows_read for count in counts)
+        parts = {"data.train": self.train, "data.eval": self.eval, "data.general": self.general}
+        if self.held_out:
+            parts |= {"data.train": self.train + self.eval, "data.eval": Count()}
+        for name, count in parts.items():
+            read = count.rows_read
             for what, limit in (("dropped", limits.dropped), ("truncated", limits.truncated)):
-                lost: dict[str, int] = {}
-                for count in counts:
-                    for reason, number in getattr(count, what).items():
-                        if reason in (LEAKED, WORSE):
-                            continue
-                        lost[reason] = lost.get(reason, 0) + number
-                total = sum(lost.values())
-                if read and total > limit * read:
-                    most = max(lost, key=lambda reason: lost[reason])
-                    first = next(c.first[most] for c in counts if most in c.first)
+                lost = Counter(getattr(count, what))
+                for reason in (LEAKED, WORSE):
+                    del lost[reason]
+                if read and (total := lost.total()) > limit * read:
+                    most = lost.most_common(1)[0][0]
                     long = "train.max_length" in most or what == "truncated"
                     fix = "raise train.max_length" if long else "mend them"
                     found.append(
                         f"{name}: {total:,} of {read:,} rows ({total / read:.1%}) are {what}, most "
-                        f"of them {most} (first: {first}); the limit is {limit:.1%}: {fix}, or "
-                        f"raise data.limits.{what}"
+                        f"of them {most} (first: {count.first[most]}); the limit is {limit:.1%}: "
+                        f"{fix}, or raise data.limits.{what}"
                     )
-            unsupervised = sum(count.samples_without_supervision for count in counts)
-            if unsupervised > limits.without_supervision:
-                why = "with nothing to learn from"
-                first = next(c.first[why] for c in counts if why in c.first)
+            if count.samples_without_supervision > limits.without_supervision:
                 found.append(
-                    f"{name}: {unsupervised:,} samples hold nothing to learn from (first: {first}):"
-                    " remove them, or raise data.limits.without_supervision"
+                    f"{name}: {count.samples_without_supervision:,} samples hold nothing to learn "
+                    f"from (first: {count.first['with nothing to learn from']}): remove them, or "
+                    "raise data.limits.without_supervision"
                 )
         for source, leak in self.leaks.items():
             if leak["exact"] > limits.exact_leaks:

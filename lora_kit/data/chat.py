@@ -16,16 +16,17 @@ otherwise, an answer is what follows the template's own prompt for it, up to the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_kit.data.formats import Example, Message, NotUsable
 from lora_kit.data.templates import context_token, render, render_many
 from lora_kit.data.words import WordEncoder
 from lora_kit.errors import UserError
 
+T = TypeVar("T")
 Span = tuple[int, int]
 # Few at once: their tokens stay in the processor's caches (10% faster than 500).
 _ENCODED_AT_ONCE = 32
@@ -75,27 +76,24 @@ class ChatEncoder:
         """
         for start in range(0, len(examples), _ENCODED_AT_ONCE):
             some = examples[start : start + _ENCODED_AT_ONCE]
-            yield from self._templated(some) if self.renderer else map(self._plain, some)
+            if self.renderer:
+                yield from self._templated(some)
+            else:
+                yield from (_tried(self._plain, example) for example in some)
 
     def _templated(self, examples: list[Example]) -> Iterator[Encoded | NotUsable]:
-        assert self.renderer is not None
         written = self._written(examples)
-        rendered = [self._render(e, text) for e, text in zip(examples, written, strict=True)]
+        rendered = [_tried(self._render, *pair) for pair in zip(examples, written, strict=True)]
         texts = [r[0] for r in rendered if not isinstance(r, NotUsable)]
         # Templates write the beginning-of-text token themselves.
         encodings = iter(self.encode(texts))
         for example, result in zip(examples, rendered, strict=True):
             if isinstance(result, NotUsable):
                 yield result
-                continue
-            encoding = next(encodings)
-            try:
-                if len(encoding) <= self.max_length:
-                    yield self._label(*result, encoding)
-                else:
-                    yield self._shortened(example, result[1], encoding)
-            except NotUsable as error:
-                yield error
+            elif len(encoding := next(encodings)) <= self.max_length:
+                yield _tried(self._label, *result, encoding)
+            else:
+                yield _tried(self._shortened, example, result[1], encoding)
 
     def _written(self, examples: list[Example]) -> list[str | None]:
         """What the template writes for each; None where that has to be asked one by one."""
@@ -106,24 +104,19 @@ class ChatEncoder:
         except NotUsable:  # one of them
             return [None] * len(examples)
 
-    def _render(
-        self, example: Example, text: str | None = None
-    ) -> tuple[str, list[Span], int] | NotUsable:
+    def _render(self, example: Example, text: str | None = None) -> tuple[str, list[Span], int]:
         """The text, the spans of its characters to learn from, and how many answers they hold."""
         assert self.renderer is not None
         answers = [n for n, m in enumerate(example.messages) if m["role"] == "assistant"]
         wanted = [n for n in answers if example.messages[n].get("weight") != 0]
         if self.supervise == "last":
             wanted = wanted[-1:] if wanted[-1:] == answers[-1:] else []
-        try:
-            if self.supervise != "all":
-                text, spans = self.renderer(example, wanted, text)
-                return text, spans, len(spans)
-            unlearned = [n for n in answers if n not in wanted]
-            text, spans = self.renderer(example, unlearned, text)
-            return text, _between(spans, len(text)), len(wanted)
-        except NotUsable as error:
-            return error
+        if self.supervise != "all":
+            text, spans = self.renderer(example, wanted, text)
+            return text, spans, len(spans)
+        unlearned = [n for n in answers if n not in wanted]
+        text, spans = self.renderer(example, unlearned, text)
+        return text, _between(spans, len(text)), len(wanted)
 
     def _label(
         self, text: str, spans: list[Span], answers: int, encoding: Any, cut: bool = False
@@ -155,7 +148,7 @@ class ChatEncoder:
             if end == ends[-1] or final is None or final >= self.max_length:
                 continue
             shorter = Example(example.place, messages=example.messages[:end], tools=example.tools)
-            result = self._render(shorter)
+            result = _tried(self._render, shorter)
             if isinstance(result, NotUsable):
                 continue
             (found,) = self.encode([result[0]])
@@ -163,7 +156,7 @@ class ChatEncoder:
                 return self._label(*result, found, cut=True)
         raise too_long
 
-    def _plain(self, example: Example) -> Encoded | NotUsable:
+    def _plain(self, example: Example) -> Encoded:
         """Prompt, joiner, answer and the end-of-text token, for a base without a template."""
         turns = example.messages
         simple = len(turns) == 2 and turns[0]["role"] == "user" and all(map(_is_plain, turns))
@@ -177,17 +170,22 @@ class ChatEncoder:
         before = [*self.begin, *asked.ids]
         ids = [*before, *answered.ids, self.tokenizer.eos_token_id]
         if len(ids) > self.max_length:
-            return NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
-        try:
-            self._check_beginning(ids)
-        except NotUsable as error:
-            return error
+            raise NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
+        self._check_beginning(ids)
         size, learned = len(answer.encode()), turns[1].get("weight") != 0
         if self.supervise == "all":
             asked_bytes = len((prompt + example.joiner).encode())
             until = len(ids) if learned else len(before)
             return Encoded(ids, [(0, until)], int(learned), asked_bytes + size * learned)
         return Encoded(ids, [(len(before), len(ids))] * learned, int(learned), size * learned)
+
+
+def _tried(make: Callable[..., T], *args: Any) -> T | NotUsable:
+    """What is made of a row, or why the row is left out."""
+    try:
+        return make(*args)
+    except NotUsable as error:
+        return error
 
 
 def _is_plain(message: Message) -> bool:
@@ -286,10 +284,7 @@ class _Renderer:
             return text, self._by_prompts(example, wanted, text)
         roles = tuple(message["role"] for message in example.messages)
         if roles not in self.known:
-            try:
-                self.known[roles] = self._pieces(roles)
-            except NotUsable as error:
-                self.known[roles] = error
+            self.known[roles] = _tried(self._pieces, roles)
         pieces = self.known[roles]
         if isinstance(pieces, NotUsable):
             raise pieces

@@ -24,7 +24,6 @@ from lora_kit.errors import CheckFailed
 BLOCK_BYTES = 2048
 # With fewer batches than this, starting processes takes longer than the work.
 FEWEST_FOR_WORKERS = 8
-_EXAMPLES_A_BATCH = 4
 _WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
@@ -50,7 +49,7 @@ class Part:
 
     spans: pairs (first, last + 1) of learned tokens, span_counts of them a row; sizes: bytes they
     spell; keys, questions, groups: uint64 hashes; joins: the row goes on where the one before it
-    ended. signed: of the rows below the sample's rank. examples: a few rows, {row: Example}.
+    ended. signed: of the rows below the sample's rank.
     """
 
     read: int = 0
@@ -69,11 +68,9 @@ class Part:
     signed_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     signed: Signed = field(default_factory=lambda: Signed.join([]))
     signed_questions: Signed = field(default_factory=lambda: Signed.join([]))
-    examples: dict[int, Example] = field(default_factory=dict)
     dropped: Dropped = field(default_factory=Dropped)
     cut: Dropped = field(default_factory=Dropped)
     without_supervision: int = 0
-    joiner: str = ""
 
 
 class Encoder:
@@ -102,7 +99,6 @@ class Encoder:
             ids = [encoding.ids for encoding in self.chat.encode(texts)]
             part.ids = _flat(ids)
             self._add_texts(part, texts, [len(row) for row in ids])
-            part.joins = [False] * len(ids)
         else:
             chosen = self._add_chats(part, chosen)
         self._survey(part, chosen, sampled_below)
@@ -127,9 +123,7 @@ class Encoder:
         part.sizes = [len(text.encode()) for text in texts]
 
     def _add_chats(self, part: Part, examples: list[Example]) -> list[Example]:
-        kept: list[Example] = []
-        numbers: list[int] = []
-        rows: list[Encoded] = []
+        kept: list[tuple[int, Example, Encoded]] = []
         for number, example, result in zip(
             part.numbers, examples, self.chat(examples), strict=True
         ):
@@ -141,37 +135,32 @@ class Encoder:
             else:
                 if result.cut:
                     part.cut.add("cut after the last answer that fits", example.place)
-                kept.append(example)
-                numbers.append(number)
-                rows.append(result)
-        part.numbers = numbers
-        part.joiner = kept[0].joiner if kept else ""
+                kept.append((number, example, result))
+        part.numbers = [number for number, _, _ in kept]
+        rows = [row for _, _, row in kept]
         part.ids = _flat([row.ids for row in rows])
         part.lengths = [len(row.ids) for row in rows]
         part.spans = [n for row in rows for span in row.learned for n in span]
         part.span_counts = [len(row.learned) for row in rows]
         part.answers = [row.answers for row in rows]
         part.sizes = [row.learned_bytes for row in rows]
-        part.joins = [False] * len(rows)
-        return kept
+        return [example for _, example, _ in kept]
 
     def _survey(self, part: Part, examples: list[Example], sampled_below: int) -> None:
         """Hashes and signatures, by which rows are split, and known again."""
         texts = [example.key for example in examples]
+        part.joins = part.joins or [False] * len(examples)
         part.keys = [hashed(text) for text in texts]
         part.groups = [0 if e.group is None else hashed(e.group) for e in examples]
         part.labels = [example.label for example in examples]
         order = ranks(np.array(part.keys, dtype=np.uint64), self.settings.seed)
         part.signed_rows = np.flatnonzero(order < np.uint64(sampled_below))
         part.signed = sign([texts[n] for n in part.signed_rows])
+        part.questions = [0] * len(examples)
         if self.settings.questions:
             questions = [normalised(e.question) for e in examples]
             part.questions = [hashed(text) for text in questions]
             part.signed_questions = sign([questions[n] for n in part.signed_rows])
-        else:
-            part.questions = [0] * len(examples)
-        lowest = np.argsort(order)[:_EXAMPLES_A_BATCH]
-        part.examples = {int(n): examples[n] for n in lowest}
 
     def _blocks(self, batch: Batch, sampled_below: int) -> Part:
         """Cut a long text at line ends into blocks of about 2 KiB. It is tokenized whole, so that
@@ -212,25 +201,28 @@ def _flat(rows: list[list[int]]) -> np.ndarray:
 def _block_ends(text: str) -> Iterator[int]:
     """Where blocks end: at the first line end after BLOCK_BYTES bytes; in a longer line at a space,
     or where there is none, between two characters; and at the end."""
-    start, size = 0, 0
+    start = size = 0
+    for end in _line_ends(text):
+        size += len(text[start:end].encode())
+        start = end
+        if size >= BLOCK_BYTES:
+            yield end
+            size = 0
+    if size:
+        yield len(text)
+
+
+def _line_ends(text: str) -> Iterator[int]:
+    """Where a text may be cut: at its line ends, and within long lines."""
     position = 0
     while position < len(text):
         end = text.find("\n", position) + 1 or len(text)
         while end - position > BLOCK_BYTES:
             space = text.find(" ", position + BLOCK_BYTES, position + 2 * BLOCK_BYTES)
-            cut = position + BLOCK_BYTES if space < 0 else min(space, end)
-            size += len(text[position:cut].encode())
-            position = cut
-            if size >= BLOCK_BYTES:
-                yield position
-                start, size = position, 0
-        size += len(text[position:end].encode())
-        position = end
-        if size >= BLOCK_BYTES:
+            position = position + BLOCK_BYTES if space < 0 else min(space, end)
             yield position
-            start, size = position, 0
-    if start < len(text):
-        yield len(text)
+        position = end
+        yield end
 
 
 def _token_at(encoding: Any, position: int, length: int) -> int:

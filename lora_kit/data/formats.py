@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,42 +36,41 @@ _DEEPEST = 64  # levels of a tool or a tool's call
 
 @dataclass(frozen=True)
 class Format:
-    """The columns a format needs, those it may have besides, and whether it is text or chat."""
+    """The columns a format needs, those it may have besides, and whether it is text or chat.
+
+    `joiner` stands between prompt and answer where a base has no chat template.
+    """
 
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
     kind: str = "chat"
+    joiner: str = "\n\n"
 
 
 FORMATS = {
-    "text": Format(("text",), kind="text"),
+    "text": Format(("text",), kind="text", joiner=""),
     "text-label": Format(("text", "label"), ("system",)),
-    "messages": Format(("messages",), ("tools", "system")),
-    "sharegpt": Format(("conversations",), ("tools", "system")),
-    "prompt-completion": Format(("prompt", "completion"), ("system", "tools")),
+    "messages": Format(("messages",), ("tools", "system"), joiner=""),
+    "sharegpt": Format(("conversations",), ("tools", "system"), joiner=""),
+    "prompt-completion": Format(("prompt", "completion"), ("system", "tools"), joiner=""),
     "instruction-output": Format(("instruction", "output"), ("input", "context", "system")),
     "instruction-response": Format(("instruction", "response"), ("input", "context", "system")),
     "question-answer": Format(("question", "answer"), ("context", "system")),
     "tokens-tags": Format(("tokens", "tags"), ("system",)),
-    "preference": Format(("chosen", "rejected"), ("prompt", "system")),
-    "unpaired-preference": Format(("prompt", "completion", "label"), ("system",)),
+    "preference": Format(("chosen", "rejected"), ("prompt", "system"), joiner=""),
+    "unpaired-preference": Format(("prompt", "completion", "label"), ("system",), joiner=""),
 }
 
 
 @dataclass(frozen=True)
 class Example:
-    """Either a text, or messages that end with an assistant's.
-
-    `joiner` stands between prompt and answer where a base has no chat template. `rejected` is the
-    answer that a preference row calls the worse one: it is never learned from.
-    """
+    """Either a text, or messages that end with an assistant's; `joiner` is its format's."""
 
     place: str
     text: str | None = None
     messages: tuple[Message, ...] = ()
     joiner: str = ""
     tools: tuple[Any, ...] = ()
-    rejected: str | None = None
     group: str | None = None
     label: str | None = None
 
@@ -112,17 +112,16 @@ def normalised(text: str) -> str:
 class Dropped:
     """Rows left out, or changed: reason -> how many, and where the first one stood."""
 
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, place: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.counts[reason] += 1
         self.first.setdefault(reason, place)
 
     def merge(self, other: Dropped) -> None:
-        for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-            self.first.setdefault(reason, other.first[reason])
+        self.counts.update(other.counts)
+        self.first = other.first | self.first
 
     def __str__(self) -> str:
         return "; ".join(f"{n} {why} (first: {self.first[why]})" for why, n in self.counts.items())
@@ -149,9 +148,8 @@ class Columns:
     group: str | None = None
 
     def rename(self, columns: dict[str, Any]) -> dict[str, Any]:
-        if not self.renames:
-            return columns
-        if columns.keys() == {"text"}:  # of a file, or embedded: there is nothing to rename
+        # Text of a file, or embedded, has no columns to rename.
+        if not self.renames or columns.keys() == {"text"}:
             return columns
         moved = {*self.renames, *self.renames.values()}
         kept = {name: v for name, v in columns.items() if name not in moved}
@@ -168,13 +166,11 @@ def format_of(row: Row, columns: Columns) -> str:
     if row.columns.keys() == {"text"}:
         return "text"  # of a file, or embedded: there is nothing to rename
     have = _listed(row.columns)
-    for key, names in (
-        ("columns", list(columns.renames.values())),
-        ("group", [columns.group] if columns.group else []),
-    ):
-        for name in names:
-            if name not in row.columns:
-                raise UserError(f"{row.place}: data.{key} names `{name}`; the columns are: {have}")
+    named = [("columns", name) for name in columns.renames.values()]
+    named += [("group", columns.group)] if columns.group else []
+    for key, name in named:
+        if name not in row.columns:
+            raise UserError(f"{row.place}: data.{key} names `{name}`; the columns are: {have}")
     values = columns.rename(row.columns)
     fitting = [name for name, f in FORMATS.items() if all(n in values for n in f.needed)]
     # text + label says more than text alone.
@@ -258,39 +254,33 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
         if not text.strip():
             raise NotUsable("empty")
         return Example(row.place, text=text, group=group)
-    joiner, label, rejected = "\n\n", None, None
     tools = _tools(values.get("tools"))
-    if format_name == "messages":
-        messages, joiner = _turns(values["messages"]), ""
-    elif format_name == "sharegpt":
-        messages, joiner = _turns(values["conversations"]), ""
-    elif format_name == "tokens-tags":
-        messages = _tagged(values, columns.labels)
-    elif format_name == "text-label":
-        label = _label(values["label"], columns.labels)
-        messages = _pair(_text(values, "text"), label)
-    elif format_name == "preference":
-        messages, rejected = _preference(values)
-        joiner = ""
-    elif format_name == "unpaired-preference":
-        if not isinstance(values["label"], bool):
-            raise NotUsable("whose `label` is not true or false", f"it is {shown(values['label'])}")
-        if not values["label"]:
-            raise NotUsable(WORSE)
-        messages, joiner = _prompted(values["prompt"], values["completion"], "completion"), ""
-    elif format_name == "prompt-completion":
-        messages, joiner = _prompted(values["prompt"], values["completion"], "completion"), ""
-    else:
-        ask, answer = known.needed
-        parts = [_optional(values, "context"), _text(values, ask), _optional(values, "input")]
-        messages = _pair("\n\n".join(part for part in parts if part), _text(values, answer))
+    label = None
+    match format_name:
+        case "messages" | "sharegpt":
+            messages = _turns(values[known.needed[0]])
+        case "tokens-tags":
+            messages = _tagged(values, columns.labels)
+        case "text-label":
+            label = _label(values["label"], columns.labels)
+            messages = _pair(_text(values, "text"), label)
+        case "preference":
+            messages = _preference(values)
+        case "prompt-completion":
+            messages = _prompted(values, "completion")
+        case "unpaired-preference":
+            messages = _preferred(values)
+        case _:
+            ask, answer = known.needed
+            parts = [_optional(values, "context"), _text(values, ask), _optional(values, "input")]
+            messages = _pair("\n\n".join(filter(None, parts)), _text(values, answer))
     if system := _optional(values, "system"):
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         elif messages[0]["content"] != system:
             raise NotUsable("with a `system` that is not the system's turn")
     _check_turns(messages)
-    return Example(row.place, None, tuple(messages), joiner, tools, rejected, group, label)
+    return Example(row.place, None, tuple(messages), known.joiner, tools, group, label)
 
 
 def _text(values: dict[str, Any], name: str) -> str:
@@ -341,47 +331,50 @@ def _pair(prompt: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _prompted(prompt: Any, answer: Any, name: str) -> list[Message]:
-    """A prompt and an answer, each a text or a list of turns."""
-    values = {"prompt": prompt, name: answer}
-    turns = (
-        _turns(prompt)
-        if isinstance(prompt, list)
-        else [{"role": "user", "content": _text(values, "prompt")}]
-    )
-    if isinstance(answer, list):
-        return [*turns, *_turns(answer)]
-    return [*turns, {"role": "assistant", "content": _text(values, name)}]
+def _said_by(role: str, values: dict[str, Any], name: str) -> list[Message]:
+    """A text that somebody says, or the turns that stand in its place."""
+    if isinstance(values[name], list):
+        return _turns(values[name])
+    return [{"role": role, "content": _text(values, name)}]
 
 
-def _preference(values: dict[str, Any]) -> tuple[list[Message], str]:
-    """The prompt with the chosen answer, and the rejected answer as text."""
-    chosen, rejected = values["chosen"], values["rejected"]
-    prompt = values.get("prompt")
+def _prompted(values: dict[str, Any], answer: str) -> list[Message]:
+    return [*_said_by("user", values, "prompt"), *_said_by("assistant", values, answer)]
+
+
+def _preference(values: dict[str, Any]) -> list[Message]:
+    """The prompt with the chosen answer."""
+    chosen = values["chosen"]
     whole = isinstance(chosen, list) and len(chosen) > 1  # it repeats the prompt
-    if not whole and prompt is None:
+    if not whole and values.get("prompt") is None:
         raise NotUsable("with a preference without a prompt", "name data.columns: {prompt: ...}")
-    messages = _turns(chosen) if whole else _prompted(prompt, chosen, "chosen")
-    worse = said(_turns(rejected)[-1]) if isinstance(rejected, list) else _text(values, "rejected")
-    return messages, worse
+    messages = _turns(chosen) if whole else _prompted(values, "chosen")
+    _said_by("assistant", values, "rejected")  # checked, though it is not learned from
+    return messages
+
+
+def _preferred(values: dict[str, Any]) -> list[Message]:
+    """A prompt with an answer that is called a good one."""
+    if not isinstance(values["label"], bool):
+        raise NotUsable("whose `label` is not true or false", f"it is {shown(values['label'])}")
+    if not values["label"]:
+        raise NotUsable(WORSE)
+    return _prompted(values, "completion")
 
 
 def _label(value: Any, labels: tuple[str, ...]) -> str:
+    found = f"it is {shown(value)}"
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise NotUsable("whose `label` is neither a name nor a number", f"it is {shown(value)}")
-    if isinstance(value, int) or (labels and value not in labels and _NUMBER.fullmatch(value)):
-        if not labels:
-            raise NotUsable(
-                "whose `label` is a number without a name",
-                f"it is {shown(value)}: name data.labels",
-            )
-        if not 0 <= int(value) < len(labels):
-            raise NotUsable("whose `label` is not in data.labels", f"it is {shown(value)}")
+        raise NotUsable("whose `label` is neither a name nor a number", found)
+    if isinstance(value, int) and not labels:
+        raise NotUsable("whose `label` is a number without a name", f"{found}: name data.labels")
+    named = value in labels
+    if not named and _NUMBER.fullmatch(str(value)) and int(value) < len(labels):
         return labels[int(value)]
-    if not value.strip():
+    if isinstance(value, str) and not value.strip():
         raise NotUsable("with an empty `label`")
-    if labels and value not in labels:
-        raise NotUsable("whose `label` is not in data.labels", f"it is {shown(value)}")
+    if isinstance(value, int) or (labels and not named):
+        raise NotUsable("whose `label` is not in data.labels", found)
     return _clean(value, "`label`")
 
 

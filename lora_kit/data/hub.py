@@ -14,15 +14,17 @@ import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_kit.data import readers
 from lora_kit.data.json_rows import why
+from lora_kit.data.readers import Opened
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-from lora_kit.run import Source, nearest
+from lora_kit.run import nearest
+from lora_kit.schema import Source
 
 # What a set says of itself: configs, splits, names of classes.
 _CARD = ["README.md", ".huggingface.yaml", "dataset_infos.json", ".gitattributes"]
@@ -32,19 +34,7 @@ _NOT_FOR_READING = {"name", "version", "data_dir", "data_files", "description", 
 _MEDIA = {"Image", "Audio", "Video", "Pdf", "Nifti", "Mesh"}
 
 
-@dataclass(frozen=True)
-class Split:
-    """One split of a set. `digest` is of what decides its rows: the files, and `labels`, the names
-    of classes that the files only number; `commit` is where on the Hub they are from."""
-
-    name: str
-    files: tuple[Path, ...]
-    labels: dict[str, list[str]]
-    digest: str
-    commit: str
-
-
-def fetch(source: Source, commits: dict[str, str]) -> Split:
+def fetch(source: Source, commits: dict[str, str]) -> Opened:
     """Find the files of a split and fetch those that are not in the Hub's cache yet.
 
     Args:
@@ -70,17 +60,15 @@ def fetch(source: Source, commits: dict[str, str]) -> Split:
         listed = [file.path for file in get_cached_repo_tree(**repo)]
         names, labels = _files_of_split(source, card, listed)
         with ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
-            files = [
-                Path(f) for f in pool.map(lambda n: hf_hub_download(**repo, filename=n), names)
-            ]
+            files = list(pool.map(lambda n: Path(hf_hub_download(**repo, filename=n)), names))
     except UserError:
         raise
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise UserError(f"{source.source}: {_problem(source.source, revision, error)}") from None
-    labels = labels or _labels_of_file(source, files[0])
+    labels = labels or _labels(source.source, _features_of_file(files[0]))
     content = [labels, [(n, _hash(file)) for n, file in zip(names, files, strict=True)]]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Split(name, tuple(files), labels, digest, card.name)
+    return Opened(name, source.fraction, digest, tuple(files), labels, card.name)
 
 
 def _files_of_split(
@@ -173,19 +161,16 @@ def _labels(what: str, features: Any) -> dict[str, list[str]]:
     return found
 
 
-def _labels_of_file(source: Source, file: Path) -> dict[str, list[str]]:
-    """As `_labels`, of a parquet file whose schema says it, where the card doesn't."""
-    if readers.suffix_of(file) != ".parquet" or file.suffix == ".gz":
-        return {}
+def _features_of_file(file: Path) -> Any:
+    """What the schema of a parquet file says of its columns, where the card doesn't."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        features = datasets.Features.from_arrow_schema(pq.read_schema(file))
+        return datasets.Features.from_arrow_schema(pq.read_schema(file))
     except (pa.ArrowException, OSError, ValueError):
-        return {}  # the reader will say what is wrong with the file
-    return _labels(source.source, features)
+        return {}  # of another kind, or damaged: the reader will say so
 
 
 def _hash(file: Path) -> str:
@@ -217,15 +202,10 @@ def _problem(name: str, revision: str | None, error: Exception) -> str:
         )
     if status is not None:
         return f"{where} answers {status}: try again later, or name a local file"
-    missing = (
-        hub.LocalEntryNotFoundError,
-        hub.OfflineModeIsEnabled,
-        hub.CachedRepoTreeNotFoundError,
-    )
-    if isinstance(error, missing):
-        reason = (
-            "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
-        )
+    missing = (hub.LocalEntryNotFoundError, hub.CachedRepoTreeNotFoundError)
+    if isinstance(error, (*missing, hub.OfflineModeIsEnabled)):
+        offline = constants.HF_HUB_OFFLINE
+        reason = "HF_HUB_OFFLINE is set" if offline else f"{where} cannot be reached"
         return (
             f"no such file or folder here, not wholly in the Hub's cache, and {reason}: fetch it "
             f"with `hf download --repo-type dataset {name}`"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
-import re
 import reprlib
 import zlib
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from lora_kit.errors import UserError
 
 _PIECE_BYTES = 2**20
 _LONGEST = 2**26  # characters of one object, where a mistake is looked for
-_COLON = re.compile(r"\s*:\s*")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # What a file that is damaged, or a gzip file that is cut off, raises while it is read.
 UNREADABLE = (OSError, EOFError, zlib.error)
@@ -88,7 +86,9 @@ class JsonList:
                 character = self._next()
             if not character:
                 raise self._error(f"not JSON: cut off, `{closing}` is missing")
-            value = self._value(keyed=opening == "{")
+            if opening == "{":
+                self._key()
+            value = self._value()
             if opening == "{" and not isinstance(value, dict):
                 raise UserError(
                     f"{self.file}: a list of objects, or an object of objects, is expected; one "
@@ -100,36 +100,37 @@ class JsonList:
         if self._next():
             raise self._error(f"not JSON: something stands after the last `{closing}`")
 
-    def _value(self, keyed: bool) -> Any:
-        """The next value; of `"key": value` the value. More is read until it is whole."""
+    def _key(self) -> None:
+        """Read on behind `"key":`, where its value begins."""
+        key = self._value()
+        if not isinstance(key, str):
+            raise self._error(f"not JSON: a key in quotes is expected (column {self._column()})")
+        if hash(key) in self.seen:
+            raise self._error(
+                f"not readable as JSON: the key {shown(key)} stands twice in one object"
+            )
+        self.seen.add(hash(key))
+        if self._next() != ":":
+            raise self._error(f"not JSON: a colon is expected (column {self._column()})")
+        self.position += 1
+        self._next()
+
+    def _value(self) -> Any:
+        """The next value. More is read until it is whole."""
         while True:
             try:
-                start = self.position
-                if keyed:
-                    key, start = self.decoder.raw_decode(self.text, start)
-                    if not isinstance(key, str):
-                        raise json.JSONDecodeError("a key in quotes is expected", self.text, start)
-                    colon = _COLON.match(self.text, start)
-                    if colon is None:
-                        raise json.JSONDecodeError("a colon is expected", self.text, start)
-                    start = colon.end()
-                value, end = self.decoder.raw_decode(self.text, start)
-                if keyed:
-                    if hash(key) in self.seen:
-                        raise ValueError(f"the key {shown(key)} stands twice in one object")
-                    self.seen.add(hash(key))
-                self.position = end
+                value, self.position = self.decoder.raw_decode(self.text, self.position)
                 return value
+            except json.JSONDecodeError as error:
+                # Doubled, or a long object would be decoded once for each piece.
+                ahead = error.pos - self.position
+                left = len(self.text) - self.position
+                if left < _LONGEST and self._more(left):
+                    continue
+                self.position += ahead
+                what = f"not JSON: {error.msg} (column {self._column()})"
+                raise self._error(what) from None
             except (ValueError, RecursionError) as error:
-                if isinstance(error, json.JSONDecodeError):
-                    # Doubled, or a long object would be decoded once for each piece.
-                    ahead = error.pos - self.position
-                    left = len(self.text) - self.position
-                    if left < _LONGEST and self._more(left):
-                        continue
-                    self.position += ahead
-                    what = f"not JSON: {error.msg} (column {self._column()})"
-                    raise self._error(what) from None
                 raise _not_json(f"{self.file}:{self._line()}", error) from None
 
     def _next(self) -> str:

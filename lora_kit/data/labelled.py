@@ -44,10 +44,7 @@ class Labelled:
         """Map what a `LabelledWriter` wrote; nothing is read before it is asked for."""
         with np.load(path.with_suffix(".npz")) as stored:
             arrays = {name: stored[name] for name in _ARRAYS}
-        count = int(arrays["offsets"][-1])
-        file = path.with_suffix(".bin")
-        ids = np.memmap(file, np.int32, "r", shape=(count,)) if count else np.zeros(0, np.int32)
-        return cls(ids, arrays)
+        return cls(mapped(path.with_suffix(".bin"), int(arrays["offsets"][-1])), arrays)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -76,6 +73,11 @@ class Labelled:
     def supervised_tokens(self) -> int:
         """Labels that a loss is computed for; the first of a row has nothing before it."""
         return int((self.spans[:, 1] - np.maximum(self.spans[:, 0], 1)).clip(0).sum())
+
+
+def mapped(file: Path, count: int) -> np.ndarray:
+    """The token ids of a file: int32, (count,)."""
+    return np.memmap(file, np.int32, "r", shape=(count,)) if count else np.zeros(0, np.int32)
 
 
 class LabelledWriter:
@@ -146,21 +148,17 @@ def collator(pad_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torc
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
 
-        lengths = [len(row["input_ids"]) for row in rows]
-        width = max(lengths)
-        ids = torch.full((len(rows), width), pad_id)
-        labels = torch.full((len(rows), width), IGNORED)
-        for n, row in enumerate(rows):
-            ids[n, : lengths[n]] = torch.as_tensor(row["input_ids"])
-            labels[n, : lengths[n]] = torch.as_tensor(row["labels"])
-        batch = {"input_ids": ids, "labels": labels}
+        def padded(name: str, padding: int) -> torch.Tensor:
+            parts = [torch.as_tensor(row[name]) for row in rows]
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
+
+        batch = {"input_ids": padded("input_ids", pad_id), "labels": padded("labels", IGNORED)}
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         if "position_ids" in rows[0]:
-            positions = torch.zeros_like(ids)
-            for n, row in enumerate(rows):
-                positions[n, : lengths[n]] = torch.as_tensor(row["position_ids"])
-            batch["position_ids"] = positions
-        elif min(lengths) < width:
-            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+            batch["position_ids"] = padded("position_ids", 0)
+        elif lengths.min() < lengths.max():
+            real = torch.arange(int(lengths.max())) < lengths[:, None]
+            batch["attention_mask"] = real.long()
         return batch
 
     return collate

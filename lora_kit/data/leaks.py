@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_kit.data.census import LEAKED, Census
 from lora_kit.data.duplicates import Signed, hashed, near_any, sign
 from lora_kit.data.formats import normalised
-from lora_kit.data.sources import Opened
+from lora_kit.data.readers import Opened
 from lora_kit.data.table import Table
 
 Place = Callable[[Table, int], str]
@@ -19,34 +20,31 @@ Place = Callable[[Table, int], str]
 FEWEST_WORDS = 6
 
 
+class _Texts(NamedTuple):
+    """Texts by their hashes, some of them by their signatures as well, and the row of each."""
+
+    keys: np.ndarray
+    rows: np.ndarray
+    signed: Signed
+    signed_rows: np.ndarray
+
+
 def train_against_eval(
     train: Table, other: Table, place: Place, census: Census, sources: Any
 ) -> np.ndarray:
     """Count the rows of `other` that leak into `train`; returns which are exactly there, and so
     not judged: bool."""
-    exact = np.isin(other.keys, train.keys)
-    match = near_any(other.signed, train.signed)
-    near = np.zeros(len(other), dtype=bool)
-    near[other.signed_rows[match >= 0]] = True
-
-    def pair(row: int, twin: int) -> str:
-        return f"{place(other, row)} is {place(train, twin)}"
-
-    first_exact = first_near = ""
-    if exact.any():
-        row = int(exact.argmax())
-        first_exact = pair(row, int((train.keys == other.keys[row]).argmax()))
-        census.eval.dropped[LEAKED] = int(exact.sum())
-        census.eval.first[LEAKED] = place(other, row)
-    alone = np.flatnonzero((match >= 0) & ~exact[other.signed_rows])
-    if len(alone):
-        n = alone[0]
-        first_near = pair(int(other.signed_rows[n]), int(train.signed_rows[match[n]]))
-    listed = sources if isinstance(sources, list) else [sources]
-    name = (
-        "data.eval" if len(listed) > 1 else f"data.eval: {getattr(listed[0], 'source', listed[0])}"
+    looked_for, known = (
+        _Texts(table.keys, np.arange(len(table)), table.signed, table.signed_rows)
+        for table in (other, train)
     )
-    census.leaks[name] = _count(exact, near, first_exact, first_near)
+    exact, leak = _leak(looked_for, known, len(other), partial(place, other), partial(place, train))
+    if exact.any():
+        census.eval.dropped[LEAKED] = leak["exact"]
+        census.eval.first[LEAKED] = place(other, int(exact.argmax()))
+    listed = sources if isinstance(sources, list) else [sources]
+    only = f": {getattr(listed[0], 'source', listed[0])}" if len(listed) == 1 else ""
+    census.leaks[f"data.eval{only}"] = leak
     return exact
 
 
@@ -60,48 +58,62 @@ def against(
     """
     rows = np.flatnonzero(learned)
     sampled = np.flatnonzero(learned[train.signed_rows])
-    known = np.concatenate([train.keys[rows], train.questions[rows]])
-    signed = Signed.join([train.signed[sampled], train.signed_questions[sampled]])
-    owners = np.concatenate([train.signed_rows[sampled]] * 2)
+    known = _Texts(
+        np.concatenate([train.keys[rows], train.questions[rows]]),
+        np.tile(rows, 2),
+        Signed.join([train.signed[sampled], train.signed_questions[sampled]]),
+        np.tile(train.signed_rows[sampled], 2),
+    )
     for source in benchmarks:
         places: list[str] = []
         texts: list[str] = []
         row_of: list[int] = []
         for batch in source.batches():
             for row in batch.parsed():
-                for text in _texts(row.columns):
-                    texts.append(text)
-                    row_of.append(len(places))
+                found = _texts(row.columns)
+                texts += found
+                row_of += [len(places)] * len(found)
                 places.append(row.place)
-        keys = np.array([hashed(text) for text in texts], dtype=np.uint64)
-        is_there = np.isin(keys, known)
-        match = near_any(sign(texts), signed)
-        owner = np.array(row_of, dtype=np.int64)
-        exact, near = np.zeros(len(places), dtype=bool), np.zeros(len(places), dtype=bool)
-        exact[owner[is_there]] = near[owner[match >= 0]] = True
-        first_exact = first_near = ""
-        if exact.any():
-            n = int(is_there.argmax())
-            twin = int(rows[int((known == keys[n]).argmax()) % len(rows)])
-            first_exact = f"{places[owner[n]]} is {place(train, twin)}"
-        alone = np.flatnonzero((match >= 0) & ~exact[owner])
-        if len(alone):
-            n = int(alone[0])
-            first_near = f"{places[owner[n]]} is {place(train, int(owners[match[n]]))}"
-        name = f"data.against: {source.name}"
-        census.leaks[name] = _count(exact, near, first_exact, first_near)
+        keys, owners = np.array([hashed(t) for t in texts], np.uint64), np.array(row_of, np.int64)
+        looked_for = _Texts(keys, owners, sign(texts), owners)
+        _, census.leaks[f"data.against: {source.name}"] = _leak(
+            looked_for, known, len(places), places.__getitem__, partial(place, train)
+        )
 
 
-def _texts(columns: dict[str, Any]) -> Iterator[str]:
+def _leak(
+    looked_for: _Texts,
+    known: _Texts,
+    count: int,
+    place: Callable[[int], str],
+    place_known: Callable[[int], str],
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Which of `count` rows have a text that is exactly a known one: bool; and how many leak, each
+    counted once: `near` without the exact ones."""
+    same = np.flatnonzero(np.isin(looked_for.keys, known.keys))
+    exact = np.zeros(count, dtype=bool)
+    exact[looked_for.rows[same]] = True
+    match = near_any(looked_for.signed, known.signed)
+    near = np.flatnonzero((match >= 0) & ~exact[looked_for.signed_rows])
+    rows = looked_for.signed_rows[near]
+    leak: dict[str, Any] = {"rows": count, "exact": int(exact.sum()), "near": len(np.unique(rows))}
+    leak |= {"first_exact": "", "first_near": ""}
+    if len(same):
+        twin = known.rows[(known.keys == looked_for.keys[same[0]]).argmax()]
+        leak["first_exact"] = f"{place(looked_for.rows[same[0]])} is {place_known(twin)}"
+    if len(near):
+        twin = known.signed_rows[match[near[0]]]
+        leak["first_near"] = f"{place(rows[0])} is {place_known(twin)}"
+    return exact, leak
+
+
+def _texts(columns: dict[str, Any]) -> list[str]:
     """What a benchmark's row says, normalised: all of it, and its longer texts."""
     parts = [part for part in chain.from_iterable(map(_strings, columns.values())) if part.strip()]
     if not parts:
-        return  # numbers alone
-    whole = normalised("\0".join(parts))
-    found = {whole} | {
-        text for part in parts if len((text := normalised(part)).split()) >= FEWEST_WORDS
-    }
-    yield from sorted(found)
+        return []  # numbers alone
+    longer = {text for text in map(normalised, parts) if len(text.split()) >= FEWEST_WORDS}
+    return sorted({normalised("\0".join(parts))} | longer)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -113,19 +125,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _strings(item)
-
-
-def _count(
-    exact: np.ndarray, near: np.ndarray, first_exact: str, first_near: str
-) -> dict[str, Any]:
-    """How many rows leak, each counted once: `near` without the exact ones."""
-    return {
-        "rows": len(exact),
-        "exact": int(exact.sum()),
-        "near": int((near & ~exact).sum()),
-        "first_exact": first_exact,
-        "first_near": first_near,
-    }
 
 
 def general_apart(tables: dict[str, Table], place: Place, census: Census) -> np.ndarray:

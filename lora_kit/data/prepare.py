@@ -22,18 +22,19 @@ from lora_kit.data import cache
 from lora_kit.data.census import Census
 from lora_kit.data.duplicates import clusters, joined, parted, repeated
 from lora_kit.data.encode import Settings, Work, encode_all
-from lora_kit.data.formats import FORMATS, Columns, Example, format_of, unread
+from lora_kit.data.formats import FORMATS, Columns, format_of, unread
 from lora_kit.data.labelled import Labelled
 from lora_kit.data.leaks import against, general_apart, train_against_eval
 from lora_kit.data.packing import Packed
-from lora_kit.data.readers import Batch
+from lora_kit.data.readers import Batch, Opened
 from lora_kit.data.rows import count_texts, write_judged, write_train
-from lora_kit.data.sources import Opened, check_apart, open_sources
+from lora_kit.data.sources import check_apart, open_sources
 from lora_kit.data.splits import FEWEST_TO_JUDGE, hold_out, mix, take
 from lora_kit.data.table import Table
 from lora_kit.data.templates import context_token
 from lora_kit.errors import UserError
-from lora_kit.run import Data, nearest
+from lora_kit.run import nearest
+from lora_kit.schema import Data
 
 Kind = Literal["text", "chat"]
 USES = ("train", "eval", "general")
@@ -45,15 +46,14 @@ class Prepared:
     """What a run learns from and is judged by.
 
     `hashes` are {source: sha256} of everything that was read, `commits` {Hub set: commit}, `names`
-    (file, style) of the places in `train` and the others, `shown` some examples of `eval`; `joiner`
-    stands between prompt and answer without a template; `cached`: nothing had to be prepared.
+    (file, style) of the places in `train` and the others; `joiner` stands between prompt and answer
+    without a template; `cached`: nothing had to be prepared.
     """
 
     kind: Kind
     train: Labelled | Packed
     eval: Labelled
     general: Labelled | None
-    shown: list[Example]
     hashes: dict[str, str]
     census: Census
     joiner: str
@@ -155,7 +155,6 @@ def _load(folder: Path, data: Data, max_length: int, cached: bool) -> Prepared:
         train=Packed(train, max_length) if packed else train,
         eval=Labelled.open(folder / "eval"),
         general=Labelled.open(folder / "general") if values["general"] else None,
-        shown=[Example(**{**e, "messages": tuple(e["messages"])}) for e in values["shown"]],
         hashes=values["hashes"],
         census=Census.from_json(values["census"]),
         joiner=values["joiner"],
@@ -199,10 +198,9 @@ class _Preparation:
     tokenizer: Any
     folder: Path
     names: list[tuple[str, str]] = field(default_factory=list)  # of files: name, style of places
-    fractions: dict[int, float] = field(default_factory=dict)  # of files of data.train
     source_of: list[int] = field(default_factory=list)  # the source of each file
     use_of: list[str] = field(default_factory=list)
-    formats: set[str] = field(default_factory=set)
+    formats: list[str] = field(default_factory=list)  # of files
     notes: list[str] = field(default_factory=list)
     below: int = 2**64 - 1  # of the table that the batch in hand goes to
 
@@ -215,25 +213,18 @@ class _Preparation:
         kind = self.kind or "text"
         packing = packing_of(self.data, kind)
         args = (self.tokenizer, self.settings.max_length)
-        rows = {
-            "train": write_train(self.folder / "train", train, replayed, kind, packing, *args),
-            "eval": write_judged(self.folder / "eval", judged["eval"], kind, *args),
-        }
-        if "general" in judged:
-            rows["general"] = write_judged(
-                self.folder / "general", judged["general"], "text", *args
-            )
+        rows = {"train": write_train(self.folder / "train", train, replayed, kind, packing, *args)}
+        for use, chosen in judged.items():
+            written = kind if use == "eval" else "text"
+            rows[use] = write_judged(self.folder / use, chosen, written, *args)
         for use, labelled in rows.items():
             getattr(census, use).measure(labelled)
-        table, chosen = judged["eval"]
-        first = [n for n in table.examples if chosen[n]][:3]
         meta = {
             "kind": kind,
-            "joiner": tables["train"].joiner or "",
+            "joiner": FORMATS[self.formats[tables["train"].sources[0]]].joiner,
             "general": "general" in rows,
             "hashes": {s.name: s.digest for found in self.opened.values() for s in found},
             "names": self.names,
-            "shown": [asdict(table.examples[n]) for n in first],
             "census": census.to_json(),
         }
         for name in USES:
@@ -277,8 +268,6 @@ class _Preparation:
                         self.names.append((batch.name, batch.style))
                         self.use_of.append(use)
                         self.source_of.append(number)
-                        if source.fraction is not None:
-                            self.fractions[number] = source.fraction
                     file, format_name = known[batch.name]
                     self.below = tables[use].below
                     yield file, batch, format_name
@@ -304,7 +293,7 @@ class _Preparation:
                 "`recipe: cpt`, or name the column of the answer, as in data.columns: "
                 "{label: YOURS}"
             )
-        self.formats.add(name)
+        self.formats.append(name)
         left = f"columns not read: {', '.join(unread(row, name, columns))[:200]}"
         if not left.endswith(": ") and not any(note.startswith(left) for note in self.notes):
             self.notes.append(f"{left} (first: {batch.name})")
@@ -332,13 +321,8 @@ class _Preparation:
                 raise UserError(
                     f"data.group: no row of data.train has a column `{self.data.group}`"
                 )
-            held = hold_out(
-                _grouped(roots, train.groups),
-                train.keys,
-                self.data.eval,
-                self.settings.seed,
-                labels,
-            )
+            units = _grouped(roots, train.groups)
+            held = hold_out(units, train.keys, self.data.eval, self.settings.seed, labels)
             learned &= ~held
             judged = {"eval": (train, held)}
         else:
@@ -349,11 +333,16 @@ class _Preparation:
                 raise UserError("data.eval: every row is a row of data.train too: name others")
         if "against" in self.opened:
             against(self.opened["against"], train, learned, self._place, census)
-        if self.fractions:
-            sources = np.array(self.source_of)[train.sources]
+        fractions = [source.fraction for source in self.opened["train"] if source.fraction]
+        if fractions:
+            sources = np.array(self.source_of)[train.sources][learned]
             tokens = self._tokens(train, "train")[learned]
-            self._check_fractions(tokens, sources[learned])
-            used = mix(tokens, sources[learned], train.ranks[learned], self.fractions)
+            for number, source in enumerate(self.opened["train"]):
+                if not tokens[sources == number].any():
+                    raise UserError(
+                        f"{source.name}: no rows left to learn from, but it has a fraction"
+                    )
+            used = mix(tokens, sources, train.ranks[learned], dict(enumerate(fractions)))
             census.train.unused = int((~used).sum())
             learned[np.flatnonzero(learned)[~used]] = False
         replayed = None
@@ -363,9 +352,10 @@ class _Preparation:
                 raise UserError(f"data.general: no rows left; left out: {census.general.dropped}")
             if self.data.replay is not None:
                 learned_from = int(self._tokens(train, "train")[learned].sum())
-                replay = self._replay(general, kept, learned_from)
-                kept &= ~replay[0]
-                replayed = (general, replay[1])
+                pool, chosen = self._replay(general, kept, learned_from)
+                kept &= ~pool
+                census.general.unused = int((pool & ~chosen).sum())
+                replayed = (general, chosen)
             judged["general"] = (general, kept)
         elif self.data.replay is not None:
             raise UserError("data.replay: is a share of general text: name some in data.general")
@@ -407,12 +397,6 @@ class _Preparation:
         begins = context_token(self.tokenizer) == [self.tokenizer.bos_token_id]
         return table.lengths + (2 if begins else 1) * ~table.joins
 
-    def _check_fractions(self, tokens: np.ndarray, sources: np.ndarray) -> None:
-        for number in self.fractions:
-            if not tokens[sources == number].any():
-                name = self.opened["train"][number].name
-                raise UserError(f"{name}: no rows left to learn from, but it has a fraction")
-
     def _count_duplicates(self, train: Table, roots: np.ndarray, census: Census) -> None:
         exact = repeated(train.keys)
         census.compared = len(train.signed_rows)
@@ -423,12 +407,12 @@ class _Preparation:
                 f"near duplicates and near leaks were looked for among {census.compared:,} of "
                 f"{len(train):,} rows, a random sample"
             )
-        for use in self.opened:
-            for source in self.opened[use]:
-                if source.passed_over:
-                    census.notes.append(
-                        f"{source.name}: {source.passed_over:,} file(s) of other kinds passed over"
-                    )
+        census.notes += [
+            f"{source.name}: {source.passed_over:,} file(s) of other kinds passed over"
+            for opened in self.opened.values()
+            for source in opened
+            if source.passed_over
+        ]
 
     def _count_rows(
         self,
@@ -460,15 +444,6 @@ class _Preparation:
             table, chosen = replayed
             number, tokens = int(chosen.sum()), int(table.lengths[chosen].sum())
             census.general.rows_kept += number
-            census.general.unused = (
-                len(table)
-                - census.general.rows_kept
-                - sum(
-                    n
-                    for why, n in census.general.dropped.items()
-                    if why not in table.dropped.counts
-                )
-            )
             census.notes.append(
                 f"replay: {number:,} general rows ({tokens:,} tokens) are learned from as well"
             )

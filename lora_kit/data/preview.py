@@ -22,7 +22,7 @@ import numpy as np
 from lora_kit.data.labelled import IGNORED
 from lora_kit.data.prepare import USES, Prepared, packing_of
 from lora_kit.errors import UserError
-from lora_kit.run import Run
+from lora_kit.schema import Run
 
 SAMPLES_OF_A_PAGE = 50  # of each split
 TOKENS_OF_A_PAGE = 800  # of each sample: 120,000 tokens are a page of about 5 MB
@@ -69,10 +69,6 @@ def _spelled(character: str) -> str:
     if character in _JOINERS or unicodedata.category(character) == "Zs":
         return character
     return f"⟨U+{ord(character):04X}⟩"
-
-
-def _line(text: str) -> str:
-    return " ".join(harmless(text).split())
 
 
 def pieces(
@@ -138,7 +134,7 @@ def samples(
                 Piece(f" … {length - 2 * half:,} tokens not shown … ", ()),
                 *pieces(tokenizer, ids, learned, length - half, length),
             ]
-        place = _line(prepared.place(rows, number))
+        place = " ".join(harmless(prepared.place(rows, number)).split())
         found.append(Sample(use, number + 1, place, length, sum(learned), shown))
     return found
 
@@ -224,15 +220,16 @@ def _with_ends(text: str) -> str:
 
 def check_page(file: Path) -> None:
     """Raises UserError if a page cannot be written there, or would replace what is no such page."""
-    if os.path.lexists(file):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            if file.is_file():
-                with file.open(encoding="utf-8") as opened:
-                    if opened.read(len(MARK)) == MARK:
-                        return
+    if os.path.lexists(file) and not _is_page(file):
         raise UserError(f"--html {file}: exists and is no page of preview: name another file")
     if not file.parent.is_dir():
         raise UserError(f"--html {file}: there is no folder {file.parent}")
+
+
+def _is_page(file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return file.is_file() and file.read_bytes().startswith(MARK.encode())
+    return False
 
 
 def write_page(
@@ -243,8 +240,7 @@ def write_page(
     text = page(run, prepared, tokenizer, problems)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with partial.open("x", encoding="utf-8") as opened:
-            opened.write(text)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(file)
     except OSError as error:
         raise UserError(f"--html {file}: cannot be written ({error.strerror})") from None

@@ -1,6 +1,9 @@
 """Files -> batches of raw rows, read as a stream: nothing larger than a batch is held.
 
 A batch knows where each of its rows stands, so that every later message names file and line.
+
+A document is a file, or a part of a file between end-of-text markers. A source with fewer than 20
+documents is cut into blocks of 2 KiB at line ends: a share of it can be held out and judged.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ _TAG = re.compile(r"O|[BIESLU]-\S+")
 # A batch is what one worker takes at a time: small, so that its tokens stay in the caches.
 BATCH_ROWS = 256
 BATCH_BYTES = 2**20
+FEWEST_DOCUMENTS = 20
 _LONGEST_LINE = 2**26
 
 
@@ -55,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of one file: parsed ones, or lines of JSON that a worker parses.
+    """Some rows of one file: parsed ones, or as lines of JSON that a worker parses.
 
     `numbers[i]` is the line, or the number in a list, of row i; `style` says which, as in
     `{}:{}`. `whole`: the one row is a text to be cut into blocks; `starts`: it begins a document.
@@ -64,8 +68,7 @@ class Batch:
     name: str
     style: str
     numbers: list[int]
-    rows: list[dict[str, Any]] | None = None
-    lines: list[str] | None = None
+    rows: Sequence[dict[str, Any] | str]
     whole: bool = False
     starts: bool = True
     plain: bool = False  # general text: `data.columns` and `data.group` are not about it
@@ -75,10 +78,40 @@ class Batch:
 
     def parsed(self) -> Iterator[Row]:
         """The rows. Raises UserError with file and line where one is not a JSON object."""
-        for number, columns in zip(self.numbers, self.rows or [], strict=self.lines is None):
+        for number, row in zip(self.numbers, self.rows, strict=True):
+            columns = parse_line(row, self.name, number) if isinstance(row, str) else row
             yield Row(self.place(number), columns)
-        for number, line in zip(self.numbers, self.lines or [], strict=self.rows is None):
-            yield Row(self.place(number), parse_line(line, self.name, number))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source that is there.
+
+    `digest` is the sha256 of its content; `files` are what it reads, or `rows` what is embedded;
+    `passed_over` counts the files of a folder that are of no known kind. Of a set of the Hub,
+    `labels` are the names of classes by column, and `commit` is where it is from.
+    """
+
+    name: str
+    fraction: float | None
+    digest: str
+    files: tuple[Path, ...] = ()
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    commit: str | None = None
+    rows: list[dict[str, Any]] | None = None
+    passed_over: int = 0
+
+    def batches(self) -> Iterator[Batch]:
+        """Its rows in order: the documents of its text files, then the rows of its tables."""
+        if self.rows is not None:
+            yield from list_batches(self.name, self.rows)
+            return
+        texts = [file for file in self.files if not is_table(file)]
+        yield from text_batches(texts, whole=_is_cut(texts))
+        for file in self.files:
+            if is_table(file):
+                for batch in table(file):
+                    yield with_labels(batch, self.labels) if self.labels else batch
 
 
 def suffix_of(file: Path) -> str:
@@ -97,7 +130,7 @@ def table(file: Path) -> Iterator[Batch]:
     """The rows of a table, in batches."""
     suffix = suffix_of(file)
     if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and _has_json_lines(file)):
-        yield from _json_lines(file)
+        yield from _batches(file, "{}:{}", _json_lines(file))
     elif suffix == ".json":
         yield from _batches(file, "{}[{}]", JsonList(file).objects())
     elif suffix in (".parquet", ".arrow"):
@@ -172,23 +205,23 @@ def text_batches(files: Iterable[Path], whole: bool) -> Iterator[Batch]:
 
 
 def _batches(
-    file: Path | str, style: str, rows: Iterable[tuple[int, dict[str, Any]]]
+    file: Path | str, style: str, rows: Iterable[tuple[int, dict[str, Any] | str]]
 ) -> Iterator[Batch]:
     numbers: list[int] = []
-    kept: list[dict[str, Any]] = []
+    kept: list[dict[str, Any] | str] = []
     size = 0
-    for number, columns in rows:
+    for number, row in rows:
         numbers.append(number)
-        kept.append(columns)
+        kept.append(row)
         try:
-            size += _size(columns)
+            size += _size(row)
         except RecursionError:
             raise UserError(f"{style.format(file, number)}: nested too deeply") from None
         if len(kept) >= BATCH_ROWS or size >= BATCH_BYTES:
-            yield Batch(str(file), style, numbers, rows=kept)
+            yield Batch(str(file), style, numbers, kept)
             numbers, kept, size = [], [], 0
     if kept:
-        yield Batch(str(file), style, numbers, rows=kept)
+        yield Batch(str(file), style, numbers, kept)
 
 
 def _size(value: Any, levels: int = 100) -> int:
@@ -247,21 +280,10 @@ def _decode(line: bytes, file: Path, number: int) -> str:
         ) from None
 
 
-def _json_lines(file: Path) -> Iterator[Batch]:
-    numbers: list[int] = []
-    lines: list[str] = []
-    size = 0
+def _json_lines(file: Path) -> Iterator[tuple[int, str]]:
     for number, raw in _byte_lines(file):
-        if raw.isspace():
-            continue
-        numbers.append(number)
-        lines.append(_decode(raw, file, number))
-        size += len(raw)
-        if len(lines) >= BATCH_ROWS or size >= BATCH_BYTES:
-            yield Batch(str(file), "{}:{}", numbers, lines=lines)
-            numbers, lines, size = [], [], 0
-    if lines:
-        yield Batch(str(file), "{}:{}", numbers, lines=lines)
+        if not raw.isspace():
+            yield number, _decode(raw, file, number)
 
 
 def _has_json_lines(file: Path) -> bool:
@@ -322,7 +344,7 @@ def _tagged(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     tokens: list[str] = []
     tags: list[str] = []
     start = 0
-    for number, line in _text_lines(file):
+    for number, line in chain(_text_lines(file), [(0, "")]):
         fields = _fields(line)
         if not line.strip() or fields[0] == "-DOCSTART-":
             if tokens:
@@ -336,8 +358,6 @@ def _tagged(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         start = start or number
         tokens.append(fields[0])
         tags.append(fields[-1])
-    if tokens:
-        yield start, {"tokens": tokens, "tags": tags}
 
 
 def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -347,15 +367,15 @@ def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
     number = 0
     try:
-        source: Any = str(file)
         if file.suffix.lower() == ".gz":
             with open_bytes(file) as opened:
-                source = pa.BufferReader(opened.read())
+                stream = pa.BufferReader(opened.read())
+        else:
+            stream = pa.memory_map(str(file))
         if suffix == ".parquet":
-            parquet = pq.ParquetFile(source, memory_map=isinstance(source, str))
+            parquet = pq.ParquetFile(stream)
             schema, batches = parquet.schema_arrow, parquet.iter_batches(batch_size=BATCH_ROWS)
         else:
-            stream = pa.memory_map(source) if isinstance(source, str) else source
             try:
                 reader: Any = pa.ipc.open_file(stream)
                 batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
@@ -415,5 +435,10 @@ def named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
 
 def with_labels(batch: Batch, labels: dict[str, list[str]]) -> Batch:
     """A batch whose class numbers are replaced by names that its file doesn't have."""
-    rows = [named(row.columns, labels) for row in batch.parsed()]
-    return replace(batch, rows=rows, lines=None)
+    return replace(batch, rows=[named(row.columns, labels) for row in batch.parsed()])
+
+
+def _is_cut(files: list[Path]) -> bool:
+    """Whether there are too few documents for a share of them to be held out."""
+    found = (begins for file in files for _, _, begins in documents(file, BATCH_BYTES))
+    return sum(1 for _ in islice(filter(None, found), FEWEST_DOCUMENTS)) < FEWEST_DOCUMENTS

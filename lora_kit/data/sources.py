@@ -1,8 +1,4 @@
-"""What `data:` names -> files, Hub sets and embedded texts, each with the hash of its content.
-
-A document is a file, or a part of a file between end-of-text markers. A source with fewer than 20
-documents is cut into blocks of 2 KiB at line ends: a share of it can be held out and judged.
-"""
+"""What `data:` names -> files, Hub sets and embedded texts, each with the hash of its content."""
 
 from __future__ import annotations
 
@@ -10,52 +6,19 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lora_kit import nano
 from lora_kit.data import hub, readers
-from lora_kit.data.readers import Batch
+from lora_kit.data.readers import Opened
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-from lora_kit.run import EMBEDDED, Source, is_hub_id
+from lora_kit.run import is_hub_id
+from lora_kit.schema import EMBEDDED, Source
 
-FEWEST_DOCUMENTS = 20
 _MADE_BY_PROGRAMS = (".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A source that is there.
-
-    `digest` is the sha256 of its content; `files` are what it reads, or `rows` what is embedded;
-    `passed_over` counts the files of a folder that are of no known kind. Of a set of the Hub,
-    `labels` are the names of classes by column, and `commit` is where it is from.
-    """
-
-    name: str
-    fraction: float | None
-    digest: str
-    files: tuple[Path, ...] = ()
-    rows: list[dict[str, Any]] | None = None
-    passed_over: int = 0
-    labels: dict[str, list[str]] = field(default_factory=dict)
-    commit: str | None = None
-
-    def batches(self) -> Iterator[Batch]:
-        """Its rows in order: the documents of its text files, then the rows of its tables."""
-        if self.rows is not None:
-            yield from readers.list_batches(self.name, self.rows)
-            return
-        texts = [file for file in self.files if not readers.is_table(file)]
-        yield from readers.text_batches(texts, whole=_is_cut(texts))
-        for file in self.files:
-            if readers.is_table(file):
-                for batch in readers.table(file):
-                    yield readers.with_labels(batch, self.labels) if self.labels else batch
 
 
 def open_sources(sources: Any, commits: dict[str, str] | None = None) -> list[Opened]:
@@ -124,17 +87,9 @@ def _open(source: Source, commits: dict[str, str]) -> Opened:
         if not files:
             raise UserError(f"{name}: no file of a known kind fits the pattern ({others} others)")
     elif is_hub_id(name):
-        split = hub.fetch(source, commits)
-        if all(file.stat().st_size == 0 for file in split.files):
-            raise UserError(f"{split.name}: empty: there is nothing to learn from")
-        return Opened(
-            split.name,
-            source.fraction,
-            split.digest,
-            split.files,
-            labels=split.labels,
-            commit=split.commit,
-        )
+        opened = hub.fetch(source, commits)
+        _check_not_empty(opened.name, opened.files)
+        return opened
     else:
         raise UserError(f"{name}: no such file or folder")
     digest = hashlib.sha256()
@@ -143,9 +98,13 @@ def _open(source: Source, commits: dict[str, str]) -> Opened:
             digest.update(bytes.fromhex(file_hash(file)))
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    _check_not_empty(name, files)
+    return Opened(name, source.fraction, digest.hexdigest(), tuple(files), passed_over=others)
+
+
+def _check_not_empty(name: str, files: Iterable[Path]) -> None:
     if all(file.stat().st_size == 0 for file in files):
         raise UserError(f"{name}: empty: there is nothing to learn from")
-    return Opened(name, source.fraction, digest.hexdigest(), tuple(files), passed_over=others)
 
 
 def _open_nano(source: Source) -> Opened:
@@ -176,11 +135,3 @@ def _inside(root: Path) -> tuple[list[Path], int]:
 
 def _known(file: Path) -> bool:
     return readers.suffix_of(file) in readers.TEXT_SUFFIXES | readers.TABLE_SUFFIXES
-
-
-def _is_cut(files: list[Path]) -> bool:
-    """Whether there are too few documents for a share of them to be held out."""
-    found = (
-        begins for file in files for _, _, begins in readers.documents(file, readers.BATCH_BYTES)
-    )
-    return sum(1 for _ in islice(filter(None, found), FEWEST_DOCUMENTS)) < FEWEST_DOCUMENTS

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lora_kit.data.duplicates import Signed, ranks
 from lora_kit.data.encode import Part
-from lora_kit.data.formats import Dropped, Example
+from lora_kit.data.formats import Dropped
+from lora_kit.data.labelled import mapped
 
 # Rows with a signature, at most: 512 bytes each. Beyond, those of the lowest ranks are a sample.
 LARGEST_SAMPLE = 150_000
-_EXAMPLES = 64
-# Of each row: name, type.
+# Of each row, and of its spans: name, type.
 _COLUMNS = (
     *(("lengths", np.int32), ("span_counts", np.int16), ("sizes", np.int32)),
     *(("answers", np.int16), ("numbers", np.uint32), ("keys", np.uint64)),
     *(("questions", np.uint64), ("groups", np.uint64), ("joins", np.bool_)),
+    *(("spans", np.int32), ("sources", np.int32), ("labels", np.int32)),
 )
 
 
@@ -32,25 +32,20 @@ class Table:
         self.read = 0
         self.dropped, self.cut = Dropped(), Dropped()
         self.without_supervision = 0
-        self.joiner: str | None = None
-        self.examples: dict[int, Example] = {}
         self.label_names: dict[str, int] = {}
         self._file = path.open("wb")
         self._parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in _COLUMNS}
-        self._more: dict[str, list[np.ndarray]] = {n: [] for n in ("spans", "sources", "labels")}
         self._signed: list[tuple[np.ndarray, Signed, Signed]] = []
         self._rows = self._sampled = 0
 
     def add(self, source: int, part: Part) -> None:
         """Add the rows of a batch; `source` is the number of its file."""
         self._file.write(part.ids.tobytes())
-        for name, kind in _COLUMNS:
-            self._parts[name].append(np.array(getattr(part, name), dtype=kind))
-        self._more["spans"].append(np.array(part.spans, dtype=np.int32))
-        self._more["sources"].append(np.full(len(part.lengths), source, dtype=np.int32))
         codes = [self.label_names.setdefault(n, len(self.label_names)) if n else -1
                  for n in part.labels]  # fmt: skip
-        self._more["labels"].append(np.array(codes, dtype=np.int32))
+        values = vars(part) | {"sources": [source] * len(part.lengths), "labels": codes}
+        for name, kind in _COLUMNS:
+            self._parts[name].append(np.array(values[name], dtype=kind))
         # A worker may have begun before `below` fell.
         order = ranks(np.array(part.keys, dtype=np.uint64)[part.signed_rows], self.seed)
         signed = self._below(order, part.signed_rows, part.signed, part.signed_questions)
@@ -58,11 +53,6 @@ class Table:
         self._sampled += len(signed[0])
         if self._sampled > LARGEST_SAMPLE:
             self._sample_fewer()
-        if self.joiner is None and part.lengths:
-            self.joiner = part.joiner
-        self.examples |= {self._rows + n: example for n, example in part.examples.items()}
-        if len(self.examples) > 8 * _EXAMPLES:
-            self._forget_examples()
         self.read += part.read
         self.dropped.merge(part.dropped)
         self.cut.merge(part.cut)
@@ -75,10 +65,9 @@ class Table:
     def finish(self) -> Table:
         """Close the file and put the parts together."""
         self._file.close()
-        for name, parts in [*self._parts.items(), *self._more.items()]:
-            setattr(self, name, np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
-            parts.clear()
-        self.keys: np.ndarray = self.keys.astype(np.uint64)
+        for name, kind in _COLUMNS:
+            setattr(self, name, np.concatenate([np.zeros(0, kind), *self._parts.pop(name)]))
+        self.keys: np.ndarray
         self.lengths: np.ndarray
         self.sizes: np.ndarray
         self.answers: np.ndarray
@@ -95,16 +84,11 @@ class Table:
                 setattr(self, name, np.broadcast_to(np.uint64(0), len(self)))
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self.span_offsets = np.concatenate([[0], np.cumsum(self.span_counts, dtype=np.int64)]) * 2
-        count = int(self.offsets[-1])
-        self.ids = (
-            np.memmap(self.path, np.int32, "r", shape=(count,)) if count else np.zeros(0, "i")
-        )
+        self.ids = mapped(self.path, int(self.offsets[-1]))
         self.signed_rows = np.concatenate([np.zeros(0, np.int64), *(p[0] for p in self._signed)])
         signed, questions = [p[1] for p in self._signed], [p[2] for p in self._signed]
         self._signed.clear()
         self.signed, self.signed_questions = Signed.join(signed), Signed.join(questions)
-        if len(self):
-            self._forget_examples()
         return self
 
     @property
@@ -137,15 +121,9 @@ class Table:
     def _sample_fewer(self) -> None:
         """Halve the ranks that are sampled. What is left does not depend on when this happens."""
         self.below //= 2
-        kept: list[Any] = []
         keys = np.concatenate(self._parts["keys"])
-        for rows, signed, questions in self._signed:
-            kept.append(self._below(ranks(keys[rows], self.seed), rows, signed, questions))
-        self._signed = kept
-        self._sampled = sum(len(rows) for rows, _, _ in kept)
-
-    def _forget_examples(self) -> None:
-        keys = np.concatenate(self._parts["keys"]) if self._parts["keys"] else self.keys
-        rows = np.array(sorted(self.examples), dtype=np.int64)
-        order = rows[np.argsort(ranks(keys[rows], self.seed), kind="stable")]
-        self.examples = {int(n): self.examples[int(n)] for n in order[:_EXAMPLES]}
+        self._signed = [
+            self._below(ranks(keys[rows], self.seed), rows, signed, questions)
+            for rows, signed, questions in self._signed
+        ]
+        self._sampled = sum(len(rows) for rows, _, _ in self._signed)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_kit.data.formats import Message, NotUsable
-from lora_kit.errors import UserError
+from lora_kit.errors import LoraKitError, UserError
 
 SECONDS_TO_RENDER = 10.0
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
@@ -147,8 +147,6 @@ def _with_parsed_calls(message: Message) -> Message:
 def _rendered(
     tokenizer: Any, plain: list[list[Message]], tools: tuple[Any, ...], add_generation_prompt: bool
 ) -> list[str]:
-    import jinja2
-
     try:
         with _time_limit():
             return tokenizer.apply_chat_template(
@@ -157,12 +155,9 @@ def _rendered(
                 add_generation_prompt=add_generation_prompt,
                 **({"tools": list(tools)} if tools else {}),
             )
-    except UserError:  # the time limit's; a ValueError as well
+    except LoraKitError:  # the time limit's, or that of an interruption
         raise
-    except (
-        *(jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError),
-        *(AttributeError, MemoryError, RuntimeError, SyntaxError),
-    ) as error:
+    except Exception as error:  # whatever a template does
         roles = "-".join(turn["role"] for turn in plain[0])
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise NotUsable("that the chat template refuses", f"{roles:.60}: {reason}") from None

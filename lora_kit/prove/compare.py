@@ -1,8 +1,9 @@
-"""Base against adapted, on held-out text of the domain and on general text."""
+"""The base as it is, the base with examples in its prompt, and the adapter, on held-out text."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,46 +12,101 @@ import numpy as np
 
 from lora_kit.adapter.attach import adapter_folder
 from lora_kit.adapter.load import load, open_run
-from lora_kit.data.formats import Example
-from lora_kit.data.labelled import Labelled
+from lora_kit.data.labelled import IGNORED, Labelled
 from lora_kit.data.prepare import Prepared, prepare
-from lora_kit.data.splits import FEWEST_TO_JUDGE
-from lora_kit.data.templates import prompt_text
 from lora_kit.errors import UserError
+from lora_kit.prove import few_shot, metrics
+from lora_kit.prove.bootstrap import scores, statistics, verdict, verdict_of_scores
+from lora_kit.prove.gate import held
+from lora_kit.prove.harness import check_tasks, run_harness
 from lora_kit.prove.measure import Losses, generate, measure
-from lora_kit.run import read_lock
+from lora_kit.prove.pairing import prompt_use
+from lora_kit.prove.report import write_report
+from lora_kit.prove.scratch import against_scratch
+from lora_kit.run import load_run, read_lock
+from lora_kit.schema import Gate, Prove
 
-RESAMPLES = 10_000
-FEWEST_UNITS = FEWEST_TO_JUDGE
-SMALLEST_SHARE = 0.005  # a difference below half a percent is called no difference
-_NATS_TO_BITS = 1 / np.log(2)
+_SHOWN_EACH = 2  # samples of a kind: the first, the largest gain, the largest loss
+_SHOWN_TOKENS = 48
+_LONGEST_ANSWER = 512  # tokens
+_LEARNED_ROWS = 256  # training rows that are measured for the gap, at most
+_PAIRED_ROWS = 256  # held-out rows whose answers are put after another prompt, at most
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a run is judged on: labelled tokens, and the examples shown side by side."""
+    """What a run is judged on, and the rows it learned from."""
 
+    kind: str  # `text`, or `chat`: prompts and answers
     domain: Labelled
     general: Labelled | None
-    shown: list[Example]
+    train: Labelled
 
     @classmethod
     def of(cls, prepared: Prepared) -> HeldOut:
-        return cls(prepared.eval, prepared.general, prepared.shown)
+        return cls(prepared.kind, prepared.eval, prepared.general, prepared.rows("train"))
+
+    def __str__(self) -> str:
+        general = f" and {len(self.general.unit_bytes)} general ones" if self.general else ""
+        return f"{len(self.domain.unit_bytes)} held-out documents{general}"
+
+    def question(self, row: int) -> tuple[list[int], list[int]]:
+        """Tokens of a row: the prompt and the answer that was held out; of a text the first half,
+        32 tokens at most, and what follows."""
+        ids = self.domain[row]["input_ids"].tolist()
+        learned = np.flatnonzero(self.domain[row]["labels"] != IGNORED)
+        # The last run of labels: an answer after others, in a longer conversation.
+        first = learned[np.r_[True, np.diff(learned) > 1]][-1] if len(learned) else 0
+        if self.kind == "chat" and first > 0:
+            return ids[:first], ids[first : learned[-1] + 1]
+        cut = min(32, (len(ids) + 1) // 2)
+        return ids[:cut], ids[cut : cut + _SHOWN_TOKENS]
 
 
-def compare(run: str | Path, seed: int = 0) -> dict[str, Any]:
-    """Measure a finished run: its base alone against its base with the adapter.
+def check_prove(prove: Prove, judged: HeldOut, tokenizer: Any, supervise: str) -> None:
+    """What `prove:` asks for can be measured on these rows; asked before anything trains.
+
+    Raises:
+        UserError: a metric or task is not there, or fits no answers of this kind.
+    """
+    metrics.check_names(prove.metrics, judged.kind)
+    if prove.metrics:
+        if supervise == "all":
+            raise UserError("prove.metrics: data.supervise: all leaves no answer apart to score")
+        rows = _answered(judged, prove.answers, 0)
+        metrics.check_fit(prove.metrics, [_text(tokenizer, judged.question(n)[1]) for n in rows])
+    if prove.harness:
+        check_tasks(prove.harness)
+    unknown = sorted((prove.gate.metrics if prove.gate else {}).keys() - set(prove.metrics))
+    if unknown:
+        raise UserError(f"prove.gate.metrics: {', '.join(unknown)}: not in prove.metrics")
+
+
+def compare(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    gate: bool = False,
+    scratch: bool = False,
+) -> dict[str, Any]:
+    """Measure a finished run again, and bring its report.json and report.html up to date.
+
+    Args:
+        run: the run directory.
+        overrides: `prove.KEY=VALUE`, to measure more or something else than the run did.
+        gate: hold the run to the default bounds of `prove.gate` if it names none.
+        scratch: train a model of the base's shape from scratch, on the same budget, beside it.
 
     Returns:
-        What `report.json` holds: losses in nats per token and bits per byte, differences (adapted
-        minus base) with 95% bootstrap intervals over documents, and a word for each, measured now;
-        `training` and `memory` as the run recorded them.
+        What report.json holds.
 
     Raises:
         UserError: there is no finished run, or its data or base changed since it was trained.
     """
     opened = open_run(run)
+    if strange := [item for item in overrides if not item.startswith("prove.")]:
+        raise UserError(f"{', '.join(strange)}: a finished run takes other prove.* keys only")
+    opened = load_run(Path(run) / "run.yaml", list(overrides), needs_sources=False)
     adapter_folder(run)
     model, tokenizer = load(run)
     # What the limits allow was decided when the run was trained.
@@ -59,121 +115,192 @@ def compare(run: str | Path, seed: int = 0) -> dict[str, Any]:
         opened.data, lock.get("kind"), tokenizer, length, opened.seed, limits=False, lock=lock
     )
     _check_data(run, prepared)
-    report = compare_model(model, tokenizer, HeldOut.of(prepared), seed)
+    judged, prove = HeldOut.of(prepared), opened.prove
+    check_prove(prove, judged, tokenizer, opened.data.supervise)
+    report = compare_model(model, tokenizer, judged, prove)
+    del report["adapter_effect"]  # of a training's audit
+    report["harness"] = run_harness(model, tokenizer, prove.harness) if prove.harness else None
+    if scratch:
+        found = against_scratch(opened, model, tokenizer, prepared, lock["batch"])
+        report["scratch"] = found
+        report["verdict"]["scratch"] = verdict(found, "better", "worse", "no different")
     file = Path(run) / "report.json"
-    recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return report | {name: recorded.get(name) for name in ("training", "memory")}
-
-
-def compare_model(
-    model: Any, tokenizer: Any, judged: HeldOut, seed: int = 0, samples: bool = True
-) -> dict[str, Any]:
-    """`compare` for a PEFT model in memory; its adapter is switched off to measure the base."""
-    pad = tokenizer.pad_token_id
-    report: dict[str, Any] = {"verdict": {}, "domain": None, "general": None, "samples": []}
-    for name, labelled in (("domain", judged.domain), ("general", judged.general)):
-        if labelled is None:
-            continue
-        adapted = measure(model, labelled, pad)
-        with model.disable_adapter():
-            base = measure(model, labelled, pad)
-        report[name] = statistics(base, adapted, seed)
-    report["verdict"]["domain"] = verdict(report["domain"], "better", "worse", "no different")
-    if report["general"]:
-        report["verdict"]["general"] = verdict(report["general"], "kept", "forgot", "kept")
-    if samples:
-        report["samples"] = side_by_side(model, tokenizer, judged.shown)
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    report = _updated(before, report)
+    asked = prove.gate or (Gate() if gate else None)
+    report["gate"] = held(report, asked) if asked else None
+    write_report(Path(run), opened, report)
     return report
 
 
-def statistics(base: Losses, adapted: Losses, seed: int) -> dict[str, Any]:
-    """Both measures of both models, the difference, and its 95% interval.
+def compare_model(
+    model: Any, tokenizer: Any, judged: HeldOut, prove: Prove, seed: int = 0, samples: bool = True
+) -> dict[str, Any]:
+    """`compare` for a PEFT model in memory; its adapter is switched off to measure the base.
 
-    A measure is a ratio of sums over the units (nats / tokens; nats / bytes, in bits). The interval
-    is the percentile bootstrap over units, paired: both models are judged on the same resample
-    (Efron and Tibshirani 1993, chapter 13).
+    Args:
+        samples: let the model speak: side by side, and for `prove.metrics`.
     """
-    units = len(base.nats)
-    random = np.random.default_rng(seed)
-    columns = np.stack([adapted.nats - base.nats, base.tokens, base.bytes], axis=1)
-    # (resamples, 3): the sums over the units drawn, in pieces, because all draws of 10,000
-    # documents at once would take 800 MB
-    piece = max(1, 2**22 // units)
-    sums = np.concatenate(
-        [
-            random.multinomial(units, np.full(units, 1 / units), min(piece, RESAMPLES - done))
-            @ columns
-            for done in range(0, RESAMPLES, piece)
-        ]
+    pad = tokenizer.pad_token_id
+    word: dict[str, str] = {}
+    report: dict[str, Any] = {"verdict": word, "general": None, "few_shot": None, "metrics": None}
+
+    def both(rows: Labelled, chosen: np.ndarray | None = None) -> tuple[Losses, Losses]:
+        adapted = measure(model, rows, pad, rows=chosen)
+        with model.disable_adapter():
+            return measure(model, rows, pad, rows=chosen), adapted
+
+    base, adapted = both(judged.domain)
+    if not (base.tokens * base.bytes).any():
+        raise UserError("data.eval: no row has two tokens: nothing can be predicted")
+    report["domain"] = statistics(base, adapted, seed)
+    word["domain"] = verdict(report["domain"], "better", "worse", "no different")
+    report["prompt_use"], blind = None, False
+    if judged.kind == "chat":
+        drawn = np.random.default_rng(seed).permutation(len(judged.domain))[:_PAIRED_ROWS]
+        questions = [judged.question(row) for row in drawn.tolist()]
+        report["prompt_use"] = used = prompt_use(model, pad, questions, seed)
+        if blind := bool(used and used["ci95"][0] <= 0) and word["domain"] == "better":
+            word["domain"] = "no different"
+    if judged.general is not None:
+        report["general"] = statistics(*both(judged.general), seed)
+        word["general"] = verdict(report["general"], "kept", "forgot", "kept")
+    examples = _examples(model, tokenizer, judged, prove.shots, seed)
+    if examples:
+        opening = few_shot.opening(tokenizer) if judged.kind == "chat" else []
+        longer = few_shot.after_examples(judged.domain, examples, opening)
+        with model.disable_adapter():
+            prompted = measure(model, longer, pad, rows_at_once=2)
+        tokens = int(longer.lengths[0] - judged.domain.lengths[0])
+        against = statistics(prompted, adapted, seed)
+        report["few_shot"] = {"shots": len(examples), "tokens": tokens, **against}
+        word["few_shot"] = verdict(
+            against, "no different" if blind else "better", "worse", "no different"
+        )
+    learned = np.random.default_rng(seed).permutation(len(judged.train))
+    learned = learned[: min(len(judged.domain), _LEARNED_ROWS)]
+    before, after = (
+        round(float(x.nats.sum() / x.tokens.sum()), 4) for x in both(judged.train, learned)
     )
-    result: dict[str, Any] = {"documents": units}
-    for name, size, drawn, factor in (
-        ("loss", base.tokens, sums[:, 1], 1.0),
-        ("bits_per_byte", base.bytes, sums[:, 2], _NATS_TO_BITS),
-    ):
-        change = sums[drawn > 0, 0] / drawn[drawn > 0] * factor
-        low, high = np.percentile(change, [2.5, 97.5])
-        before = base.nats.sum() / size.sum() * factor
-        after = adapted.nats.sum() / size.sum() * factor
-        result[name] = {
-            "base": round(float(before), 4),
-            "adapted": round(float(after), 4),
-            "difference": round(float(after - before), 4),
-            "ci95": [round(float(low), 4), round(float(high), 4)],
-        }
-    return result
+    report["overfitting"] = {
+        "train_loss": {"base": before, "adapted": after},
+        # How much more the adapter gained on rows it learned from.
+        "gap": round(report["domain"]["loss"]["difference"] - (after - before), 4),
+    }
+    if samples and prove.metrics:
+        report["metrics"] = _scores(model, tokenizer, judged, prove, examples, seed)
+        for name, figures in report["metrics"].items():
+            word[name] = verdict_of_scores(figures, figures["rows"])
+    report["samples"] = _side_by_side(model, tokenizer, judged, base, adapted) if samples else []
+    return report | {"adapter_effect": float(np.abs(adapted.nats - base.nats).max())}
 
 
-def verdict(measured: dict[str, Any], lower: str, higher: str, same: str) -> str:
-    """A word for a comparison: the interval of the loss must exclude 0, over enough documents."""
-    if measured["documents"] < FEWEST_UNITS:
-        return "too little data"
-    loss = measured["loss"]
-    low, high = loss["ci95"]
-    if abs(loss["difference"]) < SMALLEST_SHARE * abs(loss["base"]) or low <= 0 <= high:
-        return same
-    return lower if loss["difference"] < 0 else higher
+def _updated(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """A report brought up to date: what was measured before and not now is as true as it was."""
+    empty = dict.fromkeys(("training", "memory", "audit", "layers"))
+    untouched = {name: before.get(name) for name, value in report.items() if value is None}
+    merged: dict[str, Any] = {"overfitting": {"best_step": None, "stopped_early": False}}
+    for name in ("verdict", "overfitting", "metrics", "harness"):
+        found = {**merged.get(name, {}), **(before.get(name) or {}), **(report[name] or {})}
+        merged[name] = found or None
+    return empty | before | report | untouched | merged
 
 
-def side_by_side(
-    model: Any, tokenizer: Any, examples: list[Example], max_new_tokens: int = 48
-) -> list[dict[str, str]]:
-    """What base and adapted say to the first held-out examples, greedily."""
-    prompts, shown, wanted = [], [], []
-    chats = [example.text is None for example in examples]
-    templated = all(chats) and bool(tokenizer.chat_template)
-    for example in examples:
-        if example.text is not None:
-            start, rest = _cut(tokenizer, example.text, max_new_tokens)
-            prompts.append(start)
-            shown.append(start)
-            wanted.append(rest)
-        else:
-            turns = list(example.messages[:-1])
-            bare = turns[-1]["content"] + example.joiner
-            prompt = prompt_text(tokenizer, turns, example.tools) if templated else bare
-            prompts.append(prompt)
-            shown.append(turns[-1]["content"])
-            wanted.append(example.messages[-1]["content"])
-    adapted = generate(model, tokenizer, prompts, max_new_tokens, templated)
+def _examples(
+    model: Any, tokenizer: Any, judged: HeldOut, shots: int, seed: int
+) -> list[list[int]]:
+    """Training rows that stand before each held-out one; none where the base has no room."""
+    if not shots:
+        return []
+    longest = int(judged.domain.lengths.max())
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    return few_shot.choose(judged.train, longest, room, shots, judged.kind == "chat", seed)
+
+
+def _answered(judged: HeldOut, most: int, seed: int) -> list[int]:
+    """The rows that are answered for the metrics, drawn with the seed."""
+    rows = np.random.default_rng(seed).permutation(len(judged.domain))[:most]
+    return sorted(rows.tolist())
+
+
+def _scores(
+    model: Any,
+    tokenizer: Any,
+    judged: HeldOut,
+    prove: Prove,
+    examples: list[list[int]],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Each metric's mean score of the base, of the base with examples, and of the adapter."""
+    asked = [judged.question(n) for n in _answered(judged, prove.answers, seed)]
+    prompts = [prompt for prompt, _ in asked]
+    wanted = [_text(tokenizer, answer) for _, answer in asked]
+    # An answer that is longer than every right one is not made right by its rest.
+    length = min(_LONGEST_ANSWER, max(len(answer) for _, answer in asked) + 8)
+    said = {"adapted": generate(model, tokenizer, prompts, length)}
     with model.disable_adapter():
-        base = generate(model, tokenizer, prompts, max_new_tokens, templated)
+        said["base"] = generate(model, tokenizer, prompts, length)
+        if examples:
+            opening = few_shot.opening(tokenizer)
+            longer = [few_shot.joined([*examples, prompt], opening) for prompt in prompts]
+            said["few_shot"] = generate(model, tokenizer, longer, length)
+    found = {}
+    for name in prove.metrics:
+        each = {who: metrics.score(name, answers, wanted) for who, answers in said.items()}
+        few = round(float(each["few_shot"].mean()), 4) if examples else None
+        found[name] = {
+            "rows": len(wanted),
+            "few_shot": few,
+            **scores(each["base"], each["adapted"], seed),
+        }
+    return found
+
+
+def _side_by_side(
+    model: Any, tokenizer: Any, judged: HeldOut, base: Losses, adapted: Losses
+) -> list[dict[str, Any]]:
+    """What base and adapted say to held-out rows, greedily: to the first ones, and to those on
+    which the adapter gained and lost most."""
+    with np.errstate(invalid="ignore"):  # of a unit without tokens there is no mean
+        before, after = base.nats / base.tokens, adapted.nats / adapted.tokens
+    units = np.flatnonzero(base.tokens > 0)
+    by_gain = units[np.argsort((after - before)[units], kind="stable")].tolist()
+    chosen: dict[int, str] = {}
+    for why, ordered in (
+        ("first", units.tolist()),
+        ("largest gain", by_gain),
+        ("largest loss", by_gain[::-1]),
+    ):
+        fresh = [unit for unit in ordered if unit not in chosen]
+        chosen |= dict.fromkeys(fresh[:_SHOWN_EACH], why)
+    rows = judged.domain
+    first_row = {int(unit): row for row, unit in reversed(list(enumerate(rows.units)))}
+    asked = [judged.question(first_row[unit]) for unit in chosen]
+    prompts = [prompt for prompt, _ in asked]
+    said = generate(model, tokenizer, prompts, _SHOWN_TOKENS)
+    with model.disable_adapter():
+        said_before = generate(model, tokenizer, prompts, _SHOWN_TOKENS)
     return [
-        {"prompt": p, "expected": w, "base": b, "adapted": a}
-        for p, w, b, a in zip(shown, wanted, base, adapted, strict=True)
+        {
+            "chosen": why,
+            "prompt": _text(tokenizer, prompt),
+            "expected": _text(tokenizer, answer),
+            "base": first,
+            "adapted": then,
+            "loss": {
+                "base": round(float(before[unit]), 4),
+                "adapted": round(float(after[unit]), 4),
+            },
+        }
+        for (unit, why), (prompt, answer), first, then in zip(
+            chosen.items(), asked, said_before, said, strict=True
+        )
     ]
 
 
-def _cut(tokenizer: Any, text: str, tokens: int) -> tuple[str, str]:
-    """The first half of a text, 32 tokens at most, and the tokens after it. Cut between characters,
-    which a token may be only a part of."""
-    offsets = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    ).offset_mapping
-    count = min(32, (len(offsets) + 1) // 2)
-    cut = offsets[count - 1][1] if offsets else 0
-    end = offsets[min(count + tokens, len(offsets)) - 1][1] if offsets else 0
-    return text[:cut], text[cut:end]
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    """What tokens spell; a character that was cut apart at an end is left out."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip("\N{REPLACEMENT CHARACTER}")
 
 
 def _check_data(run: str | Path, prepared: Prepared) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import resource
 from typing import Any
 
-from lora_kit.base.load import gpu_is_used
+from lora_kit.adapter.inspect import figures
+from lora_kit.errors import CheckFailed
 from lora_kit.prove.compare import HeldOut, compare_model
+from lora_kit.prove.gate import held
+from lora_kit.prove.harness import run_harness
 from lora_kit.prove.report import in_lines, write_report
-from lora_kit.run import Run
-from lora_kit.train.callbacks import read_metrics
+from lora_kit.schema import Run
+from lora_kit.train.callbacks import peak_mib, read_metrics
 from lora_kit.train.directory import is_first_rank
 
 
@@ -18,16 +20,31 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
 
     Returns:
         What report.json holds.
+
+    Raises:
+        CheckFailed: the adapter did not train as it should, or `prove.gate` does not hold. The run
+            is finished and reported all the same.
     """
+    directory = trainer.directory
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     model = trainer.model_wrapped if sharded else trainer.model
-    count = f"{len(judged.domain.unit_bytes)} held-out documents"
-    count += f" and {len(judged.general.unit_bytes)} general ones" if judged.general else ""
-    trainer.directory.say(f"judging base and adapted on {count}")
-    # A sharded model would have to generate on all ranks in step: its samples are left out.
-    report = compare_model(model, tokenizer, judged, samples=is_first_rank() and not sharded)
+    directory.say(f"judging base and adapted on {judged}")
+    # A sharded model would have to generate on all ranks in step: it is not let speak.
+    report = compare_model(model, tokenizer, judged, run.prove, samples=not sharded)
+    alone = trainer.accelerator.num_processes == 1
+    report["harness"] = None
+    if run.prove.harness and alone:
+        report["harness"] = run_harness(model, tokenizer, run.prove.harness)
+    if (run.prove.harness and not alone) or (run.prove.metrics and sharded):
+        directory.say(f"not measured on several processes: lora-kit compare {directory.path}")
+    trainer.audit.effect(report.pop("adapter_effect"))
+    report["audit"] = trainer.audit.report()
+    report["overfitting"] |= {
+        "best_step": trainer.best_step,
+        "stopped_early": trainer.stopped_early,
+    }
     last: dict[str, Any] = next(
-        (r for r in reversed(read_metrics(trainer.directory.metrics)) if "loss" in r), {}
+        (r for r in reversed(read_metrics(directory.metrics)) if "loss" in r), {}
     )
     report["training"] = {
         "steps": trainer.state.global_step,
@@ -37,20 +54,17 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
         "world_size": trainer.accelerator.num_processes,
     }
-    report["memory"] = {"predicted_mib": None, "measured_mib": round(_peak_mib(), 1)}
+    report["memory"] = {"predicted_mib": None, "measured_mib": round(peak_mib(), 1)}
+    report["gate"] = held(report, run.prove.gate) if run.prove.gate else None
     if is_first_rank():
-        write_report(trainer.directory.path, run, report)
-        trainer.directory.lock(finished=True)
+        report["layers"] = figures(directory.adapter)
+        write_report(directory.path, run, report)
+        directory.lock(finished=True)
         for line in in_lines(report):
-            trainer.directory.say(line)
-        trainer.directory.say(f"written to {trainer.directory.path}")
+            directory.say(line)
+        directory.say(f"written to {directory.path}")
+    failed = [f"{p['what']}: {p['cause']}; {p['fix']}" for p in report["audit"]["problems"]]
+    failed += [f"prove.gate: {line}" for line in (report["gate"] or {}).get("failed", [])]
+    if failed:
+        raise CheckFailed("\n".join(failed))
     return report
-
-
-def _peak_mib() -> float:
-    """The most memory this process held: the GPU's where it trains on one, else resident."""
-    import torch
-
-    if gpu_is_used():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB

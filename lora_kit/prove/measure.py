@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from lora_kit.adapter.load import end_tokens
 from lora_kit.data.labelled import IGNORED, Labelled, collator
-from lora_kit.data.templates import context_token
 from lora_kit.errors import CheckFailed
 
 # Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
@@ -26,7 +26,13 @@ class Losses:
     bytes: np.ndarray
 
 
-def measure(model: Any, labelled: Labelled, pad_id: int, rows_at_once: int = 8) -> Losses:
+def measure(
+    model: Any,
+    labelled: Labelled,
+    pad_id: int,
+    rows_at_once: int = 8,
+    rows: np.ndarray | None = None,
+) -> Losses:
     """The loss of every label, summed by unit.
 
     Rows are sorted by length, so that little padding is computed, and dealt out to the ranks if
@@ -36,6 +42,7 @@ def measure(model: Any, labelled: Labelled, pad_id: int, rows_at_once: int = 8) 
         model: a causal language model, on its device.
         rows_at_once: as many rows of the longest length as fit into memory together; fewer where
             their logits would be larger than LOGITS_AT_ONCE.
+        rows: the numbers of those that are measured; None: all. Units of others have no tokens.
 
     Raises:
         CheckFailed: a loss is NaN or infinite.
@@ -46,10 +53,11 @@ def measure(model: Any, labelled: Labelled, pad_id: int, rows_at_once: int = 8) 
     collate = collator(pad_id)
     device = next(model.parameters()).device
     lengths = labelled.lengths
-    order = np.argsort(-lengths, kind="stable").tolist()
-    budget = rows_at_once * int(lengths.max())
+    chosen = np.arange(len(lengths)) if rows is None else rows
+    order = chosen[np.argsort(-lengths[chosen], kind="stable")]
+    budget = rows_at_once * int(lengths[order[0]])
     budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    batches = _batches(lengths, order, budget)
+    batches = _batches(lengths, order.tolist(), budget)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if ranks > 1 else 0
     sums = torch.zeros((2, len(labelled.unit_bytes)), dtype=torch.float64)
@@ -59,14 +67,14 @@ def measure(model: Any, labelled: Labelled, pad_id: int, rows_at_once: int = 8) 
         for turn in range(-(-len(batches) // ranks)):
             mine = turn * ranks + rank
             # Every rank runs as many passes as the others: a sharded model needs all of them.
-            rows = batches[min(mine, len(batches) - 1)]
-            batch = collate([labelled[n] for n in rows])
+            numbers = batches[min(mine, len(batches) - 1)]
+            batch = collate([labelled[n] for n in numbers])
             targets = batch.pop("labels").to(device)[:, 1:]
             logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]
             if mine < len(batches):
                 # Row by row: float32 logits of the whole batch would double its memory.
                 nats = [_row_nats(row, wanted) for row, wanted in zip(logits, targets, strict=True)]
-                units = torch.tensor([int(labelled.units[n]) for n in rows])
+                units = torch.tensor([int(labelled.units[n]) for n in numbers])
                 sums[0].index_add_(0, units, torch.stack(nats).cpu())
                 sums[1].index_add_(0, units, (targets != IGNORED).sum(1).double().cpu())
     model.train(training)
@@ -106,37 +114,57 @@ def _batches(lengths: np.ndarray, order: list[int], budget: int) -> list[list[in
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, templated: bool = False
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    at_once: int = 16,
 ) -> list[str]:
-    """Greedy continuations, batched.
+    """Greedy continuations, in the order of the prompts, without what the tokenizer calls special.
 
-    Padding stands on the left, so that each continuation follows its prompt directly.
+    Padding stands on the left, so that each continuation follows its prompt directly. Prompts are
+    sorted by length and dealt out to the ranks if there are several; every rank returns them all.
 
     Args:
-        templated: the prompts come from the chat template, which writes every marker itself; else
-            they begin as texts do in training, after the beginning or end-of-text token.
+        prompts: token ids. at_once: prompts in one batch.
     """
     import torch
+    import torch.distributed as dist
 
     device = next(model.parameters()).device
-    begin = [] if templated else context_token(tokenizer)
-    rows = [
-        begin + tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        for prompt in prompts
-    ]
-    width = max(map(len, rows))
     pad = tokenizer.pad_token_id
-    # (prompts, longest prompt)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=(torch.arange(width, device=device) >= width - lengths[:, None]).long(),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=end_tokens(model, tokenizer),
-        )
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    ends = end_tokens(model, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    mine = order[dist.get_rank() :: ranks] if ranks > 1 else order
+    training = model.training
+    model.eval()
+    said: dict[int, str] = {}
+    for first in range(0, len(mine), at_once):
+        chosen = mine[first : first + at_once]
+        width = len(prompts[chosen[0]])
+        # (prompts, longest prompt)
+        ids = torch.full((len(chosen), width), pad, device=device)
+        mask = torch.zeros_like(ids)
+        for row, n in enumerate(chosen):
+            start = width - len(prompts[n])
+            ids[row, start:] = torch.as_tensor(prompts[n], device=device)
+            mask[row, start:] = 1
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=pad,
+                eos_token_id=ends,
+            )
+        texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        said |= dict(zip(chosen, texts, strict=True))
+    model.train(training)
+    if ranks > 1:
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, said)
+        said = {n: text for part in parts for n, text in part.items()}
+    return [said[n] for n in range(len(prompts))]

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lora_kit.run import Run, read_lock
+from lora_kit.data.preview import harmless
+from lora_kit.prove.bootstrap import verdict_of_scores
+from lora_kit.prove.charts import curves, forest, heat
+from lora_kit.run import read_lock
+from lora_kit.schema import Run
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import write_json
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_PARTS = {
+    "domain": "Domain",
+    "general": "General text",
+    "few_shot": "Against examples in the prompt",
+    "scratch": "Against training from scratch",
+}
 _WORDS = {
     "better": "better than the base on text it never saw",
     "worse": "worse than the base: negative transfer. Do not ship it",
@@ -19,6 +30,27 @@ _WORDS = {
     "kept": "what the base knew of general text is kept",
     "forgot": "general text got worse: the adapter forgets",
 }
+_BLIND = (
+    "the answers do not depend on the prompts: what was learned is which answers occur, not which "
+    "of them belongs to a prompt. Look for shuffled labels"
+)
+_AGAINST = {
+    "few_shot": "the base with examples in its prompt",
+    "scratch": "a model of its shape trained from scratch",
+}
+
+
+class Finding(NamedTuple):
+    """One thing that was judged; `part` is its key in the report. `gain` is how much better the
+    adapter is and its 95% interval, in `unit`: percent of the base, or points of 100."""
+
+    part: str
+    title: str
+    word: str
+    sentence: str
+    figures: str = ""
+    unit: str = ""
+    gain: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 def write_report(directory: Path, run: Run, report: dict[str, Any]) -> None:
@@ -30,52 +62,102 @@ def write_report(directory: Path, run: Run, report: dict[str, Any]) -> None:
     partial.replace(directory / "report.html")
 
 
-def in_words(verdict: str) -> str:
-    """One sentence for a verdict's word."""
-    return _WORDS[verdict]
+def in_words(verdict: str, part: str = "domain") -> str:
+    """One sentence for a verdict's word; `part` is what was judged, also the name of a metric."""
+    if part in ("domain", "general") or verdict == "too little data":
+        return _WORDS[verdict]
+    joined = {"better": "better than", "worse": "worse than", "no different": "no different from"}
+    return f"{joined[verdict]} {_AGAINST.get(part, 'the base')}"
 
 
 def in_lines(report: dict[str, Any]) -> list[str]:
-    """A line for each text that was judged: bits per byte, change, interval, verdict."""
-    lines = []
-    for part, word in report["verdict"].items():
-        found = report[part]["bits_per_byte"]
-        low, high = (bound / found["base"] for bound in found["ci95"])
-        lines.append(
-            f"{part}: {found['base']:.3f} -> {found['adapted']:.3f} bits per byte "
-            f"({found['difference'] / found['base']:+.1%}, 95% {low:+.1%} to {high:+.1%}): "
-            f"{in_words(word)}"
-        )
-    return lines
+    """A line for everything that was judged, as `train` ends with: figures, interval, verdict."""
+    return [
+        ": ".join(filter(None, (found.part, found.figures, found.sentence)))
+        for found in findings(report)
+    ]
+
+
+def findings(report: dict[str, Any]) -> list[Finding]:
+    """What was judged, in the order of importance; what is not known is said too."""
+    report, found = _filled(report), []
+    for part, title in _PARTS.items():
+        if report[part]:
+            word, loss = report["verdict"][part], report[part]["loss"]
+            gain = _gain(loss, -100 / loss["base"])
+            change = "{:+.1f}%, 95% {:+.1f}% to {:+.1f}%".format(*(-gain[n] for n in (0, 2, 1)))
+            figures = f"{loss['base']:.3f} -> {loss['adapted']:.3f} nats per token ({change})"
+            used, sentence = report["prompt_use"], in_words(word, part)
+            if part == "domain" and word == "no different" and used and used["ci95"][0] <= 0:
+                sentence = _BLIND
+            found.append(Finding(part, title, word, sentence, figures, "%", gain))
+        elif part == "general":
+            why = "data.general names no text that should not be forgotten"
+            found.append(Finding(part, title, "not known", f"not known: {why}"))
+    for name, score in {**(report["metrics"] or {}), **(report["harness"] or {})}.items():
+        base, change = score["base"], f"{score['difference']:+.3f}"
+        figures = f"{base:.3f} -> {score['adapted']:.3f}"
+        if score["ci95"] is None:
+            why = "not judged: it is no mean over rows, so it has no interval"
+            found.append(Finding(name, name, "not judged", why, f"{figures} ({change})"))
+            continue
+        change += ", 95% {:+.3f} to {:+.3f}".format(*score["ci95"])
+        higher = score.get("higher_is_better", True)
+        value, *bounds = _gain(score, 1 if higher else -1)
+        judged = verdict_of_scores({"difference": value, "ci95": bounds}, score["rows"])
+        word = report["verdict"].get(name, judged)
+        # A share of 1 in points; of what has no upper end a share of the base can be told.
+        unit = " points" if higher and 0 <= base <= 1 else "%" if base else ""
+        gain = _gain(score, (1 if higher else -1) * 100 / (abs(base) if unit == "%" else 1))
+        sentence = in_words(word, name)
+        found.append(Finding(name, name, word, sentence, f"{figures} ({change})", unit, gain))
+    if gate := report["gate"]:
+        word = "passed" if gate["passed"] else "failed"
+        found.append(Finding("gate", "Gate", word, "; ".join([word, *gate["failed"]])))
+    if audit := report["audit"]:
+        problems = [f"{p['what']}. {p['cause']}. {p['fix']}" for p in audit["problems"]]
+        failed = [c["found"] for c in audit["checks"] if c["passed"] is False]
+        word = "failed" if problems or failed else "passed"
+        why = "; ".join(problems or failed or ["every check passed that could be made"])
+        found.append(Finding("audit", "Did it train", word, why))
+    return found
+
+
+def _gain(found: dict[str, Any], factor: float) -> tuple[float, float, float]:
+    """A difference and its interval as an improvement, times `factor`."""
+    low, high = sorted(factor * bound for bound in found["ci95"])
+    return factor * found["difference"], low, high
+
+
+def _filled(report: dict[str, Any]) -> dict[str, Any]:
+    """What was not measured, or not yet known to an older version, is null."""
+    return defaultdict(lambda: None, report)
 
 
 def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # All text, not samples alone: control characters and turned reading directions are seen.
+        finalize=lambda value: harmless(value) if type(value) is str else value,
     )
-    rows = read_metrics(directory / "metrics.jsonl")
+    report, found = _filled(report), findings(report)
+    census = directory / "census.json"
+    best_step = (report["overfitting"] or {}).get("best_step")
+    plots = {unit: [f for f in found if f.unit == unit] for unit in ("%", " points")}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         run=run,
         report=report,
-        words=_WORDS,
+        findings=found,
+        parts=_PARTS,
+        plots=[(u, rows, forest([f.gain for f in rows])) for u, rows in plots.items() if rows],
+        curves=curves(read_metrics(directory / "metrics.jsonl"), best_step),
+        heat=heat(report["layers"]) if report["layers"] else None,
         lock=read_lock(directory),
-        curve=_curve([(row["step"], row["loss"]) for row in rows if "loss" in row]),
+        census=json.loads(census.read_text(encoding="utf-8")) if census.is_file() else None,
         settings=json.dumps(run.model_dump(mode="json"), indent=1, ensure_ascii=False),
     )
-
-
-def _curve(points: list[tuple[int, float]], width: int = 640, height: int = 200) -> dict[str, Any]:
-    """Points of an SVG polyline, in a box of width × height, and the ends of both axes."""
-    steps, losses = zip(*points, strict=True) if points else ((), ())
-    if len(set(steps)) < 2:
-        return {}
-    low, high = min(losses), max(losses)
-    spread = (high - low) or 1.0
-    line = " ".join(
-        f"{(s - steps[0]) / (steps[-1] - steps[0]) * width:.1f},{(high - v) / spread * height:.1f}"
-        for s, v in points
-    )
-    ends = {"first": steps[0], "last": steps[-1], "low": f"{low:.2f}", "high": f"{high:.2f}"}
-    return {"line": line, "width": width, "height": height, **ends}

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.load import load, run_home
-from lora_kit.data.templates import prompt_text
+from lora_kit.data.templates import context_token, prompt_text
 from lora_kit.prove.measure import generate
-from lora_kit.prove.report import in_words
+from lora_kit.prove.report import findings
 from lora_kit.run import read_lock
 
 
 def comparison(report: dict[str, Any], title: str = "Base against adapted") -> None:
-    """Print one report as a table, lower is better, and its verdicts in words."""
+    """Print one report as a table and its verdicts in words. Losses fall, scores rise."""
     from rich.console import Console
     from rich.table import Table
 
@@ -23,30 +23,45 @@ def comparison(report: dict[str, Any], title: str = "Base against adapted") -> N
     table.add_column("held-out text")
     for name in ("documents", "base", "adapted", "change", "95% interval"):
         table.add_column(name, justify="right")
-    for part in ("domain", "general"):
+    shots = (report.get("few_shot") or {}).get("shots")
+    for part, name in (
+        ("domain", "domain"),
+        ("general", "general"),
+        ("few_shot", f"domain, base with {shots} examples"),
+        ("scratch", "domain, trained from scratch as base"),
+    ):
         for measure, unit in (("loss", "nats per token"), ("bits_per_byte", "bits per byte")):
-            if report[part] is None:
+            if not report.get(part) or (part in ("few_shot", "scratch") and measure != "loss"):
                 continue
             found = report[part][measure]
             low, high = (bound / found["base"] for bound in found["ci95"])
             table.add_row(
-                f"{part}, {unit}",
+                f"{name}, {unit}",
                 str(report[part]["documents"]),
                 f"{found['base']:.3f}",
                 f"{found['adapted']:.3f}",
                 f"{found['difference'] / found['base']:+.1%}",
                 f"{low:+.1%} to {high:+.1%}",
             )
+    for name, found in {**(report.get("metrics") or {}), **(report.get("harness") or {})}.items():
+        table.add_row(
+            name,
+            str(found["rows"]),
+            f"{found['base']:.3f}",
+            f"{found['adapted']:.3f}",
+            f"{found['difference']:+.3f}",
+            "{:+.3f} to {:+.3f}".format(*found["ci95"]) if found["ci95"] else "",
+        )
     console.print(table)
-    for part, word in report["verdict"].items():
-        console.print(f"{part}: {in_words(word)}", markup=False, highlight=False)
-    if report["general"] is None:
-        console.print("general: not known, data.general names no text", highlight=False)
+    for found in findings(report):
+        line = f"{found.part}: {found.sentence}"
+        console.print(harmless(line), markup=False, highlight=False)
 
 
 def side_by_side(report: dict[str, Any]) -> None:
-    """Print what base and adapted said to the first held-out examples."""
+    """Print what base and adapted said to some held-out rows."""
     for sample in report["samples"]:
+        print(f"   chosen: {sample['chosen']}")
         for name in ("prompt", "base", "adapted", "expected"):
             text = printable(sample[name])
             print(f"{name:>9}: {text}")
@@ -75,4 +90,6 @@ def say(run: str | Path, prompt: str, base: bool, max_new_tokens: int) -> str:
     else:
         prompt += lock.get("joiner", "")
     with model.disable_adapter() if base else contextlib.nullcontext():
-        return generate(model, tokenizer, [prompt], max_new_tokens, templated)[0]
+        begin = [] if templated else context_token(tokenizer)
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return generate(model, tokenizer, [begin + ids], max_new_tokens)[0]

@@ -154,18 +154,16 @@ def _make_room(folder: Path, needed: int) -> list[Path]:
     """Make an empty folder on a disk with `needed` bytes free; returns the parents made, innermost
     first."""
     above = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder.parents[len(above)]).free
     if free < needed:
-        for made in (folder, *above):
-            made.rmdir()
         raise UserError(
             f"{folder.parent}: {free / 2**20:,.0f} MiB free, the merged model takes "
             f"{needed / 2**20:,.0f} MiB: free some, or name another disk with --out"
         )
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
     return above
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.attach import OWN_FIELDS as ADAPTER_OWN_FIELDS
 from lora_kit.base.load import gpu_is_used
 from lora_kit.errors import RunFileError
-from lora_kit.run import Run
+from lora_kit.schema import Run
 
 # Fields of `train:` that our own code reads: max_length cuts the rows, save_total_limit bounds the
-# sealed checkpoints, eval_steps is translated below.
-OWN_FIELDS = {"max_length", "max_steps", "save_total_limit", "eval_steps"}
+# sealed checkpoints, of which the trainer knows the best; max_steps, eval_steps: translated below.
+OWN_FIELDS = {
+    *("max_length", "max_steps", "save_total_limit", "eval_steps"),
+    *("early_stopping_patience", "load_best_model_at_end"),
+}
 
 
 def training_arguments(run: Run, checkpoints: Path) -> Any:
@@ -28,7 +32,6 @@ def training_arguments(run: Run, checkpoints: Path) -> Any:
         max_steps=train.max_steps or -1,
         eval_strategy="steps" if train.eval_steps else "no",
         eval_steps=train.eval_steps,
-        report_to="none",  # metrics.jsonl is written by our own callback
         run_name=run.name,
         seed=run.seed,
         data_seed=run.seed,
@@ -58,7 +61,8 @@ def check_installed(run: Run) -> None:
     The classes themselves take anything: `TrainingArguments(learning_rate="abc")` constructs.
 
     Raises:
-        RunFileError: a field is unknown to the installed version, or of another type there.
+        RunFileError: a field is unknown to the installed version, or of another type there; or
+            what `train.report_to` names is not installed.
     """
     from peft import LoraConfig
     from transformers import TrainingArguments
@@ -66,7 +70,7 @@ def check_installed(run: Run) -> None:
     problems = []
     for section, upstream, own in (
         ("adapter", LoraConfig, ADAPTER_OWN_FIELDS),
-        ("train", TrainingArguments, {"max_length"}),
+        ("train", TrainingArguments, {"max_length", "early_stopping_patience"}),
     ):
         hints = typing.get_type_hints(upstream)
         fields = {field.name for field in dataclasses.fields(upstream)}
@@ -79,6 +83,10 @@ def check_installed(run: Run) -> None:
                 problems.append(
                     f"{section}.{name}: {value!r} is not what {upstream.__name__} takes"
                 )
+    for name in run.train.report_to:
+        packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
+        if not any(map(find_spec, packages)):
+            problems.append(f"train.report_to: {name} is not installed: pip install {name}")
     if problems:
         raise RunFileError("run.yaml", problems)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from lora_kit.base.load import gpu_is_used
 
 _COLUMNS = (
     *("loss", "eval_loss", "learning_rate", "grad_norm"),
@@ -55,12 +58,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress(TrainerCallback):
-    """A bar with loss, tokens per second and time left; without a terminal a line a logged step."""
+    """A bar with losses, tokens per second, memory and time left; without a terminal a line for
+    each logged step and each evaluation."""
 
     def __init__(self) -> None:
         self.bar: Any = None
         self.task: Any = None
-        self.losses = ""
+        self.eval_loss = ""
+        self.evaluating = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero or not sys.stderr.isatty():
@@ -75,7 +80,7 @@ class Progress(TrainerCallback):
         )
 
         self.bar = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -83,7 +88,7 @@ class Progress(TrainerCallback):
             console=Console(stderr=True),
         )
         self.task = self.bar.add_task(
-            "", total=state.max_steps, completed=state.global_step, figures=""
+            "training", total=state.max_steps, completed=state.global_step, figures=""
         )
         self.bar.start()
 
@@ -91,14 +96,27 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and not self.evaluating:
+            self.evaluating = True
+            self._show(state, "evaluating on held-out rows", description="evaluating")
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in logs:
+        if not state.is_world_process_zero:
             return
-        figures = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,.0f} tokens/s"
+        if "eval_loss" in logs:
+            self.evaluating, self.eval_loss = False, f"  eval_loss {logs['eval_loss']:.3f}"
+            self._show(state, self.eval_loss.strip(), description="training")
+        elif "loss" in logs:
+            figures = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,.0f} tokens/s"
+            figures += f"  {peak_mib():,.0f} MiB"
+            self._show(state, figures, figures=figures + self.eval_loss)
+
+    def _show(self, state: Any, line: str, **fields: str) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, figures=figures)
+            self.bar.update(self.task, **fields)
         else:
-            print(f"step {state.global_step}/{state.max_steps}  {figures}", file=sys.stderr)
+            print(f"step {state.global_step}/{state.max_steps}  {line}", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
@@ -108,3 +126,12 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def peak_mib() -> float:
+    """The most memory this process held: the GPU's where it trains on one, else resident."""
+    import torch
+
+    if gpu_is_used():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB

@@ -29,15 +29,20 @@ class Checkpoint:
     seconds: float
 
 
-def seal(folder: Path, step: int, tokens: int, seconds: float) -> None:
-    """Name every file of the checkpoint and its hash; the last thing written, and at once."""
+def seal(
+    folder: Path, step: int, tokens: int, seconds: float, eval_loss: float | None = None
+) -> None:
+    """Name every file of the checkpoint and its hash; the last thing written, and at once.
+
+    eval_loss: on the held-out rows at this very step, where they were looked at; nats per token.
+    """
     files = {
         str(file.relative_to(folder)): file_hash(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != SEAL
     }
-    content = {"step": step, "tokens": tokens, "seconds": seconds, "files": files}
-    write_json(folder / SEAL, content)
+    content = {"step": step, "tokens": tokens, "seconds": seconds, "eval_loss": eval_loss}
+    write_json(folder / SEAL, {**content, "files": files})
 
 
 def read_seal(folder: Path) -> Checkpoint:
@@ -71,12 +76,12 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
-def rotate(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; unsealed ones go first."""
+def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of step `best`, and unsealed ones."""
     folders = _sorted(checkpoints)
     sealed = [folder for folder in folders if (folder / SEAL).is_file()]
     for folder in folders:
-        if folder not in sealed[-keep:]:
+        if folder not in sealed[-keep:] and folder.name != f"checkpoint-{best}":
             # Unsealed first, so that a removal cut short leaves nothing that looks whole.
             (folder / SEAL).unlink(missing_ok=True)
             shutil.rmtree(folder)

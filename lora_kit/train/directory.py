@@ -1,7 +1,7 @@
 """The run directory runs/<name>/: begun before anything is loaded, finished by `save_run`.
 
 run.yaml  run.lock.json  census.json  metrics.jsonl  report.json  report.html
-adapter/  checkpoints/
+adapter/  checkpoints/  tensorboard/ (where train.report_to names it)
 """
 
 from __future__ import annotations
@@ -17,23 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.attach import adapter_folder
+from lora_kit.base.load import check_length
 from lora_kit.base.pin import Pinned
 from lora_kit.data.prepare import Prepared
 from lora_kit.errors import CheckFailed, LoraKitError, UserError
-from lora_kit.run import (
-    WORLD_SIZE_VARIABLE,
-    Run,
-    check_free,
-    load_run,
-    read_lock,
-    write_run,
-)
+from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, read_lock, write_run
+from lora_kit.schema import Run
 from lora_kit.train import checkpoint
 
 # Keys that may differ when a run is continued: they change what is written, not what is learned.
+# eval_steps is not one of them: it decides which adapter is the best, and when to stop early.
 FREE_TO_CHANGE = {
-    *("train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit"),
+    *("train.logging_steps", "train.save_steps", "train.save_total_limit", "train.report_to"),
     *("train.dataloader_num_workers", "train.per_device_eval_batch_size", "data.workers"),
+    "train.load_best_model_at_end",  # the last adapter, where the best one's checkpoint is damaged
 }
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")
 
@@ -100,11 +97,12 @@ def run_directory(
     Raises:
         UserError: it exists; or `resume`, and it does not, is finished, or differs in seed, data,
             batch, learning rate, base or any other key that decides the result; or the adapter to
-            start from belongs to another base.
+            start from belongs to another base; or rows are longer than the base's positions go.
         CheckFailed: not as many processes run as were asked for.
     """
     directory = RunDirectory(run.directory)
     directory.check_world(_processes())
+    check_length(pinned, run.train.max_length)
     if resume:
         _check_same(run, pinned, prepared, directory)
     else:
@@ -205,6 +203,7 @@ def _check_same(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDire
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key not in FREE_TO_CHANGE
+        and not key.startswith("prove.")  # it decides what is measured, not what is learned
         # A branch, or none, is compared by the commit it led to: by the hashes below.
         and key != "base.revision"
     ]

@@ -37,6 +37,7 @@ def save_run(trainer: Any, tokenizer: Any, pinned: Pinned) -> None:
         _name_base(partial / "adapter_config.json", pinned)
         tokenizer.save_pretrained(str(partial))
         _check_finite(partial / WEIGHTS)
+        trainer.audit.check_saved(partial / WEIGHTS)
         if directory.adapter.exists():  # of this very run, stopped after it was saved
             shutil.rmtree(directory.adapter)
         partial.replace(directory.adapter)

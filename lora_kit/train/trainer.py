@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
+from lora_kit.adapter.audit import Audit
 from lora_kit.data.labelled import IGNORED, collator, real_tokens
 from lora_kit.data.packing import Packed, check_isolation
 from lora_kit.data.prepare import Prepared
-from lora_kit.errors import CheckFailed, Interrupted
-from lora_kit.run import Run
+from lora_kit.errors import CheckFailed, Interrupted, UserError
+from lora_kit.schema import Run
 from lora_kit.train import checkpoint
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.callbacks import Metrics, Progress
 from lora_kit.train.directory import RunDirectory
+from lora_kit.train.enough import too_little
 from lora_kit.train.interrupt import StopSignal
 
 # Written into each checkpoint; hold this machine's paths and are read by nobody.
@@ -36,6 +39,10 @@ class LoraTrainer(Trainer):
         self._tokens_before, self._seconds_before = 0, 0.0
         self._tokens_here: torch.Tensor | int = 0  # this rank's, kept on its device
         super().__init__(**options)
+        # transformers 5.23 goes by the name of the class: for GPT2LMHeadModel it would divide by
+        # one label too many a row, the first, which nothing predicts.
+        self._loss_shifts_labels = True
+        self.audit = Audit(self.model, self.accelerator)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Watch(self))
 
@@ -47,9 +54,36 @@ class LoraTrainer(Trainer):
     def resume(self, found: checkpoint.Checkpoint) -> None:
         self._tokens_before, self.seconds = found.tokens, found.seconds
 
+    @property
+    def _evaluations(self) -> list[tuple[float, int]]:
+        """(eval_loss, step), from the state that each checkpoint holds: the same on all ranks, and
+        in a run that was continued."""
+        history = self.state.log_history
+        return [(row["eval_loss"], int(row["step"])) for row in history if "eval_loss" in row]
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest eval_loss so far, the first of equal ones; None: no evaluation
+        yet."""
+        return min(self._evaluations)[1] if self._evaluations else None
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether train.early_stopping_patience ran out before the last step."""
+        patience, best = self.run.train.early_stopping_patience, self.best_step
+        if patience is None or best is None or self.state.global_step >= self.state.max_steps:
+            return False
+        return sum(step > best for _, step in self._evaluations) >= patience
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items: Any = None) -> Any:
         self._tokens_here += real_tokens(inputs)
         return super().training_step(model, inputs, num_items)
+
+    def compute_loss(self, *args: Any, **options: Any) -> Any:
+        loss: Any = super().compute_loss(*args, **options)
+        if not loss.requires_grad:
+            raise self.audit.without_gradient()
+        return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called between the backward pass and the optimizer's step: the last moment at which a NaN
@@ -64,6 +98,7 @@ class LoraTrainer(Trainer):
                 "checkpoints saved so far are kept; lower train.learning_rate, or look for broken "
                 "weights in the base"
             )
+        self.audit.observe(self._get_learning_rate())
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -95,14 +130,27 @@ class LoraTrainer(Trainer):
                 loss = self.model_wrapped(**batch).loss
                 if mine < len(starts) and count:
                     sums += torch.stack([loss.float() * count, count.float()])
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model_wrapped.train()
         nats, labels = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = {"eval_loss": nats / max(1.0, labels)}
+        metrics = {"eval_loss": nats / labels if labels else math.nan}
+        if not math.isfinite(metrics["eval_loss"]):
+            raise CheckFailed(
+                f"step {self.state.global_step}: eval_loss is {metrics['eval_loss']} over "
+                f"{labels:.0f} held-out tokens: look at data.eval, or lower train.learning_rate"
+            )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """A run that is continued after its last step would take another one."""
+        if self.stopped_early or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **options)
 
     def train(self, *args: Any, **options: Any) -> Any:
         self._seconds_before = self.seconds
@@ -117,8 +165,10 @@ class LoraTrainer(Trainer):
         if self.is_world_process_zero():
             for name in _LITTER:
                 (folder / name).unlink(missing_ok=True)
-            checkpoint.seal(folder, self.state.global_step, tokens, self.seconds)
-            checkpoint.rotate(folder.parent, self.run.train.save_total_limit)
+            step = self.state.global_step
+            eval_loss = {step: loss for loss, step in self._evaluations}.get(step)
+            checkpoint.seal(folder, step, tokens, self.seconds, eval_loss)
+            checkpoint.rotate(folder.parent, self.run.train.save_total_limit, self.best_step)
         self.accelerator.wait_for_everyone()
 
     def _check_weights(self, model: Any) -> None:
@@ -146,16 +196,22 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run brings the old ones with it, and would not read the new.
         state.compute_steps(args, state.max_steps)
+        self.trainer.audit.begin()
         self.counted_to = time.perf_counter()
 
     # Between two steps lies the time to fetch data, which counts, to evaluate and to save.
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.counted_to = time.perf_counter()
+        stops = self.trainer.stopped_early
+        control.should_training_stop |= stops
+        control.should_save |= stops or self.trainer.best_step == state.global_step
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.counted_to = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.eval_steps and state.global_step >= state.max_steps:
+            control.should_evaluate = True  # else nobody knows whether the last one is the best
         now = time.perf_counter()
         self.trainer.seconds += now - self.counted_to
         self.counted_to = now
@@ -184,7 +240,7 @@ def make_trainer(
             not keep packed documents apart.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    keep = run.train.save_total_limit
+    keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
     needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
     checkpoint.check_disk(directory.path, needed)
     trainer = LoraTrainer(
@@ -201,6 +257,11 @@ def make_trainer(
     if isinstance(data.train, Packed):
         check_isolation(trainer.model)
     directory.check_world(trainer.accelerator.num_processes)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(directory.path / "tensorboard")
+    for line in too_little(run, data, trainable):
+        directory.say(line)
     return trainer
 
 
@@ -208,9 +269,11 @@ def fit(trainer: LoraTrainer, resume: bool) -> None:
     """Train to the end, or to a signal.
 
     Raises:
-        CheckFailed: the loss or its gradient became NaN or infinite (exit code 1).
+        CheckFailed: the loss or its gradient became NaN or infinite, or no gradient reached the
+            adapter (exit code 1).
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved (exit code 130 or 143).
-        UserError: `resume`, and there is no whole checkpoint.
+        UserError: `resume`, and there is no whole checkpoint; or that of the best adapter, which
+            is to be used, is damaged.
     """
     found = trainer.directory.checkpoint_to_resume() if resume else None
     if found:
@@ -232,3 +295,23 @@ def fit(trainer: LoraTrainer, resume: bool) -> None:
             f"stopped after step {step}, saved: go on with "
             f"lora-kit train {trainer.directory.path / 'run.yaml'} --resume",
         )
+    _use_best(trainer)
+    trainer.audit.end(step)
+
+
+def _use_best(trainer: LoraTrainer) -> None:
+    """Put the adapter of the lowest eval_loss back into the model, where it is not the last."""
+    run, best = trainer.run, trainer.best_step
+    if best in (None, trainer.state.global_step) or not run.train.load_best_model_at_end:
+        return
+    folder = trainer.directory.checkpoints / f"checkpoint-{best}"
+    try:
+        checkpoint.read_seal(folder)
+    except UserError as error:
+        raise UserError(
+            f"{error}, the best one: save the last instead: lora-kit train "
+            f"{trainer.directory.path / 'run.yaml'} --resume train.load_best_model_at_end=false"
+        ) from None
+    trainer.state.best_model_checkpoint = str(folder)  # from here on it is not saved any more
+    trainer._load_best_model()
+    trainer.directory.say(f"eval_loss was lowest at step {best}: the adapter of that step is used")

@@ -140,7 +140,7 @@ def label_seconds(file: Path, workers: int) -> float:
 
 def prepare_seconds(file: Path, workers: int) -> float:
     from lora_kit.data.prepare import prepare
-    from lora_kit.run import Data
+    from lora_kit.schema import Data
 
     started = time.perf_counter()
     data = Data(train=str(file), workers=workers)
@@ -190,7 +190,7 @@ def anonymous_mib() -> float:
 
 def memory(gib: float, workers: int, folder: Path) -> dict[str, Any]:
     from lora_kit.data.prepare import prepare
-    from lora_kit.run import Data
+    from lora_kit.schema import Data
 
     file = folder / "rows.jsonl"
     # In a process of its own, whose memory is not counted.

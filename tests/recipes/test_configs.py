@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import lora_kit
-from lora_kit.run import Run, load_run, shipped
+from lora_kit.run import load_run, shipped
+from lora_kit.schema import Run
 from lora_kit.train.arguments import check_installed, training_arguments
 
 CONFIGS = sorted((shipped("recipes") / "configs").rglob("*.yaml"))

@@ -1,0 +1,416 @@
+"""Did it train? What the adapter covers, what gradients reach, and whether it, and it alone, moved.
+
+Each check is stored with what was found. A run that cannot get better is stopped; what lets it end
+is a problem: what was found, its likely cause, and what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_kit.errors import CheckFailed
+
+SMALLEST_PART = 0.01  # parts of the base below this share of its parameters are not named
+# A block of zero rows as long as this is a lost shard; units that never fire lie scattered.
+LOST_BLOCK = 0.25
+# Words in a row of a checksum: a prime, so that a matrix's own rows do not line up with it.
+_COLUMNS = 1021
+# The matrices that begin as zeros, of which each row learns something.
+_FROM_ZERO = re.compile(r"\.(lora_B(\.default)?\.weight|lora_embedding_A(\.default)?)$")
+# An expert that is a module of its own learns only from the tokens that the router sends it.
+_MAY_REST = re.compile(r"\.experts\.\d")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """{name ending: adapted modules}, the share of the base's parameters in them, {part: share} of
+    the large parts that are not, and what looks like a mistake."""
+
+    modules: dict[str, int]
+    share: float
+    not_covered: dict[str, float]
+    problems: list[dict[str, str]]
+
+    def __str__(self) -> str:
+        rest = ", ".join(f"{part} {share:.0%}" for part, share in self.not_covered.items())
+        line = f"{self.share:.0%} of the base's parameters" + (f", not {rest}" if rest else "")
+        if any(part.startswith("experts.") for part in self.not_covered):
+            line += (
+                "; the experts do not train: names in adapter.target_modules match modules, and "
+                "most families keep the experts of a layer in one tensor (as in unsloth#11014); "
+                "`all-linear` adapts those that PEFT knows"
+            )
+        return line
+
+
+def coverage(model: Any) -> Coverage:
+    """What of the base the adapter of a PEFT model sits on, by number of parameters; 4-bit ones
+    count unpacked, tied ones once."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+    inside: set[int] = set()
+    for module in adapted.values():
+        # PEFT adapts fused experts tensor by tensor.
+        one = hasattr(module, "get_param")
+        inside |= set(map(id, [module.get_param()] if one else module.base_layer.parameters()))
+    covered, outside = 0, Counter[str]()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or parameter.requires_grad:
+            continue
+        state = getattr(parameter, "quant_state", None)
+        # DeepSpeed leaves an empty tensor, and the size apart.
+        size = state.shape.numel() if state else getattr(parameter, "ds_numel", parameter.numel())
+        if id(parameter) in inside:
+            covered += size
+        else:
+            outside[_part(name)] += size
+    total = covered + sum(outside.values())
+    parts = (_part(f"{n}.{getattr(m, 'parameter_name', 'weight')}") for n, m in adapted.items())
+    return Coverage(
+        modules=dict(Counter(parts)),
+        share=round(covered / total, 4),
+        not_covered={
+            part: round(size / total, 4)
+            for part, size in outside.most_common()
+            if size >= SMALLEST_PART * total
+        },
+        problems=list(_partial(model, set(adapted))),
+    )
+
+
+def _part(name: str) -> str:
+    """layers.3.self_attn.q_proj.weight -> q_proj; layers.3.mlp.experts.up -> experts.up"""
+    skipped = {"weight", "bias", "base_layer"}
+    words = [word for word in name.split(".") if not word.isdigit() and word not in skipped]
+    return ".".join(words[words.index("experts") if "experts" in words else -1 :])
+
+
+def _partial(model: Any, adapted: set[str]) -> Iterator[dict[str, str]]:
+    """Modules that are adapted in some of the layers that have them, though nobody asked for it."""
+    config = model.peft_config[model.active_adapter]
+    if config.layers_to_transform is not None or config.exclude_modules:
+        return
+    alike = defaultdict(list)
+    for name, _ in model.named_modules():
+        alike[re.sub(r"\.\d+(?=\.)", ".*", name)].append(name in adapted)
+    wanted = config.target_modules
+    wanted = repr(wanted if isinstance(wanted, str) else sorted(wanted or ()))[:100]
+    for shape, hits in alike.items():
+        if any(hits) and not all(hits):
+            ending = shape.rsplit(".", 1)[-1]
+            yield {
+                "what": f"{ending} is adapted in {sum(hits)} of {len(hits)} layers",
+                "cause": f"adapter.target_modules, {wanted}, matches only these",
+                "fix": "correct it, or name the layers with adapter.layers_to_transform if meant",
+            }
+
+
+class Audit:
+    """The checks of one training, made when the adapter has its first values. All ranks call each
+    method; only the first checks what was saved.
+
+    >>> audit = Audit(model, accelerator)  # doctest: +SKIP
+    >>> audit.begin()                      # the model lies where and how it trains
+    >>> audit.observe(learning_rate)       # before each step of the optimizer
+    >>> audit.end(steps)
+    >>> audit.report()["problems"]
+
+    Raises:
+        CheckFailed: nothing trains.
+    """
+
+    def __init__(self, model: Any, accelerator: Any) -> None:
+        self.model, self.accelerator = model, accelerator
+        self.coverage = coverage(model)
+        self.problems = list(self.coverage.problems)
+        found = f"the adapter is on {self.coverage}"
+        self.checks: list[dict[str, Any]] = []
+        self._check("coverage", not self.problems, found)
+        tensors = self._tensors()
+        if not any(tensor.requires_grad for tensor in tensors.values()):
+            raise CheckFailed(
+                "nothing trains: every tensor of the adapter is frozen: freeze the base before "
+                "attach(), and nothing after it"
+            )
+        self._initial = _fetch({name: _checksum(tensor) for name, tensor in tensors.items()})
+        self._frozen: dict[str, int] = {}
+        self._reached: Any = None  # bool (tensors,), on the device
+        self._steps, self._rate = 0, 0.0
+        self._explained: set[str] = set()  # modules whose first problem explains what follows
+
+    def begin(self) -> None:
+        """Take the checksums of all that must not change."""
+        if not self._hidden:
+            self._frozen = self._frozen_now()
+
+    def observe(self, rate: float) -> None:
+        """See which tensors have a gradient, in the first two steps of this process: B begins as
+        zeros, and A has none before B moves. Later steps cost nothing.
+
+        Raises:
+            CheckFailed: no tensor had one.
+        """
+        import torch
+
+        self._rate = max(self._rate, rate)
+        self._steps += 1
+        if self._steps > 2 or self._hidden:
+            return
+        none = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        gradients = [tensor.grad for tensor in self._tensors().values()]
+        now = torch.stack([none if g is None else _local(g).ne(0).any() for g in gradients])
+        self._reached = now if self._reached is None else self._reached | now
+        if self._steps == 2:
+            self._judge_gradients()
+
+    def without_gradient(self) -> CheckFailed:
+        """The error of a training in which the loss depends on no tensor of the adapter."""
+        return CheckFailed(
+            "no gradient reaches the adapter, so that nothing can be learned: "
+            + "; ".join(self._what_blocks())
+        )
+
+    def end(self, step: int) -> None:
+        """Judge what is in memory after `step` steps, earlier parts of the run included."""
+        if self._hidden:
+            for name in ("gradients", "moved", "lora_B", "frozen"):
+                self._check(name, None, f"not checked under {self._hidden}")
+            return
+        if self._steps == 0:
+            self._check("gradients", None, "no step was left to train")
+        elif self._steps == 1:
+            self._judge_gradients()
+        self._judge_values(step)
+        now = self._frozen_now()
+        moved = self._on_any_rank({n: float(now.get(n) != old) for n, old in self._frozen.items()})
+        self._judge(
+            *("frozen", moved, f"{len(moved)} of {len(now)} tensors changed"),
+            "changed while it trained, though it is frozen",
+            "an adapter was merged in place, or a module updates itself",
+            "find what writes into the base: the adapter fits one that is not on disk",
+        )
+
+    def check_saved(self, weights: Path) -> None:
+        """Read the adapter's file: every B is there, whole, and not made of zeros."""
+        import torch
+        from safetensors import safe_open
+
+        tensors = {n: tensor for n, tensor in self._tensors().items() if _FROM_ZERO.search(n)}
+        lost = []
+        with safe_open(str(weights), framework="pt") as opened:
+            stored = set(opened.keys())
+            for name, tensor in tensors.items():
+                key = name.replace(".default", "")
+                saved = opened.get_tensor(key) if key in stored else torch.empty(0, 0)
+                whole = saved.shape == getattr(tensor, "ds_shape", tensor.shape)
+                if not whole or float(_zero_rows(saved)[1]) >= LOST_BLOCK:
+                    lost.append(name)
+        self._judge(
+            *(
+                "saved",
+                self._new(lost),
+                f"{len(tensors) - len(lost)} of {len(tensors)} B are whole",
+            ),
+            f"has only a part of its rows, or zeros, in {weights.name}",
+            "the shards of other processes were lost in saving (as in accelerate#4206)",
+            "update accelerate, and save again from the last checkpoint (--resume)",
+        )
+
+    def effect(self, most: float) -> None:
+        """Whether the adapter changes what the model says; `most` is the largest difference, in
+        nats, that it makes to the loss of a unit."""
+        found = f"it changes the summed loss of a unit by {most:.3g} nats at most"
+        if self._explained or most > 0:
+            self._check("effect", most > 0, found)
+            return
+        self._judge(
+            *("effect", ["the adapter"], found, "changes no loss"),
+            "its update is zero, or it is switched off when the model is judged",
+            "look at its norms with lora-kit inspect, and train again",
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What report.json holds as `audit`."""
+        return {
+            "modules": self.coverage.modules,
+            "coverage": self.coverage.share,
+            "not_covered": self.coverage.not_covered,
+            "checks": self.checks,
+            "problems": self.problems,
+        }
+
+    @property
+    def _hidden(self) -> str | None:
+        """Who keeps values and gradients in flat buffers of its own, where they are not seen."""
+        kind = self.accelerator.distributed_type.value
+        if kind == "FSDP":
+            return None if self.accelerator.is_fsdp2 else "FSDP version 1"
+        return "DeepSpeed" if kind == "DEEPSPEED" else None
+
+    def _tensors(self) -> dict[str, Any]:
+        """The adapter's tensors, trainable or not, by their names before the model was wrapped."""
+        return {
+            name.replace("_checkpoint_wrapped_module.", ""): parameter
+            for name, parameter in self.model.named_parameters()
+            if ".lora_" in name or parameter.requires_grad
+        }
+
+    def _what_blocks(self) -> tuple[str, str]:
+        """What may keep gradients away, and what to do."""
+        if getattr(self.model, "is_gradient_checkpointing", False):
+            return (
+                "gradients are checkpointed and the layers' inputs need none (open-unlearning#178)",
+                "call model.enable_input_require_grads(), or train without gradient_checkpointing",
+            )
+        return (
+            "it is frozen, the rows have no labels, or the loss does not depend on it",
+            "see `lora-kit preview`, unfreeze it, or leave it out with adapter.exclude_modules",
+        )
+
+    def _judge_gradients(self) -> None:
+        counts = self.accelerator.reduce(self._reached.float(), "sum").tolist()
+        names = list(self._tensors())
+        modules = dict.fromkeys(map(_module, names))
+        reached = {_module(name) for name, count in zip(names, counts, strict=True) if count}
+        if not reached:
+            raise self.without_gradient()
+        missed = [m for m in modules if m not in reached and not _MAY_REST.search(m)]
+        found = f"they reached {len(reached)} of {len(modules)} modules in the first steps"
+        words = "got no gradient in the first steps"
+        self._judge("gradients", self._new(missed), found, words, *self._what_blocks())
+
+    def _judge_values(self, step: int) -> None:
+        """Which tensors moved from their first values, on all ranks; and the rows of B."""
+        import torch
+
+        sums, zeros = {}, {}
+        for name, tensor in self._tensors().items():
+            # Shards are put together one tensor at a time.
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            sums[name] = _checksum(whole)
+            if _FROM_ZERO.search(name):
+                zeros[name] = _zero_rows(whole.detach())
+        now = _fetch(sums)
+        same = self._on_any_rank({name: float(now[name] == self._initial[name]) for name in now})
+        living = {_module(name) for name in now if name not in same}
+        rows = torch.stack(list(zeros.values()))  # (matrices, 2)
+        blocks = dict(zip(zeros, rows[:, 1].ge(LOST_BLOCK).tolist(), strict=True))
+        cut = [name for name in self._on_any_rank(blocks) if _module(name) in living]
+        # A cannot move before B has, and the first step of a warm-up has a rate of 0.
+        still = [
+            name
+            for name in now
+            if name in same and name not in cut and (step > 2 or _module(name) not in living)
+        ]
+        still = [n for n in still if not _MAY_REST.search(n)] if living else ["the adapter"]
+        asleep = not self._rate or step == 1
+        self._judge(
+            *("moved", self._new(still), f"{len(now) - len(same)} of {len(now)} tensors did"),
+            "did not move",
+            "the learning rate was 0 in every step, as it is in the first of a warm-up"
+            if asleep
+            else "the optimizer does not have it, or its steps are too small to change a digit",
+            "raise train.learning_rate" + (" or train.max_steps" if asleep else ""),
+        )
+        share, block = rows.amax(0).tolist()
+        self._judge(
+            *(
+                "lora_B",
+                cut,
+                f"{share:.1%} of a B's rows are zeros at most, {block:.1%} in one block",
+            ),
+            "is zeros, all or a block of its rows",
+            "it was overwritten, or a checkpoint was loaded without its shards (accelerate#4206)",
+            "train again from the start, without --resume",
+        )
+        self._explained |= set(map(_module, cut if living else now))
+
+    def _frozen_now(self) -> dict[str, int]:
+        """Checksums of this rank's part of the frozen parameters, and of the buffers that are saved
+        with a model; dynamic position scaling computes others anew."""
+        sums = {n: _checksum(p) for n, p in self.model.named_parameters() if not p.requires_grad}
+        for place, module in self.model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    sums[f"{place}.{name}"] = _checksum(buffer)
+        return _fetch(sums)
+
+    def _on_any_rank(self, flags: dict[str, float]) -> list[str]:
+        import torch
+
+        here = torch.tensor(list(flags.values()), dtype=torch.float, device=self.accelerator.device)
+        counts = self.accelerator.reduce(here, "sum").tolist()
+        return [name for name, count in zip(flags, counts, strict=True) if count]
+
+    def _new(self, names: list[str]) -> list[str]:
+        """Those of modules that had no problem yet; they have now."""
+        new = [name for name in names if _module(name) not in self._explained]
+        self._explained |= set(map(_module, names))
+        return new
+
+    def _check(self, name: str, passed: bool | None, found: str) -> None:
+        self.checks.append({"name": name, "passed": passed, "found": found})
+
+    def _judge(
+        self, name: str, bad: Collection[str], found: str, what: str, cause: str, fix: str
+    ) -> None:
+        self._check(name, not bad, found)
+        if bad:
+            first = next(iter(bad)).removeprefix("base_model.model.")
+            more = f" and {len(bad) - 1} more:" if len(bad) > 1 else ""
+            self.problems.append({"what": f"{first}{more} {what}", "cause": cause, "fix": fix})
+
+
+def _module(name: str) -> str:
+    """The module that a tensor of the adapter belongs to."""
+    return name.split(".lora_")[0]
+
+
+def _local(tensor: Any) -> Any:
+    """This rank's shard."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _zero_rows(matrix: Any) -> Any:
+    """(rows, columns) -> (2,): the share of rows that are all zeros, and of their longest block."""
+    import torch
+
+    alive = matrix.ne(0).any(dim=1)
+    index = torch.arange(1, len(alive) + 1, device=alive.device)
+    last = torch.where(alive, index, 0).cummax(0).values
+    return torch.stack([(~alive).float().mean(), (index - last).max() / len(alive)])
+
+
+def _checksum(tensor: Any) -> Any:
+    """int64 () on the tensor's device: its bits as 64-bit words, each times an odd number that
+    depends on its place, summed modulo 2^64. One word that changes always shows; no copy is made.
+    """
+    import torch
+
+    if tensor.is_meta:  # on a rank that will get its values from the first
+        return torch.zeros((), dtype=torch.int64)
+    flat = _local(tensor.data).contiguous().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    cut = len(flat) // 8 * 8
+    words, rest = flat[:cut].view(torch.int64), flat[cut:]
+    rows = len(words) // _COLUMNS
+    sums = words[: rows * _COLUMNS].view(rows, _COLUMNS).sum(0)
+    sums[: len(words) - rows * _COLUMNS] += words[rows * _COLUMNS :]
+    sums[_COLUMNS - len(rest) :] += rest
+    return (sums * torch.arange(1, 2 * _COLUMNS, 2, device=sums.device)).sum()
+
+
+def _fetch(sums: dict[str, Any]) -> dict[str, int]:
+    """From the device, at once."""
+    import torch
+
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}

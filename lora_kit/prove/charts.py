@@ -1,0 +1,135 @@
+"""Where the marks of the report's charts stand: numbers in, places and labels out.
+
+Places are in percent of the box that is drawn in, from its upper left corner, so that one drawing
+fits a telephone and a sheet of paper. The template draws.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+_FEWEST_TO_SMOOTH = 30  # points; below, the line itself can be followed
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The numbers from `low` to `high` on 0 to 100 percent."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float], margin: float = 0.0) -> Scale:
+        """Around the values, with a share of their spread left free at both ends."""
+        values = list(values)
+        low, high = min(values), max(values)
+        spread = high - low or abs(high) or 1.0
+        margin = margin if high > low else 0.5
+        return cls(low - margin * spread, high + margin * spread)
+
+    def at(self, value: float) -> float:
+        return round(100 * (value - self.low) / (self.high - self.low), 2)
+
+    def ticks(self, most: int = 5) -> list[tuple[float, str]]:
+        """(place, label) of the round numbers in between: 1, 2 or 5 times a power of ten apart."""
+        rough = (self.high - self.low) / most
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = power * next(n for n in (1, 2, 5, 10) if n * power >= rough * (1 - 1e-9))
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [(self.at(n * step), f"{n * step:,.{digits}f}") for n in range(first, last + 1)]
+
+
+def forest(rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
+    """A forest plot of improvements, each (value, low, high) of its interval; more is better.
+
+    Returns:
+        `ticks`, labelled without a sign, because both sides of `zero` are named; and for each of
+        `rows` the places of the three.
+    """
+    scale = Scale.of([0.0, *(value for row in rows for value in row)], margin=0.2)
+    return {
+        "zero": scale.at(0),
+        "ticks": [(place, label.lstrip("-")) for place, label in scale.ticks()],
+        "rows": [tuple(map(scale.at, row)) for row in rows],
+    }
+
+
+def curves(rows: Sequence[dict[str, Any]], best_step: int | None = None) -> dict[str, Any] | None:
+    """Losses and learning rate over the steps of metrics.jsonl; None with fewer than two steps."""
+
+    def points(name: str) -> list[tuple[int, float]]:
+        found = ((row["step"], row.get(name)) for row in rows)
+        return [(s, v) for s, v in found if v is not None and math.isfinite(v)]
+
+    loss, held_out, rate = points("loss"), points("eval_loss"), points("learning_rate")
+    if len({step for step, _ in loss}) < 2:
+        return None
+    x = Scale.of(step for step, _ in loss + held_out)
+    y = Scale.of((value for _, value in loss + held_out), margin=0.05)
+    top = Scale(0.0, max((value for _, value in rate), default=0.0) or 1.0)
+
+    def place(points: list[tuple[int, float]], scale: Scale) -> list[tuple[float, float]]:
+        return [(x.at(step), round(100 - scale.at(value), 2)) for step, value in points]
+
+    def line(points: list[tuple[int, float]], scale: Scale) -> str:
+        return " ".join(f"{across},{down}" for across, down in place(points, scale))
+
+    return {
+        "x_ticks": x.ticks(),
+        "y_ticks": [(round(100 - at, 2), label) for at, label in y.ticks()],
+        "loss": line(loss, y),
+        "smooth": line(_smooth(loss), y) if len(loss) >= _FEWEST_TO_SMOOTH else "",
+        "eval": [(*at, *point) for at, point in zip(place(held_out, y), held_out, strict=True)],
+        "eval_line": line(held_out, y),
+        "rate": line(rate, top) if rate else "",
+        "highest_rate": top.high,
+        "best": None if best_step is None else x.at(best_step),
+        "first": loss[0],
+        "last": loss[-1],
+    }
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The mean of each point and its neighbours, a tenth of all points together."""
+    reach = max(1, len(points) // 20)
+    return [
+        (step, fmean(v for _, v in points[max(0, n - reach) : n + reach + 1]))
+        for n, (step, _) in enumerate(points)
+    ]
+
+
+def heat(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Norm and effective rank of the adapter, kind of module × number of the layer.
+
+    `model.layers.3.mlp.experts.7.up_proj` is of layer 3 and of the kind `mlp.experts.*.up_proj`;
+    modules that share both are averaged. A module outside of the layers stands in `others`.
+
+    Returns:
+        `layers`, how many columns there are, a gap where a layer has no adapter; and `rows`, each
+        a `kind` with its cells.
+    """
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    others = []
+    for module in modules:
+        if number := _LAYER.search(module["module"]):
+            kind = re.sub(r"\b\d+\b", "*", module["module"][number.end() :])
+            found.setdefault(kind, {}).setdefault(int(number[1]), []).append(module)
+        else:
+            others.append(module)
+    rows = [
+        {"kind": kind, "cells": [{"layer": n, **_means(at[n])} for n in sorted(at)]}
+        for kind, at in found.items()
+    ]
+    layers = 1 + max((max(at) for at in found.values()), default=-1)
+    return {"layers": layers, "rows": rows, "others": others}
+
+
+def _means(modules: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: fmean(m[name] for m in modules) for name in ("norm", "effective_rank", "r")}

@@ -1,0 +1,163 @@
+"""Tasks of lm-evaluation-harness (EleutherAI), the base and the adapted model in the same table."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import sys
+from collections import Counter
+from functools import cache
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_kit.errors import UserError
+from lora_kit.run import nearest
+
+
+def check_tasks(tasks: list[str]) -> None:
+    """Before training: loads the tasks with their data, so that nothing is missing afterwards.
+
+    A task is a name that the harness knows, or the path of a task's .yaml; the data files it names
+    are relative to the working folder. Such a file may name Python (`!function`), which runs here.
+
+    Raises:
+        UserError: the harness is not installed, a task is not known, or its data cannot be had.
+    """
+    counts = Counter(tasks)
+    problems = [f"{task}: named {counts[task]} times" for task in counts if counts[task] > 1]
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        problems.append("needs lm-evaluation-harness: pip install 'lora-kit[harness]'")
+        counts.clear()
+    for task in counts:
+        try:
+            with _quiet():
+                loaded = _load([task])["tasks"].values()
+        except UserError as error:
+            problems.append(str(error))
+        except Exception as error:  # data, templates and functions are the task's own
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            problems.append(f"{task}: cannot be loaded: {why}")
+        else:
+            if any(getattr(one, "UNSAFE_CODE", False) for one in loaded):
+                problems.append(f"{task}: runs code that the model wrote, which is not done here")
+    if problems:
+        raise UserError("\n".join(f"prove.harness: {problem}" for problem in problems))
+
+
+def run_harness(
+    model: Any, tokenizer: Any, tasks: list[str], seed: int = 0, at_once: int = 8
+) -> dict[str, dict[str, Any]]:
+    """Figures of the base and of the adapted model on the same rows of each task.
+
+    Prompts are the task's own, without the chat template, as the harness has it by default. Every
+    rank runs all of it.
+
+    Args:
+        model: a PEFT model; its adapter is switched off to measure the base.
+        at_once: rows in a forward pass.
+
+    Returns:
+        "task/metric" -> {"rows", "base", "adapted", "difference", "ci95", "higher_is_better"}.
+        `ci95` is None for a figure that is no mean over rows, such as a perplexity.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from transformers import set_seed
+
+    training = model.training
+    with _quiet():
+        loaded = _load(tasks)
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(seed)
+        # In bfloat16 the likelihoods of two choices are often the same number.
+        judge = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=at_once, softmax_dtype="float32"
+        )
+        with model.disable_adapter():
+            set_seed(seed)  # of tasks that sample
+            base = lm_eval.evaluate(judge, loaded, bootstrap_iters=0)
+        set_seed(seed)
+        adapted = lm_eval.evaluate(judge, loaded, bootstrap_iters=0)
+    model.train(training)
+    return table(base, adapted, seed)
+
+
+def table(base: dict[str, Any], adapted: dict[str, Any], seed: int) -> dict[str, dict[str, Any]]:
+    """What `run_harness` returns, of two results of `lm_eval.evaluate`. A group that has a figure
+    of its own stands for its tasks."""
+    from lora_kit.prove.bootstrap import scores
+
+    groups = adapted.get("groups", {})
+    inside = {task for group in groups for task in _tasks_of(group, adapted)}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, figures in adapted["results"].items():
+        for key, after in figures.items():
+            metric, comma, chosen = key.partition(",")  # `chosen`: the filter of the answers
+            if name in inside or not comma or metric.endswith("_stderr"):
+                continue
+            before = base["results"][name][key]
+            pair = [_values(result, name, metric, chosen) for result in (base, adapted)]
+            if np.allclose([_mean(values) for values in pair], [before, after]):
+                without, adapter = (np.array(values, dtype=float) for values in pair)
+                row = scores(without, adapter, seed)
+            else:
+                row = {"base": before, "adapted": after, "difference": after - before}
+                row = {word: round(float(number), 4) for word, number in row.items()}
+                row["ci95"] = None
+            higher = adapted["higher_is_better"].get(name, {}).get(metric) is not False
+            title = f"{name}/{metric}" + (f" ({chosen})" if chosen != "none" else "")
+            rows[title] = {"rows": len(pair[1]), **row, "higher_is_better": higher}
+    return rows
+
+
+def _tasks_of(name: str, result: dict[str, Any]) -> list[str]:
+    """The tasks of a group and of the groups in it; of a task, itself."""
+    if name in result["samples"]:
+        return [name]
+    children = result["group_subtasks"].get(name, [])
+    return [task for child in children for task in _tasks_of(child, result)]
+
+
+def _values(result: dict[str, Any], name: str, metric: str, chosen: str) -> list[Any]:
+    """What the metric noted for each row: a number, or parts that a mean is not made of."""
+    samples = [row for task in _tasks_of(name, result) for row in result["samples"][task]]
+    return [row[metric] for row in samples if row["filter"] == chosen and metric in row]
+
+
+def _mean(values: list[Any]) -> float:
+    numbers = all(isinstance(value, Real | np.bool_) for value in values)
+    return float(np.mean(values)) if values and numbers else math.nan
+
+
+@cache
+def _manager(shipped: bool) -> Any:
+    """Reading the harness's own 14,000 tasks takes seconds; a file needs none of them."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=shipped)
+
+
+def _load(tasks: list[str]) -> dict[str, Any]:
+    files = {task for task in tasks if task.endswith((".yaml", ".yml")) and Path(task).is_file()}
+    manager = _manager(len(files) < len(tasks))
+    for task in tasks:
+        if task not in files and task not in manager.all_tasks:
+            hint = nearest(task, manager.all_tasks)
+            raise UserError(f"{task}: no task of the harness, and no .yaml file{hint}")
+    loaded: dict[str, Any] = manager.load(list(tasks))
+    return loaded
+
+
+def _quiet() -> contextlib.redirect_stderr[Any]:
+    """The harness warns of what is meant here; its bars are for a terminal."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO())

@@ -1,0 +1,202 @@
+"""Scores of generated answers: how near each one comes to what was expected."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import string
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+
+from lora_kit.errors import UserError
+from lora_kit.run import nearest
+
+# A task with more classes than this, most of them seen once, is no classification.
+MOST_CLASSES = 20
+_ARTICLES = {"a", "an", "the"}
+# Scripts that set no space between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han.
+_UNSPACED = re.compile(
+    "([\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U0003ffff])"
+)
+# A minus before a number, a point in it.
+_SIGN = re.compile(r"(?<!\w)-(?=\d)|(?<=\d)\.(?=\d)")
+_LESS_IS_BETTER = {"cer", "charcut", "character", "mae", "mape", "mse", "perplexity", "ter", "wer"}
+_PROBE = "the answer to this question is forty-two"
+
+Metric = Callable[[str, str], float]
+
+
+def score(name: str, predictions: list[str], references: list[str]) -> np.ndarray:
+    """The score of every answer against the one expected; more is better.
+
+    `exact_match`, `f1`, `accuracy` and `rouge_l` lie between 0 and 1. Any other name is a metric of
+    the `evaluate` library: the path of its script or folder, or its name on the Hub. Its script is
+    Python that runs here with your rights. It is computed for each row alone, so that its mean has
+    an interval: a metric that is no mean of rows (BLEU of a corpus) comes out otherwise than usual.
+
+    Returns:
+        float64 (rows,).
+
+    Raises:
+        UserError: the metric cannot be had, or does not fit answers that are text.
+    """
+    metric = OWN.get(name) or _borrowed(name)
+    pairs = zip(predictions, references, strict=True)
+    return np.array([metric(prediction, expected) for prediction, expected in pairs], np.float64)
+
+
+def check_names(names: list[str], kind: str) -> None:
+    """Raises UserError, a line for each metric that cannot be computed. kind: "chat" or "text"."""
+    counts = Counter(names)
+    problems = [f"{name}: named {counts[name]} times" for name in counts if counts[name] > 1]
+    if names and kind == "text":
+        problems.append("metrics score answers, and text has none; leave them out, or use sft")
+        counts.clear()  # no need to load them
+    for name in counts:
+        try:
+            (OWN.get(name) or _borrowed(name))(_PROBE, _PROBE)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(f"prove.metrics: {problem}" for problem in problems))
+
+
+def check_fit(names: list[str], references: list[str]) -> None:
+    """Raises UserError if `accuracy` is asked for and the expected answers are no classes."""
+    different = len({_folded(text) for text in references})
+    if "accuracy" in names and different > max(MOST_CLASSES, len(references) / 2):
+        raise UserError(
+            f"prove.metrics: accuracy: {different} of {len(references)} expected answers differ, "
+            "so they are no classes; use exact_match, f1 or rouge_l"
+        )
+
+
+def exact_match(prediction: str, expected: str) -> float:
+    """1 if both are the same words after normalisation, else 0 (Rajpurkar et al. 2016).
+
+    >>> exact_match("The Eiffel Tower.", "eiffel tower")
+    1.0
+    """
+    return float(_answer(prediction) == _answer(expected))
+
+
+def f1(prediction: str, expected: str) -> float:
+    """Harmonic mean of precision and recall of the words, in any order (Rajpurkar et al. 2016).
+
+    >>> f1("the red fox", "red dog")
+    0.5
+    """
+    found, wanted = _answer(prediction), _answer(expected)
+    return _harmonic((Counter(found) & Counter(wanted)).total(), found, wanted)
+
+
+def accuracy(prediction: str, expected: str) -> float:
+    """1 if the answer is the name of the class, but for case and the space around it, else 0."""
+    return float(_folded(prediction) == _folded(expected))
+
+
+def rouge_l(prediction: str, expected: str) -> float:
+    """ROUGE-L: F1 of the longest common subsequence of words (Lin 2004), words not stemmed.
+
+    >>> rouge_l("police kill the gunman", "police killed the gunman")
+    0.75
+    """
+    found, wanted = _words(prediction), _words(expected)
+    return _harmonic(_longest_common(found, wanted), found, wanted)
+
+
+OWN: dict[str, Metric] = {m.__name__: m for m in (exact_match, f1, accuracy, rouge_l)}
+
+
+def _folded(text: str) -> str:
+    """Without case, an accented letter always spelt the same way (NFC), no space around."""
+    return unicodedata.normalize("NFC", text.casefold()).strip()
+
+
+def _words(text: str) -> list[str]:
+    """Words without case and the punctuation of any script.
+
+    Where a script sets no space between words, each character is one: `東京2020` is 東, 京, 2020.
+    Unlike SQuAD's script, `-5` is not 5, `1.5` not 15, and `+` and `-` are two answers.
+    """
+    folded = _folded(text)
+    spared = {sign.start() for sign in _SIGN.finditer(folded)}
+    kept = "".join(c for n, c in enumerate(folded) if n in spared or not _is_punctuation(c))
+    return _UNSPACED.sub(r" \1 ", kept if kept.strip() else folded).split()
+
+
+def _is_punctuation(character: str) -> bool:
+    """ASCII's symbols are, too, as in SQuAD's script."""
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
+
+
+def _answer(text: str) -> list[str]:
+    """`_words` without English articles, unless the answer is nothing else: `A` of A, B, C, D."""
+    words = _words(text)
+    return [word for word in words if word not in _ARTICLES] or words
+
+
+def _harmonic(common: int, found: list[str], wanted: list[str]) -> float:
+    """2·P·R / (P + R) for P = common / found and R = common / wanted; two empty texts agree."""
+    return 2 * common / (len(found) + len(wanted)) if found or wanted else 1.0
+
+
+def _longest_common(first: list[str], second: list[str]) -> int:
+    """Length of the longest common subsequence, a row of the table at once as the bits of one
+    number (Hyyrö 2004): long texts take milliseconds."""
+    places: dict[str, int] = defaultdict(int)
+    for n, word in enumerate(first):
+        places[word] |= 1 << n
+    every = (1 << len(first)) - 1
+    row = every  # bit n is 0 where the length grows at word n of `first`
+    for word in second:
+        here = row & places[word]
+        row = ((row + here) | (row - here)) & every
+    return len(first) - row.bit_count()
+
+
+def _borrowed(name: str) -> Metric:
+    """A metric of the evaluate library, for one row."""
+    hint = nearest(name, list(OWN))
+    # evaluate has a switch of its own, and would ask the Hub all the same.
+    os.environ.setdefault("HF_EVALUATE_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
+    try:
+        import evaluate
+    except ImportError:
+        why = "not one of ours; others need evaluate: pip install 'lora-kit[metrics]'"
+        raise UserError(f"{name}: {why}{hint}") from None
+    try:
+        loaded = evaluate.load(name, module_type="metric", keep_in_memory=True)
+    except FileNotFoundError:
+        why = "no metric's script there, and none of this name on the Hub (not asked offline)"
+        raise UserError(f"{name}: {why}{hint}") from None
+    except Exception as error:  # the script is anybody's code
+        raise UserError(f"{name}: cannot be loaded: {_line(error)}") from None
+    own = Path(name).stem
+    if own in _LESS_IS_BETTER:
+        raise UserError(f"{name}: less is better in it; use a script that returns 1 - {name}")
+
+    def metric(prediction: str, expected: str) -> float:
+        try:
+            result = loaded.compute(predictions=[prediction], references=[expected])
+        except Exception as error:
+            raise UserError(f"{name}: does not take text answers: {_line(error)}") from None
+        numbers = {key: value for key, value in result.items() if isinstance(value, Real)}
+        only = next(iter(numbers.values())) if len(numbers) == 1 else math.nan
+        value = float(numbers.get(own, only))
+        if not math.isfinite(value):
+            raise UserError(f"{name}: gives no single number for an answer, but {result}"[:200])
+        return value
+
+    return metric
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

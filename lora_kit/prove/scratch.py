@@ -1,0 +1,62 @@
+"""What the base's knowledge was worth: a model of its shape that starts from nothing."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lora_kit.base.load import gpu_is_used
+from lora_kit.data.labelled import collator
+from lora_kit.data.prepare import Prepared
+from lora_kit.prove.bootstrap import statistics
+from lora_kit.prove.measure import measure
+from lora_kit.schema import Run
+from lora_kit.train.arguments import training_arguments
+
+
+def against_scratch(
+    run: Run, adapted: Any, tokenizer: Any, data: Prepared, batch: dict[str, int]
+) -> dict[str, Any]:
+    """Train random weights of the base's shape in float32 on the same rows for as many steps, all
+    of them trainable, with the run's own optimizer settings; judge it against the adapter.
+
+    Args:
+        adapted: the run's PEFT model. batch: the geometry in the run's lock file; what several
+            processes did is done in more passes.
+
+    Returns:
+        {"parameters", "seconds"} and `statistics`, with the new model as the base.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, set_seed
+
+    pad = tokenizer.pad_token_id
+    after = measure(adapted, data.eval, pad)
+    config = adapted.get_base_model().config.__class__.from_dict(adapted.config.to_dict())
+    config.quantization_config = None
+    set_seed(run.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    passes = batch["processes"] * batch["gradient_accumulation_steps"]
+    own: dict[str, Any] = {
+        "gradient_accumulation_steps": passes,
+        "eval_steps": None,
+        "report_to": [],
+    }
+    run = run.model_copy(update={"train": run.train.model_copy(update=own)})
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(run, Path(folder))
+        arguments.save_strategy = "no"
+        started = time.perf_counter()
+        Trainer(
+            model=model, args=arguments, train_dataset=data.train, data_collator=collator(pad)
+        ).train()
+    seconds = time.perf_counter() - started
+    before = measure(model.to("cuda") if gpu_is_used() else model, data.eval, pad)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "parameters": parameters,
+        "seconds": round(seconds, 1),
+        **statistics(before, after, seed=0),
+    }

@@ -1,0 +1,196 @@
+"""What an adapter's two files tell: the same figures as the whole matrices, and PEFT's, give."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from trained import edit
+
+from lora_kit.adapter.inspect import Update, difference, figures, inspect
+from lora_kit.errors import UserError
+
+Maker = Callable[..., tuple[Any, Path]]
+WEIGHTS = "adapter_model.safetensors"
+ALL = ["q_proj", "k_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def made(base: Path, tmp_path: Path) -> Maker:
+    """A PEFT model whose adapter is random in A and B, and the folder PEFT saved it in."""
+
+    def make(name: str = "a", seed: int = 0, **config: Any) -> tuple[Any, Path]:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        settings = {"r": 4, "lora_alpha": 12, "target_modules": ALL, "task_type": "CAUSAL_LM"}
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        torch.manual_seed(seed)
+        model = get_peft_model(model, LoraConfig(**{**settings, **config}))
+        with torch.no_grad():
+            for tensor in (p for n, p in model.named_parameters() if "lora_" in n):
+                tensor.normal_()
+        model.save_pretrained(tmp_path / name)
+        return model, tmp_path / name
+
+    return make
+
+
+def deltas(model: Any) -> dict[str, np.ndarray]:
+    """{module: dW as PEFT adds it to the base}"""
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().numpy()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and len(module.scaling)
+    }
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def near(value: float) -> Any:
+    return pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"k_proj": 2, r"layers\.1\..*proj": 6}, "alpha_pattern": {"up_proj": 3}},
+        {"alpha_pattern": {"layers.0.mlp.up_proj": 5, "up_proj": 7}, "use_rslora": True},
+        {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+        {"target_modules": "all-linear", "lora_bias": True},
+    ],
+)
+def test_figures_are_those_of_the_matrix_that_peft_adds(made: Maker, config: Any) -> None:
+    model, folder = made(**config)
+    whole = deltas(model)
+    found = figures(folder)
+    assert {one["module"] for one in found} == whole.keys() and len(found) >= 4
+    for one in found:
+        values = np.linalg.svd(whole[one["module"]].astype(float), compute_uv=False)[: one["r"]]
+        shares = values / values.sum()
+        assert one["norm"] == near(float(np.linalg.norm(whole[one["module"]])))
+        assert one["top_singular_value"] == near(values[0])
+        assert one["effective_rank"] == near(math.exp(-(shares * np.log(shares)).sum()))
+        layer = model.get_submodule(f"base_model.model.{one['module']}")
+        assert (one["r"], one["scale"]) == (layer.r["default"], layer.scaling["default"])
+
+
+def test_experts_in_one_parameter_are_matrices_of_their_own(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 50, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 16}
+    model: Any = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**small, **heads, num_experts=3, num_experts_per_tok=1)
+    )
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+    )
+    model = get_peft_model(model, config)
+    for name, tensor in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(tensor)
+    model.save_pretrained(tmp_path)
+    found = {one["module"]: one for one in figures(tmp_path)}
+    whole = deltas(model)
+    assert found.keys() == whole.keys()
+    experts = next(name for name in found if "experts" in name)
+    spectra = [np.linalg.svd(matrix, compute_uv=False)[:4] for matrix in whole[experts]]
+    assert len(spectra) == 3 and found[experts]["r"] == 4
+    assert found[experts]["norm"] == near(float(np.linalg.norm(whole[experts])))
+    assert found[experts]["top_singular_value"] == near(max(values[0] for values in spectra))
+    ranks = [np.exp(-(p * np.log(p)).sum()) for p in (s / s.sum() for s in spectra)]
+    assert found[experts]["effective_rank"] == near(float(np.mean(ranks)))
+
+
+@pytest.mark.parametrize(
+    ("rotation", "cosine", "apart"), [(0.0, 1.0, 0.0), (90.0, 0.0, 2**0.5), (180.0, -1.0, 2.0)]
+)
+def test_a_known_rotation(rotation: float, cosine: float, apart: float) -> None:
+    """B turned in a plane: dW of rank one, and the angle is the rotation."""
+    from lora_kit.adapter.inspect import _compared
+
+    a, turn = np.ones((1, 1, 3)), math.radians(rotation)
+    b = np.zeros((1, 5, 1))
+    b[0, 0] = 1
+    turned = np.zeros((1, 5, 1))
+    turned[0, :2, 0] = math.cos(turn), math.sin(turn)
+    found = _compared(Update("x", 2.0, a, b), Update("x", 1.0, 2 * a, turned))
+    assert found["cosine"] == pytest.approx(cosine, abs=1e-12)
+    assert found["relative"] == pytest.approx(apart, abs=1e-12)
+    assert found["shared_inputs"] == pytest.approx(1)
+    assert found["shared_outputs"] == pytest.approx(abs(cosine), abs=1e-12)
+
+
+def test_the_difference_of_two_is_that_of_their_matrices(made: Maker) -> None:
+    (one, first), (two, second) = made("a", 0), made("b", 1, r=6, use_rslora=True)
+    ours, theirs = deltas(one), deltas(two)
+    found = difference(first, second)
+    assert found["same_base"] and not found["same"]
+    for module in found["modules"]:
+        a, b = (whole[module["module"]].astype(float) for whole in (ours, theirs))
+        assert module["difference"] == near(float(np.linalg.norm(a - b)))
+        wanted = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+        assert module["cosine"] == pytest.approx(wanted, abs=1e-6)
+        spaces = [np.linalg.svd(whole) for whole in (a, b)]
+        inputs = spaces[0][2][:4] @ spaces[1][2][:4].T
+        assert module["shared_inputs"] == pytest.approx((inputs**2).sum() / 4, abs=1e-4)
+    a, b = (np.concatenate([w.ravel() for w in whole.values()]) for whole in (ours, theirs))
+    assert found["whole"]["difference"] == near(float(np.linalg.norm(a - b)))
+
+
+def test_an_adapter_is_the_same_as_itself_and_not_as_a_changed_one(made: Maker) -> None:
+    _, first = made()
+    found = difference(first, first)
+    assert found["same"] and found["whole"]["difference"] == 0
+    assert all(module["cosine"] == pytest.approx(1) for module in found["modules"])
+    second = shutil.copytree(first, first.parent / "b")
+    edit(second / "adapter_config.json", lambda c: c.update(lora_alpha=24))
+    found = difference(first, second)
+    assert not found["same"] and found["whole"]["relative"] == pytest.approx(0.5)
+    edit(second / "adapter_config.json", lambda c: c.update(base_model_name_or_path="other/base"))
+    rewrite(second, lambda t: [t.pop(n) for n in list(t) if "layers.1" in n])
+    found = difference(first, second)
+    assert not found["same_base"] and found["bases"][1]["model"] == "other/base"
+    assert len(found["only_first"]) == 4 and not found["only_second"]
+
+
+def test_bfloat16_zeros_and_values_that_are_not_finite(made: Maker) -> None:
+    _, folder = made()
+    exact = {one["module"]: one["norm"] for one in figures(folder)}
+    rewrite(folder, lambda t: t.update({n: v.bfloat16() for n, v in t.items()}))
+    for one in figures(folder):
+        assert one["norm"] == pytest.approx(exact[one["module"]], rel=1e-2)
+    q, k, up = (
+        f"base_model.model.model.layers.0.{n}.lora_B.weight"
+        for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+    )
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[q].zero_()
+        tensors[k][0, 0] = math.nan
+        tensors[up][:32] = 0
+
+    rewrite(folder, spoil)
+    found = {one["module"].rpartition(".")[2]: one for one in figures(folder)[:4]}
+    zero = found["q_proj"]
+    assert (zero["norm"], zero["effective_rank"], zero["zero_rows"]) == (0, 0, 1)
+    assert found["k_proj"]["norm"] is None and found["up_proj"]["zero_rows"] == 0.25
+    odd = {line["what"] for line in inspect(folder)["loaders"]}
+    assert {"values that are not finite", "an update of zeros"} <= odd
+    with pytest.raises(UserError, match="not finite"):
+        difference(folder, folder)

@@ -1,0 +1,158 @@
+"""Adapters that are damaged or odd, and what the verb says of them."""
+
+# ruff: noqa: F811 - fixtures of another file
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunMaker
+from test_adapter_inspect import WEIGHTS, Maker, made, rewrite  # noqa: F401 - a fixture
+from test_cli import Shell, run  # noqa: F401 - a fixture
+from trained import edit, finish
+
+from lora_kit.adapter.inspect import figures, inspect
+from lora_kit.errors import UserError
+
+# --- Files that are no good
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA': only LoRA"),
+        (
+            {"r": 8},
+            "r is 8 and the scale 1.5 by its config, A is [4, 128] and B [64, 4] (and",
+        ),
+        ({"r": 0}, "r, lora_alpha or a pattern is not usable"),
+        ({"r": "4"}, "not usable"),
+        ({"lora_alpha": None}, "not usable"),
+        ({"rank_pattern": {"(": 2}}, "not usable"),
+        ({"alpha_pattern": [1]}, "not usable"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(made: Maker, change: Any, words: str) -> None:
+    _, folder = made()
+    edit(folder / "adapter_config.json", lambda c: c.update(change))
+    with pytest.raises(UserError) as raised:
+        figures(folder)
+    assert words in str(raised.value) and str(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_broken_files_and_pickles_are_refused(made: Maker) -> None:
+    _, folder = made()
+    config, weights = folder / "adapter_config.json", folder / WEIGHTS
+    whole = weights.read_bytes()
+
+    def refusal() -> str:
+        with pytest.raises(UserError) as raised:
+            inspect(folder)
+        assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+        return str(raised.value)
+
+    for damaged in (b"", whole[:-10], whole[:50], b"\xff" * 200):
+        weights.write_bytes(damaged)
+        assert "damaged" in refusal()
+    weights.write_bytes(whole)
+    rewrite(folder, lambda t: t.pop(min(n for n in t if "lora_B" in n)))
+    assert "has no lora_B" in refusal()
+    rewrite(folder, lambda t: t.clear() or t.update({"score.weight": torch.ones(2)}))
+    assert "holds no lora_A" in refusal()
+    weights.unlink()
+    assert "copy the whole adapter again" in refusal()
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
+    assert "can run code, and is not read" in refusal()
+    for text in ("{", "[]", "\x00", '"LORA"', "[" * 100_000):
+        config.write_text(text, encoding="utf-8")
+        assert "no JSON object" in refusal()
+
+
+# --- What a loader would trip over
+
+
+@pytest.mark.parametrize(
+    ("config", "who", "what"),
+    [
+        ({"use_dora": True}, "vLLM, SGLang, llama.cpp", "use_dora"),
+        ({"use_rslora": True}, "SGLang, llama.cpp", "use_rslora"),
+        ({"rank_pattern": {"q_proj": 2}}, "SGLang", "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "SGLang, llama.cpp", "alpha_pattern"),
+        ({"r": 17}, "vLLM", "a rank over 16"),
+        ({"r": 513}, "vLLM", "a rank over 512"),
+        ({"lora_bias": True}, "vLLM, llama.cpp", "lora_bias"),
+        ({"bias": "all"}, "vLLM", "bias that trained"),
+        ({"init_lora_weights": "pissa"}, "vLLM", "a start from the base's own weights"),
+        ({"modules_to_save": ["score"]}, "llama.cpp", "modules_to_save"),
+        ({"modules_to_save": ["x"]}, "vLLM", "modules_to_save besides classifier and score"),
+        ({"trainable_token_indices": [3]}, "SGLang, llama.cpp", "trainable_token_indices"),
+    ],
+)
+def test_what_a_loader_trips_over(made: Maker, config: Any, who: str, what: str) -> None:
+    plain = {line["what"] for line in inspect(made()[1])["loaders"]}
+    assert plain == {"a base named by its folder", "no tokenizer"}
+    if "modules_to_save" in config:  # the tiny base has neither
+        _, folder = made("b")
+        edit(folder / "adapter_config.json", lambda c: c.update(config))
+    else:
+        _, folder = made("b", **config)
+    found = inspect(folder)
+    lines = [line for line in found["loaders"] if line["what"] not in plain]
+    assert {"what": what, "who": who} in [{k: ln[k] for k in ("what", "who")} for ln in lines]
+    assert len(lines) == 1 + (config.get("modules_to_save") == ["x"])
+    beside = {"trainable_token_indices": "trainable_tokens_delta", "use_dora": "magnitude_vector"}
+    assert all(any(beside[k] in n for n in found["others"]) for k in config if k in beside)
+
+
+def test_where_the_base_is(made: Maker) -> None:
+    _, folder = made()
+    (folder / "tokenizer.json").touch()
+    for model, revision, what in (
+        ("owner/name", None, "a base without revision"),
+        ("owner/name", "a" * 40, None),
+        (None, None, "a base that is not named"),
+        ("../base", None, "a base named by its folder"),
+        ("C:\\base", None, "a base named by its folder"),
+    ):
+        values = {"base_model_name_or_path": model, "revision": revision}
+        edit(folder / "adapter_config.json", lambda c, v=values: c.update(v))
+        assert [line["what"] for line in inspect(folder)["loaders"]] == [what] * bool(what)
+
+
+# --- The verb
+
+
+def test_the_verb_on_a_run_and_its_adapter(run: Shell, run_file: RunMaker) -> None:
+    home = finish(run_file, "cpt", **{"train.max_steps": 2})
+    found = json.loads(run("inspect", str(home), "--json").out)
+    digest = found["base"]["hashes"]["model.safetensors"]
+    inside = json.loads(run("inspect", str(home / "adapter"), "--json").out)
+    assert {**found, "adapter": inside["adapter"]} == inside
+    assert found["modules"] == json.loads(json.dumps(figures(home)))
+    done = run("inspect", str(home))
+    assert done.code == 0 and digest in done.out and "\nPEFT: a base named by" in done.out
+    layers = [line for line in done.out.splitlines() if line.startswith("layers.")]
+    assert len(layers) == 2 and any(line.endswith("  " + "#" * 12) for line in layers)
+    done = run("inspect", str(home), str(home / "adapter"))
+    assert "the adapters are identical: difference 0" in done.out
+    rewrite(home / "adapter", lambda t: [v.mul_(2) for v in t.values()])
+    found = json.loads(run("inspect", str(home), "--json").out)
+    assert "weights that are not as the run saved them" in [ln["what"] for ln in found["loaders"]]
+
+
+def test_two_bases_are_both_named_and_nothing_steers_the_terminal(run: Shell, made: Maker) -> None:
+    (_, first), (_, second) = made("a"), made("b", target_modules=["q_proj"])
+    evil = {"base_model_name_or_path": "\x1b[2Jevil\u202e[bold]", "task_type": "\x1b]0;x\x07"}
+    edit(second / "adapter_config.json", lambda c: c.update(evil))
+    rewrite(second, lambda t: t.update({"\x1b[31mred.lora_A.weight": torch.ones(4, 2)}))
+    rewrite(second, lambda t: t.update({"\x1b[31mred.lora_B.weight": torch.zeros(2, 4)}))
+    for arguments in ([second], [first, second]):
+        done = run("inspect", *map(str, arguments))
+        assert done.code == 0 and "evil" in done.out and "red" in done.out
+        assert not {"\x1b", "\x07", "\u202e"} & set(done.out)
+    assert "OTHER BASES" in done.out and "only first: model.layers.0" in done.out
+    done = run("inspect", str(first / "gone"))
+    assert (done.code, len(done.errors)) == (2, 1)
