@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -167,12 +168,13 @@ def compare(
     import lora_kit
     from lora_kit.prove.show import comparison, side_by_side
 
-    report = lora_kit.compare(run, overrides or [], gate=gate, scratch=scratch)
+    with contextlib.redirect_stdout(sys.stderr):  # of metrics and tasks, which print what they like
+        report = lora_kit.compare(run, overrides or [], gate=gate, scratch=scratch)
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     else:
-        comparison(report)
         side_by_side(report)
+        comparison(report)
     if report["gate"] and not report["gate"]["passed"]:
         raise CheckFailed("\n".join(f"gate: {line}" for line in report["gate"]["failed"]))
 
@@ -370,7 +372,9 @@ def main() -> None:
         if os.environ.get("LORA_KIT_DEBUG"):
             traceback.print_exc()
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            # Names and texts of the user's may hold what steers a terminal.
+            shown = "".join(c if c.isprintable() else " " for c in line)
+            print(f"error: {shown}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except typer.Abort:
         print("error: stopped by SIGINT", file=sys.stderr)

@@ -31,6 +31,11 @@ from lora_kit.schema import (
     Source,
 )
 
+# What is an object wherever it stands in the files that a run writes about itself.
+_OBJECTS = (
+    *("base", "adapter", "data", "batch", "commits", "verdict", "domain", "general", "overfitting"),
+    *("metrics", "harness", "audit", "training", "memory", "gate"),
+)
 # Sections within sections.
 _NESTED: dict[str, Any] = {"data.limits": Limits, "prove.gate": Gate}
 # The keys of `data:` that name sources.
@@ -203,13 +208,25 @@ def check_free(run: Run) -> None:
 
 def read_lock(directory: str | Path) -> dict[str, Any]:
     """run.lock.json of a run directory; empty where there is none."""
-    file = Path(directory) / "run.lock.json"
-    if not file.is_file():
+    return read_json(Path(directory) / "run.lock.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object that a run wrote about itself; empty where there is none.
+
+    Raises:
+        UserError: it is no JSON object, or a section of it is something else.
+    """
+    if not file.exists():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{file}: not JSON: it was changed by hand or is damaged") from None
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    whole = isinstance(found, dict)
+    if not whole or not all(isinstance(found.get(name) or {}, dict) for name in _OBJECTS):
+        raise UserError(f"{file}: not the JSON that was written: changed by hand, or damaged")
+    return found
 
 
 def shipped(kind: Literal["recipes", "accelerate_configs"]) -> Path:
@@ -428,15 +445,19 @@ def _wanted(path: list[str | int]) -> str:
     names = [part for part in path if isinstance(part, str)]
     if (inside := ".".join(names)) in (*SECTIONS, *_NESTED):
         return f"keys such as {', '.join(list(_model(inside).model_fields)[:4])}"
-    model, name = _model(".".join(names[:-1])), names[-1]
+    model, name, inside = _model(".".join(names[:-1])), names[-1], ""
     if name not in model.model_fields:  # a key of a mapping
-        model, name = _model(".".join(names[:-2])), names[-2]
-    return f"{_type_words(model, name)}. {model.model_fields[name].description}"
+        model, name, inside = _model(".".join(names[:-2])), names[-2], "additionalProperties"
+    elif isinstance(path[-1], int):
+        inside = "items"
+    return f"{_type_words(model, name, inside)}. {model.model_fields[name].description}"
 
 
-def _type_words(model: Any, name: str) -> str:
-    """`a whole number >= 1`, `one of a, b`, from the JSON schema of the key."""
+def _type_words(model: Any, name: str, inside: str = "") -> str:
+    """`a whole number >= 1`, `one of a, b`, from the JSON schema of the key, or of what is in it:
+    `items` of a list, `additionalProperties` of a mapping."""
     node = model.model_json_schema()["properties"][name]
+    node = next((o[inside] for o in node.get("anyOf", [node]) if inside in o), node)
     words = []
     for option in node.get("anyOf", [node]):
         if "enum" in option or "const" in option:

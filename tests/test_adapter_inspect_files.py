@@ -82,12 +82,10 @@ def test_broken_files_and_pickles_are_refused(made: Maker) -> None:
         ({"rank_pattern": {"q_proj": 2}}, "SGLang", "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 2}}, "SGLang, llama.cpp", "alpha_pattern"),
         ({"r": 17}, "vLLM", "a rank over 16"),
-        ({"r": 513}, "vLLM", "a rank over 512"),
         ({"lora_bias": True}, "vLLM, llama.cpp", "lora_bias"),
         ({"bias": "all"}, "vLLM", "bias that trained"),
         ({"init_lora_weights": "pissa"}, "vLLM", "a start from the base's own weights"),
-        ({"modules_to_save": ["score"]}, "llama.cpp", "modules_to_save"),
-        ({"modules_to_save": ["x"]}, "vLLM", "modules_to_save besides classifier and score"),
+        ({"modules_to_save": ["score"]}, "vLLM (but a head), llama.cpp", "modules_to_save"),
         ({"trainable_token_indices": [3]}, "SGLang, llama.cpp", "trainable_token_indices"),
     ],
 )
@@ -101,8 +99,7 @@ def test_what_a_loader_trips_over(made: Maker, config: Any, who: str, what: str)
         _, folder = made("b", **config)
     found = inspect(folder)
     lines = [line for line in found["loaders"] if line["what"] not in plain]
-    assert {"what": what, "who": who} in [{k: ln[k] for k in ("what", "who")} for ln in lines]
-    assert len(lines) == 1 + (config.get("modules_to_save") == ["x"])
+    assert [(line["what"], line["who"]) for line in lines] == [(what, who)]
     beside = {"trainable_token_indices": "trainable_tokens_delta", "use_dora": "magnitude_vector"}
     assert all(any(beside[k] in n for n in found["others"]) for k in config if k in beside)
 
@@ -135,7 +132,7 @@ def test_the_verb_on_a_run_and_its_adapter(run: Shell, run_file: RunMaker) -> No
     done = run("inspect", str(home))
     assert done.code == 0 and digest in done.out and "\nPEFT: a base named by" in done.out
     layers = [line for line in done.out.splitlines() if line.startswith("layers.")]
-    assert len(layers) == 2 and any(line.endswith("  " + "#" * 12) for line in layers)
+    assert len(layers) == 2
     done = run("inspect", str(home), str(home / "adapter"))
     assert "the adapters are identical: difference 0" in done.out
     rewrite(home / "adapter", lambda t: [v.mul_(2) for v in t.values()])

@@ -15,7 +15,7 @@ from trained import finish, folder_maker, labelled
 import lora_kit
 from lora_kit.data.labelled import IGNORED
 from lora_kit.errors import CheckFailed, UserError
-from lora_kit.prove.compare import HeldOut, compare_model
+from lora_kit.prove.compare import HeldOut, check_prove, compare_model
 from lora_kit.schema import Prove
 
 FIGURES = ("verdict", "domain", "general", "few_shot", "metrics", "samples")
@@ -129,28 +129,43 @@ def test_only_what_is_measured_may_change(run: Path) -> None:
         lora_kit.compare(run, ["prove.gate.metrics.f1=0.5"])
 
 
-def test_the_report_keeps_what_was_measured_before(run: Path) -> None:
+def test_the_report_is_written_anew_unless_something_would_be_lost(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = run / "report.json"
     before = file.read_bytes()
-    few = json.loads(before)["few_shot"]
     again = lora_kit.compare(run, ["prove.shots=0"], gate=True)
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    assert again == stored and stored["few_shot"] == few and stored["verdict"]["few_shot"]
-    assert stored["gate"]["passed"] is (stored["verdict"]["general"] == "kept")
-    assert stored["training"] == json.loads(before)["training"]
+    assert "stay as they are: they hold few_shot, which was not" in capsys.readouterr().err
+    assert file.read_bytes() == before and again["few_shot"] is None
+    assert "few_shot" not in again["verdict"]
+    assert again["gate"]["passed"] is (again["verdict"]["general"] == "kept")
+    again = lora_kit.compare(run, gate=True)
+    assert again == json.loads(file.read_text(encoding="utf-8")) and again["gate"]
+    assert again["training"] == json.loads(before)["training"]
     file.unlink()  # stopped before it was written: it comes from the adapter alone
-    assert lora_kit.compare(run)["domain"] == stored["domain"] and file.is_file()
+    found = lora_kit.compare(run)
+    assert found["domain"] == again["domain"] and found["audit"] is None and file.is_file()
+    for damaged in ("", "[1]", '{"verdict": "better"}', '{"metrics": [1]}'):
+        file.write_text(damaged, encoding="utf-8")
+        with pytest.raises(UserError, match=r"report\.json: not the JSON that was written"):
+            lora_kit.compare(run)
     file.write_bytes(before)
 
 
-def test_a_model_from_scratch_is_worse(run: Path) -> None:
+def test_a_model_from_scratch_stands_beside_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (run / "report.json").read_bytes()
     report = lora_kit.compare(run, scratch=True)
+    assert capsys.readouterr().out == ""  # what --json prints is one object
     found = report["scratch"]
     assert found["documents"] == 24 and found["parameters"] > 50_000 and found["seconds"] > 0
     assert found["loss"]["adapted"] == report["domain"]["loss"]["adapted"]
     assert found["loss"]["base"] not in (report["domain"]["loss"]["base"], 0)
-    assert report["verdict"]["scratch"] in ("better", "worse", "no different")
+    # Eight steps from random weights, against eight of an adapter on other random weights.
+    low, high = found["loss"]["ci95"]
+    words = {low > 0: "worse", high < 0: "better"}
+    assert report["verdict"]["scratch"] == words.get(True, "no different")
     (run / "report.json").write_bytes(before)
 
 
@@ -159,7 +174,7 @@ def test_rows_of_one_token_are_not_judged(run: Path) -> None:
     short = labelled([([5], [5])] * 20, list(range(20)), [1] * 20)
     judged = HeldOut("text", short, None, short)
     with pytest.raises(UserError, match=r"data\.eval: no row has two tokens"):
-        compare_model(model, tokenizer, judged, Prove())
+        check_prove(Prove(), judged, tokenizer, "assistant")
     mixed = labelled([([5], [5])] * 5 + [([5, 6], [5, 6])] * 20, list(range(25)), [1] * 25)
     judged = HeldOut("text", mixed, None, mixed)
     report = compare_model(model, tokenizer, judged, Prove())

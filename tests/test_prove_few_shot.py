@@ -61,7 +61,7 @@ def test_examples_are_drawn_with_the_seed_and_fit() -> None:
     assert chosen != choose(train, longest=20, room=35, shots=3, chat=True, seed=1)
     # Texts are cut, and where there is no room there are none.
     cut = choose(train, longest=20, room=29, shots=3, chat=False, seed=0)
-    assert [len(example) for example in cut] <= [3, 3, 3] and len(cut) == 3
+    assert len(cut) == 3 and all(len(example) <= 3 for example in cut)
     assert choose(train, longest=20, room=22, shots=3, chat=False, seed=0) == []
     assert len(choose(train, longest=20, room=10**6, shots=100, chat=True, seed=0)) == 50
 

@@ -45,22 +45,28 @@ def questions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return rows[60:700], rows[:60]
 
 
-def test_real_labels_are_learned(run_file: RunMaker, work: Path) -> None:
-    train, held_out = questions()
-    put(work / "train.jsonl", train)
-    put(work / "eval.jsonl", held_out)
+@pytest.mark.parametrize("form", ["", "Here is what the manual has to say about your question: "])
+def test_real_labels_are_learned(run_file: RunMaker, work: Path, form: str) -> None:
+    for name, rows in zip(("train", "eval"), questions(), strict=True):
+        put(
+            work / f"{name}.jsonl", [row | {"completion": form + row["completion"]} for row in rows]
+        )
     found = report_of(run_file, "sft", **{"data.train": "train.jsonl", "data.eval": "eval.jsonl"})
-    assert found["verdict"]["domain"] == "better" and found["prompt_use"]["ci95"][0] > 0
+    assert found["verdict"]["domain"] == "better" and not found["prompt_use"]["blind"]
+    assert found["prompt_use"]["adapted"] > found["prompt_use"]["base"]
 
 
-def test_shuffled_labels_are_never_better(run_file: RunMaker, work: Path) -> None:
+@pytest.mark.parametrize("form", ["", "Here is what the manual has to say about your question: "])
+def test_shuffled_labels_are_never_better(run_file: RunMaker, work: Path, form: str) -> None:
+    """Also where every answer begins with a sentence that is learned at once."""
     train, held_out = questions()
     answers = [row["completion"] for row in train]
     random.Random(1).shuffle(answers)
-    put(work / "train.jsonl", [r | {"completion": a} for r, a in zip(train, answers, strict=True)])
-    put(work / "eval.jsonl", held_out)
+    shuffled = zip(train, answers, strict=True)
+    put(work / "train.jsonl", [row | {"completion": form + a} for row, a in shuffled])
+    put(work / "eval.jsonl", [row | {"completion": form + row["completion"]} for row in held_out])
     found = report_of(run_file, "sft", **{"data.train": "train.jsonl", "data.eval": "eval.jsonl"})
-    assert found["verdict"]["domain"] in ("no different", "worse")
+    assert found["verdict"]["domain"] in ("no different", "worse"), found["prompt_use"]
 
 
 def test_a_form_that_is_new_hides_no_shuffled_labels(run_file: RunMaker, work: Path) -> None:
@@ -74,8 +80,8 @@ def test_a_form_that_is_new_hides_no_shuffled_labels(run_file: RunMaker, work: P
     found = report_of(run_file, "sft", **{"data.train": "train.jsonl", "data.eval": "eval.jsonl"})
     assert found["domain"]["loss"]["ci95"][1] < -0.5
     assert found["verdict"]["domain"] == "no different"
-    assert found["prompt_use"]["ci95"][0] <= 0
-    assert "do not depend on the prompts" in Path("runs/test/report.html").read_text("utf-8")
+    assert found["prompt_use"]["blind"]
+    assert "hardly depend on their prompts" in Path("runs/test/report.html").read_text("utf-8")
 
 
 def test_another_language_is_forgetting(run_file: RunMaker, work: Path) -> None:
@@ -83,7 +89,7 @@ def test_another_language_is_forgetting(run_file: RunMaker, work: Path) -> None:
     put_texts(work / "general.txt", [text for _, text in nano.docstrings()[:40]])
     changes = {"data.train": "invented.txt", "data.general": "general.txt", "data.eval": 0.1}
     gate: dict[str, Any] = {"prove.gate": {"domain": None}}
-    with pytest.raises(CheckFailed, match=r"prove\.gate: general: forgot \(asked for: kept\)"):
+    with pytest.raises(CheckFailed, match=r"gate: general: forgot \(asked for: kept\)"):
         report_of(run_file, "cpt", **changes, **gate)
     found = json.loads(Path("runs/test/report.json").read_text(encoding="utf-8"))
     assert found["verdict"] == {"domain": "better", "general": "forgot"}

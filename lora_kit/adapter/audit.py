@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,50 @@ from lora_kit.errors import CheckFailed
 
 SMALLEST_PART = 0.01  # parts of the base below this share of its parameters are not named
 # A block of zero rows as long as this is a lost shard; units that never fire lie scattered.
-LOST_BLOCK = 0.25
+LOST_BLOCK = 1 / 16
 # Words in a row of a checksum: a prime, so that a matrix's own rows do not line up with it.
 _COLUMNS = 1021
 # The matrices that begin as zeros, of which each row learns something.
 _FROM_ZERO = re.compile(r"\.(lora_B(\.default)?\.weight|lora_embedding_A(\.default)?)$")
 # An expert that is a module of its own learns only from the tokens that the router sends it.
 _MAY_REST = re.compile(r"\.experts\.\d")
+
+
+# Of a check that fails: what is wrong with a tensor, the likely cause, and the fix.
+_PROBLEMS = {
+    "gradients": (
+        "got no gradient in the first steps",
+        "it is frozen, the rows have no labels, or gradients are checkpointed and the layers' "
+        "inputs need none (open-unlearning#178)",
+        "see `lora-kit preview`, unfreeze it, or train without gradient_checkpointing",
+    ),
+    "moved": (
+        "did not move",
+        "the learning rate was 0 in every step, as it is in the first of a warm-up, or too small "
+        "to change a digit, or the optimizer does not have it",
+        "raise train.learning_rate or train.max_steps",
+    ),
+    "lora_B": (
+        "is zeros, all or a block of its rows",
+        "it was overwritten, or a checkpoint was loaded without its shards (accelerate#4206)",
+        "train again from the start, without --resume",
+    ),
+    "frozen": (
+        "changed while it trained, though it is frozen",
+        "an adapter was merged in place, or a module updates itself",
+        "find what writes into the base: the adapter fits one that is not on disk",
+    ),
+    "saved": (
+        "has only a part of its rows, or zeros, in the saved file",
+        "the shards of other processes were lost in saving (as in accelerate#4206)",
+        "update accelerate, and save again from the last checkpoint (--resume)",
+    ),
+    "effect": (
+        "changes no loss",
+        "its update is zero, or it is switched off when the model is judged",
+        "look at its norms with lora-kit inspect, and train again",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +156,7 @@ class Audit:
 
     >>> audit = Audit(model, accelerator)  # doctest: +SKIP
     >>> audit.begin()                      # the model lies where and how it trains
-    >>> audit.observe(learning_rate)       # before each step of the optimizer
+    >>> audit.observe()                    # before each step of the optimizer
     >>> audit.end(steps)
     >>> audit.report()["problems"]
 
@@ -143,7 +180,7 @@ class Audit:
         self._initial = _fetch({name: _checksum(tensor) for name, tensor in tensors.items()})
         self._frozen: dict[str, int] = {}
         self._reached: Any = None  # bool (tensors,), on the device
-        self._steps, self._rate = 0, 0.0
+        self._steps = 0
         self._explained: set[str] = set()  # modules whose first problem explains what follows
 
     def begin(self) -> None:
@@ -151,7 +188,7 @@ class Audit:
         if not self._hidden:
             self._frozen = self._frozen_now()
 
-    def observe(self, rate: float) -> None:
+    def observe(self) -> None:
         """See which tensors have a gradient, in the first two steps of this process: B begins as
         zeros, and A has none before B moves. Later steps cost nothing.
 
@@ -160,7 +197,6 @@ class Audit:
         """
         import torch
 
-        self._rate = max(self._rate, rate)
         self._steps += 1
         if self._steps > 2 or self._hidden:
             return
@@ -173,10 +209,8 @@ class Audit:
 
     def without_gradient(self) -> CheckFailed:
         """The error of a training in which the loss depends on no tensor of the adapter."""
-        return CheckFailed(
-            "no gradient reaches the adapter, so that nothing can be learned: "
-            + "; ".join(self._what_blocks())
-        )
+        _, cause, fix = _PROBLEMS["gradients"]
+        return CheckFailed(f"no gradient reaches the adapter: {cause}; {fix}")
 
     def end(self, step: int) -> None:
         """Judge what is in memory after `step` steps, earlier parts of the run included."""
@@ -191,12 +225,7 @@ class Audit:
         self._judge_values(step)
         now = self._frozen_now()
         moved = self._on_any_rank({n: float(now.get(n) != old) for n, old in self._frozen.items()})
-        self._judge(
-            *("frozen", moved, f"{len(moved)} of {len(now)} tensors changed"),
-            "changed while it trained, though it is frozen",
-            "an adapter was merged in place, or a module updates itself",
-            "find what writes into the base: the adapter fits one that is not on disk",
-        )
+        self._judge("frozen", moved, f"{len(moved)} of {len(now)} tensors changed")
 
     def check_saved(self, weights: Path) -> None:
         """Read the adapter's file: every B is there, whole, and not made of zeros."""
@@ -211,31 +240,20 @@ class Audit:
                 key = name.replace(".default", "")
                 saved = opened.get_tensor(key) if key in stored else torch.empty(0, 0)
                 whole = saved.shape == getattr(tensor, "ds_shape", tensor.shape)
-                if not whole or float(_zero_rows(saved)[1]) >= LOST_BLOCK:
+                if not whole or float(_zero_block(saved)) >= LOST_BLOCK:
                     lost.append(name)
-        self._judge(
-            *(
-                "saved",
-                self._new(lost),
-                f"{len(tensors) - len(lost)} of {len(tensors)} B are whole",
-            ),
-            f"has only a part of its rows, or zeros, in {weights.name}",
-            "the shards of other processes were lost in saving (as in accelerate#4206)",
-            "update accelerate, and save again from the last checkpoint (--resume)",
+        found = (
+            f"{len(tensors) - len(lost)} of {len(tensors)} lora_B are complete in {weights.name}"
         )
+        self._judge("saved", lost, found)
 
     def effect(self, most: float) -> None:
         """Whether the adapter changes what the model says; `most` is the largest difference, in
         nats, that it makes to the loss of a unit."""
         found = f"it changes the summed loss of a unit by {most:.3g} nats at most"
-        if self._explained or most > 0:
-            self._check("effect", most > 0, found)
-            return
-        self._judge(
-            *("effect", ["the adapter"], found, "changes no loss"),
-            "its update is zero, or it is switched off when the model is judged",
-            "look at its norms with lora-kit inspect, and train again",
-        )
+        self._check("effect", most > 0, found)
+        if most == 0 and not self._explained:
+            self._problem("effect", "the adapter")
 
     def report(self) -> dict[str, Any]:
         """What report.json holds as `audit`."""
@@ -263,18 +281,6 @@ class Audit:
             if ".lora_" in name or parameter.requires_grad
         }
 
-    def _what_blocks(self) -> tuple[str, str]:
-        """What may keep gradients away, and what to do."""
-        if getattr(self.model, "is_gradient_checkpointing", False):
-            return (
-                "gradients are checkpointed and the layers' inputs need none (open-unlearning#178)",
-                "call model.enable_input_require_grads(), or train without gradient_checkpointing",
-            )
-        return (
-            "it is frozen, the rows have no labels, or the loss does not depend on it",
-            "see `lora-kit preview`, unfreeze it, or leave it out with adapter.exclude_modules",
-        )
-
     def _judge_gradients(self) -> None:
         counts = self.accelerator.reduce(self._reached.float(), "sum").tolist()
         names = list(self._tensors())
@@ -284,54 +290,37 @@ class Audit:
             raise self.without_gradient()
         missed = [m for m in modules if m not in reached and not _MAY_REST.search(m)]
         found = f"they reached {len(reached)} of {len(modules)} modules in the first steps"
-        words = "got no gradient in the first steps"
-        self._judge("gradients", self._new(missed), found, words, *self._what_blocks())
+        self._judge("gradients", missed, found)
 
     def _judge_values(self, step: int) -> None:
         """Which tensors moved from their first values, on all ranks; and the rows of B."""
-        import torch
-
-        sums, zeros = {}, {}
+        sums, blocks = {}, {}
         for name, tensor in self._tensors().items():
             # Shards are put together one tensor at a time.
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             sums[name] = _checksum(whole)
             if _FROM_ZERO.search(name):
-                zeros[name] = _zero_rows(whole.detach())
+                blocks[name] = _zero_block(whole.detach())
         now = _fetch(sums)
         same = self._on_any_rank({name: float(now[name] == self._initial[name]) for name in now})
         living = {_module(name) for name in now if name not in same}
-        rows = torch.stack(list(zeros.values()))  # (matrices, 2)
-        blocks = dict(zip(zeros, rows[:, 1].ge(LOST_BLOCK).tolist(), strict=True))
-        cut = [name for name in self._on_any_rank(blocks) if _module(name) in living]
+        blocks = _fetch(blocks)
+        zeros = self._on_any_rank({n: float(share >= LOST_BLOCK) for n, share in blocks.items()})
+        cut = [name for name in zeros if _module(name) in living]
         # A cannot move before B has, and the first step of a warm-up has a rate of 0.
         still = [
             name
-            for name in now
-            if name in same and name not in cut and (step > 2 or _module(name) not in living)
+            for name in same
+            if name not in cut
+            and not _MAY_REST.search(name)
+            and (step > 2 or _module(name) not in living)
         ]
-        still = [n for n in still if not _MAY_REST.search(n)] if living else ["the adapter"]
-        asleep = not self._rate or step == 1
-        self._judge(
-            *("moved", self._new(still), f"{len(now) - len(same)} of {len(now)} tensors did"),
-            "did not move",
-            "the learning rate was 0 in every step, as it is in the first of a warm-up"
-            if asleep
-            else "the optimizer does not have it, or its steps are too small to change a digit",
-            "raise train.learning_rate" + (" or train.max_steps" if asleep else ""),
-        )
-        share, block = rows.amax(0).tolist()
-        self._judge(
-            *(
-                "lora_B",
-                cut,
-                f"{share:.1%} of a B's rows are zeros at most, {block:.1%} in one block",
-            ),
-            "is zeros, all or a block of its rows",
-            "it was overwritten, or a checkpoint was loaded without its shards (accelerate#4206)",
-            "train again from the start, without --resume",
-        )
-        self._explained |= set(map(_module, cut if living else now))
+        found = f"{len(now) - len(same)} of {len(now)} tensors did"
+        self._judge("moved", still if living else ["the adapter"], found)
+        found = f"of a B's rows {max(blocks.values()):.1%} at most are zeros in one block"
+        self._judge("lora_B", cut, found)
+        if not living:  # explains what else is zero
+            self._explained |= set(map(_module, now))
 
     def _frozen_now(self) -> dict[str, int]:
         """Checksums of this rank's part of the frozen parameters, and of the buffers that are saved
@@ -350,23 +339,22 @@ class Audit:
         counts = self.accelerator.reduce(here, "sum").tolist()
         return [name for name, count in zip(flags, counts, strict=True) if count]
 
-    def _new(self, names: list[str]) -> list[str]:
-        """Those of modules that had no problem yet; they have now."""
-        new = [name for name in names if _module(name) not in self._explained]
-        self._explained |= set(map(_module, names))
-        return new
-
     def _check(self, name: str, passed: bool | None, found: str) -> None:
         self.checks.append({"name": name, "passed": passed, "found": found})
 
-    def _judge(
-        self, name: str, bad: Collection[str], found: str, what: str, cause: str, fix: str
-    ) -> None:
-        self._check(name, not bad, found)
-        if bad:
-            first = next(iter(bad)).removeprefix("base_model.model.")
-            more = f" and {len(bad) - 1} more:" if len(bad) > 1 else ""
-            self.problems.append({"what": f"{first}{more} {what}", "cause": cause, "fix": fix})
+    def _judge(self, name: str, bad: list[str], found: str) -> None:
+        """A check that fails for `bad` tensors or modules, if those had no problem before."""
+        new = [one for one in bad if _module(one) not in self._explained]
+        self._explained |= set(map(_module, bad))
+        self._check(name, not new, found)
+        if new:
+            first = new[0].removeprefix("base_model.model.")
+            more = f" and {len(new) - 1} more:" if len(new) > 1 else ""
+            self._problem(name, first + more)
+
+    def _problem(self, check: str, subject: str) -> None:
+        what, cause, fix = _PROBLEMS[check]
+        self.problems.append({"what": f"{subject} {what}", "cause": cause, "fix": fix})
 
 
 def _module(name: str) -> str:
@@ -379,14 +367,14 @@ def _local(tensor: Any) -> Any:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _zero_rows(matrix: Any) -> Any:
-    """(rows, columns) -> (2,): the share of rows that are all zeros, and of their longest block."""
+def _zero_block(matrix: Any) -> Any:
+    """(rows, columns) -> (): the share of its rows in the longest block of them that are zeros."""
     import torch
 
     alive = matrix.ne(0).any(dim=1)
     index = torch.arange(1, len(alive) + 1, device=alive.device)
     last = torch.where(alive, index, 0).cummax(0).values
-    return torch.stack([(~alive).float().mean(), (index - last).max() / len(alive)])
+    return (index - last).max() / len(alive)
 
 
 def _checksum(tensor: Any) -> Any:
@@ -409,8 +397,9 @@ def _checksum(tensor: Any) -> Any:
     return (sums * torch.arange(1, 2 * _COLUMNS, 2, device=sums.device)).sum()
 
 
-def _fetch(sums: dict[str, Any]) -> dict[str, int]:
+def _fetch(numbers: dict[str, Any]) -> dict[str, Any]:
     """From the device, at once."""
     import torch
 
-    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
+    values = torch.stack(list(numbers.values())).tolist() if numbers else []
+    return dict(zip(numbers, values, strict=True))

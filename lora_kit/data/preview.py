@@ -251,21 +251,11 @@ def write_page(
 
 def page(run: Run, prepared: Prepared, tokenizer: Any, problems: list[str]) -> str:
     """The page of `write_page`."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Also what is no sample: names of files, what is wrong with a row.
-        finalize=lambda value: harmless(value) if type(value) is str else value,
-    )
-    environment.filters["csp"] = _csp
     census = prepared.census
     uses = [use for use in USES if getattr(census, use).samples]
     notes = [line.removeprefix("note: ") for line in prepared.summary() if line[:6] == "note: "]
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return render(
+        _TEMPLATE,
         run=run,
         prepared=prepared,
         packing=packing(run, prepared),
@@ -281,6 +271,22 @@ def page(run: Run, prepared: Prepared, tokenizer: Any, problems: list[str]) -> s
         },
         most_tokens=TOKENS_OF_A_PAGE,
     )
+
+
+def render(source: Path, /, **values: Any) -> str:
+    """A page of a Jinja template. All text is escaped, and made harmless: not samples alone, names
+    of files too."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: harmless(value) if type(value) is str else value,
+    )
+    environment.filters["csp"] = _csp
+    return environment.from_string(source.read_text(encoding="utf-8")).render(values)
 
 
 def _csp(content: str) -> str:

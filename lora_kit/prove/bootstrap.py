@@ -13,6 +13,7 @@ from lora_kit.prove.measure import Losses
 RESAMPLES = 10_000
 FEWEST_UNITS = FEWEST_TO_JUDGE
 SMALLEST_SHARE = 0.005  # a difference below half a percent is called no difference
+FEWEST_CHANGED = 6
 _NATS_TO_BITS = 1 / np.log(2)
 
 
@@ -38,11 +39,18 @@ def statistics(base: Losses, adapted: Losses, seed: int) -> dict[str, Any]:
 
 def scores(base: np.ndarray, adapted: np.ndarray, seed: int) -> dict[str, Any]:
     """Mean scores of two models on the same rows, float64 (rows,), their difference, its interval:
-    {"base", "adapted", "difference", "ci95"}."""
-    return _figures(base.sum(), adapted - base, np.ones(len(base)), seed)
+    {"base", "adapted", "difference", "ci95", "changed": rows with another score}. Where few rows
+    changed the interval is too narrow: a bootstrap does not know what it did not draw."""
+    figures = _figures(base.sum(), adapted - base, np.ones(len(base)), seed)
+    return {**figures, "changed": int((adapted != base).sum())}
 
 
-def verdict(measured: dict[str, Any], lower: str, higher: str, same: str) -> str:
+def verdict(
+    measured: dict[str, Any],
+    lower: str = "better",
+    higher: str = "worse",
+    same: str = "no different",
+) -> str:
     """A word for a comparison of losses: the interval must exclude 0, over enough documents."""
     if measured["documents"] < FEWEST_UNITS:
         return "too little data"
@@ -51,10 +59,14 @@ def verdict(measured: dict[str, Any], lower: str, higher: str, same: str) -> str
 
 
 def verdict_of_scores(measured: dict[str, Any], rows: int) -> str:
-    """A word for a comparison of scores, where more is better and half a point is nothing."""
+    """A word for a comparison of scores, where more is better. Half a point of 1 is nothing, nor
+    are fewer than six rows: the sign test would not reach 5%."""
     if rows < FEWEST_UNITS:
         return "too little data"
-    return _word(measured, SMALLEST_SHARE, "worse", "better", "no different")
+    if measured.get("changed", FEWEST_CHANGED) < FEWEST_CHANGED:
+        return "no different"
+    smallest = SMALLEST_SHARE * max(1.0, abs(measured.get("base", 1.0)))
+    return _word(measured, smallest, "worse", "better", "no different")
 
 
 def interval(change: np.ndarray, size: np.ndarray, seed: int) -> tuple[float, float]:
@@ -111,7 +123,7 @@ def _resampled(change: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
 
 def _student(freedom: float) -> float:
     """The 97.5% quantile of Student's t, by Cornish and Fisher's expansion (Abramowitz and Stegun
-    26.7.5): within 0.001 from 8 degrees of freedom on."""
+    26.7.5): within 0.001 from 8 degrees of freedom on, and far too large below 2."""
     z = NormalDist().inv_cdf(0.975)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

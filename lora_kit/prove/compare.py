@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lora_kit.adapter.attach import adapter_folder
-from lora_kit.adapter.load import load, open_run
+from lora_kit.adapter.inspect import figures
+from lora_kit.adapter.load import load, load_run_tokenizer, open_run
 from lora_kit.data.labelled import IGNORED, Labelled
 from lora_kit.data.prepare import Prepared, prepare
 from lora_kit.errors import UserError
@@ -23,12 +24,13 @@ from lora_kit.prove.measure import Losses, generate, measure
 from lora_kit.prove.pairing import prompt_use
 from lora_kit.prove.report import write_report
 from lora_kit.prove.scratch import against_scratch
-from lora_kit.run import load_run, read_lock
+from lora_kit.run import load_run, read_json, read_lock
 from lora_kit.schema import Gate, Prove
 
 _SHOWN_EACH = 2  # samples of a kind: the first, the largest gain, the largest loss
 _SHOWN_TOKENS = 48
 _LONGEST_ANSWER = 512  # tokens
+_LONGER_ANSWER = 8  # tokens more than the longest one expected
 _LEARNED_ROWS = 256  # training rows that are measured for the gap, at most
 _PAIRED_ROWS = 256  # held-out rows whose answers are put after another prompt, at most
 
@@ -67,19 +69,29 @@ def check_prove(prove: Prove, judged: HeldOut, tokenizer: Any, supervise: str) -
     """What `prove:` asks for can be measured on these rows; asked before anything trains.
 
     Raises:
-        UserError: a metric or task is not there, or fits no answers of this kind.
+        UserError: nothing can be judged; or a metric or task is not there, or fits no answers of
+            this kind.
     """
-    metrics.check_names(prove.metrics, judged.kind)
-    if prove.metrics:
-        if supervise == "all":
-            raise UserError("prove.metrics: data.supervise: all leaves no answer apart to score")
-        rows = _answered(judged, prove.answers, 0)
-        metrics.check_fit(prove.metrics, [_text(tokenizer, judged.question(n)[1]) for n in rows])
-    if prove.harness:
-        check_tasks(prove.harness)
-    unknown = sorted((prove.gate.metrics if prove.gate else {}).keys() - set(prove.metrics))
-    if unknown:
-        raise UserError(f"prove.gate.metrics: {', '.join(unknown)}: not in prove.metrics")
+    if not judged.domain.supervised_tokens:
+        raise UserError("data.eval: no row has two tokens: nothing can be predicted")
+    problems = []
+    rows = _answered(judged, prove.answers, 0) if prove.metrics else []
+    wanted = [_text(tokenizer, judged.question(row)[1]) for row in rows]
+    for check in (
+        lambda: metrics.check_names(prove.metrics, judged.kind),
+        lambda: metrics.check_fit(prove.metrics, wanted),
+        lambda: check_tasks(prove.harness) if prove.harness else None,
+    ):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if prove.metrics and supervise == "all":
+        problems.append("prove.metrics: data.supervise: all leaves no answer apart to score")
+    if unknown := sorted((prove.gate.metrics if prove.gate else {}).keys() - set(prove.metrics)):
+        problems.append(f"prove.gate.metrics: {', '.join(unknown)}: not in prove.metrics")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def compare(
@@ -89,7 +101,8 @@ def compare(
     gate: bool = False,
     scratch: bool = False,
 ) -> dict[str, Any]:
-    """Measure a finished run again, and bring its report.json and report.html up to date.
+    """Measure a finished run again, and write its report.json and report.html anew, unless they
+    hold something that was not measured this time.
 
     Args:
         run: the run directory.
@@ -107,8 +120,8 @@ def compare(
     if strange := [item for item in overrides if not item.startswith("prove.")]:
         raise UserError(f"{', '.join(strange)}: a finished run takes other prove.* keys only")
     opened = load_run(Path(run) / "run.yaml", list(overrides), needs_sources=False)
-    adapter_folder(run)
-    model, tokenizer = load(run)
+    before = read_json(Path(run) / "report.json")
+    tokenizer = load_run_tokenizer(run)
     # What the limits allow was decided when the run was trained.
     lock, length = read_lock(run), opened.train.max_length
     prepared = prepare(
@@ -117,19 +130,30 @@ def compare(
     _check_data(run, prepared)
     judged, prove = HeldOut.of(prepared), opened.prove
     check_prove(prove, judged, tokenizer, opened.data.supervise)
-    report = compare_model(model, tokenizer, judged, prove)
+    model, tokenizer = load(run)
+    report = compare_model(model, tokenizer, judged, prove, opened.seed)
     del report["adapter_effect"]  # of a training's audit
-    report["harness"] = run_harness(model, tokenizer, prove.harness) if prove.harness else None
+    if prove.harness:
+        measure_tasks(report, model, tokenizer, prove)
+    report["layers"] = figures(adapter_folder(run))
     if scratch:
-        found = against_scratch(opened, model, tokenizer, prepared, lock["batch"])
-        report["scratch"] = found
-        report["verdict"]["scratch"] = verdict(found, "better", "worse", "no different")
-    file = Path(run) / "report.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    report = _updated(before, report)
+        steps = (before.get("training") or {}).get("steps")
+        found = against_scratch(opened, model, tokenizer, prepared, lock["batch"], steps)
+        report["scratch"], report["verdict"]["scratch"] = found, verdict(found)
+    # What only a training knows.
+    report |= {name: before.get(name) for name in ("training", "memory", "audit")}
+    chosen = {"best_step": None, "stopped_early": False} | (before.get("overfitting") or {})
+    report["overfitting"] = chosen | report["overfitting"]
     asked = prove.gate or (Gate() if gate else None)
     report["gate"] = held(report, asked) if asked else None
-    write_report(Path(run), opened, report)
+    if lost := _lost(before, report):
+        print(
+            f"report.json and report.html stay as they are: they hold {', '.join(lost)}, which was "
+            "not measured now",
+            file=sys.stderr,
+        )
+    else:
+        write_report(Path(run), opened, report)
     return report
 
 
@@ -143,7 +167,8 @@ def compare_model(
     """
     pad = tokenizer.pad_token_id
     word: dict[str, str] = {}
-    report: dict[str, Any] = {"verdict": word, "general": None, "few_shot": None, "metrics": None}
+    absent = dict.fromkeys(("general", "few_shot", "scratch", "prompt_use", "metrics", "harness"))
+    report: dict[str, Any] = {"verdict": word, **absent, "not_measured": []}
 
     def both(rows: Labelled, chosen: np.ndarray | None = None) -> tuple[Losses, Losses]:
         adapted = measure(model, rows, pad, rows=chosen)
@@ -151,21 +176,22 @@ def compare_model(
             return measure(model, rows, pad, rows=chosen), adapted
 
     base, adapted = both(judged.domain)
-    if not (base.tokens * base.bytes).any():
-        raise UserError("data.eval: no row has two tokens: nothing can be predicted")
     report["domain"] = statistics(base, adapted, seed)
-    word["domain"] = verdict(report["domain"], "better", "worse", "no different")
-    report["prompt_use"], blind = None, False
+    word["domain"] = verdict(report["domain"])
     if judged.kind == "chat":
         drawn = np.random.default_rng(seed).permutation(len(judged.domain))[:_PAIRED_ROWS]
-        questions = [judged.question(row) for row in drawn.tolist()]
-        report["prompt_use"] = used = prompt_use(model, pad, questions, seed)
-        if blind := bool(used and used["ci95"][0] <= 0) and word["domain"] == "better":
-            word["domain"] = "no different"
+        # Where all is learned from, the prompt too, there is no answer apart.
+        rows = [row for row in drawn.tolist() if judged.domain[row]["labels"][0] == IGNORED]
+        questions = [judged.question(row) for row in rows]
+        report["prompt_use"] = prompt_use(model, pad, questions, seed) if rows else None
+    # Which answers occur is a gain in loss, and no answer to a prompt.
+    blind = bool(report["prompt_use"] and report["prompt_use"]["blind"])
+    if blind and word["domain"] == "better":
+        word["domain"] = "no different"
     if judged.general is not None:
         report["general"] = statistics(*both(judged.general), seed)
         word["general"] = verdict(report["general"], "kept", "forgot", "kept")
-    examples = _examples(model, tokenizer, judged, prove.shots, seed)
+    examples = _examples(model, judged, prove, seed)
     if examples:
         opening = few_shot.opening(tokenizer) if judged.kind == "chat" else []
         longer = few_shot.after_examples(judged.domain, examples, opening)
@@ -174,9 +200,9 @@ def compare_model(
         tokens = int(longer.lengths[0] - judged.domain.lengths[0])
         against = statistics(prompted, adapted, seed)
         report["few_shot"] = {"shots": len(examples), "tokens": tokens, **against}
-        word["few_shot"] = verdict(
-            against, "no different" if blind else "better", "worse", "no different"
-        )
+        word["few_shot"] = verdict(against, "no different" if blind else "better")
+    elif prove.shots:
+        report["not_measured"].append("few_shot: the base has no room for examples beside the rows")
     learned = np.random.default_rng(seed).permutation(len(judged.train))
     learned = learned[: min(len(judged.domain), _LEARNED_ROWS)]
     before, after = (
@@ -188,33 +214,39 @@ def compare_model(
         "gap": round(report["domain"]["loss"]["difference"] - (after - before), 4),
     }
     if samples and prove.metrics:
-        report["metrics"] = _scores(model, tokenizer, judged, prove, examples, seed)
-        for name, figures in report["metrics"].items():
-            word[name] = verdict_of_scores(figures, figures["rows"])
+        try:
+            report["metrics"] = _scores(model, tokenizer, judged, prove, examples, seed)
+        except UserError as error:  # of a script that takes some answers and not others
+            report["not_measured"].append(f"prove.metrics: {error}")
+        for name, scored in (report["metrics"] or {}).items():
+            word[name] = verdict_of_scores(scored, scored["rows"])
     report["samples"] = _side_by_side(model, tokenizer, judged, base, adapted) if samples else []
     return report | {"adapter_effect": float(np.abs(adapted.nats - base.nats).max())}
 
 
-def _updated(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """A report brought up to date: what was measured before and not now is as true as it was."""
-    empty = dict.fromkeys(("training", "memory", "audit", "layers"))
-    untouched = {name: before.get(name) for name, value in report.items() if value is None}
-    merged: dict[str, Any] = {"overfitting": {"best_step": None, "stopped_early": False}}
-    for name in ("verdict", "overfitting", "metrics", "harness"):
-        found = {**merged.get(name, {}), **(before.get(name) or {}), **(report[name] or {})}
-        merged[name] = found or None
-    return empty | before | report | untouched | merged
+def measure_tasks(report: dict[str, Any], model: Any, tokenizer: Any, prove: Prove) -> None:
+    """Add the harness's figures to a report, or why there are none."""
+    try:
+        report["harness"] = run_harness(model, tokenizer, prove.harness)
+    except UserError as error:
+        report["not_measured"].append(str(error))
 
 
-def _examples(
-    model: Any, tokenizer: Any, judged: HeldOut, shots: int, seed: int
-) -> list[list[int]]:
+def _lost(before: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    """What an earlier report holds and this one does not."""
+    lost = [name for name in ("few_shot", "scratch") if before.get(name) and not report[name]]
+    for part in ("metrics", "harness"):
+        lost += (before.get(part) or {}).keys() - (report[part] or {}).keys()
+    return sorted(lost)
+
+
+def _examples(model: Any, judged: HeldOut, prove: Prove, seed: int) -> list[list[int]]:
     """Training rows that stand before each held-out one; none where the base has no room."""
-    if not shots:
+    if not prove.shots:
         return []
-    longest = int(judged.domain.lengths.max())
+    longest = int(judged.domain.lengths.max()) + (_LONGER_ANSWER if prove.metrics else 0)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    return few_shot.choose(judged.train, longest, room, shots, judged.kind == "chat", seed)
+    return few_shot.choose(judged.train, longest, room, prove.shots, judged.kind == "chat", seed)
 
 
 def _answered(judged: HeldOut, most: int, seed: int) -> list[int]:
@@ -236,7 +268,7 @@ def _scores(
     prompts = [prompt for prompt, _ in asked]
     wanted = [_text(tokenizer, answer) for _, answer in asked]
     # An answer that is longer than every right one is not made right by its rest.
-    length = min(_LONGEST_ANSWER, max(len(answer) for _, answer in asked) + 8)
+    length = min(_LONGEST_ANSWER, max(len(a) for _, a in asked) + _LONGER_ANSWER)
     said = {"adapted": generate(model, tokenizer, prompts, length)}
     with model.disable_adapter():
         said["base"] = generate(model, tokenizer, prompts, length)

@@ -6,9 +6,8 @@ from typing import Any
 
 from lora_kit.adapter.inspect import figures
 from lora_kit.errors import CheckFailed
-from lora_kit.prove.compare import HeldOut, compare_model
+from lora_kit.prove.compare import HeldOut, compare_model, measure_tasks
 from lora_kit.prove.gate import held
-from lora_kit.prove.harness import run_harness
 from lora_kit.prove.report import in_lines, write_report
 from lora_kit.schema import Run
 from lora_kit.train.callbacks import peak_mib, read_metrics
@@ -30,13 +29,13 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
     model = trainer.model_wrapped if sharded else trainer.model
     directory.say(f"judging base and adapted on {judged}")
     # A sharded model would have to generate on all ranks in step: it is not let speak.
-    report = compare_model(model, tokenizer, judged, run.prove, samples=not sharded)
+    report = compare_model(model, tokenizer, judged, run.prove, run.seed, samples=not sharded)
     alone = trainer.accelerator.num_processes == 1
-    report["harness"] = None
     if run.prove.harness and alone:
-        report["harness"] = run_harness(model, tokenizer, run.prove.harness)
+        measure_tasks(report, model, tokenizer, run.prove)
     if (run.prove.harness and not alone) or (run.prove.metrics and sharded):
-        directory.say(f"not measured on several processes: lora-kit compare {directory.path}")
+        why = f"on several processes: ask one, with lora-kit compare {directory.path}"
+        report["not_measured"].append(why)
     trainer.audit.effect(report.pop("adapter_effect"))
     report["audit"] = trainer.audit.report()
     report["overfitting"] |= {
@@ -48,6 +47,7 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
     )
     report["training"] = {
         "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch, 3),
         "tokens": trainer.count_tokens(),
         "tokens_per_second": last.get("tokens_per_second", 0.0),
         "seconds": round(trainer.seconds, 3),
@@ -64,7 +64,7 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
             directory.say(line)
         directory.say(f"written to {directory.path}")
     failed = [f"{p['what']}: {p['cause']}; {p['fix']}" for p in report["audit"]["problems"]]
-    failed += [f"prove.gate: {line}" for line in (report["gate"] or {}).get("failed", [])]
+    failed += [f"gate: {line}" for line in (report["gate"] or {}).get("failed", [])]
     if failed:
         raise CheckFailed("\n".join(failed))
     return report

@@ -29,6 +29,8 @@ def held(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
         word = report["verdict"].get(part)
         if asked and word not in _REACHED[asked]:
             failed.append(f"{part}: {word or _UNKNOWN[part]} (asked for: {asked})")
+    for problem in (report.get("audit") or {}).get("problems", []):
+        failed.append(f"audit: {problem['what']}")
     loss = report["domain"]["loss"]["adapted"]
     if gate.loss is not None and loss > gate.loss:
         failed.append(f"loss: {loss} nats per token (asked for: {gate.loss:g} at most)")

@@ -42,8 +42,7 @@ def check_tasks(tasks: list[str]) -> None:
         except UserError as error:
             problems.append(str(error))
         except Exception as error:  # data, templates and functions are the task's own
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            problems.append(f"{task}: cannot be loaded: {why}")
+            problems.append(f"{task}: cannot be loaded: {_line(error)}")
         else:
             if any(getattr(one, "UNSAFE_CODE", False) for one in loaded):
                 problems.append(f"{task}: runs code that the model wrote, which is not done here")
@@ -82,11 +81,14 @@ def run_harness(
         judge = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=at_once, softmax_dtype="float32"
         )
-        with model.disable_adapter():
-            set_seed(seed)  # of tasks that sample
-            base = lm_eval.evaluate(judge, loaded, bootstrap_iters=0)
-        set_seed(seed)
-        adapted = lm_eval.evaluate(judge, loaded, bootstrap_iters=0)
+        try:
+            with model.disable_adapter():
+                set_seed(seed)  # of tasks that sample
+                base = lm_eval.evaluate(judge, loaded, bootstrap_iters=0)
+            set_seed(seed)
+            adapted = lm_eval.evaluate(judge, loaded, bootstrap_iters=0)
+        except Exception as error:  # templates and functions are the task's own
+            raise UserError(f"prove.harness: {_line(error)}") from None
     model.train(training)
     return table(base, adapted, seed)
 
@@ -136,6 +138,10 @@ def _values(result: dict[str, Any], name: str, metric: str, chosen: str) -> list
 def _mean(values: list[Any]) -> float:
     numbers = all(isinstance(value, Real | np.bool_) for value in values)
     return float(np.mean(values)) if values and numbers else math.nan
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from lora_kit.errors import CheckFailed
 # Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
 # of 152k. A single row may be longer.
 LOGITS_AT_ONCE = 2**28
+TOKENS_AT_ONCE = 2**14  # of prompts and answers in one batch: their keys and values are kept
+_PIECE = 2**25  # and of those, in float32 for the loss: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def measure(
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if ranks > 1 else 0
     sums = torch.zeros((2, len(labelled.unit_bytes)), dtype=torch.float64)
+    whole = getattr(model, "get_base_model", lambda: model)()
+    trims = "logits_to_keep" in inspect.signature(whole.forward).parameters
     training = model.training
     model.eval()
     with torch.inference_mode():
@@ -69,13 +74,18 @@ def measure(
             # Every rank runs as many passes as the others: a sharded model needs all of them.
             numbers = batches[min(mine, len(batches) - 1)]
             batch = collate([labelled[n] for n in numbers])
-            targets = batch.pop("labels").to(device)[:, 1:]
-            logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]
+            labels = batch.pop("labels")
+            # Of what stands before every label no logits are needed.
+            learned = (labels[:, 1:] != IGNORED).any(0).nonzero()
+            first = int(learned[0]) if len(learned) else labels.shape[1] - 2
+            targets = labels[:, max(first, 0) + 1 :].to(device)
+            keep = targets.shape[1] + 1
+            some = {"logits_to_keep": keep} if trims else {}
+            logits = model(**{k: v.to(device) for k, v in batch.items()}, **some).logits
+            logits = logits[:, -keep:-1]
             if mine < len(batches):
-                # Row by row: float32 logits of the whole batch would double its memory.
-                nats = [_row_nats(row, wanted) for row, wanted in zip(logits, targets, strict=True)]
                 units = torch.tensor([int(labelled.units[n]) for n in numbers])
-                sums[0].index_add_(0, units, torch.stack(nats).cpu())
+                sums[0].index_add_(0, units, _row_nats(logits, targets).cpu())
                 sums[1].index_add_(0, units, (targets != IGNORED).sum(1).double().cpu())
     model.train(training)
     if ranks > 1:
@@ -92,12 +102,19 @@ def measure(
 
 
 def _row_nats(logits: Any, targets: Any) -> Any:
-    """Summed loss of one row, float64: logits (length, vocabulary), targets (length,)."""
+    """Summed loss of each row, float64 (rows,): logits (rows, length, vocabulary), targets (rows,
+    length). In pieces, because float32 logits of the whole batch would triple its memory."""
     import torch
 
-    here = targets != IGNORED
-    nats = torch.nn.functional.cross_entropy(logits[here].float(), targets[here], reduction="none")
-    return nats.double().sum()
+    nats = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
+    # (labels, 2): row and place of each
+    for places in (targets != IGNORED).nonzero().split(max(1, _PIECE // logits.shape[-1])):
+        row, place = places.unbind(1)
+        some = torch.nn.functional.cross_entropy(
+            logits[row, place].float(), targets[row, place], reduction="none"
+        )
+        nats.index_add_(0, row, some.double())
+    return nats
 
 
 def _batches(lengths: np.ndarray, order: list[int], budget: int) -> list[list[int]]:
@@ -126,7 +143,8 @@ def generate(
     sorted by length and dealt out to the ranks if there are several; every rank returns them all.
 
     Args:
-        prompts: token ids. at_once: prompts in one batch.
+        prompts: token ids. at_once: prompts in one batch, fewer where they are long.
+        max_new_tokens: at most; fewer where the base has no positions for them.
     """
     import torch
     import torch.distributed as dist
@@ -139,10 +157,14 @@ def generate(
     mine = order[dist.get_rank() :: ranks] if ranks > 1 else order
     training = model.training
     model.eval()
-    said: dict[int, str] = {}
-    for first in range(0, len(mine), at_once):
-        chosen = mine[first : first + at_once]
-        width = len(prompts[chosen[0]])
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    said = {n: "" for n in mine if len(prompts[n]) >= room}
+    waiting = [n for n in mine if n not in said]
+    while waiting:
+        width = len(prompts[waiting[0]])
+        length = min(max_new_tokens, room - width)
+        rows = max(1, min(at_once, TOKENS_AT_ONCE // (width + length)))
+        chosen, waiting = waiting[:rows], waiting[rows:]
         # (prompts, longest prompt)
         ids = torch.full((len(chosen), width), pad, device=device)
         mask = torch.zeros_like(ids)
@@ -154,8 +176,12 @@ def generate(
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=length,
+                # Whatever the base's own generation_config.json asks for.
                 do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 use_cache=True,
                 pad_token_id=pad,
                 eos_token_id=ends,

@@ -30,6 +30,7 @@ _SIGN = re.compile(r"(?<!\w)-(?=\d)|(?<=\d)\.(?=\d)")
 _LESS_IS_BETTER = {"cer", "charcut", "character", "mae", "mape", "mse", "perplexity", "ter", "wer"}
 _PROBE = "the answer to this question is forty-two"
 
+VERDICTS = {"domain", "general", "few_shot", "scratch"}
 Metric = Callable[[str, str], float]
 
 
@@ -55,13 +56,18 @@ def score(name: str, predictions: list[str], references: list[str]) -> np.ndarra
 def check_names(names: list[str], kind: str) -> None:
     """Raises UserError, a line for each metric that cannot be computed. kind: "chat" or "text"."""
     counts = Counter(names)
-    problems = [f"{name}: named {counts[name]} times" for name in counts if counts[name] > 1]
+    problems = [
+        f"{name}: a verdict has this name; call it otherwise" for name in names if name in VERDICTS
+    ]
+    problems += [f"{name}: named {counts[name]} times" for name in counts if counts[name] > 1]
     if names and kind == "text":
         problems.append("metrics score answers, and text has none; leave them out, or use sft")
         counts.clear()  # no need to load them
     for name in counts:
         try:
-            (OWN.get(name) or _borrowed(name))(_PROBE, _PROBE)
+            metric = OWN.get(name) or _borrowed(name)
+            metric(_PROBE, _PROBE)
+            metric("", _PROBE)
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -177,7 +183,7 @@ def _borrowed(name: str) -> Metric:
     except FileNotFoundError:
         why = "no metric's script there, and none of this name on the Hub (not asked offline)"
         raise UserError(f"{name}: {why}{hint}") from None
-    except Exception as error:  # the script is anybody's code
+    except (Exception, SystemExit) as error:  # the script is anybody's code
         raise UserError(f"{name}: cannot be loaded: {_line(error)}") from None
     own = Path(name).stem
     if own in _LESS_IS_BETTER:
@@ -185,8 +191,8 @@ def _borrowed(name: str) -> Metric:
 
     def metric(prediction: str, expected: str) -> float:
         try:
-            result = loaded.compute(predictions=[prediction], references=[expected])
-        except Exception as error:
+            result = dict(loaded.compute(predictions=[prediction], references=[expected]))
+        except (Exception, SystemExit) as error:
             raise UserError(f"{name}: does not take text answers: {_line(error)}") from None
         numbers = {key: value for key, value in result.items() if isinstance(value, Real)}
         only = next(iter(numbers.values())) if len(numbers) == 1 else math.nan
@@ -198,5 +204,5 @@ def _borrowed(name: str) -> Metric:
     return metric
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -7,10 +7,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_kit.data.preview import harmless
+from lora_kit.data.preview import render
+from lora_kit.errors import UserError
 from lora_kit.prove.bootstrap import verdict_of_scores
 from lora_kit.prove.charts import curves, forest, heat
-from lora_kit.run import read_lock
+from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Run
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import write_json
@@ -31,8 +32,8 @@ _WORDS = {
     "forgot": "general text got worse: the adapter forgets",
 }
 _BLIND = (
-    "the answers do not depend on the prompts: what was learned is which answers occur, not which "
-    "of them belongs to a prompt. Look for shuffled labels"
+    "the loss fell, but the answers hardly depend on their prompts: what was learned is which "
+    "answers occur, not which of them belongs to a prompt. Look for shuffled labels"
 )
 _AGAINST = {
     "few_shot": "the base with examples in its prompt",
@@ -54,12 +55,19 @@ class Finding(NamedTuple):
 
 
 def write_report(directory: Path, run: Run, report: dict[str, Any]) -> None:
-    """Write both files of a finished run; all text from data is escaped."""
-    write_json(directory / "report.json", report)
+    """Write both files of a finished run, or none of them; all text from data is escaped.
+
+    Raises:
+        UserError: the run directory cannot be written to.
+    """
     page = _page(directory, run, report)
-    partial = directory / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(directory / "report.html")
+    try:
+        partial = directory / "report.html.partial"
+        partial.write_text(page, encoding="utf-8")
+        write_json(directory / "report.json", report)
+        partial.replace(directory / "report.html")
+    except OSError as error:
+        raise UserError(f"{directory}: the report cannot be written ({error.strerror})") from None
 
 
 def in_words(verdict: str, part: str = "domain") -> str:
@@ -87,8 +95,8 @@ def findings(report: dict[str, Any]) -> list[Finding]:
             gain = _gain(loss, -100 / loss["base"])
             change = "{:+.1f}%, 95% {:+.1f}% to {:+.1f}%".format(*(-gain[n] for n in (0, 2, 1)))
             figures = f"{loss['base']:.3f} -> {loss['adapted']:.3f} nats per token ({change})"
-            used, sentence = report["prompt_use"], in_words(word, part)
-            if part == "domain" and word == "no different" and used and used["ci95"][0] <= 0:
+            used, sentence = report["prompt_use"] or {"blind": False}, in_words(word, part)
+            if part == "domain" and word == "no different" and gain[1] > 0 and used["blind"]:
                 sentence = _BLIND
             found.append(Finding(part, title, word, sentence, figures, "%", gain))
         elif part == "general":
@@ -120,6 +128,11 @@ def findings(report: dict[str, Any]) -> list[Finding]:
         word = "failed" if problems or failed else "passed"
         why = "; ".join(problems or failed or ["every check passed that could be made"])
         found.append(Finding("audit", "Did it train", word, why))
+    else:
+        why = "not known: no training that came to its end was checked"
+        found.append(Finding("audit", "Did it train", "not known", why))
+    for line in report["not_measured"] or []:
+        found.append(Finding("not measured", "Not measured", "not known", line))
     return found
 
 
@@ -135,21 +148,11 @@ def _filled(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # All text, not samples alone: control characters and turned reading directions are seen.
-        finalize=lambda value: harmless(value) if type(value) is str else value,
-    )
     report, found = _filled(report), findings(report)
-    census = directory / "census.json"
     best_step = (report["overfitting"] or {}).get("best_step")
     plots = {unit: [f for f in found if f.unit == unit] for unit in ("%", " points")}
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return render(
+        _TEMPLATE,
         run=run,
         report=report,
         findings=found,
@@ -158,6 +161,6 @@ def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
         curves=curves(read_metrics(directory / "metrics.jsonl"), best_step),
         heat=heat(report["layers"]) if report["layers"] else None,
         lock=read_lock(directory),
-        census=json.loads(census.read_text(encoding="utf-8")) if census.is_file() else None,
+        census=read_json(directory / "census.json") or None,
         settings=json.dumps(run.model_dump(mode="json"), indent=1, ensure_ascii=False),
     )

@@ -17,20 +17,25 @@ from lora_kit.train.arguments import training_arguments
 
 
 def against_scratch(
-    run: Run, adapted: Any, tokenizer: Any, data: Prepared, batch: dict[str, int]
+    run: Run,
+    adapted: Any,
+    tokenizer: Any,
+    data: Prepared,
+    batch: dict[str, int],
+    steps: int | None,
 ) -> dict[str, Any]:
     """Train random weights of the base's shape in float32 on the same rows for as many steps, all
     of them trainable, with the run's own optimizer settings; judge it against the adapter.
 
     Args:
         adapted: the run's PEFT model. batch: the geometry in the run's lock file; what several
-            processes did is done in more passes.
+            processes did is done in more passes. steps: that the run took; None: as planned.
 
     Returns:
         {"parameters", "seconds"} and `statistics`, with the new model as the base.
     """
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, set_seed
+    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
 
     pad = tokenizer.pad_token_id
     after = measure(adapted, data.eval, pad)
@@ -49,9 +54,12 @@ def against_scratch(
         arguments = training_arguments(run, Path(folder))
         arguments.save_strategy = "no"
         started = time.perf_counter()
-        Trainer(
+        trainer = Trainer(
             model=model, args=arguments, train_dataset=data.train, data_collator=collator(pad)
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer._loss_shifts_labels = True  # see LoraTrainer
+        trainer.train()
     seconds = time.perf_counter() - started
     before = measure(model.to("cuda") if gpu_is_used() else model, data.eval, pad)
     parameters = sum(p.numel() for p in model.parameters())

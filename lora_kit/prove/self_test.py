@@ -308,5 +308,3 @@ def show(found: dict[str, Any]) -> None:
     Console().print(table)
     loss, gradient = TOLERANCE[found["dtype"]]
     print(f"allowed for rounding in {found['dtype']}: loss {loss:.0e}, gradient {gradient:.0e}")
-    if found["dtype"] != "float32":
-        print("base.dtype=float32 behind the run file looks 500 times closer")

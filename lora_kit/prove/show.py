@@ -17,6 +17,7 @@ def comparison(report: dict[str, Any], title: str = "Base against adapted") -> N
     """Print one report as a table and its verdicts in words. Losses fall, scores rise."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
@@ -24,19 +25,19 @@ def comparison(report: dict[str, Any], title: str = "Base against adapted") -> N
     for name in ("documents", "base", "adapted", "change", "95% interval"):
         table.add_column(name, justify="right")
     shots = (report.get("few_shot") or {}).get("shots")
-    for part, name in (
-        ("domain", "domain"),
-        ("general", "general"),
-        ("few_shot", f"domain, base with {shots} examples"),
-        ("scratch", "domain, trained from scratch as base"),
+    for part, measure, name in (
+        ("domain", "loss", "domain, nats per token"),
+        ("domain", "bits_per_byte", "domain, bits per byte"),
+        ("general", "loss", "general, nats per token"),
+        ("general", "bits_per_byte", "general, bits per byte"),
+        ("few_shot", "loss", f"base with {shots} examples"),
+        ("scratch", "loss", "trained from scratch"),
     ):
-        for measure, unit in (("loss", "nats per token"), ("bits_per_byte", "bits per byte")):
-            if not report.get(part) or (part in ("few_shot", "scratch") and measure != "loss"):
-                continue
+        if report.get(part):
             found = report[part][measure]
             low, high = (bound / found["base"] for bound in found["ci95"])
             table.add_row(
-                f"{name}, {unit}",
+                name,
                 str(report[part]["documents"]),
                 f"{found['base']:.3f}",
                 f"{found['adapted']:.3f}",
@@ -45,15 +46,19 @@ def comparison(report: dict[str, Any], title: str = "Base against adapted") -> N
             )
     for name, found in {**(report.get("metrics") or {}), **(report.get("harness") or {})}.items():
         table.add_row(
-            name,
+            Text(harmless(name)),
             str(found["rows"]),
             f"{found['base']:.3f}",
             f"{found['adapted']:.3f}",
             f"{found['difference']:+.3f}",
             "{:+.3f} to {:+.3f}".format(*found["ci95"]) if found["ci95"] else "",
         )
+        if found.get("few_shot") is not None:
+            table.add_row(f"  base with {shots} examples", "", f"{found['few_shot']:.3f}")
     console.print(table)
     for found in findings(report):
+        if found.part == "gate":
+            continue  # said as an error where it failed
         line = f"{found.part}: {found.sentence}"
         console.print(harmless(line), markup=False, highlight=False)
 

@@ -98,7 +98,7 @@ class LoraTrainer(Trainer):
                 "checkpoints saved so far are kept; lower train.learning_rate, or look for broken "
                 "weights in the base"
             )
-        self.audit.observe(self._get_learning_rate())
+        self.audit.observe()
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

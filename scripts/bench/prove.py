@@ -99,6 +99,8 @@ def throughput(run: Path, rounds: int) -> None:
     from lora_kit.train.trainer import make_trainer
 
     model, tokenizer, data, opened = judged(run)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)  # the trainer wants something that trains
     values = opened.model_dump()
     values["train"] |= {"eval_steps": 1}
     with tempfile.TemporaryDirectory() as folder:
