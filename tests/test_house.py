@@ -27,7 +27,8 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 TOP = len(FLOORS) - 1
 FILES_TODAY = 57
 RECIPES_TODAY = 2
-LINES_OF_THE_PACKAGE = 8000  # of code
+# Of code. The house wants about 8,000: the next room begins with cuts.
+LINES_OF_THE_PACKAGE = 8600
 LINES_OF_A_RECIPE = 120
 TOP_LEVEL = {
     *("lora_kit", "recipes", "tests", "scripts", "accelerate_configs"),

@@ -317,7 +317,7 @@ class Audit:
         ]
         found = f"{len(now) - len(same)} of {len(now)} tensors did"
         self._judge("moved", still if living else ["the adapter"], found)
-        found = f"of a B's rows {max(blocks.values()):.1%} at most are zeros in one block"
+        found = f"{max(blocks.values()):.1%} of the rows of a lora_B are zeros in a block, at most"
         self._judge("lora_B", cut, found)
         if not living:  # explains what else is zero
             self._explained |= set(map(_module, now))

@@ -31,8 +31,8 @@ _SHOWN_EACH = 2  # samples of a kind: the first, the largest gain, the largest l
 _SHOWN_TOKENS = 48
 _LONGEST_ANSWER = 512  # tokens
 _LONGER_ANSWER = 8  # tokens more than the longest one expected
-_LEARNED_ROWS = 256  # training rows that are measured for the gap, at most
-_PAIRED_ROWS = 256  # held-out rows whose answers are put after another prompt, at most
+_LEARNED_ROWS = 64  # training rows that are measured for the gap, at most
+_PAIRED_ROWS = 128  # held-out rows whose answers are put after another prompt, at most
 
 
 @dataclass(frozen=True)

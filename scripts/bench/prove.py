@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_kit.launch import prepare_process
+
 UNITS = (20, 50, 200)
 COMPARISONS = 40
 SUBSAMPLES = 100
@@ -147,6 +149,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
+    prepare_process()  # as every verb does
     with tempfile.TemporaryDirectory() as folder:
         if asked.what == "share":
             share(Path(folder))
