@@ -16,6 +16,7 @@ import lora_kit
 from lora_kit.data.labelled import IGNORED
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.prove.compare import HeldOut, check_prove, compare_model
+from lora_kit.prove.measure import generate
 from lora_kit.schema import Prove
 
 FIGURES = ("verdict", "domain", "general", "few_shot", "metrics", "samples")
@@ -224,3 +225,29 @@ def test_an_answer_is_asked_for_with_the_tokens_of_training() -> None:
     assert HeldOut("text", rows, None, rows).question(0) == ([1, 2, 3], [4, 5])
     whole = labelled([([1, 2, 3, 4], [1, 2, 3, 4])], [0], [2])
     assert HeldOut("chat", whole, None, whole).question(0) == ([1, 2], [3, 4])
+
+
+def test_nothing_is_asked_beyond_the_positions_of_the_base(run_file: RunMaker, work: Path) -> None:
+    """Learned positions have an end: rows as long as all of them, and rows that leave little."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = make_base(work / "gpt2")
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 72}
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, eos_token_id=0, bos_token_id=0, **sizes)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    changes = {"base.model": str(base), "train.max_length": 72, "prove.metrics": ["f1"]}
+    finished = finish(run_file, "sft", **changes, **{"data.limits": {"truncated": 1.0}})
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    assert report["metrics"]["f1"]["rows"] == 24 and len(report["samples"]) == 6
+    assert report["few_shot"] is None and "no room" in report["not_measured"][0]
+
+
+def test_a_bases_own_way_of_generating_is_left_aside(run: Path) -> None:
+    model, tokenizer = lora_kit.load(run)
+    prompts = [[0, 50 + n] for n in range(8)]
+    plain = generate(model, tokenizer, prompts, 12)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.num_beams = 3
+    assert generate(model, tokenizer, prompts, 12) == plain

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import RunMaker, sentences
-from reports import full, metrics, minimal, put_run, worse
+from reports import full, measured, metrics, minimal, put_run, worse
 from trained import finish
 
 from lora_kit.prove.report import findings, in_lines, in_words, write_report
@@ -139,6 +139,25 @@ def test_lines_say_what_the_page_says() -> None:
     assert "did not move" in lines[-1] and "attn_implementation" in lines[-1]
     assert in_lines(minimal())[1].startswith("general: not known: data.general names no text")
     assert in_lines(worse())[2].endswith("worse than the base with examples in its prompt")
+
+
+def test_kept_is_said_with_a_but_where_much_is_possible() -> None:
+    report = minimal() | {"general": measured(3.0, 3.1, -0.01, 0.6)}
+    report["verdict"]["general"] = "kept"
+    [said] = [found.sentence for found in findings(report) if found.part == "general"]
+    assert said == "no forgetting was shown, but up to +20.0% is possible"
+    report["general"] = measured(3.0, 3.0, -0.01, 0.01)
+    [said] = [found.sentence for found in findings(report) if found.part == "general"]
+    assert said == in_words("kept")
+
+
+def test_answers_that_do_not_use_their_prompts_are_told_from_nothing_gained() -> None:
+    report = minimal("no different")
+    report["domain"] = measured(3.0, 2.0, -1.1, -0.9)
+    report["prompt_use"] = {"rows": 40, "base": 0.2, "adapted": 0.0, "ci95": [0, 0], "blind": True}
+    assert "hardly depend on their prompts" in findings(report)[0].sentence
+    report["domain"] = measured(3.0, 3.0, -0.1, 0.1)
+    assert findings(report)[0].sentence == in_words("no different")
 
 
 def test_a_task_of_the_harness_is_judged_by_its_direction_and_rows() -> None:

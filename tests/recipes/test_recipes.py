@@ -65,6 +65,8 @@ def test_recipe_leaves_a_whole_run(
             assert figures.keys() == {"base", "adapted", "difference", "ci95"}
             low, high = figures["ci95"]
             assert low <= figures["difference"] <= high
+    epochs = report["training"].pop("epochs")
+    assert epochs == pytest.approx(4 / 9 if recipe == "sft" else 4, abs=1e-3)
     assert report["training"] == {
         "steps": 4,
         "tokens": rows[-1]["tokens"],
