@@ -22,10 +22,10 @@ from lora_kit.errors import CheckFailed
 from lora_kit.prove.pairing import pairs
 
 NANO = {
-    "base": {"model": "nano", "dtype": "float32"},
+    "base": {"model": "nano"},
     "adapter": {"r": 8, "lora_alpha": 16},
     "train.learning_rate": 4e-3,
-    "train.max_steps": 60,
+    "train.max_steps": 40,
     "train.per_device_train_batch_size": 16,
     "data.limits": {"near_leaks": 1.0, "exact_leaks": 10_000},
     "prove.shots": 0,
