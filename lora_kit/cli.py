@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lora_kit import __version__
-from lora_kit.errors import CheckFailed, LoraKitError, UserError
+from lora_kit.errors import CheckFailed, LoraKitError, UserError, harmless
 
 app = typer.Typer(
     name="lora-kit",
@@ -114,22 +114,14 @@ def preview(
         view.check_page(html)  # before the work, not after it
     from lora_kit.base.load import load_tokenizer, quiet_libraries
     from lora_kit.base.pin import pin
-    from lora_kit.data.prepare import Kind, prepare
+    from lora_kit.data.prepare import kind_of, prepare
     from lora_kit.data.templates import set_template
 
     quiet_libraries()
     tokenizer = load_tokenizer(pin(run.base, weights=False))
     set_template(tokenizer, run.data.chat_template)
-    kinds: dict[str, Kind] = {"sft": "chat", "cpt": "text"}
-    # A copied recipe keeps its name; one of the user's own learns from what is there.
-    data = prepare(
-        run.data,
-        kinds.get(Path(run.recipe).stem),
-        tokenizer,
-        run.train.max_length,
-        run.seed,
-        limits=False,
-    )
+    kind, length = kind_of(run.recipe), run.train.max_length
+    data = prepare(run.data, kind, tokenizer, length, run.seed, limits=False)
     problems = data.census.problems(run.data.limits)
     if html is not None:
         view.write_page(html, run, data, tokenizer, problems)
@@ -193,7 +185,7 @@ def generate(
     from lora_kit.launch import prepare_process
 
     prepare_process()
-    from lora_kit.prove.show import harmless, say
+    from lora_kit.prove.show import say
 
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("PROMPT: not UTF-8: mend its bytes, for example with iconv")
@@ -373,8 +365,7 @@ def main() -> None:
             traceback.print_exc()
         for line in str(error).splitlines():
             # Names and texts of the user's may hold what steers a terminal.
-            shown = "".join(c if c.isprintable() else " " for c in line)
-            print(f"error: {shown}", file=sys.stderr)
+            print(f"error: {harmless(line)}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except typer.Abort:
         print("error: stopped by SIGINT", file=sys.stderr)

@@ -37,3 +37,8 @@ class Interrupted(LoraKitError):
     def __init__(self, signum: int, message: str) -> None:
         self.exit_code = 128 + signum
         super().__init__(message)
+
+
+def harmless(text: str) -> str:
+    """Text without what would steer a terminal; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)

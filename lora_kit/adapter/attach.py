@@ -14,6 +14,7 @@ from lora_kit.schema import Adapter
 
 # Fields of `adapter:` that are not PEFT's.
 OWN_FIELDS = {"start"}
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _check_whole(model: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as opened:
+    with safe_open(str(folder / WEIGHTS), framework="pt") as opened:
         stored = set(opened.keys())
     if missing := sorted(get_peft_model_state_dict(model).keys() - stored):
         raise UserError(

@@ -17,14 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_kit.adapter.attach import adapter_folder
+from lora_kit.adapter.attach import WEIGHTS, adapter_folder
 from lora_kit.adapter.load import run_home
 from lora_kit.data.preview import harmless
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import is_hub_id, read_lock
 
-WEIGHTS = "adapter_model.safetensors"
 _HALF = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
 _FOLDER = re.compile(r"[/.~\\]|[A-Za-z]:|[^/]*/[^/]*/")
 

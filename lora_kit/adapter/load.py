@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_kit.adapter.attach import adapter_folder
+from lora_kit.adapter.attach import WEIGHTS, adapter_folder
 from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer, quiet_libraries
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.errors import UserError
@@ -82,12 +83,12 @@ def _turn_end(tokenizer: Any) -> int | None:
     return ids[0] if ids and ids[0] in special else None
 
 
-def open_run(run: str | Path) -> Run:
+def open_run(run: str | Path, overrides: Sequence[str] = ()) -> Run:
     """The run file of a run directory. Raises UserError if there is none."""
     file = Path(run) / "run.yaml"
     if not file.is_file():
         raise UserError(f"{run}: no run directory (run.yaml is missing)")
-    return load_run(file, needs_sources=False)
+    return load_run(file, list(overrides), needs_sources=False)
 
 
 def run_home(run: str | Path) -> Path:
@@ -144,10 +145,10 @@ def load_adapter(model: Any, run: str | Path) -> Any:
     from peft import PeftModel
 
     folder = adapter_folder(run)
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / WEIGHTS
     if not weights.is_file():
         # PEFT would take a pickle in its place, or look for it on the Hub.
-        raise UserError(f"{folder}: adapter_model.safetensors is missing: copy the whole run again")
+        raise UserError(f"{folder}: {WEIGHTS} is missing: copy the whole run again")
     saved = read_lock(run_home(run)).get("adapter", {}).get("sha256")
     if saved is not None and file_hash(weights) != saved:
         # PEFT fills tensors that are missing with fresh ones, and only warns.

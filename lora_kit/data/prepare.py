@@ -163,6 +163,13 @@ def _load(folder: Path, data: Data, max_length: int, cached: bool) -> Prepared:
     )
 
 
+def kind_of(recipe: str) -> Kind | None:
+    """What a recipe learns from, by its name or file: a copied one keeps its name, and one of the
+    user's own (None) learns from what is there."""
+    kinds: dict[str, Kind] = {"sft": "chat", "cpt": "text"}
+    return kinds.get(Path(recipe).stem)
+
+
 def packing_of(data: Data, kind: Kind) -> str:
     """`data.packing`, or what is usual for texts and for conversations."""
     if data.packing == "running" and kind == "chat":

@@ -20,11 +20,11 @@ from lora_kit.prove import few_shot, metrics
 from lora_kit.prove.bootstrap import scores, statistics, verdict, verdict_of_scores
 from lora_kit.prove.gate import held
 from lora_kit.prove.harness import check_tasks, run_harness
-from lora_kit.prove.measure import Losses, generate, measure
+from lora_kit.prove.measure import Losses, generate, measure, positions
 from lora_kit.prove.pairing import prompt_use
 from lora_kit.prove.report import write_report
 from lora_kit.prove.scratch import against_scratch
-from lora_kit.run import load_run, read_json, read_lock
+from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Gate, Prove
 
 _SHOWN_EACH = 2  # samples of a kind: the first, the largest gain, the largest loss
@@ -55,8 +55,9 @@ class HeldOut:
     def question(self, row: int) -> tuple[list[int], list[int]]:
         """Tokens of a row: the prompt and the answer that was held out; of a text the first half,
         32 tokens at most, and what follows."""
-        ids = self.domain[row]["input_ids"].tolist()
-        learned = np.flatnonzero(self.domain[row]["labels"] != IGNORED)
+        held_out = self.domain[row]
+        ids = held_out["input_ids"].tolist()
+        learned = np.flatnonzero(held_out["labels"] != IGNORED)
         # The last run of labels: an answer after others, in a longer conversation.
         first = learned[np.r_[True, np.diff(learned) > 1]][-1] if len(learned) else 0
         if self.kind == "chat" and first > 0:
@@ -116,10 +117,9 @@ def compare(
     Raises:
         UserError: there is no finished run, or its data or base changed since it was trained.
     """
-    opened = open_run(run)
     if strange := [item for item in overrides if not item.startswith("prove.")]:
         raise UserError(f"{', '.join(strange)}: a finished run takes other prove.* keys only")
-    opened = load_run(Path(run) / "run.yaml", list(overrides), needs_sources=False)
+    opened = open_run(run, overrides)
     before = read_json(Path(run) / "report.json")
     tokenizer = load_run_tokenizer(run)
     # What the limits allow was decided when the run was trained.
@@ -245,8 +245,8 @@ def _examples(model: Any, judged: HeldOut, prove: Prove, seed: int) -> list[list
     if not prove.shots:
         return []
     longest = int(judged.domain.lengths.max()) + (_LONGER_ANSWER if prove.metrics else 0)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    return few_shot.choose(judged.train, longest, room, prove.shots, judged.kind == "chat", seed)
+    chat = judged.kind == "chat"
+    return few_shot.choose(judged.train, longest, positions(model), prove.shots, chat, seed)
 
 
 def _answered(judged: HeldOut, most: int, seed: int) -> list[int]:

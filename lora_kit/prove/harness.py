@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_kit.errors import UserError
+from lora_kit.prove.metrics import in_a_line
 from lora_kit.run import nearest
 
 
@@ -42,7 +43,7 @@ def check_tasks(tasks: list[str]) -> None:
         except UserError as error:
             problems.append(str(error))
         except Exception as error:  # data, templates and functions are the task's own
-            problems.append(f"{task}: cannot be loaded: {_line(error)}")
+            problems.append(f"{task}: cannot be loaded: {in_a_line(error)}")
         else:
             if any(getattr(one, "UNSAFE_CODE", False) for one in loaded):
                 problems.append(f"{task}: runs code that the model wrote, which is not done here")
@@ -88,7 +89,7 @@ def run_harness(
             set_seed(seed)
             adapted = lm_eval.evaluate(judge, loaded, bootstrap_iters=0)
         except Exception as error:  # templates and functions are the task's own
-            raise UserError(f"prove.harness: {_line(error)}") from None
+            raise UserError(f"prove.harness: {in_a_line(error)}") from None
     model.train(training)
     return table(base, adapted, seed)
 
@@ -138,10 +139,6 @@ def _values(result: dict[str, Any], name: str, metric: str, chosen: str) -> list
 def _mean(values: list[Any]) -> float:
     numbers = all(isinstance(value, Real | np.bool_) for value in values)
     return float(np.mean(values)) if values and numbers else math.nan
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 @cache

@@ -61,8 +61,7 @@ def measure(
     budget = rows_at_once * int(lengths[order[0]])
     budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     batches = _batches(lengths, order.tolist(), budget)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if ranks > 1 else 0
+    rank, ranks = _rank()
     sums = torch.zeros((2, len(labelled.unit_bytes)), dtype=torch.float64)
     whole = getattr(model, "get_base_model", lambda: model)()
     trims = "logits_to_keep" in inspect.signature(whole.forward).parameters
@@ -101,6 +100,13 @@ def measure(
     return Losses(sums[0].numpy(), sums[1].numpy(), np.array(labelled.unit_bytes, dtype=float))
 
 
+def _rank() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def _row_nats(logits: Any, targets: Any) -> Any:
     """Summed loss of each row, float64 (rows,): logits (rows, length, vocabulary), targets (rows,
     length). In pieces, because float32 logits of the whole batch would triple its memory."""
@@ -130,6 +136,11 @@ def _batches(lengths: np.ndarray, order: list[int], budget: int) -> list[list[in
     return batches
 
 
+def positions(model: Any) -> int:
+    """Tokens that a row may have; many, where the base states no end."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -153,11 +164,11 @@ def generate(
     pad = tokenizer.pad_token_id
     ends = end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    mine = order[dist.get_rank() :: ranks] if ranks > 1 else order
+    rank, ranks = _rank()
+    mine = order[rank::ranks]
     training = model.training
     model.eval()
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    room = positions(model)
     said = {n: "" for n in mine if len(prompts[n]) >= room}
     waiting = [n for n in mine if n not in said]
     while waiting:

@@ -184,7 +184,7 @@ def _borrowed(name: str) -> Metric:
         why = "no metric's script there, and none of this name on the Hub (not asked offline)"
         raise UserError(f"{name}: {why}{hint}") from None
     except (Exception, SystemExit) as error:  # the script is anybody's code
-        raise UserError(f"{name}: cannot be loaded: {_line(error)}") from None
+        raise UserError(f"{name}: cannot be loaded: {in_a_line(error)}") from None
     own = Path(name).stem
     if own in _LESS_IS_BETTER:
         raise UserError(f"{name}: less is better in it; use a script that returns 1 - {name}")
@@ -193,7 +193,7 @@ def _borrowed(name: str) -> Metric:
         try:
             result = dict(loaded.compute(predictions=[prediction], references=[expected]))
         except (Exception, SystemExit) as error:
-            raise UserError(f"{name}: does not take text answers: {_line(error)}") from None
+            raise UserError(f"{name}: does not take text answers: {in_a_line(error)}") from None
         numbers = {key: value for key, value in result.items() if isinstance(value, Real)}
         only = next(iter(numbers.values())) if len(numbers) == 1 else math.nan
         value = float(numbers.get(own, only))
@@ -204,5 +204,6 @@ def _borrowed(name: str) -> Metric:
     return metric
 
 
-def _line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+    """What somebody else's code raised, its kind and its words, 200 characters at most."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

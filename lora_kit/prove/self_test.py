@@ -22,7 +22,7 @@ from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.data.labelled import IGNORED, Labelled, LabelledWriter, collator
 from lora_kit.data.packing import Packed, check_isolation
-from lora_kit.data.prepare import Kind, Prepared, packing_of, prepare
+from lora_kit.data.prepare import Prepared, kind_of, packing_of, prepare
 from lora_kit.data.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.schema import Run, Train
@@ -169,8 +169,7 @@ def choose(run: Run) -> Batch:
     pinned = pin(run.base)
     tokenizer = load_tokenizer(pinned)
     set_template(tokenizer, run.data.chat_template)
-    kinds: dict[str, Kind] = {"sft": "chat", "cpt": "text"}
-    kind = kinds.get(Path(run.recipe).stem)
+    kind = kind_of(run.recipe)
     data = prepare(run.data, kind, tokenizer, run.train.max_length, run.seed, limits=False)
     packing = packing_of(run.data, data.kind)
     return Batch(pinned, unequal_rows(data, run.seed), tokenizer.pad_token_id, packing)

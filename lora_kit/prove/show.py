@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_kit.adapter.load import load, run_home
 from lora_kit.data.templates import context_token, prompt_text
+from lora_kit.errors import harmless
 from lora_kit.prove.measure import generate
 from lora_kit.prove.report import findings
 from lora_kit.run import read_lock
@@ -71,11 +72,6 @@ def side_by_side(report: dict[str, Any]) -> None:
             text = printable(sample[name])
             print(f"{name:>9}: {text}")
         print()
-
-
-def harmless(text: str) -> str:
-    """Text without what would steer a terminal; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def printable(text: str) -> str:

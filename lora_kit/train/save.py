@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lora_kit.adapter.attach import WEIGHTS
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed
 from lora_kit.hashes import file_hash
 from lora_kit.train.directory import RunDirectory, is_first_rank
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def save_run(trainer: Any, tokenizer: Any, pinned: Pinned) -> None:
