@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from trained import edit
 
-from lora_kit.adapter.inspect import Update, compared, difference, figures, inspect
+from lora_kit.adapter.files import Update
+from lora_kit.adapter.inspect import compared, difference, figures, inspect
 from lora_kit.errors import UserError
 
 Maker = Callable[..., tuple[Any, Path]]

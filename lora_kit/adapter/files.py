@@ -1,0 +1,158 @@
+"""The files of a LoRA adapter, read without PEFT: which modules, their halves, ranks and scales."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_kit.adapter.attach import WEIGHTS, adapter_folder
+from lora_kit.base.tensors import Stored, stored
+from lora_kit.errors import UserError
+
+_HALF = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class Update:
+    """scale · B A of one module, tensors of float64.
+
+    `a`: (experts, r, in), `b`: (experts, out, r); `experts` is 1 but for PEFT's target_parameters.
+    Kernels of convolutions are laid flat; an embedding's dW is transposed, which changes no figure.
+    """
+
+    module: str
+    scale: float
+    a: Any
+    b: Any
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(experts, out, in)"""
+        return *self.b.shape[:2], self.a.shape[2]
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.a.isfinite().all() and self.b.isfinite().all())
+
+    def __sub__(self, other: Update) -> Update:
+        """The difference, of rank r + r at most."""
+        import torch
+
+        b = torch.cat([self.scale * self.b, -other.scale * other.b], dim=2)
+        return Update(self.module, 1.0, torch.cat([self.a, other.a], dim=1), b)
+
+    def singular_values(self) -> Any:
+        """(experts, k), from large to small."""
+        import torch
+
+        r_b = torch.linalg.qr(self.b, mode="r").R
+        r_a = torch.linalg.qr(self.a.mT, mode="r").R
+        return torch.linalg.svdvals(self.scale * r_b @ r_a.mT)
+
+    def norm(self) -> float:
+        """||dW||_F, of all experts together."""
+        return float(self.singular_values().norm())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The files of an adapter. `halves`: {module: {"A": stored, "B": stored}}, in the order of the
+    layers; `others`: the tensors beside them, by name. Nothing but the header is read."""
+
+    folder: Path
+    config: dict[str, Any]
+    halves: dict[str, dict[str, Stored]]
+    others: dict[str, Stored]
+
+    @property
+    def base(self) -> dict[str, str | None]:
+        keys = {"model": "base_model_name_or_path", "revision": "revision"}
+        return {name: self.config.get(key) for name, key in keys.items()}
+
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """As PEFT takes them from its config: alpha / r, or alpha / sqrt(r) with rsLoRA; the first
+        pattern that a name ends with holds."""
+        found = []
+        for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            patterns: dict[str, Any] = self.config.get(pattern) or {}
+            value = self.config.get(key, 8)  # PEFT's own default, of both
+            own = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module))
+            found.append(next(own, value))
+        r, alpha = found
+        return r, alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+
+    def update(self, module: str) -> Update:
+        r, scale = self.rank_and_scale(module)
+        a, b = (self.halves[module][half].read().double() for half in "AB")
+        # Of experts in one parameter PEFT keeps A as (experts · r, in) and B as (out, r · experts).
+        a = a.reshape(len(a) // r, r, -1)
+        return Update(module, scale, a, b.reshape(len(b), r, len(a)).permute(2, 0, 1))
+
+
+def open_adapter(path: str | Path) -> Adapter:
+    """The adapter of a run directory, or the folder of any LoRA adapter that PEFT saved.
+
+    Raises:
+        UserError: there is none, its files are damaged or do not fit each other, or it is no LoRA.
+    """
+    folder = adapter_folder(path)
+    config = _config(folder / "adapter_config.json")
+    file = folder / WEIGHTS
+    if not file.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        why = "adapter_model.bin can run code, and is not read: save it again with PEFT"
+        raise UserError(f"{file}: missing: {why if pickled else 'copy the whole adapter again'}")
+    tensors = stored(file)
+    halves: dict[str, dict[str, Stored]] = defaultdict(dict)
+    others = {}
+    for name in sorted(tensors, key=_in_order):
+        if half := _HALF.fullmatch(name.removeprefix("base_model.model.")):
+            halves[half[1]][half[2]] = tensors[name]
+        else:
+            others[name] = tensors[name]
+    if not halves:
+        raise UserError(f"{file}: it holds no lora_A and lora_B: save the adapter again")
+    adapter = Adapter(folder, config, dict(halves), others)
+    try:
+        problems = [problem for module in halves if (problem := _misfit(adapter, module))]
+    except (TypeError, AttributeError, ArithmeticError, ValueError, re.error) as error:
+        where = folder / "adapter_config.json"
+        raise UserError(f"{where}: r, lora_alpha or a pattern is not usable: {error}") from None
+    if problems:
+        more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
+        raise UserError(f"{file}: {problems[0]}{more}: PEFT does not load it whole; save it again")
+    return adapter
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise UserError(f"{file}: no JSON object: copy the adapter again") from None
+    if kind != "LORA":
+        raise UserError(f"{file}: peft_type is {kind!r}: only LoRA adapters are read")
+    return dict(config)
+
+
+def _misfit(adapter: Adapter, module: str) -> str | None:
+    """What is wrong with a module's halves, if anything."""
+    halves = adapter.halves[module]
+    if missing := {"A", "B"} - halves.keys():
+        return f"{module} has no lora_{min(missing)}"
+    a, b = (list(halves[half].shape) for half in "AB")
+    r, scale = adapter.rank_and_scale(module)
+    whole = a[0] % r == 0 if adapter.config.get("target_parameters") else a[0] == r
+    if not whole or type(r) is not int or min(len(a), len(b)) < 2 or a[0] != b[1] or 0 in a + b:
+        return f"{module}: r is {r} and the scale {scale:g} by its config, A is {a} and B {b}"
+    return None
+
+
+def _in_order(name: str) -> list[Any]:
+    """Layer 10 after layer 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]

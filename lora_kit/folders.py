@@ -1,0 +1,77 @@
+"""A folder that appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_kit.errors import UserError
+
+
+@contextmanager
+def new_folder(out: Path, needed: int) -> Iterator[Path]:
+    """Make a folder beside `out` to write into; without an error it is renamed to `out`.
+
+    What a killed process left is removed by the next one that writes the same folder; the name
+    (.NAME.lora-kit-partial) is only ever ours.
+
+    Args:
+        needed: bytes that will be written; the disk must have them free.
+
+    Raises:
+        UserError: `out` exists, cannot be made, or there is too little room; or another process
+            is writing it.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists: name another folder with --out, or remove it")
+    partial = out.absolute().with_name(f".{out.name}.lora-kit-partial")
+    above = [parent for parent in partial.parents if not parent.exists()]
+    free = shutil.disk_usage(partial.parents[len(above)]).free
+    if free < needed:
+        raise UserError(
+            f"{out}: {free / 2**20:,.0f} MiB free on its disk, {needed / 2**20:,.0f} MiB are "
+            "needed: free some, or name another disk with --out"
+        )
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror})") from None
+    try:
+        try:
+            # Held as long as this process lives, so that only what the dead left is removed.
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another process is writing it: wait for that one") from None
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                sync(file)
+            sync(partial)
+            partial.rename(out)
+            sync(out.absolute().parent)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error.strerror}): nothing was") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            for folder in above if not out.exists() else ():
+                with contextlib.suppress(OSError):  # somebody else put something there
+                    folder.rmdir()
+    finally:
+        os.close(held)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
