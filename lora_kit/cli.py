@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lora_kit import __version__
-from lora_kit.errors import CheckFailed, LoraKitError, UserError, harmless
+from lora_kit.errors import CheckFailed, LoraKitError, UserError, harmless, redact
 
 app = typer.Typer(
     name="lora-kit",
@@ -34,6 +34,9 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's."),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a metric's script from the Hub run here.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object.")]
 
@@ -78,13 +81,16 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the interrupted run of this name.")
     ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a run file's adapter with `accelerate launch`, then judge it against the base.
 
     Example: lora-kit train run.yaml train.max_steps=200 --accelerate cpu
     """
+    from lora_kit import trust
     from lora_kit.launch import start
 
+    trust.say(trust_remote_code)
     start(run_file, overrides or [], accelerate, processes, resume)
 
 
@@ -148,6 +154,7 @@ def compare(
         bool,
         typer.Option("--scratch", help="Train a model of the base's shape from nothing beside it."),
     ] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Measure base, base with examples and adapter on a finished run's held-out text, again.
@@ -158,8 +165,10 @@ def compare(
 
     prepare_process()
     import lora_kit
+    from lora_kit import trust
     from lora_kit.prove.show import comparison, side_by_side
 
+    trust.say(trust_remote_code)
     with contextlib.redirect_stdout(sys.stderr):  # of metrics and tasks, which print what they like
         report = lora_kit.compare(run, overrides or [], gate=gate, scratch=scratch)
     if as_json:
@@ -201,11 +210,20 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16 or float32; default: the run's.")
     ] = None,
+    into: Annotated[
+        Literal["base", "dequantized"],
+        typer.Option(help="The base's own weights, or what NF4 leaves of them, as in training."),
+    ] = "base",
+    verify: Annotated[
+        Literal["tensors", "logits"],
+        typer.Option(help="Read every tensor back; or load both models as well, and compare."),
+    ] = "tensors",
     as_json: Json = False,
 ) -> None:
-    """Write base + adapter as one model, reloaded and its logits compared before success is said.
+    """Write base + adapter as one model, tensor by tensor, in less than 1 GB of memory; every file
+    is read back before success is said.
 
-    Example: lora-kit merge runs/demo/sft --out merged
+    Example: lora-kit merge runs/demo/sft --out merged --verify logits
     """
     if dtype not in (None, "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: bfloat16 or float32")
@@ -214,15 +232,267 @@ def merge(
     prepare_process()
     from lora_kit.ship.merge import merge as run_merge
 
-    merged = run_merge(run, out, dtype)
+    merged = run_merge(run, out, dtype, into=into, verify=verify)
     if as_json:
         print(json.dumps({**asdict(merged), "out": str(merged.out)}))
         return
     print(
-        f"{merged.out}: {merged.bytes_written / 2**20:,.1f} MiB; logits of merged and adapter "
-        f"differ by {merged.max_logit_difference:.2g} at most (the adapter's effect: "
-        f"{merged.adapter_effect:.2g}), greedy tokens agree at {merged.greedy_agreement:.0%}"
+        f"{merged.out}: {merged.bytes_written / 2**20:,.1f} MiB in {merged.seconds:,.0f} s; "
+        f"{merged.changed} tensors changed, {merged.copied} copied byte for byte; all read back"
     )
+    if merged.max_logit_difference is not None:
+        print(
+            f"logits of merged and adapter differ by {merged.max_logit_difference:.2g} at most "
+            f"(the adapter's effect: {merged.adapter_effect:.2g}), greedy tokens agree at "
+            f"{merged.greedy_agreement:.0%}"
+        )
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A finished run, or the folder of an adapter.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where to, on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be uploaded; no network.")
+    ] = False,
+    with_samples: Annotated[
+        bool, typer.Option("--with-samples", help="The report's rows of your data as well.")
+    ] = False,
+    merged: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Upload this merged model of the run.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a run's adapter with a model card, private unless told otherwise, in one commit.
+
+    What goes up is shown first, and searched for secrets, e-mail addresses and home folders. The
+    token is HF_TOKEN, or that of `hf auth login`.
+
+    Example: lora-kit push runs/demo/sft me/my-sft --dry-run
+    """
+    from lora_kit.ship import hub
+
+    plan = hub.make_plan(run, repo, public=public, with_samples=with_samples, merged=merged)
+    _say(str(plan))
+    done = plan.to_json() if dry_run else hub.push(plan, _say)
+    if as_json:
+        print(json.dumps(done))
+    elif dry_run:
+        print(f"{repo}: a dry run, nothing was uploaded")
+    elif done["committed"]:
+        print(f"{done['url']}: uploaded, {done['visibility']}, commit {done['commit']}")
+    else:
+        print(f"{done['url']}: holds exactly this already (commit {done['commit']}): no new commit")
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="An adapter, or a model.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    revision: Annotated[
+        str | None, typer.Option(help="A commit, branch or tag; default: the newest commit.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch an adapter from the Hub, pinned to a commit and verified; no pickles, no code.
+
+    Example: lora-kit pull me/my-sft --out my-sft
+    """
+    from lora_kit.ship import hub
+
+    done = hub.pull(repo, out, revision, _say)
+    if as_json:
+        print(json.dumps(done))
+        return
+    if done["left"]:
+        _say(f"not fetched: {', '.join(done['left'])}")
+    print(f"{out}: {len(done['files'])} files of {repo} at {done['revision']}, verified")
+
+
+def _say(text: str) -> None:
+    """Text for people, on stderr, without tokens and without what steers a terminal."""
+    print(harmless(redact(text)), file=sys.stderr, flush=True)
+
+
+@app.command()
+def serve(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Runs or adapter folders of one base.")
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    kind: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"], typer.Option("--type", help="Of the weights.")
+    ] = "f16",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a conversation at most.")] = 4096,
+    public: Annotated[
+        bool, typer.Option("--public", help="Allow an address that others can reach.")
+    ] = False,
+) -> None:
+    """Serve the base and adapters as an OpenAI-compatible API, on llama.cpp, until Ctrl-C.
+
+    A client chooses by `model`: base, or a run's name.
+    Example: lora-kit serve runs/demo/sft runs/demo/cpt --port 8080
+    """
+    from lora_kit.ship.serve import serve as run_server
+
+    run_server(runs, host, port, kind=kind, context=context, public=public)
+
+
+@app.command()
+def combine(
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Runs or PEFT adapters of one base, two or more.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    method: Annotated[
+        Literal["linear", "svd", "ties", "dare"] | None,
+        typer.Option(help="Default: linear; with --on all are measured and the best is written."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One for each, as 0.7,0.3; default: equal, their sum 1.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the result; default: the largest, of linear the sum.")
+    ] = None,
+    density: Annotated[
+        float, typer.Option(help="Share of the entries that ties and dare keep.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    on: Annotated[
+        list[Path] | None,
+        typer.Option(help="A run, or a run file, on whose held-out rows it is measured; repeat."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one adapter out of several of one base, and measure what it is worth.
+
+    Example: lora-kit combine runs/a runs/b --out both --on runs/a --on runs/b
+    """
+    try:
+        numbers = [float(one) for one in weights.split(",")] if weights else None
+    except ValueError:
+        raise UserError(f"--weights {weights}: numbers with commas between, as 0.7,0.3") from None
+    settings: dict[str, Any] = {"rank": rank, "density": density, "seed": seed, "weights": numbers}
+    if on:
+        from lora_kit.launch import prepare_process
+
+        prepare_process()
+        from lora_kit.ship.combined import combine_and_measure, show
+
+        found = combine_and_measure(adapters, out, on, method, **settings)
+    else:
+        from lora_kit.adapter.combine import combine as run_combine
+
+        found = run_combine(adapters, out, method or "linear", **settings)
+    for note in found["notes"]:
+        print(f"note: {harmless(note)}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found))
+        return
+    if on:
+        show(found)
+    print(f"{out}: {found['method']}, rank {found['rank']}, {found['modules']} modules")
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The model before: a folder or a Hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The model after a full fine-tune of it.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Make a LoRA out of a full fine-tune, and show what is lost at which rank.
+
+    Example: lora-kit extract base-model tuned-model --out adapter --rank 32
+    """
+    from lora_kit.adapter import extract as room
+
+    found = room.extract(base, tuned, out, rank)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        room.show(found)
+
+
+@app.command()
+def export(
+    run: RunDir,
+    to: Annotated[str, typer.Option(metavar="FORM", help="portable, merged, gguf, ollama or mlx.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    kind: Annotated[
+        str | None, typer.Option("--type", help="Of a GGUF's weights: f32, f16, bf16 or q8_0.")
+    ] = None,
+    what: Annotated[
+        str | None, typer.Option(help="In a GGUF: adapter, merged (both in one) or base.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter for another program, loaded there and compared before success is said.
+
+    Example: lora-kit export runs/demo/sft --to portable --out portable
+    """
+    from lora_kit.launch import prepare_process
+
+    prepare_process()
+    from lora_kit.ship.export import export as run_export
+
+    done = run_export(run, to, out, kind, what)
+    for note in done["notes"]:
+        _say(f"note: {note}")
+    if as_json:
+        print(json.dumps(done))
+        return
+    words, found = "not run here", done["reloaded"]
+    if found:
+        words = (
+            f"loaded again: log-probabilities of {found['tokens']} tokens differ by "
+            f"{found['max_difference']:.2g} at most (the adapter's effect: "
+            f"{found['adapter_effect']:.2g})"
+        )
+    print(f"{out}: {done['bytes_written'] / 2**20:,.1f} MiB; {words}")
+
+
+@app.command()
+def check(
+    adapter: Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")],
+    target: Annotated[
+        str | None,
+        typer.Option(help="vllm, sglang, llama.cpp, ollama, mlx or transformers."),
+    ] = None,
+    fidelity: Annotated[
+        bool, typer.Option("--fidelity", help="Of a run on nf4: what each way of merging loses.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a program would refuse or misread of an adapter, and how to mend it.
+
+    Example: lora-kit check runs/demo/sft --target vllm
+    """
+    if fidelity and target is None:
+        from lora_kit.launch import prepare_process
+
+        prepare_process()
+        from lora_kit.ship import fidelity as view
+
+        lost = view.fidelity(adapter)
+        print(json.dumps(lost)) if as_json else view.show(lost)
+        return
+    from lora_kit.ship import targets
+
+    if target is None:
+        raise UserError(f"--target is missing: one of {', '.join(targets.TARGETS)}")
+    found = targets.check(adapter, target)
+    if as_json:
+        print(json.dumps(found))
+    if found["loads"]:
+        if not as_json:
+            print(f"{adapter}: {target} loads it exactly as it is")
+        return
+    lines = [f"{p['what']} ({p['where']}): {p['fix']}" for p in found["problems"]]
+    raise CheckFailed("\n".join(lines))
 
 
 @app.command()
@@ -362,8 +632,8 @@ def main() -> None:
         code = app(arguments, prog_name="lora-kit", standalone_mode=False)
     except LoraKitError as error:
         if os.environ.get("LORA_KIT_DEBUG"):
-            traceback.print_exc()
-        for line in str(error).splitlines():
+            print(redact(traceback.format_exc()), file=sys.stderr)
+        for line in redact(str(error)).splitlines():
             # Names and texts of the user's may hold what steers a terminal.
             print(f"error: {harmless(line)}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -373,6 +643,6 @@ def main() -> None:
     except _WrongUsage as error:
         verb = error.ctx.command_path if error.ctx else "lora-kit"
         line = " ".join(error.format_message().split())
-        print(f"error: {line} (see {verb} --help)", file=sys.stderr)
+        print(f"error: {redact(line)} (see {verb} --help)", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(code or 0)

@@ -44,7 +44,7 @@ def run_demo() -> None:
     from lora_kit.prove.show import comparison, printable
     from lora_kit.ship.merge import merge
 
-    merged = merge(SFT, MERGED)
+    merged = merge(SFT, MERGED, verify="logits")
 
     _step(4, "Ask the merged model, loaded by transformers alone")
     answer = _ask(MERGED, QUESTION)
@@ -89,8 +89,8 @@ def _ask(folder: Path, question: str) -> str:
     """The merged model's answer; nothing of lora_kit is in between, only its greedy `generate`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     inputs: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,

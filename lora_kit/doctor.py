@@ -51,9 +51,7 @@ def examine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "devices": devices,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "memory_mib": memory.total // 2**20,
         "memory_free_mib": memory.available // 2**20,
         "disk_free_mib": shutil.disk_usage(".").free // 2**20,
@@ -68,20 +66,15 @@ def _devices(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
         import torch
     except (ImportError, OSError) as error:  # a library of the system that is not there
         what = f"torch cannot be imported ({' '.join(str(error).split())[:120]})"
-        problems.append(
-            {"what": what, "fix": "install it anew: pip install --force-reinstall torch"}
-        )
+        fix = "install it anew: pip install --force-reinstall torch"
+        problems.append({"what": what, "fix": fix})
         return []
     if platform.system() != "Linux":
         what = f"{platform.system()} is not supported yet"
         problems.append({"what": what, "fix": "use Linux (WSL2 on Windows)"})
     if torch.cuda.is_available():
-        devices = []
-        for number in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(number)
-            memory = properties.total_memory // 2**20
-            devices.append({"name": properties.name, "memory_mib": memory})
-        return devices
+        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return [{"name": p.name, "memory_mib": p.total_memory // 2**20} for p in found]
     if shutil.which("nvidia-smi"):
         what = f"an NVIDIA driver is here, but torch {torch.__version__} sees no GPU"
         fix = "install the CUDA build: pip install torch, without PyTorch's CPU index"

@@ -5,6 +5,26 @@ A message is one line: the cause, the place, the fix. Nothing here prints; `cli`
 
 from __future__ import annotations
 
+import os
+import re
+
+# Where one begins: also after a line end as JSON writes it.
+_EDGE = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
+# Tokens and keys by the shapes that their makers gave them.
+TOKENS = {
+    "a Hugging Face token": _EDGE + r"(?:hf|api_org)_[A-Za-z0-9]{16,}",
+    "a GitHub token": _EDGE + r"(?:gh[opsur]_|github_pat_)\w{20,}",
+    "an AWS key": _EDGE + r"A[KS]IA[0-9A-Z]{16}(?![A-Za-z0-9])",
+    "an API key": _EDGE + r"(?:sk-(?=[\w-]{0,80}\d)|AIza)[\w-]{20,}",
+    "a Slack token": _EDGE + r"xox[abeoprs]-[\w-]{10,}",
+    "a private key": r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----",
+}
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)"
+    r"(?:_(?:ID|KEY))?$",
+    re.IGNORECASE,
+)
+
 
 class LoraKitError(Exception):
     """Anything lora_kit says in one line instead of a traceback."""
@@ -42,3 +62,19 @@ class Interrupted(LoraKitError):
 def harmless(text: str) -> str:
     """Text without what would steer a terminal; line ends stay."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def secret_values() -> dict[str, str]:
+    """The environment's variables whose names say that they hold a secret: {name: value}."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if _SECRET_NAME.search(name) and len(value) >= 8
+    }
+
+
+def redact(text: str) -> str:
+    """Text without tokens: neither what has the shape of one nor what the environment holds."""
+    for value in secret_values().values():
+        text = text.replace(value, "***")
+    return re.sub("|".join(TOKENS.values()), "***", text)

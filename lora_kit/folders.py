@@ -31,12 +31,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
         raise UserError(f"{out} exists: name another folder with --out, or remove it")
     partial = out.absolute().with_name(f".{out.name}.lora-kit-partial")
     above = [parent for parent in partial.parents if not parent.exists()]
-    free = shutil.disk_usage(partial.parents[len(above)]).free
-    if free < needed:
-        raise UserError(
-            f"{out}: {free / 2**20:,.0f} MiB free on its disk, {needed / 2**20:,.0f} MiB are "
-            "needed: free some, or name another disk with --out"
-        )
+    check_room(out, needed, "name another disk with --out")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -66,6 +61,29 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
                     folder.rmdir()
     finally:
         os.close(held)
+
+
+def check_room(where: Path, needed: int, instead: str) -> None:
+    """Raises UserError unless `needed` bytes are free on the disk that `where` is, or will be, on.
+    `instead`: what else a person can do than to free some."""
+    there = next(path for path in (where.absolute(), *where.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"{where}: {free / 2**20:,.0f} MiB free on its disk, {needed / 2**20:,.0f} MiB are "
+            f"needed: free some, or {instead}"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that there is either the old one or the whole new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError
+from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError, redact
 from lora_kit.run import (
     WORLD_SIZE_VARIABLE,
     check_free,
@@ -35,7 +35,9 @@ from lora_kit.run import (
     recipe_path,
     shipped,
 )
+from lora_kit.schema import Run
 from lora_kit.train.interrupt import StopSignal, die_with_parent
+from lora_kit.trust import check_own, no_kernels_from_the_hub
 
 # The folder where a worker leaves its exit code and message for `start`: accelerate reports every
 # failure as 1, with a traceback of its own.
@@ -62,9 +64,19 @@ def train(path: str | Path, *overrides: str, resume: bool = False) -> dict[str, 
     Raises:
         LoraKitError: with one line that names cause, place and fix.
     """
-    run = load_run(path, overrides)
+    run = _load_run(path, overrides)
     prepare_process()
     return load_recipe(recipe_path(run))(run, resume=resume)
+
+
+def _load_run(path: str | Path, overrides: Sequence[str]) -> Run:
+    """A run file whose `ship.target` will take what it trains, however the run is started."""
+    run = load_run(path, tuple(overrides))
+    if run.ship.target:
+        from lora_kit.ship.targets import refuse_settings
+
+        refuse_settings(run)
+    return run
 
 
 def recipe_main(main: Main) -> int:
@@ -84,7 +96,7 @@ def recipe_main(main: Main) -> int:
             if not arguments:
                 name = Path(sys.argv[0]).name
                 raise UserError(f"usage: {name} RUN.yaml [key=value ...] [--resume]")
-            run = load_run(arguments[0], arguments[1:])
+            run = _load_run(arguments[0], arguments[1:])
             prepare_process()
             main(run, resume="--resume" in sys.argv[1:])
         code, message = 0, ""
@@ -94,7 +106,7 @@ def recipe_main(main: Main) -> int:
             traceback.print_exc()
     if not folder:
         if code:
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {redact(message)}", file=sys.stderr)
         else:
             _leave_group()
         return code
@@ -151,7 +163,8 @@ def start(
     Raises:
         LoraKitError: what stopped the worker, with the worker's exit code.
     """
-    run = load_run(path, tuple(overrides))
+    run = _load_run(path, overrides)
+    check_own(recipe_path(run))
     config = accelerate_config(accelerate)
     if not resume:
         check_free(run)
@@ -214,6 +227,7 @@ def load_recipe(file: Path) -> Main:
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     if spec is None or spec.loader is None or not file.is_file():
         raise UserError(f"recipe: {file}: no such file")
+    check_own(file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "main", None)):
@@ -226,6 +240,7 @@ def prepare_process() -> None:
     from lora_kit.base.load import quiet_libraries
     from lora_kit.speed.runtime import keep_freed_memory
 
+    no_kernels_from_the_hub()
     keep_freed_memory()
     quiet_libraries()
 

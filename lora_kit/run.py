@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import ValidationError
 
+from lora_kit import trust
 from lora_kit.errors import RunFileError, UserError
 from lora_kit.schema import (
     EMBEDDED,
@@ -40,6 +41,7 @@ _OBJECTS = (
 _NESTED: dict[str, Any] = {"data.limits": Limits, "prove.gate": Gate}
 # The keys of `data:` that name sources.
 SOURCE_KEYS = ("train", "eval", "general", "against")
+_PROGRAMS = ("metrics", "harness")  # keys of `prove:` that may name some
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = {
     *(".txt", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
@@ -76,6 +78,10 @@ _OWNERS = {
     "adapter.revision": "`base.revision` decides it",
     "adapter.task_type": "a causal language model is always meant",
     "base.trust_remote_code": "code from a model repository is never run",
+    **dict.fromkeys(
+        ("train.trust_remote_code", "prove.trust_remote_code", "data.trust_remote_code"),
+        "no file allows code from the Hub, only --trust-remote-code on the command line",
+    ),
     "base.device_map": "accelerate places the model; see --accelerate",
     "base.load_in_4bit": "write `quantize: nf4`",
     "base.load_in_8bit": "write `quantize: int8`",
@@ -172,7 +178,8 @@ def load_run(
         raise UserError(f"{path}: not a run file: `key: value` lines are expected")
     # A section of which nothing is left but its name takes its defaults.
     values = {k: {} if v is None and k in SECTIONS else v for k, v in values.items()}
-    problems = [problem for item in overrides if (problem := _override(values, item))]
+    problems = _programs(values) if trust.pulled(path) else []
+    problems += [problem for item in overrides if (problem := _override(values, item))]
     values = _absolute(values, path.resolve().parent)
     # Looked at before the schema, so that all mistakes come at once.
     if needs_sources:
@@ -313,7 +320,7 @@ def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         if key != "labels" or isinstance(here[key], str):  # a list has the names themselves
             values[section] = here | {key: place(here[key], optional)}
     prove = values.get("prove")
-    for key in ("metrics", "harness"):
+    for key in _PROGRAMS:
         if isinstance(prove, dict) and isinstance(prove.get(key), list):
             # What looks like a path: `f1` is a metric even where a folder has this name.
             named = [place(v, True) if set("/.") & set(str(v)) else v for v in prove[key]]
@@ -364,6 +371,19 @@ def _missing_recipe(values: dict[str, Any]) -> list[str]:
         hint = nearest(recipe, list(SHIPPED_RECIPES))
         return [f"recipe: no recipe is called {_short(recipe)}{hint} {known}"]
     return [] if os.path.isfile(recipe) else [f"recipe: {_short(recipe, 240)}: no such file"]
+
+
+def _programs(values: dict[str, Any]) -> list[str]:
+    """Programs that a run file names which `pull` brought, wherever they lie."""
+    prove = values.get("prove")
+    prove = prove if isinstance(prove, dict) else {}
+    named = {"recipe": values.get("recipe"), **{f"prove.{k}": prove.get(k) for k in _PROGRAMS}}
+    return [
+        f"{key}: {_short(word)}: a program, and this file was pulled: name it in one of your own"
+        for key, words in named.items()
+        for word in (words if isinstance(words, list) else [words])
+        if set("/\\.~") & set(str(word or ""))
+    ]
 
 
 def _twice_decided(values: dict[str, Any]) -> list[str]:

@@ -277,6 +277,14 @@ class Prove(_Section):
     )
 
 
+class Ship(_Section):
+    """Where the adapter will be served."""
+
+    target: Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"] | None = Field(
+        None, description="Checked before training: settings it would refuse or misread; null: no."
+    )
+
+
 class Run(_Section):
     """One run: everything that decides its result."""
 
@@ -293,6 +301,7 @@ class Run(_Section):
     data: Data
     train: Train = Train()
     prove: Prove = Prove()
+    ship: Ship = Ship()
 
     @property
     def directory(self) -> Path:
@@ -306,4 +315,5 @@ SECTIONS: dict[str, type[_Section]] = {
     "data": Data,
     "train": Train,
     "prove": Prove,
+    "ship": Ship,
 }

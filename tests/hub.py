@@ -40,16 +40,23 @@ class Hub(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, repos: dict[str, dict[str, Path]], refs: dict[str, str]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.refs = repos, refs
         self.asked: list[str] = []
+        self.private: set[str] = set()
+
+    def commit_of(self, repo: str, name: str) -> str:
+        return self.refs.get(name, name)
+
+    def listing(self, repo: str, folder: Path) -> list[dict[str, Any]]:
+        return [entry(f, folder) for f in sorted(folder.rglob("*")) if f.is_file()]
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
@@ -71,21 +78,21 @@ class _Handler(BaseHTTPRequestHandler):
         if model not in self.server.repos:
             return self._error(404, "RepoNotFound")
         name = (api[3] if api else file[2] if file else None) or "main"
-        sha = self.server.refs.get(name, name)
+        sha = self.server.commit_of(model, name)
         folder = self.server.repos[model].get(sha)
         if folder is None:
             return self._error(404, "RevisionNotFound")
         if api and api[2] == "tree":
-            files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
-            return self._json([_entry(f, folder) for f in files])
+            return self._json(self.server.listing(model, folder))
         if api:
-            return self._json({"id": model, "sha": sha, "siblings": [], "private": False})
+            private = model in self.server.private
+            return self._json({"id": model, "sha": sha, "siblings": [], "private": private})
         assert file
         wanted = folder / unquote(file[3])
         if not wanted.is_file():
             return self._error(404, "EntryNotFound")
-        entry = _entry(wanted, folder)
-        etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+        found = entry(wanted, folder)
+        etag = found["lfs"]["oid"] if "lfs" in found else found["oid"]
         return self._send(200, wanted.read_bytes(), {"X-Repo-Commit": sha, "ETag": f'"{etag}"'})
 
     def _json(self, value: Any) -> None:
@@ -103,11 +110,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def _entry(file: Path, folder: Path) -> dict[str, Any]:
+def entry(file: Path, folder: Path) -> dict[str, Any]:
     """As the Hub lists a file: large ones lie in LFS, under their sha256, the rest in git."""
     content = file.read_bytes()
     git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    entry = {
+    listed: dict[str, Any] = {
         "type": "file",
         "path": str(file.relative_to(folder)),
         "size": len(content),
@@ -115,8 +122,8 @@ def _entry(file: Path, folder: Path) -> dict[str, Any]:
     }
     if file.suffix in (".safetensors", ".bin", ".parquet"):
         oid = hashlib.sha256(content).hexdigest()
-        entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
-    return entry
+        listed["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
+    return listed
 
 
 @contextmanager
@@ -133,12 +140,10 @@ def serving(repos: dict[str, dict[str, Path]], refs: dict[str, str]) -> Iterator
         thread.join()
 
 
-def client(code: str, endpoint: str, home: Path, **environment: str) -> list[Any]:
-    """Run code in a process that sees this Hub alone; returns the JSON lines it prints.
-
-    The client reads these variables when it is imported.
-    """
-    settings = {
+def settings(endpoint: str, home: Path, **environment: str) -> dict[str, str]:
+    """The environment of a process that sees this Hub alone: read when the client is imported."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_CACHE")}
+    return kept | {
         "HF_ENDPOINT": endpoint,
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
@@ -147,10 +152,13 @@ def client(code: str, endpoint: str, home: Path, **environment: str) -> list[Any
         "NO_PROXY": "127.0.0.1",
         **environment,
     }
-    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_CACHE")}
+
+
+def client(code: str, endpoint: str, home: Path, **environment: str) -> list[Any]:
+    """Run code in a process that sees this Hub alone; returns the JSON lines it prints."""
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**kept, **settings},
+        env=settings(endpoint, home, **environment),
         capture_output=True,
         text=True,
         timeout=120,

@@ -86,10 +86,6 @@ def make_sets(root: Path) -> Repos:
     plain = root / "plain"
     for split in ("train", "validation"):
         parquet(plain, f"data/{split}-00000-of-00001.parquet", features=classes, **columns)
-    picture = root / "picture"
-    image = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
-    none = {"text": ["a"], "image": [None]}
-    parquet(picture, "train.parquet", features=image, **none)
     odd = {
         "script": {"script.py": "raise SystemExit", "train.jsonl": lines({"text": "a"})},
         "lines": {"train.json": lines({"text": "a"}, {"text": "b"})},
@@ -118,7 +114,7 @@ def make_sets(root: Path) -> Repos:
     for name, files in odd.items():
         for file, content in files.items():
             put(root / name, file, content)
-    folders = {name: root / name for name in ("plain", "picture", "renamed", *odd)}
+    folders = {name: root / name for name in ("plain", "renamed", *odd)}
     return {f"datasets/org/{name}": {SHA: folder} for name, folder in folders.items()} | {
         "datasets/org/set": {SHA: newer, OLDER: older}
     }

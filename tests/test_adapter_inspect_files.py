@@ -73,25 +73,32 @@ def test_broken_files_and_pickles_are_refused(made: Maker) -> None:
 
 # --- What a loader would trip over
 
+PART = "a part of q, k and v, or up without gate"
+OWN = "a start from the base's own weights"
+
 
 @pytest.mark.parametrize(
     ("config", "who", "what"),
     [
-        ({"use_dora": True}, "vLLM, SGLang, llama.cpp", "use_dora"),
-        ({"use_rslora": True}, "SGLang, llama.cpp", "use_rslora"),
-        ({"rank_pattern": {"q_proj": 2}}, "SGLang", "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "SGLang, llama.cpp", "alpha_pattern"),
-        ({"r": 17}, "vLLM", "a rank over 16"),
-        ({"lora_bias": True}, "vLLM, llama.cpp", "lora_bias"),
-        ({"bias": "all"}, "vLLM", "bias that trained"),
-        ({"init_lora_weights": "pissa"}, "vLLM", "a start from the base's own weights"),
-        ({"modules_to_save": ["score"]}, "vLLM (but a head), llama.cpp", "modules_to_save"),
-        ({"trainable_token_indices": [3]}, "SGLang, llama.cpp", "trainable_token_indices"),
+        ({"use_dora": True}, ["vLLM, SGLang, llama.cpp, MLX"], "use_dora"),
+        ({"use_rslora": True}, ["SGLang, llama.cpp"], "use_rslora"),
+        ({"rank_pattern": {"q_proj": 2}}, ["SGLang"], "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, ["SGLang, llama.cpp"], "alpha_pattern"),
+        ({"r": 17}, ["vLLM"], "a rank over 16"),
+        ({"lora_bias": True}, ["vLLM, SGLang, llama.cpp, MLX"], "lora_bias"),
+        ({"bias": "all"}, ["vLLM, SGLang, llama.cpp, MLX"], "trained bias"),
+        ({"init_lora_weights": "pissa"}, ["vLLM", "SGLang, llama.cpp, MLX"], OWN),
+        ({"modules_to_save": ["score"]}, ["vLLM, llama.cpp, MLX", "SGLang"], "modules_to_save"),
+        (
+            {"trainable_token_indices": [3]},
+            ["vLLM, llama.cpp, MLX", "SGLang"],
+            "trainable_token_indices",
+        ),
     ],
 )
-def test_what_a_loader_trips_over(made: Maker, config: Any, who: str, what: str) -> None:
+def test_what_a_loader_trips_over(made: Maker, config: Any, who: list[str], what: str) -> None:
     plain = {line["what"] for line in inspect(made()[1])["loaders"]}
-    assert plain == {"a base named by its folder", "no tokenizer"}
+    assert plain == {"a base named by its folder", "no tokenizer", PART}
     if "modules_to_save" in config:  # the tiny base has neither
         _, folder = made("b")
         edit(folder / "adapter_config.json", lambda c: c.update(config))
@@ -99,7 +106,7 @@ def test_what_a_loader_trips_over(made: Maker, config: Any, who: str, what: str)
         _, folder = made("b", **config)
     found = inspect(folder)
     lines = [line for line in found["loaders"] if line["what"] not in plain]
-    assert [(line["what"], line["who"]) for line in lines] == [(what, who)]
+    assert [(line["what"], line["who"]) for line in lines] == [(what, one) for one in who]
     beside = {"trainable_token_indices": "trainable_tokens_delta", "use_dora": "magnitude_vector"}
     assert all(any(beside[k] in n for n in found["others"]) for k in config if k in beside)
 
@@ -116,7 +123,8 @@ def test_where_the_base_is(made: Maker) -> None:
     ):
         values = {"base_model_name_or_path": model, "revision": revision}
         edit(folder / "adapter_config.json", lambda c, v=values: c.update(v))
-        assert [line["what"] for line in inspect(folder)["loaders"]] == [what] * bool(what)
+        found = [line["what"] for line in inspect(folder)["loaders"]]
+        assert found == [PART, *[what] * bool(what)]
 
 
 # --- The verb
@@ -144,8 +152,8 @@ def test_two_bases_are_both_named_and_nothing_steers_the_terminal(run: Shell, ma
     (_, first), (_, second) = made("a"), made("b", target_modules=["q_proj"])
     evil = {"base_model_name_or_path": "\x1b[2Jevil\u202e[bold]", "task_type": "\x1b]0;x\x07"}
     edit(second / "adapter_config.json", lambda c: c.update(evil))
-    rewrite(second, lambda t: t.update({"\x1b[31mred.lora_A.weight": torch.ones(4, 2)}))
-    rewrite(second, lambda t: t.update({"\x1b[31mred.lora_B.weight": torch.zeros(2, 4)}))
+    rewrite(second, lambda t: t.update({"red.lora_A.weight": torch.ones(4, 2)}))
+    rewrite(second, lambda t: t.update({"red.lora_B.weight": torch.zeros(2, 4)}))
     for arguments in ([second], [first, second]):
         done = run("inspect", *map(str, arguments))
         assert done.code == 0 and "evil" in done.out and "red" in done.out
@@ -153,3 +161,6 @@ def test_two_bases_are_both_named_and_nothing_steers_the_terminal(run: Shell, ma
     assert "OTHER BASES" in done.out and "only first: model.layers.0" in done.out
     done = run("inspect", str(first / "gone"))
     assert (done.code, len(done.errors)) == (2, 1)
+    rewrite(second, lambda t: t.update({"\x1b[31mred.lora_B.weight": torch.zeros(2, 4)}))
+    done = run("inspect", str(second))
+    assert (done.code, len(done.errors)) == (2, 1) and "\x1b" not in done.err

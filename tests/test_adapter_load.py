@@ -1,5 +1,6 @@
 """What an application gets: the model as it was trained, ready to answer; or why it cannot."""
 
+# ruff: noqa: F811 - fixtures of another file
 from __future__ import annotations
 
 import pickle
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunMaker, make_base
+from test_adapter_inspect import Maker, made  # noqa: F401 - a fixture
 from trained import edit, finish
 
 import lora_kit
+from lora_kit.adapter.attach import put_on
+from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.load import end_tokens
 from lora_kit.errors import UserError
 from lora_kit.prove.show import say
@@ -113,14 +117,14 @@ def test_a_broken_adapter_is_refused_and_no_pickle_is_read(run: Path, work: Path
     assert str(weights) in str(raised.value)
     lock = (run / "run.lock.json").read_bytes()
     edit(run / "run.lock.json", lambda c: c.pop("adapter"))
-    with pytest.raises(UserError, match="does not fit the base") as raised:
+    with pytest.raises(UserError, match="or damaged") as raised:
         lora_kit.load(run)
     assert str(weights.parent) in str(raised.value) and "\n" not in str(raised.value)
     (run / "run.lock.json").write_bytes(lock)
 
     weights.write_bytes(whole)
     edit(config, lambda c: c.update(r=7))
-    with pytest.raises(UserError, match="does not fit the base"):
+    with pytest.raises(UserError, match="r is 7 and the scale"):
         lora_kit.load(run)
     config.write_bytes(kept)
 
@@ -130,7 +134,7 @@ def test_a_broken_adapter_is_refused_and_no_pickle_is_read(run: Path, work: Path
 
     weights.unlink()
     (run / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(Canary()))
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"adapter_model\.bin can run code, and is not read"):
         lora_kit.load(run)
     assert not (work / "canary").exists()
 
@@ -170,3 +174,31 @@ def test_an_adapter_that_lacks_tensors_is_refused(run: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match="not as the run saved it"):
         lora_kit.load(run)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True, "use_rslora": True},
+        {"rank_pattern": {r"layers\.1\..*proj": 6}, "alpha_pattern": {"up_proj": 3}},
+        {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+        {"target_modules": r".*layers\.1\..*(q|up)_proj"},
+        {"exclude_modules": r".*layers\.0\..*"},
+        {"layers_to_transform": [1]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 5], "lora_bias": True},
+        {"init_lora_weights": "pissa"},  # changes the base when it is put on it
+    ],
+)
+def test_an_adapter_does_what_it_does_in_peft(made: Maker, base: Path, config: Any) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trained, folder = made(**config)
+    bases = [AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32) for _ in "ab"]
+    theirs = PeftModel.from_pretrained(bases[0], folder, is_trainable=True).eval()
+    ours = put_on(bases[1], open_adapter(folder), trainable=True).eval()
+    assert torch.equal(logits(ours), logits(theirs))
+    assert torch.allclose(logits(ours), logits(trained.eval()), atol=1e-4)
+    train = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+    assert train[0] == train[1] and len(train[0]) >= 4

@@ -148,6 +148,16 @@ def _quantized(folder: Path) -> None:
     edit(folder / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"}))
 
 
+def _outside(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _kernel(folder: Path) -> None:
+    edit(folder / "config.json", lambda c: c.update(attn_implementation="someone/kernel"))
+
+
 def _encoder(folder: Path) -> None:
     edit(folder / "config.json", lambda c: c.update(model_type="t5", architectures=["T5Model"]))
 
@@ -156,8 +166,8 @@ def _encoder(folder: Path) -> None:
     ("damage", "words"),
     [
         (_missing, r"weights are missing: model.layers.1.mlp.down_proj.weight, .*up_proj"),
-        (_truncated, "cannot be loaded"),
-        (_empty, "cannot be loaded"),
+        (_truncated, "or damaged"),
+        (_empty, "or damaged"),
         (_other_shape, "cannot be loaded"),
         (_unknown_type, "cannot be loaded: .*no_such"),
         (_not_json, "not a JSON object"),
@@ -165,6 +175,8 @@ def _encoder(folder: Path) -> None:
         (_wrong_value, "cannot be loaded"),
         (_quantized, r"already quantized \(gptq\)"),
         (_encoder, "cannot be loaded"),
+        (_outside, "a file outside of its folder"),
+        (_kernel, "attn_implementation of its config.json is code"),
     ],
 )
 def test_a_broken_base_is_refused_in_one_line(

@@ -50,8 +50,8 @@ def as_arrow(opened: str) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"fine\rfine\nb\xe9d", ":3: not UTF-8 (byte 2 of the line)"),
-        ("a.txt", "text".encode("utf-16"), ":1: UTF-16"),
+        ("a.txt", b"fine\rfine\nb\xe9d", ":3: not UTF-8: convert it"),
+        ("a.txt", "text".encode("utf-16"), ":1: not UTF-8"),
         ("a.csv", "text\nä".encode("utf-16-be"), ":1: holds a zero byte"),
         ("a.bin", b"one\ntwo\0", ":2: holds a zero byte"),
         ("a.csv", b'a,b\n1,2\n"3\n4",5\n6', ":5: 1 values for 2 columns"),

@@ -110,8 +110,8 @@ def test_a_full_disk_is_the_users_to_mend(root: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_not_used(root: Path) -> None:
-    (root / f"{KEY}.partial").mkdir(parents=True)
-    (root / f"{KEY}.partial" / "rubbish").write_bytes(b"half")
+    (root / f".{KEY}.lora-kit-partial").mkdir(parents=True)
+    (root / f".{KEY}.lora-kit-partial" / "rubbish").write_bytes(b"half")
     folder = cache.prepared(KEY, Build())
     assert names(folder) == ["meta.json", "rows.bin", "seal.json"]
     assert names(root) == [KEY, f"{KEY}.lock"]
@@ -145,9 +145,9 @@ def test_what_no_run_has_used_for_a_month_is_forgotten(root: Path) -> None:
     build = Build()
     for key in ("old", "used", "new"):
         cache.prepared(key, build)
-    (root / "killed.partial").mkdir()
+    (root / ".killed.lora-kit-partial").mkdir()
     month_ago = time.time() - (cache.DAYS_KEPT + 1) * 86400
-    for name in ("old", "used", "killed.partial"):
+    for name in ("old", "used", ".killed.lora-kit-partial"):
         os.utime(root / name, (month_ago, month_ago))
     cache.prepared("used", build)  # it counts when it was used, not when it was made
     cache.prepared("next", build)

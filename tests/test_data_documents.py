@@ -140,16 +140,18 @@ def test_the_encoding_is_the_one_that_a_page_declares(
 
 def test_an_encoding_that_is_not_the_one_declared_is_refused(tmp_path: Path) -> None:
     wrong = "\n" + page(["Brötchen"]).replace("<html>", "<html>\n")
-    assert "a.html:3: not UTF-8, and declares no other" in refused(
+    assert "a.html:3: not UTF-8: convert it" in refused(
         put(tmp_path, "a.html", wrong.encode("latin-1"))
     )
     declared = page(["Brötchen"], '<meta charset="utf-8">').encode("latin-1")
-    assert "not utf-8, which it declares" in refused(put(tmp_path, "a.html", declared))
+    assert "a.html:1: not UTF-8: convert it" in refused(put(tmp_path, "a.html", declared))
     unknown = page(STORY, '<meta charset="x-none">')
-    assert "unknown encoding, 'x-none'" in refused(put(tmp_path, "a.html", unknown))
+    assert "a.html: no text can be read from it (unknown encoding: x-none" in refused(
+        put(tmp_path, "a.html", unknown)
+    )
     no_text = page(STORY, '<meta charset="hex">')
-    assert "unknown encoding, 'hex'" in refused(put(tmp_path, "a.html", no_text))
-    assert "a.html:1: UTF-16" in refused(put(tmp_path, "a.html", page(STORY).encode("utf-16")))
+    assert "a.html: no text can be read from it (" in refused(put(tmp_path, "a.html", no_text))
+    assert "a.html:1: not UTF-8" in refused(put(tmp_path, "a.html", page(STORY).encode("utf-16")))
     assert "a.html:2: holds a zero byte" in refused(put(tmp_path, "a.html", "<p>a\n\0</p>"))
     [(_, text)] = rows(put(tmp_path, "a.html", page(["Brötchen", *STORY]).encode("utf-8-sig")))
     assert "Brötchen" in text
@@ -177,7 +179,7 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
     for content in (b"%PDF-1.4\n", b"no pdf at all", pdf("A")[:60]):
         assert "a.pdf: no text can be read from it (" in refused(put(tmp_path, "a.pdf", content))
     cut = put(tmp_path, "a.html.gz", gzip.compress(page(STORY).encode())[:-20])
-    assert "a.html.gz: cannot be read (" in refused(cut)
+    assert "a.html.gz: no text can be read from it (" in refused(cut)
 
 
 @pytest.mark.parametrize(("name", "library"), [("a.html", "trafilatura"), ("a.pdf", "pypdf")])

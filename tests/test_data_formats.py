@@ -7,10 +7,10 @@ from typing import Any, get_args
 
 import pytest
 
+from lora_kit.data.census import Count
 from lora_kit.data.formats import (
     FORMATS,
     Columns,
-    Dropped,
     Example,
     NotUsable,
     format_of,
@@ -198,10 +198,10 @@ def test_examples_that_differ_in_case_and_punctuation_alone_are_the_same() -> No
 
 
 def test_dropped_rows_are_counted_with_the_first_place() -> None:
-    counts, more = Dropped(), Dropped()
+    counts, more = Count(), Count()
     for number in (2, 3):
-        counts.add("empty", f"f:{number}")
-    more.add("empty", "f:9")
-    more.add("with a zero byte", "f:10: in `text`")
-    counts.merge(more)
-    assert str(counts) == "3 empty (first: f:2); 1 with a zero byte (first: f:10: in `text`)"
+        counts.lose("empty", f"f:{number}")
+    more.lose("empty", "f:9")
+    more.lose("with a zero byte", "f:10: in `text`")
+    found = (counts + more).left_out()
+    assert found == "3 empty (first: f:2); 1 with a zero byte (first: f:10: in `text`)"

@@ -90,7 +90,6 @@ REFUSED = [
     ({"source": "org/zipped"}, ["a.jsonl.zst: of no known kind"]),
     ({"source": "org/nothing"}, ["holds no rows that can be found"]),
     ({"source": "org/empty"}, ["org/empty[train]: empty: there is nothing to learn from"]),
-    ({"source": "org/picture"}, ["the column `image` is of type Image"]),
     ([{"source": "org/set"}] * 2, ["org/set[train]: named twice: leave one out"]),
 ]
 

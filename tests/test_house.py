@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; rooms on one floor do not import each other, except on the top one.
 FLOORS = (
     {"errors", "nano", "hashes"},
-    {"schema", "folders"},
+    {"schema", "folders", "trust"},
     {"run"},
     {"data", "base"},
     {"adapter", "speed"},
@@ -28,7 +28,7 @@ TOP = len(FLOORS) - 1
 FILES_TODAY = 68
 RECIPES_TODAY = 2
 # Of code. The house wants about 8,000; while shipping is built it may be more.
-LINES_OF_THE_PACKAGE = 11000
+LINES_OF_THE_PACKAGE = 12500
 LINES_OF_A_RECIPE = 120
 TOP_LEVEL = {
     *("lora_kit", "recipes", "tests", "scripts", "accelerate_configs"),

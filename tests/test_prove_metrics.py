@@ -144,7 +144,7 @@ def test_all_that_is_wrong_with_the_names_is_said_at_once() -> None:
         check_names(["f1", "exact_macth", "./none.py", "f1"], "chat")
     lines = str(caught.value).splitlines()
     assert lines[0] == "prove.metrics: f1: named 2 times"
-    assert lines[1].endswith("did you mean `exact_match`?") and "(not asked offline)" in lines[1]
+    assert lines[1].endswith("did you mean `exact_match`?") and "--trust-remote-code" in lines[1]
     assert lines[2].startswith("prove.metrics: ./none.py: no metric's script there")
     assert len(lines) == 3
     check_names(list(metrics.OWN), "chat")

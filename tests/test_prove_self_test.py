@@ -193,9 +193,8 @@ def test_an_attention_that_ignores_positions_fails_only_where_packing_is_asked_f
     found, passed = found_in(file)
     assert passed["packing"] is None
     assert found["comparisons"][1]["note"] == "not supported by this base"
-    found, passed = found_in(file, "data.packing=documents")
-    assert passed["packing"] is False
-    assert "data.packing: documents asks for it" in found["comparisons"][1]["note"]
+    with pytest.raises(UserError, match=r"data\.packing: documents: OPTForCausalLM does not"):
+        found_in(file, "data.packing=documents")
 
 
 def test_summed_gradients_of_two_processes_are_found(run_file: Any) -> None:

@@ -14,9 +14,12 @@ from pydantic import ValidationError
 
 from lora_kit.errors import RunFileError, UserError
 from lora_kit.run import check_free, load_run, read_lock, recipe_path, shipped, write_run
-from lora_kit.schema import Adapter, Base, Data, Prove, Run, Train
+from lora_kit.schema import Adapter, Base, Data, Prove, Run, Ship, Train
 
-SECTIONS = {"base": Base, "adapter": Adapter, "data": Data, "train": Train, "prove": Prove}
+SECTIONS = {
+    **{"base": Base, "adapter": Adapter, "data": Data, "train": Train},
+    **{"prove": Prove, "ship": Ship},
+}
 GOOD = """
 recipe: cpt
 name: test

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import lora_kit
 from lora_kit.cli import app
 from lora_kit.errors import CheckFailed, UserError
-from lora_kit.ship.merge import FLOAT32_TOLERANCE, ROUNDING_SHARE, merge
+from lora_kit.ship.merge import FLOAT32_TOLERANCE, ROUNDING_SHARE, Merged, merge
 
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew"
 # Full precision at every step: what is compared is the merge, not the run's type.
@@ -29,6 +29,12 @@ def alone(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     assert not any("lora" in name for name, _ in model.named_modules())
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def compared(merged: Merged) -> tuple[float, float]:
+    """The difference of logits, and the adapter's own effect."""
+    assert merged.max_logit_difference is not None and merged.adapter_effect is not None
+    return merged.max_logit_difference, merged.adapter_effect
 
 
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:
@@ -62,7 +68,7 @@ def test_merged_is_base_plus_adapter(
     base = make_base(tmp_path / "base", tie_word_embeddings=tied)
     changes = {f"adapter.{key}": value for key, value in adapter.items()}
     run = finish(run_file, **PLAIN, **changes, **{"base.model": str(base)})
-    merged = merge(run, tmp_path / "deep" / "merged")
+    merged = merge(run, tmp_path / "deep" / "merged", verify="logits")
 
     model, tokenizer = lora_kit.load(run)
     again, others = alone(merged.out)
@@ -74,18 +80,21 @@ def test_merged_is_base_plus_adapter(
     with model.disable_adapter():
         assert (logits(model, tokenizer) - wanted).abs().max().item() > 0.1
         assert greedy(model, tokenizer) != greedy(again, others)
-    assert merged.max_logit_difference <= FLOAT32_TOLERANCE < 0.1 < merged.adapter_effect
+    difference, effect = compared(merged)
+    assert difference <= FLOAT32_TOLERANCE < 0.1 < effect
     assert merged.greedy_agreement == 1.0
-    assert not list((tmp_path / "deep").glob("*.partial"))
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["merged"]
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_adapter_on_one_of_two_tied_matrices_parts_them(
     run_file: RunMaker, tmp_path: Path, target: str
 ) -> None:
-    run = finish(run_file, **PLAIN, **{"adapter.target_modules": [target, "q_proj"]})
-    merged = merge(run, tmp_path / "merged")
-    assert merged.max_logit_difference <= FLOAT32_TOLERANCE < 0.1 < merged.adapter_effect
+    targets: dict[str, Any] = {"adapter.target_modules": [target, "q_proj"]}
+    run = finish(run_file, **PLAIN, **targets)
+    merged = merge(run, tmp_path / "merged", verify="logits")
+    difference, effect = compared(merged)
+    assert difference <= FLOAT32_TOLERANCE < 0.1 < effect
     model, tokenizer = alone(merged.out)
     assert model.config.tie_word_embeddings is False
     assert model.lm_head.weight is not model.model.embed_tokens.weight
@@ -97,20 +106,21 @@ def test_a_4_bit_run_merges_into_the_16_bit_base_within_rounding(
     run_file: RunMaker, tmp_path: Path, base: Path
 ) -> None:
     run = finish(run_file, **{"base.dtype": "bfloat16", "base.quantize": "nf4"})
-    merged = merge(run, tmp_path / "merged")
-    assert 0 < merged.max_logit_difference <= ROUNDING_SHARE * merged.adapter_effect
+    merged = merge(run, tmp_path / "merged", verify="logits")
+    difference, effect = compared(merged)
+    assert 0 < difference <= ROUNDING_SHARE * effect
     model, tokenizer = alone(merged.out, "bfloat16")
     assert getattr(model.config, "quantization_config", None) is None
     # The unquantized base with the adapter is what it equals, up to 8 bits of mantissa.
     plain, _ = lora_kit.load(run, quantize="none", dtype="float32")
-    exact = merge(run, tmp_path / "exact", dtype="float32")
-    assert exact.max_logit_difference <= FLOAT32_TOLERANCE
+    exact = merge(run, tmp_path / "exact", dtype="float32", verify="logits")
+    assert compared(exact)[0] <= FLOAT32_TOLERANCE
     sharp, _ = alone(exact.out)
     assert next(sharp.parameters()).dtype == torch.float32
     difference = (logits(plain, tokenizer) - logits(sharp, tokenizer)).abs().max().item()
     assert difference <= 1e-4
     rounded = (logits(plain, tokenizer) - logits(model, tokenizer)).abs().max().item()
-    assert difference < rounded < ROUNDING_SHARE * exact.adapter_effect
+    assert difference < rounded < ROUNDING_SHARE * compared(exact)[1]
 
 
 @pytest.fixture
@@ -155,31 +165,52 @@ def test_the_merged_folder_answers_and_stops(run_file: RunMaker, tmp_path: Path)
 
 def test_the_command_prints_what_it_measured(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    done = CliRunner().invoke(app, ["merge", str(run), "--out", str(out), "--json"])
+    command = ["merge", str(run), "--out", str(out), "--json", "--verify", "logits"]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert {"max_logit_difference", "seconds", "peak_rss_mib", "bytes_written"} <= found.keys()
     assert 0 <= found["max_logit_difference"] <= 1e-4 and found["seconds"] > 0
     assert 100 < found["peak_rss_mib"] < 100_000
     assert found["bytes_written"] == sum(file.stat().st_size for file in out.iterdir())
+    # 2 layers of 7 linear weights; norms and the tied embeddings are the base's own.
+    assert (found["changed"], found["copied"]) == (14, 6)
+    plain = CliRunner().invoke(app, ["merge", str(run), "--out", f"{out}2"])
+    assert "14 tensors changed, 6 copied byte for byte; all read back" in plain.stdout
 
 
 def test_a_merge_that_is_wrong_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft.tuners.lora import Linear
+    from lora_kit.ship.weights import Weights
 
-    right = Linear.get_delta_weight
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda *a: 1.05 * right(*a))
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(CheckFailed, match="merged model's logits differ by") as raised:
-        merge(run, tmp_path / "deep" / "er" / "merged")
-    assert raised.value.exit_code == 1 and "\n" not in str(raised.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    right, before = Weights._halves, sorted(tmp_path.rglob("*"))
+    for factor, words in ((1.05, "merged model's logits differ by"), (float("nan"), "not written")):
+        monkeypatch.setattr(
+            Weights, "_halves", lambda *a, by=factor: tuple(half * by for half in right(*a))
+        )
+        with pytest.raises(CheckFailed, match=words) as raised:
+            merge(run, tmp_path / "deep" / "er" / "merged", verify="logits")
+        assert raised.value.exit_code == 1 and "\n" not in str(raised.value)
+        assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr(Weights, "_halves", right)
 
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda *a: right(*a) * float("nan"))
-    with pytest.raises((CheckFailed, UserError, ValueError)):
-        merge(run, tmp_path / "deep" / "er" / "merged")
+    # What lies on the disk is not what was written.
+    import lora_kit.ship.weights as room
+
+    reread = room._reread
+
+    def spoil(writer: Any) -> None:
+        with writer.file.open("r+b") as opened:
+            opened.seek(-1, 2)
+            last = opened.read(1)[0]
+            opened.seek(-1, 2)
+            opened.write(bytes([last ^ 1]))
+        reread(writer)
+
+    monkeypatch.setattr(room, "_reread", spoil)
+    with pytest.raises(CheckFailed, match="not what was written"):
+        merge(run, tmp_path / "merged")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -192,7 +223,7 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
         (tmp_path / "file", "exists: name another folder"),
         (tmp_path / "link", "exists: name another folder"),
         (run, "exists: name another folder"),
-        (tmp_path / "file" / "merged", "cannot be made"),
+        (tmp_path / "file" / "merged", "cannot be made|cannot be written"),
     ):
         with pytest.raises(UserError, match=words) as raised:
             merge(run, out)
@@ -201,6 +232,6 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
     with pytest.raises(UserError, match="float8"):
         merge(run, tmp_path / "merged", dtype="float8")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"0 MiB free, the merged model takes"):
+    with pytest.raises(UserError, match=r"0 MiB free on its disk, \d+ MiB are needed"):
         merge(run, tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()

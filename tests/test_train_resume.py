@@ -159,6 +159,8 @@ def damage(how: str, folder: Path) -> None:
         file.write_bytes(content)
     elif how == "no seal":
         (folder / "seal.json").unlink()
+    elif how == "another seal":
+        (folder / "seal.json").write_text('{"files": []}')
     else:
         seal = folder / "seal.json"
         seal.write_bytes(seal.read_bytes()[:40])
@@ -169,6 +171,7 @@ DAMAGES = {
     "flipped bit": "adapter_model.safetensors is not as it was saved",
     "no seal": "not finished when the run was stopped",
     "cut seal": "not finished when the run was stopped",
+    "another seal": "not finished when the run was stopped",
 }
 
 
@@ -225,7 +228,7 @@ def test_stopped_after_the_last_step(run_file: Any, monkeypatch: pytest.MonkeyPa
 def test_disk_is_checked_before_training(run_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda where: usage(1 << 40, 1 << 40, 100_000))
-    with pytest.raises(UserError, match=r"0 MiB free, the run's checkpoints need [1-9]"):
+    with pytest.raises(UserError, match=r"0 MiB free on its disk, [1-9]\d* MiB are needed: free"):
         package.train(run_file())
     assert not Path("runs").exists()
 

@@ -18,7 +18,7 @@ from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import pin
 from lora_kit.errors import RunFileError
 from lora_kit.run import load_run
-from lora_kit.schema import Adapter, Base, Data, Run, Train
+from lora_kit.schema import Adapter, Base, Data, Run, Ship, Train
 from lora_kit.train import arguments
 from lora_kit.train.arguments import check_installed, training_arguments
 
@@ -74,7 +74,8 @@ OTHERS = {
         # tests/test_data_prepare.py
         *("replay", "against", "labels", "supervise", "packing", "group", "limits", "workers"),
     },
-    Run: {"recipe", "name", "seed", "base", "adapter", "data", "train", "prove"},
+    Run: {"recipe", "name", "seed", "base", "adapter", "data", "train", "prove", "ship"},
+    Ship: {"target"},  # tests/test_ship_targets.py
 }
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from lora_kit.adapter import files
 from lora_kit.adapter.audit import Coverage, coverage
 from lora_kit.errors import UserError
 from lora_kit.run import nearest
@@ -14,7 +14,6 @@ from lora_kit.schema import Adapter
 
 # Fields of `adapter:` that are not PEFT's.
 OWN_FIELDS = {"start"}
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,19 +59,16 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
     Raises:
         UserError: the patterns match no module, or the adapter to start from does not fit.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
     from transformers import set_seed
 
     set_seed(seed)
     if adapter.start:
-        folder = adapter_folder(adapter.start)
+        found = files.open_adapter(adapter.start)
         try:
-            started = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"adapter.start: {folder}: does not fit the base: {reason}") from None
-        _check_whole(started, folder)
-        return started
+            return put_on(model, found, trainable=True)
+        except UserError as error:
+            raise UserError(f"adapter.start: {error}") from None
     linear = linear_names(model)
     _check_layers(model, adapter)
     _check_names(model, adapter, linear)
@@ -97,24 +93,69 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
     return attached
 
 
+def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
+    """The PEFT model of a base and an adapter's files.
+
+    PEFT is given the settings that are known and the tensors, never the folder: there it would
+    take a pickle, import what the config names, fill what is missing with random numbers, and put
+    tensors of the base's own names into the base.
+
+    Raises:
+        UserError: the adapter does not fit the base, or holds what is no part of one, or NaN.
+    """
+    from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
+    from peft import set_peft_model_state_dict as fill
+
+    def wrong(why: str) -> UserError:
+        return UserError(f"{found.folder}: the adapter does not fit the base: {why}")
+
+    tensors = found.tensors()
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise UserError(f"{found.folder}: {name}: NaN or infinite values, or no numbers")
+    whole = (model.get_input_embeddings(), model.get_output_embeddings())
+    own = [name for name, module in model.named_modules() if module in whole]
+    try:
+        config = LoraConfig(**_settings(found), task_type="CAUSAL_LM", inference_mode=not trainable)
+        attached = PeftModelForCausalLM(model, config)
+        # Where tokens were added, PEFT saves embeddings and head as well.
+        known = get_peft_model_state_dict(attached, save_embedding_layers=False).keys() | {
+            f"base_model.model.{name}{inner}.weight"
+            for name in own
+            for inner in ("", ".base_layer")
+        }
+        filled: Any = fill(attached, tensors)
+    except Exception as error:  # whatever PEFT makes of settings and shapes
+        raise wrong(" ".join(str(error).split())[:200]) from None
+    strange = sorted({n for n in tensors.keys() - known if ".lora_" not in n})
+    if strange or filled.unexpected_keys:
+        raise wrong(f"it has no place for {[*strange, *filled.unexpected_keys][0]:.200}")
+    if missing := [n for n in filled.missing_keys if "lora_" in n and ".default" in n]:
+        raise wrong(f"it has nothing for {missing[0]} and {len(missing) - 1} more")
+    return attached if trainable else attached.eval()
+
+
+def _settings(found: files.Adapter) -> dict[str, Any]:
+    """What `LoraConfig` is given. Names of modules instead of a regular expression, which would be
+    tried on every module of the base, and can take for ever."""
+    about = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
+    values = {key: value for key, value in found.config.items() if key not in about}
+    start = str(values.get("init_lora_weights"))
+    # Only these change the base's weights when an adapter is put on it.
+    values["init_lora_weights"] = start if start.startswith(("pissa", "olora")) else True
+    patterns = ("target_modules", "exclude_modules")
+    if any(isinstance(values.get(key), str) for key in patterns) or values.get("layers_pattern"):
+        inside = tuple(p.rpartition(".")[0] for p in values.get("target_parameters") or [])
+        named = [m for m in found.halves if not m.removesuffix(".base_layer").endswith(inside)]
+        others = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        values |= dict.fromkeys(others) | {"target_modules": named}
+    return values
+
+
 def describe(model: Any) -> Attached:
     """Count the adapted modules by name ending, the parameters, and those of the base below."""
     trainable, total = model.get_nb_trainable_parameters()
     return Attached(coverage(model), trainable, total)
-
-
-def adapter_folder(run: str | Path) -> Path:
-    """The adapter of a run directory, or the folder itself if it is an adapter.
-
-    Raises:
-        UserError: there is none.
-    """
-    for folder in (Path(run) / "adapter", Path(run)):
-        if (folder / "adapter_config.json").is_file():
-            return folder.resolve()
-    if (Path(run) / "run.yaml").is_file():
-        raise UserError(f"{run}: a run without an adapter: it did not finish (train --resume)")
-    raise UserError(f"{run}: neither a run directory nor an adapter folder")
 
 
 def linear_names(model: Any) -> list[str]:
@@ -129,20 +170,6 @@ def linear_names(model: Any) -> list[str]:
             if isinstance(module, torch.nn.Linear) and module is not head
         }
     )
-
-
-def _check_whole(model: Any, folder: Path) -> None:
-    """PEFT leaves random what the file lacks, as the adapter of a base with fewer layers does."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(str(folder / WEIGHTS), framework="pt") as opened:
-        stored = set(opened.keys())
-    if missing := sorted(get_peft_model_state_dict(model).keys() - stored):
-        raise UserError(
-            f"adapter.start: {folder}: does not fit the base: it has nothing for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
 
 
 def _check_layers(model: Any, adapter: Adapter) -> None:

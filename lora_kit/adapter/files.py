@@ -10,10 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.attach import WEIGHTS, adapter_folder
 from lora_kit.base.tensors import Stored, stored
 from lora_kit.errors import UserError
+from lora_kit.trust import time_limit
 
+WEIGHTS = "adapter_model.safetensors"
+_SECONDS_TO_MATCH = 10.0  # patterns against names; a good one takes a millisecond
+# Of adapter_config.json: what is read ...
+_READ = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "bias"),
+    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "lora_bias"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("fan_in_fan_out", "modules_to_save", "trainable_token_indices", "target_parameters"),
+    *("ensure_weight_tying", "init_lora_weights"),
+}
+# ... and what changes no output of a trained adapter, or names code to import. Another key that
+# says something is refused: without it the adapter would act otherwise.
+_DROPPED = {
+    *("auto_mapping", "inference_mode", "peft_version", "megatron_core", "runtime_config"),
+    *("qalora_group_size", "eva_config", "lora_ga_config", "velora_config"),
+}
+_NAME = re.compile(r"\w+([.-]\w+)*")
 _HALF = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
 
 
@@ -74,6 +91,11 @@ class Adapter:
         keys = {"model": "base_model_name_or_path", "revision": "revision"}
         return {name: self.config.get(key) for name, key in keys.items()}
 
+    def tensors(self) -> dict[str, Any]:
+        """All of them, by their names in the file."""
+        halves = [stored for pair in self.halves.values() for stored in pair.values()]
+        return {stored.name: stored.read() for stored in [*halves, *self.others.values()]}
+
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """As PEFT takes them from its config: alpha / r, or alpha / sqrt(r) with rsLoRA; the first
         pattern that a name ends with holds."""
@@ -94,6 +116,31 @@ class Adapter:
         return Update(module, scale, a, b.reshape(len(b), r, len(a)).permute(2, 0, 1))
 
 
+def adapter_folder(run: str | Path) -> Path:
+    """The adapter of a run directory, or the folder itself if it is an adapter.
+
+    Raises:
+        UserError: there is none, or something in it is a link that leads elsewhere.
+    """
+    inside = Path(run) / "adapter"
+    for folder in (inside, Path(run)):
+        if (folder / "adapter_config.json").is_file():
+            _check_links([inside] * (folder == inside) + sorted(folder.iterdir()))
+            return folder.resolve()
+    if (Path(run) / "run.yaml").is_file():
+        raise UserError(f"{run}: a run without an adapter: it did not finish (train --resume)")
+    raise UserError(f"{run}: neither a run directory nor an adapter folder")
+
+
+def _check_links(files: list[Path]) -> None:
+    """A link may show a file of this machine as a part of the adapter, to be copied with it. Those
+    of the Hub's cache lead from snapshots/COMMIT/ to its own blobs/."""
+    for file in filter(Path.is_symlink, files):
+        snapshots = [a.parent for a in file.absolute().parents if a.parent.name == "snapshots"]
+        if file.resolve().parent not in [s.resolve().parent / "blobs" for s in snapshots]:
+            raise UserError(f"{file}: a link to somewhere else: put the file itself there")
+
+
 def open_adapter(path: str | Path) -> Adapter:
     """The adapter of a run directory, or the folder of any LoRA adapter that PEFT saved.
 
@@ -111,7 +158,13 @@ def open_adapter(path: str | Path) -> Adapter:
     halves: dict[str, dict[str, Stored]] = defaultdict(dict)
     others = {}
     for name in sorted(tensors, key=_in_order):
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{file}: {name!r:.80} is no name of a tensor: copy the adapter again")
         if half := _HALF.fullmatch(name.removeprefix("base_model.model.")):
+            if half[2] in halves[half[1]]:
+                raise UserError(
+                    f"{file}: {half[1]}: lora_{half[2]} lies there twice: save it again"
+                )
             halves[half[1]][half[2]] = tensors[name]
         else:
             others[name] = tensors[name]
@@ -119,7 +172,10 @@ def open_adapter(path: str | Path) -> Adapter:
         raise UserError(f"{file}: it holds no lora_A and lora_B: save the adapter again")
     adapter = Adapter(folder, config, dict(halves), others)
     try:
-        problems = [problem for module in halves if (problem := _misfit(adapter, module))]
+        with time_limit(_SECONDS_TO_MATCH, f"{folder}: a pattern of its config takes for ever"):
+            problems = [problem for module in halves if (problem := _misfit(adapter, module))]
+    except UserError:
+        raise
     except (TypeError, AttributeError, ArithmeticError, ValueError, re.error) as error:
         where = folder / "adapter_config.json"
         raise UserError(f"{where}: r, lora_alpha or a pattern is not usable: {error}") from None
@@ -133,11 +189,24 @@ def _config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind = config.get("peft_type")
+        library = (config.get("auto_mapping") or {}).get("parent_library") or "transformers"
     except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{file}: no JSON object: copy the adapter again") from None
     if kind != "LORA":
         raise UserError(f"{file}: peft_type is {kind!r}: only LoRA adapters are read")
-    return dict(config)
+    strange = sorted(key for key in config.keys() - _READ - _DROPPED if config[key])
+    if str(config.get("init_lora_weights")).startswith(("corda", "loftq")):
+        strange.append("init_lora_weights")
+    # PEFT imports this module to find the class of the base.
+    if str(library).split(".")[0] != "transformers":
+        strange.append("auto_mapping")
+    if strange:
+        names = ", ".join(f"`{key:.40}`" for key in strange[:5])
+        raise UserError(
+            f"{file}: {names}: not known here, and it may change what the adapter does: convert "
+            "it with PEFT to a plain LoRA"
+        )
+    return {key: value for key, value in config.items() if key in _READ}
 
 
 def _misfit(adapter: Adapter, module: str) -> str | None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_kit.adapter.attach import WEIGHTS
-from lora_kit.adapter.files import Adapter, Update, open_adapter
+from lora_kit.adapter.files import WEIGHTS, Adapter, Update, open_adapter
 from lora_kit.adapter.load import run_home
+from lora_kit.adapter.loaders import oddities
 from lora_kit.data.preview import harmless
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
@@ -62,38 +62,25 @@ def _odd(
     adapter: Adapter, lock: dict[str, Any], modules: list[dict[str, Any]]
 ) -> list[dict[str, str]]:
     """What is odd in an adapter: who trips over it, and what happens then."""
-    config, base = adapter.config, str(adapter.base["model"] or "")
+    base = str(adapter.base["model"] or "")
     norms = [module["norm"] for module in modules]
-    large = max(module["r"] for module in modules) > 16
-    tokens = config.get("trainable_token_indices")
-    start = re.match("pissa|olora|corda|loftq", str(config.get("init_lora_weights")))
     saved = lock.get("adapter", {}).get("sha256")
     changed = saved and saved != file_hash(adapter.folder / WEIGHTS)
     unpinned = is_hub_id(base) and not adapter.base["revision"]
     no_tokenizer = not any(adapter.folder.glob("tokenizer*"))
-    lost, unscaled = "not loaded", "loaded with a wrong scale, silently"
     table = [
-        (config.get("use_dora"), "use_dora", "vLLM, SGLang, llama.cpp", lost),
-        (config.get("use_rslora"), "use_rslora", "SGLang, llama.cpp", unscaled),
-        (config.get("rank_pattern"), "rank_pattern", "SGLang", unscaled),
-        (config.get("alpha_pattern"), "alpha_pattern", "SGLang, llama.cpp", unscaled),
-        (config.get("lora_bias"), "lora_bias", "vLLM, llama.cpp", lost),
-        (config.get("bias", "none") != "none", "bias that trained", "vLLM", lost),
-        (config.get("modules_to_save"), "modules_to_save", "vLLM (but a head), llama.cpp", lost),
-        (tokens, "trainable_token_indices", "SGLang, llama.cpp", lost),
-        (start, "a start from the base's own weights", "vLLM", "not loaded before PEFT converts"),
-        (large, "a rank over 16", "vLLM", "not loaded without a larger --max-lora-rank"),
         (None in norms, "values that are not finite", "every target", "answers noise"),
         (0 in norms, "an update of zeros", "every target", "without effect: it did not train"),
         (not base, "a base that is not named", "PEFT", "not found"),
         (_FOLDER.match(base), "a base named by its folder", "PEFT", "found on this machine only"),
         (unpinned, "a base without revision", "PEFT", "the newest is taken"),
         (no_tokenizer, "no tokenizer", "every target", "added tokens and a template are lost"),
-        (changed, "weights that are not as the run saved them", "lora-kit", lost),
+        (changed, "weights that are not as the run saved them", "lora-kit", "not loaded"),
     ]
+    tripping = oddities(adapter.config, adapter.halves, adapter.others)
     return [
-        {"what": what, "who": who, "happens": happens} for odd, what, who, happens in table if odd
-    ]
+        {"what": one.what, "who": ", ".join(one.who), "happens": one.happens} for one in tripping
+    ] + [{"what": what, "who": who, "happens": happens} for odd, what, who, happens in table if odd]
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

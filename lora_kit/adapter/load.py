@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_kit.adapter.attach import WEIGHTS, adapter_folder
+from lora_kit.adapter.attach import put_on
+from lora_kit.adapter.files import WEIGHTS, Adapter, adapter_folder, open_adapter
 from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer, quiet_libraries
 from lora_kit.base.pin import Pinned, pin
+from lora_kit.data.formats import NotUsable
+from lora_kit.data.templates import render, set_template
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import load_run, read_lock
@@ -73,8 +76,8 @@ def _turn_end(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "sentinelx"}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template is a program, and may refuse whatever it likes
+        text = render(tokenizer, turns)
+    except NotUsable:  # a template is a program, and may refuse whatever it likes
         return None
     after = text.rpartition("sentinelx")[2].strip()
     ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
@@ -96,7 +99,10 @@ def run_home(run: str | Path) -> Path:
     if (Path(run) / "run.yaml").is_file():
         return Path(run)
     folder = adapter_folder(run)
-    return folder.parent if (folder.parent / "run.yaml").is_file() else folder
+    # A run keeps its lock file beside adapter/; what was pulled or exported has its own inside, and
+    # may lie in a working folder that holds some run.yaml.
+    own = (folder / "run.lock.json").is_file() or folder.name != "adapter"
+    return folder if own or not (folder.parent / "run.yaml").is_file() else folder.parent
 
 
 def run_base(run: str | Path) -> Base:
@@ -108,32 +114,59 @@ def run_base(run: str | Path) -> Base:
     home = run_home(run)
     if (home / "run.yaml").is_file():
         return open_run(home).base
-    config = json.loads((home / "adapter_config.json").read_text(encoding="utf-8"))
-    model = config.get("base_model_name_or_path")
-    if not model:
+    named = open_adapter(home).base
+    if not named["model"]:
         raise UserError(f"{home}: adapter_config.json names no base (base_model_name_or_path)")
-    return Base(model=model, revision=config.get("revision"))
+    try:
+        return Base.model_validate(named)
+    except ValueError:
+        raise UserError(f"{home}: adapter_config.json: base or revision is no text") from None
 
 
-def pin_like(run: str | Path, base: Base) -> Pinned:
-    """Pin a run's base at the revision it was trained on, and check that its files are the same."""
+def pin_like(run: str | Path, base: Base, weights: bool = True) -> Pinned:
+    """Pin a run's base at the revision it was trained on, and check that its files are the same.
+
+    `weights=False`: but for a local folder's weights, for whoever reads them all anyway.
+    """
     lock = read_lock(run_home(run))
     trained_on = lock.get("base", {})
-    pinned = pin(base, lock)
+    if not trained_on and (run_home(run) / "run.yaml").is_file():
+        what = "whether this is the base that it was trained on is not known"
+        print(f"warning: {run}: its run.lock.json is gone: {what}", file=sys.stderr)
+    weights = weights or not Path(base.model).is_dir()
+    pinned = pin(base, lock, weights)
     before = trained_on.get("hashes", pinned.hashes)
-    changed = sorted(
-        name
-        for name in before.keys() | pinned.hashes.keys()
-        if before.get(name) != pinned.hashes.get(name)
+    refuse_changed(
+        run,
+        pinned,
+        [
+            name
+            for name in before.keys() | pinned.hashes.keys()
+            if before.get(name) != pinned.hashes.get(name)
+            and (weights or not name.endswith(".safetensors"))
+        ],
     )
+    return pinned
+
+
+def refuse_changed(run: str | Path, pinned: Pinned, changed: Sequence[str]) -> None:
+    """Raises UserError if files of the base are not those that the run was trained on."""
     if changed:
-        trained = trained_on["model"]
+        trained = read_lock(run_home(run))["base"]["model"]
         which = "another" if trained == pinned.model else f"{trained}, not on"
         raise UserError(
-            f"{run}: trained on {which} {pinned.model}: {', '.join(changed)} changed since; "
-            "an adapter is only worth something on its own base"
+            f"{run}: trained on {which} {pinned.model}: {', '.join(sorted(changed))} changed "
+            "since; an adapter is only worth something on its own base"
         )
-    return pinned
+
+
+def run_adapter(run: str | Path) -> Adapter:
+    """A run's finished adapter. Raises UserError: it is missing, or not as the run saved it."""
+    weights = adapter_folder(run) / WEIGHTS
+    saved = read_lock(run_home(run)).get("adapter", {}).get("sha256")
+    if saved is not None and weights.is_file() and file_hash(weights) != saved:
+        raise UserError(f"{weights}: not as the run saved it: copy the run again, or train again")
+    return open_adapter(run)
 
 
 def load_adapter(model: Any, run: str | Path) -> Any:
@@ -142,24 +175,11 @@ def load_adapter(model: Any, run: str | Path) -> Any:
     Raises:
         UserError: it is missing, not as the run saved it, or does not fit the base.
     """
-    from peft import PeftModel
-
-    folder = adapter_folder(run)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        # PEFT would take a pickle in its place, or look for it on the Hub.
-        raise UserError(f"{folder}: {WEIGHTS} is missing: copy the whole run again")
-    saved = read_lock(run_home(run)).get("adapter", {}).get("sha256")
-    if saved is not None and file_hash(weights) != saved:
-        # PEFT fills tensors that are missing with fresh ones, and only warns.
-        raise UserError(f"{weights}: not as the run saved it: copy the run again, or train again")
-    try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
-    except Exception as error:  # safetensors' own error is a bare Exception
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: the adapter does not fit the base: {reason}") from None
+    return put_on(model, run_adapter(run))
 
 
 def load_run_tokenizer(run: str | Path) -> Any:
     """The tokenizer saved beside a run's adapter, with the template it was trained with."""
-    return load_tokenizer(Pinned("", str(adapter_folder(run))))
+    tokenizer = load_tokenizer(Pinned("", str(adapter_folder(run))))
+    set_template(tokenizer, None)  # a template that loops is refused
+    return tokenizer

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.base.pin import Pinned
-from lora_kit.errors import UserError
+from lora_kit.base.tensors import stored_in
+from lora_kit.errors import LoraKitError, UserError
 from lora_kit.schema import Base
 
 
@@ -108,7 +109,21 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _unusable(pinned: Pinned, what: str, error: Exception) -> UserError:
+def unquantized_config(pinned: Pinned) -> dict[str, Any]:
+    """config.json. Raises UserError if it is no object, or the weights are quantized already."""
+    config = _config(Path(pinned.folder))
+    if stored := config.get("quantization_config"):
+        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else "unknown"
+        raise UserError(
+            f"base.model: {pinned.folder}: its weights are already quantized ({method}): name the "
+            "original model, and choose base.quantize"
+        )
+    return config
+
+
+def _unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
+    if isinstance(error, LoraKitError):
+        return error  # a signal, which arrives anywhere
     reason = " ".join(str(error).split())[:240] or type(error).__name__
     if "trust_remote_code" in reason:
         reason = "it needs code from its folder (auto_map), and that is never run: take another"
@@ -134,13 +149,7 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if stored := _config(Path(pinned.folder)).get("quantization_config"):
-        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else "unknown"
-        raise UserError(
-            f"base.model: {pinned.folder}: its weights are already quantized ({method}): name the "
-            "original model, and choose base.quantize"
-        )
-
+    unquantized_config(pinned)
     dtype = getattr(torch, base.dtype)
     quantize = base.quantize if quantize is None else quantize
     options: dict[str, Any] = {}
@@ -176,6 +185,23 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def _check_files(folder: Path) -> None:
+    """transformers would follow an index of shards out of the folder, and run a compiled attention
+    of the Hub that config.json names, where the package `kernels` is installed."""
+    try:
+        stored_in(folder)
+    except UserError as error:
+        raise UserError(f"base.model: {error}") from None
+    inside = [_config(folder)]
+    for values in inside:
+        inside += [value for value in values.values() if isinstance(value, dict)]
+        for key, value in values.items():
+            if key.endswith("_implementation") and "/" in json.dumps(value):
+                raise UserError(
+                    f"base.model: {folder}: {key} of its config.json is code: remove it"
+                )
 
 
 def _quantization(kind: str, dtype: Any) -> Any:

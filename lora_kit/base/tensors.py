@@ -7,11 +7,16 @@ the whole file, which counts as this process's memory, and takes a key that stan
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +24,9 @@ from lora_kit.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
-_PIECE = 16 * 2**20
+PIECE = 16 * 2**20
+PAGE = 4096
+_DIRECT: int = getattr(os, "O_DIRECT", 0)
 # safetensors' name -> (torch's name, bytes of an element).
 DTYPES = {
     **{"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2)},
@@ -58,12 +65,52 @@ class Stored:
 
     def pieces(self) -> Iterator[bytes]:
         """Its bytes, 16 MiB at a time."""
-        buffer = bytearray(min(_PIECE, self.size))
+        buffer = bytearray(min(PIECE, self.size))
         with self.file.open("rb") as opened:
-            for start in range(0, self.size, _PIECE):
-                view = memoryview(buffer)[: min(_PIECE, self.size - start)]
+            for start in range(0, self.size, PIECE):
+                view = memoryview(buffer)[: min(PIECE, self.size - start)]
                 read_into(opened, view, self.offset + start)
                 yield bytes(view)
+
+
+def open_past_cache(file: Path, flags: int) -> int:
+    """A file descriptor whose bytes go around the page cache, where the file system can: copies
+    through it take longer than the disk does, and push out what others keep there."""
+    try:
+        return os.open(file, flags | _DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(file, flags & ~os.O_EXCL, 0o666)  # Linux has made it already
+
+
+def _moved(transfer: Callable[[], int], descriptor: int) -> int:
+    """Bytes moved by a call; what is no whole number of pages goes through the cache after all."""
+    try:
+        return transfer()
+    except OSError as error:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if error.errno != errno.EINVAL or not flags & _DIRECT:
+            raise
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+        return transfer()
+
+
+def read_past_cache(descriptor: int, buffer: mmap.mmap, offset: int, size: int) -> memoryview:
+    """`size` bytes from `offset` on, as they lie in `buffer`, which has room for two pages more.
+
+    Raises:
+        UserError: the file ends before.
+    """
+    start, end = offset // PAGE * PAGE, -(-(offset + size) // PAGE) * PAGE
+    view, done = memoryview(buffer), 0
+    while done < offset + size - start:
+        rest, at = view[done : end - start], start + done
+        count = _moved(partial(os.preadv, descriptor, [rest], at), descriptor)
+        if count == 0:
+            raise UserError("a file is shorter than its header says: copy it again")
+        done += count
+    return view[offset - start : offset - start + size]
 
 
 def read_into(opened: BinaryIO, view: memoryview, offset: int) -> None:
@@ -190,19 +237,23 @@ class Writer:
         self.left = {name: math.prod(s) * DTYPES[d][1] for name, (d, s) in entries.items()}
         self._order: Iterator[str] = iter(entries)
         self._now = next(self._order, None)
-        self._opened = file.open("xb")
-        self._opened.write(len(text).to_bytes(8, "little") + text)
+        self.crc = 0  # of all bytes so far, to compare what is read back
+        self._opened = open_past_cache(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        self._block, self._filled = memoryview(mmap.mmap(-1, PIECE)), 0
+        self._write(memoryview(len(text).to_bytes(8, "little") + text))
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        with self._opened:
+        try:
             if kind is None:
                 self._skip_empty()
                 assert self._now is None, f"{self._now} was not written"
-                self._opened.flush()
-                os.fsync(self._opened.fileno())
+                self._flush()
+                os.fsync(self._opened)
+        finally:
+            os.close(self._opened)
 
     def put(self, name: str, tensor: Any) -> None:
         """Write a tensor; its dtype and shape are those that were promised."""
@@ -219,12 +270,27 @@ class Writer:
         self._skip_empty()
         assert name == self._now, f"{name} is not the next one"
         if isinstance(piece, torch.Tensor):
-            flat: Any = piece.contiguous().reshape(-1).view(torch.uint8).numpy()
-            piece = memoryview(flat)
+            piece = piece.contiguous().reshape(-1).view(torch.uint8).numpy()
         self.left[name] -= len(piece)
         assert self.left[name] >= 0, f"{name} is too long"
-        self._opened.write(piece)
+        self._write(memoryview(piece))
         self._skip_empty()
+
+    def _write(self, rest: memoryview) -> None:
+        self.crc = zlib.crc32(rest, self.crc)
+        while rest:
+            part = rest[: PIECE - self._filled]
+            self._block[self._filled : self._filled + len(part)] = part
+            self._filled, rest = self._filled + len(part), rest[len(part) :]
+            if self._filled == PIECE:
+                self._flush()
+
+    def _flush(self) -> None:
+        rest = self._block[: self._filled]
+        while rest:
+            count = _moved(partial(os.write, self._opened, rest), self._opened)
+            rest = rest[count:]
+        self._filled = 0
 
     def _skip_empty(self) -> None:
         while self._now is not None and self.left[self._now] == 0:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -22,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import UserError
+from lora_kit.folders import new_folder
 from lora_kit.hashes import file_hash
 
 CACHE_VARIABLE = "LORA_KIT_CACHE"
 # Raised whenever the same input gives other files than before.
-VERSION = 3
+VERSION = 4
 DAYS_KEPT = 30
 _SEAL = "seal.json"
 # Other versions of these can make other rows of the same input.
 _LIBRARIES = ("lora-kit", "tokenizers", "transformers", "rensa", "trafilatura", "pypdf")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def key_of(*parts: Any) -> str:
@@ -78,25 +77,17 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
     try:
         if not _is_whole(folder):
             _remove_old(root)
-            partial = root / f"{key}.partial"
-            for left in (folder, partial):  # damaged; of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir()
-            try:
+            shutil.rmtree(folder, ignore_errors=True)
+            with new_folder(folder, 0) as partial:
                 build(partial)
                 seal = {f.name: file_hash(f) for f in sorted(partial.iterdir())}
                 (partial / _SEAL).write_text(json.dumps(seal), encoding="utf-8")
-                partial.rename(folder)
-            except BaseException as error:
-                shutil.rmtree(partial, ignore_errors=True)
-                if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                    raise UserError(
-                        f"{root}: what is prepared does not fit there ({error.strerror}): make "
-                        f"room, or name another folder with {CACHE_VARIABLE}"
-                    ) from None
-                raise
         with contextlib.suppress(OSError):
             os.utime(folder)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):  # a full disk, say
+            raise UserError(f"{error}; {CACHE_VARIABLE} names another folder") from None
+        raise
     finally:
         lock.release()
     return folder
@@ -118,9 +109,9 @@ def _remove_old(root: Path) -> None:
     Linux mapped files stay until the last reader has closed them."""
     oldest = time.time() - DAYS_KEPT * 86400
     # Those with a seal, and what killed processes left: nobody else's folders.
-    found = [*(seal.parent for seal in root.glob(f"*/{_SEAL}")), *root.glob("*.partial")]
+    found = [*(seal.parent for seal in root.glob(f"*/{_SEAL}")), *root.glob(".*.lora-kit-partial")]
     for folder in found:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             if folder.stat().st_mtime < oldest:
                 shutil.rmtree(folder, ignore_errors=True)
-                (root / f"{folder.stem}.lock").unlink(missing_ok=True)
+                (root / f"{folder.name}.lock").unlink(missing_ok=True)

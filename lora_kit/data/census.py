@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.formats import WORSE, Dropped
+from lora_kit.data.formats import WORSE
 from lora_kit.data.labelled import Labelled
 from lora_kit.errors import UserError
 from lora_kit.schema import Limits
@@ -45,17 +45,22 @@ class Count:
     longest: int = 0
     lengths: list[tuple[int, int]] = field(default_factory=list)
 
-    def lost(self, dropped: Dropped, cut: Dropped) -> None:
-        self.dropped |= dropped.counts
-        self.truncated |= cut.counts
-        self.first |= dropped.first | cut.first
+    def lose(self, reason: str, place: str, rows: int = 1, what: str = "dropped") -> None:
+        """Count rows that are left out, or `truncated`; `place` is where the first one stands."""
+        counts = getattr(self, what)
+        counts[reason] = counts.get(reason, 0) + rows
+        self.first.setdefault(reason, place)
+
+    def left_out(self) -> str:
+        """Each reason: how many rows, and the first place."""
+        return "; ".join(f"{n} {why} (first: {self.first[why]})" for why, n in self.dropped.items())
 
     def __add__(self, other: Count) -> Count:
         """Both together, but for the lengths of rows."""
         return Count(
             **{name: getattr(self, name) + getattr(other, name) for name in _SUMMED},
-            dropped=Counter(self.dropped) + Counter(other.dropped),
-            truncated=Counter(self.truncated) + Counter(other.truncated),
+            dropped=dict(Counter(self.dropped) + Counter(other.dropped)),
+            truncated=dict(Counter(self.truncated) + Counter(other.truncated)),
             first=other.first | self.first,
         )
 
@@ -155,15 +160,14 @@ class Census:
         """The census as lines of text."""
         lines = []
         for name, count in (("train", self.train), ("eval", self.eval), ("general", self.general)):
-            if not count.rows_read and not count.rows_kept:
+            if not (count.rows_read or count.rows_kept):
                 continue
             share = count.supervised_tokens / max(1, count.tokens)
             line = f"{name}: {count.rows_read:,} rows read, {count.rows_kept:,} kept"
             line += f", {count.unused:,} left over by fractions" if count.unused else ""
             line += f"; {count.tokens:,} tokens, {count.supervised_tokens:,} ({share:.0%}) learned"
-            line += (
-                f" from, {count.end_markers_supervised:,} end markers; longest {count.longest:,}"
-            )
+            ends = f"{count.end_markers_supervised:,} end markers"
+            line += f" from, {ends}; longest {count.longest:,}"
             lines.append(line if name == "train" else line.replace("learned from", "judged"))
             for what in ("dropped", "truncated"):
                 for reason, number in getattr(count, what).items():

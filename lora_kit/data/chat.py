@@ -172,12 +172,12 @@ class ChatEncoder:
         if len(ids) > self.max_length:
             raise NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
         self._check_beginning(ids)
-        size, learned = len(answer.encode()), turns[1].get("weight") != 0
+        learned = turns[1].get("weight") != 0
+        first, last = len(before), len(ids) if learned else len(before)
+        size = len(answer.encode()) * learned
         if self.supervise == "all":
-            asked_bytes = len((prompt + example.joiner).encode())
-            until = len(ids) if learned else len(before)
-            return Encoded(ids, [(0, until)], int(learned), asked_bytes + size * learned)
-        return Encoded(ids, [(len(before), len(ids))] * learned, int(learned), size * learned)
+            first, size = 0, size + len((prompt + example.joiner).encode())
+        return Encoded(ids, [(first, last)] if first < last else [], int(learned), size)
 
 
 def _tried(make: Callable[..., T], *args: Any) -> T | NotUsable:

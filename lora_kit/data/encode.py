@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_kit.data.census import Count
 from lora_kit.data.chat import ChatEncoder, Encoded
 from lora_kit.data.duplicates import Signed, hashed, ranks, sign
-from lora_kit.data.formats import Columns, Dropped, Example, NotUsable, normalised, to_example
+from lora_kit.data.formats import Columns, Example, NotUsable, normalised, to_example
 from lora_kit.data.readers import Batch, Row
 from lora_kit.errors import CheckFailed
 
@@ -47,30 +48,25 @@ class Settings:
 class Part:
     """What became of a batch. Row i has the tokens ids[sum(lengths[:i]):][:lengths[i]].
 
-    spans: pairs (first, last + 1) of learned tokens, span_counts of them a row; sizes: bytes they
-    spell; keys, questions, groups: uint64 hashes; joins: the row goes on where the one before it
-    ended. signed: of the rows below the sample's rank.
+    columns: by name, of each row (`table` says of what types): lengths; spans: pairs (first, last
+    + 1) of learned tokens, span_counts of them a row; sizes: bytes they spell; answers; numbers;
+    labels; keys, questions, groups: hashes; joins: the row goes on where the one before it ended.
+    signed: of the rows below the sample's rank.
     """
 
-    read: int = 0
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    lengths: list[int] = field(default_factory=list)
-    spans: list[int] = field(default_factory=list)
-    span_counts: list[int] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
-    questions: list[int] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    labels: list[str | None] = field(default_factory=list)
-    joins: list[bool] = field(default_factory=list)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
     signed_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     signed: Signed = field(default_factory=lambda: Signed.join([]))
     signed_questions: Signed = field(default_factory=lambda: Signed.join([]))
-    dropped: Dropped = field(default_factory=Dropped)
-    cut: Dropped = field(default_factory=Dropped)
-    without_supervision: int = 0
+    count: Count = field(default_factory=Count)
+
+
+class _Row(NamedTuple):
+    number: int
+    example: Example
+    encoded: Encoded
+    joins: bool = False
 
 
 class Encoder:
@@ -88,20 +84,14 @@ class Encoder:
             format_name: of `formats.FORMATS`.
             sampled_below: rows whose rank is lower get a signature.
         """
-        if batch.whole:
-            return self._blocks(batch, sampled_below)
         part = Part()
-        examples = list(self._examples(batch, format_name, part))
-        part.numbers = [number for number, _ in examples]
-        chosen = [example for _, example in examples]
-        if format_name == "text":
-            texts = [e.text or "" for e in chosen]
-            ids = [encoding.ids for encoding in self.chat.encode(texts)]
-            part.ids = _flat(ids)
-            self._add_texts(part, texts, [len(row) for row in ids])
+        if batch.whole:
+            rows = self._blocks(batch, part)
         else:
-            chosen = self._add_chats(part, chosen)
-        self._survey(part, chosen, sampled_below)
+            examples = list(self._examples(batch, format_name, part))
+            of_kind = self._texts if format_name == "text" else self._chats
+            rows = of_kind(examples, part)
+        self._fill(part, list(rows), sampled_below)
         return part
 
     def _examples(
@@ -109,120 +99,102 @@ class Encoder:
     ) -> Iterator[tuple[int, Example]]:
         columns = Columns() if batch.plain else self.settings.columns
         for number, row in zip(batch.numbers, batch.parsed(), strict=True):
-            part.read += 1
+            part.count.rows_read += 1
             try:
                 yield number, to_example(row, format_name, columns)
             except NotUsable as error:
                 _drop(part, error, row.place)
 
-    def _add_texts(self, part: Part, texts: list[str], lengths: list[int]) -> None:
-        """Texts are learned from as a whole."""
-        part.lengths = lengths
-        part.spans = list(chain.from_iterable((0, n) for n in lengths))
-        part.span_counts = part.answers = [1] * len(lengths)
-        part.sizes = [len(text.encode()) for text in texts]
+    def _texts(self, examples: list[tuple[int, Example]], part: Part) -> Iterator[_Row]:
+        texts = [example.text or "" for _, example in examples]
+        for (number, example), encoding in zip(examples, self.chat.encode(texts), strict=True):
+            yield _Row(number, example, _whole(encoding.ids, example))
 
-    def _add_chats(self, part: Part, examples: list[Example]) -> list[Example]:
-        kept: list[tuple[int, Example, Encoded]] = []
-        for number, example, result in zip(
-            part.numbers, examples, self.chat(examples), strict=True
-        ):
+    def _chats(self, examples: list[tuple[int, Example]], part: Part) -> Iterator[_Row]:
+        results = self.chat([example for _, example in examples])
+        for (number, example), result in zip(examples, results, strict=True):
             if isinstance(result, NotUsable):
                 _drop(part, result, example.place)
             elif not result.learned:
-                part.without_supervision += 1
-                part.dropped.add("with nothing to learn from", example.place)
+                part.count.samples_without_supervision += 1
+                part.count.lose("with nothing to learn from", example.place)
             else:
                 if result.cut:
-                    part.cut.add("cut after the last answer that fits", example.place)
-                kept.append((number, example, result))
-        part.numbers = [number for number, _, _ in kept]
-        rows = [row for _, _, row in kept]
-        part.ids = _flat([row.ids for row in rows])
-        part.lengths = [len(row.ids) for row in rows]
-        part.spans = [n for row in rows for span in row.learned for n in span]
-        part.span_counts = [len(row.learned) for row in rows]
-        part.answers = [row.answers for row in rows]
-        part.sizes = [row.learned_bytes for row in rows]
-        return [example for _, example, _ in kept]
+                    reason = "cut after the last answer that fits"
+                    part.count.lose(reason, example.place, what="truncated")
+                yield _Row(number, example, result)
 
-    def _survey(self, part: Part, examples: list[Example], sampled_below: int) -> None:
-        """Hashes and signatures, by which rows are split, and known again."""
-        texts = [example.key for example in examples]
-        part.joins = part.joins or [False] * len(examples)
-        part.keys = [hashed(text) for text in texts]
-        part.groups = [0 if e.group is None else hashed(e.group) for e in examples]
-        part.labels = [example.label for example in examples]
-        order = ranks(np.array(part.keys, dtype=np.uint64), self.settings.seed)
-        part.signed_rows = np.flatnonzero(order < np.uint64(sampled_below))
-        part.signed = sign([texts[n] for n in part.signed_rows])
-        part.questions = [0] * len(examples)
-        if self.settings.questions:
-            questions = [normalised(e.question) for e in examples]
-            part.questions = [hashed(text) for text in questions]
-            part.signed_questions = sign([questions[n] for n in part.signed_rows])
-
-    def _blocks(self, batch: Batch, sampled_below: int) -> Part:
+    def _blocks(self, batch: Batch, part: Part) -> Iterator[_Row]:
         """Cut a long text at line ends into blocks of about 2 KiB. It is tokenized whole, so that
         blocks which follow each other join to the tokens of the text itself."""
-        part = Part()
         row: Row = next(batch.parsed())
-        text, first = row.columns["text"], batch.numbers[0]
+        text, line = row.columns["text"], batch.numbers[0]
         (encoding,) = self.chat.encode([text])
-        examples: list[Example] = []
-        lengths: list[int] = []
-        start = token = 0
+        ids, start, token = encoding.ids, 0, 0
         for end in _block_ends(text):
             until = _token_at(encoding, end, len(text))
             if until == token:
                 continue  # a block of characters that the tokenizer leaves out
-            block = text[start:end]
-            line = first + text.count("\n", 0, start)
-            part.numbers.append(line)
-            lengths.append(until - token)
-            part.joins.append(bool(examples) or not batch.starts)
-            examples.append(Example(batch.place(line), text=block))
+            example = Example(batch.place(line), text=text[start:end])
+            encoded = _whole(ids[token:until], example)
+            yield _Row(line, example, encoded, joins=token > 0 or not batch.starts)
+            part.count.rows_read += 1
+            line += text.count("\n", start, end)
             start, token = end, until
-        part.read = len(examples)
-        part.ids = np.array(encoding.ids, dtype=np.int32)
-        self._add_texts(part, [example.text or "" for example in examples], lengths)
-        self._survey(part, examples, sampled_below)
-        return part
+
+    def _fill(self, part: Part, found: list[_Row], sampled_below: int) -> None:
+        """The columns of a part: tokens, and the hashes and signatures by which rows are split, and
+        known again."""
+        examples, rows = [row.example for row in found], [row.encoded for row in found]
+        texts = [example.key for example in examples]
+        keys, questions = [hashed(text) for text in texts], [0] * len(rows)
+        order = ranks(np.array(keys, dtype=np.uint64), self.settings.seed)
+        part.signed_rows = np.flatnonzero(order < np.uint64(sampled_below))
+        part.signed = sign([texts[n] for n in part.signed_rows])
+        if self.settings.questions:
+            asked = [normalised(e.question) for e in examples]
+            questions = [hashed(text) for text in asked]
+            part.signed_questions = sign([asked[n] for n in part.signed_rows])
+        part.ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.int32)
+        part.columns = {
+            "lengths": [len(row.ids) for row in rows],
+            "spans": [n for row in rows for span in row.learned for n in span],
+            "span_counts": [len(row.learned) for row in rows],
+            "answers": [row.answers for row in rows],
+            "sizes": [row.learned_bytes for row in rows],
+            "numbers": [row.number for row in found],
+            "keys": keys,
+            "questions": questions,
+            "groups": [0 if e.group is None else hashed(e.group) for e in examples],
+            "labels": [example.label for example in examples],
+            "joins": [row.joins for row in found],
+        }
+
+
+def _whole(ids: list[int], example: Example) -> Encoded:
+    """A text is learned from as a whole."""
+    return Encoded(ids, [(0, len(ids))], 1, len((example.text or "").encode()))
 
 
 def _drop(part: Part, error: NotUsable, place: str) -> None:
-    part.dropped.add(error.reason, f"{place}: {error.detail}" if error.detail else place)
-
-
-def _flat(rows: list[list[int]]) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=sum(map(len, rows)))
+    part.count.lose(error.reason, f"{place}: {error.detail}" if error.detail else place)
 
 
 def _block_ends(text: str) -> Iterator[int]:
     """Where blocks end: at the first line end after BLOCK_BYTES bytes; in a longer line at a space,
     or where there is none, between two characters; and at the end."""
-    start = size = 0
-    for end in _line_ends(text):
-        size += len(text[start:end].encode())
+    raw = text.encode()
+    start = characters = 0
+    while start < len(raw):
+        least, most = start + BLOCK_BYTES, start + 2 * BLOCK_BYTES
+        end = raw.find(b"\n", least - 1, most) + 1 or raw.find(b" ", least, most)
+        if end < least:
+            end = least
+            while end < len(raw) and raw[end] & 0xC0 == 0x80:  # inside a character
+                end += 1
+        characters += len(raw[start:end].decode())
         start = end
-        if size >= BLOCK_BYTES:
-            yield end
-            size = 0
-    if size:
-        yield len(text)
-
-
-def _line_ends(text: str) -> Iterator[int]:
-    """Where a text may be cut: at its line ends, and within long lines."""
-    position = 0
-    while position < len(text):
-        end = text.find("\n", position) + 1 or len(text)
-        while end - position > BLOCK_BYTES:
-            space = text.find(" ", position + BLOCK_BYTES, position + 2 * BLOCK_BYTES)
-            position = position + BLOCK_BYTES if space < 0 else min(space, end)
-            yield position
-        position = end
-        yield end
+        yield characters
 
 
 def _token_at(encoding: Any, position: int, length: int) -> int:

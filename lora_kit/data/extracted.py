@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lora_kit.data.json_rows import UNREADABLE, UTF16_MARKS, open_bytes, why
+from lora_kit.data.json_rows import PIECE, open_bytes, text_pieces, why
 from lora_kit.errors import UserError
 
 SUFFIXES = {".html", ".htm", ".pdf"}
@@ -22,13 +22,8 @@ _WHOLE_PAGE = re.compile(r"<(?:!doctype|html|head|body)\b", re.IGNORECASE)
 _DECLARED_WITHIN = 4096  # bytes
 # What browsers read where a page declares the other (the Encoding Standard's labels).
 _AS_BROWSERS_DO = {
-    "iso8859-1": "cp1252",
-    "ascii": "cp1252",
-    "iso8859-9": "cp1254",
-    "gb2312": "gb18030",
-    "gbk": "gb18030",
-    "shift_jis": "cp932",
-    "euc_kr": "cp949",
+    **{"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "utf-8": "utf-8-sig"},
+    **{"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"},
 }
 
 
@@ -52,15 +47,7 @@ def text_of(file: Path, suffix: str) -> str:
     try:
         with open_bytes(file) as opened:
             raw = opened.read()
-    except UNREADABLE as error:
-        raise UserError(f"{file}: cannot be read ({why(error)})") from None
-    if not raw.strip():
-        return ""
-    try:
-        if suffix == ".pdf":
-            text = _of_pdf(library, file, raw)
-        else:
-            text = _of_html(library, _decoded(file, raw))
+        text = _of_pdf(library, file, raw) if suffix == ".pdf" else _of_html(library, file, raw)
     except UserError:
         raise
     except Exception as error:  # what a damaged file raises depends on the library
@@ -75,31 +62,14 @@ def _of_pdf(pypdf: Any, file: Path, raw: bytes) -> str:
     return "\n\n".join(page.extract_text() for page in reader.pages)
 
 
-def _of_html(trafilatura: Any, page: str) -> str:
+def _of_html(trafilatura: Any, file: Path, raw: bytes) -> str:
+    """The main text of a page in the encoding it declares, or in UTF-8."""
+    declared = _DECLARED.search(raw, 0, _DECLARED_WITHIN)
+    known = codecs.lookup((declared[1] or declared[2]).decode() if declared else "utf-8").name
+    encoding = _AS_BROWSERS_DO.get(known, known)
+    page = "".join(piece for _, piece in text_pieces(file, PIECE, encoding))
     # A declaration would be taken for that of the text, which is decoded already.
     page = re.sub(r"^\s*<\?xml[^>]*\?>", "", page)
     if not _WHOLE_PAGE.search(page):  # a part of one is taken for a page without a body
         page = f"<html><body>{page}</body></html>"
     return trafilatura.extract(page, include_comments=False) or ""
-
-
-def _decoded(file: Path, raw: bytes) -> str:
-    """A page in the encoding it declares, or in UTF-8."""
-    if raw.startswith(UTF16_MARKS):
-        raise UserError(f"{file}:1: UTF-16: convert it to UTF-8 with iconv")
-    if b"\0" in raw:
-        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
-        raise UserError(f"{file}:{line}: holds a zero byte: this is no text file")
-    declared = _DECLARED.search(raw, 0, _DECLARED_WITHIN)
-    name = (declared[1] or declared[2]).decode() if declared else "utf-8"
-    if raw.startswith(codecs.BOM_UTF8):
-        name = "utf-8-sig"
-    try:
-        known = codecs.lookup(name).name
-        return raw.decode(_AS_BROWSERS_DO.get(known, known))
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        says = f"not {name}, which it declares" if declared else "not UTF-8, and declares no other"
-        raise UserError(f"{file}:{line}: {says}: convert it, for example with iconv") from None
-    except LookupError:
-        raise UserError(f"{file}: declares an unknown encoding, {name!r:.40}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,25 +105,6 @@ def normalised(text: str) -> str:
     True
     """
     return " ".join(text.casefold().translate(_PUNCTUATION).split()) or text.strip()
-
-
-@dataclass
-class Dropped:
-    """Rows left out, or changed: reason -> how many, and where the first one stood."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, reason: str, place: str) -> None:
-        self.counts[reason] += 1
-        self.first.setdefault(reason, place)
-
-    def merge(self, other: Dropped) -> None:
-        self.counts.update(other.counts)
-        self.first = other.first | self.first
-
-    def __str__(self) -> str:
-        return "; ".join(f"{n} {why} (first: {self.first[why]})" for why, n in self.counts.items())
 
 
 class NotUsable(Exception):
@@ -368,13 +348,12 @@ def _label(value: Any, labels: tuple[str, ...]) -> str:
         raise NotUsable("whose `label` is neither a name nor a number", found)
     if isinstance(value, int) and not labels:
         raise NotUsable("whose `label` is a number without a name", f"{found}: name data.labels")
-    named = value in labels
-    if not named and _NUMBER.fullmatch(str(value)) and int(value) < len(labels):
-        return labels[int(value)]
-    if isinstance(value, str) and not value.strip():
-        raise NotUsable("with an empty `label`")
-    if isinstance(value, int) or (labels and not named):
+    if value not in labels and _NUMBER.fullmatch(str(value)) and int(value) < len(labels):
+        value = labels[int(value)]
+    if isinstance(value, int) or (labels and value not in labels):
         raise NotUsable("whose `label` is not in data.labels", found)
+    if not value.strip():
+        raise NotUsable("with an empty `label`")
     return _clean(value, "`label`")
 
 

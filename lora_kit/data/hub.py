@@ -31,7 +31,6 @@ _CARD = ["README.md", ".huggingface.yaml", "dataset_infos.json", ".gitattributes
 _FETCHED_AT_ONCE = 8
 # Settings of a config that say nothing about how a file is read.
 _NOT_FOR_READING = {"name", "version", "data_dir", "data_files", "description", "features"}
-_MEDIA = {"Image", "Audio", "Video", "Pdf", "Nifti", "Mesh"}
 
 
 def fetch(source: Source, commits: dict[str, str]) -> Opened:
@@ -65,7 +64,6 @@ def fetch(source: Source, commits: dict[str, str]) -> Opened:
         raise
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise UserError(f"{source.source}: {_problem(source.source, revision, error)}") from None
-    labels = labels or _labels(source.source, _features_of_file(files[0]))
     content = [labels, [(n, _hash(file)) for n, file in zip(names, files, strict=True)]]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Opened(name, source.fraction, digest, tuple(files), labels, card.name)
@@ -74,7 +72,8 @@ def fetch(source: Source, commits: dict[str, str]) -> Opened:
 def _files_of_split(
     source: Source, card: Path, listed: list[str]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Names of files, and of classes by column.
+    """Names of files, and of classes by column where the card has them (the schema of a parquet
+    file may, too: its reader looks there).
 
     A folder with the set's card and an empty file in place of each of its files is all that
     `datasets` needs to tell what belongs to a split, without a network.
@@ -115,12 +114,13 @@ def _files_of_split(
         names = list(dict.fromkeys(os.path.relpath(file, root) for file in splits[source.split]))
         if not set(names) <= set(listed):
             raise UserError(f"{what}: its card names files outside of the set")
-    kinds = readers.TEXT_SUFFIXES | readers.TABLE_SUFFIXES
     for name in names:
-        if readers.suffix_of(Path(name)) not in kinds:
-            raise UserError(f"{what}: {name}: of no known kind: {' '.join(sorted(kinds))}")
+        if readers.suffix_of(Path(name)) not in readers.SUFFIXES:
+            kinds = " ".join(sorted(readers.SUFFIXES))
+            raise UserError(f"{what}: {name}: of no known kind: {kinds}")
     _check_options(what, builder.config, names)
-    return names, _labels(what, builder.info.features)
+    inner = {c: getattr(f, "feature", f) for c, f in (builder.info.features or {}).items()}
+    return names, {c: f.names for c, f in inner.items() if isinstance(f, datasets.ClassLabel)}
 
 
 def _choose(what: str, key: str, wanted: str | None, known: list[str]) -> UserError:
@@ -143,34 +143,6 @@ def _check_options(what: str, config: Any, names: list[str]) -> None:
             f"{what}: its card says how to read it (`{field.name}: {value!r:.40}`), which is not "
             "followed: save its rows as jsonl and name that file"
         )
-
-
-def _labels(what: str, features: Any) -> dict[str, list[str]]:
-    """{column: names of its classes}. Raises UserError on a column of images or sounds."""
-    found = {}
-    for column, feature in (features or {}).items():
-        inner = getattr(feature, "feature", feature)
-        kind = type(inner).__name__
-        if kind in _MEDIA:
-            raise UserError(
-                f"{what}: the column `{column}` is of type {kind}: a language model learns from "
-                "text: save the columns of text as jsonl and name that file"
-            )
-        if kind == "ClassLabel":
-            found[column] = list(inner.names)
-    return found
-
-
-def _features_of_file(file: Path) -> Any:
-    """What the schema of a parquet file says of its columns, where the card doesn't."""
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return datasets.Features.from_arrow_schema(pq.read_schema(file))
-    except (pa.ArrowException, OSError, ValueError):
-        return {}  # of another kind, or damaged: the reader will say so
 
 
 def _hash(file: Path) -> str:

@@ -1,21 +1,23 @@
-"""JSON -> rows: objects whose keys differ, one a line or many in a list, read as a stream."""
+"""Files -> decoded text; JSON -> rows, one a line or many in a list. Read as a stream."""
 
 from __future__ import annotations
 
-import codecs
 import gzip
+import io
 import json
+import re
 import reprlib
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_kit.errors import UserError
 
-_PIECE_BYTES = 2**20
+PIECE = 2**20  # characters
 _LONGEST = 2**26  # characters of one object, where a mistake is looked for
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_BROKEN = re.compile("[\0\udc80-\udcff]")
 # What a file that is damaged, or a gzip file that is cut off, raises while it is read.
 UNREADABLE = (OSError, EOFError, zlib.error)
 
@@ -28,6 +30,35 @@ def open_bytes(file: Path) -> BinaryIO:
         return file.open("rb")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def text_pieces(
+    file: Path, size: int | None = None, encoding: str = "utf-8-sig"
+) -> Iterator[tuple[int, str]]:
+    """(line, text) of a file's lines, or of pieces of `size` characters; the line is the one that a
+    piece begins in. \\r\\n and \\r become \\n; a byte-order mark is left out.
+
+    Raises:
+        UserError: it cannot be read, or a line, which is named, has a zero byte or is not in this
+            encoding.
+    """
+    line = 1
+    try:
+        with open_bytes(file) as opened:
+            # What cannot be decoded becomes half a character, so that it is found in its line.
+            text = io.TextIOWrapper(opened, encoding, errors="surrogateescape")
+            for piece in iter(partial(text.read, size) if size else text.readline, ""):
+                plain = piece.isascii() and "\0" not in piece  # most are, and searching is slow
+                if not plain and (found := _BROKEN.search(piece)):
+                    line += piece.count("\n", 0, found.start())
+                    if found[0] == "\0":
+                        raise UserError(f"{file}:{line}: holds a zero byte: this is no text")
+                    name = encoding.removesuffix("-sig").upper()
+                    raise UserError(f"{file}:{line}: not {name}: convert it to UTF-8 with iconv")
+                yield line, piece
+                line += piece.count("\n")
+    except UNREADABLE as error:
+        raise UserError(f"{file}:{line}: cannot be read ({why(error)})") from None
 
 
 def shown(value: Any) -> str:
@@ -64,8 +95,7 @@ class JsonList:
         self.position = 0
         self.lines_before = 0  # line ends before `text`
         self.columns_before = 0  # characters before `text` in the line it begins in
-        self.seen: set[int] = set()  # hashes of the keys of an object of objects
-        self.pieces = self._read()
+        self.pieces = text_pieces(file, PIECE)
         self.decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
 
     def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -77,17 +107,17 @@ class JsonList:
             raise self._error("a list of objects is expected")
         closing = "]" if opening == "[" else "}"
         self.position += 1
+        seen: set[int] = set()  # of the keys of an object of objects
         number = 0
-        while (character := self._next()) != closing:
-            if number and character:
-                if character != ",":
-                    raise self._error("not JSON: a comma is expected")
-                self.position += 1
-                character = self._next()
-            if not character:
-                raise self._error(f"not JSON: cut off, `{closing}` is missing")
+        while self._next() != closing:
+            if number:
+                self._pass(",", f"`{closing}` or a comma")
             if opening == "{":
-                self._key()
+                key = str(self._value())
+                if hash(key) in seen:
+                    raise self._error(f"the key {shown(key)} stands twice in one object")
+                seen.add(hash(key))
+                self._pass(":", "a colon")
             value = self._value()
             if opening == "{" and not isinstance(value, dict):
                 raise UserError(
@@ -100,23 +130,14 @@ class JsonList:
         if self._next():
             raise self._error(f"not JSON: something stands after the last `{closing}`")
 
-    def _key(self) -> None:
-        """Read on behind `"key":`, where its value begins."""
-        key = self._value()
-        if not isinstance(key, str):
-            raise self._error(f"not JSON: a key in quotes is expected (column {self._column()})")
-        if hash(key) in self.seen:
-            raise self._error(
-                f"not readable as JSON: the key {shown(key)} stands twice in one object"
-            )
-        self.seen.add(hash(key))
-        if self._next() != ":":
-            raise self._error(f"not JSON: a colon is expected (column {self._column()})")
+    def _pass(self, sign: str, name: str) -> None:
+        if self._next() != sign:
+            raise self._error(f"not JSON: {name} is expected")
         self.position += 1
-        self._next()
 
     def _value(self) -> Any:
         """The next value. More is read until it is whole."""
+        self._next()
         while True:
             try:
                 value, self.position = self.decoder.raw_decode(self.text, self.position)
@@ -149,39 +170,13 @@ class JsonList:
         self.lines_before += self.text.count("\n", 0, self.position)
         kept = [self.text[self.position :]]
         size = 0
-        for piece in self.pieces:
+        for _, piece in self.pieces:
             kept.append(piece)
             size += len(piece)
             if size >= least:
                 break
         self.text, self.position = "".join(kept), 0
         return size > 0
-
-    def _read(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        line = 1
-        try:
-            with open_bytes(self.file) as opened:
-                while True:
-                    piece = opened.read(_PIECE_BYTES)
-                    if opened.tell() == len(piece) and piece.startswith(UTF16_MARKS):
-                        raise UserError(f"{self.file}:1: UTF-16: convert it to UTF-8 with iconv")
-                    if b"\0" in piece:
-                        line += piece[: piece.index(b"\0")].count(b"\n")
-                        raise UserError(f"{self.file}:{line}: holds a zero byte: this is no text")
-                    text = decoder.decode(piece, final=not piece)
-                    line += text.count("\n")
-                    if text:
-                        yield text
-                    if not piece:
-                        return
-        except UnicodeDecodeError as error:
-            line += piece[: error.start].count(b"\n")
-            raise UserError(
-                f"{self.file}:{line}: not UTF-8: convert it, for example with iconv"
-            ) from None
-        except UNREADABLE as error:
-            raise UserError(f"{self.file}:{line}: cannot be read ({why(error)})") from None
 
     def _line(self) -> int:
         return self.lines_before + self.text.count("\n", 0, self.position) + 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,10 +35,8 @@ class Labelled:
         self.offsets = arrays["offsets"]  # int64, (rows + 1,)
         self.spans = arrays["spans"].reshape(-1, 2)  # int32: first, last + 1
         self.span_offsets = arrays["span_offsets"]  # int64, (rows + 1,)
-        self.units = arrays["units"]
-        self.unit_bytes = arrays["unit_bytes"]
-        self.files = arrays["files"]
-        self.numbers = arrays["numbers"]
+        self.units, self.unit_bytes = arrays["units"], arrays["unit_bytes"]
+        self.files, self.numbers = arrays["files"], arrays["numbers"]
 
     @classmethod
     def open(cls, path: Path) -> Labelled:
@@ -85,8 +84,7 @@ class LabelledWriter:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.file = path.with_suffix(".bin").open("wb") if path else None
-        self.kept: list[np.ndarray] = []
+        self.file: IO[bytes] = path.with_suffix(".bin").open("wb") if path else BytesIO()
         # Arrays of machine integers: four bytes a row, where a list would take forty.
         self.offsets, self.span_offsets = array("q", [0]), array("I", [0])
         self.spans, self.files, self.units = array("i"), array("i"), array("I")
@@ -109,15 +107,10 @@ class LabelledWriter:
             ids: tokens. spans: pairs (first, last + 1) of those learned from.
             unit_bytes: what the row's unit spells. same_unit: it is the unit of the row before.
         """
-        row = np.asarray(ids, dtype=np.int32)
-        if self.file:
-            self.file.write(row.tobytes())
-        else:
-            self.kept.append(row)
-        self.offsets.append(self.offsets[-1] + len(row))
-        for first, last in spans:
-            self.spans.append(first)
-            self.spans.append(last)
+        self.file.write(np.asarray(ids, dtype=np.int32).tobytes())
+        self.offsets.append(self.offsets[-1] + len(ids))
+        for span in spans:
+            self.spans.extend(span)
         self.span_offsets.append(len(self.spans) // 2)
         if not same_unit:
             self.unit_bytes.append(unit_bytes)
@@ -128,8 +121,9 @@ class LabelledWriter:
     def finish(self) -> Labelled:
         stored = {name: getattr(self, name) for name in _ARRAYS}
         arrays = {name: np.frombuffer(a, a.typecode) for name, a in stored.items()}
-        if not self.file or not self.path:
-            return Labelled(np.concatenate([*self.kept, np.zeros(0, np.int32)]), arrays)
+        if not self.path:
+            self.file.seek(0)
+            return Labelled(np.frombuffer(self.file.read(), np.int32), arrays)
         self.file.close()
         np.savez(self.path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
         return Labelled.open(self.path)

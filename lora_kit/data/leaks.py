@@ -40,8 +40,7 @@ def train_against_eval(
     )
     exact, leak = _leak(looked_for, known, len(other), partial(place, other), partial(place, train))
     if exact.any():
-        census.eval.dropped[LEAKED] = leak["exact"]
-        census.eval.first[LEAKED] = place(other, int(exact.argmax()))
+        census.eval.lose(LEAKED, place(other, int(exact.argmax())), leak["exact"])
     listed = sources if isinstance(sources, list) else [sources]
     only = f": {getattr(listed[0], 'source', listed[0])}" if len(listed) == 1 else ""
     census.leaks[f"data.eval{only}"] = leak
@@ -133,7 +132,6 @@ def general_apart(tables: dict[str, Table], place: Place, census: Census) -> np.
     known = np.concatenate([table.keys for use, table in tables.items() if use != "general"])
     there = np.isin(general.keys, known)
     if there.any():
-        reason = "that stand in the domain's data too"
-        census.general.dropped[reason] = int(there.sum())
-        census.general.first[reason] = place(general, int(there.argmax()))
+        first = place(general, int(there.argmax()))
+        census.general.lose("that stand in the domain's data too", first, int(there.sum()))
     return ~there

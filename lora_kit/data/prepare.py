@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -194,6 +195,16 @@ def _labels(labels: str | list[str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
+class _File(NamedTuple):
+    """A file that is read: `source` counts the sources of all uses; `style` is of its places."""
+
+    name: str
+    style: str
+    use: str
+    source: int
+    format: str
+
+
 @dataclass
 class _Preparation:
     """One preparation, from the sources to the files of its folder."""
@@ -204,16 +215,14 @@ class _Preparation:
     kind: Kind | None
     tokenizer: Any
     folder: Path
-    names: list[tuple[str, str]] = field(default_factory=list)  # of files: name, style of places
-    source_of: list[int] = field(default_factory=list)  # the source of each file
-    use_of: list[str] = field(default_factory=list)
-    formats: list[str] = field(default_factory=list)  # of files
+    files: list[_File] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     below: int = 2**64 - 1  # of the table that the batch in hand goes to
 
     def run(self) -> None:
         tables = self._read()
-        census = Census(held_out=isinstance(self.data.eval, float), notes=self.notes)
+        counts: dict[str, Any] = {use: table.count for use, table in tables.items()}
+        census = Census(**counts, held_out=isinstance(self.data.eval, float), notes=self.notes)
         train, judged, replayed = self._divide(tables, census)
         for table in tables.values():
             table.forget_signatures()
@@ -228,10 +237,10 @@ class _Preparation:
             getattr(census, use).measure(labelled)
         meta = {
             "kind": kind,
-            "joiner": FORMATS[self.formats[tables["train"].sources[0]]].joiner,
+            "joiner": FORMATS[self.files[tables["train"].sources[0]].format].joiner,
             "general": "general" in rows,
-            "hashes": {s.name: s.digest for found in self.opened.values() for s in found},
-            "names": self.names,
+            "hashes": {s.name: s.digest for s in chain.from_iterable(self.opened.values())},
+            "names": [(file.name, file.style) for file in self.files],
             "census": census.to_json(),
         }
         for name in USES:
@@ -250,16 +259,15 @@ class _Preparation:
         for file, part in encode_all(
             self._work(tables), self.tokenizer, self.settings, self, workers
         ):
-            table = tables[self.use_of[file]]
-            table.add(file, part)
-            count += part.read
+            tables[self.files[file].use].add(file, part)
+            count += part.count.rows_read
             if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 print(f"data: {count:,} rows prepared", file=sys.stderr, flush=True)
         for use, table in tables.items():
             table.finish()
             if not len(table):
-                raise UserError(f"data.{use}: no rows left; left out: {table.dropped}")
+                raise UserError(f"data.{use}: no rows left; left out: {table.count.left_out()}")
         return tables
 
     def _work(self, tables: dict[str, Table]) -> Iterator[Work]:
@@ -267,17 +275,16 @@ class _Preparation:
         number = 0
         for use in USES:
             for source in self.opened.get(use, []):
-                known: dict[str, tuple[int, str]] = {}
+                known: dict[str, int] = {}
                 for batch in source.batches():
                     batch = replace(batch, plain=use == "general")
                     if batch.name not in known:
-                        known[batch.name] = len(self.names), self._format(batch, use)
-                        self.names.append((batch.name, batch.style))
-                        self.use_of.append(use)
-                        self.source_of.append(number)
-                    file, format_name = known[batch.name]
+                        found = self._format(batch, use)
+                        known[batch.name] = len(self.files)
+                        self.files.append(_File(batch.name, batch.style, use, number, found))
+                    file = known[batch.name]
                     self.below = tables[use].below
-                    yield file, batch, format_name
+                    yield file, batch, self.files[file].format
                 if not known:
                     raise UserError(f"{source.name}: empty: there is nothing to learn from")
                 number += 1
@@ -300,7 +307,6 @@ class _Preparation:
                 "`recipe: cpt`, or name the column of the answer, as in data.columns: "
                 "{label: YOURS}"
             )
-        self.formats.append(name)
         left = f"columns not read: {', '.join(unread(row, name, columns))[:200]}"
         if not left.endswith(": ") and not any(note.startswith(left) for note in self.notes):
             self.notes.append(f"{left} (first: {batch.name})")
@@ -311,24 +317,28 @@ class _Preparation:
         train = tables["train"]
         roots = clusters(train.keys, train.signed, train.signed_rows)
         self._count_duplicates(train, roots, census)
-        before, roots = roots, parted(roots, train.keys)
-        if not np.array_equal(before, roots):
-            apart = int((before != roots).sum())
-            census.notes.append(
-                f"{apart:,} rows are near many others, by what they all share: only equal ones of "
-                "them stay on one side of the split"
-            )
-        del before
         learned = np.ones(len(train), dtype=bool)
-        if isinstance(self.data.eval, float) and "against" not in self.opened:
-            train.forget_signatures()
         if isinstance(self.data.eval, float):
+            if "against" not in self.opened:
+                train.forget_signatures()
+            before, roots = roots, parted(roots, train.keys)
+            if apart := int((before != roots).sum()):
+                census.notes.append(
+                    f"{apart:,} rows are near many others, by what they all share: only equal ones "
+                    "of them stay on one side of the split"
+                )
+            del before
             labels = train.labels if train.label_names else None
             if self.data.group and not train.groups.any():
                 raise UserError(
                     f"data.group: no row of data.train has a column `{self.data.group}`"
                 )
-            units = _grouped(roots, train.groups)
+            # Clusters whose rows share a group become one; documents of text files have none.
+            rows = np.flatnonzero(train.groups)
+            first, inverse = np.unique(train.groups[rows], return_index=True, return_inverse=True)[
+                1:
+            ]
+            units = joined(roots, rows, rows[first][inverse])
             held = hold_out(units, train.keys, self.data.eval, self.settings.seed, labels)
             learned &= ~held
             judged = {"eval": (train, held)}
@@ -342,7 +352,7 @@ class _Preparation:
             against(self.opened["against"], train, learned, self._place, census)
         fractions = [source.fraction for source in self.opened["train"] if source.fraction]
         if fractions:
-            sources = np.array(self.source_of)[train.sources][learned]
+            sources = np.array([file.source for file in self.files])[train.sources][learned]
             tokens = self._tokens(train, "train")[learned]
             for number, source in enumerate(self.opened["train"]):
                 if not tokens[sources == number].any():
@@ -356,7 +366,8 @@ class _Preparation:
         if "general" in tables:
             general, kept = tables["general"], general_apart(tables, self._place, census)
             if not kept.any():
-                raise UserError(f"data.general: no rows left; left out: {census.general.dropped}")
+                why = census.general.left_out()
+                raise UserError(f"data.general: no rows left; left out: {why}")
             if self.data.replay is not None:
                 learned_from = int(self._tokens(train, "train")[learned].sum())
                 pool, chosen = self._replay(general, kept, learned_from)
@@ -414,12 +425,9 @@ class _Preparation:
                 f"near duplicates and near leaks were looked for among {census.compared:,} of "
                 f"{len(train):,} rows, a random sample"
             )
-        census.notes += [
-            f"{source.name}: {source.passed_over:,} file(s) of other kinds passed over"
-            for opened in self.opened.values()
-            for source in opened
-            if source.passed_over
-        ]
+        for source in chain.from_iterable(self.opened.values()):
+            if others := source.passed_over:
+                census.notes.append(f"{source.name}: {others:,} file(s) of other kinds passed over")
 
     def _count_rows(
         self,
@@ -429,11 +437,6 @@ class _Preparation:
         replayed: Any,
         census: Census,
     ) -> None:
-        for use, table in tables.items():
-            count = getattr(census, use)
-            count.lost(table.dropped, table.cut)
-            count.rows_read = table.read
-            count.samples_without_supervision = table.without_supervision
         for use, (table, chosen) in [("train", (tables["train"], learned)), *judged.items()]:
             count = getattr(census, use)
             count.rows_kept = int(chosen.sum())
@@ -454,7 +457,7 @@ class _Preparation:
             census.notes.append(
                 f"replay: {number:,} general rows ({tokens:,} tokens) are learned from as well"
             )
-        if "preference" in self.formats:
+        if any(file.format == "preference" for file in self.files):
             census.notes.append("preference rows: the chosen answers are learned from alone")
 
     def _check_labels(self, train: Table, held_out: Table) -> None:
@@ -464,17 +467,9 @@ class _Preparation:
             raise UserError(
                 f"data.eval: {self._place(held_out, row)}: the label {unknown[0]!r:.60} is in no "
                 f"row of data.train{nearest(unknown[0], list(train.label_names))}"
-                + (f", and {len(unknown) - 1} more" if len(unknown) > 1 else "")
             )
 
     def _place(self, table: Table, row: int) -> str:
-        file, number = table.place(row)
-        name, style = self.names[file]
-        return style.format(name, number)
-
-
-def _grouped(roots: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Clusters whose rows share a group become one."""
-    rows = np.flatnonzero(groups)  # documents of text files have none
-    first, inverse = np.unique(groups[rows], return_index=True, return_inverse=True)[1:]
-    return joined(roots, rows, rows[first][inverse])
+        number, line = table.place(row)
+        file = self.files[number]
+        return file.style.format(file.name, line)

@@ -22,6 +22,7 @@ import numpy as np
 from lora_kit.data.labelled import IGNORED
 from lora_kit.data.prepare import USES, Prepared, packing_of
 from lora_kit.errors import UserError
+from lora_kit.folders import write_whole
 from lora_kit.schema import Run
 
 SAMPLES_OF_A_PAGE = 50  # of each split
@@ -238,15 +239,10 @@ def write_page(
     """Write one self-contained page: it loads nothing, and all text from data is escaped."""
     check_page(file)
     text = page(run, prepared, tokenizer, problems)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, text)
     except OSError as error:
         raise UserError(f"--html {file}: cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def page(run: Run, prepared: Prepared, tokenizer: Any, problems: list[str]) -> str:

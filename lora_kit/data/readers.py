@@ -8,7 +8,6 @@ documents is cut into blocks of 2 KiB at line ends: a share of it can be held ou
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
@@ -22,11 +21,11 @@ from typing import Any
 from lora_kit.data import extracted
 from lora_kit.data.json_rows import (
     UNREADABLE,
-    UTF16_MARKS,
     JsonList,
     open_bytes,
     parse_line,
     shown,
+    text_pieces,
     why,
 )
 from lora_kit.errors import UserError
@@ -36,11 +35,12 @@ TEXT_SUFFIXES = {
     *(".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs"),
     *(".sh", ".sql", ".tex", *extracted.SUFFIXES),
 }
+_IOB_SUFFIXES = {".iob", ".iob2", ".bio", ".conll"}
 TABLE_SUFFIXES = {
     *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
-    *(".iob", ".iob2", ".bio", ".conll"),
+    *_IOB_SUFFIXES,
 }
-_IOB_SUFFIXES = {".iob", ".iob2", ".bio", ".conll"}
+SUFFIXES = TEXT_SUFFIXES | TABLE_SUFFIXES
 _TAG = re.compile(r"O|[BIESLU]-\S+")
 # A batch is what one worker takes at a time: small, so that its tokens stay in the caches.
 BATCH_ROWS = 256
@@ -111,7 +111,10 @@ class Opened:
         for file in self.files:
             if is_table(file):
                 for batch in table(file):
-                    yield with_labels(batch, self.labels) if self.labels else batch
+                    if self.labels:  # names that the file doesn't have
+                        rows = [named(row.columns, self.labels) for row in batch.parsed()]
+                        batch = replace(batch, rows=rows)
+                    yield batch
 
 
 def suffix_of(file: Path) -> str:
@@ -130,7 +133,8 @@ def table(file: Path) -> Iterator[Batch]:
     """The rows of a table, in batches."""
     suffix = suffix_of(file)
     if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and _has_json_lines(file)):
-        yield from _batches(file, "{}:{}", _json_lines(file))
+        filled = ((number, line) for number, line in text_pieces(file) if not line.isspace())
+        yield from _batches(file, "{}:{}", filled)
     elif suffix == ".json":
         yield from _batches(file, "{}[{}]", JsonList(file).objects())
     elif suffix in (".parquet", ".arrow"):
@@ -149,7 +153,7 @@ def documents(file: Path, size: int | None = None) -> Iterator[tuple[int, str, b
     """
     parts: list[str] = []  # of this document, not yet given out
     length, first, begins = 0, 1, True
-    for number, line in _text_lines(file):
+    for number, line in _lines(file):
         *closed, rest = line.split(END_OF_TEXT)
         for part in closed:
             yield from _pieces(first, "".join([*parts, part]).rstrip(), size, begins)
@@ -240,50 +244,12 @@ def list_batches(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Batch]:
     yield from _batches(name, "{}/{}", enumerate(rows, 1))
 
 
-def _byte_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines without a byte-order mark and without zero bytes, from 1. \r alone ends one too."""
-    number = 0
-    try:
-        with open_bytes(file) as opened:
-            for raw in opened:
-                for line in raw.splitlines(keepends=True) if b"\r" in raw else [raw]:
-                    number += 1
-                    if number == 1:
-                        if line.startswith(UTF16_MARKS):
-                            raise UserError(f"{file}:1: UTF-16: convert it to UTF-8 with iconv")
-                        line = line.removeprefix(codecs.BOM_UTF8)
-                    if b"\0" in line:
-                        raise UserError(f"{file}:{number}: holds a zero byte: this is no text file")
-                    yield number, line
-    except UNREADABLE as error:
-        raise UserError(f"{file}:{number + 1}: cannot be read ({why(error)})") from None
-
-
-def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Decoded lines; \\r\\n and \\r become \\n."""
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of a text file, or of the text in a page or PDF."""
     suffix = suffix_of(file)
     if suffix in extracted.SUFFIXES:
-        yield from enumerate(io.StringIO(extracted.text_of(file, suffix)), 1)
-        return
-    for number, line in _byte_lines(file):
-        text = _decode(line, file, number)
-        yield number, text.rstrip("\r\n") + "\n" if "\r" in text else text
-
-
-def _decode(line: bytes, file: Path, number: int) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}:{number}: not UTF-8 (byte {error.start + 1} of the line): convert it, for "
-            "example with iconv"
-        ) from None
-
-
-def _json_lines(file: Path) -> Iterator[tuple[int, str]]:
-    for number, raw in _byte_lines(file):
-        if not raw.isspace():
-            yield number, _decode(raw, file, number)
+        return enumerate(io.StringIO(extracted.text_of(file, suffix)), 1)
+    return text_pieces(file)
 
 
 def _has_json_lines(file: Path) -> bool:
@@ -298,7 +264,7 @@ def _has_json_lines(file: Path) -> bool:
 
 def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)
-    lines = (text for _, text in _text_lines(file))
+    lines = (text for _, text in _lines(file))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     last = 0
@@ -328,7 +294,7 @@ def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _looks_tagged(file: Path) -> bool:
     """Whether a .tsv has no header but tokens and IOB tags: its first lines all end with a tag."""
-    first = [_fields(line) for _, line in islice(_text_lines(file), 20) if line.strip()]
+    first = [_fields(line) for _, line in islice(_lines(file), 20) if line.strip()]
     return bool(first) and all(len(f) > 1 and _TAG.fullmatch(f[-1]) is not None for f in first)
 
 
@@ -344,7 +310,7 @@ def _tagged(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     tokens: list[str] = []
     tags: list[str] = []
     start = 0
-    for number, line in chain(_text_lines(file), [(0, "")]):
+    for number, line in chain(_lines(file), [(0, "")]):
         fields = _fields(line)
         if not line.strip() or fields[0] == "-DOCSTART-":
             if tokens:
@@ -431,11 +397,6 @@ def named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
         if column in row:
             row[column] = name(row[column], known)
     return row
-
-
-def with_labels(batch: Batch, labels: dict[str, list[str]]) -> Batch:
-    """A batch whose class numbers are replaced by names that its file doesn't have."""
-    return replace(batch, rows=[named(row.columns, labels) for row in batch.parsed()])
 
 
 def _is_cut(files: list[Path]) -> bool:

@@ -51,8 +51,8 @@ def open_sources(sources: Any, commits: dict[str, str] | None = None) -> list[Op
             names = list(dict.fromkeys(names))
         for name in names:
             if name in seen:
-                where = f"{name} is in it and in {seen[name]}" if source.files else "named twice"
-                where = "named twice" if seen[name] == source.name else where
+                twice = seen[name] == source.name
+                where = "named twice" if twice else f"{name} is in it and in {seen[name]}"
                 raise UserError(f"{source.name}: {where}: leave one out")
             seen[name] = source.name
     return opened
@@ -75,23 +75,25 @@ def _open(source: Source, commits: dict[str, str]) -> Opened:
     if name.startswith("nano:"):
         return _open_nano(source)
     if os.path.isdir(name):
-        files, others = _inside(Path(name))
+        found = sorted(p for p in Path(name).rglob("*") if p.is_file())
+        found = [p for p in found if not any(n[0] == "." for n in p.relative_to(name).parts)]
     elif os.path.isfile(name):
-        files, others = [Path(name)], 0
-        if readers.suffix_of(files[0]) in _MADE_BY_PROGRAMS:
+        found = [Path(name)]
+        if readers.suffix_of(found[0]) in _MADE_BY_PROGRAMS:
             raise UserError(f"{name}: not text: save it as text, HTML or PDF first")
     elif glob.has_magic(name):
         found = sorted({Path(p) for p in glob.glob(name, recursive=True) if os.path.isfile(p)})
-        files = [file for file in found if _known(file)]
-        others = len(found) - len(files)
-        if not files:
-            raise UserError(f"{name}: no file of a known kind fits the pattern ({others} others)")
     elif is_hub_id(name):
         opened = hub.fetch(source, commits)
         _check_not_empty(opened.name, opened.files)
         return opened
     else:
         raise UserError(f"{name}: no such file or folder")
+    # A file that is named is read whatever its kind, as text.
+    files = [p for p in found if os.path.isfile(name) or readers.suffix_of(p) in readers.SUFFIXES]
+    if not files:
+        kinds = " ".join(sorted(readers.SUFFIXES))
+        raise UserError(f"{name}: no file of a known kind ({kinds}) among {len(found)}")
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -99,6 +101,7 @@ def _open(source: Source, commits: dict[str, str]) -> Opened:
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     _check_not_empty(name, files)
+    others = len(found) - len(files)
     return Opened(name, source.fraction, digest.hexdigest(), tuple(files), passed_over=others)
 
 
@@ -109,29 +112,11 @@ def _check_not_empty(name: str, files: Iterable[Path]) -> None:
 
 def _open_nano(source: Source) -> Opened:
     name = source.source
-    rows: list[dict[str, Any]]
-    if name == "nano:topics":
-        rows = [{"text": text} for _, text in nano.topics()]
-    elif name == "nano:docstrings":
-        rows = [{"text": text} for _, text in nano.general()]
-    elif name == "nano:instructions":
-        rows = [dict(row) for row in nano.instructions()]
-    else:
+    if name not in EMBEDDED:
         raise UserError(f"{name}: no such embedded text: {', '.join(EMBEDDED)}")
+    rows: list[dict[str, Any]] = [dict(row) for row in nano.instructions()]
+    if name != "nano:instructions":
+        texts = nano.topics() if name == "nano:topics" else nano.general()
+        rows = [{"text": text} for _, text in texts]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     return Opened(name, source.fraction, digest, rows=rows)
-
-
-def _inside(root: Path) -> tuple[list[Path], int]:
-    """The files of known kinds below a folder, and how many there are of others."""
-    inside = sorted(p for p in root.rglob("*") if p.is_file())
-    inside = [p for p in inside if not any(n.startswith(".") for n in p.relative_to(root).parts)]
-    files = [p for p in inside if _known(p)]
-    if not files:
-        kinds = " ".join(sorted(readers.TEXT_SUFFIXES | readers.TABLE_SUFFIXES))
-        raise UserError(f"{root}: no file of a known kind ({kinds}) among {len(inside)}")
-    return files, len(inside) - len(files)
-
-
-def _known(file: Path) -> bool:
-    return readers.suffix_of(file) in readers.TEXT_SUFFIXES | readers.TABLE_SUFFIXES

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_kit.data.census import Count
 from lora_kit.data.duplicates import Signed, ranks
 from lora_kit.data.encode import Part
-from lora_kit.data.formats import Dropped
 from lora_kit.data.labelled import mapped
 
 # Rows with a signature, at most: 512 bytes each. Beyond, those of the lowest ranks are a sample.
@@ -29,35 +29,34 @@ class Table:
         self.path = path
         self.seed = seed
         self.below = 2**64 - 1
-        self.read = 0
-        self.dropped, self.cut = Dropped(), Dropped()
-        self.without_supervision = 0
+        self.count = Count()
         self.label_names: dict[str, int] = {}
         self._file = path.open("wb")
         self._parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in _COLUMNS}
         self._signed: list[tuple[np.ndarray, Signed, Signed]] = []
         self._rows = self._sampled = 0
 
+    def __getattr__(self, name: str) -> np.ndarray:
+        """A column, which `finish` makes."""
+        raise AttributeError(name)
+
     def add(self, source: int, part: Part) -> None:
         """Add the rows of a batch; `source` is the number of its file."""
         self._file.write(part.ids.tobytes())
-        codes = [self.label_names.setdefault(n, len(self.label_names)) if n else -1
-                 for n in part.labels]  # fmt: skip
-        values = vars(part) | {"sources": [source] * len(part.lengths), "labels": codes}
+        known, count = self.label_names, len(part.columns["keys"])
+        codes = [known.setdefault(n, len(known)) if n else -1 for n in part.columns["labels"]]
+        values = part.columns | {"sources": [source] * count, "labels": codes}
         for name, kind in _COLUMNS:
             self._parts[name].append(np.array(values[name], dtype=kind))
         # A worker may have begun before `below` fell.
-        order = ranks(np.array(part.keys, dtype=np.uint64)[part.signed_rows], self.seed)
+        order = ranks(self._parts["keys"][-1][part.signed_rows], self.seed)
         signed = self._below(order, part.signed_rows, part.signed, part.signed_questions)
         self._signed.append((signed[0] + self._rows, *signed[1:]))
         self._sampled += len(signed[0])
         if self._sampled > LARGEST_SAMPLE:
             self._sample_fewer()
-        self.read += part.read
-        self.dropped.merge(part.dropped)
-        self.cut.merge(part.cut)
-        self.without_supervision += part.without_supervision
-        self._rows += len(part.lengths)
+        self.count += part.count
+        self._rows += count
 
     def __len__(self) -> int:
         return self._rows
@@ -67,18 +66,6 @@ class Table:
         self._file.close()
         for name, kind in _COLUMNS:
             setattr(self, name, np.concatenate([np.zeros(0, kind), *self._parts.pop(name)]))
-        self.keys: np.ndarray
-        self.lengths: np.ndarray
-        self.sizes: np.ndarray
-        self.answers: np.ndarray
-        self.numbers: np.ndarray
-        self.sources: np.ndarray
-        self.labels: np.ndarray
-        self.groups: np.ndarray
-        self.questions: np.ndarray
-        self.joins: np.ndarray
-        self.spans: np.ndarray
-        self.span_counts: np.ndarray
         for name in ("groups", "questions"):  # mostly there are none: one zero stands for all
             if not getattr(self, name).any():
                 setattr(self, name, np.broadcast_to(np.uint64(0), len(self)))

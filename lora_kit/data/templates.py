@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lora_kit.data.formats import Message, NotUsable
 from lora_kit.errors import LoraKitError, UserError
+from lora_kit.trust import time_limit
 
 SECONDS_TO_RENDER = 10.0
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
@@ -45,14 +44,10 @@ def set_template(tokenizer: Any, name: str | None) -> None:
             check_template(tokenizer)
         return
     if tokenizer.chat_template:
-        raise UserError(
-            "data.chat_template: this base has a template of its own; leave the key out"
-        )
+        raise UserError("data.chat_template: this base has a template of its own: leave it out")
     marked = name == "chatml" and "<|im_end|>" in tokenizer.get_vocab()
     end = "<|im_end|>" if marked else tokenizer.eos_token
-    begins = tokenizer.bos_token is not None and context_token(tokenizer) == [
-        tokenizer.bos_token_id
-    ]
+    begins = bool(tokenizer.bos_token) and context_token(tokenizer) == [tokenizer.bos_token_id]
     tokenizer.chat_template = _SHIPPED[name].format(bos=str(begins).lower(), end=end)
 
 
@@ -148,7 +143,11 @@ def _rendered(
     tokenizer: Any, plain: list[list[Message]], tools: tuple[Any, ...], add_generation_prompt: bool
 ) -> list[str]:
     try:
-        with _time_limit():
+        with time_limit(
+            SECONDS_TO_RENDER,
+            f"the chat template was still rendering after {SECONDS_TO_RENDER:g} s: it loops; use "
+            "the template of a base you trust",
+        ):
             return tokenizer.apply_chat_template(
                 plain,
                 tokenize=False,
@@ -161,28 +160,6 @@ def _rendered(
         roles = "-".join(turn["role"] for turn in plain[0])
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise NotUsable("that the chat template refuses", f"{roles:.60}: {reason}") from None
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    """Interrupt a template that loops. Only the main thread can be interrupted so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: Any) -> None:
-        raise UserError(
-            f"the chat template was still rendering after {SECONDS_TO_RENDER:g} s: it loops; use "
-            "the template of a base you trust"
-        )
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_RENDER)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def prompt_text(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] = ()) -> str:

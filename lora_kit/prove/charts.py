@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-_FEWEST_TO_SMOOTH = 30  # points; below, the line itself can be followed
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -85,7 +84,6 @@ def curves(rows: Sequence[dict[str, Any]], best_step: int | None = None) -> dict
         "x_ticks": x.ticks(),
         "y_ticks": [(round(100 - at, 2), label) for at, label in y.ticks()],
         "loss": line(loss, y),
-        "smooth": line(_smooth(loss), y) if len(loss) >= _FEWEST_TO_SMOOTH else "",
         "eval": [(*at, *point) for at, point in zip(place(held_out, y), held_out, strict=True)],
         "eval_line": line(held_out, y),
         "rate": line(rate, top) if rate else "",
@@ -94,15 +92,6 @@ def curves(rows: Sequence[dict[str, Any]], best_step: int | None = None) -> dict
         "first": loss[0],
         "last": loss[-1],
     }
-
-
-def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The mean of each point and its neighbours, a tenth of all points together."""
-    reach = max(1, len(points) // 20)
-    return [
-        (step, fmean(v for _, v in points[max(0, n - reach) : n + reach + 1]))
-        for n, (step, _) in enumerate(points)
-    ]
 
 
 def heat(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.adapter.attach import adapter_folder
+from lora_kit.adapter.files import adapter_folder
 from lora_kit.adapter.inspect import figures
 from lora_kit.adapter.load import load, load_run_tokenizer, open_run
 from lora_kit.data.labelled import IGNORED, Labelled
@@ -25,7 +25,7 @@ from lora_kit.prove.pairing import prompt_use
 from lora_kit.prove.report import write_report
 from lora_kit.prove.scratch import against_scratch
 from lora_kit.run import read_json, read_lock
-from lora_kit.schema import Gate, Prove
+from lora_kit.schema import Gate, Prove, Run
 
 _SHOWN_EACH = 2  # samples of a kind: the first, the largest gain, the largest loss
 _SHOWN_TOKENS = 48
@@ -96,11 +96,7 @@ def check_prove(prove: Prove, judged: HeldOut, tokenizer: Any, supervise: str) -
 
 
 def compare(
-    run: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    gate: bool = False,
-    scratch: bool = False,
+    run: str | Path, overrides: Sequence[str] = (), *, gate: bool = False, scratch: bool = False
 ) -> dict[str, Any]:
     """Measure a finished run again, and write its report.json and report.html anew, unless they
     hold something that was not measured this time.
@@ -122,12 +118,7 @@ def compare(
     opened = open_run(run, overrides)
     before = read_json(Path(run) / "report.json")
     tokenizer = load_run_tokenizer(run)
-    # What the limits allow was decided when the run was trained.
-    lock, length = read_lock(run), opened.train.max_length
-    prepared = prepare(
-        opened.data, lock.get("kind"), tokenizer, length, opened.seed, limits=False, lock=lock
-    )
-    _check_data(run, prepared)
+    lock, prepared = read_lock(run), prepared_again(run, opened, tokenizer)
     judged, prove = HeldOut.of(prepared), opened.prove
     check_prove(prove, judged, tokenizer, opened.data.supervise)
     model, tokenizer = load(run)
@@ -155,6 +146,17 @@ def compare(
     else:
         write_report(Path(run), opened, report)
     return report
+
+
+def prepared_again(run: str | Path, opened: Run, tokenizer: Any) -> Prepared:
+    """What a finished run learned from and is judged on. Raises UserError if it changed since."""
+    # What the limits allow was decided when the run was trained.
+    lock, length = read_lock(run), opened.train.max_length
+    prepared = prepare(
+        opened.data, lock.get("kind"), tokenizer, length, opened.seed, limits=False, lock=lock
+    )
+    _check_data(run, prepared)
+    return prepared
 
 
 def compare_model(
@@ -256,12 +258,7 @@ def _answered(judged: HeldOut, most: int, seed: int) -> list[int]:
 
 
 def _scores(
-    model: Any,
-    tokenizer: Any,
-    judged: HeldOut,
-    prove: Prove,
-    examples: list[list[int]],
-    seed: int,
+    model: Any, tokenizer: Any, judged: HeldOut, prove: Prove, examples: list[list[int]], seed: int
 ) -> dict[str, dict[str, Any]]:
     """Each metric's mean score of the base, of the base with examples, and of the adapter."""
     asked = [judged.question(n) for n in _answered(judged, prove.answers, seed)]
@@ -297,12 +294,9 @@ def _side_by_side(
         before, after = base.nats / base.tokens, adapted.nats / adapted.tokens
     units = np.flatnonzero(base.tokens > 0)
     by_gain = units[np.argsort((after - before)[units], kind="stable")].tolist()
+    ways = {"first": units.tolist(), "largest gain": by_gain, "largest loss": by_gain[::-1]}
     chosen: dict[int, str] = {}
-    for why, ordered in (
-        ("first", units.tolist()),
-        ("largest gain", by_gain),
-        ("largest loss", by_gain[::-1]),
-    ):
+    for why, ordered in ways.items():
         fresh = [unit for unit in ordered if unit not in chosen]
         chosen |= dict.fromkeys(fresh[:_SHOWN_EACH], why)
     rows = judged.domain
@@ -314,19 +308,17 @@ def _side_by_side(
         said_before = generate(model, tokenizer, prompts, _SHOWN_TOKENS)
     return [
         {
-            "chosen": why,
-            "prompt": _text(tokenizer, prompt),
-            "expected": _text(tokenizer, answer),
-            "base": first,
-            "adapted": then,
+            "chosen": chosen[unit],
+            "prompt": _text(tokenizer, asked[n][0]),
+            "expected": _text(tokenizer, asked[n][1]),
+            "base": said_before[n],
+            "adapted": said[n],
             "loss": {
-                "base": round(float(before[unit]), 4),
-                "adapted": round(float(after[unit]), 4),
+                name: round(float(loss[unit]), 4)
+                for name, loss in (("base", before), ("adapted", after))
             },
         }
-        for (unit, why), (prompt, answer), first, then in zip(
-            chosen.items(), asked, said_before, said, strict=True
-        )
+        for n, unit in enumerate(chosen)
     ]
 
 

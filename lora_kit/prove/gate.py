@@ -7,11 +7,7 @@ from typing import Any
 from lora_kit.schema import Gate
 
 # A bound and the words that reach it.
-_REACHED = {
-    "better": {"better"},
-    "no different": {"better", "no different"},
-    "kept": {"kept"},
-}
+_REACHED = {"better": {"better"}, "no different": {"better", "no different"}, "kept": {"kept"}}
 _UNKNOWN = {
     "general": "not known: name data.general",
     "few_shot": "not known: prove.shots: 0, or no room for examples in the base's context",

@@ -18,6 +18,7 @@ import numpy as np
 from lora_kit.errors import UserError
 from lora_kit.prove.metrics import in_a_line
 from lora_kit.run import nearest
+from lora_kit.trust import check_own, metrics_checked
 
 
 def check_tasks(tasks: list[str]) -> None:
@@ -72,7 +73,7 @@ def run_harness(
     from transformers import set_seed
 
     training = model.training
-    with _quiet():
+    with _quiet(), metrics_checked():
         loaded = _load(tasks)
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
@@ -156,7 +157,14 @@ def _load(tasks: list[str]) -> dict[str, Any]:
         if task not in files and task not in manager.all_tasks:
             hint = nearest(task, manager.all_tasks)
             raise UserError(f"{task}: no task of the harness, and no .yaml file{hint}")
-    loaded: dict[str, Any] = manager.load(list(tasks))
+    for file in files:
+        check_own(file)
+    with metrics_checked() as refused:
+        try:
+            loaded: dict[str, Any] = manager.load(list(tasks))
+        finally:
+            if refused:  # whatever came of it
+                raise UserError(f"{tasks[0]}: metric {refused[0]}") from None
     return loaded
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from lora_kit.errors import UserError
 from lora_kit.run import nearest
+from lora_kit.trust import metrics_checked
 
 # A task with more classes than this, most of them seen once, is no classification.
 MOST_CLASSES = 20
@@ -39,8 +40,9 @@ def score(name: str, predictions: list[str], references: list[str]) -> np.ndarra
 
     `exact_match`, `f1`, `accuracy` and `rouge_l` lie between 0 and 1. Any other name is a metric of
     the `evaluate` library: the path of its script or folder, or its name on the Hub. Its script is
-    Python that runs here with your rights. It is computed for each row alone, so that its mean has
-    an interval: a metric that is no mean of rows (BLEU of a corpus) comes out otherwise than usual.
+    Python that runs here with your rights, if `lora_kit.trust` lets it. It is computed for each row
+    alone, so that its mean has an interval: a metric that is no mean of rows (BLEU of a corpus)
+    comes out otherwise than usual.
 
     Returns:
         float64 (rows,).
@@ -179,7 +181,10 @@ def _borrowed(name: str) -> Metric:
         why = "not one of ours; others need evaluate: pip install 'lora-kit[metrics]'"
         raise UserError(f"{name}: {why}{hint}") from None
     try:
-        loaded = evaluate.load(name, module_type="metric", keep_in_memory=True)
+        with metrics_checked():
+            loaded = evaluate.load(name, module_type="metric", keep_in_memory=True)
+    except UserError as error:
+        raise UserError(f"{error}{hint}") from None
     except FileNotFoundError:
         why = "no metric's script there, and none of this name on the Hub (not asked offline)"
         raise UserError(f"{name}: {why}{hint}") from None

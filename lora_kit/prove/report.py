@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lora_kit.data.preview import render
 from lora_kit.errors import UserError
+from lora_kit.folders import write_whole
 from lora_kit.prove.bootstrap import verdict_of_scores
 from lora_kit.prove.charts import curves, forest, heat
 from lora_kit.run import read_json, read_lock
@@ -56,17 +57,15 @@ class Finding(NamedTuple):
 
 
 def write_report(directory: Path, run: Run, report: dict[str, Any]) -> None:
-    """Write both files of a finished run, or none of them; all text from data is escaped.
+    """Write both files of a finished run; all text from data is escaped.
 
     Raises:
         UserError: the run directory cannot be written to.
     """
     page = _page(directory, run, report)
     try:
-        partial = directory / "report.html.partial"
-        partial.write_text(page, encoding="utf-8")
         write_json(directory / "report.json", report)
-        partial.replace(directory / "report.html")
+        write_whole(directory / "report.html", page)
     except OSError as error:
         raise UserError(f"{directory}: the report cannot be written ({error.strerror})") from None
 

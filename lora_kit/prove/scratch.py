@@ -17,12 +17,7 @@ from lora_kit.train.arguments import training_arguments
 
 
 def against_scratch(
-    run: Run,
-    adapted: Any,
-    tokenizer: Any,
-    data: Prepared,
-    batch: dict[str, int],
-    steps: int | None,
+    run: Run, adapted: Any, tokenizer: Any, data: Prepared, batch: dict[str, int], steps: int | None
 ) -> dict[str, Any]:
     """Train random weights of the base's shape in float32 on the same rows for as many steps, all
     of them trainable, with the run's own optimizer settings; judge it against the adapter.
@@ -44,11 +39,8 @@ def against_scratch(
     set_seed(run.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     passes = batch["processes"] * batch["gradient_accumulation_steps"]
-    own: dict[str, Any] = {
-        "gradient_accumulation_steps": passes,
-        "eval_steps": None,
-        "report_to": [],
-    }
+    own: dict[str, Any] = {"eval_steps": None, "report_to": []}
+    own["gradient_accumulation_steps"] = passes
     run = run.model_copy(update={"train": run.train.model_copy(update=own)})
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(run, Path(folder))
@@ -63,8 +55,5 @@ def against_scratch(
     seconds = time.perf_counter() - started
     before = measure(model.to("cuda") if gpu_is_used() else model, data.eval, pad)
     parameters = sum(p.numel() for p in model.parameters())
-    return {
-        "parameters": parameters,
-        "seconds": round(seconds, 1),
-        **statistics(before, after, seed=0),
-    }
+    made = {"parameters": parameters, "seconds": round(seconds, 1)}
+    return made | statistics(before, after, seed=0)

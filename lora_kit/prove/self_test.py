@@ -22,7 +22,7 @@ from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.data.labelled import IGNORED, Labelled, LabelledWriter, collator
 from lora_kit.data.packing import Packed, check_isolation
-from lora_kit.data.prepare import Prepared, kind_of, packing_of, prepare
+from lora_kit.data.prepare import Prepared, kind_of, prepare
 from lora_kit.data.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.schema import Run, Train
@@ -48,6 +48,7 @@ _CAUSES = {
     "processes": "gradients are summed and not averaged over the ranks, or each rank counts only "
     "its own labels",
 }
+_NOT_CHECKED = {"packing": "not supported by this base", "processes": "one GPU is no two processes"}
 
 
 class Step(NamedTuple):
@@ -58,12 +59,11 @@ class Step(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of the step, and what the run makes of them."""
+    """The rows of the step, and what they are put through."""
 
     pinned: Pinned
     rows: Labelled
     pad_id: int
-    packing: str
 
 
 def self_test(run: Run, in_two_processes: Callable[[str], None]) -> dict[str, Any]:
@@ -85,31 +85,27 @@ def self_test(run: Run, in_two_processes: Callable[[str], None]) -> dict[str, An
     # First, while this process holds no model: two more of them have to fit.
     two = _two_processes(run, in_two_processes)
     model = load_model(run, batch.pinned)
-    tolerance = TOLERANCE[run.base.dtype]
-    together = one_step(run, model, batch, batch.rows, (ROWS, 1))
-    apart = one_step(run, model, batch, batch.rows, (1, ROWS))
-    ways = [f"{ROWS} rows x 1 pass", f"1 row x {ROWS} passes"]
-    found = [compare_steps("accumulation", ways, together, apart, tolerance)]
     packed = Packed(batch.rows, 2 * int(batch.rows.lengths.max()))
-    ways = ["a document a row", f"{len(packed)} packed rows"]
+    padded = one_step(run, model, batch, batch.rows, (ROWS, 1))
+    accumulated = one_step(run, model, batch, batch.rows, (1, ROWS))
     try:
         check_isolation(model)
         full = one_step(run, model, batch, packed, (len(packed), 1))
-        found.append(compare_steps("packing", ways, together, full, tolerance))
     except UserError:
-        asked = batch.packing == "documents"
-        more = ", but data.packing: documents asks for it" if asked else ""
-        found.append(_not_compared("packing", f"not supported by this base{more}", asked))
-    ways = [f"{ROWS} rows padded", "each row alone, by hand"]
-    found.append(compare_steps("padding", ways, together, each_alone(model, batch), tolerance))
-    if found[0]["passed"] is found[-1]["passed"] is False:
+        if run.data.packing == "documents":
+            raise
+        full = None
+    found = [
+        compare_steps(name, ways, padded, other, TOLERANCE[run.base.dtype])
+        for name, ways, other in (
+            ("accumulation", [f"{ROWS} rows x 1 pass", f"1 row x {ROWS} passes"], accumulated),
+            ("packing", ["a document a row", f"{len(packed)} packed rows"], full),
+            ("padding", [f"{ROWS} rows padded", "each row alone, by hand"], alone(model, batch)),
+            ("processes", ["one process", "two processes"], two),
+        )
+    ]
+    if found[0]["passed"] is found[2]["passed"] is False:
         found[0]["note"] = "one pass is padded and the others are not: see padding"
-    ways = ["one process", "two processes"]
-    found.append(
-        compare_steps("processes", ways, together, two, tolerance)
-        if two
-        else _not_compared("processes", "one GPU is no two processes")
-    )
     return {
         **run.base.model_dump(include={"model", "dtype", "quantize"}),
         "labels": [_count(batch.rows[n]) for n in range(ROWS)],
@@ -141,14 +137,12 @@ def _two_processes(run: Run, start: Callable[[str], None]) -> Step | None:
             return Step(float(stored["loss"]), stored["gradient"])
 
 
-def _not_compared(name: str, why: str, failed: bool = False) -> dict[str, Any]:
-    return {"name": name, "ways": None, "passed": False if failed else None, "note": why}
-
-
 def compare_steps(
-    name: str, ways: list[str], one: Step, other: Step, tolerance: tuple[float, float]
+    name: str, ways: list[str], one: Step, other: Step | None, tolerance: tuple[float, float]
 ) -> dict[str, Any]:
     """One entry of `comparisons`. A difference that is NaN does not pass."""
+    if other is None:
+        return {"name": name, "ways": None, "passed": None, "note": _NOT_CHECKED[name]}
     loss = abs(other.loss - one.loss) / abs(one.loss)
     gradient = np.linalg.norm(other.gradient - one.gradient) / np.linalg.norm(one.gradient)
     passed = bool(loss <= tolerance[0] and gradient <= tolerance[1])
@@ -171,8 +165,7 @@ def choose(run: Run) -> Batch:
     set_template(tokenizer, run.data.chat_template)
     kind = kind_of(run.recipe)
     data = prepare(run.data, kind, tokenizer, run.train.max_length, run.seed, limits=False)
-    packing = packing_of(run.data, data.kind)
-    return Batch(pinned, unequal_rows(data, run.seed), tokenizer.pad_token_id, packing)
+    return Batch(pinned, unequal_rows(data, run.seed), tokenizer.pad_token_id)
 
 
 def unequal_rows(data: Prepared, seed: int) -> Labelled:
@@ -254,7 +247,7 @@ def one_step(run: Run, model: Any, batch: Batch, rows: Any, cut: tuple[int, int]
     return Step(loss, caught[0])
 
 
-def each_alone(model: Any, batch: Batch) -> Step:
+def alone(model: Any, batch: Batch) -> Step:
     """The same step by hand: the nats of every row, computed alone, over the number of labels."""
     import torch
 

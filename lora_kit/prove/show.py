@@ -26,6 +26,14 @@ def comparison(report: dict[str, Any], title: str = "Base against adapted") -> N
     for name in ("documents", "base", "adapted", "change", "95% interval"):
         table.add_column(name, justify="right")
     shots = (report.get("few_shot") or {}).get("shots")
+
+    def add(name: str, count: int, found: dict[str, Any], base: float, form: str) -> None:
+        """A row, its change and interval in units of `base`."""
+        bounds = [format(bound / base, form) for bound in found["ci95"] or ()]
+        figures = (f"{found['base']:.3f}", f"{found['adapted']:.3f}")
+        change = format(found["difference"] / base, form)
+        table.add_row(Text(harmless(name)), str(count), *figures, change, " to ".join(bounds))
+
     for part, measure, name in (
         ("domain", "loss", "domain, nats per token"),
         ("domain", "bits_per_byte", "domain, bits per byte"),
@@ -36,32 +44,16 @@ def comparison(report: dict[str, Any], title: str = "Base against adapted") -> N
     ):
         if report.get(part):
             found = report[part][measure]
-            low, high = (bound / found["base"] for bound in found["ci95"])
-            table.add_row(
-                name,
-                str(report[part]["documents"]),
-                f"{found['base']:.3f}",
-                f"{found['adapted']:.3f}",
-                f"{found['difference'] / found['base']:+.1%}",
-                f"{low:+.1%} to {high:+.1%}",
-            )
+            add(name, report[part]["documents"], found, found["base"], "+.1%")
     for name, found in {**(report.get("metrics") or {}), **(report.get("harness") or {})}.items():
-        table.add_row(
-            Text(harmless(name)),
-            str(found["rows"]),
-            f"{found['base']:.3f}",
-            f"{found['adapted']:.3f}",
-            f"{found['difference']:+.3f}",
-            "{:+.3f} to {:+.3f}".format(*found["ci95"]) if found["ci95"] else "",
-        )
+        add(name, found["rows"], found, 1, "+.3f")
         if found.get("few_shot") is not None:
             table.add_row(f"  base with {shots} examples", "", f"{found['few_shot']:.3f}")
     console.print(table)
-    for found in findings(report):
-        if found.part == "gate":
-            continue  # said as an error where it failed
-        line = f"{found.part}: {found.sentence}"
-        console.print(harmless(line), markup=False, highlight=False)
+    for one in findings(report):
+        if one.part != "gate":  # that is said as an error where it failed
+            line = harmless(f"{one.part}: {one.sentence}")
+            console.print(line, markup=False, highlight=False)
 
 
 def side_by_side(report: dict[str, Any]) -> None:

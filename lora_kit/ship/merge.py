@@ -1,28 +1,42 @@
-"""Merge an adapter into its base, and believe it only after the logits were compared."""
+"""Merge an adapter into its base, tensor by tensor, and believe it only after a check.
+
+The model is never in memory (`ship.weights`).
+"""
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import json
 import os
 import resource
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
-from lora_kit.adapter.attach import adapter_folder
 from lora_kit.adapter.load import (
     changed_base,
     end_tokens,
     load_adapter,
     load_run_tokenizer,
     pin_like,
+    refuse_changed,
+    run_adapter,
     run_base,
+    run_home,
 )
-from lora_kit.base.load import load_base
+from lora_kit.adapter.names import Plan
+from lora_kit.base.load import load_base, load_tokenizer, unquantized_config
+from lora_kit.base.tensors import (
+    stored_in,
+)
 from lora_kit.errors import CheckFailed, UserError
+from lora_kit.folders import new_folder
+from lora_kit.run import read_json, read_lock
+from lora_kit.schema import Base
+from lora_kit.ship.weights import Weights
 
 PROBE_TOKENS = 64
 # float32 sums differ in their last digits; the largest logit difference that explains.
@@ -31,145 +45,165 @@ FLOAT32_TOLERANCE = 1e-4
 ROUNDING_SHARE = 0.25
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_LEGAL = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge came to. The logits are those of a probe of 64 tokens."""
+    """What a merge came to. The logits are those of a probe of 64 tokens; None: not compared."""
 
     out: Path
-    max_logit_difference: float
-    adapter_effect: float  # largest difference that the adapter makes to the base's logits
-    greedy_agreement: float  # share of positions where both choose the same token
+    max_logit_difference: float | None
+    adapter_effect: float | None  # largest difference that the adapter makes to the base's logits
+    greedy_agreement: float | None  # share of positions where both choose the same token
+    changed: int  # tensors
+    copied: int  # byte for byte
     seconds: float
     peak_rss_mib: float
     bytes_written: int
 
 
-def merge(run: str | Path, out: str | Path, dtype: str | None = None) -> Merged:
+def merge(
+    run: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    *,
+    into: Literal["base", "dequantized"] = "base",
+    verify: Literal["tensors", "logits"] = "tensors",
+) -> Merged:
     """Write base + adapter as one ordinary model, loadable by transformers alone.
 
-    The adapter is merged into the unquantized base, whatever it was trained on, because a merge
-    into 4 bits is rounded to 4 bits. The folder appears under its name only after the model was
-    reloaded from disk and its logits compared with those of base and adapter apart.
+    W + scale · B A is summed in float32 and rounded once. The folder appears under its name only
+    after every file was read back from the disk and was what had been meant.
 
     Args:
-        dtype: `bfloat16` or `float32` for the merged weights; None: the run's.
+        dtype: `bfloat16` or `float32` for the weights; None: the run's. Tensors that a bfloat16
+            base keeps in float32 stay so.
+        into: `base`: the unquantized weights, whatever the adapter was trained on, for a merge into
+            4 bits is rounded to 4 bits. `dequantized`: what NF4 leaves of them, as the adapter saw
+            them in training.
+        verify: `logits`: load both models as well and compare their logits.
 
     Raises:
-        UserError: `out` exists, or there is no finished run.
-        CheckFailed: the merged model's logits differ by more than rounding explains.
+        UserError: `out` exists or has no room, there is no finished run, or adapter and base do
+            not belong together.
+        CheckFailed: a weight is not finite, what was read back is not what was written, or the
+            logits differ by more than rounding explains.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     started = time.perf_counter()
     out = Path(out)
     if os.path.lexists(out):
         raise UserError(f"{out} exists: name another folder with --out, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    if os.path.lexists(partial):
-        raise UserError(f"{partial} exists, perhaps of a merge that was killed: remove it")
-    base = changed_base(run_base(run), dtype=dtype)
-    adapter_folder(run)
-    pinned = pin_like(run, base)
-    tokenizer = load_run_tokenizer(run)
-    model = load_adapter(load_base(base, pinned, quantize="none"), run)
-    probe = _probe(len(tokenizer))
-    with torch.inference_mode():
-        wanted = model(input_ids=probe).logits.float()
-        with model.disable_adapter():
-            effect = (model(input_ids=probe).logits.float() - wanted).abs().max().item()
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    above = _make_room(partial, size)
-    try:
-        _untie(model.get_base_model())
-        merged = model.merge_and_unload(safe_merge=True)
-        _settle_generation(merged, tokenizer)
-        merged.save_pretrained(partial)
-        tokenizer.save_pretrained(str(partial))
-        del model, merged
-        gc.collect()
-        again = AutoModelForCausalLM.from_pretrained(partial, dtype=base.dtype).eval()
-        with torch.inference_mode():
-            got = again(input_ids=probe).logits.float()
-        difference = (got - wanted).abs().max().item()
-        limit = FLOAT32_TOLERANCE if base.dtype == "float32" else ROUNDING_SHARE * effect
-        # Written so that a NaN fails as well.
-        if not difference <= max(limit, FLOAT32_TOLERANCE):
-            fix = "" if base.dtype == "float32" else "; merge with --dtype float32"
-            raise CheckFailed(
-                f"{out}: not written: the merged model's logits differ by {difference:.2g} "
-                f"(allowed: {limit:.2g}, the adapter's effect: {effect:.2g}){fix}"
-            )
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in above if not out.exists() else ():
-            with contextlib.suppress(OSError):  # somebody else put something there
-                folder.rmdir()
+    trained = run_base(run)
+    base = changed_base(trained, dtype=dtype)
+    if (
+        into == "dequantized"
+        and trained.quantize != "nf4"
+        and (run_home(run) / "run.yaml").exists()
+    ):
+        raise UserError(f"{run}: trained on {trained.quantize}, not on nf4: merge into the base")
+    adapter = run_adapter(run)
+    pinned = pin_like(run, base, weights=False)
+    folder, config = Path(pinned.folder), unquantized_config(pinned)
+    own = any(adapter.folder.glob("tokenizer*"))
+    tokenizer = load_run_tokenizer(run) if own else load_tokenizer(pinned)
+    weights = Weights(adapter, stored_in(folder), config, base.dtype)
+    if into == "dequantized":
+        weights.quantize(folder, trained.dtype)
+    legal = [file for pattern in _LEGAL for file in folder.glob(pattern) if file.is_file()]
+    beside = sum(f.stat().st_size for f in [*legal, *adapter.folder.glob("*.json")])
+    beside += 2**20 + 512 * len(weights.entries)  # headers, index and configuration
+    with new_folder(out, weights.bytes + beside) as made:
+        hashes = read_lock(run_home(run)).get("base", {}).get("hashes", {})
+        weights.write(made, hashes, lambda files: refuse_changed(run, pinned, files))
+        _settle(made, folder, config, weights.plan, base.dtype, tokenizer)
+        for file in legal:
+            shutil.copyfile(file, made / file.name)
+        compared: tuple[Any, Any, Any] = (None, None, None)
+        if verify == "logits":
+            quantize = "nf4" if into == "dequantized" else "none"
+            compared = _compare(run, made, out, base, quantize, len(tokenizer))
     return Merged(
         out,
-        difference,
-        effect,
-        (got.argmax(-1) == wanted.argmax(-1)).float().mean().item(),
+        *compared,
+        len(weights.plan.changes),
+        sum(map(weights.copied, weights.entries)),
         time.perf_counter() - started,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
     )
 
 
-def _untie(model: Any) -> None:
-    """Where the adapter changes one of two tied matrices, embeddings or head, they part: merged
-    into the shared one it would change both."""
-    import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    ends: Any = (model.get_input_embeddings(), model.get_output_embeddings())
-    if not any(isinstance(end, BaseTunerLayer) for end in ends):
-        return
-    layers: list[Any] = [e.get_base_layer() if isinstance(e, BaseTunerLayer) else e for e in ends]
-    embeddings, head = layers
-    if embeddings.weight is head.weight:
-        head.weight = torch.nn.Parameter(embeddings.weight.detach().clone(), requires_grad=False)
-        model.config.get_text_config().tie_word_embeddings = False
-        model.config.tie_word_embeddings = False
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _settle_generation(model: Any, tokenizer: Any) -> None:
-    """Whoever loads the folder stops where an answer ends, without knowing the template.
+def _settle(
+    folder: Path, base: Path, config: dict[str, Any], merge: Plan, dtype: str, tokenizer: Any
+) -> None:
+    """Write what stands beside the weights: configuration, tokenizer, and where generation ends, so
+    that whoever loads the folder stops where an answer ends, without knowing the template.
 
     Bases come with sampling settings and sampling off; transformers ignores them until it saves,
     and then it refuses.
     """
-    config = model.generation_config
-    config.eos_token_id = end_tokens(model, tokenizer)
-    config.pad_token_id = tokenizer.pad_token_id
-    if not config.do_sample:
-        for name in _SAMPLING:
-            setattr(config, name, None)
+    text = config.get("text_config") or {}
+    for part in (config, text):
+        part.pop("_name_or_path", None)  # a path of this machine
+        for key in {"dtype", "torch_dtype"} & part.keys():
+            part[key] = dtype
+        if merge.vocabulary and "vocab_size" in part:
+            part["vocab_size"] = merge.vocabulary
+        if merge.parted and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    _write_json(folder / "config.json", config)
+    file, names = base / "generation_config.json", ("bos_token_id", "eos_token_id")
+    known = {n: config.get(n, text.get(n)) for n in names} | read_json(file)
+    stop = SimpleNamespace(
+        generation_config=SimpleNamespace(eos_token_id=known.get("eos_token_id"))
+    )
+    known |= {
+        "eos_token_id": end_tokens(stop, tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    left_out = () if known.get("do_sample") else _SAMPLING
+    _write_json(
+        folder / "generation_config.json",
+        {key: value for key, value in known.items() if key not in left_out and value is not None},
+    )
+    tokenizer.save_pretrained(str(folder))
 
 
-def _make_room(folder: Path, needed: int) -> list[Path]:
-    """Make an empty folder on a disk with `needed` bytes free; returns the parents made, innermost
-    first."""
-    above = [parent for parent in folder.parents if not parent.exists()]
-    free = shutil.disk_usage(folder.parents[len(above)]).free
-    if free < needed:
-        raise UserError(
-            f"{folder.parent}: {free / 2**20:,.0f} MiB free, the merged model takes "
-            f"{needed / 2**20:,.0f} MiB: free some, or name another disk with --out"
-        )
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
-    return above
-
-
-def _probe(vocabulary: int) -> Any:
-    """(1, 64) token ids spread over the vocabulary, the same every time."""
+def _compare(
+    run: str | Path, folder: Path, out: Path, base: Base, quantize: str, vocabulary: int
+) -> tuple[float, float, float]:
+    """Largest difference of logits between merged and base with adapter, the adapter's own effect,
+    and the share of equal greedy tokens. Raises CheckFailed if they differ by more than rounding.
+    """
     import torch
+    from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
+    probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
+    model = load_adapter(load_base(base, pin_like(run, base), quantize=quantize), run)
+    with torch.inference_mode():
+        wanted = model(input_ids=probe).logits.float()
+        with model.disable_adapter():
+            effect = (model(input_ids=probe).logits.float() - wanted).abs().max().item()
+    del model
+    gc.collect()
+    again: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=base.dtype, trust_remote_code=False
+    ).eval()
+    with torch.inference_mode():
+        got = again(input_ids=probe).logits.float()
+    difference = (got - wanted).abs().max().item()
+    limit = FLOAT32_TOLERANCE if base.dtype == "float32" else ROUNDING_SHARE * effect
+    # Written so that a NaN fails as well.
+    if not difference <= max(limit, FLOAT32_TOLERANCE):
+        fix = "" if base.dtype == "float32" else "; merge with --dtype float32"
+        raise CheckFailed(
+            f"{out}: not written: the merged model's logits differ by {difference:.2g} "
+            f"(allowed: {limit:.2g}, the adapter's effect: {effect:.2g}){fix}"
+        )
+    return difference, effect, (got.argmax(-1) == wanted.argmax(-1)).float().mean().item()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from lora_kit.adapter.attach import OWN_FIELDS as ADAPTER_OWN_FIELDS
 from lora_kit.base.load import gpu_is_used
@@ -93,21 +94,8 @@ def check_installed(run: Run) -> None:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a plain value is of an annotated type; enumerations are taken by value."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin in (list, tuple, dict):
-        return isinstance(value, origin)
-    if not isinstance(hint, type):
-        return True
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hasattr(hint, "__members__"):
-        return value in [member.value for member in hint]  # type: ignore[attr-defined]
-    return isinstance(value, hint)
+    try:
+        TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
+    except ValidationError:
+        return False
+    return True

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lora_kit.base.load import gpu_is_used
+from lora_kit.folders import write_whole
 
 _COLUMNS = (
     *("loss", "eval_loss", "learning_rate", "grad_norm"),
@@ -32,9 +33,7 @@ class Metrics(TrainerCallback):
             return
         rows = read_metrics(self.path)
         kept = [row for row in rows if row["step"] <= state.global_step]
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         row = {name: logs[name] for name in _COLUMNS if name in logs}
@@ -72,23 +71,14 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero or not sys.stderr.isatty():
             return
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
 
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
+        parts = (
+            *("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn()),
+            *("{task.fields[figures]}", progress.TimeRemainingColumn()),
         )
+        self.bar = progress.Progress(*parts, console=Console(stderr=True))
         self.task = self.bar.add_task(
             "training", total=state.max_steps, completed=state.global_step, figures=""
         )

@@ -8,12 +8,12 @@ would take it, and go on with a fresh optimizer or wrong weights, without a word
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_kit.errors import UserError
+from lora_kit.folders import write_whole
 from lora_kit.hashes import file_hash
 
 SEAL = "seal.json"
@@ -29,20 +29,15 @@ class Checkpoint:
     seconds: float
 
 
-def seal(
-    folder: Path, step: int, tokens: int, seconds: float, eval_loss: float | None = None
-) -> None:
-    """Name every file of the checkpoint and its hash; the last thing written, and at once.
-
-    eval_loss: on the held-out rows at this very step, where they were looked at; nats per token.
-    """
+def seal(folder: Path, step: int, tokens: int, seconds: float) -> None:
+    """Name every file of the checkpoint and its hash; the last thing written, and at once."""
     files = {
         str(file.relative_to(folder)): file_hash(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != SEAL
     }
-    content = {"step": step, "tokens": tokens, "seconds": seconds, "eval_loss": eval_loss}
-    write_json(folder / SEAL, {**content, "files": files})
+    content = {"step": step, "tokens": tokens, "seconds": seconds, "files": files}
+    write_json(folder / SEAL, content)
 
 
 def read_seal(folder: Path) -> Checkpoint:
@@ -53,8 +48,9 @@ def read_seal(folder: Path) -> Checkpoint:
     """
     try:
         content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        files = content["files"]
-    except (OSError, ValueError, KeyError):
+        files = dict(content["files"])
+        sealed = Checkpoint(folder, *(content[name] for name in ("step", "tokens", "seconds")))
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder}: not finished when the run was stopped") from None
     for name, expected in files.items():
         file = folder / name
@@ -62,41 +58,24 @@ def read_seal(folder: Path) -> Checkpoint:
             raise UserError(f"{folder}: {name} is missing")
         if file_hash(file) != expected:
             raise UserError(f"{folder}: {name} is not as it was saved")
-    return Checkpoint(folder, content["step"], content["tokens"], content["seconds"])
+    return sealed
 
 
-def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, and what is wrong with the newer ones."""
-    problems: list[str] = []
-    for folder in reversed(_sorted(checkpoints)):
-        try:
-            return read_seal(folder), problems
-        except UserError as error:
-            problems.append(str(error))
-    return None, problems
+def newest_first(checkpoints: Path) -> list[Path]:
+    """The folders of a run's checkpoints, whole ones or not."""
+    folders = [f for f in checkpoints.glob("checkpoint-*") if f.name[11:].isdigit()]
+    return sorted(folders, key=lambda folder: -int(folder.name[11:]))
 
 
 def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
     """Remove all but the newest `keep` checkpoints and that of step `best`, and unsealed ones."""
-    folders = _sorted(checkpoints)
+    folders = newest_first(checkpoints)
     sealed = [folder for folder in folders if (folder / SEAL).is_file()]
     for folder in folders:
-        if folder not in sealed[-keep:] and folder.name != f"checkpoint-{best}":
+        if folder not in sealed[:keep] and folder.name != f"checkpoint-{best}":
             # Unsealed first, so that a removal cut short leaves nothing that looks whole.
             (folder / SEAL).unlink(missing_ok=True)
             shutil.rmtree(folder)
-
-
-def check_disk(where: Path, needed: int) -> None:
-    """Raises UserError unless `needed` bytes are free on the disk that holds `where`."""
-    while not where.exists():
-        where = where.parent
-    free = shutil.disk_usage(where).free
-    if free < needed:
-        raise UserError(
-            f"{where}: {free / 2**20:,.0f} MiB free, the run's checkpoints need "
-            f"{needed / 2**20:,.0f} MiB: free some, or lower train.save_total_limit"
-        )
 
 
 def checkpoint_bytes(trainable: int, keep: int, optim: str) -> int:
@@ -111,15 +90,4 @@ def checkpoint_bytes(trainable: int, keep: int, optim: str) -> int:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as opened:
-        json.dump(content, opened, indent=1, ensure_ascii=False)
-        opened.write("\n")
-        opened.flush()
-        os.fsync(opened.fileno())
-    partial.replace(path)
-
-
-def _sorted(checkpoints: Path) -> list[Path]:
-    folders = [f for f in checkpoints.glob("checkpoint-*") if f.name[11:].isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name[11:]))
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

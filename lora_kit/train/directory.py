@@ -16,11 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.attach import adapter_folder
+from lora_kit.adapter.files import adapter_folder
 from lora_kit.base.load import check_length
 from lora_kit.base.pin import Pinned
 from lora_kit.data.prepare import Prepared
-from lora_kit.errors import CheckFailed, LoraKitError, UserError
+from lora_kit.errors import CheckFailed, LoraKitError, UserError, redact
 from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, read_lock, write_run
 from lora_kit.schema import Run
 from lora_kit.train import checkpoint
@@ -53,7 +53,7 @@ class RunDirectory:
     def say(self, text: str) -> None:
         """A line for people, on stderr, once for all ranks."""
         if is_first_rank():
-            print(text, file=sys.stderr, flush=True)
+            print(redact(text), file=sys.stderr, flush=True)
 
     def lock(self, **entries: Any) -> None:
         """Add entries to run.lock.json."""
@@ -73,16 +73,23 @@ class RunDirectory:
             )
 
     def checkpoint_to_resume(self) -> checkpoint.Checkpoint:
-        found, problems = checkpoint.newest(self.checkpoints)
-        for problem in problems:
-            self.say(f"not used: {problem}")
-        if found is None:
-            why = "; ".join(problems) or "none was saved"
-            raise UserError(
-                f"{self.path}: no whole checkpoint to continue from ({why}): remove the folder "
-                "and start again, or choose another with name=NAME"
-            )
-        return found
+        """The newest whole one; what is wrong with the newer ones is said.
+
+        Raises:
+            UserError: there is none.
+        """
+        problems = []
+        for folder in checkpoint.newest_first(self.checkpoints):
+            try:
+                return checkpoint.read_seal(folder)
+            except UserError as error:
+                self.say(f"not used: {error}")
+                problems.append(str(error))
+        raise UserError(
+            f"{self.path}: no whole checkpoint to continue from "
+            f"({'; '.join(problems) or 'none was saved'}): remove the folder and start again, or "
+            "choose another with name=NAME"
+        )
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.attach import WEIGHTS
+from lora_kit.adapter.files import WEIGHTS
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed
 from lora_kit.hashes import file_hash
@@ -40,10 +41,11 @@ def save_run(trainer: Any, tokenizer: Any, pinned: Pinned) -> None:
         if directory.adapter.exists():  # of this very run, stopped after it was saved
             shutil.rmtree(directory.adapter)
         partial.replace(directory.adapter)
+        template = tokenizer.chat_template
         directory.lock(
             adapter={"sha256": file_hash(directory.adapter / WEIGHTS)},
             tokenizer={"sha256": file_hash(directory.adapter / "tokenizer.json")},
-            chat_template=_template_hash(tokenizer),
+            chat_template=template and hashlib.sha256(str(template).encode()).hexdigest(),
         )
     trainer.accelerator.wait_for_everyone()
 
@@ -65,10 +67,3 @@ def _check_finite(weights: Path) -> None:
         for name in opened.keys():  # noqa: SIM118 - not a dict
             if not bool(torch.isfinite(opened.get_tensor(name)).all()):
                 raise CheckFailed(f"{weights}: {name} is not finite: the adapter is not saved")
-
-
-def _template_hash(tokenizer: Any) -> str | None:
-    import hashlib
-
-    template = tokenizer.chat_template
-    return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()

@@ -15,6 +15,7 @@ from lora_kit.data.labelled import IGNORED, collator, real_tokens
 from lora_kit.data.packing import Packed, check_isolation
 from lora_kit.data.prepare import Prepared
 from lora_kit.errors import CheckFailed, Interrupted, UserError
+from lora_kit.folders import check_room
 from lora_kit.schema import Run
 from lora_kit.train import checkpoint
 from lora_kit.train.arguments import training_arguments
@@ -165,9 +166,7 @@ class LoraTrainer(Trainer):
         if self.is_world_process_zero():
             for name in _LITTER:
                 (folder / name).unlink(missing_ok=True)
-            step = self.state.global_step
-            eval_loss = {step: loss for loss, step in self._evaluations}.get(step)
-            checkpoint.seal(folder, step, tokens, self.seconds, eval_loss)
+            checkpoint.seal(folder, self.state.global_step, tokens, self.seconds)
             checkpoint.rotate(folder.parent, self.run.train.save_total_limit, self.best_step)
         self.accelerator.wait_for_everyone()
 
@@ -226,12 +225,7 @@ class _Watch(TrainerCallback):
 
 
 def make_trainer(
-    run: Run,
-    directory: RunDirectory,
-    stop: StopSignal,
-    model: Any,
-    tokenizer: Any,
-    data: Prepared,
+    run: Run, directory: RunDirectory, stop: StopSignal, model: Any, tokenizer: Any, data: Prepared
 ) -> LoraTrainer:
     """The trainer of a recipe, with metrics.jsonl, a progress display and sealed checkpoints.
 
@@ -242,7 +236,7 @@ def make_trainer(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
     needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
-    checkpoint.check_disk(directory.path, needed)
+    check_room(directory.path, needed, "lower train.save_total_limit")
     trainer = LoraTrainer(
         run,
         directory,

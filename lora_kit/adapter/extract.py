@@ -1,0 +1,299 @@
+"""A LoRA out of a full fine-tune: dW = TUNED - BASE of each linear module, cut to a rank.
+
+A matrix is only ever seen in blocks of rows, read from the files or computed, so that what is held
+is (in + out) x rank numbers whatever its size. B = U sqrt(S) and A = sqrt(S) V^T, of which the
+first k columns and rows are the best of rank k (Eckart & Young 1936).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_kit.adapter.files import WEIGHTS
+from lora_kit.base.pin import Pinned, pin
+from lora_kit.base.tensors import Stored, Writer, stored_in
+from lora_kit.errors import CheckFailed, UserError, harmless
+from lora_kit.folders import new_folder
+from lora_kit.hashes import file_hash
+from lora_kit.schema import Base
+
+# (rows, the block of these rows in float32), in order; called once a pass.
+Blocks = Callable[[], Iterable[tuple[slice, Any]]]
+
+# Elements: 1 MiB in float32. Larger blocks tear holes into the heap: 16 MiB took 300 MiB more.
+_BLOCK = 2**18
+_EXACT = 256  # a side up to which the subspace is the whole space
+_MORE = 16  # directions beside those asked for
+_POWERS = 3
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_LAYER = re.compile(r"(?:.+\.)?(?:layers|blocks)\.[0-9]+\..+\.weight")
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.jinja")
+
+
+def row_slices(out: int, width: int) -> Iterator[slice]:
+    """The rows of an (out, width) matrix in blocks of 1 MiB."""
+    step = max(1, _BLOCK // max(1, width))
+    return (slice(first, min(first + step, out)) for first in range(0, out, step))
+
+
+def factored(
+    blocks: Blocks, shape: tuple[int, int], rank: int, seed: int, name: str
+) -> tuple[Any, Any, Any]:
+    """B and A of a rank whose product is nearest to a matrix M of `shape` (out, in).
+
+    Subspace iteration, by blocks: Q <- orth(M^T M Q), then the SVD of M Q (Halko, Martinsson &
+    Tropp 2011, arXiv:0909.4061, algorithm 4.4); exact where a side has 256 at most.
+
+    Returns:
+        b (out, k), a (k, in), float32, k = min(rank, out, in); and float64 (k + 1,):
+        ||M - B A||_F with the first 0, 1, ... k of them. As Q is orthonormal this is the norm of
+        M - M Q Q^T, which is measured, and of the singular values left out: no estimate.
+
+    Raises:
+        UserError: a value is not finite; `name` says of what.
+    """
+    import torch
+
+    side = min(shape)
+    width = side if side <= _EXACT else min(side, rank + _MORE)
+    q = torch.randn(shape[1], width, generator=torch.Generator().manual_seed(seed))
+    for _ in range(_POWERS):
+        q = torch.linalg.qr(q).Q
+        image = torch.zeros_like(q)
+        for _, block in blocks():
+            image += block.T @ (block @ q)
+        if not bool(image.isfinite().all()):
+            raise UserError(f"{name}: values that are not finite")
+        q = image
+    q = torch.linalg.qr(q).Q
+    y = torch.cat([block @ q for _, block in blocks()])  # (out, width)
+    missed = sum(float((block - y[rows] @ q.T).norm()) ** 2 for rows, block in blocks())
+    u, s, vt = torch.linalg.svd(y, full_matrices=False)
+    left_out = s.double().square().flip(0).cumsum(0).flip(0)
+    k = min(rank, side)
+    errors = torch.cat([left_out, torch.zeros(1).double()])[: k + 1].add(missed).sqrt()
+    root = s[:k].sqrt()
+    return u[:, :k] * root, root[:, None] * (vt[:k] @ q.T), errors
+
+
+def write_plain(
+    folder: Path,
+    pinned_as: tuple[str | None, str | None],
+    rank: int,
+    targets: list[str],
+    tokenizer: Path,
+    lock: dict[str, Any],
+) -> None:
+    """What stands beside the weights in the folder of a plain LoRA: its config with scale 1,
+    tokenizer and template copied from another folder, and where it comes from.
+
+    Args:
+        pinned_as: base_model_name_or_path and revision.
+        lock: of run.lock.json; the hashes of what lies here are added.
+    """
+    config = {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True},
+        **{"base_model_name_or_path": pinned_as[0], "revision": pinned_as[1]},
+        **{"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "target_modules": targets},
+    }
+    _write_json(folder / "adapter_config.json", config)
+    for file in sorted({f for pattern in _TOKENIZER for f in tokenizer.glob(pattern)}):
+        shutil.copyfile(file, folder / file.name)
+    lock = {**lock, "adapter": {"sha256": file_hash(folder / WEIGHTS)}}
+    if (folder / "tokenizer.json").is_file():
+        lock["tokenizer"] = {"sha256": file_hash(folder / "tokenizer.json")}
+    _write_json(folder / "run.lock.json", lock)
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def extract(
+    base: str, tuned: str, out: str | Path, rank: int = 16, seed: int = 0
+) -> dict[str, Any]:
+    """Write the PEFT adapter of a rank that is nearest to what a full fine-tune changed.
+
+    Args:
+        base, tuned: model folders or Hub ids.
+        seed: of the random directions that the search starts with.
+
+    Returns:
+        `modules`: how many; `relative_error`: ||dW - B A||_F / ||dW||_F of all of them together, by
+        rank; `kinds`: the same of each kind of module at `rank`; `not_carried`: what changed and is
+        no linear module: its `name`, `why`, and `relative`, ||dW||_F / ||W||_F (None: nothing to
+        compare it with).
+
+    Raises:
+        UserError: the two are of other shapes, or of an architecture that is not handled.
+        CheckFailed: nothing changed that a LoRA can carry.
+    """
+    out = Path(out)
+    pins = [pin(Base(model=model)) for model in (base, tuned)]
+    folders = [Path(pinned.folder) for pinned in pins]
+    before, after = (stored_in(folder) for folder in folders)
+    linear = _linear(before, after, folders[0])
+    changed = [name for name in linear if _differs(before[name], after[name])]
+    rest = [
+        {"name": name, **found}
+        for name in sorted((before.keys() | after.keys()) - set(linear))
+        if (found := _change(before.get(name), after.get(name)))
+    ]
+    if not changed:
+        names = ", ".join(one["name"] for one in rest[:5])
+        what = f"only what a LoRA cannot carry: {names}" if rest else "nothing"
+        raise CheckFailed(f"{tuned}: {what} changed since {base}: there is nothing to extract")
+    modules = {name: name.removesuffix(".weight") for name in changed}
+    entries = {}
+    for name, module in modules.items():
+        sizes = {"A": (rank, before[name].shape[1]), "B": (before[name].shape[0], rank)}
+        for half, size in sizes.items():
+            entries[f"base_model.model.{module}.lora_{half}.weight"] = ("F32", size)
+    errors: dict[str, Any] = {}
+    with new_folder(out, sum(4 * math.prod(size) for _, size in entries.values())) as folder:
+        with Writer(folder / WEIGHTS, entries) as writer:
+            for name, module in modules.items():
+                b, a, errors[name] = _module(before[name], after[name], rank, seed)
+                writer.put(f"base_model.model.{module}.lora_A.weight", a)
+                writer.put(f"base_model.model.{module}.lora_B.weight", b)
+        resized = any("rows" in one["why"] for one in rest)
+        lock = {
+            "base": pins[0].to_lock(),
+            "extracted": {"from": Path(tuned).name, "hashes": pins[1].hashes, "seed": seed},
+        }
+        targets = _targets([*modules.values()], [name.removesuffix(".weight") for name in linear])
+        # A tokenizer with tokens that the base has no rows for would be of no use.
+        write_plain(folder, _named(pins[0]), rank, targets, folders[not resized], lock)
+    kinds = defaultdict(list)
+    for name, module in modules.items():
+        kinds[module.rpartition(".")[2]].append(errors[name])
+    ranks = sorted({*(2**n for n in range(rank.bit_length())), rank})
+    return {
+        "out": str(out),
+        "rank": rank,
+        "modules": len(modules),
+        "relative_error": {str(r): _relative([*errors.values()], r) for r in ranks},
+        "kinds": {kind: _relative(some, rank) for kind, some in sorted(kinds.items())},
+        "not_carried": rest,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the error by rank and by kind of module, and what could not be carried."""
+    print("rank  ||dW - BA|| / ||dW||")
+    for rank, error in found["relative_error"].items():
+        print(f"{rank:>4}  {error:.2%}")
+    for kind, error in found["kinds"].items():
+        print(f"      {error:.2%} of {harmless(kind)} at rank {found['rank']}")
+    alike = defaultdict(list)
+    for one in found["not_carried"]:
+        alike[re.sub(r"\.[0-9]+\.", ".*.", one["name"]), one["why"]].append(one["relative"])
+    for (name, why), far in alike.items():
+        moved = "" if None in far else f", changed by {max(far):.2%} of its norm at most"
+        print(f"not carried: {len(far)} {harmless(name)}: {why}{moved}")
+    print(f"{found['out']}: rank {found['rank']}, {found['modules']} modules")
+
+
+def _named(pinned: Pinned) -> tuple[str, str | None]:
+    """As PEFT alone finds the base again."""
+    return (pinned.model if pinned.revision else pinned.folder), pinned.revision
+
+
+def _relative(errors: list[Any], rank: int) -> float:
+    left = math.hypot(*(float(found[min(rank, len(found) - 1)]) for found in errors))
+    return left / math.hypot(*(float(found[0]) for found in errors))
+
+
+def _targets(modules: list[str], known: list[str]) -> list[str]:
+    """Name endings where they stand for just these modules, else whole names."""
+    endings = {module.rpartition(".")[2] for module in modules}
+    meant = [module for module in known if module.rpartition(".")[2] in endings]
+    return sorted(endings) if set(meant) == set(modules) else modules
+
+
+def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -> list[str]:
+    """The weights of linear modules, by their names: those of decoder layers, and an untied head.
+
+    Raises:
+        UserError: they differ in shape, are quantized, or lie transposed.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") in ("gpt2", "openai-gpt") or any(".c_attn." in n for n in before):
+        raise UserError(f"{folder}: its weights lie transposed, as GPT-2's do: not handled")
+    moe = any(".experts." in name for name in before)
+    head = () if config.get("tie_word_embeddings") is True else ("lm_head.weight",)
+    found = [
+        name
+        for name, tensor in before.items()
+        if (_LAYER.fullmatch(name) or name in head)
+        and len(tensor.shape) == 2
+        # Experts and their router are no linear modules in memory, whatever the files hold.
+        and not (moe and re.search(r"\.experts\.|\.(gate|router)\.weight$", name))
+        and name in after
+    ]
+    problems = [
+        f"{name}: {before[name].shape} in one and {after[name].shape} in the other: "
+        "name the base that it was tuned from"
+        for name in found
+        if before[name].shape != after[name].shape and name not in head
+    ]
+    problems += [
+        f"{name}: stored as {tensor.dtype}: name the model that is not quantized"
+        for name in found
+        for tensor in (before[name], after[name])
+        if tensor.dtype not in _FLOATS
+    ]
+    if problems or not found:
+        raise UserError(problems[0] if problems else f"{folder}: no layers with linear modules")
+    return [name for name in found if before[name].shape == after[name].shape]
+
+
+def _differences(before: Stored, after: Stored) -> Iterator[tuple[slice, Any, Any]]:
+    """(rows, W, dW) in blocks, float32, laid flat to two dimensions; of the rows that both have."""
+    rows = min(before.shape[0], after.shape[0]) if before.shape else 1
+    for some in row_slices(rows, math.prod(before.shape[1:])):
+        old, new = (t.read(some.start, some.stop).float() for t in (before, after))
+        old, new = (t.reshape(some.stop - some.start, -1) for t in (old, new))
+        yield some, old, new.sub_(old)
+
+
+def _differs(before: Stored, after: Stored) -> bool:
+    return any(bool(change.any()) for _, _, change in _differences(before, after))
+
+
+def _change(before: Stored | None, after: Stored | None) -> dict[str, Any] | None:
+    """How far a tensor that is no linear module changed, and why it is not carried."""
+    if before is None or after is None:
+        return {"why": f"only in {'TUNED' if before is None else 'BASE'}", "relative": None}
+    if before.shape[1:] != after.shape[1:]:
+        return {"why": f"{before.shape} became {after.shape}", "relative": None}
+    norms = [(float(old.norm()), float(new.norm())) for _, old, new in _differences(before, after)]
+    size, moved = (math.hypot(*each) for each in zip(*norms, strict=True))
+    if before.shape != after.shape:
+        why = f"{before.shape[0]} rows became {after.shape[0]}"
+    elif moved == 0:
+        return None
+    else:
+        why = "a norm or bias" if len(before.shape) < 2 else "no linear module of a layer"
+    return {"why": why, "relative": moved / size if size else None}
+
+
+def _module(before: Stored, after: Stored, rank: int, seed: int) -> tuple[Any, Any, Any]:
+    """B (out, rank) and A (rank, in), filled up with zeros, and the errors of `factored`."""
+    import torch
+
+    def blocks() -> Iterator[tuple[slice, Any]]:
+        return ((rows, change) for rows, _, change in _differences(before, after))
+
+    shape = (before.shape[0], before.shape[1])
+    b, a, errors = factored(blocks, shape, rank, seed, f"{after.file}: {after.name}")
+    more = rank - len(a)
+    pad = torch.nn.functional.pad
+    return pad(b, (0, more)), pad(a, (0, 0, 0, more)), errors

@@ -1,0 +1,113 @@
+"""What the programs that load an adapter trip over: one table, for `inspect`, `check` and a run
+file's `ship.target`.
+
+Read in the sources of vLLM 0.33 (lora/peft_helper.py, lora_model.py, config/lora.py), SGLang 0.5.23
+(srt/lora) and mlx-lm 0.32.2 (tuner/utils.py); what PEFT and llama.cpp do was tried. llama.cpp
+stands for its convert_lora_to_gguf.py, which takes lora_alpha over the rank as the scale.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; 16 by default
+# The endings SGLang has a buffer for (srt/lora/utils.py).
+_SGLANG = re.compile(
+    r"(q|k|v|qkv|o|out|gate|up|gate_up|down|in|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|in_proj_qkvz"
+    "|embed_tokens|lm_head|wq_b|wk|weights_proj"
+)
+_SPECIAL = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+# portable: `export` mends it; merge: only the merged model carries it; flag: a flag of the server;
+# train: only a training without it.
+Mend = Literal["portable", "merge", "flag", "train"]
+
+
+@dataclass(frozen=True)
+class Oddity:
+    """`who` trips over `what`, which the config's `key` says; `happens`: what comes of it."""
+
+    what: str
+    key: str
+    who: tuple[str, ...]
+    happens: str
+    mend: Mend
+
+
+def oddities(
+    config: Mapping[str, Any],
+    modules: Iterable[str],
+    beside: Iterable[str] = (),
+    tied: bool = False,
+) -> list[Oddity]:
+    """What is odd in an adapter.
+
+    Args:
+        config: adapter_config.json, or what `adapter:` says in a run file.
+        modules: the adapted modules, or name endings.
+        beside: names of the tensors beside A and B.
+        tied: whether embeddings and head are one matrix in the base.
+    """
+    ends = {module.rsplit(".", 1)[-1] for module in modules}
+    rank = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
+    kind = str(config.get("init_lora_weights")).lower()
+    start = kind.startswith(("pissa", "olora", "corda", "loftq"))
+    targets = config.get("target_modules")
+    expression = isinstance(targets, str) and targets not in ("all", "all-linear")
+    # It stacks the halves of q, k and v, and of gate and up: those of the others are not found
+    # without q and v, nor up's without gate's.
+    qkv = ends & {"q_proj", "k_proj", "v_proj"}
+    lone = ends & {"gate_proj", "up_proj"} == {"up_proj"}
+    split = lone or (qkv and not {"q_proj", "v_proj"} <= qkv)
+    unknown = ", ".join(sorted(end for end in ends if not _SGLANG.fullmatch(end)))
+    outer = " and ".join(sorted(ends & {"embed_tokens", "lm_head"}))
+    whole = [n for n in beside if re.search(r"(embed_tokens|lm_head)\.weight$", n)]
+    lost, unscaled, dropped = "not loaded", "loaded with a wrong scale, silently", "lost, silently"
+    flag = f"not loaded without --max-lora-rank {vllm_rank(rank)}"
+    declared = "not loaded but by classes that declare it, as Llama's and Mistral's do"
+    one_matrix = "not loaded, or taken for both: they are one matrix in this base"
+    experts = "not loaded but on a base whose experts vLLM keeps in one tensor"
+    vllm, sglang, others = ("vLLM",), ("SGLang",), ("llama.cpp", "MLX")
+    all_of_them, but_sglang, but_vllm = (*vllm, *sglang, *others), (*vllm, *others), sglang + others
+    part = "a part of q, k and v, or up without gate"
+    own = "a start from the base's own weights"
+    another = "put on a base that it was not trained on, silently"
+
+    rows: list[tuple[str, Any, tuple[str, ...], str, Mend, str]] = [
+        ("use_dora", None, all_of_them, lost, "merge", ""),
+        ("use_rslora", None, ("SGLang", "llama.cpp"), unscaled, "portable", ""),
+        ("rank_pattern", None, sglang, lost, "portable", ""),
+        ("alpha_pattern", None, ("SGLang", "llama.cpp"), unscaled, "portable", ""),
+        ("lora_bias", None, all_of_them, lost, "merge", ""),
+        ("bias", config.get("bias", "none") != "none", all_of_them, lost, "merge", "trained bias"),
+        ("modules_to_save", config.get("modules_to_save") or whole, but_sglang, lost, "merge", ""),
+        ("modules_to_save", config.get("modules_to_save") or whole, sglang, dropped, "merge", ""),
+        ("trainable_token_indices", None, but_sglang, lost, "merge", ""),
+        ("trainable_token_indices", None, sglang, dropped, "merge", ""),
+        ("target_parameters", None, vllm, experts, "merge", ""),
+        ("target_parameters", None, but_vllm, lost, "merge", ""),
+        ("init_lora_weights", start, vllm, "not loaded before PEFT converts", "train", own),
+        ("init_lora_weights", start, but_vllm, another, "train", own),
+        ("r", 16 < rank <= VLLM_RANKS[-1], vllm, flag, "flag", "a rank over 16"),
+        ("r", rank > VLLM_RANKS[-1], vllm, lost, "merge", f"a rank over {VLLM_RANKS[-1]}"),
+        ("target_modules", outer, vllm, declared, "merge", f"an adapter on {outer}"),
+        ("target_modules", outer and tied, others, one_matrix, "merge", f"an adapter on {outer}"),
+        ("target_modules", expression, sglang, lost, "portable", "a regular expression"),
+        ("target_modules", split, sglang, lost, "merge", part),
+        ("target_modules", unknown, sglang, lost, "merge", f"an adapter on {unknown}"),
+    ]
+    for key in _SPECIAL:
+        rows.append((key, None, vllm, lost, "train", ""))
+        rows.append((key, None, but_vllm, "taken for an ordinary LoRA, silently", "train", ""))
+    return [
+        Oddity(what or key, key, who, happens, mend)
+        for key, odd, who, happens, mend, what in rows
+        if (config.get(key) if odd is None else odd)
+    ]
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest --max-lora-rank that holds a rank; the largest there is, if none does."""
+    return next((one for one in VLLM_RANKS if one >= rank), VLLM_RANKS[-1])

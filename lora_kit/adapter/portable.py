@@ -1,0 +1,97 @@
+"""An adapter that every loader takes as it was trained: one rank, a scale of 1, no patterns.
+
+Several loaders read r and lora_alpha alone, and some of them wrongly with rsLoRA or patterns. With
+s B in place of B, zeros up to the largest rank and lora_alpha = r there is nothing left to misread:
+dW = s B A = (s B | 0) (A ; 0).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_kit import nano
+from lora_kit.adapter.files import WEIGHTS, Adapter
+from lora_kit.adapter.loaders import oddities
+from lora_kit.base.tensors import DTYPES, Writer
+from lora_kit.errors import UserError
+from lora_kit.run import is_hub_id
+
+
+def write_portable(adapter: Adapter, folder: Path) -> None:
+    """Fill an empty folder with adapter_model.safetensors and adapter_config.json.
+
+    The scale is folded into B in float32; every tensor keeps its type.
+
+    Raises:
+        UserError: the adapter holds what A and B cannot express.
+    """
+    check_portable(adapter)
+    rank = max(adapter.rank_and_scale(module)[0] for module in adapter.halves)
+    halves = [
+        (module, half, tensor)
+        for module, pair in adapter.halves.items()
+        for half, tensor in sorted(pair.items())
+    ]
+    entries = {t.name: (t.dtype, _padded(t.shape, half, rank)) for _, half, t in halves}
+    with Writer(folder / WEIGHTS, entries) as writer:
+        for module, half, tensor in halves:
+            scale = adapter.rank_and_scale(module)[1] if half == "B" else 1.0
+            value = _fold(tensor.read(), scale, half, rank, DTYPES[tensor.dtype][0])
+            writer.put(tensor.name, value)
+    config = json.dumps(_config(adapter, rank), indent=2, sort_keys=True) + "\n"
+    (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+
+
+def check_portable(adapter: Adapter) -> None:
+    """Raises UserError if the adapter holds more than LoRA's A and B."""
+    # What only some loaders miss, and a rank too large for one, is portable all the same.
+    found = oddities(adapter.config, adapter.halves, adapter.others)
+    names = {one.key for one in found if one.mend in ("merge", "train")} - {"r", "target_modules"}
+    if adapter.config.get("ensure_weight_tying"):
+        names.add("ensure_weight_tying")
+    if not names:
+        # Beside the LoRA of embeddings PEFT keeps a copy of them, frozen: that is the base's own.
+        names = {name for name in adapter.others if not name.endswith(".base_layer.weight")}
+    if names:
+        raise UserError(
+            f"{adapter.folder}: {', '.join(sorted(names))}: A and B cannot express it: write the "
+            f"whole model with lora-kit merge {adapter.folder} --out FOLDER"
+        )
+
+
+def _padded(shape: tuple[int, ...], half: str, rank: int) -> tuple[int, ...]:
+    return (rank, *shape[1:]) if half == "A" else (shape[0], rank, *shape[2:])
+
+
+def _fold(tensor: Any, scale: float, half: str, rank: int, dtype: str) -> Any:
+    import torch
+
+    padded = torch.zeros(_padded(tuple(tensor.shape), half, rank), dtype=getattr(torch, dtype))
+    filled = padded[: tensor.shape[0], : tensor.shape[1]]
+    filled.copy_(tensor.float() * scale)
+    return padded
+
+
+def _config(adapter: Adapter, rank: int) -> dict[str, Any]:
+    """Only what decides the result; no path of this machine."""
+    known, base = adapter.config, adapter.base["model"] or ""
+    targets = known.get("target_modules")
+    narrowed = known.get("layers_to_transform") is not None or known.get("exclude_modules")
+    if not isinstance(targets, list) or narrowed:
+        targets = list(adapter.halves)
+    if base == str(nano.MODEL):
+        base = "nano"
+    return {
+        "peft_type": "LORA",
+        "task_type": known.get("task_type"),
+        "base_model_name_or_path": base if is_hub_id(base) else Path(base).name,
+        "revision": adapter.base["revision"] if is_hub_id(base) else None,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(targets),
+        "fan_in_fan_out": bool(known.get("fan_in_fan_out")),
+        "bias": "none",
+        "inference_mode": True,
+    }

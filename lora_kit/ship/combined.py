@@ -1,0 +1,146 @@
+"""What a combination of adapters is worth: base, each adapter and each combination on held-out
+rows, and the best combination written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_kit.adapter.combine import METHODS, combine
+from lora_kit.adapter.load import (
+    load_adapter,
+    load_run_tokenizer,
+    open_run,
+    pin_like,
+    run_base,
+    run_home,
+)
+from lora_kit.base.load import gpu_is_used, load_base, quiet_libraries
+from lora_kit.data.labelled import Labelled
+from lora_kit.data.prepare import kind_of, prepare
+from lora_kit.errors import UserError, harmless
+from lora_kit.folders import new_folder
+from lora_kit.prove.bootstrap import statistics, verdict
+from lora_kit.prove.compare import prepared_again
+from lora_kit.prove.measure import Losses, measure
+from lora_kit.run import load_run, read_lock
+
+
+def combine_and_measure(
+    paths: Sequence[Path],
+    out: Path,
+    runs: Sequence[Path],
+    method: str | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Combine by one method or by each, measure all on the rows that runs held out, keep the best.
+
+    Args:
+        runs: finished runs on the same base, or run files; the mean of their losses counts.
+        settings: those of `combine`.
+
+    Returns:
+        What `combine` returns of the best, and `losses`: {name: {"mean", one for each run}} in nats
+        per token; `best_single`: the best adapter's name; `difference` of the written combination
+        to it, `ci95`, and `verdict`: better, no different, worse, or too little data. Where the
+        best of several methods was taken, it was chosen on these rows.
+
+    Raises:
+        UserError: see `combine`; or a run is of another base, or its data changed.
+    """
+    quiet_libraries()
+    notes: list[str] = []
+    held_out = {str(run): _held_out(run, paths, notes) for run in runs}
+    with new_folder(out, 0) as folder:
+        found = {
+            name: combine(paths, folder / name, name, **settings)
+            for name in ([method] if method else METHODS)
+        }
+        base = run_base(paths[0])
+        model = load_base(base, pin_like(paths[0], base))
+        if gpu_is_used() and base.quantize == "none":
+            model = model.to("cuda")
+        pad = load_run_tokenizer(paths[0]).pad_token_id
+        losses = {"base": _losses(model, held_out, pad)}
+        for name, path in {**{str(p): p for p in paths}, **{n: folder / n for n in found}}.items():
+            adapted = load_adapter(model, path)
+            losses[name] = _losses(adapted, held_out, pad)
+            model = adapted.unload()
+        total = {name: _mean(_together(each)) for name, each in losses.items()}
+        best, single = (min(names, key=total.__getitem__) for names in (found, map(str, paths)))
+        for file in sorted((folder / best).iterdir()):
+            file.rename(folder / file.name)
+        for name in found:
+            shutil.rmtree(folder / name)
+    seed = settings.get("seed", 0)
+    against = statistics(_together(losses[single]), _together(losses[best]), seed)
+    return {
+        **{**found[best], "out": str(out), "notes": [*found[best]["notes"], *notes]},
+        "losses": {
+            name: {"mean": total[name], **{run: _mean(loss) for run, loss in each.items()}}
+            for name, each in losses.items()
+        },
+        "best_single": single,
+        **{key: against["loss"][key] for key in ("difference", "ci95")},
+        "verdict": verdict(against),
+    }
+
+
+def _held_out(on: Path, paths: Sequence[Path], notes: list[str]) -> Labelled:
+    if on.is_file():
+        opened, tokenizer = load_run(on), load_run_tokenizer(paths[0])
+        kind, length = kind_of(opened.recipe), opened.train.max_length
+        prepared = prepare(opened.data, kind, tokenizer, length, opened.seed)
+    else:
+        opened, own = open_run(on), read_lock(on).get("base", {}).get("hashes")
+        if own != read_lock(run_home(paths[0])).get("base", {}).get("hashes", own):
+            raise UserError(f"--on {on}: a run on another base than {paths[0]}")
+        prepared = prepared_again(on, opened, load_run_tokenizer(on))
+    for path in paths:
+        lock = read_lock(run_home(path))
+        same = set(prepared.hashes.values()) & set(lock.get("data", {}).values())
+        if same and lock.get("seed") != opened.seed:
+            notes.append(
+                f"{path} was trained on data of {on}, split by another seed: it may have "
+                "learned from the rows that it is measured on"
+            )
+    return prepared.eval
+
+
+def _losses(model: Any, held_out: dict[str, Labelled], pad: int) -> dict[str, Losses]:
+    return {run: measure(model, rows, pad) for run, rows in held_out.items()}
+
+
+def _together(losses: dict[str, Losses]) -> Losses:
+    """Of all runs, each with the same say, however many tokens it held out."""
+    each = [(one, one.tokens.sum()) for one in losses.values()]
+    parts = [(one.nats / n, one.tokens / n, one.bytes / n) for one, n in each]
+    return Losses(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _mean(loss: Losses) -> float:
+    return float(loss.nats.sum() / loss.tokens.sum())
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the losses, lowest last, and whether the combination was worth it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title="nats per token", title_justify="left")
+    table.add_column("")
+    runs = list(found["losses"]["base"])
+    for run in runs:
+        table.add_column(harmless(run), justify="right")
+    for name, loss in found["losses"].items():
+        table.add_row(harmless(name), *(f"{loss[run]:.4f}" for run in runs))
+    Console(markup=False).print(table)
+    low, high = found["ci95"]
+    worth = f"{found['difference']:+.4f} nats per token, 95% interval {low:+.4f} to {high:+.4f}"
+    print(f"{found['method']} against {harmless(found['best_single'])}: {worth}")
+    if found["verdict"] != "better":
+        print(f"the combination is {found['verdict']}: the best adapter alone does as well here")

@@ -1,0 +1,249 @@
+"""An adapter in the form that a program takes, compared in that program before it is there.
+
+What base and adapter say in this process, in float32, is the truth. The export is loaded in a fresh
+process by what it is for, and must give the same log-probabilities along the same greedy answers,
+the same ids for texts and for conversations through its template, and stop where they stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from lora_kit.adapter.files import WEIGHTS, Adapter
+from lora_kit.adapter.load import (
+    changed_base,
+    end_tokens,
+    load_adapter,
+    load_run_tokenizer,
+    pin_like,
+    run_adapter,
+    run_base,
+)
+from lora_kit.adapter.portable import write_portable
+from lora_kit.base.load import load_base, load_tokenizer
+from lora_kit.base.pin import Pinned
+from lora_kit.errors import CheckFailed, UserError
+from lora_kit.folders import new_folder
+from lora_kit.run import nearest, read_json
+from lora_kit.schema import Base
+from lora_kit.ship import gguf, llama_cpp, ollama, reload
+from lora_kit.ship.mlx import write_mlx
+
+FORMS = ("portable", "merged", "gguf", "ollama", "mlx")
+# By what log-probabilities may differ (nats): sums of float32 in another order; and, in llama.cpp
+# and MLX, by other kernels.
+SAME_ARITHMETIC, OTHER_ARITHMETIC = 1e-4, 1e-3
+# Where values were rounded, what that may cost of the adapter's own effect on them. Of the embedded
+# model trained for 40 steps it is 0.002 in f16, 0.01 in bf16 and 0.05 in q8_0, and more where the
+# effect is less; twice the scale costs about 1.
+ROUNDED = {"f16": 0.1, "bf16": 0.25, "q8_0": 0.5}
+# Of B alone, times a scale.
+FOLDED = 0.05
+_NOTES = {
+    "mlx": ["mlx-lm is not installed: written, checked against its format, not run here"],
+    "ollama": ["Ollama itself is not run here: its GGUF was, in llama.cpp, without the Modelfile"],
+}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What base and adapter say: one of `answers` to each of `prompts`. `effect`: by how much a
+    log-probability along them differs without the adapter, at most."""
+
+    prompts: list[list[int]]
+    answers: list[reload.Continued]
+    effect: float
+    texts: list[list[int]]
+    conversations: list[list[int]]
+    ends: list[int]
+
+
+def export(
+    run: str | Path, to: str, out: str | Path, kind: str | None = None, what: str | None = None
+) -> dict[str, Any]:
+    """Write a run's adapter for another program, and compare it there.
+
+    Args:
+        to: portable, an adapter for every loader; merged, base and adapter in one; gguf; ollama,
+            a GGUF with its Modelfile; or mlx.
+        kind: the type of a gguf's weights: f32, f16 (if None), bf16 or q8_0.
+        what: what becomes a gguf: adapter (ollama's None), merged (gguf's None) or base.
+
+    Returns:
+        `to`, `out`, `kind`, `what`, `bytes_written`; `reloaded`: the figures of the comparison, or
+        None where the program does not run here; `notes`: what whoever loads it must know.
+
+    Raises:
+        UserError: the adapter does not go into this form, or `out` exists.
+        CheckFailed: the program says something else than base and adapter; nothing is left.
+    """
+    out = Path(out)
+    stored, part = _settled(to, kind, what)
+    base, adapter = run_base(run), run_adapter(run)
+    pinned = pin_like(run, base)
+    tokenizer = load_tokenizer(pinned)
+    if any(adapter.folder.glob("tokenizer*")):  # one of others may come without
+        tokenizer = load_run_tokenizer(run)
+    needed = 2 * (adapter.folder / WEIGHTS).stat().st_size
+    if to in ("gguf", "ollama"):
+        needed = gguf.needed(run, stored, part)
+        if (to, part) == ("gguf", "adapter"):  # what it is tried on, for a while
+            needed += gguf.needed(run, "f32", "base")
+    with new_folder(out, needed) as partial:
+        if to == "portable":
+            write_portable(adapter, partial)
+            tokenizer.save_pretrained(str(partial))
+        elif to == "mlx":
+            write_mlx(adapter, read_json(Path(pinned.folder) / "config.json"), partial)
+        elif to == "merged":
+            _merge_into(partial, run)
+        elif to == "gguf":
+            gguf.export_gguf(run, partial, stored, part)
+        else:
+            ollama.export_ollama(run, partial, stored, part)
+        truth = _truth(base, pinned, run, tokenizer, alone=part == "base")
+        got = _consumed(to, part, run, partial, pinned.folder, truth)
+        figures, notes = None, list(_NOTES.get(to, ()))
+        if got:
+            least, share = _allowed(to, stored, adapter, base.dtype)
+            allowed = max(least, share * truth.effect)
+            figures, more = _compared(out, truth, got, allowed, to)
+            notes = [*more, *(notes if to != "mlx" else ())]
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    known = {"to": to, "out": str(out), "kind": stored, "what": part, "bytes_written": written}
+    return {**known, "reloaded": figures, "notes": notes}
+
+
+def _settled(to: str, kind: str | None, what: str | None) -> tuple[Any, Any]:
+    """The form's own defaults in place of None. Raises UserError on what does not apply."""
+    if to not in FORMS:
+        raise UserError(f"--to {to}: unknown{nearest(to, list(FORMS))}: one of {', '.join(FORMS)}")
+    for flag, value, known in (("--type", kind, gguf.Kind), ("--what", what, gguf.What)):
+        if value is not None and to not in ("gguf", "ollama"):
+            raise UserError(f"{flag} {value}: only for --to gguf and --to ollama: leave it out")
+        if value is not None and value not in get_args(known):
+            raise UserError(f"{flag} {value}: one of {', '.join(get_args(known))}")
+    if to not in ("gguf", "ollama"):
+        return None, None
+    llama_cpp.need_llama_cpp()
+    what = what or ("merged" if to == "gguf" else "adapter")
+    if (to, what) == ("gguf", "adapter"):
+        if kind not in (None, "f32"):
+            raise UserError(f"--type {kind}: an adapter alone stays f32, it is small: leave it out")
+        return "f32", what
+    return kind or "f16", what
+
+
+def _merge_into(partial: Path, run: str | Path) -> None:
+    from lora_kit.ship.merge import merge
+
+    merged = merge(run, partial / "merged").out
+    for file in merged.iterdir():
+        file.rename(partial / file.name)
+    merged.rmdir()
+
+
+def _truth(base: Base, pinned: Pinned, run: str | Path, tokenizer: Any, alone: bool) -> Truth:
+    """`alone`: of the base without the adapter."""
+    import torch
+
+    exact = changed_base(base, dtype="float32", quantize="none")
+    model = load_adapter(load_base(exact, pinned), run)
+    with_it, without = contextlib.nullcontext, model.disable_adapter
+    asked, other = (without, with_it) if alone else (with_it, without)
+    ends = end_tokens(model, tokenizer)
+    spread = torch.randint(0, len(tokenizer), (48,), generator=torch.Generator().manual_seed(0))
+    texts = [list(tokenizer(text)["input_ids"]) for text in reload.TEXTS]
+    conversations = [reload.template_ids(tokenizer, m) for m in reload.CONVERSATIONS]
+    prompts = [spread.tolist(), texts[0], *filter(None, conversations)]
+    with asked():
+        answers = [reload.continued(reload.torch_step(model), p, ends) for p in prompts]
+    effect = 0.0
+    with other(), torch.inference_mode():
+        for prompt, answer in zip(prompts, answers, strict=True):
+            known = answer.log_probabilities
+            ids = torch.tensor([[*prompt, *answer.tokens]])
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 :][: len(known)]
+            effect = max(effect, float((logits.float().log_softmax(-1) - known).abs().max()))
+    return Truth(prompts, answers, effect, texts, conversations, ends)
+
+
+def _consumed(
+    to: str, what: str | None, run: str | Path, partial: Path, base: str, truth: Truth
+) -> dict[str, Any] | None:
+    """What the program that it is for makes of it."""
+    if to == "portable":
+        return reload.reloaded("peft", base, partial, truth.prompts)
+    if to == "merged":
+        return reload.reloaded("transformers", partial, None, truth.prompts)
+    if to == "mlx":
+        return reload.reloaded("mlx", base, partial, truth.prompts, truth.ends)
+    with tempfile.TemporaryDirectory(dir=partial) as folder:
+        files = sorted(partial.glob("*.gguf"))  # of Ollama's two the adapter is the first
+        adapters = files[:1] if what == "adapter" else []
+        if files == adapters:
+            files = [gguf.export_gguf(run, Path(folder), "f32", "base")]
+        return llama_cpp.run(
+            files[-1],
+            [(file, 1.0) for file in adapters],
+            prompts=truth.prompts,
+            tokens=reload.TOKENS,
+            top=reload.TOP,
+            texts=reload.TEXTS,
+            conversations=reload.CONVERSATIONS if any(truth.conversations) else (),
+        )
+
+
+def _allowed(to: str, kind: str | None, adapter: Adapter, dtype: str) -> tuple[float, float]:
+    """What log-probabilities may differ by, and by what share of the adapter's effect."""
+    if to == "portable":
+        narrow = any(t.dtype != "F32" for pair in adapter.halves.values() for t in pair.values())
+        return SAME_ARITHMETIC, FOLDED if narrow else 0.0
+    if to == "merged":
+        return SAME_ARITHMETIC, 0.0 if dtype == "float32" else ROUNDED["bf16"]
+    return OTHER_ARITHMETIC, ROUNDED.get(str(kind), 0.0)
+
+
+def _compared(
+    out: Path, truth: Truth, got: dict[str, Any], allowed: float, to: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Figures and notes. Raises CheckFailed."""
+    worst, steps = 0.0, 0
+    wrong: list[str] = []
+    notes: list[str] = []
+    for known, answer in zip(truth.answers, got["answers"], strict=True):
+        rows, tops = known.log_probabilities, answer["top"]
+        for row, top in zip(rows, tops, strict=False):
+            steps += 1
+            apart = [abs(float(row[int(n)]) - value) for n, value in top.items()]
+            # A NaN is no number that max would keep.
+            worst = max(worst, *apart) if math.isfinite(sum(apart)) else math.inf
+            said, wanted = int(max(top, key=top.get)), int(row.argmax())
+            if said != wanted and not {said, wanted} <= set(truth.ends):
+                # Of two tokens as likely as each other either may come, and all after it differs.
+                if not float(row[wanted] - row[said]) <= 2 * allowed:
+                    wrong.append(f"it says token {said} in place of {wanted}")
+                break
+        else:
+            if (answer["stopped"], len(tops)) != (known.stopped, len(rows)):
+                wrong.append("it does not stop where the answer ends")
+    if not worst <= allowed:
+        least = f"allowed: {allowed:.2g}, the adapter's effect: {truth.effect:.2g}"
+        wrong.insert(0, f"its log-probabilities differ by {worst:.2g} ({least})")
+    if got["texts"] != truth.texts:
+        wrong.append("it splits texts into other tokens")
+    # mlx-lm has the base's own tokenizer, and takes both from the command line as well.
+    say = notes if to == "mlx" else wrong
+    if any(truth.conversations) and got["conversations"] != truth.conversations:
+        say.append("it writes conversations by another template (mlx-lm: --chat-template)")
+    if missing := sorted(set(truth.ends) - set(got.get("ends", truth.ends))):
+        say.append(f"it does not stop at tokens {missing} (mlx-lm: --extra-eos-token)")
+    if wrong:
+        raise CheckFailed(f"{out}: not written: loaded again, {'; '.join(dict.fromkeys(wrong))}")
+    figures = {"max_difference": worst, "allowed": allowed, "adapter_effect": truth.effect}
+    return {**figures, "tokens": steps}, notes

@@ -1,0 +1,517 @@
+"""GGUF, llama.cpp's format: a model folder or a LoRA adapter, tensor by tensor, as one file.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What each architecture reads of
+the metadata is written nowhere but in llama.cpp's src/models/*.cpp; what it cannot compute is
+refused here, because it would compute something else without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
+
+from lora_kit.adapter.files import Adapter
+from lora_kit.adapter.load import (
+    adapter_folder,
+    end_tokens,
+    pin_like,
+    run_adapter,
+    run_base,
+    run_home,
+)
+from lora_kit.adapter.portable import check_portable
+from lora_kit.base.load import load_tokenizer
+from lora_kit.base.pin import Pinned
+from lora_kit.base.tensors import Stored, stored_in
+from lora_kit.errors import UserError
+from lora_kit.ship.gguf_tokenizer import add_tokenizer
+from lora_kit.ship.llama_cpp import WRITTEN_BY, need_llama_cpp
+from lora_kit.ship.merge import merge
+
+Kind = Literal["f32", "f16", "bf16", "q8_0"]
+What = Literal["adapter", "merged", "base"]
+_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 2}  # q8_0: at most, where rows stay f16
+# transformers' model_type -> llama.cpp's architecture.
+_ARCHITECTURES = {
+    **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
+    **{"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"},
+}
+_NUMBERS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "max_position_embeddings",
+)
+# Of a weight in a narrower type, a piece in float32 takes this many bytes at most.
+_PIECE = 64 * 2**20
+_Q8_BLOCK = 32  # values that share a scale, along a row
+# llama.cpp has no second matrix for the head of these.
+_ALWAYS_TIED = ("gemma", "gemma2")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model folder, as llama.cpp sees it. `names`: {tensor's name in the files: in GGUF}."""
+
+    folder: Path
+    config: dict[str, Any]  # of the text model
+    architecture: str
+    tied: bool
+
+    @cached_property
+    def names(self) -> Any:
+        import gguf
+
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        return gguf.get_tensor_name_map(kinds[self.architecture], self.config["num_hidden_layers"])
+
+    def name(self, name: str) -> str | None:
+        """model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight"""
+        name = name.replace("model.language_model.", "model.").removeprefix("language_model.")
+        return self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+    @property
+    def head_dim(self) -> int:
+        config = self.config
+        return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+    @property
+    def context(self) -> int:
+        """Tokens it sees; llama.cpp has sliding windows for Gemma alone."""
+        config, most = self.config, int(self.config["max_position_embeddings"])
+        window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+        return most if "gemma" in self.architecture or not window else min(most, window)
+
+    def heads_permuted(self, name: str) -> int:
+        """How many heads of a tensor's rows llama.cpp wants in another order; 0: none."""
+        if self.architecture == "llama" and ".attn_q." in name:
+            return int(self.config["num_attention_heads"])
+        if self.architecture == "llama" and ".attn_k." in name:
+            return _kv_heads(self.config)
+        return 0
+
+
+def _kv_heads(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def permuted(rows: Any, heads: int) -> Any:
+    """RoPE turns pairs of rows: transformers pairs row i of a head with i + half, llama.cpp's
+    `llama` its neighbours. (heads · d, ...) -> the same, 0 half 1 half+1 ... within each head."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def open_source(folder: Path) -> _Source:
+    """Read config.json and refuse what llama.cpp would compute differently.
+
+    Raises:
+        UserError: not a dense Llama, Mistral, Qwen2, Qwen3 or Gemma, or with parts that its
+            llama.cpp architecture does not have.
+    """
+    try:
+        whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = {**whole, **(whole.get("text_config") or {})}
+        kind = whole.get("model_type")
+        if kind in _ARCHITECTURES and any(type(config.get(key)) is not int for key in _NUMBERS):
+            raise ValueError
+    except (OSError, ValueError, AttributeError, TypeError):
+        what = f"no JSON object with {', '.join(_NUMBERS)}"
+        raise UserError(f"{folder / 'config.json'}: {what}: copy the model again") from None
+    if kind not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise UserError(f"{folder}: {kind!r} is not written as GGUF: one of {known}")
+    architecture = _ARCHITECTURES[kind]
+    tied = config.get("tie_word_embeddings", architecture.startswith("gemma"))
+    source = _Source(folder, config, architecture, tied)
+    if problems := list(_unknown_to_llama_cpp(source)):
+        raise UserError(
+            f"{folder}: llama.cpp's {architecture} does not compute {'; nor '.join(problems)}: "
+            "export it with --to merged"
+        )
+    return source
+
+
+def _unknown_to_llama_cpp(source: _Source) -> Any:
+    config, architecture = source.config, source.architecture
+    if config.get("quantization_config"):
+        yield "weights that are quantized already"
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    gemma = architecture.startswith("gemma")
+    if activation not in (("gelu_pytorch_tanh", "gelu", None) if gemma else ("silu",)):
+        yield f"hidden_act {activation}"
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if architecture == "qwen2" and source.head_dim * heads != hidden:
+        yield f"heads of {source.head_dim}"
+    if config.get("partial_rotary_factor", 1) != 1:
+        yield "a partial rotation (partial_rotary_factor)"
+    if config.get("use_bidirectional_attention"):
+        yield "attention in both directions"
+    if architecture in ("gemma2", "gemma3"):
+        # It knows the 27B models by their number of layers, and their scale differs.
+        large = config["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[architecture]
+        scale = config.get("query_pre_attn_scalar", 256)
+        if scale != (hidden // heads if large else source.head_dim):
+            yield f"query_pre_attn_scalar {scale}"
+        if architecture == "gemma3" and config.get("attn_logit_softcapping"):
+            yield "attn_logit_softcapping"
+    if source.architecture in _ALWAYS_TIED and not source.tied:
+        yield "a head of its own"
+    for layers, rope in _ropes(source).items():
+        if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
+            yield f"rope_type {rope['rope_type']}"
+        if layers == "sliding_attention" and rope["rope_type"] != "default":
+            yield "scaled positions in sliding windows"
+        if rope.get("truncate", True) is False or rope.get("mscale") or rope.get("mscale_all_dim"):
+            yield "this kind of YaRN (truncate, mscale)"
+
+
+def _ropes(source: _Source) -> dict[str, dict[str, Any]]:
+    """{"full_attention": ..., and for Gemma 3 "sliding_attention": ...}; transformers 4 and 5."""
+    config = source.config
+    new = config.get("rope_parameters") or {}
+    base = 1_000_000.0 if source.architecture == "gemma3" else 10_000.0
+    old = {"rope_theta": config.get("rope_theta", base), **(config.get("rope_scaling") or {})}
+    found = {"full_attention": {**old, **new.get("full_attention", new)}}
+    if source.architecture == "gemma3":
+        local = {"rope_theta": config.get("rope_local_base_freq", 10_000.0)}
+        found["sliding_attention"] = {**local, **new.get("sliding_attention", {})}
+    for rope in found.values():
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return found
+
+
+def write_model(
+    folder: Path, file: Path, kind: Kind, *, untie: bool = False, tokenizer: Path | None = None
+) -> None:
+    """Write a model folder (config.json, safetensors, tokenizer) as one GGUF.
+
+    Weights are read and converted piece by piece; those with one dimension stay float32, as
+    llama.cpp wants them.
+
+    Args:
+        kind: q8_0 stores blocks of 32 values with one scale; rows that do not divide by 32 are
+            stored as f16, which is said on stderr.
+        untie: write the head of a tied model once more, so that an adapter can change the
+            embeddings or the head alone, which share one tensor otherwise.
+        tokenizer: the folder of another tokenizer, as a run has it with its own template.
+
+    Raises:
+        UserError: see `open_source`; a tensor has no place in the architecture, or its values none
+            in float16; the tokenizer is of a kind that llama.cpp splits differently.
+    """
+    import gguf
+
+    assert kind in get_args(Kind), kind
+    source = open_source(folder)
+    tensors = _tensors(source, untie and source.tied)
+    rows = tensors["token_embd.weight"].shape[0]
+    writer = gguf.GGUFWriter(file, source.architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_string(WRITTEN_BY, version("lora-kit"))
+    writer.add_name(str(source.config.get("name_or_path") or file.stem))
+    _add_settings(writer, source, rows)
+    chosen = load_tokenizer(Pinned("", str(tokenizer or folder)))
+    add_tokenizer(writer, chosen, rows, end_ids(folder, chosen))
+    whole = {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")
+    writer.add_file_type(gguf.LlamaFileType[whole])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    kinds = {name: _kind_of(tensor.shape, kind) for name, tensor in tensors.items()}
+    if kind == "q8_0" and (others := [n for n, k in kinds.items() if k == "f16"]):
+        print(f"{file.name}: {len(others)} tensors as f16, not q8_0: their rows do not divide by "
+              f"{_Q8_BLOCK} ({others[0]}, ...)", file=sys.stderr)  # fmt: skip
+    factors = _rope_factors(source)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for name, tensor in tensors.items():
+        _promise(writer, name, tensor.shape, kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        _put(writer, [factors])
+    for name, tensor in tensors.items():
+        _put(writer, _pieces(source, name, tensor, kinds[name]))
+    writer.close()
+
+
+def end_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Where generation stops: the model's own end tokens, and that of the template's answers."""
+    file = folder / "generation_config.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = SimpleNamespace(eos_token_id=known.get("eos_token_id"))
+    return end_tokens(SimpleNamespace(generation_config=config), tokenizer)
+
+
+def _tensors(source: _Source, untie: bool) -> dict[str, Stored]:
+    """{GGUF's name: as stored}, what is not of the text model and a tied head left out."""
+    found, strange = {}, []
+    for name, tensor in stored_in(source.folder).items():
+        if "vision_tower." in name or "multi_modal_projector." in name or "inv_freq" in name:
+            continue
+        there = source.name(name)
+        if there is None:
+            strange.append(name)
+        elif there != "output.weight" or not source.tied:
+            found[there] = tensor
+    if strange:
+        raise UserError(
+            f"{source.folder}: {strange[0]} and {len(strange) - 1} more tensors have no place in "
+            f"llama.cpp's {source.architecture}: export it with --to merged"
+        )
+    if untie:
+        found["output.weight"] = found["token_embd.weight"]
+    return found
+
+
+def _kind_of(shape: tuple[int, ...], kind: Kind) -> Kind:
+    if len(shape) < 2:
+        return "f32"
+    return "f16" if kind == "q8_0" and shape[-1] % _Q8_BLOCK else kind
+
+
+def _promise(writer: Any, name: str, shape: tuple[int, ...], kind: Kind) -> None:
+    import gguf
+    import numpy as np
+
+    raw = gguf.GGMLQuantizationType[kind.upper()]
+    block, size = gguf.GGML_QUANT_SIZES[raw]
+    writer.add_tensor_info(name, shape, np.float32, math.prod(shape) // block * size, raw)
+
+
+def _put(writer: Any, pieces: Any) -> None:
+    """Write one tensor after those before it, as `write_tensor_data` does with a whole one."""
+    opened = writer.fout[0]
+    writer.write_padding(opened, opened.tell())
+    for piece in pieces:
+        piece.tofile(opened)
+    writer.write_padding(opened, opened.tell())
+
+
+def _pieces(source: _Source, name: str, tensor: Stored, kind: Kind) -> Any:
+    """A tensor's values as GGUF keeps them, some rows at a time."""
+    import gguf
+    import numpy as np
+
+    heads = source.heads_permuted(name)
+    plus_one = source.architecture.startswith("gemma") and name.endswith("norm.weight")
+    rows = tensor.shape[0] if tensor.shape else 1
+    step = rows if heads else max(1, _PIECE // 4 // max(1, math.prod(tensor.shape[1:])))
+    for first in range(0, rows, step):
+        values = tensor.read(first, first + step).float().numpy()
+        if heads:
+            values = permuted(values, heads)
+        if plus_one:
+            values = values + 1  # Gemma keeps its norms' distance from 1
+        with np.errstate(over="ignore"):
+            made = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
+        if kind == "f16" and not np.isfinite(made).all():
+            raise UserError(
+                f"{tensor.file}: {tensor.name} has values that float16 does not hold: use bf16"
+            )
+        yield made
+
+
+def _add_settings(writer: Any, source: _Source, rows: int) -> None:
+    config, architecture = source.config, source.architecture
+    if architecture in ("gemma2", "gemma3") and (window := config.get("sliding_window")):
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern(_windows(source))
+    elif source.context < config["max_position_embeddings"]:
+        print(f"{source.folder.name}: {source.context:,} tokens of context, its sliding window: "
+              f"llama.cpp has none for {architecture}", file=sys.stderr)  # fmt: skip
+    for add, value in (
+        (writer.add_vocab_size, rows),
+        (writer.add_context_length, source.context),
+        (writer.add_embedding_length, config["hidden_size"]),
+        (writer.add_feed_forward_length, config["intermediate_size"]),
+        (writer.add_block_count, config["num_hidden_layers"]),
+        (writer.add_head_count, config["num_attention_heads"]),
+        (writer.add_head_count_kv, _kv_heads(config)),
+        (writer.add_key_length, source.head_dim),
+        (writer.add_value_length, source.head_dim),
+        (writer.add_rope_dimension_count, source.head_dim),
+        (writer.add_layer_norm_rms_eps, config.get("rms_norm_eps", 1e-6)),
+        (writer.add_attn_logit_softcapping, config.get("attn_logit_softcapping")),
+        (writer.add_final_logit_softcapping, config.get("final_logit_softcapping")),
+    ):
+        if value is not None:
+            add(value)
+    ropes = _ropes(source)
+    rope = ropes["full_attention"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if "sliding_attention" in ropes:
+        writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        trained = rope.get("original_max_position_embeddings") or source.context
+        writer.add_rope_scaling_orig_ctx_len(trained)
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
+        if factor := rope.get("attention_factor"):
+            # llama.cpp multiplies its own 1 + 0.1 ln(factor) by what is stated.
+            writer.add_rope_scaling_yarn_attn_factor(factor / (1 + 0.1 * math.log(rope["factor"])))
+
+
+def _windows(source: _Source) -> list[bool]:
+    """Whether each layer sees a sliding window only."""
+    config = source.config
+    if kinds := config.get("layer_types"):
+        return [kind == "sliding_attention" for kind in kinds]
+    every = config.get("sliding_window_pattern") or {"gemma2": 2, "gemma3": 6}[source.architecture]
+    return [bool((n + 1) % every) for n in range(config["num_hidden_layers"])]
+
+
+def _rope_factors(source: _Source) -> Any:
+    """Llama 3.1's: by what each frequency is divided, (head_dim / 2,) float32; None for others.
+
+    Waves longer than what the model was trained on are stretched by `factor`, short ones not, those
+    between in part (https://arxiv.org/abs/2407.21783, and transformers' `llama3`)."""
+    import numpy as np
+
+    rope = _ropes(source)["full_attention"]
+    if rope["rope_type"] != "llama3":
+        return None
+    exponents = np.arange(0, source.head_dim, 2) / source.head_dim
+    waves = 2 * np.pi * rope["rope_theta"] ** exponents
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = (rope["original_max_position_embeddings"] / waves - low) / (high - low)
+    smooth = np.clip(smooth, 0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
+
+
+def needs_untied(adapter: Adapter, source: _Source) -> bool:
+    """Whether the adapter changes embeddings or head of a model in which they are one matrix.
+
+    Raises:
+        UserError: it does, and llama.cpp has but one for this architecture.
+    """
+    places = {source.name(f"{module}.weight") for module in adapter.halves}
+    parted = source.tied and bool(places & {"token_embd.weight", "output.weight"})
+    if parted and source.architecture in _ALWAYS_TIED:
+        raise UserError(
+            f"{adapter.folder}: changes embeddings or head alone, which are one matrix in "
+            f"llama.cpp's {source.architecture}: serve it with transformers or vllm"
+        )
+    return parted
+
+
+def _places(adapter: Adapter, source: _Source) -> dict[str, str]:
+    """{module: its weight in GGUF}. Raises UserError on one that does not fit."""
+    shapes = {source.name(name): t.shape for name, t in stored_in(source.folder).items()}
+    if source.tied:
+        shapes["output.weight"] = shapes.get("token_embd.weight", ())
+    found = {}
+    for module, halves in adapter.halves.items():
+        place = source.name(f"{module}.weight")
+        (_, inner), (outer, _) = halves["A"].shape[:2], halves["B"].shape[:2]
+        wanted = (inner, outer) if place == "token_embd.weight" else (outer, inner)
+        if place is None or shapes.get(place) != wanted:
+            raise UserError(
+                f"{adapter.folder}: {module} is {outer} x {inner}, which {source.folder} has "
+                "no weight for: name the base that it was trained on"
+            )
+        found[module] = place
+    return found
+
+
+def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
+    """Write a LoRA adapter as GGUF in float32, to be put on its base's GGUF by llama.cpp.
+
+    llama.cpp has one alpha for all and scales by alpha / rank of each module: what else scales
+    (rsLoRA, patterns) is folded into B. If the adapter `needs_untied`, it fits the GGUF of a tied
+    base only if that was written with `untie`.
+
+    Raises:
+        UserError: A and B do not express the adapter, or it does not fit the base.
+    """
+    import gguf
+    import numpy as np
+
+    check_portable(adapter)
+    source = open_source(base_folder)
+    places = _places(adapter, source)
+    needs_untied(adapter, source)
+    alpha = float(adapter.config.get("lora_alpha", 8)) or 1.0
+    writer = gguf.GGUFWriter(file, source.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(WRITTEN_BY, version("lora-kit"))
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for module, name in places.items():
+        update = adapter.update(module)
+        a, b = update.a[0].float().numpy(), update.b[0]
+        # Exactly 1 for a plain adapter, whose B stays as it is.
+        b = (b * (update.scale * b.shape[1] / alpha)).float().numpy()
+        if heads := source.heads_permuted(name):
+            b = permuted(b, heads)
+        if name == "token_embd.weight":
+            a = a.T  # rows are looked up, not multiplied
+        for half, values in (("a", a), ("b", b)):
+            writer.add_tensor(f"{name}.lora_{half}", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def needed(run: str | Path, kind: Kind, what: What) -> int:
+    """Bytes that `export_gguf` writes at most, with the merged model that it makes on its way, or
+    the base that an adapter is tried on.
+
+    Raises:
+        UserError: the extra is missing, or the run's base or adapter cannot be written as GGUF.
+    """
+    need_llama_cpp()
+    folder, adapter = _opened(run)
+    source = open_source(folder)
+    needs_untied(adapter, source)
+    if what == "adapter":
+        check_portable(adapter)
+        _places(adapter, source)
+    # A tied head may be written a second time.
+    values = [math.prod(t.shape) for t in stored_in(folder).values()]
+    values.append(max(values))
+    return sum(values) * (_BYTES[kind] + (4 if what == "merged" else 0)) + 2**24
+
+
+def export_gguf(run: str | Path, out: Path, kind: Kind, what: What) -> Path:
+    """Write NAME.gguf, of the run's name, into an existing folder.
+
+    Args:
+        what: the `adapter` alone, the `merged` model, or the `base` as the adapter needs it.
+
+    Raises:
+        UserError: see `write_model`, `write_adapter` and `merge`.
+    """
+    need_llama_cpp()
+    folder, adapter = _opened(run)
+    file = out / f"{run_home(run).name}.gguf"
+    own = adapter_folder(run)
+    words = own if (own / "tokenizer.json").is_file() else folder
+    untie = needs_untied(adapter, open_source(folder))
+    if what == "adapter":
+        write_adapter(adapter, folder, file)
+    elif what == "base":
+        write_model(folder, file, kind, untie=untie, tokenizer=words)
+    else:
+        merged = out / ".merged"
+        # In bfloat16 a small update is lost in the rounding of the sum.
+        merge(run, merged, dtype="bfloat16" if kind == "bf16" else "float32")
+        write_model(merged, file, kind)
+        shutil.rmtree(merged)
+    return file
+
+
+def _opened(run: str | Path) -> tuple[Path, Adapter]:
+    return Path(pin_like(run, run_base(run)).folder), run_adapter(run)

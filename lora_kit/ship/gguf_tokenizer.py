@@ -1,0 +1,204 @@
+"""A fast tokenizer -> the vocabulary, kinds and merges that llama.cpp splits text with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from lora_kit.data.formats import NotUsable
+from lora_kit.data.templates import render
+from lora_kit.errors import UserError
+
+# llama.cpp knows pre-tokenizers by a name, which stands for expressions in src/llama-vocab.cpp:
+# it is found by the expressions of the tokenizer, and by whether it takes a whole word that is a
+# token without asking its merges (ignore_merges).
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = (f"{_CONTRACTIONS}|{_WORD}|\\p{{N}}{{1,3}}|{_REST}",)
+_QWEN2 = (f"{_CONTRACTIONS}|{_WORD}|\\p{{N}}|{_REST}",)
+_PRE = {
+    (("GPT-2",), False): "gpt-2",
+    (("digits", "GPT-2"), False): "smollm",
+    (_LLAMA3, True): "llama-bpe",
+    (_LLAMA3, False): "smaug-bpe",
+    (_QWEN2, False): "qwen2",
+    ((_CASED,), True): "tekken",
+}
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence[int]) -> None:
+    """Add a transformers tokenizer to a `gguf.GGUFWriter`.
+
+    Args:
+        vocab_size: rows of the embeddings; those without a token are filled up.
+        ends: ids at which generation stops.
+
+    Raises:
+        UserError: it is of a kind that llama.cpp does not have.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = parts["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"a tokenizer of kind {model['type']} is not written as GGUF: only BPE is")
+    vocab: dict[str, int] = model["vocab"]
+    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores(vocab, merges, vocab_size))
+        writer.add_add_space_prefix(_space_prefix(parts, tokenizer))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre(parts))
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    texts = {n: text for text, n in vocab.items()}
+    texts |= {token["id"]: token["content"] for token in parts["added_tokens"]}
+    writer.add_token_list([texts.get(n, f"[PAD{n}]") for n in range(vocab_size)])
+    writer.add_token_types(_kinds(parts, vocab_size))
+    before, after = _surroundings(parts)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+    bos = before if before is not None else tokenizer.bos_token_id
+    # llama.cpp takes token 11, or 1 and 2, for ids that are not named.
+    writer.add_bos_token_id(bos if bos is not None else tokenizer.eos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    # It would put the token before conversations too, whose template may not write it.
+    writer.add_add_bos_token(before is not None and _first(tokenizer) in (None, before))
+    writer.add_add_eos_token(after is not None)
+    if tokenizer.unk_token_id is not None:
+        writer.add_unk_token_id(tokenizer.unk_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+    others = [n for n in ends if n != tokenizer.eos_token_id]
+    for n, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(n)
+
+
+def _first(tokenizer: Any) -> int | None:
+    """The token that conversations begin with; None if there is no template."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = render(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+    except NotUsable:
+        return None
+    return next(iter(tokenizer(text, add_special_tokens=False).input_ids), None)
+
+
+def _pre(parts: dict[str, Any]) -> str:
+    """llama.cpp's name for how a byte-level tokenizer splits a text before it merges."""
+    top = parts["pre_tokenizer"] or {"type": "nothing"}
+    steps: list[str] = []
+    for step in top["pretokenizers"] if top["type"] == "Sequence" else [top]:
+        if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            steps += ["GPT-2"] if step["use_regex"] else []
+        elif step["type"] == "Digits" and step["individual_digits"]:
+            steps.append("digits")
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            steps.append(step["pattern"].get("Regex", ""))
+        else:
+            steps.append(step["type"])
+    key = (tuple(steps), bool(parts["model"].get("ignore_merges")))
+    normalizer = (parts["normalizer"] or {"type": None})["type"]
+    if key not in _PRE or normalizer not in (None, "NFC"):
+        how = " then ".join(steps) + (f" after {normalizer}" if normalizer else "")
+        raise UserError(
+            f"the tokenizer splits text by {how[:160]}, which is none of llama.cpp's "
+            f"{', '.join(_PRE.values())}: export it with --to merged"
+        )
+    if normalizer:
+        print("llama.cpp does not normalize text (NFC): letters that are written as two characters "
+              "become other tokens there", file=sys.stderr)  # fmt: skip
+    return _PRE[key]
+
+
+def _space_prefix(parts: dict[str, Any], tokenizer: Any) -> bool:
+    """Whether SentencePiece's kind puts a space before a text."""
+    steps: list[Any] = []
+    for name, several in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        top = parts[name] or {"type": "Sequence", several: []}
+        steps += top[several] if top["type"] == "Sequence" else [top]
+    prefix, spaces, specials = False, False, {token["id"] for token in parts["added_tokens"]}
+    for step in steps:
+        if step["type"] == "Prepend" and step["prepend"] == "▁":
+            prefix = True
+        elif step["type"] == "Replace" and step["content"] == "▁":
+            spaces = True
+        elif step["type"] == "Metaspace" and step["replacement"] == "▁":
+            spaces, prefix = True, prefix or step["prepend_scheme"] == "always"
+            # llama.cpp puts it after special tokens too, with one of which conversations begin.
+            prefix |= step["prepend_scheme"] == "first" and _first(tokenizer) not in specials
+        elif step["type"] != "Split" or step["pattern"] != {"String": " "}:
+            raise UserError(
+                f"the tokenizer's step {step['type']} is not known to llama.cpp: export it with "
+                "--to merged"
+            )
+    if not spaces:
+        raise UserError("the tokenizer does not write spaces as ▁: export it with --to merged")
+    return prefix
+
+
+def _scores(vocab: dict[str, int], merges: list[Any], vocab_size: int) -> list[float]:
+    """llama.cpp merges two neighbours whose union is a token, the best score first: the scores
+    follow the merges. It knows no other merges than these only if each way to a token is one."""
+    scores, ways = [0.0] * vocab_size, defaultdict(set)
+    for rank, (left, right) in enumerate(merges):
+        ways[left + right].add(left)
+        token = vocab.get(left + right)
+        if token is not None and scores[token] == 0:
+            scores[token] = -1.0 - rank
+    others = sum(
+        text[:cut] not in ways[text]
+        for text in list(ways)
+        for cut in range(1, len(text))
+        if text[:cut] in vocab and text[cut:] in vocab
+    )
+    if others:
+        print(f"llama.cpp may split rare words otherwise: {others} pairs of tokens make one that "
+              "the tokenizer does not merge", file=sys.stderr)  # fmt: skip
+    return scores
+
+
+def _kinds(parts: dict[str, Any], vocab_size: int) -> list[Any]:
+    from gguf import TokenType
+
+    fallback, kinds = parts["model"].get("byte_fallback"), [TokenType.UNUSED] * vocab_size
+    for text, n in parts["model"]["vocab"].items():
+        byte = fallback and len(text) == 6 and text.startswith("<0x")
+        kinds[n] = TokenType.BYTE if byte else TokenType.NORMAL
+    for token in parts["added_tokens"]:
+        kinds[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+    unknown = parts["model"]["vocab"].get(parts["model"].get("unk_token") or "")
+    if fallback and unknown is not None:
+        kinds[unknown] = TokenType.UNKNOWN
+    return kinds
+
+
+def _surroundings(parts: dict[str, Any]) -> tuple[int | None, int | None]:
+    """The tokens that are put before and after each text."""
+    top = parts["post_processor"] or {"type": "ByteLevel"}
+    steps = top["processors"] if top["type"] == "Sequence" else [top]
+    around: list[int | None] = [None, None]
+    for step in steps:
+        if step["type"] == "TemplateProcessing":
+            at = 0
+            for piece in step["single"]:
+                if "Sequence" in piece:
+                    at = 1
+                    continue
+                ids = step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+                if around[at] is not None or len(ids) != 1:
+                    raise UserError("the tokenizer adds several tokens to a text: llama.cpp, one")
+                around[at] = ids[0]
+        elif step["type"] != "ByteLevel":
+            raise UserError(f"the tokenizer's {step['type']} is not known to llama.cpp")
+    return around[0], around[1]

@@ -1,0 +1,402 @@
+"""To the Hub and back: `push` uploads a run in one commit, `pull` fetches one and checks it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lora_kit.adapter.files import WEIGHTS, open_adapter
+from lora_kit.adapter.load import run_home
+from lora_kit.base.tensors import INDEX, stored, stored_in
+from lora_kit.errors import CheckFailed, UserError
+from lora_kit.folders import new_folder
+from lora_kit.hashes import file_hash
+from lora_kit.nano import MODEL as NANO
+from lora_kit.run import read_json, read_lock
+from lora_kit.ship.card import HUB_ID, LOCAL, Card, make_card
+from lora_kit.ship.secrets import refuse_secrets
+from lora_kit.trust import PULLED
+
+_LICENCE = r"(?:LICENSE|USE_POLICY)(?:\.txt|\.md)?"
+# What goes up, of the folder of the weights; README.md, the lock file and the report are made.
+_PUSHED = re.compile(
+    r"(?:adapter_)?model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|(?:(?:generation_)?config|tokenizer(?:_config)?|special_tokens_map|added_tokens|vocab)\.json"
+    r"|chat_template\.jinja|(?:merges|vocab)\.txt|(?:tokenizer|spiece)\.model|" + _LICENCE
+)
+# What comes down: neither pickles nor code.
+_PULLED = re.compile(
+    r"[\w.-]+\.(?:safetensors|json|jinja)|(?:merges|vocab)\.txt|(?:tokenizer|spiece)\.model"
+    r"|README\.md|NOTICE|" + _LICENCE
+)
+# What report.json has without the rows of the data.
+_FIGURES = (
+    *("verdict", "domain", "general", "few_shot", "scratch", "prompt_use", "metrics", "harness"),
+    *("not_measured", "overfitting", "audit", "training", "memory", "gate", "layers"),
+)
+# An absolute path: two names at least, so that neither `</p>` nor `and/or` is one.
+_PATH = re.compile(r"(?:(?<![\w.:/<~-])|(?<=\\[nrt]))/(?:[\w.@+-]+/)+([\w.@+-]*)")
+_PASSING = (408, 412, 429, 500, 502, 503, 504)  # what another try may mend
+_TRIES, FIRST_WAIT, _LONGEST_WAIT = 5, 1.0, 300.0  # seconds
+
+
+@dataclass
+class Plan:
+    """What a push will do. `files`: {name in the repo: content, or the file that holds it}."""
+
+    repo: str
+    public: bool
+    base: str
+    card: Card
+    files: dict[str, bytes | Path] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "repo": self.repo,
+            "visibility": "public" if self.public else "private",
+            "base": self.base,
+            "license": self.card.licence,
+            "files": {name: _size(content) for name, content in sorted(self.files.items())},
+            "warnings": self.card.warnings,
+        }
+
+    def __str__(self) -> str:
+        found = self.to_json()
+        lines = [f"to {self.repo}, {found['visibility']}; base {self.base}, {found['license']}:"]
+        lines += [f"  {size:>13,} bytes  {name}" for name, size in found["files"].items()]
+        return "\n".join([*lines, *(f"warning: {line}" for line in self.card.warnings)])
+
+
+def make_plan(
+    run: str | Path,
+    repo: str,
+    *,
+    public: bool = False,
+    with_samples: bool = False,
+    merged: str | Path | None = None,
+) -> Plan:
+    """Everything that a push uploads, searched for secrets; no network is needed.
+
+    Raises:
+        UserError: no finished run is there, its files are damaged, or hold what must stay here.
+    """
+    from lora_kit.base.load import quiet_libraries
+
+    quiet_libraries()
+    _api(repo)
+    adapter, home = open_adapter(run), run_home(run)
+    folder = Path(merged) if merged else adapter.folder
+    lock, report, config = read_lock(home), read_json(home / "report.json"), dict(adapter.config)
+    if merged:
+        stored_in(folder)
+    else:
+        saved = (lock.get("adapter") or {}).get("sha256")
+        if saved and file_hash(folder / WEIGHTS) != saved:
+            raise UserError(f"{folder / WEIGHTS}: not as the run saved it: copy the run again")
+    # That only this machine should know, should a tokenizer's settings or template tell.
+    named = [str(config.get("base_model_name_or_path")), *(lock.get("data") or {}), Path.cwd()]
+    private = {str(p) for p in (*named, home.resolve()) if re.match("/[^/]+/", str(p))}
+    base = _public_base(str(config.get("base_model_name_or_path") or LOCAL), lock)
+    config["base_model_name_or_path"] = base
+    lock = json.loads(_json(_public_lock(lock, base)))
+    figures = {k: v for k, v in report.items() if with_samples or k in _FIGURES}
+    report = json.loads(_json(figures))
+    files: dict[str, bytes | Path] = {
+        file.name: file.resolve()
+        for file in sorted(folder.iterdir())
+        if _PUSHED.fullmatch(file.name) and file.is_file()
+    }
+    if merged and any((folder / name).is_symlink() for name in files):
+        raise UserError(f"{folder}: holds a link to somewhere else: put the file itself there")
+    if merged and "config.json" not in files:
+        raise UserError(f"{folder}: no config.json: not a merged model")
+    has_licence = any(re.fullmatch(_LICENCE, name) for name in files)
+    card = make_card(repo, config, lock, report, merged=bool(merged), has_licence=has_licence)
+    files["README.md"] = card.text.encode()
+    if card.notice:
+        files["NOTICE"] = f"{card.notice}\n".encode()
+    if merged:
+        model = read_json(folder / "config.json")
+        model.pop("_name_or_path", None)
+        files["config.json"] = _json(model)
+    else:
+        files["adapter_config.json"] = _json(config)
+    files |= {"run.lock.json": _json(lock)} if lock else {}
+    files |= {"report.json": _json(report)} if report else {}
+    if with_samples and (home / "report.html").is_file():
+        page = (home / "report.html").read_text(encoding="utf-8")
+        files["report.html"] = _PATH.sub(r"\1", page).encode()
+    refuse_secrets(files, private)
+    return Plan(repo, public, base, card, files)
+
+
+def push(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+    """Upload what was planned in one commit, to a repository that is made where there is none.
+
+    Returns:
+        The plan's figures with `commit`, `committed` (false: the Hub had it all) and `url`.
+
+    Raises:
+        UserError: the Hub refuses, cannot be reached, or holds the repository with the other
+            visibility; nothing was committed, unless the message says so.
+    """
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    repo = plan.repo
+    api = _api(repo)
+
+    def head() -> Any:
+        try:
+            return api.model_info(repo)
+        except RepositoryNotFoundError:
+            api.create_repo(repo, private=not plan.public, exist_ok=True)
+            return api.model_info(repo)
+
+    def held(sha: str) -> bool:
+        there = _listed(api, repo, sha)
+        return all(_is(content, there.get(name)) for name, content in plan.files.items())
+
+    info = _patiently(head, repo, say)
+    if bool(info.private) == plan.public:
+        now, fix = ("private", "leave --public out") if info.private else ("public", "add --public")
+        raise UserError(
+            f"{repo}: is {now} already, and would stay so: {fix}, or name another; nothing was "
+            "uploaded"
+        )
+    done = {**plan.to_json(), "url": f"{api.endpoint}/{repo}"}
+    if _patiently(lambda: held(info.sha), repo, say):
+        return {**done, "commit": info.sha, "committed": False}
+
+    def commit() -> str:
+        # Of a try before, the answer may be all that was lost.
+        now: str = api.model_info(repo).sha
+        if now == info.sha:
+            operations = [CommitOperationAdd(n, c) for n, c in sorted(plan.files.items())]
+            message = "Upload with lora-kit"
+            return api.create_commit(
+                repo, operations, commit_message=message, parent_commit=now
+            ).oid
+        if held(now):
+            return now
+        raise UserError(
+            f"{repo}: somebody else changed it meanwhile (now {now[:12]}): look at it, then push "
+            "again; nothing was committed"
+        )
+
+    return {**done, "commit": _patiently(commit, repo, say), "committed": True}
+
+
+def pull(
+    repo: str, out: str | Path, revision: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Fetch an adapter or a model at one commit; the folder appears only when all of it is right.
+
+    Returns:
+        `repo`, `revision` (the full sha), `out`, `files` ({name: sha256}), `left` (names of what
+        was not fetched: pickles, code and other kinds).
+
+    Raises:
+        UserError: it is not there, the Hub refuses, or it holds no safetensors.
+        CheckFailed: what came is not what the Hub, or the lock file, names.
+    """
+    api = _api(repo)
+    sha = _patiently(lambda: api.model_info(repo, revision=revision).sha, repo, say, revision)
+    there = _patiently(lambda: _listed(api, repo, sha), repo, say)
+    for name in there:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+            raise UserError(
+                f"{repo}: names a file outside of its folder: {name!r:.80}: not fetched"
+            )
+    wanted = {n: f for n, f in there.items() if _PULLED.fullmatch(n) and n != PULLED}
+    left = sorted(there.keys() - wanted.keys() - {".gitattributes"})
+    if not wanted.keys() & {WEIGHTS, "model.safetensors", INDEX}:
+        raise UserError(
+            f"{repo}: no safetensors weights at its top ({', '.join(left[:5]) or 'empty'}); other "
+            "formats are not fetched"
+        )
+    hashes = {}
+    with new_folder(Path(out), sum(file.size for file in wanted.values())) as folder:
+        for name, file in sorted(wanted.items()):
+            get = partial(api.hf_hub_download, repo, name, revision=sha, local_dir=folder)
+            _patiently(get, repo, say)
+            if (folder / name).is_symlink() or not _is(folder / name, file):
+                raise CheckFailed(f"{repo}: {name}: not the bytes that the Hub lists: pull again")
+            hashes[name] = file_hash(folder / name)
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        _check_pulled(folder, repo, hashes)
+        marker = {"repo": repo, "revision": sha, "files": hashes}
+        (folder / PULLED).write_bytes(_json(marker))
+    config = read_json(Path(out) / "adapter_config.json")
+    if config.get("base_model_name_or_path") == LOCAL:
+        say(
+            f"its base was a folder of its author: write where yours lies into {out}/"
+            "adapter_config.json (base_model_name_or_path)"
+        )
+    return {**marker, "out": str(out), "left": left}
+
+
+def _api(repo: str) -> Any:
+    """The client; nothing is asked yet. Raises UserError if no repository can have this name."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not HUB_ID.fullmatch(repo):
+        raise UserError(f"{repo}: not a name on the Hub: write owner/name")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi()
+
+
+def _check_pulled(folder: Path, repo: str, hashes: dict[str, str]) -> None:
+    """Raises CheckFailed or UserError if the files are damaged, or do not fit each other."""
+    try:
+        for name in hashes:
+            if name.endswith(".safetensors"):
+                stored(folder / name)
+            elif name.endswith(".json"):
+                _check_json(folder / name)
+        if WEIGHTS in hashes:
+            open_adapter(folder)
+        if INDEX in hashes:
+            stored_in(folder)
+        saved = (read_lock(folder).get("adapter") or {}).get("sha256")
+    except UserError as error:
+        raise UserError(f"{repo}: {str(error).replace(f'{folder.resolve()}/', '')}") from None
+    if saved and hashes.get(WEIGHTS, saved) != saved:
+        raise CheckFailed(
+            f"{repo}: {WEIGHTS} is not the one that run.lock.json names: not kept; ask its owner"
+        )
+
+
+def _check_json(file: Path) -> None:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}: no JSON: ask its owner") from None
+
+
+def _public_base(named: str, lock: dict[str, Any]) -> str:
+    """What others can find a base by: its id on the Hub, or `nano`."""
+    locked = lock.get("base") or {}
+    if named == "nano" or locked.get("model") == "nano" or Path(named) == NANO:
+        return "nano"
+    # With a lock file a local one is known by having no revision.
+    on_hub = locked.get("revision") or not (lock or Path(named).exists())
+    return named if HUB_ID.fullmatch(named) and on_hub else LOCAL
+
+
+def _public_lock(lock: dict[str, Any], base: str) -> dict[str, Any]:
+    """The lock file with names of the Hub's sets, but of no local file."""
+    if not lock:
+        return {}
+    data, local = {}, 0
+    for name, digest in (lock.get("data") or {}).items():
+        if name not in (lock.get("commits") or {}) and not name.startswith("nano:"):
+            local += 1
+            name = f"local data {local}"
+        data[name] = digest
+    return {**lock, "base": {**(lock.get("base") or {}), "model": base}, "data": data}
+
+
+def _json(value: Any) -> bytes:
+    """The file's text, where of absolute paths only the last name is left."""
+    return (_PATH.sub(r"\1", json.dumps(value, indent=1)) + "\n").encode()
+
+
+def _size(content: bytes | Path) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _listed(api: Any, repo: str, sha: str) -> dict[str, Any]:
+    """{path: entry} of every file at a commit, with size and hash."""
+    entries = api.list_repo_tree(repo, revision=sha, recursive=True)
+    return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+
+
+def _is(content: bytes | Path, entry: Any) -> bool:
+    """Whether bytes are those that the Hub lists: large files by sha256, others as git does."""
+    if entry is None or _size(content) != entry.size:
+        return False
+    if entry.lfs is not None and isinstance(content, Path):
+        return bool(file_hash(content) == entry.lfs.sha256)
+    whole = content if isinstance(content, bytes) else content.read_bytes()
+    if entry.lfs is not None:
+        return bool(hashlib.sha256(whole).hexdigest() == entry.lfs.sha256)
+    return bool(hashlib.sha1(b"blob %d\0" % len(whole) + whole).hexdigest() == entry.blob_id)
+
+
+def _patiently(
+    action: Callable[[], Any], repo: str, say: Callable[[str], None], revision: str | None = None
+) -> Any:
+    """Do it; where the Hub is busy or the line breaks, wait and do it again.
+
+    Raises:
+        UserError: what is wrong, and what to do about it.
+    """
+    from huggingface_hub import errors as hub
+
+    # JSON: the client takes an answer apart before it looks at its status.
+    broken = (ConnectionError, TimeoutError, hub.HTTPError, hub.LocalEntryNotFoundError)
+    for attempt in range(_TRIES):
+        try:
+            return action()
+        except (UserError, CheckFailed):
+            raise
+        except (*broken, ValueError) as error:
+            response = getattr(error, "response", getattr(error.__cause__, "response", None))
+            status = getattr(response, "status_code", None)
+            cut = status is None and isinstance(error, (*broken, json.JSONDecodeError))
+            cut = cut and not isinstance(error, hub.OfflineModeIsEnabled)
+            asked = str(response.headers.get("Retry-After", "")) if response is not None else ""
+            pause = float(asked) if asked.isdigit() else FIRST_WAIT * 2**attempt
+            last = attempt == _TRIES - 1 or pause > _LONGEST_WAIT
+            if last or not (cut or status in _PASSING):
+                raise UserError(
+                    f"{repo}: {_problem(error, status, cut, repo, revision, asked)}"
+                ) from error
+            why = f"the Hub answers {status}" if status else "the Hub cannot be reached"
+            say(f"{why}: tried again in {pause:g} s")
+            time.sleep(pause)
+
+
+def _problem(
+    error: Exception, status: Any, cut: bool, repo: str, revision: str | None, retry_after: str
+) -> str:
+    """Cause and fix."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    where = constants.ENDPOINT
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set: unset it to reach {where}"
+    if isinstance(error, hub.RevisionNotFoundError):
+        return f"has no revision `{revision}`: leave --revision out for the newest"
+    if isinstance(error, hub.GatedRepoError):
+        return f"access refused ({status}): ask for it at {where}/{repo}, then log in"
+    if cut:
+        return f"{where} cannot be reached: check the network, try again: nothing is done twice"
+    said = " ".join(str(error).split())[:160]
+    return {
+        401: "not there, or you are not logged in (401): run `hf auth login`, or set HF_TOKEN",
+        403: "the token may not do this (403): take one with the rights for it",
+        404: f"not on {where} (404), or private and you may not see it: check the name",
+        409: "another change of it is being made (409): wait for that one, then try again",
+        412: "somebody else changed it meanwhile (412): look at it, then push again",
+        429: f"too many requests (429): try again in {retry_after or 'some hundred'} seconds",
+    }.get(
+        status,
+        f"{where} answers {status}, {_TRIES} times: try again later: nothing is done twice"
+        if status in _PASSING
+        else f"{where} refuses it ({status or type(error).__name__}): {said}",
+    )

@@ -1,0 +1,81 @@
+"""What must not be uploaded: tokens, passwords, paths of this machine, e-mail addresses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from lora_kit.errors import TOKENS, UserError, secret_values
+
+# All are bounded in length, or start at a fixed text: a line may have a megabyte.
+_KEYS = {kind: re.compile(pattern) for kind, pattern in TOKENS.items()}
+_PATHS = {
+    "a home folder": re.compile(
+        r"(?:(?<![\w.~/-])|(?<=file://))/(?:home|Users)/[\w.-]+"
+        r"|(?<![A-Za-z0-9])[A-Za-z]:\\{1,2}Users\\{1,2}[\w.-]+"
+    )
+}
+_PROSE = {
+    # RFC 2606 keeps example.* free of people.
+    "an e-mail address": re.compile(
+        r"(?<![\w.%+-])[\w.%+-]{1,64}@(?!example\.)(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}\b"
+    ),
+    "a password or key": re.compile(
+        r"""(?i)(?<![a-z])(?:passw(?:or)?d|passphrase|secret|api[_-]?key|access[_-]?key"""
+        r"""|auth[_-]?token|client[_-]?secret)["']?\s{0,3}[:=]\s{0,3}["']?"""
+        r"""(?!none\b|null\b|true\b|false\b)[^\s"',;{}<>()$*\[\]]{6,}"""
+    ),
+}
+# Vocabularies spell anything, and licences name whom to write to.
+_NO_PROSE = re.compile(
+    r"(?:tokenizer|vocab|added_tokens)\.json|merges\.txt|vocab\.txt|(?:LICENSE|USE_POLICY)\b.*"
+)
+_LONGEST_SHOWN = 8
+
+
+def refuse_secrets(files: Mapping[str, bytes | Path], private: Iterable[str] = ()) -> None:
+    """Search what is about to be uploaded; of safetensors the header, of other binaries the text.
+
+    Args:
+        files: {name: content, or the file that holds it}.
+        private: texts that only this machine should know, such as the paths of a run's data.
+
+    Raises:
+        UserError: something was found; file, line and kind are named, the thing itself is not.
+    """
+    from huggingface_hub import get_token
+
+    known = {f"the value of {name}": value for name, value in secret_values().items()}
+    known |= {"the token you are logged in with": get_token() or ""}
+    known |= {f"a path of this machine ({len(text)} letters)": text for text in private}
+    exact = {k: re.compile(re.escape(text)) for k, text in known.items() if len(text) >= 8}
+    exact["your home folder"] = re.compile(rf"(?<![\w.~/-]){re.escape(str(Path.home()))}/")
+    found = []
+    for name, content in files.items():
+        text = _text(name, content)
+        patterns = exact | _KEYS | _PATHS | ({} if _NO_PROSE.fullmatch(name) else _PROSE)
+        for kind, pattern in patterns.items():
+            if hit := pattern.search(text):
+                line = text.count("\n", 0, hit.start()) + 1
+                found.append(f"{name}:{line}: {kind}")
+    if found:
+        more = f", and {len(found) - _LONGEST_SHOWN} more" if len(found) > _LONGEST_SHOWN else ""
+        raise UserError(
+            f"nothing was uploaded: {'; '.join(found[:_LONGEST_SHOWN])}{more}: take it out of the "
+            "file (what it is stays unsaid here), then push again"
+        )
+
+
+def _text(name: str, content: bytes | Path) -> str:
+    """A file's text, of safetensors the header: names and metadata; JSON without its escapes."""
+    if isinstance(content, bytes):
+        text = content.decode("utf-8", "replace")
+    else:
+        with content.open("rb") as opened:
+            weights = name.endswith(".safetensors")
+            size = int.from_bytes(opened.read(8), "little") if weights else -1
+            text = opened.read(size).decode("utf-8", "replace")
+    if not name.endswith((".json", ".safetensors")):
+        return text
+    return re.sub(r"\\(.)", lambda found: " " if found[1] in "nrt" else found[1], text)

@@ -1,0 +1,139 @@
+"""What a program that serves refuses or corrupts of an adapter, and the command that mends it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lora_kit import nano, schema
+from lora_kit.adapter.files import open_adapter
+from lora_kit.adapter.loaders import VLLM_RANKS, Mend, Oddity, oddities, vllm_rank
+from lora_kit.errors import UserError
+from lora_kit.run import is_hub_id, nearest, read_json
+
+# A target's name -> the one in the table of loaders. Ollama runs llama.cpp.
+_LOADERS = {
+    **{"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp", "ollama": "llama.cpp"},
+    **{"mlx": "MLX", "transformers": "PEFT"},
+}
+TARGETS = tuple(_LOADERS)
+# What `lora-kit` writes for a target: the adapter, or the whole model.
+_ADAPTER = {
+    "llama.cpp": "export {run} --to gguf --what adapter --out {run}-gguf",
+    "ollama": "export {run} --to ollama --out {run}-ollama",
+    "mlx": "export {run} --to mlx --out {run}-mlx",
+}
+_MODEL = {
+    "llama.cpp": "export {run} --to gguf --out {run}-gguf",
+    "ollama": "export {run} --to ollama --what merged --out {run}-ollama",
+}
+# What settings can be instead.
+_OTHERWISE = {
+    **{"use_dora": "false", "use_rslora": "false", "rank_pattern": "{}", "alpha_pattern": "{}"},
+    **{"target_modules": "all-linear", "r": str(VLLM_RANKS[-1])},
+}
+
+
+def check(path: str | Path, target: str) -> dict[str, Any]:
+    """What `target` would do to an adapter as it lies there.
+
+    Of the base only its config.json is looked at, if it is on this machine. llama.cpp, and Ollama
+    with it, reads GGUF: judged is the adapter as llama.cpp's own converter takes it. MLX has none.
+
+    Returns:
+        `target`; `loads`: whether it loads exactly; `problems`: `what`, `where` (file and key) and
+        `fix` (the command) of each.
+
+    Raises:
+        UserError: no such target, or see `open_adapter`.
+    """
+    if target not in _LOADERS:
+        raise UserError(
+            f"--target {target}: unknown{nearest(target, list(TARGETS))}: {', '.join(TARGETS)}"
+        )
+    problems = [problem for _, problem in _problems(path, target)]
+    return {"target": target, "loads": not problems, "problems": problems}
+
+
+def check_settings(adapter: schema.Adapter, target: str) -> list[dict[str, str]]:
+    """The problems that an adapter of these settings would have. No problem is what a flag of the
+    server mends, a rank over 16. Of a run that begins from another adapter its files are judged."""
+    if adapter.start:
+        found = _problems(adapter.start, target)
+        return [problem for mend, problem in found if mend not in ("flag", "layout")]
+    targets = adapter.target_modules
+    ends = targets if isinstance(targets, list) else []
+    return [
+        {
+            "what": f"{one.what}: {one.happens}",
+            "where": f"adapter.{one.key}",
+            "fix": f"set adapter.{one.key}={_OTHERWISE[one.key]}",
+        }
+        for one in _tripping(target, adapter.model_dump(), ends)
+        if one.mend != "flag"
+    ]
+
+
+def refuse_settings(run: schema.Run) -> None:
+    """Raises UserError, a line each, if `ship.target` would not take what the run will train."""
+    if target := run.ship.target:
+        problems = check_settings(run.adapter, target)
+        lines = [f"ship.target: {target}: {p['what']} ({p['where']}): {p['fix']}" for p in problems]
+        if lines:
+            raise UserError("\n".join(lines))
+
+
+def _problems(path: str | Path, target: str) -> list[tuple[str, dict[str, str]]]:
+    """Each with how it is mended."""
+    adapter = open_adapter(path)
+    config = str(adapter.folder / "adapter_config.json")
+    rank = max(adapter.rank_and_scale(module)[0] for module in adapter.halves)
+    found: list[tuple[str, dict[str, str]]] = []
+
+    def add(mend: str, what: str, where: str, fix: str) -> None:
+        found.append((mend, {"what": what, "where": where, "fix": fix}))
+
+    tied = _tied(adapter.config)
+    for one in _tripping(target, adapter.config, adapter.halves, adapter.others, tied):
+        fix = _fix(one.mend, target, path, rank)
+        add(one.mend, f"{one.what}: {one.happens}", f"{config}: {one.key}", fix)
+    if target == "mlx" and not found:
+        add("layout", "PEFT's layout: not loaded", config, _fix("portable", target, path, rank))
+    if broken := [module for module in adapter.halves if not adapter.update(module).finite]:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        what = f"values that are not finite: answers noise: {broken[0]}{more}"
+        add("train", what, str(adapter.halves[broken[0]]["A"].file), "train again")
+    return found
+
+
+def _tripping(target: str, *found: Any) -> list[Oddity]:
+    return [one for one in oddities(*found) if _LOADERS[target] in one.who]
+
+
+def _tied(config: dict[str, Any]) -> bool:
+    """Whether the base's config.json says so, where it lies on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    base, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
+    file: Any = (nano.MODEL if base == "nano" else Path(base)) / "config.json"
+    if is_hub_id(base) and not file.is_file():
+        file = try_to_load_from_cache(base, "config.json", revision=revision)
+    # What is not in the cache is no path.
+    values = read_json(Path(file)) if isinstance(file, str | Path) else {}
+    text = {**values, **(values.get("text_config") or {})}
+    return bool(text.get("tie_word_embeddings", str(values.get("model_type")).startswith("gemma")))
+
+
+def _fix(mend: Mend, target: str, path: str | Path, rank: int) -> str:
+    run = shlex.quote(str(path).rstrip("/"))
+    if mend == "train":
+        return "train again without it"
+    if mend == "flag":
+        size = vllm_rank(rank)
+        return f"vllm serve BASE --enable-lora --lora-modules NAME={run} --max-lora-rank {size}"
+    if mend == "portable":
+        words = _ADAPTER.get(target, "export {run} --to portable --out {run}-portable")
+    else:
+        words = _MODEL.get(target, "merge {run} --out {run}-merged")
+    return "lora-kit " + words.format(run=run)

@@ -1,0 +1,358 @@
+"""The weights of a merge, streamed from the base's files into new ones.
+
+One thread reads the base ahead, one hashes what was read, this one adds B A, one writes, and one
+reads each finished file again. What the adapter leaves alone is copied as bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_kit.adapter.files import Adapter
+from lora_kit.adapter.names import Change, plan, tensor_of
+from lora_kit.base import tensors as room
+from lora_kit.base.tensors import (
+    DTYPES,
+    INDEX,
+    PAGE,
+    Stored,
+    Writer,
+    open_past_cache,
+    read_past_cache,
+    stored,
+)
+from lora_kit.errors import CheckFailed, UserError
+
+_AHEAD = 4  # pieces read before they are needed
+_RING = _AHEAD + 2  # and two that are being written
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_STORED_AS = {"bfloat16": "BF16", "float32": "F32"}
+Put = Callable[[str, Any], Future[Any]]  # have the next bytes of a tensor written
+
+
+class _Piece(NamedTuple):
+    """Bytes of a base file that are read at once, of one tensor; None: of the header."""
+
+    tensor: Stored | None
+    offset: int
+    size: int
+
+
+class Weights:
+    """The tensors of a merge, and where each goes: shard by shard, as the base's lie.
+
+    Attributes:
+        entries: {tensor: (dtype, shape)} of what is written, `bytes` in all.
+    """
+
+    def __init__(
+        self, adapter: Adapter, tensors: dict[str, Stored], config: dict[str, Any], dtype: str
+    ) -> None:
+        import torch
+
+        self.adapter, self.tensors = adapter, tensors
+        self.plan = plan(adapter, tensors, config)
+        self.linear: set[str] = set()  # what goes through NF4 first, in the type of the training
+        self.trained_in = torch.float32
+        self.shards: dict[Path, list[str]] = {}
+        sizes: Counter[str] = Counter()
+        for name, tensor in tensors.items():
+            self.shards.setdefault(tensor.file, []).append(name)
+            sizes[tensor.dtype] += tensor.size
+        # A head that the files lack comes last.
+        self.shards[tensor.file] += [name for name in self.plan.changes if name not in tensors]
+        # What a base of half the width keeps in float32, it keeps so on purpose.
+        sharp = {n for n, t in tensors.items() if t.dtype == "F32" != sizes.most_common(1)[0][0]}
+        self.entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name in chain.from_iterable(self.shards.values()):
+            source = self.source(name)
+            as_it_is = source.dtype not in _FLOATS or name in sharp
+            self.entries[name] = (source.dtype if as_it_is else _STORED_AS[dtype], source.shape)
+        self.bytes = sum(math.prod(s) * DTYPES[d][1] for d, s in self.entries.values())
+        self.halves = lru_cache(maxsize=2)(self._halves)
+        self.wide = torch.empty(0)  # room for a piece in float32
+        self.norms: tuple[Change | None, Any] = (None, None)
+
+    def source(self, name: str) -> Stored:
+        change = self.plan.changes.get(name)
+        return change.source if change else self.tensors[name]
+
+    def copied(self, name: str) -> bool:
+        """Whether a tensor is the base's, byte for byte."""
+        there, same = self.tensors.get(name), self.entries[name][0]
+        untouched = name not in self.plan.changes and name not in self.linear
+        return untouched and there is not None and there.dtype == same
+
+    def quantize(self, folder: Path, dtype: str) -> None:
+        """Let all weights that bitsandbytes would quantize go through NF4 first."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.quantizers.base import get_keys_to_not_convert
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        left_out = get_keys_to_not_convert(model)
+        for name, module in model.named_modules():
+            if type(module).__name__ == "Conv1D":
+                raise UserError(f"{folder}: {config.model_type}: merge it into the base instead")
+            if type(module) is torch.nn.Linear and should_convert_module(name, left_out):
+                self.linear.add(tensor_of(name, self.tensors))
+        self.trained_in = getattr(torch, dtype)
+
+    def write(
+        self, folder: Path, hashes: dict[str, str], refuse: Callable[[list[str]], None]
+    ) -> None:
+        """Write all shards. `refuse` is called with a file of the base that is not of its hash."""
+        with ThreadPoolExecutor(1) as checking:
+            checks = []
+            for file, names in self.shards.items():
+                digest = hashlib.sha256() if file.name in hashes else None
+                with (
+                    Writer(folder / file.name, {n: self.entries[n] for n in names}) as writer,
+                    ThreadPoolExecutor(1) as writing,
+                ):
+                    put: Put = partial(writing.submit, writer.append)  # type: ignore[call-arg]
+                    _stream(file, self._pieces(file), digest, partial(self._use, put))
+                    for name in names:
+                        if name not in self.tensors:
+                            self._replace(name, put)
+                if digest and digest.hexdigest() != hashes[file.name]:
+                    refuse([file.name])
+                checks.append(checking.submit(_reread, writer))
+            for check in checks:
+                check.result()
+        if (next(iter(self.shards)).parent / INDEX).is_file():
+            where = {name: file.name for file, names in self.shards.items() for name in names}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": where}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _pieces(self, file: Path) -> list[_Piece]:
+        """All bytes of a base file, in order; of a tensor whole rows, if it changes."""
+        tensors = [self.tensors[name] for name in self.shards[file] if name in self.tensors]
+        pieces = [_Piece(None, at, size) for at, size in _cut(0, tensors[0].offset, room.PIECE)]
+        for tensor in tensors:
+            step = room.PIECE if self.copied(tensor.name) else _step(tensor) * _row(tensor)
+            cut = _cut(tensor.offset, tensor.offset + tensor.size, step)
+            pieces += [_Piece(tensor, at, size) for at, size in cut]
+        return pieces
+
+    def _use(self, put: Put, piece: _Piece, view: memoryview, hold: list[Future[Any]]) -> None:
+        """Write what becomes of a piece that was read."""
+        import torch
+
+        tensor = piece.tensor
+        if tensor is None:
+            return
+        name = tensor.name
+        if self.source(name) is not tensor or name in self.linear:
+            if piece.offset == tensor.offset:  # the rest is read for its hash alone
+                self._replace(name, put)
+            return
+        rows = torch.frombuffer(view, dtype=_torch(tensor.dtype))
+        if not self.copied(name):
+            first = (piece.offset - tensor.offset) // _row(tensor)
+            merged = self._merged(name, rows.reshape(-1, _width(tensor)), first)
+            if merged.dtype != rows.dtype:
+                rows = merged
+            else:
+                for hashed in hold:
+                    hashed.result()  # before its bytes are overwritten
+                rows.copy_(merged.reshape(-1))
+        hold.append(put(name, _finite(name, rows)))
+
+    def _replace(self, name: str, put: Put) -> None:
+        """Write a tensor whose values are not in the pieces that are read."""
+        source = self.source(name)
+        read: Callable[[int, int], Any] = source.read
+        if name in self.linear:
+            read = _through_nf4(source, self.trained_in)
+        waiting: deque[Future[Any]] = deque()
+        for first, count in _cut(0, source.shape[0], _step(source)):
+            rows = read(first, first + count).reshape(count, -1)
+            waiting.append(put(name, _finite(name, self._merged(name, rows, first))))
+            if len(waiting) > 2:
+                waiting.popleft().result()
+        for waited in waiting:
+            waited.result()
+
+    def _merged(self, name: str, rows: Any, first: int) -> Any:
+        """(rows, columns) of a tensor from row `first` on, as they are written."""
+        import torch
+
+        if not rows.is_floating_point():
+            return rows
+        if self.wide.numel() < rows.numel():
+            self.wide = torch.empty(rows.numel())
+        wide = self.wide[: rows.numel()].view(rows.shape).copy_(rows)
+        if change := self.plan.changes.get(name):
+            self._add(change, wide, first)
+        dtype = _torch(self.entries[name][0])
+        return wide.clone() if dtype == wide.dtype else wide.to(dtype)
+
+    def _add(self, change: Change, wide: Any, first: int) -> None:
+        """Change rows of float32 in place."""
+        import torch
+
+        last = first + len(wide)
+        if change.module:
+            left, right = self._factors(change)
+            wide.addmm_(left[first:last], right, alpha=change.scale)
+        if change.magnitude:
+            magnitude = change.magnitude.read().float()
+            if change.transposed:
+                wide *= magnitude / self._norms(change)
+            else:
+                wide *= (magnitude[first:last] / wide.norm(dim=1))[:, None]
+        if change.bias:
+            wide += change.scale * change.bias.read(first, last).float()[:, None]
+        if change.token_rows:
+            tokens = torch.tensor(change.tokens)
+            here = (tokens >= first) & (tokens < last)
+            wide[tokens[here] - first] = change.token_rows.read().float()[here]
+
+    def _factors(self, change: Change) -> tuple[Any, Any]:
+        """(rows, r), (r, columns): dW is scale times their product."""
+        a, b = (half[change.expert] for half in self.halves(change.module, change.rank))
+        return (a.T, b.T) if change.transposed else (b[change.first :], a)
+
+    def _halves(self, module: str, rank: int) -> tuple[Any, Any]:
+        """(experts, r, in), (experts, out, r), float32; PEFT keeps those of experts as
+        (experts · r, in) and (out, r · experts)."""
+        a, b = (self.adapter.halves[module][half].read().float() for half in "AB")
+        a = a.reshape(len(a) // rank, rank, -1)
+        return a, b.reshape(len(b), rank, len(a)).permute(2, 0, 1).contiguous()
+
+    def _norms(self, change: Change) -> Any:
+        """Of each output of a matrix that lies as (in, out): its column of W + dW."""
+        import torch
+
+        if self.norms[0] is not change:
+            left, right = self._factors(change)
+            total: Any = 0.0
+            for first, count in _cut(0, change.source.shape[0], _step(change.source)):
+                wide = change.source.read(first, first + count).float()
+                wide.addmm_(left[first : first + count], right, alpha=change.scale)
+                total = total + wide.double().square().sum(0)
+            self.norms = (change, torch.sqrt(total).float())
+        return self.norms[1]
+
+
+def _torch(dtype: str) -> Any:
+    import torch
+
+    return getattr(torch, DTYPES[dtype][0])
+
+
+def _width(tensor: Stored) -> int:
+    """Columns of a tensor as a matrix; a vector has one."""
+    return math.prod(tensor.shape[1:])
+
+
+def _row(tensor: Stored) -> int:
+    return _width(tensor) * DTYPES[tensor.dtype][1]
+
+
+def _step(tensor: Stored) -> int:
+    """Rows that are merged at once: 64 are whole blocks of NF4, of any width."""
+    return max(1, room.PIECE // 64 // _row(tensor)) * 64
+
+
+def _cut(start: int, end: int, step: int) -> list[tuple[int, int]]:
+    """[(at, size)] of a range in steps."""
+    return [(at, min(step, end - at)) for at in range(start, end, step)]
+
+
+def _stream(
+    file: Path,
+    pieces: list[_Piece],
+    digest: Any,
+    use: Callable[[_Piece, memoryview, list[Future[Any]]], None],
+) -> None:
+    """Read pieces ahead, into buffers that are used again, and give each to `use` with a list; what
+    `use` puts there is waited for before the buffer is filled anew. The hash stands there first.
+    """
+    largest = max(piece.size for piece in pieces) + 2 * PAGE
+    buffers = [mmap.mmap(-1, largest) for _ in range(_RING)]
+    holds: list[list[Future[Any]]] = [[] for _ in range(_RING)]
+    descriptor = open_past_cache(file, os.O_RDONLY)
+
+    def read(number: int) -> memoryview:
+        slot = number % _RING
+        while holds[slot]:
+            holds[slot].pop().result()
+        view = read_past_cache(descriptor, buffers[slot], *pieces[number][1:])
+        if digest:
+            holds[slot].append(hashing.submit(digest.update, view))
+        return view
+
+    try:
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as hashing:
+            ahead = deque(reading.submit(read, n) for n in range(min(_AHEAD, len(pieces))))
+            for number, piece in enumerate(pieces):
+                view, hold = ahead.popleft().result(), holds[number % _RING]
+                use(piece, view, hold)
+                if number + _AHEAD < len(pieces):
+                    ahead.append(reading.submit(read, number + _AHEAD))
+            for waited in chain.from_iterable(holds):
+                waited.result()
+    finally:
+        os.close(descriptor)
+
+
+def _through_nf4(source: Stored, dtype: Any) -> Callable[[int, int], Any]:
+    """Reads rows of a weight as they are after NF4 with double quantization, blocks of 64 (QLoRA,
+    Dettmers et al. 2023, arXiv:2305.14314), as `base.load` has it.
+
+    The scales are quantized together, so that half a byte of each weight is kept meanwhile.
+    """
+    import torch
+    from bitsandbytes import functional as four
+
+    step = _step(source)
+    parts = [
+        four.quantize_4bit(source.read(at, at + n).to(dtype), blocksize=64, quant_type="nf4")
+        for at, n in _cut(0, source.shape[0], step)
+    ]
+    scales = torch.cat([state.absmax for _, state in parts])
+    offset = scales.mean()
+    scales = four.dequantize_blockwise(*four.quantize_blockwise(scales - offset, blocksize=256))
+    of_each = (scales + offset).split([len(state.absmax) for _, state in parts])
+    for (_, state), own in zip(parts, of_each, strict=True):
+        state.absmax = own
+    return lambda first, last: four.dequantize_4bit(*parts[first // step])
+
+
+def _finite(name: str, tensor: Any) -> Any:
+    if tensor.numel() and tensor.is_floating_point() and tensor.element_size() > 1:
+        least, most = tensor.aminmax()
+        if not (least.isfinite() and most.isfinite()):
+            raise CheckFailed(f"{name}: NaN or infinite after the merge: not written")
+    return tensor
+
+
+def _reread(writer: Writer) -> None:
+    """Raises CheckFailed unless the disk holds what was written."""
+    found = {name: (one.dtype, one.shape) for name, one in stored(writer.file).items()}
+    crc, buffer = 0, mmap.mmap(-1, room.PIECE + 2 * PAGE)
+    descriptor = open_past_cache(writer.file, os.O_RDONLY)
+    try:
+        for at, size in _cut(0, os.fstat(descriptor).st_size, room.PIECE):
+            crc = zlib.crc32(read_past_cache(descriptor, buffer, at, size), crc)
+    finally:
+        os.close(descriptor)
+    if found != writer.entries or crc != writer.crc:
+        raise CheckFailed(f"{writer.file.name}: read back, it is not what was written: a bad disk?")

@@ -1,0 +1,167 @@
+"""What is lost in merging an adapter that was trained on 4 bits: the figures against the files."""
+
+# ruff: noqa: F811 - fixtures of another file
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import RunMaker, make_base
+from safetensors.torch import load_file, save_file
+from test_cli import Shell, run  # noqa: F401 - a fixture
+from trained import finish, folder_maker
+
+import lora_kit
+from lora_kit.adapter.inspect import figures
+from lora_kit.adapter.load import load_run_tokenizer, open_run
+from lora_kit.base.load import load_base
+from lora_kit.base.pin import pin
+from lora_kit.base.tensors import stored_in
+from lora_kit.errors import UserError
+from lora_kit.prove.compare import prepared_again
+from lora_kit.prove.measure import measure
+from lora_kit.ship import fidelity as room
+from lora_kit.ship.fidelity import fidelity
+from lora_kit.ship.merge import merge
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run on NF4 in bfloat16, of a base whose weights are large enough to have an error."""
+    here = os.getcwd()
+    folder = tmp_path_factory.mktemp("nf4")
+    base = make_base(folder / "base", initializer_range=0.2)
+    weights = load_file(base / "model.safetensors")  # in 16 bits, as bases come
+    weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    nf4 = {"base.dtype": "bfloat16", "base.quantize": "nf4", "adapter.use_rslora": True}
+    yield finish(folder_maker(folder, base), "cpt", **nf4)
+    os.chdir(here)
+
+
+@pytest.fixture(scope="module")
+def found(trained: Path) -> dict[str, Any]:
+    return fidelity(trained)
+
+
+@pytest.fixture(scope="module")
+def rows(trained: Path) -> Any:
+    return prepared_again(trained, open_run(trained), load_run_tokenizer(trained)).eval
+
+
+def loss(model: Any, rows: Any) -> float:
+    losses = measure(model, rows, 1)
+    return float(losses.nats.sum() / losses.tokens.sum())
+
+
+def test_the_error_is_that_of_the_files_through_bitsandbytes(
+    trained: Path, found: dict[str, Any]
+) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    settings = open_run(trained).base
+    pinned = pin(settings)
+    stored, held = stored_in(Path(pinned.folder)), load_base(settings, pinned)
+    norms = {one["module"]: one["norm"] for one in figures(trained)}
+    assert {one["module"] for one in found["modules"]} == norms.keys() and len(norms) == 14
+    for one in found["modules"]:
+        weight = stored[f"{one['module']}.weight"].read().to(torch.bfloat16)
+        options = {"blocksize": 64, "compress_statistics": True, "quant_type": "nf4"}
+        rough = dequantize_4bit(*quantize_4bit(weight, **options))
+        module = held.get_submodule(one["module"]).weight
+        assert torch.equal(rough, dequantize_4bit(module.data, module.quant_state))
+        error = float((weight.float() - rough.float()).norm())
+        assert one["error"] == pytest.approx(error, rel=1e-5) and 0 < error < one["weight"]
+        assert one["update"] == norms[one["module"]] > 0
+    total = np.linalg.norm([one["error"] for one in found["modules"]])
+    assert found["whole"]["error"] == pytest.approx(float(total))
+
+
+def test_the_losses_are_those_of_the_models_that_merge_writes(
+    trained: Path, found: dict[str, Any], rows: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = lora_kit.load(trained)
+    assert found["loss"] == pytest.approx(loss(model, rows), rel=1e-6)
+    with model.disable_adapter():
+        assert loss(model, rows) > found["loss"] + 0.2  # a loud one
+    for into in room.INTO:
+        folder = merge(trained, tmp_path / into, into=into).out
+        merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        assert found[into]["loss"] == pytest.approx(loss(merged, rows), rel=1e-6)
+        same = room._measured(model, merged, rows, tokenizer.pad_token_id)
+        assert same[3].sum() == found["tokens"]
+        assert same[2].sum() / same[3].sum() == pytest.approx(found[into]["kl"], rel=1e-3)
+    assert 0 <= found["dequantized"]["kl"] < 0.1 * found["base"]["kl"]
+
+
+def test_the_divergence_by_hand(trained: Path, rows: Any) -> None:
+    model, tokenizer = lora_kit.load(trained)
+    other, _ = lora_kit.load(trained, quantize="none")
+    sums = room._measured(model, other, rows, tokenizer.pad_token_id)
+    apart = np.zeros(sums.shape[1])
+    for n in range(len(rows.lengths)):
+        ids = torch.as_tensor(rows[n]["input_ids"])[None].long()
+        with torch.inference_mode():
+            p, q = (m(ids).logits[0, :-1].double().log_softmax(-1) for m in (model, other))
+        apart[rows.units[n]] += float((p.exp() * (p - q)).sum())
+    assert np.allclose(sums[2], apart, rtol=0.05) and apart.min() > 0
+
+
+def test_divergence_is_zero_of_a_model_from_itself_and_counted_by_document(
+    trained: Path, rows: Any
+) -> None:
+    model, tokenizer = lora_kit.load(trained)
+    sums = room._measured(model, model, rows, tokenizer.pad_token_id)
+    losses = measure(model, rows, tokenizer.pad_token_id)
+    assert np.allclose(sums[0], losses.nats, rtol=1e-5) and (sums[0] == sums[1]).all()
+    assert np.array_equal(sums[3], losses.tokens) and abs(sums[2]).max() == 0
+
+
+def test_the_verb_says_which_and_what_is_lost(run: Shell, trained: Path, found: Any) -> None:
+    done = run("check", str(trained), "--fidelity", "--json")
+    assert done.code == 0 and json.loads(done.out) == {**found, "run": str(trained)}
+    done = run("check", str(trained), "--fidelity")
+    assert done.code == 0 and "mlp.up_proj" in done.out and "model.layers.1" in done.out
+    assert found["why"] in done.out
+    assert f"--into {found['recommended']} --out merged" in done.out
+
+
+def figures_of(base: float, dequantized: float) -> dict[str, Any]:
+    losses = {"base": base, "dequantized": dequantized}
+    return {into: {"loss": l_, "difference": l_ - 3.0} for into, l_ in losses.items()}
+
+
+@pytest.mark.parametrize(
+    ("base", "dequantized", "bounds", "into", "words"),
+    [
+        (3.012, 3.0, (0.01, 0.02), "dequantized", "0.0120 nats per token worse"),
+        (3.012, 3.0, (-0.01, 0.02), "dequantized", "no difference that these rows show"),
+        (3.0004, 3.0, (0.0003, 0.0005), "dequantized", "no difference"),
+        (2.95, 3.0, (-0.06, -0.04), "base", "0.0500 better"),
+        (3.2, 3.1, (0.01, 0.02), "dequantized", "its loss is 0.1000 nats per token higher; into"),
+    ],
+)
+def test_the_advice(
+    base: float, dequantized: float, bounds: tuple[float, float], into: str, words: str
+) -> None:
+    advice = room._advice("runs/a b", figures_of(base, dequantized), *bounds)
+    assert advice["recommended"] == into and words in advice["why"]
+    assert advice["command"] == f"lora-kit merge 'runs/a b' --into {into} --out merged"
+
+
+def test_a_run_that_was_not_quantized_has_no_choice(run_file: RunMaker, run: Shell) -> None:
+    home = finish(run_file, **{"train.max_steps": 1})
+    with pytest.raises(UserError, match=r"base\.quantize is none: only for .* nf4"):
+        fidelity(home)
+    done = run("check", str(home), "--fidelity")
+    assert (done.code, len(done.errors)) == (2, 1)
+    done = run("check", str(home / "adapter"), "--fidelity")
+    assert (done.code, len(done.errors)) == (2, 1)

@@ -1,0 +1,276 @@
+"""A server that people start, asked by the client that people have, against transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from processes import LORA_KIT
+from trained import edit
+from typer.testing import CliRunner
+
+import lora_kit
+from lora_kit import nano
+from lora_kit.base.load import load_tokenizer
+from lora_kit.base.pin import pin
+from lora_kit.cli import app
+from lora_kit.errors import UserError
+from lora_kit.schema import Base
+from lora_kit.ship.serve import serve
+
+PROMPTS = ["The function returns a list of", "import os", "for name in", "Return the"]
+TURNS: Any = [{"role": "user", "content": "What does `sorted` return?"}]
+TOKENS = 48
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[str]
+    lines: list[str]  # of what it printed
+    temporary: Path
+
+    @property
+    def url(self) -> str:
+        return self.lines[0].split(" ")[0]
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
+
+
+def start(folder: Path, *arguments: str) -> Served:
+    """`lora-kit serve` until it answers; its temporary files go to a folder of its own."""
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [*LORA_KIT, "serve", *arguments, "--port", "0", "--type", "f32"],
+        stdout=subprocess.PIPE,
+        stderr=(folder / "stderr").open("w"),
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    assert process.stdout is not None
+    lines = [process.stdout.readline().rstrip() for _ in range(6)]
+    assert lines[0].startswith("http://127.0.0.1:"), (folder / "stderr").read_text()
+    return Served(process, lines, temporary)
+
+
+def loud_adapter(folder: Path, seed: int = 1, **config: Any) -> Path:
+    """An adapter on nano that no training made, as PEFT saves it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(nano.MODEL), settings)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.03)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    edit(folder / "adapter_config.json", lambda c: c.update(base_model_name_or_path="nano"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs/trained, a run directory, and the adapter `scaled` lie, both on nano."""
+    folder = tmp_path_factory.mktemp("serve")
+    run, base = folder / "runs/trained", Base(model="nano", dtype="float32")
+    loud_adapter(run / "adapter", seed=2)
+    pinned = pin(base)
+    load_tokenizer(pinned).save_pretrained(run / "adapter")
+    values = {"recipe": "sft", "name": "trained", "base": base.model_dump()}
+    (run / "run.yaml").write_text(json.dumps({**values, "data": {"train": "rows.jsonl"}}))
+    (run / "run.lock.json").write_text(json.dumps({"base": pinned.to_lock()}))
+    # Its scale is not the one that llama.cpp computes.
+    loud_adapter(folder / "scaled", use_rslora=True, alpha_pattern={"q_proj": 16})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(home: Path) -> Iterator[Served]:
+    server = start(home, str(home / "runs/trained"), str(home / "scaled"))
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def wanted(home: Path) -> dict[str, dict[str, str]]:
+    """{model: {prompt: greedy continuation, "chat": the answer}}, from transformers and PEFT."""
+    import torch
+
+    model, tokenizer = lora_kit.load(home / "runs/trained", dtype="float32")
+    model.load_adapter(str(home / "scaled"), "scaled")
+    asked = {p: tokenizer(p, return_tensors="pt").input_ids for p in PROMPTS}
+    asked["chat"] = tokenizer.apply_chat_template(
+        TURNS, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids
+
+    @torch.inference_mode()
+    def answer(ids: Any) -> str:
+        mask = torch.ones_like(ids)
+        made = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=TOKENS
+        )
+        return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+    with model.disable_adapter():
+        found = {"base": {what: answer(ids) for what, ids in asked.items()}}
+    for name in ("default", "scaled"):
+        model.set_adapter(name)
+        found[name] = {what: answer(ids) for what, ids in asked.items()}
+    found["trained"] = found.pop("default")
+    return found
+
+
+def complete(client: openai.OpenAI, model: str, prompt: str) -> Any:
+    return client.completions.create(model=model, prompt=prompt, max_tokens=TOKENS, temperature=0)
+
+
+def test_base_and_each_adapter_answer_as_in_transformers(
+    served: Served, wanted: dict[str, dict[str, str]]
+) -> None:
+    client, longest = served.client, 0
+    assert [m.id for m in client.models.list()] == ["base", "nano", "trained", "scaled"]
+    for model, texts in wanted.items():
+        for prompt in PROMPTS:
+            got = complete(client, model, prompt)
+            assert (got.model, got.choices[0].text) == (model, texts[prompt])
+            longest = max(longest, got.usage.completion_tokens)
+        chat = client.chat.completions.create(
+            model=model, messages=TURNS, max_tokens=TOKENS, temperature=0
+        )
+        assert chat.choices[0].message.content == texts["chat"]
+        assert chat.model == model
+    assert longest == TOKENS
+    for prompt in PROMPTS:  # none of the three says what another says
+        assert len({texts[prompt] for texts in wanted.values()}) == 3
+    assert complete(client, "nano", PROMPTS[0]).choices[0].text == wanted["base"][PROMPTS[0]]
+
+
+def test_no_answer_is_another_adapters_when_many_ask_at_once(
+    served: Served, wanted: dict[str, dict[str, str]]
+) -> None:
+    asked = [(model, prompt) for prompt in PROMPTS for model in wanted] * 4
+    with ThreadPoolExecutor(6) as threads:
+        got = threads.map(lambda one: complete(served.client, *one).choices[0].text, asked)
+    assert list(got) == [wanted[model][prompt] for model, prompt in asked]
+
+
+def test_a_stream_comes_in_pieces_that_make_the_same_answer(
+    served: Served, wanted: dict[str, dict[str, str]]
+) -> None:
+    pieces = list(
+        served.client.chat.completions.create(
+            model="trained", messages=TURNS, max_tokens=TOKENS, temperature=0, stream=True
+        )
+    )
+    text = "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+    assert text == wanted["trained"]["chat"]
+    assert len(pieces) > 3 and {piece.model for piece in pieces} == {"trained"}
+
+
+def test_what_is_printed_works_when_pasted(served: Served, home: Path) -> None:
+    _, url, _, body = shlex.split(served.lines[1])
+    request = urllib.request.Request(url, body.encode())
+    answer = json.load(urllib.request.urlopen(request))
+    assert answer["model"] == "trained" and answer["choices"][0]["message"]["content"]
+    vllm = shlex.split(served.lines[3])
+    assert vllm[:2] == ["vllm", "serve"] and vllm[-2:] == ["--max-lora-rank", "8"]
+    names = dict(one.split("=") for one in vllm if "=" in one)
+    assert names.keys() == {"trained", "scaled"}
+    assert all((Path(folder) / "adapter_config.json").is_file() for folder in names.values())
+
+
+def test_errors_have_openais_shape(served: Served) -> None:
+    with pytest.raises(openai.NotFoundError, match="one of base, nano, trained, scaled") as caught:
+        complete(served.client, "gpt-4", "a")
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="context"):
+        complete(served.client, "base", "word " * 2000)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status"),
+    [
+        ("/models", None, {"Host": "evil.example"}, 403),
+        ("/models", None, {"Host": "[::1"}, 403),
+        ("/completions", b"{}", {"Origin": "https://evil.example"}, 403),
+        ("/models", None, {"Host": "localhost:1", "Origin": "http://[::1]:3000"}, 200),
+        ("/completions", b"[1]", {}, 400),
+        ("/completions", b"[" * 100_000, {}, 400),
+        ("/completions", b'{"model": ["base"], "prompt": "a"}', {}, 404),
+        ("/completions", b"{}", {"Content-Length": "9" * 6000}, 413),
+        ("/completions", b"{}", {"Content-Length": "-1"}, 413),
+        ("/lora-adapters", b"[]", {}, 404),
+        ("/../slots", None, {}, 404),
+    ],
+)
+def test_who_may_not_ask_or_asks_wrong(
+    served: Served, path: str, body: bytes | None, headers: dict[str, str], status: int
+) -> None:
+    request = urllib.request.Request(served.url + path, body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.status == status
+    except urllib.error.HTTPError as error:
+        assert error.code == status
+        assert json.load(error)["error"]["message"]
+
+
+def test_a_stopped_server_leaves_nothing(served: Served, home: Path, tmp_path: Path) -> None:
+    second = start(tmp_path, str(home / "scaled"))
+    assert "GGUF" in (home / "stderr").read_text()
+    assert "GGUF" not in (tmp_path / "stderr").read_text(), "the base is in the cache already"
+    stream = second.client.completions.create(
+        model="scaled", prompt="a", stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    second.process.send_signal(signal.SIGTERM)
+    assert second.process.wait(timeout=10) == 143
+    assert not list(second.temporary.iterdir())
+    assert (tmp_path / "stderr").read_text().splitlines() == ["error: stopped by SIGTERM"]
+    with pytest.raises(openai.APIConnectionError):
+        second.client.models.list()
+
+
+def test_addresses_that_are_refused(home: Path) -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1"):
+        result = CliRunner().invoke(app, ["serve", str(home / "scaled"), "--host", host])
+        assert isinstance(result.exception, UserError) and "--public" in str(result.exception)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"{port}.*in use.*--port"):
+            serve([home / "scaled"], port=port)
+
+
+def test_runs_that_cannot_be_served_together(
+    home: Path, base: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    kept = sorted(cache.iterdir())
+    dora = loud_adapter(tmp_path / "dora", use_dora=True)
+    other = loud_adapter(tmp_path / "other")
+    edit(other / "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(base)))
+    with pytest.raises(UserError, match="lora-kit merge"):
+        serve([home / "scaled", dora], port=0)
+    with pytest.raises(UserError, match=rf"other.* {base}.*scaled on nano"):
+        serve([home / "scaled", other], port=0)
+    with pytest.raises(UserError, match="`scaled` is taken"):
+        serve([home / "scaled", home / "scaled"], port=0)
+    assert sorted(cache.iterdir()) == kept
