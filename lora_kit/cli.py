@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ import typer
 
 from lora_kit import __version__
 from lora_kit.errors import CheckFailed, LoraKitError, UserError, harmless, redact
+from lora_kit.trust import no_kernels_from_the_hub
 
 app = typer.Typer(
     name="lora-kit",
@@ -39,6 +41,28 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a metric's script from the Hub run here.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object.")]
+Out = Annotated[Path, typer.Option(help="The folder to write; it must not exist.")]
+Adapter = Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")]
+
+
+def _answer(found: dict[str, Any], as_json: bool, show: Callable[[Any], None] | str) -> None:
+    """A verb's result: one JSON object, or for people a text, or what `show` prints of it."""
+    if as_json or isinstance(show, str):
+        print(json.dumps(found) if as_json else show)
+    else:
+        show(found)
+
+
+def _say(text: str) -> None:
+    """Text for people, on stderr, without tokens and without what steers a terminal."""
+    print(harmless(redact(text)), file=sys.stderr, flush=True)
+
+
+def _prepare() -> None:
+    """Before a verb that loads a model imports anything large."""
+    from lora_kit.launch import prepare_process
+
+    prepare_process()
 
 
 @app.callback(invoke_without_command=True)
@@ -72,15 +96,10 @@ def train(
     run_file: RunFile,
     overrides: Overrides = None,
     accelerate: Annotated[
-        str | None,
-        typer.Option(help="A config of accelerate_configs/, or a path; default: what fits."),
+        str | None, typer.Option(help="Of accelerate_configs/, or a path; default: what fits.")
     ] = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="How many, instead of the config's number.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the interrupted run of this name.")
-    ] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Instead of the config's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Train a run file's adapter with `accelerate launch`, then judge it against the base.
@@ -102,9 +121,7 @@ def preview(
     split: Annotated[
         Literal["train", "eval", "general"], typer.Option(help="Whose samples are shown.")
     ] = "train",
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page to browse as well.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page as well.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a run would learn from, token by token, and what would stop it; no model is loaded.
@@ -131,28 +148,22 @@ def preview(
     problems = data.census.problems(run.data.limits)
     if html is not None:
         view.write_page(html, run, data, tokenizer, problems)
-        print(f"{html}: written; open it in a browser", file=sys.stderr)
+        _say(f"{html}: written; open it in a browser")
     if as_json:
         print(json.dumps(view.to_json(run, data, problems)))
     else:
         view.show(data, tokenizer, split, samples)
     for problem in problems:
-        print(f"a run would stop here: {view.harmless(problem)}", file=sys.stderr)
+        _say(f"a run would stop here: {problem}")
 
 
 @app.command()
 def compare(
     run: RunDir,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[prove.KEY=VALUE]...", help="What to measure besides."),
-    ] = None,
-    gate: Annotated[
-        bool, typer.Option("--gate", help="Exit 1 unless prove.gate, or its defaults, hold.")
-    ] = False,
+    overrides: Overrides = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Exit 1 unless prove.gate holds.")] = False,
     scratch: Annotated[
-        bool,
-        typer.Option("--scratch", help="Train a model of the base's shape from nothing beside it."),
+        bool, typer.Option("--scratch", help="Beside a model of its shape, trained from nothing.")
     ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -161,9 +172,7 @@ def compare(
 
     Example: lora-kit compare runs/demo/sft prove.metrics=[f1] --gate
     """
-    from lora_kit.launch import prepare_process
-
-    prepare_process()
+    _prepare()
     import lora_kit
     from lora_kit import trust
     from lora_kit.prove.show import comparison, side_by_side
@@ -171,11 +180,9 @@ def compare(
     trust.say(trust_remote_code)
     with contextlib.redirect_stdout(sys.stderr):  # of metrics and tasks, which print what they like
         report = lora_kit.compare(run, overrides or [], gate=gate, scratch=scratch)
-    if as_json:
-        print(json.dumps(report))
-    else:
+    if not as_json:
         side_by_side(report)
-        comparison(report)
+    _answer(report, as_json, comparison)
     if report["gate"] and not report["gate"]["passed"]:
         raise CheckFailed("\n".join(f"gate: {line}" for line in report["gate"]["failed"]))
 
@@ -191,9 +198,7 @@ def generate(
 
     Example: lora-kit generate runs/demo/sft "What does `heapq.heappush` do?"
     """
-    from lora_kit.launch import prepare_process
-
-    prepare_process()
+    _prepare()
     from lora_kit.prove.show import say
 
     if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -206,17 +211,15 @@ def generate(
 @app.command()
 def merge(
     run: RunDir,
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    out: Out,
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16 or float32; default: the run's.")
+        Literal["bfloat16", "float32"] | None, typer.Option(help="Default: the run's.")
     ] = None,
     into: Annotated[
-        Literal["base", "dequantized"],
-        typer.Option(help="The base's own weights, or what NF4 leaves of them, as in training."),
+        Literal["base", "dequantized"], typer.Option(help="As it is, or as NF4 leaves it.")
     ] = "base",
     verify: Annotated[
-        Literal["tensors", "logits"],
-        typer.Option(help="Read every tensor back; or load both models as well, and compare."),
+        Literal["tensors", "logits"], typer.Option(help="Read back; or load and compare, too.")
     ] = "tensors",
     as_json: Json = False,
 ) -> None:
@@ -225,27 +228,21 @@ def merge(
 
     Example: lora-kit merge runs/demo/sft --out merged --verify logits
     """
-    if dtype not in (None, "bfloat16", "float32"):
-        raise UserError(f"--dtype {dtype}: bfloat16 or float32")
-    from lora_kit.launch import prepare_process
-
-    prepare_process()
+    _prepare()
     from lora_kit.ship.merge import merge as run_merge
 
     merged = run_merge(run, out, dtype, into=into, verify=verify)
-    if as_json:
-        print(json.dumps({**asdict(merged), "out": str(merged.out)}))
-        return
-    print(
+    words = (
         f"{merged.out}: {merged.bytes_written / 2**20:,.1f} MiB in {merged.seconds:,.0f} s; "
         f"{merged.changed} tensors changed, {merged.copied} copied byte for byte; all read back"
     )
     if merged.max_logit_difference is not None:
-        print(
-            f"logits of merged and adapter differ by {merged.max_logit_difference:.2g} at most "
+        words += (
+            f"\nlogits of merged and adapter differ by {merged.max_logit_difference:.2g} at most "
             f"(the adapter's effect: {merged.adapter_effect:.2g}), greedy tokens agree at "
             f"{merged.greedy_agreement:.0%}"
         )
+    _answer({**asdict(merged), "out": str(merged.out)}, as_json, words)
 
 
 @app.command()
@@ -253,15 +250,11 @@ def push(
     run: Annotated[Path, typer.Argument(help="A finished run, or the folder of an adapter.")],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where to, on the Hub.")],
     public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be uploaded; no network.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show it; no network.")] = False,
     with_samples: Annotated[
         bool, typer.Option("--with-samples", help="The report's rows of your data as well.")
     ] = False,
-    merged: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Upload this merged model of the run.")
-    ] = None,
+    merged: Annotated[Path | None, typer.Option(metavar="DIR", help="Its merged model.")] = None,
     as_json: Json = False,
 ) -> None:
     """Upload a run's adapter with a model card, private unless told otherwise, in one commit.
@@ -276,23 +269,18 @@ def push(
     plan = hub.make_plan(run, repo, public=public, with_samples=with_samples, merged=merged)
     _say(str(plan))
     done = plan.to_json() if dry_run else hub.push(plan, _say)
-    if as_json:
-        print(json.dumps(done))
-    elif dry_run:
-        print(f"{repo}: a dry run, nothing was uploaded")
-    elif done["committed"]:
-        print(f"{done['url']}: uploaded, {done['visibility']}, commit {done['commit']}")
-    else:
-        print(f"{done['url']}: holds exactly this already (commit {done['commit']}): no new commit")
+    words = f"{repo}: a dry run, nothing was uploaded"
+    if not dry_run:
+        said = "uploaded" if done["committed"] else "holds exactly this already"
+        words = f"{done['url']}: {said}, {done['visibility']}, commit {done['commit']}"
+    _answer(done, as_json, words)
 
 
 @app.command()
 def pull(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="An adapter, or a model.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    revision: Annotated[
-        str | None, typer.Option(help="A commit, branch or tag; default: the newest commit.")
-    ] = None,
+    out: Out,
+    revision: Annotated[str | None, typer.Option(help="Default: the newest commit.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fetch an adapter from the Hub, pinned to a commit and verified; no pickles, no code.
@@ -302,33 +290,22 @@ def pull(
     from lora_kit.ship import hub
 
     done = hub.pull(repo, out, revision, _say)
-    if as_json:
-        print(json.dumps(done))
-        return
     if done["left"]:
         _say(f"not fetched: {', '.join(done['left'])}")
-    print(f"{out}: {len(done['files'])} files of {repo} at {done['revision']}, verified")
-
-
-def _say(text: str) -> None:
-    """Text for people, on stderr, without tokens and without what steers a terminal."""
-    print(harmless(redact(text)), file=sys.stderr, flush=True)
+    words = f"{out}: {len(done['files'])} files of {repo} at {done['revision']}, verified"
+    _answer(done, as_json, words)
 
 
 @app.command()
 def serve(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Runs or adapter folders of one base.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of one base.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     kind: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"], typer.Option("--type", help="Of the weights.")
     ] = "f16",
     context: Annotated[int, typer.Option(min=1, help="Tokens of a conversation at most.")] = 4096,
-    public: Annotated[
-        bool, typer.Option("--public", help="Allow an address that others can reach.")
-    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="Others may reach it.")] = False,
 ) -> None:
     """Serve the base and adapters as an OpenAI-compatible API, on llama.cpp, until Ctrl-C.
 
@@ -342,28 +319,17 @@ def serve(
 
 @app.command()
 def combine(
-    adapters: Annotated[
-        list[Path], typer.Argument(help="Runs or PEFT adapters of one base, two or more.")
-    ],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Two or more, of one base.")],
+    out: Out,
     method: Annotated[
         Literal["linear", "svd", "ties", "dare"] | None,
         typer.Option(help="Default: linear; with --on all are measured and the best is written."),
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="One for each, as 0.7,0.3; default: equal, their sum 1.")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Of the result; default: the largest, of linear the sum.")
-    ] = None,
-    density: Annotated[
-        float, typer.Option(help="Share of the entries that ties and dare keep.")
-    ] = 0.5,
+    weights: Annotated[str | None, typer.Option(help="As 0.7,0.3; default: equal, sum 1.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Default: the largest; linear: the sum.")] = None,
+    density: Annotated[float, typer.Option(help="Share that ties and dare keep.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
-    on: Annotated[
-        list[Path] | None,
-        typer.Option(help="A run, or a run file, on whose held-out rows it is measured; repeat."),
-    ] = None,
+    on: Annotated[list[Path] | None, typer.Option(help="A run to measure it on; repeat.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make one adapter out of several of one base, and measure what it is worth.
@@ -376,9 +342,7 @@ def combine(
         raise UserError(f"--weights {weights}: numbers with commas between, as 0.7,0.3") from None
     settings: dict[str, Any] = {"rank": rank, "density": density, "seed": seed, "weights": numbers}
     if on:
-        from lora_kit.launch import prepare_process
-
-        prepare_process()
+        _prepare()
         from lora_kit.ship.combined import combine_and_measure, show
 
         found = combine_and_measure(adapters, out, on, method, **settings)
@@ -387,20 +351,18 @@ def combine(
 
         found = run_combine(adapters, out, method or "linear", **settings)
     for note in found["notes"]:
-        print(f"note: {harmless(note)}", file=sys.stderr)
-    if as_json:
-        print(json.dumps(found))
-        return
-    if on:
+        _say(f"note: {note}")
+    if on and not as_json:
         show(found)
-    print(f"{out}: {found['method']}, rank {found['rank']}, {found['modules']} modules")
+    words = f"{out}: {found['method']}, rank {found['rank']}, {found['modules']} modules"
+    _answer(found, as_json, words)
 
 
 @app.command()
 def extract(
     base: Annotated[str, typer.Argument(help="The model before: a folder or a Hub id.")],
     tuned: Annotated[str, typer.Argument(help="The model after a full fine-tune of it.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    out: Out,
     rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
     as_json: Json = False,
 ) -> None:
@@ -410,41 +372,30 @@ def extract(
     """
     from lora_kit.adapter import extract as room
 
-    found = room.extract(base, tuned, out, rank)
-    if as_json:
-        print(json.dumps(found))
-    else:
-        room.show(found)
+    _answer(room.extract(base, tuned, out, rank), as_json, room.show)
 
 
 @app.command()
 def export(
     run: RunDir,
     to: Annotated[str, typer.Option(metavar="FORM", help="portable, merged, gguf, ollama or mlx.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    out: Out,
     kind: Annotated[
-        str | None, typer.Option("--type", help="Of a GGUF's weights: f32, f16, bf16 or q8_0.")
+        str | None, typer.Option("--type", help="GGUF: f32, f16, bf16 or q8_0.")
     ] = None,
-    what: Annotated[
-        str | None, typer.Option(help="In a GGUF: adapter, merged (both in one) or base.")
-    ] = None,
+    what: Annotated[str | None, typer.Option(help="GGUF: adapter, merged or base.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter for another program, loaded there and compared before success is said.
 
     Example: lora-kit export runs/demo/sft --to portable --out portable
     """
-    from lora_kit.launch import prepare_process
-
-    prepare_process()
+    _prepare()
     from lora_kit.ship.export import export as run_export
 
     done = run_export(run, to, out, kind, what)
     for note in done["notes"]:
         _say(f"note: {note}")
-    if as_json:
-        print(json.dumps(done))
-        return
     words, found = "not run here", done["reloaded"]
     if found:
         words = (
@@ -452,18 +403,17 @@ def export(
             f"{found['max_difference']:.2g} at most (the adapter's effect: "
             f"{found['adapter_effect']:.2g})"
         )
-    print(f"{out}: {done['bytes_written'] / 2**20:,.1f} MiB; {words}")
+    _answer(done, as_json, f"{out}: {done['bytes_written'] / 2**20:,.1f} MiB; {words}")
 
 
 @app.command()
 def check(
-    adapter: Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")],
+    adapter: Adapter,
     target: Annotated[
-        str | None,
-        typer.Option(help="vllm, sglang, llama.cpp, ollama, mlx or transformers."),
+        str | None, typer.Option(help="vllm, sglang, llama.cpp, ollama, mlx, transformers.")
     ] = None,
     fidelity: Annotated[
-        bool, typer.Option("--fidelity", help="Of a run on nf4: what each way of merging loses.")
+        bool, typer.Option("--fidelity", help="Of nf4: what merging loses.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -472,35 +422,25 @@ def check(
     Example: lora-kit check runs/demo/sft --target vllm
     """
     if fidelity and target is None:
-        from lora_kit.launch import prepare_process
-
-        prepare_process()
+        _prepare()
         from lora_kit.ship import fidelity as view
 
-        lost = view.fidelity(adapter)
-        print(json.dumps(lost)) if as_json else view.show(lost)
-        return
+        return _answer(view.fidelity(adapter), as_json, view.show)
     from lora_kit.ship import targets
 
     if target is None:
         raise UserError(f"--target is missing: one of {', '.join(targets.TARGETS)}")
     found = targets.check(adapter, target)
-    if as_json:
-        print(json.dumps(found))
-    if found["loads"]:
-        if not as_json:
-            print(f"{adapter}: {target} loads it exactly as it is")
-        return
-    lines = [f"{p['what']} ({p['where']}): {p['fix']}" for p in found["problems"]]
-    raise CheckFailed("\n".join(lines))
+    if as_json or found["loads"]:
+        _answer(found, as_json, f"{adapter}: {target} loads it exactly as it is")
+    if not found["loads"]:
+        raise CheckFailed("\n".join(map(targets.in_words, found["problems"])))
 
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")],
-    other: Annotated[
-        Path | None, typer.Argument(help="A second one: how far the two are apart.")
-    ] = None,
+    adapter: Adapter,
+    other: Annotated[Path | None, typer.Argument(help="A second, to compare with.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter holds, without its base: which layers learned, and who would trip.
@@ -509,11 +449,10 @@ def inspect(
     """
     from lora_kit.adapter import inspect as view
 
-    found = view.difference(adapter, other) if other else view.inspect(adapter)
-    if as_json:
-        print(json.dumps(found))
+    if other:
+        _answer(view.difference(adapter, other), as_json, view.show_difference)
     else:
-        (view.show_difference if other else view.show)(found)
+        _answer(view.inspect(adapter), as_json, view.show)
 
 
 @app.command()
@@ -535,9 +474,8 @@ def copy(
     config = configs[f"nano-{name}" if name in SHIPPED_RECIPES else name]
     text = config.read_text(encoding="utf-8")
     recipe = next(r for r in SHIPPED_RECIPES if f"\nrecipe: {r}\n" in text)
-    if there := sorted(
-        str(folder / f) for f in (f"{recipe}.py", "run.yaml") if (folder / f).exists()
-    ):
+    files = (folder / f"{recipe}.py", folder / "run.yaml")
+    if there := [str(file) for file in files if file.exists()]:
         raise UserError(f"{', '.join(there)} exists: name another folder")
     # What the file says of how it is started must be true where it lies now.
     text = re.sub(r"(?m)^#   lora-kit copy [^;\n]*\n|(?<=#   )lora-kit copy [^;\n]*; ", "", text)
@@ -546,12 +484,12 @@ def copy(
     text = text.replace(f"name: {config.stem}", f"name: my-{name}", 1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(shipped("recipes") / f"{recipe}.py", folder)
-        (folder / "run.yaml").write_text(text, encoding="utf-8")
+        shutil.copy(shipped("recipes") / f"{recipe}.py", files[0])
+        files[1].write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    print(f"{folder / 'run.yaml'} and {folder / f'{recipe}.py'} are yours to change. Then:")
-    print(f"  lora-kit train {shlex.quote(str(folder / 'run.yaml'))}")
+    print(f"{files[1]} and {files[0]} are yours to change. Then:")
+    print(f"  lora-kit train {shlex.quote(str(files[1]))}")
 
 
 @app.command()
@@ -569,8 +507,7 @@ def schema() -> None:
 def doctor(
     overrides: Overrides = None,
     loss: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN.yaml", help="Check how this run's loss is computed, instead."),
+        Path | None, typer.Option(metavar="RUN.yaml", help="Check a run's loss.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -582,29 +519,20 @@ def doctor(
     from lora_kit.doctor import check_loss, examine
 
     if loss is not None:
-        _self_test(check_loss(loss, overrides or []), as_json)
+        from lora_kit.prove.self_test import show
+
+        tested = check_loss(loss, overrides or [])
+        _answer(tested, as_json, show)
+        failed = [one for one in tested["comparisons"] if one["passed"] is False]
+        if failed:
+            raise CheckFailed("\n".join(f"{one['name']}: {one['note']}" for one in failed))
         return
     if overrides:
         raise UserError(f"{overrides[0]}: settings belong to --loss RUN.yaml")
     found = examine()
-    if as_json:
-        print(json.dumps(found))
-    else:
-        _print_doctor(found)
+    _answer(found, as_json, _print_doctor)
     if found["problems"]:
         raise typer.Exit(1)
-
-
-def _self_test(found: dict[str, Any], as_json: bool) -> None:
-    from lora_kit.prove.self_test import show
-
-    if as_json:
-        print(json.dumps(found))
-    else:
-        show(found)
-    failed = [one for one in found["comparisons"] if one["passed"] is False]
-    if failed:
-        raise CheckFailed("\n".join(f"{one['name']}: {one['note']}" for one in failed))
 
 
 def _print_doctor(found: dict[str, Any]) -> None:
@@ -625,6 +553,7 @@ def _print_doctor(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run a verb; a mistake becomes one line on stderr and its exit code."""
+    no_kernels_from_the_hub()
     # --debug is taken wherever it stands: it is added at the end of a line that failed.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     arguments = ["--debug"] * (len(arguments) < len(sys.argv) - 1) + arguments

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 
+# Joiners steer nothing, and are part of ordinary words in many scripts.
+_KEPT = "\n\t\u200c\u200d"
 # Where one begins: also after a line end as JSON writes it.
 _EDGE = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
 # Tokens and keys by the shapes that their makers gave them.
@@ -60,8 +63,11 @@ class Interrupted(LoraKitError):
 
 
 def harmless(text: str) -> str:
-    """Text without what would steer a terminal; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    """Text in which what steers a terminal, or turns the reading direction, is spelled out."""
+    kept = {
+        c for c in set(text) if c.isprintable() or c in _KEPT or unicodedata.category(c) == "Zs"
+    }
+    return "".join(c if c in kept else f"⟨U+{ord(c):04X}⟩" for c in text)
 
 
 def secret_values() -> dict[str, str]:

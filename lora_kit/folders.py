@@ -27,40 +27,61 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
         UserError: `out` exists, cannot be made, or there is too little room; or another process
             is writing it.
     """
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists: name another folder with --out, or remove it")
+    refuse_existing(out)
     partial = out.absolute().with_name(f".{out.name}.lora-kit-partial")
     above = [parent for parent in partial.parents if not parent.exists()]
     check_room(out, needed, "name another disk with --out")
+    held = _hold(partial, out)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror})") from None
-    try:
-        try:
-            # Held as long as this process lives, so that only what the dead left is removed.
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out}: another process is writing it: wait for that one") from None
+        refuse_existing(out)  # by another process, while this one came to hold it
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        try:
-            yield partial
-            for file in partial.rglob("*"):
-                sync(file)
-            sync(partial)
-            partial.rename(out)
-            sync(out.absolute().parent)
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror}): nothing was") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            for folder in above if not out.exists() else ():
-                with contextlib.suppress(OSError):  # somebody else put something there
-                    folder.rmdir()
+        yield partial
+        for file in partial.rglob("*"):
+            sync(file)
+        sync(partial)
+        partial.rename(out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in above:
+            with contextlib.suppress(OSError):  # somebody else put something there
+                folder.rmdir()
+        if isinstance(error, OSError):
+            why = error.strerror or error
+            raise UserError(f"{out}: cannot be written ({why}): nothing was") from error
+        raise
     finally:
         os.close(held)
+    sync(out.absolute().parent)
+
+
+def _hold(partial: Path, out: Path) -> int:
+    """Make the folder and lock it as long as this process lives, so that only what the dead left is
+    removed. Raises UserError if it cannot be made, or a living one holds it."""
+    while True:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # removed by the one that was done with it
+        except OSError as error:
+            raise UserError(f"{out}: cannot be made ({error.strerror})") from None
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(held)
+            raise UserError(f"{out}: another process is writing it: wait for that one") from None
+        # What was locked may have been renamed or removed meanwhile: the name counts.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(held), os.lstat(partial)):
+                return held
+        os.close(held)
+
+
+def refuse_existing(out: Path) -> None:
+    """For whoever has much to do before `new_folder`. Raises UserError if `out` exists."""
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists: name another folder with --out, or remove it")
 
 
 def check_room(where: Path, needed: int, instead: str) -> None:

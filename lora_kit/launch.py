@@ -37,7 +37,7 @@ from lora_kit.run import (
 )
 from lora_kit.schema import Run
 from lora_kit.train.interrupt import StopSignal, die_with_parent
-from lora_kit.trust import check_own, no_kernels_from_the_hub
+from lora_kit.trust import check_own, run_module
 
 # The folder where a worker leaves its exit code and message for `start`: accelerate reports every
 # failure as 1, with a traceback of its own.
@@ -103,7 +103,7 @@ def recipe_main(main: Main) -> int:
     except LoraKitError as error:
         code, message = error.exit_code, str(error)
         if os.environ.get(DEBUG_VARIABLE):
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
     if not folder:
         if code:
             print(f"error: {redact(message)}", file=sys.stderr)
@@ -185,7 +185,7 @@ def start(
             OUTCOME_VARIABLE: folder,
             WORLD_SIZE_VARIABLE: str(asked),
         }
-        command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+        command = [*run_module("accelerate.commands.launch"), *options]
         code, received = _run_child(command, environment, Path(folder), here)
         files = sorted(Path(folder).glob("*.json"))
         outcomes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
@@ -240,7 +240,6 @@ def prepare_process() -> None:
     from lora_kit.base.load import quiet_libraries
     from lora_kit.speed.runtime import keep_freed_memory
 
-    no_kernels_from_the_hub()
     keep_freed_memory()
     quiet_libraries()
 

@@ -1,9 +1,9 @@
 """May code run that is neither ours nor the user's? The one place that decides.
 
 Code from the Hub (the script of a metric) runs only where `--trust-remote-code` stood on the
-command line; no key of a run file, and nothing that a folder holds, can say so. Code of a base
-(auto_map) never runs. What `pull` brought is data: no program at or below a folder with a
-pulled.json is run.
+command line, or where a program of the user's sets the variable for itself; no key of a run file,
+and nothing that a folder holds, can say so. Code of a base (auto_map) never runs. What `pull`
+brought is data: no program at or below a folder with a pulled.json is run.
 """
 
 from __future__ import annotations
@@ -70,6 +70,13 @@ def metrics_checked() -> Iterator[list[UserError]]:
         yield refused
     finally:
         loading.evaluation_module_factory = take
+
+
+def run_module(name: str) -> list[str]:
+    """`python -m name`, without the working folder among what is imported from: it may be a model
+    folder that somebody wrote a torch.py into. (`-P` says the same from Python 3.11 on.)"""
+    code = "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+    return [sys.executable, "-c", f"{code}runpy.run_module({name!r}, None, '__main__', True)"]
 
 
 def no_kernels_from_the_hub() -> None:

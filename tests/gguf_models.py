@@ -37,7 +37,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3.1": ("llama", {"rope_parameters": _LLAMA3}),
     "mistral": ("mistral", {"head_dim": 24, "sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2 yarn": ("qwen2", {"rope_parameters": {"rope_type": "yarn", **_SCALED}}),
     "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3 untied": ("qwen3", {"head_dim": 32}),
     "gemma": ("gemma", {"head_dim": 32}),
@@ -71,9 +70,7 @@ def make_model(folder: Path, family: str, chat_template: str | None = None, **mo
     return model
 
 
-def difference(
-    model: Any, file: Path, adapters: Sequence[tuple[Path, float]] = (), tokens: int = 8
-) -> float:
+def difference(model: Any, file: Path, adapters: Sequence[Path] = (), tokens: int = 8) -> float:
     """The largest between the log-probabilities of transformers and those of llama.cpp, of all
     tokens, after a prompt and after each token that follows; 9 if a greedy token differs."""
     import torch

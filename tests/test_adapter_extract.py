@@ -90,12 +90,6 @@ def test_a_merged_lora_comes_back(base: Path, tuned: Path, tmp_path: Path) -> No
     assert lock["base"]["hashes"]["model.safetensors"] and lock["extracted"]["from"] == "model"
     # The errors of lower ranks are those of the exact decomposition.
     old, new = load(base).state_dict(), load(tuned).state_dict()
-    values = {
-        module: torch.linalg.svdvals((new[name] - old[name]).double())
-        for name in old
-        if "_proj" in name and (module := name.split(".")[-2])
-    }
-    assert found["kinds"].keys() == values.keys()
     every = [
         torch.linalg.svdvals((new[n] - old[n]).double())[:8] for n in old if "_proj.weight" in n
     ]
@@ -194,7 +188,8 @@ def test_mistakes_are_one_line(base: Path, tuned: Path, tmp_path: Path) -> None:
         done = refusal(before, after, tmp_path / "out")
         assert (done[0], words in done[1]) == (code, True), done
         assert not (tmp_path / "out").exists()
-    code, said = refusal(str(base), str(tuned), tmp_path / "there")
+    # Said before anything is read.
+    code, said = refusal("gone", "gone", tmp_path / "there")
     assert code == 2 and "exists" in said
 
 

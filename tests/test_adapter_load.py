@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import RunMaker, make_base
 from test_adapter_inspect import Maker, made  # noqa: F401 - a fixture
-from trained import edit, finish
+from trained import edit, finish, folder_maker
 
 import lora_kit
 from lora_kit.adapter.attach import put_on
@@ -29,9 +29,17 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS).logits.float()
 
 
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.getbasetemp())
+        return finish(folder_maker(tmp_path_factory.mktemp("trained"), base), "sft")
+
+
 @pytest.fixture
-def run(run_file: RunMaker) -> Path:
-    return finish(run_file, "sft")
+def run(trained: Path, work: Path) -> Path:
+    """A copy, to be changed."""
+    return Path(shutil.copytree(trained, work / "run"))
 
 
 def test_load_gives_model_and_tokenizer_ready_to_answer(run: Path, base: Path) -> None:
@@ -156,6 +164,21 @@ def test_an_adapter_folder_alone_finds_its_base(run: Path, work: Path) -> None:
     for folder in (run / "adapter", work / "sent"):
         model, _ = lora_kit.load(folder, dtype="float32")
         assert torch.equal(model(input_ids=ids).logits, wanted)
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_bases(run: Path, base: Path, work: Path) -> None:
+    """As PEFT alone saves one."""
+    sent = work / "sent"
+    shutil.copytree(
+        run / "adapter", sent, ignore=shutil.ignore_patterns("*token*", "*.j*a", "run*")
+    )
+    assert {f.suffix for f in sent.iterdir()} == {".json", ".safetensors"}
+    model, tokenizer = lora_kit.load(sent, dtype="float32")
+    whole, own = lora_kit.load(run)
+    assert torch.equal(logits(model), logits(whole))
+    assert tokenizer.get_vocab() == own.get_vocab()
+    answers = {say(sent, "What is 3?", base=plain, max_new_tokens=8) for plain in (True, False)}
+    assert len(answers) == 2
 
 
 def test_a_run_loads_where_its_data_are_not(run: Path, work: Path) -> None:

@@ -113,7 +113,7 @@ def test_without_a_verb_comes_the_help(run: Shell) -> None:
         ("generate gone", "Missing argument 'prompt'."),
         ("merge gone --out merged", "gone: neither a run directory nor an adapter folder"),
         ("merge gone", "Missing option '--out'."),
-        ("merge gone --out merged --dtype float16", "--dtype float16: bfloat16 or float32"),
+        ("merge gone --out merged --dtype float16", "'float16' is not one of 'bfloat16', 'fl"),
         ("merge gone --out there", "there exists: name another folder with --out"),
         ("copy spt folder", "nothing is called `spt`; did you mean `sft`?"),
         ("copy sft file.txt", "file.txt: cannot be written (File exists)"),

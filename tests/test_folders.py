@@ -69,3 +69,28 @@ def test_what_a_killed_process_left_is_replaced_and_a_living_one_is_left_alone(
     with new_folder(out, 0) as partial:
         assert not list(partial.iterdir())
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_lock_is_of_the_name_and_not_of_a_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+    import shutil
+
+    out, lock = tmp_path / "out", fcntl.flock
+    opened = []
+
+    def lock_late(held: int, how: int) -> None:
+        if not opened:  # another process ends, and a third begins, before this one locks
+            opened.append(held)
+            partial = next(tmp_path.iterdir())
+            shutil.rmtree(partial)
+            partial.mkdir()
+        lock(held, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with new_folder(out, 0) as partial:
+        (partial / "file").write_text("x")
+        with pytest.raises(UserError, match="another process"), new_folder(out, 0):
+            pass
+    assert [f.name for f in out.iterdir()] == ["file"]

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; rooms on one floor do not import each other, except on the top one.
 FLOORS = (
-    {"errors", "nano", "hashes"},
+    {"errors", "nano", "hashes", "hub_errors"},
     {"schema", "folders", "trust"},
     {"run"},
     {"data", "base"},

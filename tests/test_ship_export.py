@@ -14,7 +14,7 @@ from trained import finish, folder_maker
 
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.ship import export as module
-from lora_kit.ship.export import OTHER_ARITHMETIC, ROUNDED, SAME_ARITHMETIC, export
+from lora_kit.ship.export import OTHER_ARITHMETIC, ROUGH_GELU, ROUNDED, SAME_ARITHMETIC, export
 
 ODD = {
     "adapter.use_rslora": True,
@@ -136,6 +136,26 @@ def test_each_thing_that_is_compared_counts(
     with pytest.raises(CheckFailed, match=words):
         export(trained, "portable", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_llama_cpp_may_begin_a_bare_text_in_its_own_way(
+    trained: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = json.loads(told[1])
+    answer["texts"][0].insert(0, 1)
+    monkeypatch.setattr(module.llama_cpp, "run", lambda *_, **__: answer)
+    found = export(trained, "gguf", tmp_path / "out", what="adapter")
+    assert found["notes"] == ["it splits texts without a template into other tokens"]
+    answer["conversations"][0].insert(0, 1)
+    with pytest.raises(CheckFailed, match=r"splits texts .* another template"):
+        export(trained, "gguf", tmp_path / "other", what="adapter")
+
+
+def test_gelu_in_llama_cpp_is_rougher(trained: Path) -> None:
+    adapter = module.run_adapter(trained)
+    gemma = {to: module._allowed(to, "f32", adapter, "float32", True) for to in ("gguf", "mlx")}
+    assert gemma == {"gguf": (ROUGH_GELU, 0.0), "mlx": (OTHER_ARITHMETIC, 0.0)}
+    assert module._allowed("gguf", "f32", adapter, "float32", False) == gemma["mlx"]
 
 
 def test_without_mlx_it_is_written_and_said_not_to_have_run(

@@ -62,11 +62,11 @@ def test_adapters_are_exact_whatever_scales_them(family: str, kind: str, tmp_pat
     base, file = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
     write_model(tmp_path / "model", base, "f32", untie=needs_untied(adapter, source))
     write_adapter(adapter, tmp_path / "model", file)
-    assert difference(model, base, [(file, 1.0)]) <= TOLERANCE.get(family, 1e-3)
+    assert difference(model, base, [file]) <= TOLERANCE.get(family, 1e-3)
     # Nearly the same without the adapter would prove nothing.
     with model.disable_adapter():
         assert difference(model, base) <= TOLERANCE.get(family, 1e-3)
-        assert difference(model, base, [(file, 1.0)]) > 0.5
+        assert difference(model, base, [file]) > 0.5
 
 
 @pytest.mark.parametrize(("kind", "allowed"), [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.15)])
@@ -131,7 +131,8 @@ def test_shards_and_a_text_model_inside_another_are_read(tmp_path: Path) -> None
         ("llama", {"model_type": "mixtral"}, "'mixtral' is not written as GGUF"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type longrope"),
-        ("llama", {"num_attention_heads": None}, "no JSON object with"),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type yarn"),
+        ("llama", {"num_attention_heads": None}, "config.json has no num_attention_heads: copy"),
         ("gemma2", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 100"),
         ("gemma", {"tie_word_embeddings": False}, "a head of its own"),
     ],
@@ -185,7 +186,7 @@ def test_only_our_files_are_run_and_an_end_is_one_line(tmp_path: Path) -> None:
     make_model(tmp_path / "other", "qwen3")
     write_model(tmp_path / "other", tmp_path / "other.gguf", "f32")
     with pytest.raises(CheckFailed, match=r"arch mismatch|failed to load lora") as caught:
-        run(tmp_path / "other.gguf", [(tmp_path / "adapter.gguf", 1.0)], prompts=[[5]])
+        run(tmp_path / "other.gguf", [tmp_path / "adapter.gguf"], prompts=[[5]])
     assert "\n" not in str(caught.value)
     writer = gguf.GGUFWriter(tmp_path / "foreign.gguf", "llama")
     writer.write_header_to_file()
@@ -193,11 +194,9 @@ def test_only_our_files_are_run_and_an_end_is_one_line(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     (tmp_path / "text.gguf").write_text("no GGUF at all", encoding="utf-8")
-    for name in ("foreign.gguf", "text.gguf"):
+    for name in ("foreign.gguf", "text.gguf", "absent.gguf"):
         with pytest.raises(UserError, match="no GGUF that lora-kit wrote"):
             run(tmp_path / name, prompts=[[5]])
-    with pytest.raises(UserError, match="cannot be read"):
-        run(tmp_path / "absent.gguf", prompts=[[5]])
 
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

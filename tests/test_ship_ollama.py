@@ -126,7 +126,7 @@ def test_a_run_becomes_a_folder_for_ollama(run_file: RunMaker, tmp_path: Path) -
             base = model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
     assert said != base
     pairs = [(out["merged"] / "merged.gguf", []),
-             (out["adapter"] / "base.gguf", [(out["adapter"] / "adapter.gguf", 1.0)])]  # fmt: skip
+             (out["adapter"] / "base.gguf", [out["adapter"] / "adapter.gguf"])]  # fmt: skip
     for file, adapters in pairs:
         (answer,) = run(file, adapters, prompts=[ids], tokens=20)["answers"]
         assert answer["tokens"] == said[: len(answer["tokens"])]

@@ -33,7 +33,7 @@ from lora_kit.ship.serve import serve
 
 PROMPTS = ["The function returns a list of", "import os", "for name in", "Return the"]
 TURNS: Any = [{"role": "user", "content": "What does `sorted` return?"}]
-TOKENS = 48
+TOKENS = 24
 
 
 @dataclass
@@ -166,7 +166,7 @@ def test_base_and_each_adapter_answer_as_in_transformers(
 def test_no_answer_is_another_adapters_when_many_ask_at_once(
     served: Served, wanted: dict[str, dict[str, str]]
 ) -> None:
-    asked = [(model, prompt) for prompt in PROMPTS for model in wanted] * 4
+    asked = [(model, prompt) for prompt in PROMPTS for model in wanted] * 3
     with ThreadPoolExecutor(6) as threads:
         got = threads.map(lambda one: complete(served.client, *one).choices[0].text, asked)
     assert list(got) == [wanted[model][prompt] for model, prompt in asked]
@@ -233,20 +233,30 @@ def test_who_may_not_ask_or_asks_wrong(
         assert json.load(error)["error"]["message"]
 
 
-def test_a_stopped_server_leaves_nothing(served: Served, home: Path, tmp_path: Path) -> None:
-    second = start(tmp_path, str(home / "scaled"))
-    assert "GGUF" in (home / "stderr").read_text()
-    assert "GGUF" not in (tmp_path / "stderr").read_text(), "the base is in the cache already"
-    stream = second.client.completions.create(
+def test_the_base_is_written_once(
+    served: Served, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_with(base: Path, *_: Any) -> None:
+        raise UserError(f"started with {base.stat().st_size} bytes")
+
+    monkeypatch.setattr("lora_kit.ship.serve.open_server", start_with)
+    monkeypatch.delattr("lora_kit.ship.serve.write_model")
+    with pytest.raises(UserError, match=r"started with \d+ bytes"):
+        serve([home / "scaled"], port=0, kind="f32")
+
+
+def test_a_stopped_server_leaves_nothing(served: Served, home: Path) -> None:
+    stream = served.client.completions.create(
         model="scaled", prompt="a", stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    second.process.send_signal(signal.SIGTERM)
-    assert second.process.wait(timeout=10) == 143
-    assert not list(second.temporary.iterdir())
-    assert (tmp_path / "stderr").read_text().splitlines() == ["error: stopped by SIGTERM"]
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(timeout=10) == 143
+    assert not list(served.temporary.iterdir())
+    written, stopped = (home / "stderr").read_text().splitlines()
+    assert "written as f32 GGUF, once" in written and stopped == "error: stopped by SIGTERM"
     with pytest.raises(openai.APIConnectionError):
-        second.client.models.list()
+        served.client.models.list()
 
 
 def test_addresses_that_are_refused(home: Path) -> None:
@@ -267,6 +277,12 @@ def test_runs_that_cannot_be_served_together(
     dora = loud_adapter(tmp_path / "dora", use_dora=True)
     other = loud_adapter(tmp_path / "other")
     edit(other / "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(base)))
+    hostile = loud_adapter(tmp_path / "hostile")
+    tokenizer = load_tokenizer(pin(Base(model="nano")))
+    tokenizer.chat_template = "{% for n in range(10 ** 9) %}{{ messages }}{% endfor %}"
+    tokenizer.save_pretrained(hostile)
+    with pytest.raises(UserError, match="template"):
+        serve([hostile], port=0)
     with pytest.raises(UserError, match="lora-kit merge"):
         serve([home / "scaled", dora], port=0)
     with pytest.raises(UserError, match=rf"other.* {base}.*scaled on nano"):

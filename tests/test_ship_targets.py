@@ -130,7 +130,7 @@ def test_llama_cpp_does_what_is_said(qwen: Path, tmp_path: Path, name: str) -> N
     model = PeftModel.from_pretrained(base, str(tmp_path / "a")).eval()
     as_llama_cpp_converts(tmp_path / "a", qwen, tmp_path / "a.gguf")
     try:
-        apart = difference(model, qwen / "base.gguf", [(tmp_path / "a.gguf", 1.0)], tokens=2)
+        apart = difference(model, qwen / "base.gguf", [tmp_path / "a.gguf"], tokens=2)
     except CheckFailed:
         apart = 99.0
     assert check(tmp_path / "a", "llama.cpp")["loads"] == ("llama.cpp" not in tripping)
@@ -151,7 +151,7 @@ def test_one_of_two_tied_matrices_alone(tmp_path: Path, module: str) -> None:
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     as_llama_cpp_converts(folder, base, tmp_path / "a.gguf")
     with pytest.raises(CheckFailed, match="ended"):
-        adapters = [(tmp_path / "a.gguf", 1.0)]
+        adapters = [tmp_path / "a.gguf"]
         difference(PeftModel.from_pretrained(plain, str(folder)), tmp_path / "base.gguf", adapters)
     for target in ("llama.cpp", "ollama", "mlx"):
         (problem,) = check(folder, target)["problems"]

@@ -271,3 +271,10 @@ def test_a_run_file_of_it_names_no_program_of_ours(
         load_run(pulled / "run.yaml")
     (pulled / "run.yaml").write_text(_with(own, recipe="cpt", prove={"metrics": []}).read_text())
     load_run(pulled / "run.yaml")
+
+
+def test_a_child_imports_nothing_from_the_working_folder(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('the folder of a stranger ran')")
+    command = trust.run_module("json.tool")
+    done = subprocess.run(command, cwd=tmp_path, input="[]", capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -115,19 +115,24 @@ def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
             raise UserError(f"{found.folder}: {name}: NaN or infinite values, or no numbers")
     whole = (model.get_input_embeddings(), model.get_output_embeddings())
     own = [name for name, module in model.named_modules() if module in whole]
+    ends = re.compile(rf"base_model\.model\.({'|'.join(own)})(\.base_layer)?\.weight")
+    saved = {end[1]: len(t) for name, t in tensors.items() if (end := ends.fullmatch(name))}
+    rows = set(saved.values()) - {len(whole[0].weight)}
+    if rows and len(saved) < len({id(end.weight) for end in whole}):
+        raise wrong(f"tokens were added, and only their rows of {next(iter(saved))} are in it")
+    if len(rows) == 1:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
     try:
         config = LoraConfig(**_settings(found), task_type="CAUSAL_LM", inference_mode=not trainable)
         attached = PeftModelForCausalLM(model, config)
         # Where tokens were added, PEFT saves embeddings and head as well.
-        known = get_peft_model_state_dict(attached, save_embedding_layers=False).keys() | {
-            f"base_model.model.{name}{inner}.weight"
-            for name in own
-            for inner in ("", ".base_layer")
-        }
+        known = get_peft_model_state_dict(attached, save_embedding_layers=False).keys()
         filled: Any = fill(attached, tensors)
     except Exception as error:  # whatever PEFT makes of settings and shapes
         raise wrong(" ".join(str(error).split())[:200]) from None
-    strange = sorted({n for n in tensors.keys() - known if ".lora_" not in n})
+    strange = sorted(
+        {n for n in tensors.keys() - known if not (".lora_" in n or ends.fullmatch(n))}
+    )
     if strange or filled.unexpected_keys:
         raise wrong(f"it has no place for {[*strange, *filled.unexpected_keys][0]:.200}")
     if missing := [n for n in filled.missing_keys if "lora_" in n and ".default" in n]:

@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.extract import factored, row_slices, write_plain
-from lora_kit.adapter.files import WEIGHTS, Adapter, Update, open_adapter
-from lora_kit.adapter.load import run_home
+from lora_kit.adapter.extract import factored, row_slices, write_halves, write_plain
+from lora_kit.adapter.files import WEIGHTS, Adapter, Update
+from lora_kit.adapter.load import run_adapter, run_home
 from lora_kit.adapter.portable import check_portable
-from lora_kit.base.tensors import Stored, Writer
+from lora_kit.base.tensors import Stored
 from lora_kit.errors import UserError
 from lora_kit.folders import new_folder
 from lora_kit.hashes import file_hash
@@ -81,47 +81,41 @@ def combine(
     ]
     if problems:
         raise UserError("\n".join(problems))
-    adapters = [open_adapter(path) for path in paths]
+    adapters = [run_adapter(path) for path in paths]
     locks = [read_lock(run_home(path)) for path in paths]
-    hashes = [file_hash(adapter.folder / WEIGHTS) for adapter in adapters]
-    _check(paths, adapters, locks, hashes)
-    modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.halves))
+    sizes = _check(paths, adapters, locks)
+    modules = list(sizes)
     ranks = {m: [a.rank_and_scale(m)[0] for a in adapters if m in a.halves] for m in modules}
     exact = method == "linear" and rank is None
     width = rank or max(sum(some) if exact else max(some) for some in ranks.values())
-    sizes: dict[str, dict[str, tuple[int, int]]] = {}
-    for module in modules:
-        halves = next(a.halves[module] for a in adapters if module in a.halves)
-        sizes[module] = {
-            halves["A"].name: (width, halves["A"].shape[1]),
-            halves["B"].name: (halves["B"].shape[0], width),
-        }
-    entries = {name: ("F32", size) for pair in sizes.values() for name, size in pair.items()}
-    needed = sum(4 * math.prod(size) for _, size in entries.values())
+    halves = {m: pair for adapter in adapters for m, pair in adapter.halves.items()}
+    names = {m: {half: tensor.name for half, tensor in pair.items()} for m, pair in halves.items()}
+    needed = 4 * width * sum(map(sum, sizes.values()))
+    if method in ("ties", "dare"):  # and one update at a time
+        needed += 4 * max(map(math.prod, sizes.values()))
     import torch
 
     with new_folder(Path(out), needed) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with Writer(folder / WEIGHTS, entries) as writer:
-            for module in modules:
-                pairs = [
-                    (weight, adapter.update(module))
-                    for weight, adapter in zip(weights, adapters, strict=True)
-                    if module in adapter.halves
-                ]
-                if bad := [update for _, update in pairs if not update.finite]:
-                    raise UserError(f"{bad[0].module}: values that are not finite")
-                if method in ("linear", "svd"):
-                    found = _summed(pairs, None if exact else width)
-                else:
-                    found = _sparse(pairs, method, width, density, seed, folder / "dW")
-                for (name, size), tensor in zip(sizes[module].items(), found, strict=True):
-                    filled = torch.zeros(size)
-                    filled[: tensor.shape[0], : tensor.shape[1]] = tensor
-                    writer.put(name, filled)
-        names = [run_home(path).resolve().name for path in paths]
-        of = [{"adapter": n, "sha256": h} for n, h in zip(names, hashes, strict=True)]
-        settings = {"method": method, "weights": weights, "rank": width, "of": of}
+
+        def combined(module: str) -> tuple[Any, Any]:
+            pairs = [
+                (weight, adapter.update(module))
+                for weight, adapter in zip(weights, adapters, strict=True)
+                if module in adapter.halves
+            ]
+            if not all(update.finite for _, update in pairs):
+                raise UserError(f"{module}: values that are not finite")
+            if method in ("linear", "svd"):
+                return _summed(pairs, None if exact else width)
+            return _sparse(pairs, method, width, density, seed, folder / "dW")
+
+        write_halves(folder / WEIGHTS, names, sizes, width, combined)
+        of = [
+            {"adapter": run_home(path).resolve().name, "sha256": file_hash(a.folder / WEIGHTS)}
+            for path, a in zip(paths, adapters, strict=True)
+        ]
+        settings: dict[str, Any] = {"method": method, "weights": weights, "rank": width, "of": of}
         if method in ("ties", "dare"):
             settings |= {"density": density, "seed": seed}
         first = adapters[0]
@@ -129,8 +123,9 @@ def combine(
         for key in ("data", "commits"):  # of all: their licences hold for what is made of them
             kept[key] = {name: one for lock in locks for name, one in lock.get(key, {}).items()}
         base = (first.base["model"], first.base["revision"])
-        lock = {**kept, "combined": settings}
-        write_plain(folder, base, width, _targets(adapters, modules), first.folder, lock)
+        kept["combined"] = settings
+        targets = sorted({name for adapter in adapters for name in adapter.targets})
+        write_plain(folder, base, width, targets, first.folder, kept)
     notes = _notes(adapters, modules)
     return {**settings, "out": str(out), "modules": len(modules), "notes": notes}
 
@@ -139,20 +134,18 @@ def _check(
     paths: Sequence[str | Path],
     adapters: list[Adapter],
     locks: list[dict[str, Any]],
-    hashes: list[str],
-) -> None:
-    """All are plain LoRA, of one base and of one shape, as they were saved."""
+) -> dict[str, tuple[int, int]]:
+    """(out, in) of every module. Raises UserError unless all are plain LoRA, of one base and of one
+    shape."""
     problems = []
     first, base = adapters[0], locks[0].get("base", {}).get("hashes")
     shapes: dict[str, tuple[int, int]] = {}
-    for path, adapter, lock, digest in zip(paths, adapters, locks, hashes, strict=True):
+    for path, adapter, lock in zip(paths, adapters, locks, strict=True):
         check_portable(adapter)
         own = lock.get("base", {}).get("hashes")
         if own != base if own and base else adapter.base != first.base:
             bases = f"{adapter.base['model']}, that of {paths[0]} {first.base['model']}"
             problems.append(f"{path}: its base is {bases}, or of another revision: not the same")
-        if lock.get("adapter", {}).get("sha256", digest) != digest:
-            problems.append(f"{path}: its weights are not as the run saved them: copy it again")
         for module, halves in adapter.halves.items():
             size = (halves["B"].shape[0], halves["A"].shape[1])
             if shapes.setdefault(module, size) != size or len(halves["A"].shape) != 2:
@@ -160,25 +153,12 @@ def _check(
                 break
     if problems:
         raise UserError("\n".join(problems))
-
-
-def _targets(adapters: list[Adapter], modules: list[str]) -> list[str]:
-    """The endings that the configs name, where these stand for whole sets; else whole names."""
-    lists = [adapter.config.get("target_modules") for adapter in adapters]
-    chosen = ("layers_to_transform", "exclude_modules")
-    if any(not isinstance(a, list) for a in lists) or any(
-        adapter.config.get(key) for adapter in adapters for key in chosen
-    ):
-        return modules
-    return sorted({name for some in lists for name in some or []})
+    return shapes
 
 
 def _notes(adapters: list[Adapter], modules: list[str]) -> list[str]:
     notes = []
-    for name, what in (
-        ("tokenizer.json", "tokenizers"),
-        ("chat_template.jinja", "chat templates"),
-    ):
+    for name, what in {"tokenizer.json": "tokenizers", "chat_template.jinja": "templates"}.items():
         files = [adapter.folder / name for adapter in adapters]
         if len({file.read_bytes() if file.is_file() else None for file in files}) > 1:
             notes.append(f"the adapters have different {what}: the first one's is kept")

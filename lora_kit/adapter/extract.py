@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.files import WEIGHTS
-from lora_kit.base.pin import Pinned, pin
+from lora_kit.adapter.files import WEIGHTS, write_config, write_json
+from lora_kit.base.pin import pin
 from lora_kit.base.tensors import Stored, Writer, stored_in
 from lora_kit.errors import CheckFailed, UserError, harmless
-from lora_kit.folders import new_folder
+from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
 from lora_kit.schema import Base
 
@@ -83,9 +83,37 @@ def factored(
     return u[:, :k] * root, root[:, None] * (vt[:k] @ q.T), errors
 
 
+def write_halves(
+    file: Path,
+    names: dict[str, dict[str, str]],
+    sizes: dict[str, tuple[int, int]],
+    rank: int,
+    found: Callable[[str], tuple[Any, Any]],
+) -> None:
+    """Write the tensors of a plain LoRA, one module at a time, in float32.
+
+    Args:
+        names: {module: {"A": the tensor's name, "B": ...}}.
+        sizes: {module: (out, in)}.
+        found: A (k, in) and B (out, k) of a module; zeros are added up to the rank.
+    """
+    import torch
+
+    entries = {}
+    for module, (rows, columns) in sizes.items():
+        entries[names[module]["A"]] = ("F32", (rank, columns))
+        entries[names[module]["B"]] = ("F32", (rows, rank))
+    with Writer(file, entries) as writer:
+        for module in sizes:
+            for half, tensor in zip("AB", found(module), strict=True):
+                filled = torch.zeros(entries[names[module][half]][1])
+                filled[: tensor.shape[0], : tensor.shape[1]] = tensor
+                writer.put(names[module][half], filled)
+
+
 def write_plain(
     folder: Path,
-    pinned_as: tuple[str | None, str | None],
+    base: tuple[str | None, str | None],
     rank: int,
     targets: list[str],
     tokenizer: Path,
@@ -95,25 +123,16 @@ def write_plain(
     tokenizer and template copied from another folder, and where it comes from.
 
     Args:
-        pinned_as: base_model_name_or_path and revision.
+        base: see `write_config`.
         lock: of run.lock.json; the hashes of what lies here are added.
     """
-    config = {
-        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True},
-        **{"base_model_name_or_path": pinned_as[0], "revision": pinned_as[1]},
-        **{"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "target_modules": targets},
-    }
-    _write_json(folder / "adapter_config.json", config)
+    write_config(folder, base, rank, targets)
     for file in sorted({f for pattern in _TOKENIZER for f in tokenizer.glob(pattern)}):
         shutil.copyfile(file, folder / file.name)
     lock = {**lock, "adapter": {"sha256": file_hash(folder / WEIGHTS)}}
     if (folder / "tokenizer.json").is_file():
         lock["tokenizer"] = {"sha256": file_hash(folder / "tokenizer.json")}
-    _write_json(folder / "run.lock.json", lock)
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / "run.lock.json", lock)
 
 
 def extract(
@@ -127,71 +146,73 @@ def extract(
 
     Returns:
         `modules`: how many; `relative_error`: ||dW - B A||_F / ||dW||_F of all of them together, by
-        rank; `kinds`: the same of each kind of module at `rank`; `not_carried`: what changed and is
-        no linear module: its `name`, `why`, and `relative`, ||dW||_F / ||W||_F (None: nothing to
-        compare it with).
+        rank; `not_carried`: what changed and is no linear module: its `name`, `why`, and
+        `relative`, ||dW||_F / ||W||_F (None: nothing to compare it with).
 
     Raises:
         UserError: the two are of other shapes, or of an architecture that is not handled.
         CheckFailed: nothing changed that a LoRA can carry.
     """
     out = Path(out)
+    refuse_existing(out)
     pins = [pin(Base(model=model)) for model in (base, tuned)]
     folders = [Path(pinned.folder) for pinned in pins]
     before, after = (stored_in(folder) for folder in folders)
     linear = _linear(before, after, folders[0])
     changed = [name for name in linear if _differs(before[name], after[name])]
     rest = [
-        {"name": name, **found}
+        {"name": name, **change}
         for name in sorted((before.keys() | after.keys()) - set(linear))
-        if (found := _change(before.get(name), after.get(name)))
+        if (change := _change(before.get(name), after.get(name)))
     ]
     if not changed:
-        names = ", ".join(one["name"] for one in rest[:5])
-        what = f"only what a LoRA cannot carry: {names}" if rest else "nothing"
+        others = ", ".join(one["name"] for one in rest[:5])
+        what = f"only what a LoRA cannot carry: {others}" if rest else "nothing"
         raise CheckFailed(f"{tuned}: {what} changed since {base}: there is nothing to extract")
-    modules = {name: name.removesuffix(".weight") for name in changed}
-    entries = {}
-    for name, module in modules.items():
-        sizes = {"A": (rank, before[name].shape[1]), "B": (before[name].shape[0], rank)}
-        for half, size in sizes.items():
-            entries[f"base_model.model.{module}.lora_{half}.weight"] = ("F32", size)
+    modules = [name.removesuffix(".weight") for name in changed]
+    names = {m: {h: f"base_model.model.{m}.lora_{h}.weight" for h in "AB"} for m in modules}
+    sizes = {m: (before[f"{m}.weight"].shape[0], before[f"{m}.weight"].shape[1]) for m in modules}
     errors: dict[str, Any] = {}
-    with new_folder(out, sum(4 * math.prod(size) for _, size in entries.values())) as folder:
-        with Writer(folder / WEIGHTS, entries) as writer:
-            for name, module in modules.items():
-                b, a, errors[name] = _module(before[name], after[name], rank, seed)
-                writer.put(f"base_model.model.{module}.lora_A.weight", a)
-                writer.put(f"base_model.model.{module}.lora_B.weight", b)
+
+    def found(module: str) -> tuple[Any, Any]:
+        old, new = before[f"{module}.weight"], after[f"{module}.weight"]
+
+        def blocks() -> Iterator[tuple[slice, Any]]:
+            return ((rows, change) for rows, _, change in _differences(old, new))
+
+        b, a, errors[module] = factored(
+            blocks, sizes[module], rank, seed, f"{new.file}: {new.name}"
+        )
+        return a, b
+
+    with new_folder(out, 4 * rank * sum(map(sum, sizes.values()))) as folder:
+        write_halves(folder / WEIGHTS, names, sizes, rank, found)
         resized = any("rows" in one["why"] for one in rest)
         lock = {
             "base": pins[0].to_lock(),
             "extracted": {"from": Path(tuned).name, "hashes": pins[1].hashes, "seed": seed},
         }
-        targets = _targets([*modules.values()], [name.removesuffix(".weight") for name in linear])
+        targets = _targets(modules, [name.removesuffix(".weight") for name in linear])
         # A tokenizer with tokens that the base has no rows for would be of no use.
-        write_plain(folder, _named(pins[0]), rank, targets, folders[not resized], lock)
-    kinds = defaultdict(list)
-    for name, module in modules.items():
-        kinds[module.rpartition(".")[2]].append(errors[name])
-    ranks = sorted({*(2**n for n in range(rank.bit_length())), rank})
+        base = pins[0].model if pins[0].revision else pins[0].folder  # so that PEFT alone finds it
+        write_plain(folder, (base, pins[0].revision), rank, targets, folders[not resized], lock)
+    left = {}  # by rank; what is too narrow for a rank has its last error there
+    for r in sorted({0, *(2**n for n in range(rank.bit_length())), rank}):
+        left[r] = math.hypot(*(float(some[min(r, len(some) - 1)]) for some in errors.values()))
     return {
         "out": str(out),
         "rank": rank,
         "modules": len(modules),
-        "relative_error": {str(r): _relative([*errors.values()], r) for r in ranks},
-        "kinds": {kind: _relative(some, rank) for kind, some in sorted(kinds.items())},
+        "relative_error": {str(r): error / left[0] for r, error in left.items() if r},
         "not_carried": rest,
     }
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the error by rank and by kind of module, and what could not be carried."""
+    """Print the error by rank, and what could not be carried."""
     print("rank  ||dW - BA|| / ||dW||")
     for rank, error in found["relative_error"].items():
         print(f"{rank:>4}  {error:.2%}")
-    for kind, error in found["kinds"].items():
-        print(f"      {error:.2%} of {harmless(kind)} at rank {found['rank']}")
     alike = defaultdict(list)
     for one in found["not_carried"]:
         alike[re.sub(r"\.[0-9]+\.", ".*.", one["name"]), one["why"]].append(one["relative"])
@@ -199,16 +220,6 @@ def show(found: dict[str, Any]) -> None:
         moved = "" if None in far else f", changed by {max(far):.2%} of its norm at most"
         print(f"not carried: {len(far)} {harmless(name)}: {why}{moved}")
     print(f"{found['out']}: rank {found['rank']}, {found['modules']} modules")
-
-
-def _named(pinned: Pinned) -> tuple[str, str | None]:
-    """As PEFT alone finds the base again."""
-    return (pinned.model if pinned.revision else pinned.folder), pinned.revision
-
-
-def _relative(errors: list[Any], rank: int) -> float:
-    left = math.hypot(*(float(found[min(rank, len(found) - 1)]) for found in errors))
-    return left / math.hypot(*(float(found[0]) for found in errors))
 
 
 def _targets(modules: list[str], known: list[str]) -> list[str]:
@@ -238,20 +249,17 @@ def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -
         and not (moe and re.search(r"\.experts\.|\.(gate|router)\.weight$", name))
         and name in after
     ]
-    problems = [
-        f"{name}: {before[name].shape} in one and {after[name].shape} in the other: "
-        "name the base that it was tuned from"
-        for name in found
-        if before[name].shape != after[name].shape and name not in head
-    ]
-    problems += [
-        f"{name}: stored as {tensor.dtype}: name the model that is not quantized"
-        for name in found
-        for tensor in (before[name], after[name])
-        if tensor.dtype not in _FLOATS
-    ]
-    if problems or not found:
-        raise UserError(problems[0] if problems else f"{folder}: no layers with linear modules")
+    if not found:
+        raise UserError(f"{folder}: no layers with linear modules")
+    for name in found:
+        old, new = before[name], after[name]
+        if old.shape != new.shape and name not in head:
+            sizes = f"{old.shape} in one and {new.shape} in the other"
+            raise UserError(f"{name}: {sizes}: name the base that it was tuned from")
+        if packed := {old.dtype, new.dtype} - _FLOATS:
+            raise UserError(
+                f"{name}: stored as {min(packed)}: name the model that is not quantized"
+            )
     return [name for name in found if before[name].shape == after[name].shape]
 
 
@@ -283,17 +291,3 @@ def _change(before: Stored | None, after: Stored | None) -> dict[str, Any] | Non
     else:
         why = "a norm or bias" if len(before.shape) < 2 else "no linear module of a layer"
     return {"why": why, "relative": moved / size if size else None}
-
-
-def _module(before: Stored, after: Stored, rank: int, seed: int) -> tuple[Any, Any, Any]:
-    """B (out, rank) and A (rank, in), filled up with zeros, and the errors of `factored`."""
-    import torch
-
-    def blocks() -> Iterator[tuple[slice, Any]]:
-        return ((rows, change) for rows, _, change in _differences(before, after))
-
-    shape = (before.shape[0], before.shape[1])
-    b, a, errors = factored(blocks, shape, rank, seed, f"{after.file}: {after.name}")
-    more = rank - len(a)
-    pad = torch.nn.functional.pad
-    return pad(b, (0, more)), pad(a, (0, 0, 0, more)), errors

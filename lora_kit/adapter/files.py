@@ -91,6 +91,13 @@ class Adapter:
         keys = {"model": "base_model_name_or_path", "revision": "revision"}
         return {name: self.config.get(key) for name, key in keys.items()}
 
+    @property
+    def targets(self) -> list[str]:
+        """The endings of `target_modules` where they stand for just these modules; else names."""
+        named, config = self.config.get("target_modules"), self.config
+        narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+        return list(self.halves) if narrowed or not isinstance(named, list) else named
+
     def tensors(self) -> dict[str, Any]:
         """All of them, by their names in the file."""
         halves = [stored for pair in self.halves.values() for stored in pair.values()]
@@ -114,6 +121,26 @@ class Adapter:
         # Of experts in one parameter PEFT keeps A as (experts · r, in) and B as (out, r · experts).
         a = a.reshape(len(a) // r, r, -1)
         return Update(module, scale, a, b.reshape(len(b), r, len(a)).permute(2, 0, 1))
+
+
+def write_config(
+    folder: Path, base: tuple[str | None, str | None], rank: int, targets: list[str], **more: Any
+) -> None:
+    """The adapter_config.json of a plain LoRA of one rank and scale 1.
+
+    Args:
+        base: its folder or id on the Hub, and its revision.
+    """
+    config = {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True},
+        **{"base_model_name_or_path": base[0], "revision": base[1]},
+        **{"r": rank, "lora_alpha": rank, "target_modules": sorted(targets), **more},
+    }
+    write_json(folder / "adapter_config.json", config)
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def adapter_folder(run: str | Path) -> Path:
@@ -162,9 +189,7 @@ def open_adapter(path: str | Path) -> Adapter:
             raise UserError(f"{file}: {name!r:.80} is no name of a tensor: copy the adapter again")
         if half := _HALF.fullmatch(name.removeprefix("base_model.model.")):
             if half[2] in halves[half[1]]:
-                raise UserError(
-                    f"{file}: {half[1]}: lora_{half[2]} lies there twice: save it again"
-                )
+                raise UserError(f"{file}: {half[1]}.lora_{half[2]} is there twice: save it again")
             halves[half[1]][half[2]] = tensors[name]
         else:
             others[name] = tensors[name]

@@ -18,8 +18,7 @@ from typing import Any
 from lora_kit.adapter.files import WEIGHTS, Adapter, Update, open_adapter
 from lora_kit.adapter.load import run_home
 from lora_kit.adapter.loaders import oddities
-from lora_kit.data.preview import harmless
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, harmless
 from lora_kit.hashes import file_hash
 from lora_kit.run import is_hub_id, read_lock
 
@@ -197,7 +196,7 @@ def show(found: dict[str, Any]) -> None:
         numbers = (math.hypot(*norms), min(norms), max(norms), rank)
         return [len(group), ranks, *map(_text, numbers)]
 
-    _table(["modules", "r", "norm", "least", "most", "effective rank"], modules, cells)
+    table(["modules", "r", "norm", "least", "most", "effective rank"], modules, cells)
     _some("learned nothing, dW is 0", [m["module"] for m in modules if m["norm"] == 0])
     _some("not finite", [m["module"] for m in modules if m["norm"] is None])
     _some("beside the updates", [f"{name} {shape}" for name, shape in found["others"].items()])
@@ -219,13 +218,13 @@ def show_difference(found: dict[str, Any]) -> None:
         whole = _together(group)
         return [*map(_text, (*whole["norms"], whole["relative"], whole["cosine"]))]
 
-    _table(["norm A", "norm B", "difference", "cosine"], found["modules"], cells)
+    table(["norm A", "norm B", "difference", "cosine"], found["modules"], cells)
     _say("difference: its norm over the larger norm")
     for key in ("only_first", "only_second", "other_shapes", "others_differ"):
         _some(key.replace("_", " "), found[key])
 
 
-def _table(
+def table(
     heads: list[str],
     modules: list[dict[str, Any]],
     cells: Callable[[list[dict[str, Any]]], list[Any]],
@@ -236,21 +235,21 @@ def _table(
 
     kinds, layers = defaultdict(list), defaultdict(list)
     for module in modules:
-        layer, kind = _place(module["module"])
+        layer, kind = place(module["module"])
         kinds[kind].append(module)
         layers[layer].append(module)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", overflow="fold")
+    made = Table(box=None, pad_edge=False)
+    made.add_column("", overflow="fold")
     for head in heads:
-        table.add_column(head, justify="right", overflow="fold")
+        made.add_column(head, justify="right", overflow="fold")
     for name, group in [("all", modules), *kinds.items(), *layers.items()]:
-        table.add_row(_line(name), *map(str, cells(group)))
+        made.add_row(_line(name), *map(str, cells(group)))
     # What another program reads is not cut to the width of a terminal.
     width = None if sys.stdout.isatty() else 200
-    Console(markup=False, highlight=False, emoji=False, width=width).print("", table, "")
+    Console(markup=False, highlight=False, emoji=False, width=width).print("", made, "")
 
 
-def _place(module: str) -> tuple[str, str]:
+def place(module: str) -> tuple[str, str]:
     """`model.layers.3.mlp.experts.7.up_proj` -> (`layers.3`, `mlp.experts.*.up_proj`); what is in
     no layer stands for itself, in both."""
     found = re.fullmatch(r"(.*?\.[0-9]+)\.(.+)", module)

@@ -39,10 +39,11 @@ def load(run: str | Path, *, quantize: str | None = None, dtype: str | None = No
     quiet_libraries()
     base = changed_base(run_base(run), quantize=quantize, dtype=dtype)
     adapter_folder(run)  # before anything large is loaded
-    model = load_base(base, pin_like(run, base))
+    pinned = pin_like(run, base)
+    model = load_base(base, pinned)
     if gpu_is_used() and base.quantize == "none":
         model = model.to("cuda")
-    tokenizer = load_run_tokenizer(run)
+    tokenizer = load_run_tokenizer(run, pinned)
     model = load_adapter(model, run)
     # So that an application's own `generate` stops where an answer ends.
     model.generation_config.eos_token_id = end_tokens(model, tokenizer)
@@ -178,8 +179,14 @@ def load_adapter(model: Any, run: str | Path) -> Any:
     return put_on(model, run_adapter(run))
 
 
-def load_run_tokenizer(run: str | Path) -> Any:
-    """The tokenizer saved beside a run's adapter, with the template it was trained with."""
-    tokenizer = load_tokenizer(Pinned("", str(adapter_folder(run))))
+def load_run_tokenizer(run: str | Path, pinned: Pinned | None = None) -> Any:
+    """A run's tokenizer, with the template it was trained with; its base's, if it came without.
+
+    `pinned`: the base, if it is known already.
+    """
+    folder = adapter_folder(run)
+    if not any(folder.glob("tokenizer*")):
+        folder = Path((pinned or pin_like(run, run_base(run), weights=False)).folder)
+    tokenizer = load_tokenizer(Pinned("", str(folder)))
     set_template(tokenizer, None)  # a template that loops is refused
     return tokenizer

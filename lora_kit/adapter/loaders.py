@@ -19,7 +19,6 @@ _SGLANG = re.compile(
     r"(q|k|v|qkv|o|out|gate|up|gate_up|down|in|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|in_proj_qkvz"
     "|embed_tokens|lm_head|wq_b|wk|weights_proj"
 )
-_SPECIAL = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
 # portable: `export` mends it; merge: only the merged model carries it; flag: a flag of the server;
 # train: only a training without it.
 Mend = Literal["portable", "merge", "flag", "train"]
@@ -98,9 +97,6 @@ def oddities(
         ("target_modules", split, sglang, lost, "merge", part),
         ("target_modules", unknown, sglang, lost, "merge", f"an adapter on {unknown}"),
     ]
-    for key in _SPECIAL:
-        rows.append((key, None, vllm, lost, "train", ""))
-        rows.append((key, None, but_vllm, "taken for an ordinary LoRA, silently", "train", ""))
     return [
         Oddity(what or key, key, who, happens, mend)
         for key, odd, who, happens, mend, what in rows

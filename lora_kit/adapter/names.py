@@ -7,12 +7,12 @@ or leave out a head that is tied to the embeddings.
 
 from __future__ import annotations
 
-import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from operator import eq
 from typing import Any
 
 from lora_kit.adapter.files import Adapter
@@ -30,9 +30,8 @@ _EXPERTS = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 _TOKENS = "token_adapter.trainable_tokens_delta"
-_SPECIAL = re.compile(
-    rf"(.+)\.(lora_magnitude_vector|lora_B\.bias|{re.escape(_TOKENS)})(\.weight)?"
-)
+_MAGNITUDE, _BIAS = "lora_magnitude_vector", "lora_B.bias"
+_SPECIAL = re.compile(rf"(.+)\.({_MAGNITUDE}|{_BIAS}|{_TOKENS})(\.weight)?")
 _WRAPPERS = r"\.(token_adapter|base_layer|modules_to_save)(?=\.)"
 # These starts take a part out of the base's weights, which the adapter alone does not tell.
 _TAKES_FROM_BASE = ("pissa", "olora", "lora_ga", "mica")
@@ -89,36 +88,26 @@ def plan(adapter: Adapter, tensors: Mapping[str, Stored], config: Mapping[str, A
             merged; all of them, a line each.
     """
     planner = _Planner(adapter, tensors, config)
-    problems = []
     init = str(adapter.config.get("init_lora_weights")).lower()
     if init.startswith(_TAKES_FROM_BASE):
-        problems.append(f"init_lora_weights: {init}: convert it with PEFT to plain LoRA first")
-    experts: dict[str, list[str]] = defaultdict(list)
-    steps: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        planner.problems.append(f"init_lora_weights: {init}: convert it with PEFT to plain LoRA")
     for name, tensor in adapter.others.items():
-        name = name.removeprefix("base_model.model.")
-        if match := _SPECIAL.fullmatch(name):
-            planner.special[match[2]][match[1]] = tensor
-        elif "lora_" in name:
-            problems.append(f"{name}: not known, and so not merged")
-        else:
-            steps.append((planner.whole, (name, tensor)))
-    stray = {m for kind in ("lora_magnitude_vector", "lora_B.bias") for m in planner.special[kind]}
-    problems += [f"{m}: no lora_A and lora_B to it" for m in sorted(stray - adapter.halves.keys())]
+        planner.attempt(planner.beside, name.removeprefix("base_model.model."), tensor)
+    stray = {m for kind in (_MAGNITUDE, _BIAS) for m in planner.special[kind]}
+    for module in sorted(stray - adapter.halves.keys()):
+        planner.problems.append(f"{module}: no lora_A and lora_B to it")
+    experts: dict[str, list[str]] = defaultdict(list)
     for module in adapter.halves:
         core = re.sub(r"(\.base_layer)+$", "", module)
         if core.endswith("experts"):
             experts[core].append(module)
         else:
-            steps.append((planner.matrix, (module,)))
-    steps += [(planner.experts, pair) for pair in experts.items()]
-    steps += [(planner.tokens, pair) for pair in planner.special[_TOKENS].items()]
-    for step, arguments in steps:
-        try:
-            step(*arguments)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
+            planner.attempt(planner.matrix, module)
+    for core, modules in experts.items():
+        planner.attempt(planner.experts, core, modules)
+    for module, rows in planner.special[_TOKENS].items():
+        planner.attempt(planner.tokens, module, rows)
+    if problems := planner.problems:
         more = [f"and {len(problems) - 5} more of the kind"] if len(problems) > 5 else []
         raise UserError("\n".join(f"{adapter.folder}: {p}" for p in problems[:5] + more))
     return planner.settled()
@@ -129,6 +118,7 @@ class _Planner:
         self, adapter: Adapter, tensors: Mapping[str, Stored], config: Mapping[str, Any]
     ) -> None:
         self.adapter, self.tensors, self.config = adapter, tensors, config
+        self.problems: list[str] = []
         self.changes: dict[str, Change] = {}
         self.special: dict[str, dict[str, Stored]] = defaultdict(dict)
         self.own: dict[str, Stored] = {}  # whole tensors of the adapter, by the base's names
@@ -138,6 +128,12 @@ class _Planner:
         flags = [c.get("tie_word_embeddings") for c in (config, config.get("text_config") or {})]
         self.tied = any(flags) if any(f is not None for f in flags) else not head
         self.head = head or ("embed_out" if "embed_in" in last else "lm_head") + ".weight"
+
+    def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
+        try:
+            step(*arguments)
+        except UserError as error:
+            self.problems.append(str(error))
 
     def locate(self, module: str, kind: str = "weight") -> str:
         if self.tied and kind == "weight" and module.split(".")[-1] in _HEADS and self.embeddings:
@@ -149,6 +145,15 @@ class _Planner:
         if self.tied and name == self.head and name not in self.own:
             return self.own.get("tied") or self.tensors[self.embeddings]
         return self.own.get(name) or self.tensors[name]
+
+    def beside(self, name: str, tensor: Stored) -> None:
+        """A tensor that is no half of a LoRA."""
+        if match := _SPECIAL.fullmatch(name):
+            self.special[match[2]][match[1]] = tensor
+        elif "lora_" in name:
+            raise UserError(f"{name}: not known, and so not merged")
+        else:
+            self.whole(name, tensor)
 
     def whole(self, name: str, tensor: Stored) -> None:
         module, _, kind = re.sub(_WRAPPERS, "", name).rpartition(".")
@@ -162,7 +167,7 @@ class _Planner:
             raise UserError(f"{name}: a weight of the base that its config does not speak of")
         if tensor.shape[ends:] != there[ends:] or not tensor.shape:
             raise UserError(f"{name} is {tensor.shape}, {found} is {there}: another base")
-        if found == self.embeddings and ".base_layer." in name:
+        if self.tied and ends and ".base_layer." in name:
             self.own["tied"] = tensor  # below its LoRA lies what a tied head reads as well
         self.own[found] = tensor
         self.changes[found] = Change(tensor)
@@ -171,18 +176,17 @@ class _Planner:
         name, pair = self.locate(module), self.adapter.halves[module]
         source, (rank, scale) = self.source(name), self.adapter.rank_and_scale(module)
         size = (pair["B"].shape[0], pair["A"].shape[1])
-        turned = "lora_embedding" in pair["A"].name or source.shape != size
-        if size[0] == size[1] and self.config.get("model_type") in _CONV1D:
-            turned |= name != self.head
+        conv1d = self.config.get("model_type") in _CONV1D and name != self.head
+        turned = conv1d or "lora_embedding" in pair["A"].name
         if source.shape != (size[::-1] if turned else size):
             raise UserError(f"{module}: B A is {size}, {name} is {source.shape}: another base")
-        magnitude = self.special["lora_magnitude_vector"].get(module)
+        magnitude = self.special[_MAGNITUDE].get(module)
         given = magnitude.shape if magnitude else None
         if given != (size[:1] if self.adapter.config.get("use_dora") else None):
             raise UserError(f"{module}: B A is {size}, its magnitude (DoRA) {given}")
         change = Change(source, module, rank, scale, transposed=turned, magnitude=magnitude)
         self.changes[name] = change
-        if bias := self.special["lora_B.bias"].get(module):
+        if bias := self.special[_BIAS].get(module):
             name = self.locate(module, "bias")
             if bias.shape != self.source(name).shape:
                 raise UserError(f"{module}: lora_B.bias is {bias.shape}: another base")
@@ -190,7 +194,8 @@ class _Planner:
 
     def experts(self, core: str, modules: list[str]) -> None:
         targets = self.adapter.config.get("target_parameters") or []
-        kinds = [kind for kind in _EXPERTS if any(target.endswith(kind) for target in targets)]
+        # As PEFT finds them: by the end of the name.
+        kinds = [k for k in _EXPERTS if any(f".{core}.{k}".endswith(f".{t}") for t in targets)]
         if len(kinds) != len(modules):
             raise UserError(f"{core}: which of its parameters are adapted is not known")
         # PEFT wraps one parameter after the other: the first lies innermost.
@@ -201,10 +206,8 @@ class _Planner:
             other = core.replace(".mlp.", ".block_sparse_moe.")
             mixtral = f"{other}.0.w2.weight" in self.tensors
             names = _EXPERTS[kind][mixtral]
-            height, beyond = (
-                size[0] // len(names),
-                f"{other if mixtral else core}.{count}.{names[0]}",
-            )
+            height = size[0] // len(names)
+            beyond = f"{other if mixtral else core}.{count}.{names[0]}"
             if pair["A"].shape[0] % rank or f"{beyond}.weight" in self.tensors:
                 raise UserError(f"{core}.{kind}: not as many experts as the base has")
             for n, (part, end) in product(range(count), enumerate(names)):
@@ -218,22 +221,30 @@ class _Planner:
         name, given = self.locate(module), self.adapter.config.get("trainable_token_indices")
         if isinstance(given, dict):
             given = next((v for k, v in given.items() if f".{module}".endswith(f".{k}")), None)
-        source, fit = self.source(name), False
-        if given and all(type(n) is int for n in given):
-            fit = rows.shape == (len(given), *source.shape[1:])
-            fit = fit and min(given) >= 0 and max(given) < source.shape[0]
-        if not fit:
+        source, chosen = self.source(name), tuple(given or ())
+        inside = all(type(n) is int and 0 <= n < source.shape[0] for n in chosen)
+        if not (chosen and inside and rows.shape == (len(chosen), *source.shape[1:])):
             raise UserError(f"{module}: trainable_token_indices do not fit what was saved")
         if (known := self.changes.get(name)) and known.module:
             raise UserError(f"{module}: both LoRA and single tokens: merge it with PEFT")
-        self.changes[name] = Change(source, tokens=tuple(given or ()), token_rows=rows)
+        self.changes[name] = Change(source, tokens=chosen, token_rows=rows)
 
     def settled(self) -> Plan:
         """Where only one of two tied matrices changes, or each in its own way, they part."""
+        if "tied" in self.own:
+            self.changes.setdefault(self.embeddings, Change(self.own["tied"]))
         first, second = self.changes.get(self.embeddings), self.changes.get(self.head)
         rows = first.source.shape[0] if first else 0
         others = rows if first and rows != self.tensors[self.embeddings].shape[0] else None
         if not self.tied or not (first or second):
+            ends = [
+                self.source(n).shape[0] for n in (self.embeddings, self.head) if n in self.tensors
+            ]
+            if len(set(ends)) > 1:
+                raise UserError(
+                    f"{self.adapter.folder}: tokens were added, and only their rows of the "
+                    "embeddings or of the head are in it: save both with PEFT (modules_to_save)"
+                )
             return Plan(self.changes, False, others)
         below = self.embeddings not in self.own or "tied" in self.own
         together = below if first and first.tokens and not second else _equal(first, second)
@@ -252,7 +263,6 @@ def _equal(one: Change | None, other: Change | None) -> bool:
         return False
     pairs = [(one.source, other.source), (one.token_rows, other.token_rows)]
     return all(
-        a is b or (a.shape == b.shape and all(map(operator.eq, a.pieces(), b.pieces())))
+        a is b or (a and b and a.shape == b.shape and all(map(eq, a.pieces(), b.pieces())))
         for a, b in pairs
-        if a is not None and b is not None
     )

@@ -7,12 +7,11 @@ dW = s B A = (s B | 0) (A ; 0).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lora_kit import nano
-from lora_kit.adapter.files import WEIGHTS, Adapter
+from lora_kit.adapter.files import WEIGHTS, Adapter, write_config
 from lora_kit.adapter.loaders import oddities
 from lora_kit.base.tensors import DTYPES, Writer
 from lora_kit.errors import UserError
@@ -40,8 +39,13 @@ def write_portable(adapter: Adapter, folder: Path) -> None:
             scale = adapter.rank_and_scale(module)[1] if half == "B" else 1.0
             value = _fold(tensor.read(), scale, half, rank, DTYPES[tensor.dtype][0])
             writer.put(tensor.name, value)
-    config = json.dumps(_config(adapter, rank), indent=2, sort_keys=True) + "\n"
-    (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+    # Only what decides the result; no path of this machine.
+    base, revision = adapter.base["model"] or "", adapter.base["revision"]
+    if not is_hub_id(base):
+        base, revision = "nano" if base == str(nano.MODEL) else Path(base).name, None
+    kept = {"task_type": adapter.config.get("task_type")}
+    kept["fan_in_fan_out"] = bool(adapter.config.get("fan_in_fan_out"))
+    write_config(folder, (base, revision), rank, adapter.targets, **kept)
 
 
 def check_portable(adapter: Adapter) -> None:
@@ -72,26 +76,3 @@ def _fold(tensor: Any, scale: float, half: str, rank: int, dtype: str) -> Any:
     filled = padded[: tensor.shape[0], : tensor.shape[1]]
     filled.copy_(tensor.float() * scale)
     return padded
-
-
-def _config(adapter: Adapter, rank: int) -> dict[str, Any]:
-    """Only what decides the result; no path of this machine."""
-    known, base = adapter.config, adapter.base["model"] or ""
-    targets = known.get("target_modules")
-    narrowed = known.get("layers_to_transform") is not None or known.get("exclude_modules")
-    if not isinstance(targets, list) or narrowed:
-        targets = list(adapter.halves)
-    if base == str(nano.MODEL):
-        base = "nano"
-    return {
-        "peft_type": "LORA",
-        "task_type": known.get("task_type"),
-        "base_model_name_or_path": base if is_hub_id(base) else Path(base).name,
-        "revision": adapter.base["revision"] if is_hub_id(base) else None,
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": sorted(targets),
-        "fan_in_fan_out": bool(known.get("fan_in_fan_out")),
-        "bias": "none",
-        "inference_mode": True,
-    }

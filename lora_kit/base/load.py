@@ -11,13 +11,15 @@ from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import LoraKitError, UserError
 from lora_kit.schema import Base
+from lora_kit.trust import no_kernels_from_the_hub
 
 
 def quiet_libraries() -> None:
-    """Silence what tells a user nothing they can act on."""
+    """Silence what tells a user nothing they can act on, and what they did not ask for."""
     import logging
     import warnings
 
+    no_kernels_from_the_hub()
     # bitsandbytes looks for an optional kernel package on every CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
@@ -110,8 +112,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def unquantized_config(pinned: Pinned) -> dict[str, Any]:
-    """config.json. Raises UserError if it is no object, or the weights are quantized already."""
-    config = _config(Path(pinned.folder))
+    """config.json. Raises UserError if it is no object, its weights are quantized already, or its
+    files lead out of the folder or to code."""
+    config = _check_files(Path(pinned.folder))
     if stored := config.get("quantization_config"):
         method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else "unknown"
         raise UserError(
@@ -187,8 +190,8 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
     return model.eval()
 
 
-def _check_files(folder: Path) -> None:
-    """transformers would follow an index of shards out of the folder, and run a compiled attention
+def _check_files(folder: Path) -> dict[str, Any]:
+    """config.json. transformers would follow an index of shards out of the folder, and run a compiled attention
     of the Hub that config.json names, where the package `kernels` is installed."""
     try:
         stored_in(folder)
@@ -202,6 +205,7 @@ def _check_files(folder: Path) -> None:
                 raise UserError(
                     f"base.model: {folder}: {key} of its config.json is code: remove it"
                 )
+    return inside[0]
 
 
 def _quantization(kind: str, dtype: Any) -> Any:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_kit import nano
+from lora_kit import hub_errors, nano
 from lora_kit.errors import UserError
-from lora_kit.hashes import file_hash
+from lora_kit.hashes import cached_hash
 from lora_kit.schema import Base
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -63,110 +62,44 @@ def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) ->
             f"base.model: {base.model}: no such folder, and not a Hub id (owner/name) or `nano`"
         )
     if revision is None and base.revision is not None:
-        raise UserError(
-            f"base.revision: {model} is no Hub model and has no revisions: leave it out"
-        )
+        raise UserError(f"base.revision: {model} is no model of the Hub: leave it out")
     if not (folder / "config.json").is_file():
         raise UserError(f"base.model: {folder}: no config.json: not a model folder")
     if weights and not list(folder.glob(_WEIGHTS)):
-        raise UserError(
-            f"base.model: {folder}: no .safetensors weights; other formats are not read"
-        )
-    return Pinned(model, str(folder), revision, _licence(folder), _hashes(folder, weights))
+        raise UserError(f"base.model: {folder}: no .safetensors weights: others are not read")
+    licence = licence_of(folder / "README.md")
+    return Pinned(model, str(folder), revision, licence, _hashes(folder, weights))
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        IncompleteSnapshotError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    wanted = _FILES + [_WEIGHTS] * weights
+    named: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": _NOT_READ}
     try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=_FILES + [_WEIGHTS] * weights,
-                ignore_patterns=_NOT_READ,
-            )
-        )
-    except HFValidationError as error:
-        raise UserError(f"base.model: {model}: not a Hub id: {_first_line(error)}") from None
-    except RevisionNotFoundError:
-        raise UserError(f"base.revision: {model} has no revision `{revision}`") from None
-    # Gated is a kind of not found to the client.
-    except (RepositoryNotFoundError, OSError, ValueError) as error:
-        # What went wrong on the way is the cause of "not in the cache".
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(cause, GatedRepoError) or status == 403:
-            problem = (
-                f"access refused ({status}): ask for it at {where}/{model}, "
-                "then log in with `hf auth login`"
-            )
-        elif isinstance(cause, RepositoryNotFoundError) or status in (401, 404):
-            problem = (
-                f"not on {where}, or private and you are not logged in (`hf auth login`); "
-                "or name a local folder"
-            )
-        elif status is not None:
-            problem = f"{where} answers {status}: try again later, or name a local folder"
-        elif isinstance(error, IncompleteSnapshotError):
-            problem = f"only in part in the cache, and {_why(where)}: fetch it with `hf download`"
-        elif isinstance(error, OfflineModeIsEnabled | FileNotFoundError):
-            problem = (
-                f"neither a local folder nor in the cache, and {_why(where)}: "
-                "name a local folder, or fetch it first with `hf download`"
-            )
-        else:
-            problem = f"cannot be fetched from {where}: {_first_line(error)}"
-        raise UserError(f"base.model: {model}: {problem}") from None
-
-
-def _why(where: str) -> str:
-    from huggingface_hub import constants
-
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+        return Path(snapshot_download(model, revision=revision, **named))
+    except (OSError, ValueError) as error:
+        said = hub_errors.problem(error, model, revision, "model")
+        raise UserError(f"base.model: {model}: {said}") from None
 
 
 def _hashes(folder: Path, weights: bool) -> dict[str, str]:
     """sha256 of weights, configuration, tokenizer and template."""
     files = {file for pattern in _HASHED + [_WEIGHTS] * weights for file in folder.glob(pattern)}
-    return {file.name: sha256(file) for file in sorted(files)}
+    return {file.name: cached_hash(file) for file in sorted(files)}
 
 
-def sha256(file: Path) -> str:
-    """The hash of a base's file; of a large one in the Hub's cache, the name it has there."""
-    cached = file.resolve()
-    if cached.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", cached.name):
-        return cached.name
-    return file_hash(file)
-
-
-def _licence(folder: Path) -> str | None:
-    """The `license:` of the model card's front matter; None is unknown."""
-    card = folder / "README.md"
+def licence_of(card: Path) -> str | None:
+    """The `license:` of a card's front matter; None is unknown."""
     if not card.is_file():
         return None
     import yaml
+    from huggingface_hub.repocard import metadata_load
 
-    text = card.read_text(encoding="utf-8", errors="replace")
-    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        values = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
+        value = (metadata_load(card) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):
         return None
-    value = values.get("license") if isinstance(values, dict) else None
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return value if isinstance(value, str) else None

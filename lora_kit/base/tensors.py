@@ -1,4 +1,4 @@
-"""safetensors files, tensor by tensor: read with `pread`, never mapped; written from front to back.
+"""safetensors files, tensor by tensor: read as bytes, never mapped; written from front to back.
 
 A file is a header length (8 bytes, little endian), a JSON header {name: {dtype, shape,
 data_offsets}} and the bytes (https://github.com/huggingface/safetensors#format). The library maps
@@ -14,7 +14,8 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,25 +53,28 @@ class Stored:
         """The torch tensor, in its own type; of `shape[0]` only the rows from `first` to `last`."""
         import torch
 
-        start, end, _ = slice(first, last).indices(self.shape[0] if self.shape else 1)
+        rows = self.shape[0] if self.shape else 1
+        start, end, _ = slice(first, last).indices(rows)
+        row = self.size // max(1, rows)
+        buffer = self._bytes(row * start, row * (end - start))
         shape = (end - start, *self.shape[1:]) if self.shape else ()
-        row = self.size // max(1, self.shape[0] if self.shape else 1)
-        buffer = bytearray(row * (end - start))
-        with self.file.open("rb") as opened:
-            read_into(opened, memoryview(buffer), self.offset + row * start)
         dtype = getattr(torch, DTYPES[self.dtype][0])
         if not buffer:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
 
-    def pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[bytearray]:
         """Its bytes, 16 MiB at a time."""
-        buffer = bytearray(min(PIECE, self.size))
+        for start in range(0, self.size, PIECE):
+            yield self._bytes(start, min(PIECE, self.size - start))
+
+    def _bytes(self, start: int, size: int) -> bytearray:
+        buffer = bytearray(size)
         with self.file.open("rb") as opened:
-            for start in range(0, self.size, PIECE):
-                view = memoryview(buffer)[: min(PIECE, self.size - start)]
-                read_into(opened, view, self.offset + start)
-                yield bytes(view)
+            opened.seek(self.offset + start)
+            if opened.readinto(buffer) < size:
+                raise UserError(f"{self.file}: shorter than its header says: copy it again")
+        return buffer
 
 
 def open_past_cache(file: Path, flags: int) -> int:
@@ -113,16 +117,6 @@ def read_past_cache(descriptor: int, buffer: mmap.mmap, offset: int, size: int) 
     return view[offset - start : offset - start + size]
 
 
-def read_into(opened: BinaryIO, view: memoryview, offset: int) -> None:
-    """Fill `view` from `offset` on. Raises UserError if the file ends before."""
-    done = 0
-    while done < len(view):
-        count = os.preadv(opened.fileno(), [view[done:]], offset + done)
-        if count == 0:
-            raise UserError(f"{opened.name}: shorter than its header says: copy it again")
-        done += count
-
-
 def stored(file: Path) -> dict[str, Stored]:
     """The tensors of one file, in the order of their bytes.
 
@@ -130,53 +124,43 @@ def stored(file: Path) -> dict[str, Stored]:
         UserError: the header is too large, names a tensor twice, or does not fit the bytes: they
             must be covered without gap or overlap.
     """
-
-    def wrong(why: str) -> UserError:
-        return UserError(f"{file}: no safetensors file, or damaged ({why}): copy it again")
-
     try:
         with file.open("rb") as opened:
-            whole = os.fstat(opened.fileno()).st_size
-            length = int.from_bytes(opened.read(8), "little")
-            if whole < 8 or length > min(_LARGEST_HEADER, whole - 8):
-                raise wrong(f"a header of {length:,} bytes")
-            header = json.loads(opened.read(length), object_pairs_hook=_once)
+            return _parsed(file, opened)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise wrong(" ".join(str(error).split())[:160]) from None
-    if not isinstance(header, dict):
-        raise wrong("the header is no object")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"{file}: no safetensors file, or damaged ({why}): copy it again") from None
+
+
+def _parsed(file: Path, opened: BinaryIO) -> dict[str, Stored]:
+    """Raises whatever an unusable header leads to."""
+    whole = os.fstat(opened.fileno()).st_size
+    length = int.from_bytes(opened.read(8), "little")
+    if whole < 8 or length > min(_LARGEST_HEADER, whole - 8):
+        raise ValueError(f"a header of {length:,} bytes")
+    header = json.loads(opened.read(length), object_pairs_hook=_once)
     header.pop("__metadata__", None)
-    found, end = {}, 0
-    try:
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
-            size = math.prod(shape) * DTYPES[entry["dtype"]][1]
-            numbers = (start, stop, *shape)
-            if any(type(n) is not int or n < 0 for n in numbers) or (start, stop - start) != (
-                end,
-                size,
-            ):
-                raise wrong(f"{name!r:.80} does not lie where its shape says")
-            found[name] = Stored(name, entry["dtype"], shape, file, 8 + length + start, size)
-            end = stop
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise wrong(f"an entry of the header: {error!r:.80}") from None
+    found: dict[str, Stored] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
+        sound = all(type(n) is int and n >= 0 for n in (start, stop, *shape)) and start == end
+        if not sound or stop - start != math.prod(shape) * DTYPES[entry["dtype"]][1]:
+            raise ValueError(f"{name!r:.80} does not lie where its shape says")
+        offset = 8 + length + start
+        found[name] = Stored(name, entry["dtype"], shape, file, offset, stop - start)
+        end = stop
     if 8 + length + end != whole:
-        raise wrong(f"{whole:,} bytes, its header speaks of {8 + length + end:,}")
+        raise ValueError(f"{whole:,} bytes, its header speaks of {8 + length + end:,}")
     return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{twice!r:.80} stands twice")
     return values
 
@@ -187,20 +171,16 @@ def stored_in(folder: Path) -> dict[str, Stored]:
     Raises:
         UserError: a shard is missing or damaged, or two hold a tensor of the same name.
     """
-    index = folder / INDEX
+    index, names = folder / INDEX, {"model.safetensors"}
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index}: no index of shards: copy the model again") from None
         if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
             raise UserError(f"{index}: names a file outside of its folder: {strange[0]!r:.80}")
-    else:
-        names = ["model.safetensors"]
     found: dict[str, Stored] = {}
-    for name in names:
+    for name in sorted(names):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing: copy the model again")
         shard = stored(folder / name)
@@ -220,23 +200,18 @@ class Writer:
     an error the file is whole and on the disk (fsync) at the end of the block.
     """
 
-    def __init__(
-        self,
-        file: Path,
-        entries: Mapping[str, tuple[str, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    def __init__(self, file: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._left: dict[str, int] = {}  # bytes of what is not yet written; the first is the next
         end = 0
         for name, (dtype, shape) in entries.items():
             start, end = end, end + math.prod(shape) * DTYPES[dtype][1]
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+            if end > start:
+                self._left[name] = end - start
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.file, self.entries = file, dict(entries)
-        self.left = {name: math.prod(s) * DTYPES[d][1] for name, (d, s) in entries.items()}
-        self._order: Iterator[str] = iter(entries)
-        self._now = next(self._order, None)
         self.crc = 0  # of all bytes so far, to compare what is read back
         self._opened = open_past_cache(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         self._block, self._filled = memoryview(mmap.mmap(-1, PIECE)), 0
@@ -248,8 +223,7 @@ class Writer:
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
             if kind is None:
-                self._skip_empty()
-                assert self._now is None, f"{self._now} was not written"
+                assert not self._left, f"{next(iter(self._left))} was not written"
                 self._flush()
                 os.fsync(self._opened)
         finally:
@@ -267,14 +241,16 @@ class Writer:
         """Write the next bytes of a tensor: a torch tensor of its dtype, or bytes."""
         import torch
 
-        self._skip_empty()
-        assert name == self._now, f"{name} is not the next one"
         if isinstance(piece, torch.Tensor):
             piece = piece.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self.left[name] -= len(piece)
-        assert self.left[name] >= 0, f"{name} is too long"
+        if not len(piece):
+            return
+        assert name == next(iter(self._left), None), f"{name} is not the next one"
+        self._left[name] -= len(piece)
+        assert self._left[name] >= 0, f"{name} is too long"
         self._write(memoryview(piece))
-        self._skip_empty()
+        if not self._left[name]:
+            del self._left[name]
 
     def _write(self, rest: memoryview) -> None:
         self.crc = zlib.crc32(rest, self.crc)
@@ -291,18 +267,3 @@ class Writer:
             count = _moved(partial(os.write, self._opened, rest), self._opened)
             rest = rest[count:]
         self._filled = 0
-
-    def _skip_empty(self) -> None:
-        while self._now is not None and self.left[self._now] == 0:
-            self._now = next(self._order, None)
-
-
-def write_tensors(file: Path, tensors: Iterable[tuple[str, Any]]) -> None:
-    """Write tensors that fit into memory, in their order."""
-    known = dict(tensors)
-    names = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-    entries = {n: (names[str(t.dtype)[6:]], tuple(t.shape)) for n, t in known.items()}
-    with Writer(file, entries) as writer:
-        for name, tensor in known.items():
-            if tensor.numel():
-                writer.put(name, tensor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -18,11 +17,11 @@ from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lora_kit import hub_errors
 from lora_kit.data import readers
-from lora_kit.data.json_rows import why
 from lora_kit.data.readers import Opened
 from lora_kit.errors import UserError
-from lora_kit.hashes import file_hash
+from lora_kit.hashes import cached_hash
 from lora_kit.run import nearest
 from lora_kit.schema import Source
 
@@ -44,7 +43,7 @@ def fetch(source: Source, commits: dict[str, str]) -> Opened:
             cannot be reached and is not in the cache, or has files of kinds that are not read.
     """
     from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
@@ -62,9 +61,10 @@ def fetch(source: Source, commits: dict[str, str]) -> Opened:
             files = list(pool.map(lambda n: Path(hf_hub_download(**repo, filename=n)), names))
     except UserError:
         raise
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise UserError(f"{source.source}: {_problem(source.source, revision, error)}") from None
-    content = [labels, [(n, _hash(file)) for n, file in zip(names, files, strict=True)]]
+    except (CachedRepoTreeNotFoundError, OSError, ValueError) as error:
+        said = hub_errors.problem(error, source.source, revision, "dataset")
+        raise UserError(f"{source.source}: {said}") from None
+    content = [labels, [(n, cached_hash(file)) for n, file in zip(names, files, strict=True)]]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Opened(name, source.fraction, digest, tuple(files), labels, card.name)
 
@@ -143,43 +143,3 @@ def _check_options(what: str, config: Any, names: list[str]) -> None:
             f"{what}: its card says how to read it (`{field.name}: {value!r:.40}`), which is not "
             "followed: save its rows as jsonl and name that file"
         )
-
-
-def _hash(file: Path) -> str:
-    """sha256 of a file in the Hub's cache; of a large one its name there."""
-    blob = file.resolve().name
-    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else file_hash(file)
-
-
-def _problem(name: str, revision: str | None, error: Exception) -> str:
-    """What went wrong on the way to the Hub, and what to do."""
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    # "Not in the cache" has what went wrong on the way as its cause.
-    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(error, hub.RevisionNotFoundError):
-        return f"has no revision `{revision}`"
-    if isinstance(cause, hub.GatedRepoError) or status == 403:
-        return (
-            f"access refused ({status}): ask for it at {where}/datasets/{name}, then log "
-            "in with `hf auth login`"
-        )
-    if isinstance(cause, hub.RepositoryNotFoundError) or status in (401, 404):
-        return (
-            f"no such file or folder here, and no such data set on {where}, or it is private and "
-            "you are not logged in (`hf auth login`)"
-        )
-    if status is not None:
-        return f"{where} answers {status}: try again later, or name a local file"
-    missing = (hub.LocalEntryNotFoundError, hub.CachedRepoTreeNotFoundError)
-    if isinstance(error, (*missing, hub.OfflineModeIsEnabled)):
-        offline = constants.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if offline else f"{where} cannot be reached"
-        return (
-            f"no such file or folder here, not wholly in the Hub's cache, and {reason}: fetch it "
-            f"with `hf download --repo-type dataset {name}`"
-        )
-    return f"cannot be fetched from {where}: {why(error)}"

@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 
 from lora_kit.data.labelled import IGNORED
 from lora_kit.data.prepare import USES, Prepared, packing_of
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, harmless
 from lora_kit.folders import write_whole
 from lora_kit.schema import Run
 
@@ -32,7 +31,6 @@ TOKENS_OF_A_TERMINAL = 512
 MARK = "<!doctype html>\n<!-- lora-kit preview -->\n"
 _TEMPLATE = Path(__file__).with_name("preview.html.jinja")
 _LONGEST_CHARACTER = 8  # tokens; four for its bytes, and a token may end one and begin another
-_JOINERS = "\u200c\u200d"  # steer nothing, and are part of ordinary words in many scripts
 _BROKEN = "\ufffd"
 # Styles of a terminal.
 _LEARNED, _CONTEXT, _SPECIAL = "bold green", "dim", "dim magenta"
@@ -59,17 +57,6 @@ class Sample:
     tokens: int
     learned: int
     pieces: list[Piece]
-
-
-def harmless(text: str) -> str:
-    """Text in which what steers a terminal, or turns the reading direction, is spelled out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else _spelled(c) for c in text)
-
-
-def _spelled(character: str) -> str:
-    if character in _JOINERS or unicodedata.category(character) == "Zs":
-        return character
-    return f"⟨U+{ord(character):04X}⟩"
 
 
 def pieces(

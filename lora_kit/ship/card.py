@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_kit.adapter.loaders import VLLM_RANKS, vllm_rank
+from lora_kit.base.pin import licence_of
 from lora_kit.errors import UserError, harmless
 
 LOCAL = "unknown/local"  # a base that only whoever trained on it has
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-_RANKS_OF_VLLM = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 # What the terms of a set's licence ask, by the part of its id.
 _LIMITS = {
     "nc": "forbids commercial use",
@@ -67,6 +68,7 @@ def make_card(
     base, revision = str(config.get("base_model_name_or_path")), config.get("revision")
     name = repo.partition("/")[2]
     licence = (lock.get("base") or {}).get("licence") or "unknown"
+    lost = config.get("use_dora") or config.get("modules_to_save")
     ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
     try:
         data, terms = _data(lock), _terms(licence, base)
@@ -92,9 +94,7 @@ def make_card(
             findings=in_lines(report) if report else [],
             on_hub=on_hub,
             revision=revision if re.fullmatch("[0-9a-f]{40}", str(revision)) else None,
-            vllm_rank=None
-            if config.get("use_dora") or config.get("modules_to_save")
-            else next((n for n in _RANKS_OF_VLLM if n >= max(ranks)), None),
+            vllm_rank=None if lost or max(ranks) > VLLM_RANKS[-1] else vllm_rank(max(ranks)),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
@@ -114,16 +114,14 @@ def _terms(licence: str, base: str) -> Terms:
     meta = re.match(r"meta-llama/(?:Meta-)?Llama-(\d(?:\.\d)?)", base, re.IGNORECASE)
     if found := re.fullmatch(r"llama(\d(?:\.\d)?)", licence) or (meta if unsaid else None):
         version = found[1]
-        family = "Meta Llama 3" if version == "3" else f"Llama {version}"
-        agreement = "LLAMA 2" if version == "2" else family
-        notice = (
-            f"{family} is licensed under the {agreement} Community License, Copyright "
-            f"{'(c)' if version == '2' else '©'} Meta Platforms, Inc. All Rights Reserved."
-        )
-        if version == "2":
-            return Terms(family, (notice,))
-        built_with = "Built with Meta Llama 3" if version == "3" else "Built with Llama"
-        return Terms(family, (notice,), built_with, "Llama-3" if version == "3" else "Llama")
+        family, built_with, begins = {
+            "2": ("Llama 2", "", ""),
+            "3": ("Meta Llama 3", "Built with Meta Llama 3", "Llama-3"),
+        }.get(version, (f"Llama {version}", "Built with Llama", "Llama"))
+        agreement, sign = ("LLAMA 2", "(c)") if version == "2" else (family, "©")
+        notice = f"{family} is licensed under the {agreement} Community License, Copyright {sign} "
+        notice += "Meta Platforms, Inc. All Rights Reserved."
+        return Terms(family, (notice,), built_with, begins)
     if licence == "gemma" or (unsaid and re.match(r"google/\w*gemma-(?!4)", base)):
         notice = "Gemma is provided under and subject to the Gemma Terms of Use found at "
         changed = "These weights are a changed version of Gemma; its terms, with what they forbid, "
@@ -177,16 +175,14 @@ def _data(lock: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _licence_of(name: str, commit: str) -> str | None:
     """A set's licence, from its card in the Hub's cache; nothing is fetched."""
-    import yaml
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.repocard import metadata_load
 
     try:
         card = try_to_load_from_cache(name, "README.md", revision=commit, repo_type="dataset")
-        value = (metadata_load(card) or {}).get("license") if isinstance(card, str) else None
-    except (ValueError, OSError, yaml.YAMLError):
+    except ValueError:  # no name of the Hub's
         return None
-    return value if isinstance(value, str) and value != "unknown" else None
+    value = licence_of(Path(card)) if isinstance(card, str) else None
+    return value if value != "unknown" else None
 
 
 def _result(name: str, data: dict[str, Any], domain: dict[str, Any]) -> dict[str, Any]:

@@ -21,13 +21,12 @@ from lora_kit.adapter.load import (
 )
 from lora_kit.base.load import gpu_is_used, load_base, quiet_libraries
 from lora_kit.data.labelled import Labelled
-from lora_kit.data.prepare import kind_of, prepare
 from lora_kit.errors import UserError, harmless
 from lora_kit.folders import new_folder
 from lora_kit.prove.bootstrap import statistics, verdict
 from lora_kit.prove.compare import prepared_again
 from lora_kit.prove.measure import Losses, measure
-from lora_kit.run import load_run, read_lock
+from lora_kit.run import read_lock
 
 
 def combine_and_measure(
@@ -40,7 +39,7 @@ def combine_and_measure(
     """Combine by one method or by each, measure all on the rows that runs held out, keep the best.
 
     Args:
-        runs: finished runs on the same base, or run files; the mean of their losses counts.
+        runs: finished runs on the same base; the mean of their losses counts.
         settings: those of `combine`.
 
     Returns:
@@ -90,24 +89,16 @@ def combine_and_measure(
     }
 
 
-def _held_out(on: Path, paths: Sequence[Path], notes: list[str]) -> Labelled:
-    if on.is_file():
-        opened, tokenizer = load_run(on), load_run_tokenizer(paths[0])
-        kind, length = kind_of(opened.recipe), opened.train.max_length
-        prepared = prepare(opened.data, kind, tokenizer, length, opened.seed)
-    else:
-        opened, own = open_run(on), read_lock(on).get("base", {}).get("hashes")
-        if own != read_lock(run_home(paths[0])).get("base", {}).get("hashes", own):
-            raise UserError(f"--on {on}: a run on another base than {paths[0]}")
-        prepared = prepared_again(on, opened, load_run_tokenizer(on))
+def _held_out(run: Path, paths: Sequence[Path], notes: list[str]) -> Labelled:
+    opened, own = open_run(run), read_lock(run).get("base", {}).get("hashes")
+    if own != read_lock(run_home(paths[0])).get("base", {}).get("hashes", own):
+        raise UserError(f"--on {run}: a run on another base than {paths[0]}")
+    prepared = prepared_again(run, opened, load_run_tokenizer(run))
     for path in paths:
         lock = read_lock(run_home(path))
-        same = set(prepared.hashes.values()) & set(lock.get("data", {}).values())
-        if same and lock.get("seed") != opened.seed:
-            notes.append(
-                f"{path} was trained on data of {on}, split by another seed: it may have "
-                "learned from the rows that it is measured on"
-            )
+        shared = {*prepared.hashes.values()} & {*lock.get("data", {}).values()}
+        if shared and lock.get("seed") != opened.seed:
+            notes.append(f"{path}: split by another seed than {run}: it may have learned its rows")
     return prepared.eval
 
 

@@ -25,29 +25,28 @@ from lora_kit.adapter.load import (
     run_base,
 )
 from lora_kit.adapter.portable import write_portable
-from lora_kit.base.load import load_base, load_tokenizer
+from lora_kit.base.load import load_base
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, UserError
-from lora_kit.folders import new_folder
+from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.run import nearest, read_json
 from lora_kit.schema import Base
 from lora_kit.ship import gguf, llama_cpp, ollama, reload
+from lora_kit.ship.merge import merge
 from lora_kit.ship.mlx import write_mlx
 
 FORMS = ("portable", "merged", "gguf", "ollama", "mlx")
 # By what log-probabilities may differ (nats): sums of float32 in another order; and, in llama.cpp
 # and MLX, by other kernels.
 SAME_ARITHMETIC, OTHER_ARITHMETIC = 1e-4, 1e-3
+# llama.cpp looks GELU up in a table of float16: up to 1.03e-3 in float32 weights, in Gemma alone.
+ROUGH_GELU = 3e-3
 # Where values were rounded, what that may cost of the adapter's own effect on them. Of the embedded
 # model trained for 40 steps it is 0.002 in f16, 0.01 in bf16 and 0.05 in q8_0, and more where the
 # effect is less; twice the scale costs about 1.
 ROUNDED = {"f16": 0.1, "bf16": 0.25, "q8_0": 0.5}
 # Of B alone, times a scale.
 FOLDED = 0.05
-_NOTES = {
-    "mlx": ["mlx-lm is not installed: written, checked against its format, not run here"],
-    "ollama": ["Ollama itself is not run here: its GGUF was, in llama.cpp, without the Modelfile"],
-}
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,12 @@ def export(
         CheckFailed: the program says something else than base and adapter; nothing is left.
     """
     out = Path(out)
+    refuse_existing(out)
     stored, part = _settled(to, kind, what)
     base, adapter = run_base(run), run_adapter(run)
     pinned = pin_like(run, base)
-    tokenizer = load_tokenizer(pinned)
-    if any(adapter.folder.glob("tokenizer*")):  # one of others may come without
-        tokenizer = load_run_tokenizer(run)
+    tokenizer = load_run_tokenizer(run, pinned)
+    config = read_json(Path(pinned.folder) / "config.json")
     needed = 2 * (adapter.folder / WEIGHTS).stat().st_size
     if to in ("gguf", "ollama"):
         needed = gguf.needed(run, stored, part)
@@ -99,21 +98,24 @@ def export(
             write_portable(adapter, partial)
             tokenizer.save_pretrained(str(partial))
         elif to == "mlx":
-            write_mlx(adapter, read_json(Path(pinned.folder) / "config.json"), partial)
+            write_mlx(adapter, config, partial)
         elif to == "merged":
-            _merge_into(partial, run)
+            for file in merge(run, partial / "merged").out.iterdir():
+                file.rename(partial / file.name)
+            (partial / "merged").rmdir()
         elif to == "gguf":
             gguf.export_gguf(run, partial, stored, part)
         else:
             ollama.export_ollama(run, partial, stored, part)
         truth = _truth(base, pinned, run, tokenizer, alone=part == "base")
         got = _consumed(to, part, run, partial, pinned.folder, truth)
-        figures, notes = None, list(_NOTES.get(to, ()))
+        figures, notes = None, ["mlx-lm is not installed: written, checked, not run here"]
         if got:
-            least, share = _allowed(to, stored, adapter, base.dtype)
-            allowed = max(least, share * truth.effect)
-            figures, more = _compared(out, truth, got, allowed, to)
-            notes = [*more, *(notes if to != "mlx" else ())]
+            gemma = "gemma" in str(config.get("model_type"))
+            least, share = _allowed(to, stored, adapter, base.dtype, gemma)
+            figures, notes = _compared(out, truth, got, max(least, share * truth.effect), to)
+        if to == "ollama":
+            notes.append("Ollama itself is not run: its GGUF was, in llama.cpp, without Modelfile")
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     known = {"to": to, "out": str(out), "kind": stored, "what": part, "bytes_written": written}
     return {**known, "reloaded": figures, "notes": notes}
@@ -137,15 +139,6 @@ def _settled(to: str, kind: str | None, what: str | None) -> tuple[Any, Any]:
             raise UserError(f"--type {kind}: an adapter alone stays f32, it is small: leave it out")
         return "f32", what
     return kind or "f16", what
-
-
-def _merge_into(partial: Path, run: str | Path) -> None:
-    from lora_kit.ship.merge import merge
-
-    merged = merge(run, partial / "merged").out
-    for file in merged.iterdir():
-        file.rename(partial / file.name)
-    merged.rmdir()
 
 
 def _truth(base: Base, pinned: Pinned, run: str | Path, tokenizer: Any, alone: bool) -> Truth:
@@ -177,12 +170,11 @@ def _consumed(
     to: str, what: str | None, run: str | Path, partial: Path, base: str, truth: Truth
 ) -> dict[str, Any] | None:
     """What the program that it is for makes of it."""
-    if to == "portable":
-        return reload.reloaded("peft", base, partial, truth.prompts)
     if to == "merged":
         return reload.reloaded("transformers", partial, None, truth.prompts)
-    if to == "mlx":
-        return reload.reloaded("mlx", base, partial, truth.prompts, truth.ends)
+    if to in ("portable", "mlx"):
+        consumer, ends = ("peft", None) if to == "portable" else ("mlx", truth.ends)
+        return reload.reloaded(consumer, base, partial, truth.prompts, ends)
     with tempfile.TemporaryDirectory(dir=partial) as folder:
         files = sorted(partial.glob("*.gguf"))  # of Ollama's two the adapter is the first
         adapters = files[:1] if what == "adapter" else []
@@ -190,7 +182,7 @@ def _consumed(
             files = [gguf.export_gguf(run, Path(folder), "f32", "base")]
         return llama_cpp.run(
             files[-1],
-            [(file, 1.0) for file in adapters],
+            adapters,
             prompts=truth.prompts,
             tokens=reload.TOKENS,
             top=reload.TOP,
@@ -199,14 +191,17 @@ def _consumed(
         )
 
 
-def _allowed(to: str, kind: str | None, adapter: Adapter, dtype: str) -> tuple[float, float]:
+def _allowed(
+    to: str, kind: str | None, adapter: Adapter, dtype: str, gemma: bool
+) -> tuple[float, float]:
     """What log-probabilities may differ by, and by what share of the adapter's effect."""
     if to == "portable":
         narrow = any(t.dtype != "F32" for pair in adapter.halves.values() for t in pair.values())
         return SAME_ARITHMETIC, FOLDED if narrow else 0.0
     if to == "merged":
         return SAME_ARITHMETIC, 0.0 if dtype == "float32" else ROUNDED["bf16"]
-    return OTHER_ARITHMETIC, ROUNDED.get(str(kind), 0.0)
+    least = ROUGH_GELU if gemma and to != "mlx" else OTHER_ARITHMETIC
+    return least, ROUNDED.get(str(kind), 0.0)
 
 
 def _compared(
@@ -235,11 +230,14 @@ def _compared(
     if not worst <= allowed:
         least = f"allowed: {allowed:.2g}, the adapter's effect: {truth.effect:.2g}"
         wrong.insert(0, f"its log-probabilities differ by {worst:.2g} ({least})")
+    same = got["conversations"] == truth.conversations
     if got["texts"] != truth.texts:
-        wrong.append("it splits texts into other tokens")
+        # Where a template brings the beginning, llama.cpp may begin a bare text in its own way.
+        bare = to in ("gguf", "ollama") and same and any(truth.conversations)
+        (notes if bare else wrong).append("it splits texts without a template into other tokens")
     # mlx-lm has the base's own tokenizer, and takes both from the command line as well.
     say = notes if to == "mlx" else wrong
-    if any(truth.conversations) and got["conversations"] != truth.conversations:
+    if any(truth.conversations) and not same:
         say.append("it writes conversations by another template (mlx-lm: --chat-template)")
     if missing := sorted(set(truth.ends) - set(got.get("ends", truth.ends))):
         say.append(f"it does not stop at tokens {missing} (mlx-lm: --extra-eos-token)")

@@ -8,15 +8,14 @@ the error of the quantization stays in the model for good (peft#2321).
 from __future__ import annotations
 
 import math
-import re
 import shlex
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_kit.adapter.files import open_adapter
+from lora_kit.adapter.inspect import table
 from lora_kit.adapter.load import load, load_run_tokenizer, open_run
 from lora_kit.data.labelled import IGNORED, Labelled, collator
 from lora_kit.errors import CheckFailed, UserError
@@ -60,7 +59,8 @@ def fidelity(run: str | Path) -> dict[str, Any]:
         if into == "base":
             found |= _norms(run, trained, model)
         else:
-            _dequantize(trained, model)
+            for _, weight, rough in _weights(trained, model):
+                weight.copy_(rough.to(weight))
         if not model.config.get_text_config().tie_word_embeddings or not _on_ends(model):
             model.merge_adapter()  # so that it is rounded as in a merged model
         sums[into] = _measured(trained, model, rows, tokenizer.pad_token_id)
@@ -86,7 +86,8 @@ def _advice(run: str | Path, found: dict[str, Any], low: float, high: float) -> 
     """`low` and `high`: the interval of the base's loss over the dequantized one's."""
     apart = found["base"]["loss"] - found["dequantized"]["loss"]
     kept = found["dequantized"]["difference"]
-    same = "as it was trained" if abs(kept) <= _ROUNDING else f"its loss is {_signed(kept)}"
+    higher = f"{abs(kept):.4f} nats per token {'higher' if kept > 0 else 'lower'}"
+    same = "as it was trained" if abs(kept) <= _ROUNDING else f"its loss is {higher}"
     words = f"merged into the dequantized base, {same}; into the 16-bit base, "
     if low <= 0 <= high or abs(apart) <= _ROUNDING:
         into, words = "dequantized", words + "no difference that these rows show"
@@ -104,35 +105,20 @@ def _advice(run: str | Path, found: dict[str, Any], low: float, high: float) -> 
     }
 
 
-def _signed(number: float) -> str:
-    return f"{abs(number):.4f} nats per token {'higher' if number > 0 else 'lower'}"
-
-
-def _quantized(model: Any) -> dict[str, Any]:
-    """{name without PEFT's `base_layer`: the module that holds its weight in 4 bits}"""
-    return {
-        name.removesuffix(".base_layer"): module
-        for name, module in model.get_base_model().named_modules()
-        if type(module).__name__ == "Linear4bit"
-    }
-
-
 def _weights(trained: Any, model: Any) -> Any:
     """(name, the 16-bit weight, what NF4 leaves of it), both (out, in), float32."""
     from bitsandbytes.functional import dequantize_4bit
 
     sharp = dict(model.get_base_model().named_modules())
-    for name, module in _quantized(trained).items():
+    for inner, module in trained.get_base_model().named_modules():
+        if type(module).__name__ != "Linear4bit":
+            continue
+        name = inner.removesuffix(".base_layer")
         layer: Any = getattr(sharp[name], "base_layer", sharp[name])
         rough = dequantize_4bit(module.weight.data, module.weight.quant_state)
         # GPT-2's Conv1D keeps (in, out).
         weight = layer.weight.data
         yield name, weight.T if type(layer).__name__ == "Conv1D" else weight, rough
-
-
-def _dequantize(trained: Any, model: Any) -> None:
-    for _, weight, rough in _weights(trained, model):
-        weight.copy_(rough.to(weight))
 
 
 def _norms(run: str | Path, trained: Any, model: Any) -> dict[str, Any]:
@@ -195,31 +181,17 @@ def _measured(trained: Any, merged: Any, rows: Labelled, pad_id: int) -> np.ndar
 
 def show(found: dict[str, Any]) -> None:
     """Print what `fidelity` found: the norms by kind of module and by layer, losses, advice."""
-    from rich.console import Console
-    from rich.table import Table
 
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for key in (r".*?\.\d+\.(.*)", r"(.*?\.\d+)\..*"):  # kinds, layers
-        for module in found["modules"]:
-            groups[re.sub(key, r"\1", module["module"])].append(module)
-    table, losses = (Table(box=None, pad_edge=False) for _ in range(2))
-    table.add_column()
-    for head in ("weight", "NF4 error", "update", "error / update"):
-        table.add_column(head, justify="right")
-    for name, group in {"all": found["modules"], **groups}.items():
+    def cells(group: list[dict[str, Any]]) -> list[str]:
         of = _together(group)
         share = of["error"] / of["update"] if of["update"] else math.inf
-        numbers = (*of.values(), share)
-        table.add_row(name, *(f"{number:.3g}" for number in numbers))
-    losses.add_column("held-out rows")
-    for head in ("loss", "change", "95% interval", "KL"):
-        losses.add_column(head, justify="right")
-    losses.add_row("adapter on the 4-bit base", f"{found['loss']:.4f}")
-    for into, name in zip(INTO, ("merged, dequantized base", "merged, 16-bit base"), strict=True):
-        one = found[into]
-        wide = " to ".join(f"{bound:+.4f}" for bound in one["ci95"])
-        change = f"{one['difference']:+.4f}"
-        losses.add_row(name, f"{one['loss']:.4f}", change, wide, f"{one['kl']:.2g}")
-    Console(markup=False, highlight=False, emoji=False).print("", table, "", losses, "")
+        return [f"{number:.3g}" for number in (*of.values(), share)]
+
+    table(["weight", "NF4 error", "update", "error / update"], found["modules"], cells)
+    print(f"held-out loss of the adapter on the 4-bit base: {found['loss']:.4f}")
+    for into in INTO:
+        one, (low, high) = found[into], found[into]["ci95"]
+        change = f"{one['difference']:+.4f} (95% interval {low:+.4f} to {high:+.4f})"
+        print(f"merged into {into}: {one['loss']:.4f}, {change}, KL {one['kl']:.2g}")
     print(f"{found['documents']} documents, {found['tokens']:,} tokens; nats per token")
     print(f"{found['why']}:\n  {found['command']}")

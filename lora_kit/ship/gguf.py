@@ -7,35 +7,26 @@ refused here, because it would compute something else without a word.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lora_kit.adapter.files import Adapter
-from lora_kit.adapter.load import (
-    adapter_folder,
-    end_tokens,
-    pin_like,
-    run_adapter,
-    run_base,
-    run_home,
-)
+from lora_kit.adapter.load import load_run_tokenizer, pin_like, run_adapter, run_base, run_home
 from lora_kit.adapter.portable import check_portable
 from lora_kit.base.load import load_tokenizer
 from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import Stored, stored_in
 from lora_kit.errors import UserError
+from lora_kit.run import read_json
 from lora_kit.ship.gguf_tokenizer import add_tokenizer
-from lora_kit.ship.llama_cpp import WRITTEN_BY, need_llama_cpp
-from lora_kit.ship.merge import merge
+from lora_kit.ship.llama_cpp import WRITTEN_BY
+from lora_kit.ship.merge import generation, merge
 
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
 What = Literal["adapter", "merged", "base"]
@@ -61,7 +52,7 @@ class _Source:
     """A model folder, as llama.cpp sees it. `names`: {tensor's name in the files: in GGUF}."""
 
     folder: Path
-    config: dict[str, Any]  # of the text model
+    config: dict[str, Any]  # of the text model, with head_dim and num_key_value_heads
     architecture: str
     tied: bool
 
@@ -78,11 +69,6 @@ class _Source:
         return self.names.get_name(name, try_suffixes=(".weight", ".bias"))
 
     @property
-    def head_dim(self) -> int:
-        config = self.config
-        return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-    @property
     def context(self) -> int:
         """Tokens it sees; llama.cpp has sliding windows for Gemma alone."""
         config, most = self.config, int(self.config["max_position_embeddings"])
@@ -91,15 +77,10 @@ class _Source:
 
     def heads_permuted(self, name: str) -> int:
         """How many heads of a tensor's rows llama.cpp wants in another order; 0: none."""
-        if self.architecture == "llama" and ".attn_q." in name:
-            return int(self.config["num_attention_heads"])
-        if self.architecture == "llama" and ".attn_k." in name:
-            return _kv_heads(self.config)
-        return 0
-
-
-def _kv_heads(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+        if self.architecture != "llama":
+            return 0
+        heads, of_keys = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+        return {"attn_q": heads, "attn_k": of_keys}.get(name.split(".")[-2], 0)
 
 
 def permuted(rows: Any, heads: int) -> Any:
@@ -115,18 +96,16 @@ def open_source(folder: Path) -> _Source:
         UserError: not a dense Llama, Mistral, Qwen2, Qwen3 or Gemma, or with parts that its
             llama.cpp architecture does not have.
     """
-    try:
-        whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = {**whole, **(whole.get("text_config") or {})}
-        kind = whole.get("model_type")
-        if kind in _ARCHITECTURES and any(type(config.get(key)) is not int for key in _NUMBERS):
-            raise ValueError
-    except (OSError, ValueError, AttributeError, TypeError):
-        what = f"no JSON object with {', '.join(_NUMBERS)}"
-        raise UserError(f"{folder / 'config.json'}: {what}: copy the model again") from None
-    if kind not in _ARCHITECTURES:
+    whole = read_json(folder / "config.json")
+    config = {**whole, **(whole.get("text_config") or {})}
+    if (kind := str(whole.get("model_type"))) not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         raise UserError(f"{folder}: {kind!r} is not written as GGUF: one of {known}")
+    if missing := [key for key in _NUMBERS if type(config.get(key)) is not int]:
+        raise UserError(f"{folder}: config.json has no {', '.join(missing)}: copy the model again")
+    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
     architecture = _ARCHITECTURES[kind]
     tied = config.get("tie_word_embeddings", architecture.startswith("gemma"))
     source = _Source(folder, config, architecture, tied)
@@ -140,36 +119,22 @@ def open_source(folder: Path) -> _Source:
 
 def _unknown_to_llama_cpp(source: _Source) -> Any:
     config, architecture = source.config, source.architecture
-    if config.get("quantization_config"):
-        yield "weights that are quantized already"
     activation = config.get("hidden_activation") or config.get("hidden_act")
     gemma = architecture.startswith("gemma")
     if activation not in (("gelu_pytorch_tanh", "gelu", None) if gemma else ("silu",)):
         yield f"hidden_act {activation}"
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    if architecture == "qwen2" and source.head_dim * heads != hidden:
-        yield f"heads of {source.head_dim}"
-    if config.get("partial_rotary_factor", 1) != 1:
-        yield "a partial rotation (partial_rotary_factor)"
-    if config.get("use_bidirectional_attention"):
-        yield "attention in both directions"
     if architecture in ("gemma2", "gemma3"):
         # It knows the 27B models by their number of layers, and their scale differs.
         large = config["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[architecture]
         scale = config.get("query_pre_attn_scalar", 256)
-        if scale != (hidden // heads if large else source.head_dim):
+        of_large = config["hidden_size"] // config["num_attention_heads"]
+        if scale != (of_large if large else config["head_dim"]):
             yield f"query_pre_attn_scalar {scale}"
-        if architecture == "gemma3" and config.get("attn_logit_softcapping"):
-            yield "attn_logit_softcapping"
     if source.architecture in _ALWAYS_TIED and not source.tied:
         yield "a head of its own"
-    for layers, rope in _ropes(source).items():
-        if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
+    for rope in _ropes(source).values():
+        if rope["rope_type"] not in ("default", "linear", "llama3"):
             yield f"rope_type {rope['rope_type']}"
-        if layers == "sliding_attention" and rope["rope_type"] != "default":
-            yield "scaled positions in sliding windows"
-        if rope.get("truncate", True) is False or rope.get("mscale") or rope.get("mscale_all_dim"):
-            yield "this kind of YaRN (truncate, mscale)"
 
 
 def _ropes(source: _Source) -> dict[str, dict[str, Any]]:
@@ -188,7 +153,7 @@ def _ropes(source: _Source) -> dict[str, dict[str, Any]]:
 
 
 def write_model(
-    folder: Path, file: Path, kind: Kind, *, untie: bool = False, tokenizer: Path | None = None
+    folder: Path, file: Path, kind: Kind, *, untie: bool = False, tokenizer: Any = None
 ) -> None:
     """Write a model folder (config.json, safetensors, tokenizer) as one GGUF.
 
@@ -200,25 +165,25 @@ def write_model(
             stored as f16, which is said on stderr.
         untie: write the head of a tied model once more, so that an adapter can change the
             embeddings or the head alone, which share one tensor otherwise.
-        tokenizer: the folder of another tokenizer, as a run has it with its own template.
+        tokenizer: another than the folder's, as a run has it with its own template.
 
     Raises:
         UserError: see `open_source`; a tensor has no place in the architecture, or its values none
             in float16; the tokenizer is of a kind that llama.cpp splits differently.
     """
     import gguf
+    import numpy as np
 
-    assert kind in get_args(Kind), kind
     source = open_source(folder)
     tensors = _tensors(source, untie and source.tied)
     rows = tensors["token_embd.weight"].shape[0]
     writer = gguf.GGUFWriter(file, source.architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_string(WRITTEN_BY, version("lora-kit"))
-    writer.add_name(str(source.config.get("name_or_path") or file.stem))
-    _add_settings(writer, source, rows)
-    chosen = load_tokenizer(Pinned("", str(tokenizer or folder)))
-    add_tokenizer(writer, chosen, rows, end_ids(folder, chosen))
+    writer.add_name(file.stem)
+    _add_settings(writer, source)
+    tokenizer = tokenizer or load_tokenizer(Pinned("", str(folder)))
+    add_tokenizer(writer, tokenizer, rows, generation(folder, tokenizer)["eos_token_id"])
     whole = {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")
     writer.add_file_type(gguf.LlamaFileType[whole])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -226,45 +191,36 @@ def write_model(
     if kind == "q8_0" and (others := [n for n, k in kinds.items() if k == "f16"]):
         print(f"{file.name}: {len(others)} tensors as f16, not q8_0: their rows do not divide by "
               f"{_Q8_BLOCK} ({others[0]}, ...)", file=sys.stderr)  # fmt: skip
-    factors = _rope_factors(source)
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    for name, tensor in tensors.items():
-        _promise(writer, name, tensor.shape, kinds[name])
+    found = [
+        (name, tensor.shape, kinds[name], _pieces(source, name, tensor, kinds[name]))
+        for name, tensor in tensors.items()
+    ]
+    if (factors := _rope_factors(source)) is not None:
+        found.append(("rope_freqs.weight", factors.shape, "f32", [factors]))
+    for name, shape, each, _ in found:
+        raw = gguf.GGMLQuantizationType[each.upper()]
+        block, size = gguf.GGML_QUANT_SIZES[raw]
+        bytes_of_it = math.prod(shape) // block * size
+        writer.add_tensor_info(name, shape, np.dtype("float32"), bytes_of_it, raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        _put(writer, [factors])
-    for name, tensor in tensors.items():
-        _put(writer, _pieces(source, name, tensor, kinds[name]))
+    for *_, pieces in found:
+        _put(writer, pieces)
     writer.close()
-
-
-def end_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Where generation stops: the model's own end tokens, and that of the template's answers."""
-    file = folder / "generation_config.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    config = SimpleNamespace(eos_token_id=known.get("eos_token_id"))
-    return end_tokens(SimpleNamespace(generation_config=config), tokenizer)
 
 
 def _tensors(source: _Source, untie: bool) -> dict[str, Stored]:
     """{GGUF's name: as stored}, what is not of the text model and a tied head left out."""
-    found, strange = {}, []
+    found = {}
     for name, tensor in stored_in(source.folder).items():
         if "vision_tower." in name or "multi_modal_projector." in name or "inv_freq" in name:
             continue
-        there = source.name(name)
-        if there is None:
-            strange.append(name)
-        elif there != "output.weight" or not source.tied:
+        if (there := source.name(name)) is None:
+            where = f"llama.cpp's {source.architecture}: export it with --to merged"
+            raise UserError(f"{source.folder}: {name} has no place in {where}")
+        if there != "output.weight" or not source.tied:
             found[there] = tensor
-    if strange:
-        raise UserError(
-            f"{source.folder}: {strange[0]} and {len(strange) - 1} more tensors have no place in "
-            f"llama.cpp's {source.architecture}: export it with --to merged"
-        )
     if untie:
         found["output.weight"] = found["token_embd.weight"]
     return found
@@ -274,15 +230,6 @@ def _kind_of(shape: tuple[int, ...], kind: Kind) -> Kind:
     if len(shape) < 2:
         return "f32"
     return "f16" if kind == "q8_0" and shape[-1] % _Q8_BLOCK else kind
-
-
-def _promise(writer: Any, name: str, shape: tuple[int, ...], kind: Kind) -> None:
-    import gguf
-    import numpy as np
-
-    raw = gguf.GGMLQuantizationType[kind.upper()]
-    block, size = gguf.GGML_QUANT_SIZES[raw]
-    writer.add_tensor_info(name, shape, np.float32, math.prod(shape) // block * size, raw)
 
 
 def _put(writer: Any, pieces: Any) -> None:
@@ -318,7 +265,9 @@ def _pieces(source: _Source, name: str, tensor: Stored, kind: Kind) -> Any:
         yield made
 
 
-def _add_settings(writer: Any, source: _Source, rows: int) -> None:
+def _add_settings(writer: Any, source: _Source) -> None:
+    import gguf
+
     config, architecture = source.config, source.architecture
     if architecture in ("gemma2", "gemma3") and (window := config.get("sliding_window")):
         writer.add_sliding_window(window)
@@ -326,41 +275,28 @@ def _add_settings(writer: Any, source: _Source, rows: int) -> None:
     elif source.context < config["max_position_embeddings"]:
         print(f"{source.folder.name}: {source.context:,} tokens of context, its sliding window: "
               f"llama.cpp has none for {architecture}", file=sys.stderr)  # fmt: skip
+    ropes = _ropes(source)
+    rope, local = ropes["full_attention"], ropes.get("sliding_attention", {})
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
     for add, value in (
-        (writer.add_vocab_size, rows),
         (writer.add_context_length, source.context),
         (writer.add_embedding_length, config["hidden_size"]),
         (writer.add_feed_forward_length, config["intermediate_size"]),
         (writer.add_block_count, config["num_hidden_layers"]),
         (writer.add_head_count, config["num_attention_heads"]),
-        (writer.add_head_count_kv, _kv_heads(config)),
-        (writer.add_key_length, source.head_dim),
-        (writer.add_value_length, source.head_dim),
-        (writer.add_rope_dimension_count, source.head_dim),
+        (writer.add_head_count_kv, config["num_key_value_heads"]),
+        (writer.add_key_length, config["head_dim"]),
+        (writer.add_value_length, config["head_dim"]),
         (writer.add_layer_norm_rms_eps, config.get("rms_norm_eps", 1e-6)),
         (writer.add_attn_logit_softcapping, config.get("attn_logit_softcapping")),
         (writer.add_final_logit_softcapping, config.get("final_logit_softcapping")),
+        (writer.add_rope_freq_base, rope["rope_theta"]),
+        (writer.add_rope_freq_base_swa, local.get("rope_theta")),
     ):
         if value is not None:
             add(value)
-    ropes = _ropes(source)
-    rope = ropes["full_attention"]
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if "sliding_attention" in ropes:
-        writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
-    if rope["rope_type"] in ("linear", "yarn"):
-        import gguf
-
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        trained = rope.get("original_max_position_embeddings") or source.context
-        writer.add_rope_scaling_orig_ctx_len(trained)
-        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
-        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
-        if factor := rope.get("attention_factor"):
-            # llama.cpp multiplies its own 1 + 0.1 ln(factor) by what is stated.
-            writer.add_rope_scaling_yarn_attn_factor(factor / (1 + 0.1 * math.log(rope["factor"])))
 
 
 def _windows(source: _Source) -> list[bool]:
@@ -382,7 +318,7 @@ def _rope_factors(source: _Source) -> Any:
     rope = _ropes(source)["full_attention"]
     if rope["rope_type"] != "llama3":
         return None
-    exponents = np.arange(0, source.head_dim, 2) / source.head_dim
+    exponents = np.arange(0, source.config["head_dim"], 2) / source.config["head_dim"]
     waves = 2 * np.pi * rope["rope_theta"] ** exponents
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = (rope["original_max_position_embeddings"] / waves - low) / (high - low)
@@ -406,30 +342,11 @@ def needs_untied(adapter: Adapter, source: _Source) -> bool:
     return parted
 
 
-def _places(adapter: Adapter, source: _Source) -> dict[str, str]:
-    """{module: its weight in GGUF}. Raises UserError on one that does not fit."""
-    shapes = {source.name(name): t.shape for name, t in stored_in(source.folder).items()}
-    if source.tied:
-        shapes["output.weight"] = shapes.get("token_embd.weight", ())
-    found = {}
-    for module, halves in adapter.halves.items():
-        place = source.name(f"{module}.weight")
-        (_, inner), (outer, _) = halves["A"].shape[:2], halves["B"].shape[:2]
-        wanted = (inner, outer) if place == "token_embd.weight" else (outer, inner)
-        if place is None or shapes.get(place) != wanted:
-            raise UserError(
-                f"{adapter.folder}: {module} is {outer} x {inner}, which {source.folder} has "
-                "no weight for: name the base that it was trained on"
-            )
-        found[module] = place
-    return found
-
-
 def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
     """Write a LoRA adapter as GGUF in float32, to be put on its base's GGUF by llama.cpp.
 
-    llama.cpp has one alpha for all and scales by alpha / rank of each module: what else scales
-    (rsLoRA, patterns) is folded into B. If the adapter `needs_untied`, it fits the GGUF of a tied
+    llama.cpp has one alpha for all, here 1, and scales by alpha / rank of each module: the rest of
+    the scale is folded into B. If the adapter `needs_untied`, it fits the GGUF of a tied
     base only if that was written with `untie`.
 
     Raises:
@@ -440,19 +357,25 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
 
     check_portable(adapter)
     source = open_source(base_folder)
-    places = _places(adapter, source)
     needs_untied(adapter, source)
-    alpha = float(adapter.config.get("lora_alpha", 8)) or 1.0
+    shapes = {source.name(name): t.shape for name, t in stored_in(source.folder).items()}
+    if source.tied:
+        shapes["output.weight"] = shapes.get("token_embd.weight", ())
     writer = gguf.GGUFWriter(file, source.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(WRITTEN_BY, version("lora-kit"))
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for module, name in places.items():
-        update = adapter.update(module)
-        a, b = update.a[0].float().numpy(), update.b[0]
-        # Exactly 1 for a plain adapter, whose B stays as it is.
-        b = (b * (update.scale * b.shape[1] / alpha)).float().numpy()
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 1.0)
+    for module in adapter.halves:
+        name, update = source.name(f"{module}.weight"), adapter.update(module)
+        a, b = update.a[0].float(), update.b[0].float()
+        size = (len(b), a.shape[1])
+        if name is None or shapes.get(name) != (size[::-1] if "token_embd" in name else size):
+            raise UserError(
+                f"{adapter.folder}: {module} is {size[0]} x {size[1]}, which {source.folder} has "
+                "no weight for: name the base that it was trained on"
+            )
+        a, b = a.numpy(), (b * (update.scale * b.shape[1])).numpy()
         if heads := source.heads_permuted(name):
             b = permuted(b, heads)
         if name == "token_embd.weight":
@@ -466,19 +389,9 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
 
 
 def needed(run: str | Path, kind: Kind, what: What) -> int:
-    """Bytes that `export_gguf` writes at most, with the merged model that it makes on its way, or
-    the base that an adapter is tried on.
-
-    Raises:
-        UserError: the extra is missing, or the run's base or adapter cannot be written as GGUF.
-    """
-    need_llama_cpp()
-    folder, adapter = _opened(run)
-    source = open_source(folder)
-    needs_untied(adapter, source)
-    if what == "adapter":
-        check_portable(adapter)
-        _places(adapter, source)
+    """Bytes that `export_gguf` writes at most, with the merged model that it makes on its way.
+    Raises UserError if the run's base cannot be written as GGUF."""
+    folder = open_source(Path(pin_like(run, run_base(run)).folder)).folder
     # A tied head may be written a second time.
     values = [math.prod(t.shape) for t in stored_in(folder).values()]
     values.append(max(values))
@@ -494,16 +407,13 @@ def export_gguf(run: str | Path, out: Path, kind: Kind, what: What) -> Path:
     Raises:
         UserError: see `write_model`, `write_adapter` and `merge`.
     """
-    need_llama_cpp()
-    folder, adapter = _opened(run)
-    file = out / f"{run_home(run).name}.gguf"
-    own = adapter_folder(run)
-    words = own if (own / "tokenizer.json").is_file() else folder
+    pinned, adapter = pin_like(run, run_base(run)), run_adapter(run)
+    folder, file = Path(pinned.folder), out / f"{run_home(run).name}.gguf"
     untie = needs_untied(adapter, open_source(folder))
     if what == "adapter":
         write_adapter(adapter, folder, file)
     elif what == "base":
-        write_model(folder, file, kind, untie=untie, tokenizer=words)
+        write_model(folder, file, kind, untie=untie, tokenizer=load_run_tokenizer(run, pinned))
     else:
         merged = out / ".merged"
         # In bfloat16 a small update is lost in the rounding of the sum.
@@ -511,7 +421,3 @@ def export_gguf(run: str | Path, out: Path, kind: Kind, what: What) -> Path:
         write_model(merged, file, kind)
         shutil.rmtree(merged)
     return file
-
-
-def _opened(run: str | Path) -> tuple[Path, Adapter]:
-    return Path(pin_like(run, run_base(run)).folder), run_adapter(run)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,13 +67,13 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence[i
     before, after = _surroundings(parts)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-    bos = before if before is not None else tokenizer.bos_token_id
     # llama.cpp takes token 11, or 1 and 2, for ids that are not named.
-    writer.add_bos_token_id(bos if bos is not None else tokenizer.eos_token_id)
+    bos = [*before, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    writer.add_bos_token_id(next(n for n in bos if n is not None))
     writer.add_eos_token_id(tokenizer.eos_token_id)
     # It would put the token before conversations too, whose template may not write it.
-    writer.add_add_bos_token(before is not None and _first(tokenizer) in (None, before))
-    writer.add_add_eos_token(after is not None)
+    writer.add_add_bos_token(bool(before) and _first(tokenizer) in (None, *before))
+    writer.add_add_eos_token(bool(after))
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
     if tokenizer.pad_token_id is not None:
@@ -85,20 +85,24 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence[i
 
 def _first(tokenizer: Any) -> int | None:
     """The token that conversations begin with; None if there is no template."""
-    if not tokenizer.chat_template:
-        return None
-    try:
-        text = render(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
-    except NotUsable:
-        return None
-    return next(iter(tokenizer(text, add_special_tokens=False).input_ids), None)
+    if tokenizer.chat_template:
+        with contextlib.suppress(NotUsable):
+            text = render(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+            return next(iter(tokenizer(text, add_special_tokens=False).input_ids), None)
+    return None
+
+
+def _steps(part: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
+    """Of a part that is a sequence all steps, which it keeps under the name `several`."""
+    if part is None:
+        return []
+    return part[several] if part["type"] == "Sequence" else [part]
 
 
 def _pre(parts: dict[str, Any]) -> str:
     """llama.cpp's name for how a byte-level tokenizer splits a text before it merges."""
-    top = parts["pre_tokenizer"] or {"type": "nothing"}
     steps: list[str] = []
-    for step in top["pretokenizers"] if top["type"] == "Sequence" else [top]:
+    for step in _steps(parts["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
             steps += ["GPT-2"] if step["use_regex"] else []
         elif step["type"] == "Digits" and step["individual_digits"]:
@@ -108,14 +112,14 @@ def _pre(parts: dict[str, Any]) -> str:
         else:
             steps.append(step["type"])
     key = (tuple(steps), bool(parts["model"].get("ignore_merges")))
-    normalizer = (parts["normalizer"] or {"type": None})["type"]
-    if key not in _PRE or normalizer not in (None, "NFC"):
-        how = " then ".join(steps) + (f" after {normalizer}" if normalizer else "")
+    cleaned = [step["type"] for step in _steps(parts["normalizer"], "normalizers")]
+    if key not in _PRE or cleaned not in ([], ["NFC"]):
+        how = " then ".join([*cleaned, *steps]) or "nothing"
         raise UserError(
             f"the tokenizer splits text by {how[:160]}, which is none of llama.cpp's "
             f"{', '.join(_PRE.values())}: export it with --to merged"
         )
-    if normalizer:
+    if cleaned:
         print("llama.cpp does not normalize text (NFC): letters that are written as two characters "
               "become other tokens there", file=sys.stderr)  # fmt: skip
     return _PRE[key]
@@ -123,10 +127,8 @@ def _pre(parts: dict[str, Any]) -> str:
 
 def _space_prefix(parts: dict[str, Any], tokenizer: Any) -> bool:
     """Whether SentencePiece's kind puts a space before a text."""
-    steps: list[Any] = []
-    for name, several in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        top = parts[name] or {"type": "Sequence", several: []}
-        steps += top[several] if top["type"] == "Sequence" else [top]
+    cleaned = _steps(parts["normalizer"], "normalizers")
+    steps = [*cleaned, *_steps(parts["pre_tokenizer"], "pretokenizers")]
     prefix, spaces, specials = False, False, {token["id"] for token in parts["added_tokens"]}
     for step in steps:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
@@ -149,22 +151,12 @@ def _space_prefix(parts: dict[str, Any], tokenizer: Any) -> bool:
 
 def _scores(vocab: dict[str, int], merges: list[Any], vocab_size: int) -> list[float]:
     """llama.cpp merges two neighbours whose union is a token, the best score first: the scores
-    follow the merges. It knows no other merges than these only if each way to a token is one."""
-    scores, ways = [0.0] * vocab_size, defaultdict(set)
+    follow the merges. (SentencePiece's tokenizers merge all such pairs, as llama.cpp does.)"""
+    scores = [0.0] * vocab_size
     for rank, (left, right) in enumerate(merges):
-        ways[left + right].add(left)
         token = vocab.get(left + right)
         if token is not None and scores[token] == 0:
             scores[token] = -1.0 - rank
-    others = sum(
-        text[:cut] not in ways[text]
-        for text in list(ways)
-        for cut in range(1, len(text))
-        if text[:cut] in vocab and text[cut:] in vocab
-    )
-    if others:
-        print(f"llama.cpp may split rare words otherwise: {others} pairs of tokens make one that "
-              "the tokenizer does not merge", file=sys.stderr)  # fmt: skip
     return scores
 
 
@@ -183,22 +175,20 @@ def _kinds(parts: dict[str, Any], vocab_size: int) -> list[Any]:
     return kinds
 
 
-def _surroundings(parts: dict[str, Any]) -> tuple[int | None, int | None]:
-    """The tokens that are put before and after each text."""
-    top = parts["post_processor"] or {"type": "ByteLevel"}
-    steps = top["processors"] if top["type"] == "Sequence" else [top]
-    around: list[int | None] = [None, None]
-    for step in steps:
+def _surroundings(parts: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """The token that is put before each text, if any, and the one after it."""
+    before: list[int] = []
+    after: list[int] = []
+    for step in _steps(parts["post_processor"], "processors"):
         if step["type"] == "TemplateProcessing":
-            at = 0
+            side = before
             for piece in step["single"]:
                 if "Sequence" in piece:
-                    at = 1
-                    continue
-                ids = step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-                if around[at] is not None or len(ids) != 1:
-                    raise UserError("the tokenizer adds several tokens to a text: llama.cpp, one")
-                around[at] = ids[0]
+                    side = after
+                else:
+                    side += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
         elif step["type"] != "ByteLevel":
             raise UserError(f"the tokenizer's {step['type']} is not known to llama.cpp")
-    return around[0], around[1]
+    if max(len(before), len(after)) > 1:
+        raise UserError("the tokenizer adds several tokens to a text: llama.cpp, one")
+    return before, after

@@ -15,11 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_kit.adapter.files import WEIGHTS, open_adapter
-from lora_kit.adapter.load import run_home
+from lora_kit.adapter.load import run_adapter, run_home
 from lora_kit.base.tensors import INDEX, stored, stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder
 from lora_kit.hashes import file_hash
+from lora_kit.hub_errors import cause_of, problem
 from lora_kit.nano import MODEL as NANO
 from lora_kit.run import read_json, read_lock
 from lora_kit.ship.card import HUB_ID, LOCAL, Card, make_card
@@ -45,7 +46,7 @@ _FIGURES = (
 )
 # An absolute path: two names at least, so that neither `</p>` nor `and/or` is one.
 _PATH = re.compile(r"(?:(?<![\w.:/<~-])|(?<=\\[nrt]))/(?:[\w.@+-]+/)+([\w.@+-]*)")
-_PASSING = (408, 412, 429, 500, 502, 503, 504)  # what another try may mend
+_PASSING = (408, 429, 500, 502, 503, 504)  # what another try may mend
 _TRIES, FIRST_WAIT, _LONGEST_WAIT = 5, 1.0, 300.0  # seconds
 
 
@@ -93,45 +94,41 @@ def make_plan(
 
     quiet_libraries()
     _api(repo)
-    adapter, home = open_adapter(run), run_home(run)
+    adapter, home = run_adapter(run), run_home(run)
     folder = Path(merged) if merged else adapter.folder
     lock, report, config = read_lock(home), read_json(home / "report.json"), dict(adapter.config)
     if merged:
-        stored_in(folder)
-    else:
-        saved = (lock.get("adapter") or {}).get("sha256")
-        if saved and file_hash(folder / WEIGHTS) != saved:
-            raise UserError(f"{folder / WEIGHTS}: not as the run saved it: copy the run again")
+        stored_in(folder)  # whole
     # That only this machine should know, should a tokenizer's settings or template tell.
     named = [str(config.get("base_model_name_or_path")), *(lock.get("data") or {}), Path.cwd()]
     private = {str(p) for p in (*named, home.resolve()) if re.match("/[^/]+/", str(p))}
     base = _public_base(str(config.get("base_model_name_or_path") or LOCAL), lock)
     config["base_model_name_or_path"] = base
     lock = json.loads(_json(_public_lock(lock, base)))
-    figures = {k: v for k, v in report.items() if with_samples or k in _FIGURES}
-    report = json.loads(_json(figures))
+    report = {k: v for k, v in report.items() if with_samples or k in _FIGURES}
+    report = json.loads(_json(report))
     files: dict[str, bytes | Path] = {
         file.name: file.resolve()
         for file in sorted(folder.iterdir())
         if _PUSHED.fullmatch(file.name) and file.is_file()
     }
-    if merged and any((folder / name).is_symlink() for name in files):
-        raise UserError(f"{folder}: holds a link to somewhere else: put the file itself there")
-    if merged and "config.json" not in files:
-        raise UserError(f"{folder}: no config.json: not a merged model")
+    if merged:
+        if any((folder / name).is_symlink() for name in files):
+            raise UserError(f"{folder}: holds a link to somewhere else: put the file itself there")
+        if "config.json" not in files:
+            raise UserError(f"{folder}: no config.json: not a merged model")
+        model = read_json(folder / "config.json")
+        model.pop("_name_or_path", None)
+        made = {"config.json": model}
+    else:
+        made = {"adapter_config.json": config}
     has_licence = any(re.fullmatch(_LICENCE, name) for name in files)
     card = make_card(repo, config, lock, report, merged=bool(merged), has_licence=has_licence)
     files["README.md"] = card.text.encode()
     if card.notice:
         files["NOTICE"] = f"{card.notice}\n".encode()
-    if merged:
-        model = read_json(folder / "config.json")
-        model.pop("_name_or_path", None)
-        files["config.json"] = _json(model)
-    else:
-        files["adapter_config.json"] = _json(config)
-    files |= {"run.lock.json": _json(lock)} if lock else {}
-    files |= {"report.json": _json(report)} if report else {}
+    made |= {"run.lock.json": lock, "report.json": report}
+    files |= {name: _json(values) for name, values in made.items() if values}
     if with_samples and (home / "report.html").is_file():
         page = (home / "report.html").read_text(encoding="utf-8")
         files["report.html"] = _PATH.sub(r"\1", page).encode()
@@ -150,17 +147,13 @@ def push(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             visibility; nothing was committed, unless the message says so.
     """
     from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.errors import RepositoryNotFoundError
 
     repo = plan.repo
     api = _api(repo)
 
     def head() -> Any:
-        try:
-            return api.model_info(repo)
-        except RepositoryNotFoundError:
-            api.create_repo(repo, private=not plan.public, exist_ok=True)
-            return api.model_info(repo)
+        api.create_repo(repo, private=not plan.public, exist_ok=True)
+        return api.model_info(repo)
 
     def held(sha: str) -> bool:
         there = _listed(api, repo, sha)
@@ -169,29 +162,20 @@ def push(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     info = _patiently(head, repo, say)
     if bool(info.private) == plan.public:
         now, fix = ("private", "leave --public out") if info.private else ("public", "add --public")
-        raise UserError(
-            f"{repo}: is {now} already, and would stay so: {fix}, or name another; nothing was "
-            "uploaded"
-        )
+        raise UserError(f"{repo}: is {now} already, and would stay so: {fix}, or name another")
     done = {**plan.to_json(), "url": f"{api.endpoint}/{repo}"}
     if _patiently(lambda: held(info.sha), repo, say):
         return {**done, "commit": info.sha, "committed": False}
 
-    def commit() -> str:
+    def commit() -> Any:
         # Of a try before, the answer may be all that was lost.
-        now: str = api.model_info(repo).sha
-        if now == info.sha:
-            operations = [CommitOperationAdd(n, c) for n, c in sorted(plan.files.items())]
-            message = "Upload with lora-kit"
-            return api.create_commit(
-                repo, operations, commit_message=message, parent_commit=now
-            ).oid
-        if held(now):
+        now = api.model_info(repo).sha
+        if now != info.sha and held(now):
             return now
-        raise UserError(
-            f"{repo}: somebody else changed it meanwhile (now {now[:12]}): look at it, then push "
-            "again; nothing was committed"
-        )
+        # Somebody else's commit meanwhile is not the parent that is named: the Hub answers 412.
+        named = {"commit_message": "Upload with lora-kit", "parent_commit": info.sha}
+        files = [CommitOperationAdd(n, content) for n, content in sorted(plan.files.items())]
+        return api.create_commit(repo, files, **named).oid
 
     return {**done, "commit": _patiently(commit, repo, say), "committed": True}
 
@@ -215,16 +199,12 @@ def pull(
     for name in there:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
-            raise UserError(
-                f"{repo}: names a file outside of its folder: {name!r:.80}: not fetched"
-            )
+            raise UserError(f"{repo}: names a file outside of its folder: {name!r:.80}")
     wanted = {n: f for n, f in there.items() if _PULLED.fullmatch(n) and n != PULLED}
     left = sorted(there.keys() - wanted.keys() - {".gitattributes"})
     if not wanted.keys() & {WEIGHTS, "model.safetensors", INDEX}:
-        raise UserError(
-            f"{repo}: no safetensors weights at its top ({', '.join(left[:5]) or 'empty'}); other "
-            "formats are not fetched"
-        )
+        others = ", ".join(left[:5]) or "empty"
+        raise UserError(f"{repo}: no safetensors weights at its top ({others}): nothing is fetched")
     hashes = {}
     with new_folder(Path(out), sum(file.size for file in wanted.values())) as folder:
         for name, file in sorted(wanted.items()):
@@ -237,12 +217,9 @@ def pull(
         _check_pulled(folder, repo, hashes)
         marker = {"repo": repo, "revision": sha, "files": hashes}
         (folder / PULLED).write_bytes(_json(marker))
-    config = read_json(Path(out) / "adapter_config.json")
-    if config.get("base_model_name_or_path") == LOCAL:
-        say(
-            f"its base was a folder of its author: write where yours lies into {out}/"
-            "adapter_config.json (base_model_name_or_path)"
-        )
+    config = Path(out) / "adapter_config.json"
+    if read_json(config).get("base_model_name_or_path") == LOCAL:
+        say(f"{config}: base_model_name_or_path was a folder of its author: write yours there")
     return {**marker, "out": str(out), "left": left}
 
 
@@ -274,9 +251,7 @@ def _check_pulled(folder: Path, repo: str, hashes: dict[str, str]) -> None:
     except UserError as error:
         raise UserError(f"{repo}: {str(error).replace(f'{folder.resolve()}/', '')}") from None
     if saved and hashes.get(WEIGHTS, saved) != saved:
-        raise CheckFailed(
-            f"{repo}: {WEIGHTS} is not the one that run.lock.json names: not kept; ask its owner"
-        )
+        raise CheckFailed(f"{repo}: {WEIGHTS} is not the one that run.lock.json names: not kept")
 
 
 def _check_json(file: Path) -> None:
@@ -328,9 +303,9 @@ def _is(content: bytes | Path, entry: Any) -> bool:
     """Whether bytes are those that the Hub lists: large files by sha256, others as git does."""
     if entry is None or _size(content) != entry.size:
         return False
-    if entry.lfs is not None and isinstance(content, Path):
+    if isinstance(content, Path) and entry.lfs is not None:
         return bool(file_hash(content) == entry.lfs.sha256)
-    whole = content if isinstance(content, bytes) else content.read_bytes()
+    whole = content.read_bytes() if isinstance(content, Path) else content
     if entry.lfs is not None:
         return bool(hashlib.sha256(whole).hexdigest() == entry.lfs.sha256)
     return bool(hashlib.sha1(b"blob %d\0" % len(whole) + whole).hexdigest() == entry.blob_id)
@@ -351,52 +326,17 @@ def _patiently(
     for attempt in range(_TRIES):
         try:
             return action()
-        except (UserError, CheckFailed):
+        except UserError:
             raise
         except (*broken, ValueError) as error:
-            response = getattr(error, "response", getattr(error.__cause__, "response", None))
-            status = getattr(response, "status_code", None)
-            cut = status is None and isinstance(error, (*broken, json.JSONDecodeError))
-            cut = cut and not isinstance(error, hub.OfflineModeIsEnabled)
-            asked = str(response.headers.get("Retry-After", "")) if response is not None else ""
+            _, status, asked = cause_of(error)
             pause = float(asked) if asked.isdigit() else FIRST_WAIT * 2**attempt
-            last = attempt == _TRIES - 1 or pause > _LONGEST_WAIT
-            if last or not (cut or status in _PASSING):
-                raise UserError(
-                    f"{repo}: {_problem(error, status, cut, repo, revision, asked)}"
-                ) from error
+            cut = status is None and isinstance(error, (*broken, json.JSONDecodeError))
+            passing = status in _PASSING or (
+                cut and not isinstance(error, hub.OfflineModeIsEnabled)
+            )
+            if not passing or attempt == _TRIES - 1 or pause > _LONGEST_WAIT:
+                raise UserError(f"{repo}: {problem(error, repo, revision)}") from error
             why = f"the Hub answers {status}" if status else "the Hub cannot be reached"
             say(f"{why}: tried again in {pause:g} s")
             time.sleep(pause)
-
-
-def _problem(
-    error: Exception, status: Any, cut: bool, repo: str, revision: str | None, retry_after: str
-) -> str:
-    """Cause and fix."""
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    where = constants.ENDPOINT
-    if isinstance(error, hub.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set: unset it to reach {where}"
-    if isinstance(error, hub.RevisionNotFoundError):
-        return f"has no revision `{revision}`: leave --revision out for the newest"
-    if isinstance(error, hub.GatedRepoError):
-        return f"access refused ({status}): ask for it at {where}/{repo}, then log in"
-    if cut:
-        return f"{where} cannot be reached: check the network, try again: nothing is done twice"
-    said = " ".join(str(error).split())[:160]
-    return {
-        401: "not there, or you are not logged in (401): run `hf auth login`, or set HF_TOKEN",
-        403: "the token may not do this (403): take one with the rights for it",
-        404: f"not on {where} (404), or private and you may not see it: check the name",
-        409: "another change of it is being made (409): wait for that one, then try again",
-        412: "somebody else changed it meanwhile (412): look at it, then push again",
-        429: f"too many requests (429): try again in {retry_after or 'some hundred'} seconds",
-    }.get(
-        status,
-        f"{where} answers {status}, {_TRIES} times: try again later: nothing is done twice"
-        if status in _PASSING
-        else f"{where} refuses it ({status or type(error).__name__}): {said}",
-    )

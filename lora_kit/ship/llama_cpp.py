@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import CheckFailed, UserError
+from lora_kit.trust import run_module
 
 # Every file of ours says who wrote it.
 WRITTEN_BY = "lora_kit.version"
+# The model's name in llama.cpp's answers. No text of theirs holds this: quotes are escaped.
+ALIAS = "@lora-kit@"
 
 
 def need_llama_cpp() -> None:
@@ -34,9 +37,7 @@ def need_ours(file: Path) -> None:
 
     try:
         ours = GGUFReader(file).get_field(WRITTEN_BY) is not None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
-    except Exception:  # whatever a damaged header leads numpy into
+    except Exception:  # it is missing, or whatever a damaged header leads numpy into
         ours = False
     if not ours:
         raise UserError(
@@ -47,7 +48,7 @@ def need_ours(file: Path) -> None:
 
 def run(
     model: Path,
-    adapters: Sequence[tuple[Path, float]] = (),
+    adapters: Sequence[Path] = (),
     *,
     prompts: Sequence[Sequence[int]] = (),
     tokens: int = 1,
@@ -58,7 +59,7 @@ def run(
     """What llama.cpp makes of a GGUF of ours, in a fresh process, keys and values in float32.
 
     Args:
-        adapters: adapter GGUFs with the scale of each (1: as trained).
+        adapters: adapter GGUFs that are put on it.
         prompts: token ids, each continued greedily by `tokens` tokens at most.
         top: of how many tokens the log-probabilities are wanted, in place of each that is chosen.
         texts: to be split into ids, as a prompt is: with the BOS token if the model adds one.
@@ -73,15 +74,13 @@ def run(
         CheckFailed: llama.cpp does not load it, or ended.
     """
     need_llama_cpp()
-    for file in (model, *(file for file, _ in adapters)):
+    for file in (model, *adapters):
         need_ours(file)
-    request = {
-        **{"model": str(model), "adapters": [(str(file), scale) for file, scale in adapters]},
-        **{"prompts": [list(p) for p in prompts], "tokens": tokens, "top": top},
-        **{"texts": list(texts), "conversations": list(conversations)},
-    }
-    command = [sys.executable, "-m", "lora_kit.ship.llama_cpp"]
-    child = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True)
+    request: dict[str, Any] = {"model": model, "adapters": adapters, "prompts": prompts}
+    request |= {"tokens": tokens, "top": top, "texts": texts, "conversations": conversations}
+    command = run_module("lora_kit.ship.llama_cpp")
+    asked = json.dumps(request, default=str).encode()
+    child = subprocess.run(command, input=asked, capture_output=True)
     if child.returncode:
         lines = child.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
         # Below an assertion stands where it was; of Python's own traceback the last line counts.
@@ -90,24 +89,54 @@ def run(
     return dict(json.loads(child.stdout))
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    """`run`, within the fresh process."""
+def open_server(
+    model: Path,
+    adapters: Sequence[Path],
+    address: str,
+    context: int,
+    slots: int = 1,
+    exact: bool = True,
+    verbosity: int = 1,  # errors only
+) -> Any:
+    """An `xllamacpp.Server`, which lives as long as the object, at an IP address or unix socket.
+
+    Args:
+        context: tokens of one conversation, of which `slots` are held at the same time.
+        exact: compute in float32, on the CPU, and with this context or not at all.
+
+    Raises:
+        CheckFailed: llama.cpp does not start.
+    """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.verbosity = request["model"], 1  # errors only
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(*each) for each in request["adapters"]]
-    params.hostnames, params.port, params.n_gpu_layers = ["127.0.0.1"], 0, 0
+    params.model.path, params.model_alias, params.hostnames = str(model), {ALIAS}, [address]
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0) for file in adapters]
+    params.port, params.n_parallel, params.n_ctx = 0, slots, slots * context
+    # What it keeps of prompts beyond its slots it finds again by their tokens, whatever the adapter
+    # was: one answer in a hundred came from another adapter's keys and values (llama.cpp b11549).
+    params.cache_ram_mib = 0
+    threads = int(os.environ.get("OMP_NUM_THREADS") or -1)  # as torch takes it
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.ui = params.endpoint_slots = False
+    params.verbosity = verbosity
+    if exact:
+        params.n_gpu_layers = 0
+        params.fit_params = params.warmup = False
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    try:
+        return xllamacpp.Server(params)
+    except (RuntimeError, ValueError):
+        raise CheckFailed(f"{model}: llama.cpp does not start with it: --debug shows why") from None
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    """`run`, within the fresh process."""
     # All of it is taken at once: no more than is asked for.
     longest = max(map(len, request["prompts"]), default=0)
-    params.n_ctx = longest + request["tokens"] + 32
-    if threads := int(os.environ.get("OMP_NUM_THREADS", "0")):  # its own wait for each other awake
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    # It would shrink the context to the free memory, and run once for nothing.
-    params.fit_params = params.warmup = params.ui = False
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(params)
+    context = longest + request["tokens"] + 32
+    server = open_server(request["model"], request["adapters"], "127.0.0.1", context)
     # Whatever proxy the environment names: this is loopback.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -140,12 +169,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         places = range(len(prompt), len(prompt) + len(chosen)) if request["top"] else ()
         top = [top_after([*prompt, *chosen][:end]) for end in places]
         answers.append({"tokens": chosen, "stopped": got["stop_type"] == "eos", "top": top})
-    rendered = [
-        post("/apply-template", {"messages": messages})["prompt"]
-        for messages in request["conversations"]
-    ]
-    texts = {"texts": request["texts"], "conversations": rendered}
-    return {"answers": answers, **{key: list(map(ids, of)) for key, of in texts.items()}}
+    texts = [ids(text) for text in request["texts"]]
+    turns = [post("/apply-template", {"messages": each}) for each in request["conversations"]]
+    conversations = [ids(rendered["prompt"]) for rendered in turns]
+    return {"answers": answers, "texts": texts, "conversations": conversations}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import resource
 import shutil
 import time
@@ -28,12 +27,10 @@ from lora_kit.adapter.load import (
     run_home,
 )
 from lora_kit.adapter.names import Plan
-from lora_kit.base.load import load_base, load_tokenizer, unquantized_config
-from lora_kit.base.tensors import (
-    stored_in,
-)
+from lora_kit.base.load import load_base, unquantized_config
+from lora_kit.base.tensors import stored_in
 from lora_kit.errors import CheckFailed, UserError
-from lora_kit.folders import new_folder
+from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Base
 from lora_kit.ship.weights import Weights
@@ -44,6 +41,7 @@ FLOAT32_TOLERANCE = 1e-4
 # In bfloat16 the merged weight is rounded to 8 bits: what that may cost of the adapter's effect.
 ROUNDING_SHARE = 0.25
 
+_BESIDE = 64 * 2**20  # bytes for all but the weights; the largest tokenizers take half of it
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _LEGAL = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
 
@@ -92,28 +90,21 @@ def merge(
     """
     started = time.perf_counter()
     out = Path(out)
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists: name another folder with --out, or remove it")
+    refuse_existing(out)
     trained = run_base(run)
     base = changed_base(trained, dtype=dtype)
-    if (
-        into == "dequantized"
-        and trained.quantize != "nf4"
-        and (run_home(run) / "run.yaml").exists()
-    ):
+    ours = (run_home(run) / "run.yaml").exists()
+    if into == "dequantized" and ours and trained.quantize != "nf4":
         raise UserError(f"{run}: trained on {trained.quantize}, not on nf4: merge into the base")
     adapter = run_adapter(run)
     pinned = pin_like(run, base, weights=False)
     folder, config = Path(pinned.folder), unquantized_config(pinned)
-    own = any(adapter.folder.glob("tokenizer*"))
-    tokenizer = load_run_tokenizer(run) if own else load_tokenizer(pinned)
+    tokenizer = load_run_tokenizer(run, pinned)
     weights = Weights(adapter, stored_in(folder), config, base.dtype)
     if into == "dequantized":
         weights.quantize(folder, trained.dtype)
     legal = [file for pattern in _LEGAL for file in folder.glob(pattern) if file.is_file()]
-    beside = sum(f.stat().st_size for f in [*legal, *adapter.folder.glob("*.json")])
-    beside += 2**20 + 512 * len(weights.entries)  # headers, index and configuration
-    with new_folder(out, weights.bytes + beside) as made:
+    with new_folder(out, weights.bytes + _BESIDE) as made:
         hashes = read_lock(run_home(run)).get("base", {}).get("hashes", {})
         weights.write(made, hashes, lambda files: refuse_changed(run, pinned, files))
         _settle(made, folder, config, weights.plan, base.dtype, tokenizer)
@@ -157,21 +148,23 @@ def _settle(
         if merge.parted and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
     _write_json(folder / "config.json", config)
-    file, names = base / "generation_config.json", ("bos_token_id", "eos_token_id")
-    known = {n: config.get(n, text.get(n)) for n in names} | read_json(file)
-    stop = SimpleNamespace(
-        generation_config=SimpleNamespace(eos_token_id=known.get("eos_token_id"))
-    )
-    known |= {
-        "eos_token_id": end_tokens(stop, tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    known = generation(base, tokenizer)
     left_out = () if known.get("do_sample") else _SAMPLING
     _write_json(
         folder / "generation_config.json",
         {key: value for key, value in known.items() if key not in left_out and value is not None},
     )
     tokenizer.save_pretrained(str(folder))
+
+
+def generation(base: Path, tokenizer: Any) -> dict[str, Any]:
+    """A model folder's generation settings; they end at all of `end_tokens`."""
+    config = read_json(base / "config.json")
+    known = {**(config.get("text_config") or {}), **config}
+    ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id")}
+    found = ids | read_json(base / "generation_config.json")
+    ends = end_tokens(SimpleNamespace(generation_config=SimpleNamespace(**found)), tokenizer)
+    return {**found, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
 
 
 def _compare(
@@ -185,18 +178,19 @@ def _compare(
 
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
+
+    @torch.inference_mode()
+    def logits(of: Any) -> Any:
+        return of(input_ids=probe).logits.float()
+
     model = load_adapter(load_base(base, pin_like(run, base), quantize=quantize), run)
-    with torch.inference_mode():
-        wanted = model(input_ids=probe).logits.float()
-        with model.disable_adapter():
-            effect = (model(input_ids=probe).logits.float() - wanted).abs().max().item()
+    wanted = logits(model)
+    with model.disable_adapter():
+        effect = (logits(model) - wanted).abs().max().item()
     del model
     gc.collect()
-    again: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=base.dtype, trust_remote_code=False
-    ).eval()
-    with torch.inference_mode():
-        got = again(input_ids=probe).logits.float()
+    settings: Any = {"dtype": base.dtype, "trust_remote_code": False}
+    got = logits(AutoModelForCausalLM.from_pretrained(folder, **settings).eval())
     difference = (got - wanted).abs().max().item()
     limit = FLOAT32_TOLERANCE if base.dtype == "float32" else ROUNDING_SHARE * effect
     # Written so that a NaN fails as well.

@@ -7,15 +7,13 @@ within a layer, or by their whole name; a module that is named and has no tensor
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.files import Adapter, open_adapter
+from lora_kit.adapter.files import Adapter, open_adapter, write_json
 from lora_kit.adapter.portable import write_portable
-from lora_kit.base.tensors import write_tensors
 from lora_kit.errors import UserError
 
 _LAYER = re.compile(r"model\.layers\.([0-9]+)\.(.+)")
@@ -31,14 +29,14 @@ def write_mlx(adapter: Adapter, base: dict[str, Any], out: Path) -> None:
         UserError: the adapter is not portable, or changes one of two tied matrices or a module of
             no dense language model.
     """
+    from safetensors.torch import save_file
+
     outer = [module for module in adapter.halves if not _LAYER.fullmatch(module)]
     known = {"model.embed_tokens", "lm_head"}
     where = f"{adapter.folder}: {', '.join(outer[:3])}"
     merge = "take export --to merged, which mlx-lm loads as it is"
     if base.get("model_file"):
-        raise UserError(
-            "config.json of the base: model_file is code that mlx-lm would run: refused"
-        )
+        raise UserError("config.json of the base: model_file is code for mlx-lm to run: refused")
     if set(outer) - known or any(".experts" in module for module in adapter.halves):
         raise UserError(f"{where}: mlx-lm's names for such modules are others: {merge}")
     if outer and base.get("tie_word_embeddings", True):
@@ -48,20 +46,15 @@ def write_mlx(adapter: Adapter, base: dict[str, Any], out: Path) -> None:
         write_portable(adapter, Path(folder))
         portable = open_adapter(folder)
         rank = int(portable.config["r"])
-        tensors = {}
-        for module, pair in portable.halves.items():
-            for half, tensor in pair.items():
-                tensors[f"{module}.lora_{half.lower()}"] = tensor.read().T.contiguous()
-        write_tensors(out / "adapters.safetensors", tensors.items())
+        tensors = {
+            f"{module}.lora_{half.lower()}": tensor.read().T.contiguous()
+            for module, pair in portable.halves.items()
+            for half, tensor in pair.items()
+        }
+        save_file(tensors, out / "adapters.safetensors")
     config = {
         "fine_tune_type": "lora",
         "num_layers": base["num_hidden_layers"],
-        "lora_parameters": {
-            "rank": rank,
-            "scale": 1.0,
-            "dropout": 0.0,
-            "keys": sorted(keys),
-        },
+        "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
     }
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (out / "adapter_config.json").write_text(text, encoding="utf-8")
+    write_json(out / "adapter_config.json", config)

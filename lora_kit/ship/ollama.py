@@ -16,17 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.load import adapter_folder, pin_like, run_base
-from lora_kit.base.load import load_tokenizer
-from lora_kit.base.pin import Pinned
+from lora_kit.adapter.load import load_run_tokenizer, pin_like, run_base
 from lora_kit.data.formats import NotUsable
 from lora_kit.data.templates import render
 from lora_kit.errors import UserError
-from lora_kit.ship.gguf import Kind, What, end_ids, export_gguf, open_source
+from lora_kit.ship.gguf import Kind, What, export_gguf, open_source
+from lora_kit.ship.merge import generation
 
 # Memory for all of it is taken when the model is loaded.
 _LARGEST_CONTEXT = 8192
-_ROLES = ("system", "user", "assistant")
+_ROLES = {"s": "system", "u": "user", "a": "assistant"}
 # Between the turns of these stands every pair of roles that a template may take.
 _SAMPLES = ("u", "su", "uau", "suau", "usu", "uasu", "au", "sau", "uu")
 # Whether the pieces hold where they were not found.
@@ -51,16 +50,13 @@ def export_ollama(run: str | Path, out: Path, kind: Kind, what: What) -> Path:
     Raises:
         UserError: see `export_gguf`; or the chat template cannot be written for Ollama.
     """
-    own = adapter_folder(run)
-    base = Path(pin_like(run, run_base(run)).folder)
-    tokenizer = load_tokenizer(Pinned("", str(own if (own / "tokenizer.json").is_file() else base)))
+    pinned = pin_like(run, run_base(run))
+    tokenizer, base = load_run_tokenizer(run, pinned), Path(pinned.folder)
     template = go_template(tokenizer)  # before anything large is written
-    files = {}
-    for part in ("base", "adapter") if what == "adapter" else (what,):
-        files[part] = export_gguf(run, out, kind, part).rename(out / f"{part}.gguf")
+    parts: tuple[What, ...] = ("adapter", "base") if what == "adapter" else (what,)
+    *rest, first = [export_gguf(run, out, kind, p).rename(out / f"{p}.gguf").name for p in parts]
     context = min(open_source(base).context, _LARGEST_CONTEXT)
-    first, *rest = [file.name for file in files.values()]
-    stops = [tokenizer.decode([n]) for n in end_ids(base, tokenizer)]
+    stops = [tokenizer.decode([n]) for n in generation(base, tokenizer)["eos_token_id"]]
     lines = [f"FROM ./{first}", *(f"ADAPTER ./{file}" for file in rest)]
     lines += [f'TEMPLATE """{template}"""', f"PARAMETER num_ctx {context}"]
     lines += ["PARAMETER repeat_penalty 1"]  # it was trained without
@@ -79,9 +75,9 @@ def go_template(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         return "{{ .Prompt }}"
     known = joints(tokenizer)
-    differ = [roles for roles in _TRIED if not _holds(tokenizer, known, roles)]
+    differ = [sample for sample in _TRIED if not _holds(tokenizer, known, sample)]
     if differ or ("", "user") not in known:
-        turns = " ".join(role for letter in (differ or ["u"])[0] for role in _named(letter))
+        turns = " ".join(_ROLES[letter] for letter in (differ or ["u"])[0])
         raise UserError(
             f"the chat template cannot be written for Ollama: of {turns} it writes more than their "
             "roles decide: export it with --to gguf, whose template llama.cpp runs itself"
@@ -90,9 +86,13 @@ def go_template(tokenizer: Any) -> str:
         print("the chat template writes the day: in Ollama it stays today's", file=sys.stderr)
     if ("", "system") not in known:
         print("the chat template takes no system turn: Ollama leaves it out", file=sys.stderr)
-    begin = _begin(tokenizer)
+    # The token that Ollama puts before a prompt itself, as the tokenizer does.
+    ids, begin = tokenizer("a").input_ids, ""
+    if tokenizer.bos_token is not None and ids[:1] == [tokenizer.bos_token_id]:
+        begin = str(tokenizer.bos_token)
     lines = ['{{- $before := "" }}', "{{- range .Messages }}"]
-    cases = [(before, [r for r in _ROLES if (before, r) in known]) for before in ("", *_ROLES)]
+    names = _ROLES.values()
+    cases = [(before, [r for r in names if (before, r) in known]) for before in ("", *names)]
     for n, (before, roles) in enumerate((b, r) for b, r in cases if r):
         lines.append(f'{{{{- {"else " if n else ""}if eq $before "{before}" }}}}')
         for m, role in enumerate(roles):
@@ -112,7 +112,7 @@ def joints(tokenizer: Any) -> Joints:
     the first role is "", after the last comes the prompt for an answer."""
     known: Joints = {}
     for sample in _SAMPLES:
-        roles = [role for letter in sample for role in _named(letter)]
+        roles = [_ROLES[letter] for letter in sample]
         marks = [f"sentinel{n}x" for n in range(len(roles))]
         try:
             text = render(tokenizer, _turns(roles, marks), add_generation_prompt=True)
@@ -125,42 +125,21 @@ def joints(tokenizer: Any) -> Joints:
     return known
 
 
-def written(known: Joints, roles: Sequence[str], contents: Sequence[str]) -> str:
-    """A conversation as the Go template writes it."""
-    text, before = "", ""
-    for role, content in zip(roles, contents, strict=True):
-        text += known[before, role] + content
-        before = role
-    return text + known[before, ""]
-
-
-def _holds(tokenizer: Any, known: Joints, letters: str) -> bool:
+def _holds(tokenizer: Any, known: Joints, sample: str) -> bool:
     """Whether Go's template writes the same, or the template refuses such turns."""
-    roles = [role for letter in letters for role in _named(letter)]
+    roles = [_ROLES[letter] for letter in sample]
     contents = _CONTENTS[: len(roles)]
     try:
         wanted = render(tokenizer, _turns(roles, contents), add_generation_prompt=True)
     except NotUsable:
         return True
-    try:
-        return written(known, roles, contents) == wanted
-    except KeyError:
-        return False
-
-
-def _named(letter: str) -> list[str]:
-    return [role for role in _ROLES if role.startswith(letter)]
+    pieces = [known.get(pair) for pair in zip(["", *roles], [*roles, ""], strict=True)]
+    ours = zip(pieces, [*contents, ""], strict=True)
+    return None not in pieces and "".join(f"{joint}{content}" for joint, content in ours) == wanted
 
 
 def _turns(roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, str]]:
     return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
-
-
-def _begin(tokenizer: Any) -> str:
-    """The token that Ollama puts before a prompt itself, as the tokenizer does."""
-    ids = tokenizer("a").input_ids
-    begins = tokenizer.bos_token is not None and ids[:1] == [tokenizer.bos_token_id]
-    return str(tokenizer.bos_token) if begins else ""
 
 
 def _quoted(text: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from lora_kit.adapter.load import end_tokens
 from lora_kit.base.load import quiet_libraries
 from lora_kit.errors import CheckFailed
+from lora_kit.trust import run_module
 
 TOP = 64  # log-probabilities that are compared at a step
 TOKENS = 32  # answered at most
@@ -116,7 +117,7 @@ def reloaded(
         **{"consumer": consumer, "model": str(model), "adapter": adapter and str(adapter)},
         **{"prompts": [list(p) for p in prompts], "ends": ends and list(ends)},
     }
-    command = [sys.executable, "-m", "lora_kit.ship.reload"]
+    command = run_module("lora_kit.ship.reload")
     child = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True)
     if child.returncode:
         lines = child.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]

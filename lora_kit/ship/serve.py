@@ -25,23 +25,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lora_kit.adapter.files import Adapter, open_adapter
-from lora_kit.adapter.load import open_run, pin_like, run_base, run_home
-from lora_kit.adapter.loaders import oddities, vllm_rank
-from lora_kit.base.load import load_tokenizer, quiet_libraries
+from lora_kit.adapter.load import load_run_tokenizer, open_run, pin_like, run_base, run_home
+from lora_kit.adapter.loaders import vllm_rank
+from lora_kit.base.load import quiet_libraries
 from lora_kit.base.pin import Pinned
 from lora_kit.data.cache import key_of, prepared
-from lora_kit.errors import CheckFailed, UserError
+from lora_kit.errors import UserError
 from lora_kit.run import read_lock
 from lora_kit.ship.gguf import Kind, needs_untied, open_source, write_adapter, write_model
-from lora_kit.ship.llama_cpp import need_llama_cpp
+from lora_kit.ship.llama_cpp import ALIAS, need_llama_cpp, open_server
 from lora_kit.train.interrupt import StopSignal
 
 SLOTS = 4  # answers that are made at the same time; others wait
 CONTEXT = 4096  # tokens of one conversation, if the base was made for as many
 LARGEST_BODY = 16 * 2**20  # bytes of a request
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-# llama.cpp puts one name into all its answers. No text of theirs holds this: quotes are escaped.
-_ALIAS = "@lora-kit@"
 _FORMAT = 1  # raised whenever the same base is written as another GGUF than before
 
 
@@ -75,9 +73,9 @@ def serve(
     quiet_libraries()
     with StopSignal().listening(), contextlib.ExitStack() as stack:
         front = stack.enter_context(_Front(host, port, public))
-        pinned, front.models, words = open_runs(runs)
+        pinned, front.models, tokenizer = open_runs(runs)
         adapters = [adapter for adapter in front.models.values() if adapter]
-        folder, tokenizer = Path(pinned.folder), load_tokenizer(Pinned("", str(words)))
+        folder = Path(pinned.folder)
         temporary = Path(stack.enter_context(TemporaryDirectory(prefix="lora_kit-serve-")))
         files = [temporary / f"{n}.gguf" for n in range(len(adapters))]
         for adapter, file in zip(adapters, files, strict=True):
@@ -87,39 +85,41 @@ def serve(
 
         def build(out: Path) -> None:
             print(f"{pinned.model}: written as {kind} GGUF, once", file=sys.stderr, flush=True)
-            write_model(folder, out / "base.gguf", kind, untie=untie, tokenizer=words)
+            write_model(folder, out / "base.gguf", kind, untie=untie, tokenizer=tokenizer)
 
         base = prepared(key_of("gguf", _FORMAT, kind, untie, pinned.hashes, tokenizer), build)
         front.engine, front.chats = str(temporary / "llama.sock"), bool(tokenizer.chat_template)
-        llama = [_start(base / "base.gguf", files, front.engine, context, kind == "f32")]
+        exact, verbosity = kind == "f32", 3 if os.environ.get("LORA_KIT_DEBUG") else -1
+        # At neither verbosity it logs what is said.
+        engine = (front.engine, context, SLOTS, exact, verbosity)
+        llama = [open_server(base / "base.gguf", files, *engine)]
         stack.callback(llama.clear)  # its threads end with the object, if no answer is waited for
         stack.callback(front.hang_up)
         print(_welcome(front, pinned, runs[0]), flush=True)
         front.serve_forever()
 
 
-def open_runs(runs: Sequence[Path]) -> tuple[Pinned, dict[str, Adapter | None], Path]:
-    """The base that all runs share, {name: adapter; None for the base}, their tokenizer's folder.
+def open_runs(runs: Sequence[Path]) -> tuple[Pinned, dict[str, Adapter | None], Any]:
+    """The base and the tokenizer that all runs share, and {name: adapter; None for the base}.
 
     Raises:
         UserError: with all that stands in the way, a line each.
     """
     pinned = pin_like(runs[0], run_base(runs[0]))
+    tokenizer = load_run_tokenizer(runs[0], pinned)
     # Of a folder its name, not the way there.
     local = Path(pinned.model).is_dir()
     models: dict[str, Adapter | None] = {"base": None}
     models[Path(pinned.folder).name if local else pinned.model] = None
-    problems, keys = [], {}
+    problems = []
     for run in runs:
         adapter, home, base = open_adapter(run), run_home(run), run_base(run)
         hashes = read_lock(home).get("base", {}).get("hashes") or pin_like(run, base).hashes
-        own = adapter.folder if (adapter.folder / "tokenizer.json").is_file() else pinned.folder
-        keys[key_of(load_tokenizer(Pinned("", str(own))))] = Path(own)
         name = open_run(home).name if (home / "run.yaml").is_file() else home.name
         if hashes != pinned.hashes:
             why = f"on {base.model}, and {runs[0]} on {pinned.model}, which are not the same"
             problems.append(f"{run}: trained {why}: serve them apart")
-        elif len(keys) > 1:
+        elif key_of(load_run_tokenizer(run, pinned)) != key_of(tokenizer):
             why = f"has other tokens or another chat template than {runs[0]}"
             problems.append(f"{run}: {why}, and llama.cpp takes one: serve them apart")
         if name in models:
@@ -127,30 +127,7 @@ def open_runs(runs: Sequence[Path]) -> tuple[Pinned, dict[str, Adapter | None], 
         models[name] = adapter
     if problems:
         raise UserError("\n".join(problems))
-    return pinned, models, next(iter(keys.values()))
-
-
-def _start(base: Path, adapters: list[Path], address: str, context: int, exact: bool) -> Any:
-    """An `xllamacpp.Server` that listens at a unix socket."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias, params.hostnames = str(base), {_ALIAS}, [address]
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0) for file in adapters]
-    params.n_parallel, params.n_ctx = SLOTS, SLOTS * context
-    # What it keeps of prompts beyond its slots it finds again by their tokens, whatever the adapter
-    # was: one answer in a hundred came from another adapter's keys and values (llama.cpp b11549).
-    params.cache_ram_mib = 0
-    params.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS") or -1)  # as torch takes it
-    params.ui = params.endpoint_slots = False
-    # At neither it logs what is said.
-    params.verbosity = 3 if os.environ.get("LORA_KIT_DEBUG") else -1
-    if exact:
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    try:
-        return xllamacpp.Server(params)
-    except (RuntimeError, ValueError):
-        raise CheckFailed(f"{base}: llama.cpp does not start with it: --debug shows why") from None
+    return pinned, models, tokenizer
 
 
 def _welcome(front: _Front, pinned: Pinned, run: Path) -> str:
@@ -159,32 +136,25 @@ def _welcome(front: _Front, pinned: Pinned, run: Path) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     adapters = {name: adapter for name, adapter in front.models.items() if adapter}
-    name, adapter = next(iter(adapters.items()))
+    name, first = next(iter(adapters.items()))
     turns = [{"role": "user", "content": "Who are you?"}]
     asked = {"messages": turns} if front.chats else {"prompt": "Once upon a time"}
     body = json.dumps({"model": name, **asked, "max_tokens": 64})
     curl = ["curl", url + (CHAT if front.chats else TEXT), "-d", body]
     base = [pinned.model, "--revision", pinned.revision] if pinned.revision else [pinned.folder]
-    template = adapter.folder / "chat_template.jinja"
+    template = first.folder / "chat_template.jinja"
     words = ["--chat-template", str(template)] if template.is_file() else []
-    modules, notes, ranks = [], [], []
-    for name, adapter in adapters.items():
-        odd = oddities(adapter.config, adapter.halves)
-        lost = [o for o in odd if "vLLM" in o.who and o.mend in ("merge", "train")]
-        notes += [f"  ({name}: {o.what}: {o.happens})" for o in lost]
-        if all(o.key == "target_modules" for o in lost):  # some bases' classes take these
-            modules.append(f"{name}={adapter.folder}")
-        ranks += [adapter.rank_and_scale(module)[0] for module in adapter.halves]
-    rank = ["--max-lora-rank", str(vllm_rank(max(ranks)))]
-    vllm = ["vllm", "serve", *base, *words, "--enable-lora", "--lora-modules", *modules, *rank]
+    modules = [f"{name}={adapter.folder}" for name, adapter in adapters.items()]
+    rank = max(a.rank_and_scale(module)[0] for a in adapters.values() for module in a.halves)
+    loras = ["--enable-lora", "--lora-modules", *modules, "--max-lora-rank", str(vllm_rank(rank))]
     merge = shlex.join(["lora-kit", "merge", str(run), "--out", "merged"])
+    check = shlex.join(["lora-kit", "check", str(run), "--target", "vllm"])
     return "\n".join(
         [
             f"{url}/v1 serves {', '.join(front.models)}; Ctrl-C stops it. Try:",
             f"  {shlex.join(curl)}",
-            "The same with vLLM:",
-            *([f"  {shlex.join(vllm)}"] if modules else []),
-            *notes,
+            f"The same with vLLM ({check} says what it takes):",
+            f"  {shlex.join(['vllm', 'serve', *base, *words, *loras])}",
             "With transformers, one merged model at a time (pip install 'transformers[serving]'):",
             f"  {merge} && transformers serve merged",
         ]
@@ -286,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self, answer: http.client.HTTPResponse, name: str) -> None:
         self._begin(answer.status, answer.headers["Content-Type"])
-        ours, alias = (f'"model":{json.dumps(n)}'.encode() for n in (name, _ALIAS))
+        ours, alias = (f'"model":{json.dumps(n)}'.encode() for n in (name, ALIAS))
         while line := answer.readline():
             self.wfile.write(line.replace(alias, ours))
 

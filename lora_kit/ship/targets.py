@@ -65,11 +65,7 @@ def check_settings(adapter: schema.Adapter, target: str) -> list[dict[str, str]]
     targets = adapter.target_modules
     ends = targets if isinstance(targets, list) else []
     return [
-        {
-            "what": f"{one.what}: {one.happens}",
-            "where": f"adapter.{one.key}",
-            "fix": f"set adapter.{one.key}={_OTHERWISE[one.key]}",
-        }
+        _problem(one, f"adapter.{one.key}", f"set adapter.{one.key}={_OTHERWISE[one.key]}")
         for one in _tripping(target, adapter.model_dump(), ends)
         if one.mend != "flag"
     ]
@@ -79,9 +75,12 @@ def refuse_settings(run: schema.Run) -> None:
     """Raises UserError, a line each, if `ship.target` would not take what the run will train."""
     if target := run.ship.target:
         problems = check_settings(run.adapter, target)
-        lines = [f"ship.target: {target}: {p['what']} ({p['where']}): {p['fix']}" for p in problems]
-        if lines:
-            raise UserError("\n".join(lines))
+        if problems:
+            raise UserError("\n".join(f"ship.target: {target}: {in_words(p)}" for p in problems))
+
+
+def in_words(problem: dict[str, str]) -> str:
+    return f"{problem['what']} ({problem['where']}): {problem['fix']}"
 
 
 def _problems(path: str | Path, target: str) -> list[tuple[str, dict[str, str]]]:
@@ -89,22 +88,25 @@ def _problems(path: str | Path, target: str) -> list[tuple[str, dict[str, str]]]
     adapter = open_adapter(path)
     config = str(adapter.folder / "adapter_config.json")
     rank = max(adapter.rank_and_scale(module)[0] for module in adapter.halves)
-    found: list[tuple[str, dict[str, str]]] = []
-
-    def add(mend: str, what: str, where: str, fix: str) -> None:
-        found.append((mend, {"what": what, "where": where, "fix": fix}))
-
     tied = _tied(adapter.config)
-    for one in _tripping(target, adapter.config, adapter.halves, adapter.others, tied):
-        fix = _fix(one.mend, target, path, rank)
-        add(one.mend, f"{one.what}: {one.happens}", f"{config}: {one.key}", fix)
+    found: list[tuple[str, dict[str, str]]] = [
+        (one.mend, _problem(one, f"{config}: {one.key}", _fix(one.mend, target, path, rank)))
+        for one in _tripping(target, adapter.config, adapter.halves, adapter.others, tied)
+    ]
     if target == "mlx" and not found:
-        add("layout", "PEFT's layout: not loaded", config, _fix("portable", target, path, rank))
+        fix = _fix("portable", target, path, rank)
+        found.append(("layout", _problem("PEFT's layout: not loaded", config, fix)))
     if broken := [module for module in adapter.halves if not adapter.update(module).finite]:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         what = f"values that are not finite: answers noise: {broken[0]}{more}"
-        add("train", what, str(adapter.halves[broken[0]]["A"].file), "train again")
+        file = str(adapter.halves[broken[0]]["A"].file)
+        found.append(("train", _problem(what, file, "train again")))
     return found
+
+
+def _problem(what: Oddity | str, where: str, fix: str) -> dict[str, str]:
+    words = what if isinstance(what, str) else f"{what.what}: {what.happens}"
+    return {"what": words, "where": where, "fix": fix}
 
 
 def _tripping(target: str, *found: Any) -> list[Oddity]:

@@ -37,6 +37,7 @@ from lora_kit.errors import CheckFailed, UserError
 
 _AHEAD = 4  # pieces read before they are needed
 _RING = _AHEAD + 2  # and two that are being written
+_ROWS = 64  # that are summed at once
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _STORED_AS = {"bfloat16": "BF16", "float32": "F32"}
 Put = Callable[[str, Any], Future[Any]]  # have the next bytes of a tensor written
@@ -82,7 +83,7 @@ class Weights:
             self.entries[name] = (source.dtype if as_it_is else _STORED_AS[dtype], source.shape)
         self.bytes = sum(math.prod(s) * DTYPES[d][1] for d, s in self.entries.values())
         self.halves = lru_cache(maxsize=2)(self._halves)
-        self.wide = torch.empty(0)  # room for a piece in float32
+        self.small = lru_cache(maxsize=2)(Stored.read)  # vectors, asked for by each block of rows
         self.norms: tuple[Change | None, Any] = (None, None)
 
     def source(self, name: str) -> Stored:
@@ -117,6 +118,24 @@ class Weights:
         self, folder: Path, hashes: dict[str, str], refuse: Callable[[list[str]], None]
     ) -> None:
         """Write all shards. `refuse` is called with a file of the base that is not of its hash."""
+        import torch
+
+        # Reading, hashing, writing and checking have the other cores: more threads here would only
+        # spin, waiting for each other.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self._write(folder, hashes, refuse)
+        finally:
+            torch.set_num_threads(threads)
+        if (next(iter(self.shards)).parent / INDEX).is_file():
+            where = {name: file.name for file, names in self.shards.items() for name in names}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": where}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write(
+        self, folder: Path, hashes: dict[str, str], refuse: Callable[[list[str]], None]
+    ) -> None:
         with ThreadPoolExecutor(1) as checking:
             checks = []
             for file, names in self.shards.items():
@@ -135,10 +154,6 @@ class Weights:
                 checks.append(checking.submit(_reread, writer))
             for check in checks:
                 check.result()
-        if (next(iter(self.shards)).parent / INDEX).is_file():
-            where = {name: file.name for file, names in self.shards.items() for name in names}
-            index = {"metadata": {"total_size": self.bytes}, "weight_map": where}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _pieces(self, file: Path) -> list[_Piece]:
         """All bytes of a base file, in order; of a tensor whole rows, if it changes."""
@@ -163,16 +178,14 @@ class Weights:
                 self._replace(name, put)
             return
         rows = torch.frombuffer(view, dtype=_torch(tensor.dtype))
-        if not self.copied(name):
+        if self.copied(name):
+            _check_finite(name, rows)
+        else:
+            for hashed in hold:
+                hashed.result()  # before its bytes are overwritten
             first = (piece.offset - tensor.offset) // _row(tensor)
-            merged = self._merged(name, rows.reshape(-1, _width(tensor)), first)
-            if merged.dtype != rows.dtype:
-                rows = merged
-            else:
-                for hashed in hold:
-                    hashed.result()  # before its bytes are overwritten
-                rows.copy_(merged.reshape(-1))
-        hold.append(put(name, _finite(name, rows)))
+            rows = self._merged(name, rows.reshape(-1, _width(tensor)), first)
+        hold.append(put(name, rows))
 
     def _replace(self, name: str, put: Put) -> None:
         """Write a tensor whose values are not in the pieces that are read."""
@@ -183,25 +196,29 @@ class Weights:
         waiting: deque[Future[Any]] = deque()
         for first, count in _cut(0, source.shape[0], _step(source)):
             rows = read(first, first + count).reshape(count, -1)
-            waiting.append(put(name, _finite(name, self._merged(name, rows, first))))
+            waiting.append(put(name, self._merged(name, rows, first)))
             if len(waiting) > 2:
                 waiting.popleft().result()
         for waited in waiting:
             waited.result()
 
     def _merged(self, name: str, rows: Any, first: int) -> Any:
-        """(rows, columns) of a tensor from row `first` on, as they are written."""
+        """(rows, columns) of a tensor from row `first` on, as they are written; where the type
+        stays, in place."""
         import torch
 
         if not rows.is_floating_point():
             return rows
-        if self.wide.numel() < rows.numel():
-            self.wide = torch.empty(rows.numel())
-        wide = self.wide[: rows.numel()].view(rows.shape).copy_(rows)
-        if change := self.plan.changes.get(name):
-            self._add(change, wide, first)
-        dtype = _torch(self.entries[name][0])
-        return wide.clone() if dtype == wide.dtype else wide.to(dtype)
+        change, dtype = self.plan.changes.get(name), _torch(self.entries[name][0])
+        merged = rows if dtype == rows.dtype else torch.empty(rows.shape, dtype=dtype)
+        # What is summed in float32 stays in the processor's cache.
+        for at in range(0, len(rows), _ROWS):
+            wide = rows[at : at + _ROWS].float()
+            if change:
+                self._add(change, wide, first + at)
+            merged[at : at + _ROWS] = wide
+            _check_finite(name, merged[at : at + _ROWS])
+        return merged
 
     def _add(self, change: Change, wide: Any, first: int) -> None:
         """Change rows of float32 in place."""
@@ -212,7 +229,7 @@ class Weights:
             left, right = self._factors(change)
             wide.addmm_(left[first:last], right, alpha=change.scale)
         if change.magnitude:
-            magnitude = change.magnitude.read().float()
+            magnitude = self.small(change.magnitude).float()
             if change.transposed:
                 wide *= magnitude / self._norms(change)
             else:
@@ -222,7 +239,7 @@ class Weights:
         if change.token_rows:
             tokens = torch.tensor(change.tokens)
             here = (tokens >= first) & (tokens < last)
-            wide[tokens[here] - first] = change.token_rows.read().float()[here]
+            wide[tokens[here] - first] = self.small(change.token_rows).float()[here]
 
     def _factors(self, change: Change) -> tuple[Any, Any]:
         """(rows, r), (r, columns): dW is scale times their product."""
@@ -267,8 +284,8 @@ def _row(tensor: Stored) -> int:
 
 
 def _step(tensor: Stored) -> int:
-    """Rows that are merged at once: 64 are whole blocks of NF4, of any width."""
-    return max(1, room.PIECE // 64 // _row(tensor)) * 64
+    """Rows that are read at once: whole blocks of NF4, of any width."""
+    return max(1, room.PIECE // _ROWS // _row(tensor)) * _ROWS
 
 
 def _cut(start: int, end: int, step: int) -> list[tuple[int, int]]:
@@ -322,7 +339,9 @@ def _through_nf4(source: Stored, dtype: Any) -> Callable[[int, int], Any]:
     import torch
     from bitsandbytes import functional as four
 
-    step = _step(source)
+    # On a CPU bitsandbytes 0.50 gives other values for another number of rows where these are no
+    # whole blocks: small matrices, which it is given whole, as in training.
+    step = _step(source) if source.shape[1] % 64 == 0 else source.shape[0]
     parts = [
         four.quantize_4bit(source.read(at, at + n).to(dtype), blocksize=64, quant_type="nf4")
         for at, n in _cut(0, source.shape[0], step)
@@ -333,15 +352,20 @@ def _through_nf4(source: Stored, dtype: Any) -> Callable[[int, int], Any]:
     of_each = (scales + offset).split([len(state.absmax) for _, state in parts])
     for (_, state), own in zip(parts, of_each, strict=True):
         state.absmax = own
-    return lambda first, last: four.dequantize_4bit(*parts[first // step])
+
+    def read(first: int, last: int) -> Any:
+        at = first % step
+        return four.dequantize_4bit(*parts[first // step])[at : at + last - first]
+
+    return read
 
 
-def _finite(name: str, tensor: Any) -> Any:
+def _check_finite(name: str, tensor: Any) -> None:
+    """Raises CheckFailed on NaN and infinity."""
     if tensor.numel() and tensor.is_floating_point() and tensor.element_size() > 1:
         least, most = tensor.aminmax()
         if not (least.isfinite() and most.isfinite()):
             raise CheckFailed(f"{name}: NaN or infinite after the merge: not written")
-    return tensor
 
 
 def _reread(writer: Writer) -> None:

@@ -58,9 +58,10 @@ def make(folder: Path, shape: dict[str, Any]) -> Path:
     """A base and a run of it; returns the run."""
     import numpy as np
     import torch
+    from safetensors.torch import save_file
 
     from lora_kit import nano
-    from lora_kit.base.tensors import INDEX, Writer, write_tensors
+    from lora_kit.base.tensors import INDEX, Writer
     from lora_kit.hashes import file_hash
 
     base, run = folder / "base", folder / "run"
@@ -117,7 +118,7 @@ def make(folder: Path, shape: dict[str, Any]) -> Path:
     }
     config |= {**shape, **heads, "head_dim": 128, "tie_word_embeddings": False}
     (base / "config.json").write_text(json.dumps(config))
-    write_tensors(adapter / "adapter_model.safetensors", halves)
+    save_file(dict(halves), adapter / "adapter_model.safetensors")
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "r": RANK,
