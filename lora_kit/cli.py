@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lora_kit import __version__
-from lora_kit.errors import CheckFailed, LoraKitError, UserError, harmless, redact
+from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError, harmless, redact
 from lora_kit.trust import no_kernels_from_the_hub
 
 app = typer.Typer(
@@ -291,7 +293,8 @@ def pull(
 
     done = hub.pull(repo, out, revision, _say)
     if done["left"]:
-        _say(f"not fetched: {', '.join(done['left'])}")
+        more = f" and {len(done['left']) - 5} more" if len(done["left"]) > 5 else ""
+        _say(f"not fetched: {', '.join(done['left'][:5])}{more}")
     words = f"{out}: {len(done['files'])} files of {repo} at {done['revision']}, verified"
     _answer(done, as_json, words)
 
@@ -314,7 +317,11 @@ def serve(
     """
     from lora_kit.ship.serve import serve as run_server
 
-    run_server(runs, host, port, kind=kind, context=context, public=public)
+    try:
+        run_server(runs, host, port, kind=kind, context=context, public=public)
+    except Interrupted as error:  # how a server ends
+        print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
 
 
 @app.command()
@@ -328,7 +335,7 @@ def combine(
     weights: Annotated[str | None, typer.Option(help="As 0.7,0.3; default: equal, sum 1.")] = None,
     rank: Annotated[int | None, typer.Option(help="Default: the largest; linear: the sum.")] = None,
     density: Annotated[float, typer.Option(help="Share that ties and dare keep.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what dare drops.")] = 0,
     on: Annotated[list[Path] | None, typer.Option(help="A run to measure it on; repeat.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -421,7 +428,9 @@ def check(
 
     Example: lora-kit check runs/demo/sft --target vllm
     """
-    if fidelity and target is None:
+    if fidelity and target:
+        raise UserError(f"--fidelity --target {target}: two questions: ask one at a time")
+    if fidelity:
         _prepare()
         from lora_kit.ship import fidelity as view
 
@@ -429,10 +438,13 @@ def check(
     from lora_kit.ship import targets
 
     if target is None:
-        raise UserError(f"--target is missing: one of {', '.join(targets.TARGETS)}")
+        raise UserError(f"--target is missing: one of {', '.join(targets.TARGETS)}; or --fidelity")
     found = targets.check(adapter, target)
     if as_json or found["loads"]:
-        _answer(found, as_json, f"{adapter}: {target} loads it exactly as it is")
+        words = "loads it exactly as it is"
+        if target in targets.GGUF:
+            words = "takes all that is in it, as GGUF: lora-kit export"
+        _answer(found, as_json, f"{adapter}: {target} {words}")
     if not found["loads"]:
         raise CheckFailed("\n".join(map(targets.in_words, found["problems"])))
 
@@ -551,9 +563,18 @@ def _print_doctor(found: dict[str, Any]) -> None:
         print("Ready.")
 
 
+def _terminated(signum: int, frame: Any) -> None:
+    """So that what is half written is removed, as after Ctrl-C."""
+    raise Interrupted(signum, "stopped by SIGTERM")
+
+
 def main() -> None:
     """Run a verb; a mistake becomes one line on stderr and its exit code."""
     no_kernels_from_the_hub()
+    signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):  # a path need not be text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # --debug is taken wherever it stands: it is added at the end of a line that failed.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     arguments = ["--debug"] * (len(arguments) < len(sys.argv) - 1) + arguments
@@ -566,6 +587,12 @@ def main() -> None:
             # Names and texts of the user's may hold what steers a terminal.
             print(f"error: {harmless(line)}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except (OSError, UnicodeError) as error:  # of a path that no disk takes, and their like
+        if os.environ.get("LORA_KIT_DEBUG"):
+            print(redact(traceback.format_exc()), file=sys.stderr)
+        line = " ".join(redact(str(error)).split())
+        print(f"error: {harmless(line)} (more: lora-kit --debug)", file=sys.stderr)
+        raise SystemExit(2) from None
     except typer.Abort:
         print("error: stopped by SIGINT", file=sys.stderr)
         raise SystemExit(130) from None

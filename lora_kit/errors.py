@@ -17,14 +17,18 @@ _EDGE = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
 TOKENS = {
     "a Hugging Face token": _EDGE + r"(?:hf|api_org)_[A-Za-z0-9]{16,}",
     "a GitHub token": _EDGE + r"(?:gh[opsur]_|github_pat_)\w{20,}",
+    "a GitLab token": _EDGE + r"glpat-[\w-]{20,}",
+    "a JSON web token": _EDGE + r"eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*",
+    "a bearer token": _EDGE + r"[Bb]earer (?=[\w.~+/-]{0,200}\d)[\w.~+/-]{20,}",
+    "a password in an address": r"(?<=://)[^\s/:@{<$]{1,64}:[^\s/:@{<$]{3,64}(?=@\w)",
     "an AWS key": _EDGE + r"A[KS]IA[0-9A-Z]{16}(?![A-Za-z0-9])",
     "an API key": _EDGE + r"(?:sk-(?=[\w-]{0,80}\d)|AIza)[\w-]{20,}",
     "a Slack token": _EDGE + r"xox[abeoprs]-[\w-]{10,}",
     "a private key": r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----",
 }
 _SECRET_NAME = re.compile(
-    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)"
-    r"(?:_(?:ID|KEY))?$",
+    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(?:PG)?PASS|CREDENTIALS?"
+    r"|(?:API|ACCESS|PRIVATE)?_?KEYS?)(?:_(?:ID|KEY))?$",
     re.IGNORECASE,
 )
 
@@ -71,12 +75,13 @@ def harmless(text: str) -> str:
 
 
 def secret_values() -> dict[str, str]:
-    """The environment's variables whose names say that they hold a secret: {name: value}."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if _SECRET_NAME.search(name) and len(value) >= 8
-    }
+    """The environment's variables whose names say that they hold a secret, and the passwords in
+    addresses: {name: value}."""
+    found = {name: value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    for name, value in os.environ.items():
+        if password := re.search(r"://[^\s/:@]*:([^\s/@]+)@", value):
+            found.setdefault(name, password[1])
+    return {name: value for name, value in found.items() if len(value) >= 8}
 
 
 def redact(text: str) -> str:

@@ -228,7 +228,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = None
     whole = isinstance(found, dict)
     if not whole or not all(isinstance(found.get(name) or {}, dict) for name in _OBJECTS):

@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,20 +54,24 @@ class WritableHub(Hub):
     def commit_of(self, repo: str, name: str) -> str:
         return self.heads.get(repo, "") if name == "main" else name
 
-    def make(self, repo: str, private: bool, files: dict[str, bytes] | None = None) -> None:
+    def make(self, repo: str, private: bool, files: Mapping[str, bytes] | None = None) -> None:
         self.repos[repo] = {}
         if private:
             self.private.add(repo)
-        self.commit(repo, files or {".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.commit(repo, dict(files or {".gitattributes": b"*.safetensors filter=lfs\n"}))
 
-    def commit(self, repo: str, files: dict[str, bytes]) -> str:
+    def commit(self, repo: str, files: dict[str, bytes | None]) -> str:
+        """None takes a file away."""
         sha = hashlib.sha1(f"{repo} {len(self.commits)}".encode()).hexdigest()
         folder = self.root / sha
         before = self.repos[repo].get(self.heads.get(repo, ""))
         shutil.copytree(before, folder) if before else folder.mkdir(parents=True)
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
+            if content is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(content)
         self.repos[repo][sha] = folder
         self.heads[repo] = sha
         self.commits.append(repo)
@@ -171,14 +175,15 @@ class _Writing(Handler):
         parent = lines[0]["value"].get("parentCommit")
         if parent and parent != self.server.heads[repo]:
             return self._error(412, None)
-        files = {}
+        files: dict[str, bytes | None] = {}
         for line in lines[1:]:
-            value = line["value"]
-            files[value["path"]] = (
-                base64.b64decode(value["content"])
-                if line["key"] == "file"
-                else self.server.lfs[value["oid"]]
-            )
+            value, key = line["value"], line["key"]
+            if key == "deletedFile":
+                files[value["path"]] = None
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            else:
+                files[value["path"]] = self.server.lfs[value["oid"]]
         sha = self.server.commit(repo, files)
         if not self._troubled(repo, "commit", after=True):
             url = f"{self.server.url}/{repo}/commit/{sha}"

@@ -27,7 +27,7 @@ from lora_kit.errors import UserError
             {"r": 8},
             "r is 8 and the scale 1.5 by its config, A is [4, 128] and B [64, 4] (and",
         ),
-        ({"r": 0}, "r, lora_alpha or a pattern is not usable"),
+        ({"r": 0}, "not usable"),
         ({"r": "4"}, "not usable"),
         ({"lora_alpha": None}, "not usable"),
         ({"rank_pattern": {"(": 2}}, "not usable"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import sys
@@ -245,8 +246,8 @@ def test_tensors_that_do_not_belong_there(adapter: Path, change: Any, words: str
         ({"some_new_field": True}, "`some_new_field`"),
         ({"init_lora_weights": "corda"}, "`init_lora_weights`"),
         ({"auto_mapping": ["a"]}, "no JSON object"),
-        ({"base_model_name_or_path": 5}, "base or revision is no text"),
-        ({"target_modules": {"a": 1}}, "does not fit the base|PEFT"),
+        ({"base_model_name_or_path": 5}, "not usable"),
+        ({"target_modules": {"a": 1}}, "not usable"),
         ({"rank_pattern": {"(([a-z0-9_.])+)+!": 4}}, "takes for ever"),
     ],
 )
@@ -297,3 +298,20 @@ def test_code_beside_a_tokenizer_is_not_run(run: Shell, adapter: Path) -> None:
     )
     done = run("generate", str(adapter), "x")
     assert not canary.exists() and (done.code == 0 or len(done.errors) == 1), done
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"lora_alpha": math.nan}, {"lora_alpha": "16"}, {"lora_alpha": None}, {"r": 0}),
+        *({"r": 4.0}, {"r": True}, {"rank_pattern": {"zzz": "x"}}, {"alpha_pattern": {"v": 1e400}}),
+        *({"rank_pattern": [4]}, {"alpha_pattern": {"v_proj": {}}}),
+    ],
+    ids=str,
+)
+def test_a_rank_or_a_scale_that_is_no_number_is_refused(
+    adapter: Path, settings: dict[str, Any]
+) -> None:
+    edit(adapter / "adapter_config.json", lambda config: config.update(settings))
+    with pytest.raises(UserError, match="not usable"):
+        open_adapter(adapter)

@@ -97,20 +97,33 @@ def test_it_says_the_same_in_peft(untied: Path, tmp_path: Path, config: Any) -> 
     assert known["base_model_name_or_path"] == untied.name
 
 
-def test_types_stay_and_zeros_fill_the_rank(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "stays"),
+    [
+        (torch.bfloat16, 16, True),  # scales of 8 and 4
+        (torch.bfloat16, 12, False),
+        (torch.float16, 2**20, False),  # B would be infinite
+        (torch.float16, 2**-20, False),  # and nothing
+    ],
+)
+def test_narrow_types_stay_where_nothing_is_rounded(
+    base: Path, tmp_path: Path, dtype: torch.dtype, alpha: float, stays: bool
+) -> None:
     from safetensors.torch import load_file, save_file
 
-    loud(base, tmp_path / "a", rank_pattern={"q_proj": 2}, lora_alpha=12)
+    loud(base, tmp_path / "a", -1, rank_pattern={"q_proj": 2}, lora_alpha=alpha)
     weights = tmp_path / "a" / "adapter_model.safetensors"
-    save_file({n: t.bfloat16() for n, t in load_file(weights).items()}, weights)
+    save_file({n: t.to(dtype) for n, t in load_file(weights).items()}, weights)
     before, after = load_file(weights), load_file(portable(tmp_path / "a") / weights.name)
     assert before.keys() == after.keys()
     q = next(n for n in after if "q_proj.lora_B" in n)
-    assert after[q].dtype == torch.bfloat16 and after[q].shape[1] == 4 and not after[q][:, 2:].any()
-    # lora_alpha / r is 6 for q, and 3 for the others.
-    assert torch.equal(after[q][:, :2], (before[q].float() * 6).bfloat16())
+    assert {t.dtype for t in after.values()} == {dtype if stays else torch.float32}
+    assert after[q].shape[1] == 4 and not after[q][:, 2:].any()
+    # r is 2 for q, and 4 for the others; every product is one of float32.
+    assert torch.equal(after[q][:, :2].float(), before[q].float() * (alpha / 2))
     v = next(n for n in after if "v_proj.lora_B" in n)
-    assert torch.equal(after[v], (before[v].float() * 3).bfloat16())
+    assert torch.equal(after[v].float(), before[v].float() * (alpha / 4))
+    assert after[v].isfinite().all() and after[v].any()
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_the_terminal_is_not_steered(capsys: pytest.CaptureFixture[str]) -> None
     assert not [c for c in shown if not c.isprintable() and c != "\n"]
     assert in_words("better") in shown and "[bold]x[/bold]" in shown
     assert "general, bits per byte" in shown
-    assert printable("a\n b\t\x00c") == "a b  c" and len(printable("x" * 500)) == 160
+    assert printable("a\n b\t\x00c") == "a b ⟨U+0000⟩c" and len(printable("x" * 500)) == 160
 
 
 # --- A real run

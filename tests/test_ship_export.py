@@ -3,7 +3,9 @@
 # ruff: noqa: F811 - fixtures of another file
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from trained import finish, folder_maker
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.ship import export as module
 from lora_kit.ship.export import OTHER_ARITHMETIC, ROUGH_GELU, ROUNDED, SAME_ARITHMETIC, export
+from lora_kit.ship.merge import merge
 
 ODD = {
     "adapter.use_rslora": True,
@@ -92,18 +95,84 @@ def test_every_form_is_loaded_and_compared(
     assert (words in found["notes"][0] and words in done.err) if words else not found["notes"]
 
 
-def test_a_form_that_says_something_else_is_not_there(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def scaled(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
+    """Whoever reads an adapter's files takes its scale to be another; PEFT does not."""
     from lora_kit.adapter.files import Adapter
 
     known = Adapter.rank_and_scale
 
     def wrong(self: Adapter, module: str) -> tuple[int, float]:
         rank, scale = known(self, module)
-        return rank, 1.1 * scale
+        return rank, by * scale
 
     monkeypatch.setattr(Adapter, "rank_and_scale", wrong)
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder := tmp_path_factory.mktemp("bfloat16"))
+        base = make_base(folder / "base", TEMPLATE)
+        # Not so loud that another scale would say nearly the same.
+        mild = {"base.dtype": "bfloat16", "train.max_steps": 12, "train.learning_rate": 3e-3}
+        return finish(folder_maker(folder, base), "sft", **mild)
+
+
+@pytest.mark.parametrize(
+    ("to", "by"),
+    [
+        ("merged", 1.2),
+        *((to, by) for to in ("ollama f16", "gguf bf16", "ollama q8_0") for by in (0.8, 1.0, 1.2)),
+        *(("logits", by) for by in (0.8, 1.0, 1.2)),
+    ],
+)
+def test_rounding_hides_no_wrong_scale(
+    in_bfloat16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, by: float
+) -> None:
+    scaled(monkeypatch, by)
+    wrong = pytest.raises(CheckFailed, match=r"scale were (0\.[5-8]|1\.[1-4])\d+ times")
+    with wrong if by != 1 else contextlib.nullcontext():
+        if to == "logits":
+            merge(in_bfloat16, tmp_path / "out", verify="logits")
+        else:
+            export(in_bfloat16, to.split()[0], tmp_path / "out", (*to.split(), None)[1])
+    assert (tmp_path / "out").exists() == (by == 1)
+
+
+def test_a_template_that_refuses_a_turn_is_compared_where_it_does_not(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('one') }}{% endif %}" + TEMPLATE
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "adapter" / "chat_template.jinja").write_text(refusing, encoding="utf-8")
+    told = []
+    compared = module._compared
+    monkeypatch.setattr(module, "_compared", lambda *a: told.append(a[1]) or compared(*a))
+    for to in ("portable", "gguf"):
+        export(run, to, tmp_path / to)
+    assert [[bool(ids) for ids in truth.conversations] for truth in told] == [[True, False]] * 2
+
+
+def test_an_adapter_of_tied_ends_names_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gguf import GGUFReader
+
+    monkeypatch.chdir(tmp_path)
+    base = make_base(tmp_path / "base", TEMPLATE)
+    head = {"adapter.target_modules": ["lm_head", "v_proj"]}
+    run = finish(folder_maker(tmp_path, base), "sft", **head)
+    alone = export(run, "gguf", tmp_path / "alone", what="adapter")
+    assert f"lora-kit export {run} --to gguf --what base" in alone["notes"][0]
+    export(run, "gguf", tmp_path / "whole", what="base")
+    (file,) = (tmp_path / "whole").glob("*.gguf")
+    assert "output.weight" in [tensor.name for tensor in GGUFReader(file).tensors]
+
+
+def test_a_form_that_says_something_else_is_not_there(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(monkeypatch, 1.1)
     with pytest.raises(CheckFailed, match="log-probabilities differ by") as raised:
         export(trained, "gguf", tmp_path / "deep" / "out", what="adapter")
     assert raised.value.exit_code == 1 and "\n" not in str(raised.value)
@@ -151,11 +220,10 @@ def test_llama_cpp_may_begin_a_bare_text_in_its_own_way(
         export(trained, "gguf", tmp_path / "other", what="adapter")
 
 
-def test_gelu_in_llama_cpp_is_rougher(trained: Path) -> None:
-    adapter = module.run_adapter(trained)
-    gemma = {to: module._allowed(to, "f32", adapter, "float32", True) for to in ("gguf", "mlx")}
-    assert gemma == {"gguf": (ROUGH_GELU, 0.0), "mlx": (OTHER_ARITHMETIC, 0.0)}
-    assert module._allowed("gguf", "f32", adapter, "float32", False) == gemma["mlx"]
+def test_gelu_in_llama_cpp_is_rougher() -> None:
+    gemma = {to: module._allowed(to, "f32", "float32", True) for to in ("gguf", "mlx")}
+    assert gemma == {"gguf": (*ROUGH_GELU, 1e-3), "mlx": (OTHER_ARITHMETIC, 0.0, 1e-3)}
+    assert module._allowed("gguf", "f32", "float32", False) == gemma["mlx"]
 
 
 def test_without_mlx_it_is_written_and_said_not_to_have_run(

@@ -128,6 +128,8 @@ def test_divergence_is_zero_of_a_model_from_itself_and_counted_by_document(
 def test_the_verb_says_which_and_what_is_lost(run: Shell, trained: Path, found: Any) -> None:
     done = run("check", str(trained), "--fidelity", "--json")
     assert done.code == 0 and json.loads(done.out) == {**found, "run": str(trained)}
+    both = run("check", str(trained), "--fidelity", "--target", "vllm")
+    assert both.code == 2 and "--fidelity --target vllm: two questions" in both.err
     done = run("check", str(trained), "--fidelity")
     assert done.code == 0 and "mlp.up_proj" in done.out and "layers.1" in done.out
     assert found["why"] in done.out

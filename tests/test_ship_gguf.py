@@ -169,6 +169,19 @@ def test_adapters_that_llama_cpp_does_not_take_are_refused(tmp_path: Path) -> No
         write_adapter(adapter, tmp_path / "other", tmp_path / "adapter.gguf")
 
 
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    _adapted(tmp_path, "llama", target_modules=["q_proj"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(t for n, t in tensors.items() if "layers.1" in n)[0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj is not finite"):
+        write_adapter(open_adapter(file.parent), tmp_path / "model", tmp_path / "adapter.gguf")
+    assert not (tmp_path / "adapter.gguf").exists()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_ends_that_are_always_one_matrix_do_not_part(tmp_path: Path) -> None:
     _, adapter, source = _adapted(tmp_path, "gemma2", target_modules=["embed_tokens"])

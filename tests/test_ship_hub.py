@@ -16,6 +16,8 @@ from hub_commands import Done, commands
 from hub_writing import TOKEN, Trouble, WritableHub, writable
 from trained import edit, finish, folder_maker
 
+from lora_kit.ship.hub import make_plan
+
 # In the data: one with the shape of a token, one without.
 IN_DATA = ("hf_" + "DataCanary0" * 3, "zebracanary")
 IN_NOTES = "notescanary-77"
@@ -24,6 +26,9 @@ PUSHED = (
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"),
     *("report.json", "run.lock.json", "tokenizer.json", "tokenizer_config.json"),
 )
+
+
+STALE = ("config.json", "merge.json", "model.safetensors", "report.html")
 
 
 def write_rows(file: Path) -> None:
@@ -92,6 +97,12 @@ def done(hub: WritableHub, run: Path, place: Path) -> dict[str, Done]:
         "me/wrong": Trouble("create", 401),
     }
     hub.make("me/out", private=True)
+    # What an earlier push left, with --with-samples and --merged, beside what is somebody's own.
+    old = {name: b"{}" for name in (*STALE, "theirs.txt", "a/config.json")}
+    hub.make("me/stale", private=True, files=old)
+    content = make_plan(run, "me/rows").files
+    held = {n: c.read_bytes() if isinstance(c, Path) else c for n, c in content.items()}
+    hub.make("me/rows", private=True, files={**held, "report.html": b"rows of the data"})
     again = [f"push {run} {name}" for name in hub.troubles]
     return commands(
         hub,
@@ -108,6 +119,9 @@ def done(hub: WritableHub, run: Path, place: Path) -> dict[str, Done]:
         f"push {run} me/public",
         f"push {run} me/private --public",
         f"push {run} no-owner",
+        f"push {run} me/stale --json",
+        f"push {run} me/stale",
+        f"push {run} me/rows",
         f"train {place}/run.yaml base.dtype={IN_DATA[0]}",
         *again,
         "cut",
@@ -202,6 +216,21 @@ def test_a_commit_that_was_taken_is_not_made_again(
         assert hub.heads[repo] in pushed.out
         assert {f.name for f in hub.folder(repo).iterdir()} == {*PUSHED, ".gitattributes"}
     assert "answers 429: tried again in 1 s" in done[f"push {run} me/limited"].err
+
+
+def test_what_a_push_no_longer_means_is_taken_away(
+    done: dict[str, Done], hub: WritableHub, run: Path
+) -> None:
+    first = done[f"push {run} me/stale --json"]
+    assert json.loads(first.out)["removed"] == list(STALE)
+    assert f"me/stale: taken away: {', '.join(STALE)}" in first.err
+    there = {str(f.relative_to(hub.folder("me/stale"))) for f in hub.folder("me/stale").rglob("*")}
+    assert there == {*PUSHED, "theirs.txt", "a", "a/config.json"}
+    assert "holds exactly this already" in done[f"push {run} me/stale"].out
+    assert hub.commits.count("me/stale") == 2
+    # Nothing else was new.
+    assert "uploaded" in done[f"push {run} me/rows"].out
+    assert {f.name for f in hub.folder("me/rows").iterdir()} == set(PUSHED)
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 from reports import full
 from test_ship_hub_pull import CONFIG, weights
 from trained import edit
 from typer.testing import CliRunner
 
 from lora_kit.cli import app
-from lora_kit.errors import UserError
+from lora_kit.errors import CheckFailed, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.nano import MODEL
+from lora_kit.ship.card import HUB_ID, LOCAL
 from lora_kit.ship.hub import Plan, make_plan
 
 SHA = "5" * 40
@@ -70,11 +74,12 @@ def test_a_local_base_and_local_data_are_hashes_alone(run: Path) -> None:
     for name, text in found.items():
         assert "secret-project" not in text and ".jsonl" not in text, name
     lock = json.loads(found["run.lock.json"])
-    assert lock["base"]["model"] == "unknown/local" and lock["base"]["hashes"] == {"a": "b"}
+    assert lock["base"]["model"] == LOCAL and not HUB_ID.fullmatch(LOCAL)
+    assert lock["base"]["hashes"] == {"a": "b"}
     data = {"local data 1": "d1", "local data 2": "d2", "org/set[train]": "d3", "nano:x": "d4"}
     assert lock["data"] == data
     config = json.loads(found["adapter_config.json"])
-    assert config["base_model_name_or_path"] == "unknown/local" and config["r"] == 2
+    assert config["base_model_name_or_path"] is None and config["r"] == 2
     assert "the base was a local folder" in str(plan) and not plan.public
     edit(run / "run.lock.json", lambda v: v["base"].update(model="nano"))
     edit(
@@ -100,12 +105,22 @@ def test_a_merged_model_goes_up_instead(run: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     put(merged, model__safetensors=weights(), config__json={"_name_or_path": HOME, "n": 1})
     put(merged, generation_config__json={}, tokenizer__json={}, pytorch_model__bin=b"pickle")
+    # Any other model, such as the base itself, has none of this run's figures.
+    for record in (None, {}, {"adapter": {"sha256": "0" * 64}}):
+        if record is not None:
+            put(merged, merge__json=record)
+        with pytest.raises(UserError, match=r"merged: not what `lora-kit merge` made of .*test"):
+            make_plan(run, "me/test", merged=merged)
+    saved = {"sha256": file_hash(run / "adapter/adapter_model.safetensors")}
+    put(merged, merge__json={"adapter": saved, "base": {"model": "secret-project"}})
+    put(merged, NOTICE=b"of the base", LICENCE__txt=b"a", **{"COPYING": b"b"})
     plan = make_plan(run, "me/test", merged=merged)
     found = texts(plan)
     assert set(plan.files) == {*found, "model.safetensors"}
+    assert json.loads(found["merge.json"]) == {"adapter": saved, "base": {"model": LOCAL}}
     assert set(found) == {
         *("README.md", "config.json", "generation_config.json", "report.json", "run.lock.json"),
-        "tokenizer.json",
+        *("tokenizer.json", "merge.json", "NOTICE", "LICENCE.txt", "COPYING"),
     }
     assert json.loads(found["config.json"]) == {"n": 1}
     assert "base_model_relation: merge" in found["README.md"]
@@ -125,7 +140,55 @@ def test_a_base_whose_terms_ask_for_it_gets_a_notice(run: Path) -> None:
     assert "warning: Llama 3.2's terms ask for a name that begins with Llama" in str(plan)
     (run / "adapter/LICENSE").write_text("LLAMA 3.2 COMMUNITY ... LlamaUseReport@meta.com")
     plan = make_plan(run, "me/Llama-test")
+    # What the base came with goes along; ours stands below it, once.
+    ours = texts(plan)["NOTICE"]
+    (run / "adapter/NOTICE").write_text("Copyright Some Lab\n")
+    plan = make_plan(run, "me/Llama-test")
+    assert texts(plan)["NOTICE"] == f"Copyright Some Lab\n\n{ours}"
+    (run / "adapter/NOTICE").write_text(texts(plan)["NOTICE"])
+    assert texts(make_plan(run, "me/Llama-test"))["NOTICE"] == texts(plan)["NOTICE"]
     assert "LICENSE" in plan.files and "terms ask" not in str(plan)
+
+
+@pytest.mark.parametrize("home", ["{}home/jane doe/my runs", "{}data/jane's/it", '{}srv/a "b"/c'])
+def test_paths_with_spaces_and_quotes_do_not_leave(run: Path, home: str) -> None:
+    home = home.format("/")
+    named = {"base_model_name_or_path": f"{home}/base"}
+    edit(run / "adapter/adapter_config.json", lambda v: v.update(named))
+    data = {f"{home}/my rows.jsonl": "d1"}
+    lock = {"data": data, "commits": {}, "from": f"{home}/last one"}
+    edit(run / "run.lock.json", lambda v: v.update(lock, base={"model": f"{home}/base"}))
+    said = [f"with compare {home}/runs/test", "see https://x.org/a/b, 3 / 4"]
+    edit(run / "report.json", lambda v: v.update(not_measured=said))
+    put(run, report__html=f"<p>{escape(home)}/my rows.jsonl</p><p>{escape(home)}/base</p>")
+    found = texts(make_plan(run, "me/test", with_samples=True))
+    for name, text in found.items():
+        assert not re.search("jane|my runs|srv", text), name
+    assert found["report.html"] == "<p>my rows.jsonl</p><p>base</p>"
+    assert json.loads(found["run.lock.json"])["from"] == "last one"
+    assert json.loads(found["report.json"])["not_measured"] == ["with compare test", said[1]]
+
+
+def test_rows_are_not_rewritten(run: Path) -> None:
+    def put_rows(text: str) -> None:
+        edit(run / "report.json", lambda v: v["samples"][0].update(expected=text))
+        (run / "report.html").write_text(f"<p>{text}</p>")
+
+    put_rows("#!/usr/bin/python -m a")
+    found = texts(make_plan(run, "me/test", with_samples=True))
+    assert found["report.html"] == "<p>#!/usr/bin/python -m a</p>"
+    assert "#!/usr/bin/python -m a" in found["report.json"]
+    put_rows(f"{HOME}/x")
+    with pytest.raises(UserError, match=r"report\.json:\d+: a home folder"):
+        make_plan(run, "me/test", with_samples=True)
+
+
+def test_an_adapter_that_is_not_finite_stays(run: Path) -> None:
+    file = run / "adapter/adapter_model.safetensors"
+    file.write_bytes(weights()[:-4] + struct.pack("<f", float("inf")))
+    edit(run / "run.lock.json", lambda v: v["adapter"].update(sha256=file_hash(file)))
+    with pytest.raises(CheckFailed, match=r"q_proj\.lora_B\.weight is NaN or infinite"):
+        make_plan(run, "me/test")
 
 
 def test_a_secret_stops_it_before_anything_is_shown(

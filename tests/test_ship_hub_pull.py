@@ -13,6 +13,9 @@ import pytest
 from hub_commands import Done, commands
 from hub_writing import Trouble, WritableHub, writable
 
+from lora_kit import load
+from lora_kit.errors import UserError
+
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "nano"}
 
 
@@ -49,7 +52,7 @@ REPOS: dict[str, dict[str, bytes]] = {
     "more": adapter(
         **{"training_args__bin": PICKLE, "handler__py": b"print('canary')", "run__yaml": b"a: 1"},
         **{"model__gguf": b"GGUF", "model__pkl": PICKLE, "pulled__json": b"{}", "a/b__json": b"{}"},
-        **{"tokenizer__json": b"{}", "LICENSE": b"text", "x__pt": PICKLE},
+        **{"tokenizer__json": b"{}", "LICENSE": b"text", "NOTICE__txt": b"n", "x__pt": PICKLE},
     ),
     "pickled": {"adapter_config.json": b"{}", "adapter_model.bin": PICKLE},
     "empty": {".gitattributes": b""},
@@ -57,6 +60,7 @@ REPOS: dict[str, dict[str, bytes]] = {
     "overlap": adapter(adapter_model__safetensors=weights(OVERLAP)),
     "huge": adapter(adapter_model__safetensors=struct.pack("<Q", 2**62) + bytes(64)),
     "short": adapter(adapter_model__safetensors=weights()[:-8]),
+    "nan": adapter(adapter_model__safetensors=weights()[:-4] + struct.pack("<f", float("nan"))),
     "nojson": adapter(adapter_config__json=b"{"),
     "nolora": adapter(adapter_config__json={**CONFIG, "peft_type": "IA3"}),
     "code": adapter(adapter_config__json={**CONFIG, "auto_mapping": {"parent_library": "os"}}),
@@ -72,6 +76,7 @@ REPOS: dict[str, dict[str, bytes]] = {
     "absolute": adapter(),
     "backslash": adapter(),
     "down": adapter(),
+    "local": adapter(adapter_config__json={**CONFIG, "base_model_name_or_path": None}),
     "hidden": adapter(),
 }
 
@@ -129,6 +134,7 @@ def test_only_what_is_known_comes_down(
 ) -> None:
     found = json.loads(done[f"pull me/more --out {place}/more --json"].out)
     names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "LICENSE"}
+    names.add("NOTICE.txt")
     assert set(found["files"]) == names
     assert {f.name for f in (place / "more").rglob("*")} == {*names, "pulled.json"}
     left = {"training_args.bin", "handler.py", "run.yaml", "model.gguf", "model.pkl", "x.pt"}
@@ -152,6 +158,7 @@ REFUSED = {
     "overlap": "adapter_model.safetensors: no safetensors file, or damaged",
     "huge": "adapter_model.safetensors: no safetensors file, or damaged (a header of",
     "short": "adapter_model.safetensors: no safetensors file, or damaged",
+    "nan": "q_proj.lora_B.weight is NaN or infinite",
     "nojson": "adapter_config.json: no JSON",
     "nolora": "adapter_config.json: peft_type is 'IA3'",
     "code": "adapter_config.json: `auto_mapping`",
@@ -185,6 +192,15 @@ def test_what_is_wrong_is_a_line_and_leaves_nothing(
     assert not list(place.parent.rglob("evil.json"))
 
 
+def test_a_base_that_only_its_author_has_must_be_named(
+    done: dict[str, Done], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled = done[f"pull me/local --out {place}/local"]
+    assert pulled.code == 0 and "base_model_name_or_path was a folder of its author" in pulled.err
+    with pytest.raises(UserError, match=r"adapter_config\.json names no base"):
+        load(place / "local")
+
+
 def test_a_folder_that_exists_is_left_alone(done: dict[str, Done], place: Path) -> None:
     refused = done[f"pull me/good --out {place}/there"]
     assert refused.code == 2 and "exists: name another folder" in refused.err
@@ -192,4 +208,4 @@ def test_a_folder_that_exists_is_left_alone(done: dict[str, Done], place: Path) 
 
 
 def test_every_refusal_was_tried(done: dict[str, Done]) -> None:
-    assert len(REFUSED) + 4 == sum(line.startswith("pull") for line in done)
+    assert len(REFUSED) + 5 == sum(line.startswith("pull") for line in done)

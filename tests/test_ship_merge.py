@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import lora_kit
 from lora_kit.cli import app
 from lora_kit.errors import CheckFailed, UserError
+from lora_kit.hashes import file_hash
 from lora_kit.ship.merge import FLOAT32_TOLERANCE, ROUNDING_SHARE, Merged, merge
 
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew"
@@ -156,10 +157,15 @@ def test_the_merged_folder_answers_and_stops(run_file: RunMaker, tmp_path: Path)
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "merge.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+    record = json.loads((merged.out / "merge.json").read_text())
+    assert record["adapter"]["sha256"] == file_hash(run / "adapter/adapter_model.safetensors")
+    assert record["base"]["model"] == "own" and "model.safetensors" in record["base"]["hashes"]
+    assert (record["into"], record["dtype"]) == ("base", "float32")
     assert not any(str(base) in f.read_text("latin-1") for f in merged.out.glob("*.json"))
 
 

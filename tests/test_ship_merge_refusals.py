@@ -208,7 +208,7 @@ def test_dequantized_is_what_the_adapter_saw_in_training(place: Path) -> None:
     from lora_kit.base.pin import pin
     from lora_kit.schema import Base
 
-    refused(place, "trained on none, not on nf4", into="dequantized")
+    refused(place, "not trained on nf4", into="dequantized")
     edit(place / "run" / "run.yaml", lambda c: c["base"].update(quantize="nf4"))
     # Half of the linear weights are adapted, all of them went through 4 bits.
     file = place / "run" / "adapter" / "adapter_model.safetensors"

@@ -26,6 +26,19 @@ FOUND = {
     "xoxb-" + "123456789012-abcdef": "a Slack token",
     "-----BEGIN " + "RSA PRIVATE KEY-----": "a private key",
     "-----BEGIN " + "PRIVATE KEY-----": "a private key",
+    "glpat-" + "aB3d-" * 4: "a GitLab token",
+    "Bearer " + "aB3d." * 6: "a bearer token",
+    "eyJ" + "hbGciOiJI" * 2 + ".eyJ" + "zdWIiOiIx" * 2 + ".c2ln": "a JSON web token",
+    "postgres://me:" + "s3cr3t@db.some-where.org/x": "a password in an address",
+    "pass-in-an-address": "the value of DATABASE_URL",
+    "key-by-another-name": "the value of OPENAI_KEY",
+    "many-keys-at-once": "the value of API_KEYS",
+    "postgres-pass": "the value of PGPASS",
+    "{% set api_key = '" + "a1b2c3d4' %}": "a password or key",
+    "{}mnt/c/Users/jane".format("/"): "a home folder",
+    "{}var/home/jane".format("/"): "a home folder",
+    "{}home/jane doe/my runs".format("/"): "a home folder",
+    "jane@" + "example.corp.com": "an e-mail address",
     'password = "hunter2hunter2"': "a password or key",
     '"api_key": "0123456789abcdef"': "a password or key",
     "{}home/someone/data".format("/"): "a home folder",
@@ -40,6 +53,13 @@ FOUND = {
 }
 HARMLESS = (
     *("https://x.org/home/index.html", "see docs/home/a", "~/home/a", "a@b", "user@example.com"),
+    *(
+        "a@b.example",
+        "to a@mail.example.org.",
+        "git@github.com:a/b",
+        "{% set secret = 'abcdefghi' %}",
+    ),
+    *("bearer of the-longest-word-there-is", "https://x.org:8080/a@b", "eyJust.eyJoking.a"),
     *("@property", "x @ y.T", "0" * 64, "sha256: " + "ab12" * 16, "c0ffee" + "0" * 34),
     *("hf_hub_download", "sk-learn", "task-oriented-and-long-enough-words", "xoxo", "AKIA"),
     *("password: none", "secret = {secret}", '"eos_token": "<|im_end|>"', "api_key=<yours>"),
@@ -51,6 +71,11 @@ HARMLESS = (
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "the-value-in-the-environment")
     monkeypatch.setenv("DB_PASSWORD", "pass-word-of-the-base")
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:pass-in-an-address@db/x")
+    monkeypatch.setenv("OPENAI_KEY", "key-by-another-name")
+    monkeypatch.setenv("API_KEYS", "many-keys-at-once")
+    monkeypatch.setenv("PGPASS", "postgres-pass")
+    monkeypatch.setenv("SITE_URL", "https://x.org:8080/a")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "falsefalse")
     monkeypatch.setenv("HOTKEY", "not-a-secret-at-all")
     monkeypatch.setenv("HF_TOKEN", "short")
@@ -113,8 +138,35 @@ def test_vocabularies_and_licences_raise_no_alarm(tmp_path: Path) -> None:
         refuse_secrets({"vocab.json": tmp_path / "vocab.json"})
 
 
+def test_added_tokens_and_escaped_letters_are_read() -> None:
+    for mail in ("jane@some-where.org", "jane\\u0040some-where.org"):
+        token = f'{{"content": "<|{mail}|>"}}'.encode()
+        for name, text in (
+            ("tokenizer.json", b'{"added_tokens": [%s], "model": {"vocab": {}}}' % token),
+            ("tokenizer_config.json", b'{"added_tokens_decoder": {"1": %s}}' % token),
+            ("added_tokens.json", b'{"%s": 1}' % mail.encode()),
+        ):
+            with pytest.raises(UserError, match=f"{name}:1: an e-mail address"):
+                refuse_secrets({name: text})
+    key = "hf_" + "aB3dE6" * 6
+    with pytest.raises(UserError, match=r"vocab\.json:1: a Hugging Face token"):
+        refuse_secrets({"vocab.json": f'{{"\\u0068{key[1:]}": 1}}'.encode()})
+
+
 def test_a_long_line_is_no_trap() -> None:
-    for piece in ("a", "a.", "a@", "password ", "-----BEGIN A", "sk-"):
+    for piece in (
+        "a",
+        "a.",
+        "a@",
+        "password ",
+        "-----BEGIN A",
+        "sk-",
+        "a@a.",
+        "://a:",
+        "eyJa",
+        "/mnt/c",
+        "set secret ",
+    ):
         refuse_secrets({"README.md": piece.encode() * (2**17 // len(piece))})
 
 
@@ -122,9 +174,10 @@ def test_tokens_are_taken_out_of_what_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert secret_values().keys() >= {"SOME_API_KEY", "DB_PASSWORD"}
-    assert not secret_values().keys() & {"TOKENIZERS_PARALLELISM", "HOTKEY", "HF_TOKEN"}
+    assert not secret_values().keys() & {"TOKENIZERS_PARALLELISM", "HOTKEY", "HF_TOKEN", "SITE_URL"}
     key = "hf_" + "aB3dE6" * 6
     assert redact(f"a {key} b pass-word-of-the-base c") == "a *** b *** c"
+    assert redact("at http://me:pw-1@proxy:80/") == "at http://***@proxy:80/"
     assert redact("nothing here") == "nothing here"
     # A sample of the data, as a training shows it.
     RunDirectory(tmp_path).say(f"sample: {f'is{chr(10)}{key}'!r}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import socket
 import subprocess
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -217,6 +220,7 @@ def test_errors_have_openais_shape(served: Served) -> None:
         ("/completions", b'{"model": ["base"], "prompt": "a"}', {}, 404),
         ("/completions", b"{}", {"Content-Length": "9" * 6000}, 413),
         ("/completions", b"{}", {"Content-Length": "-1"}, 413),
+        ("/completions", b'{"model": "base", "grammar": "root ::= ("}', {}, 400),
         ("/lora-adapters", b"[]", {}, 404),
         ("/../slots", None, {}, 404),
     ],
@@ -250,11 +254,20 @@ def test_a_stopped_server_leaves_nothing(served: Served, home: Path) -> None:
         model="scaled", prompt="a", stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                urllib.request.urlopen(served.url.removesuffix("/v1") + "/health").close()
+
+    for _ in range(4):  # the signal may come within a request
+        threading.Thread(target=ask, daemon=True).start()
+    time.sleep(0.3)
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(timeout=10) == 143
     assert not list(served.temporary.iterdir())
     written, stopped = (home / "stderr").read_text().splitlines()
-    assert "written as f32 GGUF, once" in written and stopped == "error: stopped by SIGTERM"
+    assert "written as f32 GGUF, once" in written and stopped == "stopped by SIGTERM"
     with pytest.raises(openai.APIConnectionError):
         served.client.models.list()
 

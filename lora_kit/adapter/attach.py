@@ -111,7 +111,7 @@ def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
 
     tensors = found.tensors()
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
             raise UserError(f"{found.folder}: {name}: NaN or infinite values, or no numbers")
     whole = (model.get_input_embeddings(), model.get_output_embeddings())
     own = [name for name, module in model.named_modules() if module in whole]

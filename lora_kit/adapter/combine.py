@@ -71,8 +71,14 @@ def combine(
         problem
         for wrong, problem in (
             (len(paths) < 2, "one adapter alone: name two or more"),
-            (len(weights) != len(paths), f"--weights: {len(weights)} for {len(paths)} adapters"),
-            (not all(map(math.isfinite, weights)), "--weights: not all are finite"),
+            (
+                len(weights) != len(paths),
+                f"--weights: {len(weights)} for {len(paths)} adapters: one each, as 0.7,0.3",
+            ),
+            (
+                not all(abs(w) < 1e6 for w in weights),
+                "--weights: not all are numbers below a million",
+            ),
             (not 0 < density <= 1, f"--density {density}: more than 0, 1 at most"),
             (rank is not None and rank < 1, f"--rank {rank}: 1 at least"),
             (method not in METHODS, f"--method {method}: one of {', '.join(METHODS)}"),

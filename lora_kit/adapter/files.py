@@ -15,6 +15,7 @@ from lora_kit.errors import UserError
 from lora_kit.trust import time_limit
 
 WEIGHTS = "adapter_model.safetensors"
+_LARGEST_SCALE = 1e30  # far from what float32 holds
 _SECONDS_TO_MATCH = 10.0  # patterns against names; a good one takes a millisecond
 # Of adapter_config.json: what is read ...
 _READ = {
@@ -100,8 +101,8 @@ class Adapter:
 
     def tensors(self) -> dict[str, Any]:
         """All of them, by their names in the file."""
-        halves = [stored for pair in self.halves.values() for stored in pair.values()]
-        return {stored.name: stored.read() for stored in [*halves, *self.others.values()]}
+        halves = {stored.name: stored for pair in self.halves.values() for stored in pair.values()}
+        return {name: stored.read() for name, stored in {**halves, **self.others}.items()}
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """As PEFT takes them from its config: alpha / r, or alpha / sqrt(r) with rsLoRA; the first
@@ -184,26 +185,27 @@ def open_adapter(path: str | Path) -> Adapter:
     tensors = stored(file)
     halves: dict[str, dict[str, Stored]] = defaultdict(dict)
     others = {}
+    if strange := [name for name in tensors if not _NAME.fullmatch(name) or len(name) > 512]:
+        raise UserError(f"{file}: {strange[0]!r:.80} is no name of a tensor: copy it again")
     for name in sorted(tensors, key=_in_order):
-        if not _NAME.fullmatch(name):
-            raise UserError(f"{file}: {name!r:.80} is no name of a tensor: copy the adapter again")
         if half := _HALF.fullmatch(name.removeprefix("base_model.model.")):
             if half[2] in halves[half[1]]:
                 raise UserError(f"{file}: {half[1]}.lora_{half[2]} is there twice: save it again")
             halves[half[1]][half[2]] = tensors[name]
-        else:
-            others[name] = tensors[name]
+        elif ".original_module." not in name:  # PEFT's copy of the base's own
+            others[name.replace(".modules_to_save.", ".")] = tensors[name]
     if not halves:
         raise UserError(f"{file}: it holds no lora_A and lora_B: save the adapter again")
     adapter = Adapter(folder, config, dict(halves), others)
     try:
         with time_limit(_SECONDS_TO_MATCH, f"{folder}: a pattern of its config takes for ever"):
+            _check_settings(config)
             problems = [problem for module in halves if (problem := _misfit(adapter, module))]
     except UserError:
         raise
     except (TypeError, AttributeError, ArithmeticError, ValueError, re.error) as error:
         where = folder / "adapter_config.json"
-        raise UserError(f"{where}: r, lora_alpha or a pattern is not usable: {error}") from None
+        raise UserError(f"{where}: not usable: {error}") from None
     if problems:
         more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
         raise UserError(f"{file}: {problems[0]}{more}: PEFT does not load it whole; save it again")
@@ -234,6 +236,18 @@ def _config(file: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in _READ}
 
 
+def _check_settings(config: dict[str, Any]) -> None:
+    """Raises ValueError or AttributeError: what is no number, or NaN, would be multiplied with."""
+    named = config.get("target_modules") or ""
+    if not all(isinstance(one, str) for one in (named if isinstance(named, list) else [named])):
+        raise ValueError(f"target_modules is {named!r:.40}")
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        for value in (config.get(key, 8), *(config.get(patterns) or {}).values()):
+            whole = type(value) is int and value > 0
+            if not (whole or (key != "r" and type(value) is float and math.isfinite(value))):
+                raise ValueError(f"{key} is {value!r:.40}")
+
+
 def _misfit(adapter: Adapter, module: str) -> str | None:
     """What is wrong with a module's halves, if anything."""
     halves = adapter.halves[module]
@@ -241,6 +255,8 @@ def _misfit(adapter: Adapter, module: str) -> str | None:
         return f"{module} has no lora_{min(missing)}"
     a, b = (list(halves[half].shape) for half in "AB")
     r, scale = adapter.rank_and_scale(module)
+    if not abs(scale) < _LARGEST_SCALE:
+        return f"{module}: a scale of {scale:g}"
     whole = a[0] % r == 0 if adapter.config.get("target_parameters") else a[0] == r
     if not whole or type(r) is not int or min(len(a), len(b)) < 2 or a[0] != b[1] or 0 in a + b:
         return f"{module}: r is {r} and the scale {scale:g} by its config, A is {a} and B {b}"

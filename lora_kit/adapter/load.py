@@ -107,7 +107,8 @@ def run_home(run: str | Path) -> Path:
 
 
 def run_base(run: str | Path) -> Base:
-    """The base that a run file names, or, for an adapter folder alone, its adapter_config.json.
+    """The base that a run file names, or, for an adapter folder alone, its adapter_config.json;
+    in the type and quantized as its lock file says.
 
     Raises:
         UserError: neither is there, or no base is named.
@@ -116,12 +117,16 @@ def run_base(run: str | Path) -> Base:
     if (home / "run.yaml").is_file():
         return open_run(home).base
     named = open_adapter(home).base
+    locked = read_lock(home).get("base") or {}
     if not named["model"]:
         raise UserError(f"{home}: adapter_config.json names no base (base_model_name_or_path)")
     try:
-        return Base.model_validate(named)
+        as_trained = {key: locked[key] for key in ("dtype", "quantize") if key in locked}
+        return Base.model_validate({**named, **as_trained})
     except ValueError:
-        raise UserError(f"{home}: adapter_config.json: base or revision is no text") from None
+        raise UserError(
+            f"{home}: adapter_config.json or run.lock.json: the base they name is not usable"
+        ) from None
 
 
 def pin_like(run: str | Path, base: Base, weights: bool = True) -> Pinned:

@@ -7,6 +7,7 @@ dW = s B A = (s B | 0) (A ; 0).
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from lora_kit.run import is_hub_id
 def write_portable(adapter: Adapter, folder: Path) -> None:
     """Fill an empty folder with adapter_model.safetensors and adapter_config.json.
 
-    The scale is folded into B in float32; every tensor keeps its type.
+    The scale is folded into B in float32. Narrow types are kept where that rounds nothing; else all
+    are stored in float32, for loaders want one type.
 
     Raises:
         UserError: the adapter holds what A and B cannot express.
@@ -33,19 +35,24 @@ def write_portable(adapter: Adapter, folder: Path) -> None:
         for module, pair in adapter.halves.items()
         for half, tensor in sorted(pair.items())
     ]
-    entries = {t.name: (t.dtype, _padded(t.shape, half, rank)) for _, half, t in halves}
+    scales = [adapter.rank_and_scale(m)[1] if half == "B" else 1.0 for m, half, _ in halves]
+    kept = all(_exact(t.dtype, scale) for (*_, t), scale in zip(halves, scales, strict=True))
+    dtypes = [t.dtype if kept or t.dtype == "F64" else "F32" for *_, t in halves]
+    entries = {
+        t.name: (dtype, _padded(t.shape, half, rank))
+        for (_, half, t), dtype in zip(halves, dtypes, strict=True)
+    }
     with Writer(folder / WEIGHTS, entries) as writer:
-        for module, half, tensor in halves:
-            scale = adapter.rank_and_scale(module)[1] if half == "B" else 1.0
-            value = _fold(tensor.read(), scale, half, rank, DTYPES[tensor.dtype][0])
+        for (_, half, tensor), scale, dtype in zip(halves, scales, dtypes, strict=True):
+            value = _fold(tensor.read(), scale, half, rank, DTYPES[dtype][0])
             writer.put(tensor.name, value)
     # Only what decides the result; no path of this machine.
     base, revision = adapter.base["model"] or "", adapter.base["revision"]
     if not is_hub_id(base):
         base, revision = "nano" if base == str(nano.MODEL) else Path(base).name, None
-    kept = {"task_type": adapter.config.get("task_type")}
-    kept["fan_in_fan_out"] = bool(adapter.config.get("fan_in_fan_out"))
-    write_config(folder, (base, revision), rank, adapter.targets, **kept)
+    more = {"task_type": adapter.config.get("task_type")}
+    more["fan_in_fan_out"] = bool(adapter.config.get("fan_in_fan_out"))
+    write_config(folder, (base, revision), rank, adapter.targets, **more)
 
 
 def check_portable(adapter: Adapter) -> None:
@@ -63,6 +70,12 @@ def check_portable(adapter: Adapter) -> None:
             f"{adapter.folder}: {', '.join(sorted(names))}: A and B cannot express it: write the "
             f"whole model with lora-kit merge {adapter.folder} --out FOLDER"
         )
+
+
+def _exact(dtype: str, scale: float) -> bool:
+    """Whether values times the scale are still of this type, up to float32's own rounding."""
+    power_of_two = dtype == "BF16" and math.frexp(scale)[0] == 0.5  # F16 has few exponents
+    return scale == 1 or dtype in ("F32", "F64") or power_of_two
 
 
 def _padded(shape: tuple[int, ...], half: str, rank: int) -> tuple[int, ...]:

@@ -191,8 +191,8 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
 
 
 def _check_files(folder: Path) -> dict[str, Any]:
-    """config.json. transformers would follow an index of shards out of the folder, and run a compiled attention
-    of the Hub that config.json names, where the package `kernels` is installed."""
+    """config.json. Raises UserError on what transformers would follow: an index of shards that
+    leads out of the folder, and a compiled attention of the Hub that config.json names."""
     try:
         stored_in(folder)
     except UserError as error:

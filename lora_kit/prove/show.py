@@ -77,7 +77,7 @@ def say(run: str | Path, prompt: str, base: bool, max_new_tokens: int) -> str:
     the text that follows."""
     model, tokenizer = load(run)
     lock = read_lock(run_home(run))
-    templated = lock.get("kind") == "chat" and bool(tokenizer.chat_template)
+    templated = lock.get("kind", "chat") == "chat" and bool(tokenizer.chat_template)
     if templated:
         prompt = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
     else:

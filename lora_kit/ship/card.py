@@ -11,7 +11,8 @@ from lora_kit.adapter.loaders import VLLM_RANKS, vllm_rank
 from lora_kit.base.pin import licence_of
 from lora_kit.errors import UserError, harmless
 
-LOCAL = "unknown/local"  # a base that only whoever trained on it has
+# A base that only whoever trained on it has; no name on the Hub, which somebody could take.
+LOCAL = "a local folder"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # What the terms of a set's licence ask, by the part of its id.
@@ -54,7 +55,7 @@ def make_card(
 
     Args:
         repo: owner/name of the Hub.
-        config: adapter_config.json; its base is a Hub id, `nano` or LOCAL.
+        config: adapter_config.json; its base is a Hub id, `nano`, or none: LOCAL.
         lock, report: without paths and samples; empty where there are none.
         has_licence: whether the base's licence text goes along.
 
@@ -65,7 +66,7 @@ def make_card(
 
     from lora_kit.prove.report import in_lines
 
-    base, revision = str(config.get("base_model_name_or_path")), config.get("revision")
+    base, revision = config.get("base_model_name_or_path") or LOCAL, config.get("revision")
     name = repo.partition("/")[2]
     licence = (lock.get("base") or {}).get("licence") or "unknown"
     lost = config.get("use_dora") or config.get("modules_to_save")
@@ -73,7 +74,7 @@ def make_card(
     try:
         data, terms = _data(lock), _terms(licence, base)
         warnings = [*_asked(terms, name, has_licence), *_licence_warnings(licence, base, data)]
-        on_hub = bool(HUB_ID.fullmatch(base)) and base != LOCAL
+        on_hub = bool(HUB_ID.fullmatch(base))
         sets = list(dict.fromkeys(one["set"] for one in data if one["set"]))
         front: dict[str, Any] = {
             **({"base_model": base} if on_hub or base == "nano" else {}),

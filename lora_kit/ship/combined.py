@@ -134,4 +134,10 @@ def show(found: dict[str, Any]) -> None:
     worth = f"{found['difference']:+.4f} nats per token, 95% interval {low:+.4f} to {high:+.4f}"
     print(f"{found['method']} against {harmless(found['best_single'])}: {worth}")
     if found["verdict"] != "better":
-        print(f"the combination is {found['verdict']}: the best adapter alone does as well here")
+        alone = "as well" if found["verdict"] == "no different" else "better"
+        alone = alone if found["verdict"] != "too little data" else "perhaps as well"
+        print(f"the combination is {found['verdict']}: the best adapter alone does {alone} here")
+    base, chosen = (found["losses"][name] for name in ("base", found["method"]))
+    for run in runs:
+        if run != "mean" and chosen[run] > base[run]:
+            print(f"on {harmless(run)} it is worse than the base without an adapter")

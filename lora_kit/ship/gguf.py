@@ -350,7 +350,8 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
     base only if that was written with `untie`.
 
     Raises:
-        UserError: A and B do not express the adapter, or it does not fit the base.
+        UserError: A and B do not express the adapter or are not finite, or it does not fit the
+            base.
     """
     import gguf
     import numpy as np
@@ -376,6 +377,8 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
                 "no weight for: name the base that it was trained on"
             )
         a, b = a.numpy(), (b * (update.scale * b.shape[1])).numpy()
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise UserError(f"{adapter.folder}: {module} is not finite: NaN, or more than float32")
         if heads := source.heads_permuted(name):
             b = permuted(b, heads)
         if name == "token_embd.weight":

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lora_kit.adapter.files import WEIGHTS, open_adapter
+from lora_kit.adapter.files import WEIGHTS, Adapter, open_adapter
 from lora_kit.adapter.load import run_adapter, run_home
 from lora_kit.base.tensors import INDEX, stored, stored_in
 from lora_kit.errors import CheckFailed, UserError
@@ -24,28 +24,32 @@ from lora_kit.hub_errors import cause_of, problem
 from lora_kit.nano import MODEL as NANO
 from lora_kit.run import read_json, read_lock
 from lora_kit.ship.card import HUB_ID, LOCAL, Card, make_card
+from lora_kit.ship.merge import RECORD
 from lora_kit.ship.secrets import refuse_secrets
 from lora_kit.trust import PULLED
 
-_LICENCE = r"(?:LICENSE|USE_POLICY)(?:\.txt|\.md)?"
+_LEGAL = r"(?:LICEN[CS]E|USE_POLICY|COPYING|NOTICE)[\w-]*(?:\.txt|\.md)?"
 # What goes up, of the folder of the weights; README.md, the lock file and the report are made.
 _PUSHED = re.compile(
     r"(?:adapter_)?model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|(?:(?:generation_)?config|tokenizer(?:_config)?|special_tokens_map|added_tokens|vocab)\.json"
-    r"|chat_template\.jinja|(?:merges|vocab)\.txt|(?:tokenizer|spiece)\.model|" + _LICENCE
+    rf"|chat_template\.jinja|(?:merges|vocab)\.txt|(?:tokenizer|spiece)\.model|{_LEGAL}"
 )
+# What is made here; of it and the others, what the next push does not mean is taken away.
+_MADE = {"adapter_config.json", RECORD, "report.html", "report.json", "run.lock.json"}
 # What comes down: neither pickles nor code.
 _PULLED = re.compile(
     r"[\w.-]+\.(?:safetensors|json|jinja)|(?:merges|vocab)\.txt|(?:tokenizer|spiece)\.model"
-    r"|README\.md|NOTICE|" + _LICENCE
+    rf"|README\.md|{_LEGAL}"
 )
 # What report.json has without the rows of the data.
 _FIGURES = (
     *("verdict", "domain", "general", "few_shot", "scratch", "prompt_use", "metrics", "harness"),
     *("not_measured", "overfitting", "audit", "training", "memory", "gate", "layers"),
 )
-# An absolute path: two names at least, so that neither `</p>` nor `and/or` is one.
-_PATH = re.compile(r"(?:(?<![\w.:/<~-])|(?<=\\[nrt]))/(?:[\w.@+-]+/)+([\w.@+-]*)")
+# From where an absolute path begins to its last slash; names may hold spaces and quotes. In a
+# sentence it has two names at least, so that neither `3 / 4` nor `and/or` is one.
+_PATH = re.compile(r"^/(?:.*/)?|(?<![\w.:/<~-])/(?=[^\s/]).*/", re.DOTALL)
 _PASSING = (408, 429, 500, 502, 503, 504)  # what another try may mend
 _TRIES, FIRST_WAIT, _LONGEST_WAIT = 5, 1.0, 300.0  # seconds
 
@@ -90,6 +94,8 @@ def make_plan(
     Raises:
         UserError: no finished run is there, its files are damaged, or hold what must stay here.
     """
+    from markupsafe import escape
+
     from lora_kit.base.load import quiet_libraries
 
     quiet_libraries()
@@ -99,14 +105,16 @@ def make_plan(
     lock, report, config = read_lock(home), read_json(home / "report.json"), dict(adapter.config)
     if merged:
         stored_in(folder)  # whole
+    _check_finite(adapter)
     # That only this machine should know, should a tokenizer's settings or template tell.
     named = [str(config.get("base_model_name_or_path")), *(lock.get("data") or {}), Path.cwd()]
     private = {str(p) for p in (*named, home.resolve()) if re.match("/[^/]+/", str(p))}
     base = _public_base(str(config.get("base_model_name_or_path") or LOCAL), lock)
-    config["base_model_name_or_path"] = base
-    lock = json.loads(_json(_public_lock(lock, base)))
-    report = {k: v for k, v in report.items() if with_samples or k in _FIGURES}
-    report = json.loads(_json(report))
+    config["base_model_name_or_path"] = None if base == LOCAL else base
+    config, lock = _no_paths(config), _no_paths(_public_lock(lock, base))
+    # Rows stay as they are, or do not go.
+    figures = _no_paths({k: v for k, v in report.items() if k in _FIGURES})
+    report = {**report, **figures} if with_samples else figures
     files: dict[str, bytes | Path] = {
         file.name: file.resolve()
         for file in sorted(folder.iterdir())
@@ -117,21 +125,31 @@ def make_plan(
             raise UserError(f"{folder}: holds a link to somewhere else: put the file itself there")
         if "config.json" not in files:
             raise UserError(f"{folder}: no config.json: not a merged model")
+        record = read_json(folder / RECORD)
+        if record.get("adapter") != {"sha256": file_hash(adapter.folder / WEIGHTS)}:
+            raise UserError(f"{folder}: not what `lora-kit merge` made of {run}: merge it first")
         model = read_json(folder / "config.json")
         model.pop("_name_or_path", None)
-        made = {"config.json": model}
+        named_base = {**(record.get("base") or {}), "model": base}
+        made = {"config.json": _no_paths(model), RECORD: _no_paths({**record, "base": named_base})}
     else:
         made = {"adapter_config.json": config}
-    has_licence = any(re.fullmatch(_LICENCE, name) for name in files)
+    has_licence = any(re.fullmatch(f"(?!NOTICE){_LEGAL}", name) for name in files)
     card = make_card(repo, config, lock, report, merged=bool(merged), has_licence=has_licence)
     files["README.md"] = card.text.encode()
     if card.notice:
-        files["NOTICE"] = f"{card.notice}\n".encode()
+        # Below the base's own.
+        own = (folder / "NOTICE").read_text("utf-8", "replace") if "NOTICE" in files else ""
+        own = own.replace(card.notice, "").strip()
+        files["NOTICE"] = f"{own}\n\n{card.notice}\n".lstrip().encode()
     made |= {"run.lock.json": lock, "report.json": report}
     files |= {name: _json(values) for name, values in made.items() if values}
     if with_samples and (home / "report.html").is_file():
         page = (home / "report.html").read_text(encoding="utf-8")
-        files["report.html"] = _PATH.sub(r"\1", page).encode()
+        # Rows and sentences look alike here: only what is known to be private is taken out.
+        for path in sorted(private, key=len, reverse=True):
+            page = page.replace(escape(path), escape(Path(path).name))
+        files["report.html"] = page.encode()
     refuse_secrets(files, private)
     return Plan(repo, public, base, card, files)
 
@@ -140,13 +158,14 @@ def push(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """Upload what was planned in one commit, to a repository that is made where there is none.
 
     Returns:
-        The plan's figures with `commit`, `committed` (false: the Hub had it all) and `url`.
+        The plan's figures with `commit`, `committed` (false: the Hub had it all), `url`, and
+        `removed`: of what a push brings, the files there that this one does not mean.
 
     Raises:
         UserError: the Hub refuses, cannot be reached, or holds the repository with the other
             visibility; nothing was committed, unless the message says so.
     """
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     repo = plan.repo
     api = _api(repo)
@@ -155,29 +174,35 @@ def push(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         api.create_repo(repo, private=not plan.public, exist_ok=True)
         return api.model_info(repo)
 
-    def held(sha: str) -> bool:
+    def compared(sha: str) -> tuple[bool, list[str]]:
         there = _listed(api, repo, sha)
-        return all(_is(content, there.get(name)) for name, content in plan.files.items())
+        more = sorted(there.keys() - plan.files.keys())
+        old = [name for name in more if name in _MADE or _PUSHED.fullmatch(name)]
+        return not old and all(_is(c, there.get(n)) for n, c in plan.files.items()), old
 
     info = _patiently(head, repo, say)
     if bool(info.private) == plan.public:
         now, fix = ("private", "leave --public out") if info.private else ("public", "add --public")
         raise UserError(f"{repo}: is {now} already, and would stay so: {fix}, or name another")
-    done = {**plan.to_json(), "url": f"{api.endpoint}/{repo}"}
-    if _patiently(lambda: held(info.sha), repo, say):
+    held, old = _patiently(lambda: compared(info.sha), repo, say)
+    done = {**plan.to_json(), "url": f"{api.endpoint}/{repo}", "removed": old}
+    if held:
         return {**done, "commit": info.sha, "committed": False}
 
     def commit() -> Any:
         # Of a try before, the answer may be all that was lost.
         now = api.model_info(repo).sha
-        if now != info.sha and held(now):
+        if now != info.sha and compared(now)[0]:
             return now
         # Somebody else's commit meanwhile is not the parent that is named: the Hub answers 412.
         named = {"commit_message": "Upload with lora-kit", "parent_commit": info.sha}
         files = [CommitOperationAdd(n, content) for n, content in sorted(plan.files.items())]
-        return api.create_commit(repo, files, **named).oid
+        return api.create_commit(repo, [*files, *map(CommitOperationDelete, old)], **named).oid
 
-    return {**done, "commit": _patiently(commit, repo, say), "committed": True}
+    done["commit"] = _patiently(commit, repo, say)
+    if old:
+        say(f"{repo}: taken away: {', '.join(old)}")
+    return {**done, "committed": True}
 
 
 def pull(
@@ -218,7 +243,7 @@ def pull(
         marker = {"repo": repo, "revision": sha, "files": hashes}
         (folder / PULLED).write_bytes(_json(marker))
     config = Path(out) / "adapter_config.json"
-    if read_json(config).get("base_model_name_or_path") == LOCAL:
+    if WEIGHTS in hashes and not read_json(config).get("base_model_name_or_path"):
         say(f"{config}: base_model_name_or_path was a folder of its author: write yours there")
     return {**marker, "out": str(out), "left": left}
 
@@ -244,14 +269,21 @@ def _check_pulled(folder: Path, repo: str, hashes: dict[str, str]) -> None:
             elif name.endswith(".json"):
                 _check_json(folder / name)
         if WEIGHTS in hashes:
-            open_adapter(folder)
+            _check_finite(open_adapter(folder))
         if INDEX in hashes:
             stored_in(folder)
         saved = (read_lock(folder).get("adapter") or {}).get("sha256")
-    except UserError as error:
-        raise UserError(f"{repo}: {str(error).replace(f'{folder.resolve()}/', '')}") from None
+    except (UserError, CheckFailed) as error:
+        raise type(error)(f"{repo}: {str(error).replace(f'{folder.resolve()}/', '')}") from None
     if saved and hashes.get(WEIGHTS, saved) != saved:
         raise CheckFailed(f"{repo}: {WEIGHTS} is not the one that run.lock.json names: not kept")
+
+
+def _check_finite(adapter: Adapter) -> None:
+    """Raises CheckFailed: such an adapter makes every output NaN."""
+    for name, tensor in adapter.tensors().items():
+        if not tensor.float().isfinite().all():
+            raise CheckFailed(f"{adapter.folder / WEIGHTS}: {name} is NaN or infinite: train again")
 
 
 def _check_json(file: Path) -> None:
@@ -284,9 +316,17 @@ def _public_lock(lock: dict[str, Any], base: str) -> dict[str, Any]:
     return {**lock, "base": {**(lock.get("base") or {}), "model": base}, "data": data}
 
 
+def _no_paths(value: Any) -> Any:
+    """JSON in whose texts only the last name of absolute paths is left."""
+    if isinstance(value, dict):
+        return {_no_paths(key): _no_paths(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_no_paths(one) for one in value]
+    return _PATH.sub("", value) if isinstance(value, str) else value
+
+
 def _json(value: Any) -> bytes:
-    """The file's text, where of absolute paths only the last name is left."""
-    return (_PATH.sub(r"\1", json.dumps(value, indent=1)) + "\n").encode()
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def _size(content: bytes | Path) -> int:

@@ -23,6 +23,8 @@ from lora_kit.trust import run_module
 WRITTEN_BY = "lora_kit.version"
 # The model's name in llama.cpp's answers. No text of theirs holds this: quotes are escaped.
 ALIAS = "@lora-kit@"
+# The largest models on a slow CPU take minutes.
+_SECONDS_TO_ANSWER = 3600
 
 
 def need_llama_cpp() -> None:
@@ -78,14 +80,24 @@ def run(
         need_ours(file)
     request: dict[str, Any] = {"model": model, "adapters": adapters, "prompts": prompts}
     request |= {"tokens": tokens, "top": top, "texts": texts, "conversations": conversations}
-    command = run_module("lora_kit.ship.llama_cpp")
+    return ask("lora_kit.ship.llama_cpp", request, f"{model}: llama.cpp")
+
+
+def ask(module: str, request: dict[str, Any], who: str) -> dict[str, Any]:
+    """The JSON object that a module answers in a fresh process. Raises CheckFailed if it ends
+    otherwise, or not at all."""
     asked = json.dumps(request, default=str).encode()
-    child = subprocess.run(command, input=asked, capture_output=True)
+    try:
+        child = subprocess.run(
+            run_module(module), input=asked, capture_output=True, timeout=_SECONDS_TO_ANSWER
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckFailed(f"{who} gave no answer for {_SECONDS_TO_ANSWER:,} s") from None
     if child.returncode:
         lines = child.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
         # Below an assertion stands where it was; of Python's own traceback the last line counts.
         why = next((line for line in lines if "GGML_ASSERT" in line or " E " in line), lines[-1])
-        raise CheckFailed(f"{model}: llama.cpp ended ({child.returncode}): {why[:240]}")
+        raise CheckFailed(f"{who} ended ({child.returncode}): {why[:240]}")
     return dict(json.loads(child.stdout))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from lora_kit.adapter.files import WEIGHTS
 from lora_kit.adapter.load import (
     changed_base,
     end_tokens,
@@ -31,6 +32,7 @@ from lora_kit.base.load import load_base, unquantized_config
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder, refuse_existing
+from lora_kit.hashes import file_hash
 from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Base
 from lora_kit.ship.weights import Weights
@@ -40,7 +42,11 @@ PROBE_TOKENS = 64
 FLOAT32_TOLERANCE = 1e-4
 # In bfloat16 the merged weight is rounded to 8 bits: what that may cost of the adapter's effect.
 ROUNDING_SHARE = 0.25
+# By what the scale may seem another, fitted to all differences beside those that a tenth less of it
+# makes: rounding points anywhere and nearly leaves that sum, a wrong scale is all in it.
+SCALE = {"float32": 1e-3, "bfloat16": 0.1}
 
+RECORD = "merge.json"
 _BESIDE = 64 * 2**20  # bytes for all but the weights; the largest tokenizers take half of it
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _LEGAL = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
@@ -93,9 +99,10 @@ def merge(
     refuse_existing(out)
     trained = run_base(run)
     base = changed_base(trained, dtype=dtype)
-    ours = (run_home(run) / "run.yaml").exists()
-    if into == "dequantized" and ours and trained.quantize != "nf4":
-        raise UserError(f"{run}: trained on {trained.quantize}, not on nf4: merge into the base")
+    home = run_home(run)
+    known = (home / "run.yaml").exists() or "quantize" in read_lock(home).get("base", {})
+    if into == "dequantized" and known and trained.quantize != "nf4":
+        raise UserError(f"{run}: not trained on nf4 ({trained.quantize}): leave --into out")
     adapter = run_adapter(run)
     pinned = pin_like(run, base, weights=False)
     folder, config = Path(pinned.folder), unquantized_config(pinned)
@@ -108,6 +115,12 @@ def merge(
         hashes = read_lock(run_home(run)).get("base", {}).get("hashes", {})
         weights.write(made, hashes, lambda files: refuse_changed(run, pinned, files))
         _settle(made, folder, config, weights.plan, base.dtype, tokenizer)
+        # Of which run this is: `push --merged` asks.
+        name = pinned.model if pinned.revision else Path(pinned.model).name
+        origin = {"model": name, "revision": pinned.revision, "hashes": hashes or pinned.hashes}
+        digest = {"sha256": file_hash(adapter.folder / WEIGHTS)}
+        record = {"adapter": digest, "base": origin, "into": into, "dtype": base.dtype}
+        _write_json(made / RECORD, record)
         for file in legal:
             shutil.copyfile(file, made / file.name)
         compared: tuple[Any, Any, Any] = (None, None, None)
@@ -174,6 +187,7 @@ def _compare(
     and the share of equal greedy tokens. Raises CheckFailed if they differ by more than rounding.
     """
     import torch
+    from peft.helpers import rescale_adapter_scale
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(0)
@@ -187,17 +201,25 @@ def _compare(
     wanted = logits(model)
     with model.disable_adapter():
         effect = (logits(model) - wanted).abs().max().item()
+    with rescale_adapter_scale(model, 0.9):
+        own = wanted - logits(model)
     del model
     gc.collect()
     settings: Any = {"dtype": base.dtype, "trust_remote_code": False}
     got = logits(AutoModelForCausalLM.from_pretrained(folder, **settings).eval())
     difference = (got - wanted).abs().max().item()
     limit = FLOAT32_TOLERANCE if base.dtype == "float32" else ROUNDING_SHARE * effect
+    size = own.norm().item()
+    scale = 1 + 0.1 * ((got - wanted) * own).sum().item() / size**2 if size else 1.0
+    # Differences of the tolerance everywhere can look like so much, where the scale hardly matters.
+    unsure = FLOAT32_TOLERANCE * 0.1 * own.numel() ** 0.5 / size if size else 0.0
+    right = abs(1 - scale) <= max(SCALE[base.dtype], unsure)
     # Written so that a NaN fails as well.
-    if not difference <= max(limit, FLOAT32_TOLERANCE):
+    if not (right and difference <= max(limit, FLOAT32_TOLERANCE)):
         fix = "" if base.dtype == "float32" else "; merge with --dtype float32"
         raise CheckFailed(
             f"{out}: not written: the merged model's logits differ by {difference:.2g} "
-            f"(allowed: {limit:.2g}, the adapter's effect: {effect:.2g}){fix}"
+            f"(allowed: {limit:.2g}, the adapter's effect: {effect:.2g}), as if its scale were "
+            f"{scale:.3f} times what it is{fix}"
         )
     return difference, effect, (got.argmax(-1) == wanted.argmax(-1)).float().mean().item()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Any
 
 from lora_kit.adapter.load import end_tokens
 from lora_kit.base.load import quiet_libraries
-from lora_kit.errors import CheckFailed
-from lora_kit.trust import run_module
+from lora_kit.data.formats import NotUsable
+from lora_kit.data.templates import render
+from lora_kit.ship.llama_cpp import ask
 
 TOP = 64  # log-probabilities that are compared at a step
 TOKENS = 32  # answered at most
@@ -84,10 +84,13 @@ def torch_step(model: Any) -> Callable[[list[int]], Any]:
 
 
 def template_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """The ids of a prompt that asks for an answer; none without a template."""
+    """The ids of a prompt that asks for an answer; none without a template, or if it refuses."""
     if not tokenizer.chat_template:
         return []
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = render(tokenizer, messages, add_generation_prompt=True)
+    except NotUsable:  # such as a second question
+        return []
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -117,12 +120,7 @@ def reloaded(
         **{"consumer": consumer, "model": str(model), "adapter": adapter and str(adapter)},
         **{"prompts": [list(p) for p in prompts], "ends": ends and list(ends)},
     }
-    command = run_module("lora_kit.ship.reload")
-    child = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True)
-    if child.returncode:
-        lines = child.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
-        raise CheckFailed(f"{consumer} does not load it ({child.returncode}): {lines[-1][:300]}")
-    return dict(json.loads(child.stdout))
+    return ask("lora_kit.ship.reload", request, f"{adapter or model}: {consumer}")
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -12,25 +12,31 @@ from lora_kit.errors import TOKENS, UserError, secret_values
 _KEYS = {kind: re.compile(pattern) for kind, pattern in TOKENS.items()}
 _PATHS = {
     "a home folder": re.compile(
-        r"(?:(?<![\w.~/-])|(?<=file://))/(?:home|Users)/[\w.-]+"
+        r"(?:(?<![\w.~/-])|(?<=file://))(?:/var|/mnt/[a-z]|/[a-z])?/(?:home|Users)/[\w.-]+"
         r"|(?<![A-Za-z0-9])[A-Za-z]:\\{1,2}Users\\{1,2}[\w.-]+"
     )
 }
 _PROSE = {
-    # RFC 2606 keeps example.* free of people.
+    # RFC 2606 keeps example.com, .net, .org and .example free of people; git@ is a login.
     "an e-mail address": re.compile(
-        r"(?<![\w.%+-])[\w.%+-]{1,64}@(?!example\.)(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}\b"
+        r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@"
+        r"(?!(?:[A-Za-z0-9-]{1,63}\.){0,5}example(?:\.(?:com|net|org))?(?![\w-]|\.\w))"
+        r"(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}\b"
     ),
     "a password or key": re.compile(
-        r"""(?i)(?<![a-z])(?:passw(?:or)?d|passphrase|secret|api[_-]?key|access[_-]?key"""
+        # A template sets variables of any name, to words.
+        r"""(?i)(?<![a-z])(?:(?<!set )|(?<=set )(?=[^%\n]{0,80}\d))"""
+        r"""(?:passw(?:or)?d|passphrase|secret|api[_-]?key|access[_-]?key"""
         r"""|auth[_-]?token|client[_-]?secret)["']?\s{0,3}[:=]\s{0,3}["']?"""
         r"""(?!none\b|null\b|true\b|false\b)[^\s"',;{}<>()$*\[\]]{6,}"""
     ),
 }
 # Vocabularies spell anything, and licences name whom to write to.
 _NO_PROSE = re.compile(
-    r"(?:tokenizer|vocab|added_tokens)\.json|merges\.txt|vocab\.txt|(?:LICENSE|USE_POLICY)\b.*"
+    r"vocab\.json|merges\.txt|vocab\.txt|(?:LICEN[CS]E|USE_POLICY|COPYING|NOTICE).*"
 )
+# Of a tokenizer.json the added tokens, which somebody wrote.
+_ADDED = re.compile(r'"content": ?"(.{0,999}?)"')
 _LONGEST_SHOWN = 8
 
 
@@ -55,8 +61,9 @@ def refuse_secrets(files: Mapping[str, bytes | Path], private: Iterable[str] = (
     for name, content in files.items():
         text = _text(name, content)
         patterns = exact | _KEYS | _PATHS | ({} if _NO_PROSE.fullmatch(name) else _PROSE)
+        added = "\n".join(_ADDED.findall(text)) if name == "tokenizer.json" else text
         for kind, pattern in patterns.items():
-            if hit := pattern.search(text):
+            if hit := pattern.search(added if kind in _PROSE else text):
                 line = text.count("\n", 0, hit.start()) + 1
                 found.append(f"{name}:{line}: {kind}")
     if found:
@@ -78,4 +85,5 @@ def _text(name: str, content: bytes | Path) -> str:
             text = opened.read(size).decode("utf-8", "replace")
     if not name.endswith((".json", ".safetensors")):
         return text
+    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
     return re.sub(r"\\(.)", lambda found: " " if found[1] in "nrt" else found[1], text)

@@ -30,7 +30,7 @@ from lora_kit.adapter.loaders import vllm_rank
 from lora_kit.base.load import quiet_libraries
 from lora_kit.base.pin import Pinned
 from lora_kit.data.cache import key_of, prepared
-from lora_kit.errors import UserError
+from lora_kit.errors import LoraKitError, UserError
 from lora_kit.run import read_lock
 from lora_kit.ship.gguf import Kind, needs_untied, open_source, write_adapter, write_model
 from lora_kit.ship.llama_cpp import ALIAS, need_llama_cpp, open_server
@@ -38,7 +38,9 @@ from lora_kit.train.interrupt import StopSignal
 
 SLOTS = 4  # answers that are made at the same time; others wait
 CONTEXT = 4096  # tokens of one conversation, if the base was made for as many
-LARGEST_BODY = 16 * 2**20  # bytes of a request
+LARGEST_BODY = 2 * 2**20  # bytes of a request
+# Of llama.cpp alone: its parser of grammars can be led to end the process (b11549).
+_ENGINES_OWN = {"grammar", "grammar_lazy", "grammar_triggers", "json_schema", "preserved_tokens"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 _FORMAT = 1  # raised whenever the same base is written as another GGUF than before
 
@@ -139,7 +141,7 @@ def _welcome(front: _Front, pinned: Pinned, run: Path) -> str:
     name, first = next(iter(adapters.items()))
     turns = [{"role": "user", "content": "Who are you?"}]
     asked = {"messages": turns} if front.chats else {"prompt": "Once upon a time"}
-    body = json.dumps({"model": name, **asked, "max_tokens": 64})
+    body = json.dumps({"model": name, **asked, "max_tokens": 64, "temperature": 0})
     curl = ["curl", url + (CHAT if front.chats else TEXT), "-d", body]
     base = [pinned.model, "--revision", pinned.revision] if pinned.revision else [pinned.folder]
     template = first.folder / "chat_template.jinja"
@@ -184,7 +186,7 @@ class _Front(socketserver.ThreadingTCPServer):
                 )
             self.address_family = found[0][0]
             super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or error
             raise UserError(f"{host} port {port}: {why}: name another with --port") from None
 
@@ -198,6 +200,8 @@ class _Front(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is none; of ours, one line without what was asked."""
         error = sys.exc_info()[1]
+        if isinstance(error, LoraKitError):
+            raise error  # the signal that ends the server, wherever it met the main thread
         if not isinstance(error, OSError):
             print(f"a request failed: {type(error).__name__}", file=sys.stderr, flush=True)
 
@@ -239,6 +243,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_error(404, known, "model_not_found")
         if path == CHAT and not self.server.chats:
             return self.send_error(400, f"the base has no chat template: use {TEXT}")
+        if named := _ENGINES_OWN & request.keys():
+            return self.send_error(400, f"{', '.join(sorted(named))}: not of OpenAI's interface")
         adapters = enumerate(adapter for adapter in models.values() if adapter)
         request["lora"] = [{"id": n, "scale": float(a is models[name])} for n, a in adapters]
         engine, call = http.client.HTTPConnection("llama.cpp"), socket.socket(socket.AF_UNIX)
@@ -247,8 +253,11 @@ class _Handler(BaseHTTPRequestHandler):
             engine.sock = call
             call.connect(self.server.engine)
             engine.request("POST", path, json.dumps(request), {"Content-Type": "application/json"})
-            ready, _, _ = select.select([call, self.connection], [], [])
-            if call in ready or self.connection.recv(1, socket.MSG_PEEK):
+            waiting = select.poll()  # select() takes no socket over 1023
+            for one in (call, self.connection):
+                waiting.register(one, select.POLLIN)
+            ready = [number for number, _ in waiting.poll()]
+            if call.fileno() in ready or self.connection.recv(1, socket.MSG_PEEK):
                 self._pass_on(engine.getresponse(), name)
         finally:
             engine.close()  # llama.cpp leaves an answer that nobody waits for

@@ -18,6 +18,7 @@ _LOADERS = {
     **{"mlx": "MLX", "transformers": "PEFT"},
 }
 TARGETS = tuple(_LOADERS)
+GGUF = ("llama.cpp", "ollama")  # whose files hold what an adapter does
 # What `lora-kit` writes for a target: the adapter, or the whole model.
 _ADAPTER = {
     "llama.cpp": "export {run} --to gguf --what adapter --out {run}-gguf",

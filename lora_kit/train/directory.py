@@ -164,7 +164,7 @@ def _begin(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDirectory
     write_run(run.model_copy(update={"base": base}), path / "run.yaml")
     versions = {name: version(name) for name in _LIBRARIES}
     directory.lock(
-        base=pinned.to_lock(),
+        base={**pinned.to_lock(), **run.base.model_dump(include={"dtype", "quantize"})},
         kind=prepared.kind,
         joiner=prepared.joiner,
         data=prepared.hashes,

@@ -3,6 +3,7 @@
     python scripts/bench/ship.py merge --shape 1b            # A B A B
     python scripts/bench/ship.py merge --shape 8b            # 16 GB in bf16; 36 GB of disk
     python scripts/bench/ship.py merge --shape 1b --peft     # PEFT's merge_and_unload as well
+    python scripts/bench/ship.py tokens --run runs/demo/sft  # 200 greedy tokens in llama.cpp, F32
 
 Random weights of a Llama's shape in 4 shards, a random adapter of r = 16 on all linear layers, and
 a lock file with the hashes of the base, so that these are checked on the way. Each round starts
@@ -214,14 +215,63 @@ def merge(shape: str, rounds: int, where: Path, peft: bool) -> None:
         shutil.rmtree(folder)
 
 
+def tokens(run: Path, count: int = 200) -> None:
+    """Greedy tokens of base and adapter in llama.cpp, apart and merged, beside transformers'."""
+    import torch
+
+    import lora_kit
+    from lora_kit.ship import llama_cpp
+    from lora_kit.ship.gguf import export_gguf
+
+    model, tokenizer = lora_kit.load(run, dtype="float32", quantize="none")
+    texts = ["Once upon a time there was a little", "The first of them is called"]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    folder = Path(tempfile.mkdtemp(prefix="bench"))
+    try:
+        files = {}
+        for what in ("base", "adapter", "merged"):
+            (folder / what).mkdir()
+            files[what] = export_gguf(run, folder / what, "f32", what)
+        for name, of, adapters in (
+            ("base + adapter", "base", [files["adapter"]]),
+            ("merged", "merged", []),
+        ):
+            got = llama_cpp.run(files[of], adapters, prompts=prompts, tokens=count, top=20)
+            for prompt, answer in zip(prompts, got["answers"], strict=True):
+                said = answer["tokens"]
+                with torch.inference_mode():
+                    ids = torch.tensor([prompt])
+                    out = model.generate(ids, max_new_tokens=count, do_sample=False)
+                    whole = torch.tensor([[*prompt, *said]])
+                    rows = model(whole).logits[0, len(prompt) - 1 :].log_softmax(-1)
+                    with model.disable_adapter():
+                        without = model(whole).logits[0, len(prompt) - 1 :].log_softmax(-1)
+                wanted = out[0, len(prompt) :].tolist()
+                apart = max(
+                    abs(float(rows[n, int(token)]) - value)
+                    for n, top in enumerate(answer["top"])
+                    for token, value in top.items()
+                )
+                equal, effect = wanted[: len(said)] == said, (rows - without).abs().max()
+                print(
+                    f"{name:<15} {len(said)} tokens, equal: {equal}; log-probabilities differ by "
+                    f"{apart:.2g} at most (the adapter's effect: {effect:.2g})"
+                )
+    finally:
+        shutil.rmtree(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=["merge"])
+    parser.add_argument("what", choices=["merge", "tokens"])
     parser.add_argument("--shape", choices=[*SHAPES], default="1b")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--where", type=Path, default=Path.cwd(), help="a folder on the disk")
     parser.add_argument("--peft", action="store_true")
+    parser.add_argument("--run", type=Path, help="of tokens: a finished run")
     arguments = parser.parse_args()
+    if arguments.what == "tokens":
+        return tokens(arguments.run)
     merge(arguments.shape, arguments.rounds, arguments.where, arguments.peft)
 
 
