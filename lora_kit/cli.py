@@ -67,6 +67,11 @@ def _prepare() -> None:
     prepare_process()
 
 
+Into = Annotated[
+    Literal["base", "dequantized"], typer.Option(help="As it is, or as NF4 leaves it.")
+]
+
+
 @app.callback(invoke_without_command=True)
 def _top(
     context: typer.Context,
@@ -217,9 +222,7 @@ def merge(
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, typer.Option(help="Default: the run's.")
     ] = None,
-    into: Annotated[
-        Literal["base", "dequantized"], typer.Option(help="As it is, or as NF4 leaves it.")
-    ] = "base",
+    into: Into = "base",
     verify: Annotated[
         Literal["tensors", "logits"], typer.Option(help="Read back; or load and compare, too.")
     ] = "tensors",
@@ -391,6 +394,7 @@ def export(
         str | None, typer.Option("--type", help="GGUF: f32, f16, bf16 or q8_0.")
     ] = None,
     what: Annotated[str | None, typer.Option(help="GGUF: adapter, merged or base.")] = None,
+    into: Into = "base",
     as_json: Json = False,
 ) -> None:
     """Write an adapter for another program, loaded there and compared before success is said.
@@ -400,7 +404,7 @@ def export(
     _prepare()
     from lora_kit.ship.export import export as run_export
 
-    done = run_export(run, to, out, kind, what)
+    done = run_export(run, to, out, kind, what, into)
     for note in done["notes"]:
         _say(f"note: {note}")
     words, found = "not run here", done["reloaded"]

@@ -167,3 +167,23 @@ def test_a_run_that_was_not_quantized_has_no_choice(run_file: RunMaker, run: She
     assert (done.code, len(done.errors)) == (2, 1)
     done = run("check", str(home / "adapter"), "--fidelity")
     assert (done.code, len(done.errors)) == (2, 1)
+
+
+def test_what_is_advised_can_be_exported(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_kit.errors import CheckFailed
+    from lora_kit.ship import gguf
+    from lora_kit.ship.export import export
+
+    found = export(trained, "gguf", tmp_path / "gguf", "f32", into="dequantized")["reloaded"]
+    assert found["max_difference"] <= 1e-3 < 0.1 < found["adapter_effect"]
+    with pytest.raises(UserError, match="only where a merged model is written"):
+        export(trained, "portable", tmp_path / "no", into="dequantized")
+
+    def into_the_other(*arguments: Any, into: str, **options: Any) -> Any:
+        return merge(*arguments, **options)
+
+    monkeypatch.setattr(gguf, "merge", into_the_other)
+    with pytest.raises(CheckFailed, match="log-probabilities differ"):
+        export(trained, "gguf", tmp_path / "other", "f32", into="dequantized")

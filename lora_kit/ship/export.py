@@ -32,7 +32,8 @@ from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.run import nearest, read_json
 from lora_kit.schema import Base
 from lora_kit.ship import gguf, llama_cpp, ollama, reload
-from lora_kit.ship.merge import merge
+from lora_kit.ship.fidelity import rough_weights
+from lora_kit.ship.merge import Into, merge
 from lora_kit.ship.mlx import write_mlx
 
 FORMS = ("portable", "merged", "gguf", "ollama", "mlx")
@@ -70,7 +71,12 @@ class Truth:
 
 
 def export(
-    run: str | Path, to: str, out: str | Path, kind: str | None = None, what: str | None = None
+    run: str | Path,
+    to: str,
+    out: str | Path,
+    kind: str | None = None,
+    what: str | None = None,
+    into: Into = "base",
 ) -> dict[str, Any]:
     """Write a run's adapter for another program, and compare it there.
 
@@ -79,6 +85,7 @@ def export(
             a GGUF with its Modelfile; or mlx.
         kind: the type of a gguf's weights: f32, f16 (if None), bf16 or q8_0.
         what: what becomes a gguf: adapter (ollama's None), merged (gguf's None) or base.
+        into: what a merged model is merged into; see `merge`.
 
     Returns:
         `to`, `out`, `kind`, `what`, `bytes_written`; `reloaded`: the figures of the comparison, or
@@ -91,6 +98,8 @@ def export(
     out = Path(out)
     refuse_existing(out)
     stored, part = _settled(to, kind, what)
+    if into != "base" and "merged" not in (to, part):
+        raise UserError(f"--into {into}: only where a merged model is written: leave it out")
     base, adapter = run_base(run), run_adapter(run)
     pinned = pin_like(run, base)
     tokenizer = load_run_tokenizer(run, pinned)
@@ -107,14 +116,14 @@ def export(
         elif to == "mlx":
             write_mlx(adapter, config, partial)
         elif to == "merged":
-            for file in merge(run, partial / "merged").out.iterdir():
+            for file in merge(run, partial / "merged", into=into).out.iterdir():
                 file.rename(partial / file.name)
             (partial / "merged").rmdir()
         elif to == "gguf":
-            gguf.export_gguf(run, partial, stored, part)
+            gguf.export_gguf(run, partial, stored, part, into)
         else:
-            ollama.export_ollama(run, partial, stored, part)
-        truth = _truth(base, pinned, run, tokenizer, alone=part == "base")
+            ollama.export_ollama(run, partial, stored, part, into)
+        truth = _truth(base, pinned, run, tokenizer, into, alone=part == "base")
         got = _consumed(to, part, run, partial, pinned.folder, truth)
         figures, notes = None, ["mlx-lm is not installed: written, checked, not run here"]
         if got:
@@ -152,13 +161,18 @@ def _settled(to: str, kind: str | None, what: str | None) -> tuple[Any, Any]:
     return kind or "f16", what
 
 
-def _truth(base: Base, pinned: Pinned, run: str | Path, tokenizer: Any, alone: bool) -> Truth:
+def _truth(
+    base: Base, pinned: Pinned, run: str | Path, tokenizer: Any, into: Into, alone: bool
+) -> Truth:
     """`alone`: of the base without the adapter."""
     import torch
     from peft.helpers import rescale_adapter_scale
 
     exact = changed_base(base, dtype="float32", quantize="none")
     model = load_adapter(load_base(exact, pinned), run)
+    if into == "dequantized":
+        for _, weight, rough in rough_weights(load_adapter(load_base(base, pinned), run), model):
+            weight.copy_(rough.to(weight))
     with_it, without = contextlib.nullcontext, model.disable_adapter
     asked, other = (without, with_it) if alone else (with_it, without)
     ends = end_tokens(model, tokenizer)

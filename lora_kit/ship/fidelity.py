@@ -59,7 +59,7 @@ def fidelity(run: str | Path) -> dict[str, Any]:
         if into == "base":
             found |= _norms(run, trained, model)
         else:
-            for _, weight, rough in _weights(trained, model):
+            for _, weight, rough in rough_weights(trained, model):
                 weight.copy_(rough.to(weight))
         if not model.config.get_text_config().tie_word_embeddings or not _on_ends(model):
             model.merge_adapter()  # so that it is rounded as in a merged model
@@ -105,7 +105,7 @@ def _advice(run: str | Path, found: dict[str, Any], low: float, high: float) -> 
     }
 
 
-def _weights(trained: Any, model: Any) -> Any:
+def rough_weights(trained: Any, model: Any) -> Any:
     """(name, the 16-bit weight, what NF4 leaves of it), both (out, in), float32."""
     from bitsandbytes.functional import dequantize_4bit
 
@@ -130,7 +130,7 @@ def _norms(run: str | Path, trained: Any, model: Any) -> dict[str, Any]:
             "error": float((weight.float() - rough.to(weight.device).float()).norm()),
             "update": adapter.update(name).norm(),
         }
-        for name, weight, rough in _weights(trained, model)
+        for name, weight, rough in rough_weights(trained, model)
         if name in adapter.halves
     ]
     return {"modules": modules, "whole": _together(modules)}

@@ -26,7 +26,7 @@ from lora_kit.errors import UserError
 from lora_kit.run import read_json
 from lora_kit.ship.gguf_tokenizer import add_tokenizer
 from lora_kit.ship.llama_cpp import WRITTEN_BY
-from lora_kit.ship.merge import generation, merge
+from lora_kit.ship.merge import Into, generation, merge
 
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
 What = Literal["adapter", "merged", "base"]
@@ -401,11 +401,12 @@ def needed(run: str | Path, kind: Kind, what: What) -> int:
     return sum(values) * (_BYTES[kind] + (4 if what == "merged" else 0)) + 2**24
 
 
-def export_gguf(run: str | Path, out: Path, kind: Kind, what: What) -> Path:
+def export_gguf(run: str | Path, out: Path, kind: Kind, what: What, into: Into = "base") -> Path:
     """Write NAME.gguf, of the run's name, into an existing folder.
 
     Args:
         what: the `adapter` alone, the `merged` model, or the `base` as the adapter needs it.
+        into: what it is merged into; see `merge`.
 
     Raises:
         UserError: see `write_model`, `write_adapter` and `merge`.
@@ -420,7 +421,7 @@ def export_gguf(run: str | Path, out: Path, kind: Kind, what: What) -> Path:
     else:
         merged = out / ".merged"
         # In bfloat16 a small update is lost in the rounding of the sum.
-        merge(run, merged, dtype="bfloat16" if kind == "bf16" else "float32")
+        merge(run, merged, dtype="bfloat16" if kind == "bf16" else "float32", into=into)
         write_model(merged, file, kind)
         shutil.rmtree(merged)
     return file

@@ -38,6 +38,7 @@ from lora_kit.schema import Base
 from lora_kit.ship.weights import Weights
 
 PROBE_TOKENS = 64
+Into = Literal["base", "dequantized"]
 # float32 sums differ in their last digits; the largest logit difference that explains.
 FLOAT32_TOLERANCE = 1e-4
 # In bfloat16 the merged weight is rounded to 8 bits: what that may cost of the adapter's effect.
@@ -72,7 +73,7 @@ def merge(
     out: str | Path,
     dtype: str | None = None,
     *,
-    into: Literal["base", "dequantized"] = "base",
+    into: Into = "base",
     verify: Literal["tensors", "logits"] = "tensors",
 ) -> Merged:
     """Write base + adapter as one ordinary model, loadable by transformers alone.

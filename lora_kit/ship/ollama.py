@@ -21,7 +21,7 @@ from lora_kit.data.formats import NotUsable
 from lora_kit.data.templates import render
 from lora_kit.errors import UserError
 from lora_kit.ship.gguf import Kind, What, export_gguf, open_source
-from lora_kit.ship.merge import generation
+from lora_kit.ship.merge import Into, generation
 
 # Memory for all of it is taken when the model is loaded.
 _LARGEST_CONTEXT = 8192
@@ -41,7 +41,7 @@ _CONTENTS = (
 Joints = dict[tuple[str, str], str]
 
 
-def export_ollama(run: str | Path, out: Path, kind: Kind, what: What) -> Path:
+def export_ollama(run: str | Path, out: Path, kind: Kind, what: What, into: Into = "base") -> Path:
     """Fill an existing folder with what `ollama create NAME -f Modelfile` takes.
 
     Args:
@@ -54,7 +54,9 @@ def export_ollama(run: str | Path, out: Path, kind: Kind, what: What) -> Path:
     tokenizer, base = load_run_tokenizer(run, pinned), Path(pinned.folder)
     template = go_template(tokenizer)  # before anything large is written
     parts: tuple[What, ...] = ("adapter", "base") if what == "adapter" else (what,)
-    *rest, first = [export_gguf(run, out, kind, p).rename(out / f"{p}.gguf").name for p in parts]
+    *rest, first = [
+        export_gguf(run, out, kind, part, into).rename(out / f"{part}.gguf").name for part in parts
+    ]
     context = min(open_source(base).context, _LARGEST_CONTEXT)
     stops = [tokenizer.decode([n]) for n in generation(base, tokenizer)["eos_token_id"]]
     lines = [f"FROM ./{first}", *(f"ADAPTER ./{file}" for file in rest)]
