@@ -130,10 +130,16 @@ def entry(file: Path, folder: Path) -> dict[str, Any]:
 def serving(repos: dict[str, dict[str, Path]], refs: dict[str, str]) -> Iterator[Hub]:
     """A running Hub, stopped at the end of the block."""
     hub = Hub(repos, refs)
+    with running(hub):
+        yield hub
+
+
+@contextmanager
+def running(hub: ThreadingHTTPServer) -> Iterator[None]:
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     try:
-        yield hub
+        yield
     finally:
         hub.shutdown()
         hub.server_close()

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import socket
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from hub import Handler, Hub, entry
+from hub import Handler, Hub, entry, running
 
 LARGE = (".safetensors", ".bin")
 # What the tests log in with; it has the shape of a token.
@@ -224,11 +223,5 @@ class _Writing(Handler):
 def writable(root: Path) -> Iterator[WritableHub]:
     """A running Hub to write to, stopped at the end of the block."""
     hub = WritableHub(root)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with running(hub):
         yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
-        thread.join()

@@ -75,13 +75,14 @@ REPOS: dict[str, dict[str, bytes]] = {
     "up": adapter(),
     "absolute": adapter(),
     "backslash": adapter(),
+    **{name: adapter() for name in ("oddsize", "oddpath", "nohash")},
     "down": adapter(),
     "local": adapter(adapter_config__json={**CONFIG, "base_model_name_or_path": None}),
     "hidden": adapter(),
 }
 
 
-def lie(path: str, size: int = 2, **more: Any) -> list[dict[str, Any]]:
+def lie(path: Any, size: Any = 2, **more: Any) -> list[dict[str, Any]]:
     return [{"type": "file", "path": path, "size": size, "oid": "0" * 40, **more}]
 
 
@@ -104,6 +105,9 @@ def hub(place: Path) -> Iterator[WritableHub]:
             "me/up": lie("../../evil.json"),
             "me/absolute": lie("/tmp/evil.json"),
             "me/backslash": lie("..\\evil.json"),
+            "me/oddsize": lie("adapter_config.json", size="x"),
+            "me/oddpath": lie(5),
+            "me/nohash": [{"type": "file", "path": "adapter_config.json", "size": 2}],
         }
         running.troubles["me/down"] = Trouble("read", 503, times=99)
         running.troubles["me/hidden"] = Trouble("read", 403, times=99)
@@ -170,6 +174,7 @@ REFUSED = {
     "up": "names a file outside of its folder: '../../evil.json'",
     "absolute": "names a file outside of its folder: '/tmp/evil.json'",
     "backslash": "names a file outside of its folder",
+    **dict.fromkeys(("oddsize", "oddpath", "nohash"), "list of its files is not readable"),
     "down": "answers 503: try again later",
     "hidden": "access refused (403)",
     "missing": "(404)",

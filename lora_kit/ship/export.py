@@ -251,6 +251,8 @@ def _compared(
         rows, tops = known.log_probabilities, answer["top"]
         for row, near, top in zip(rows, less, tops, strict=False):
             steps, count = steps + 1, count + len(top)
+            # llama.cpp says null where it has no number.
+            top = {n: math.nan if value is None else value for n, value in top.items()}
             apart = [abs(float(row[int(n)]) - value) for n, value in top.items()]
             for n, value in top.items():
                 own = float(row[int(n)] - near[int(n)])
@@ -258,7 +260,7 @@ def _compared(
                 whole += own * own
             # A NaN is no number that max would keep.
             worst = max(worst, *apart) if math.isfinite(sum(apart)) else math.inf
-            said, wanted = int(max(top, key=top.get)), int(row.argmax())
+            said, wanted = int(max(top, key=top.__getitem__)), int(row.argmax())
             if said != wanted and not {said, wanted} <= set(truth.ends):
                 # Of two tokens as likely as each other either may come, and all after it differs.
                 if not float(row[wanted] - row[said]) <= allowed:

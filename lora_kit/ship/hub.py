@@ -335,8 +335,15 @@ def _size(content: bytes | Path) -> int:
 
 def _listed(api: Any, repo: str, sha: str) -> dict[str, Any]:
     """{path: entry} of every file at a commit, with size and hash."""
-    entries = api.list_repo_tree(repo, revision=sha, recursive=True)
-    return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+    try:
+        entries = list(api.list_repo_tree(repo, revision=sha, recursive=True))
+        files = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+        usable = all(isinstance(n, str) and type(f.size) is int for n, f in files.items())
+    except (KeyError, TypeError, AttributeError):  # of the client, on an entry without a hash
+        usable = False
+    if not usable:
+        raise CheckFailed(f"{repo}: the Hub's list of its files is not readable: try again later")
+    return files
 
 
 def _is(content: bytes | Path, entry: Any) -> bool:
