@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -17,7 +18,15 @@ def file_hash(file: Path) -> str:
 
 
 def cached_hash(file: Path) -> str:
-    """The same; of a large file in the Hub's cache, the name it has there."""
+    """The same; of a large file in the Hub's cache, the name it has there. A base is pinned by each
+    stage that loads it: what did not change since is read once."""
     blob = file.resolve()
-    known = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
-    return blob.name if known else file_hash(file)
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
+    now = blob.stat()
+    return _hash_of(blob, now.st_ino, now.st_size, now.st_mtime_ns)
+
+
+@lru_cache
+def _hash_of(file: Path, inode: int, size: int, changed: int) -> str:
+    return file_hash(file)

@@ -6,7 +6,6 @@ The model is never in memory (`ship.weights`).
 from __future__ import annotations
 
 import gc
-import json
 import resource
 import shutil
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from lora_kit.adapter.files import WEIGHTS
+from lora_kit.adapter.files import WEIGHTS, write_json
 from lora_kit.adapter.load import (
     changed_base,
     end_tokens,
@@ -121,7 +120,7 @@ def merge(
         origin = {"model": name, "revision": pinned.revision, "hashes": hashes or pinned.hashes}
         digest = {"sha256": file_hash(adapter.folder / WEIGHTS)}
         record = {"adapter": digest, "base": origin, "into": into, "dtype": base.dtype}
-        _write_json(made / RECORD, record)
+        write_json(made / RECORD, record)
         for file in legal:
             shutil.copyfile(file, made / file.name)
         compared: tuple[Any, Any, Any] = (None, None, None)
@@ -137,10 +136,6 @@ def merge(
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
     )
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _settle(
@@ -161,10 +156,10 @@ def _settle(
             part["vocab_size"] = merge.vocabulary
         if merge.parted and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     known = generation(base, tokenizer)
     left_out = () if known.get("do_sample") else _SAMPLING
-    _write_json(
+    write_json(
         folder / "generation_config.json",
         {key: value for key, value in known.items() if key not in left_out and value is not None},
     )
