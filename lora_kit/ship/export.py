@@ -33,13 +33,13 @@ from lora_kit.run import nearest, read_json
 from lora_kit.schema import Base
 from lora_kit.ship import gguf, llama_cpp, ollama, reload
 from lora_kit.ship.fidelity import rough_weights
-from lora_kit.ship.merge import Into, merge
+from lora_kit.ship.merge import FLOAT32_TOLERANCE, LESS, Into, merge, seen_scale
 from lora_kit.ship.mlx import write_mlx
 
 FORMS = ("portable", "merged", "gguf", "ollama", "mlx")
 # By what log-probabilities may differ (nats): sums of float32 in another order; and, in llama.cpp
 # and MLX, by other kernels.
-SAME_ARITHMETIC, OTHER_ARITHMETIC = 1e-4, 1e-3
+SAME_ARITHMETIC, OTHER_ARITHMETIC = FLOAT32_TOLERANCE, 1e-3
 # llama.cpp looks GELU up in a table of float16, which shows in Gemma alone: up to 4.6e-3 in random
 # models in float32, more where an adapter adds much. The second is a share of its effect.
 ROUGH_GELU = 5e-3, 1e-3
@@ -51,7 +51,6 @@ ROUNDED = {"f32": 0.0, "f16": 0.1, "bf16": 0.25, "q8_0": 0.5}
 # that LESS of it makes. Rounding points anywhere and nearly leaves that sum; a wrong scale is all
 # in it. Measured on nano and tiny models: 2e-4 in f16, 7e-4 in bf16, 0.006 in q8_0.
 SCALE = {"f32": 1e-3, "f16": 0.02, "bf16": 0.1, "q8_0": 0.1}
-LESS = 0.1
 
 
 @dataclass(frozen=True)
@@ -272,9 +271,7 @@ def _compared(
     if not worst <= allowed:
         at_most = f"allowed: {allowed:.2g}, the adapter's effect: {truth.effect:.2g}"
         wrong.insert(0, f"its log-probabilities differ by {worst:.2g} ({at_most})")
-    scale = 1 + truth.step * along / whole if whole else 1.0
-    # Differences of `least` everywhere can look like so much, where the scale hardly matters.
-    unsure = least * truth.step * math.sqrt(count / whole) if whole else 0.0
+    scale, unsure = seen_scale(along, whole, truth.step, count, least)
     if not abs(1 - scale) <= max(scale_allowed, unsure):
         wrong.append(f"it acts as if the adapter's scale were {scale:.3f} times what it is")
     same = [c for c in got["conversations"] if c] == [c for c in truth.conversations if c]

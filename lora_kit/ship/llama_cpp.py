@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,15 @@ def ask(module: str, request: dict[str, Any], who: str) -> dict[str, Any]:
         why = next((line for line in lines if "GGML_ASSERT" in line or " E " in line), lines[-1])
         raise CheckFailed(f"{who} ended ({child.returncode}): {why[:240]}")
     return dict(json.loads(child.stdout))
+
+
+def answer_with(make: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The other end of `ask`, in the fresh process."""
+    result = os.dup(1)
+    os.dup2(2, 1)  # whatever the libraries print
+    answer = json.dumps(make(json.load(sys.stdin)))
+    with os.fdopen(result, "w") as out:
+        out.write(answer)
 
 
 def open_server(
@@ -188,8 +197,4 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    result = os.dup(1)
-    os.dup2(2, 1)  # whatever llama.cpp prints
-    answer = json.dumps(_answer(json.load(sys.stdin)))
-    with os.fdopen(result, "w") as out:
-        out.write(answer)
+    answer_with(_answer)

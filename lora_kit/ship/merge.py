@@ -6,6 +6,7 @@ The model is never in memory (`ship.weights`).
 from __future__ import annotations
 
 import gc
+import math
 import resource
 import shutil
 import time
@@ -28,6 +29,7 @@ from lora_kit.adapter.load import (
 )
 from lora_kit.adapter.names import Plan
 from lora_kit.base.load import load_base, unquantized_config
+from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder, refuse_existing
@@ -44,6 +46,7 @@ FLOAT32_TOLERANCE = 1e-4
 ROUNDING_SHARE = 0.25
 # By what the scale may seem another, fitted to all differences beside those that a tenth less of it
 # makes: rounding points anywhere and nearly leaves that sum, a wrong scale is all in it.
+LESS = 0.1  # of the adapter, taken away to see what its scale does
 SCALE = {"float32": 1e-3, "bfloat16": 0.1}
 
 RECORD = "merge.json"
@@ -100,7 +103,8 @@ def merge(
     trained = run_base(run)
     base = changed_base(trained, dtype=dtype)
     home = run_home(run)
-    known = (home / "run.yaml").exists() or "quantize" in read_lock(home).get("base", {})
+    locked = read_lock(home).get("base", {})
+    known = (home / "run.yaml").exists() or "quantize" in locked
     if into == "dequantized" and known and trained.quantize != "nf4":
         raise UserError(f"{run}: not trained on nf4 ({trained.quantize}): leave --into out")
     adapter = run_adapter(run)
@@ -112,7 +116,7 @@ def merge(
         weights.quantize(folder, trained.dtype)
     legal = [file for pattern in _LEGAL for file in folder.glob(pattern) if file.is_file()]
     with new_folder(out, weights.bytes + _BESIDE) as made:
-        hashes = read_lock(run_home(run)).get("base", {}).get("hashes", {})
+        hashes = locked.get("hashes", {})
         weights.write(made, hashes, lambda files: refuse_changed(run, pinned, files))
         _settle(made, folder, config, weights.plan, base.dtype, tokenizer)
         # Of which run this is: `push --merged` asks.
@@ -126,7 +130,7 @@ def merge(
         compared: tuple[Any, Any, Any] = (None, None, None)
         if verify == "logits":
             quantize = "nf4" if into == "dequantized" else "none"
-            compared = _compare(run, made, out, base, quantize, len(tokenizer))
+            compared = _compare(run, made, out, base, pinned, quantize, len(tokenizer))
     return Merged(
         out,
         *compared,
@@ -176,8 +180,29 @@ def generation(base: Path, tokenizer: Any) -> dict[str, Any]:
     return {**found, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
 
 
+def seen_scale(
+    along: float, whole: float, step: float, count: int, least: float
+) -> tuple[float, float]:
+    """How many times its scale an adapter acts with, fitted to all differences, and by how much
+    differences of `least` everywhere can look like another, where the scale hardly matters.
+
+    Args:
+        along: sum of the `count` differences, each times what `step` of the adapter adds there.
+        whole: the sum of squares of what it adds.
+    """
+    if not whole:
+        return 1.0, 0.0
+    return 1 + step * along / whole, least * step * math.sqrt(count / whole)
+
+
 def _compare(
-    run: str | Path, folder: Path, out: Path, base: Base, quantize: str, vocabulary: int
+    run: str | Path,
+    folder: Path,
+    out: Path,
+    base: Base,
+    pinned: Pinned,
+    quantize: str,
+    vocabulary: int,
 ) -> tuple[float, float, float]:
     """Largest difference of logits between merged and base with adapter, the adapter's own effect,
     and the share of equal greedy tokens. Raises CheckFailed if they differ by more than rounding.
@@ -193,11 +218,11 @@ def _compare(
     def logits(of: Any) -> Any:
         return of(input_ids=probe).logits.float()
 
-    model = load_adapter(load_base(base, pin_like(run, base), quantize=quantize), run)
+    model = load_adapter(load_base(base, pinned, quantize=quantize), run)
     wanted = logits(model)
     with model.disable_adapter():
         effect = (logits(model) - wanted).abs().max().item()
-    with rescale_adapter_scale(model, 0.9):
+    with rescale_adapter_scale(model, 1 - LESS):
         own = wanted - logits(model)
     del model
     gc.collect()
@@ -205,10 +230,8 @@ def _compare(
     got = logits(AutoModelForCausalLM.from_pretrained(folder, **settings).eval())
     difference = (got - wanted).abs().max().item()
     limit = FLOAT32_TOLERANCE if base.dtype == "float32" else ROUNDING_SHARE * effect
-    size = own.norm().item()
-    scale = 1 + 0.1 * ((got - wanted) * own).sum().item() / size**2 if size else 1.0
-    # Differences of the tolerance everywhere can look like so much, where the scale hardly matters.
-    unsure = FLOAT32_TOLERANCE * 0.1 * own.numel() ** 0.5 / size if size else 0.0
+    along, whole = ((got - wanted) * own).sum().item(), own.square().sum().item()
+    scale, unsure = seen_scale(along, whole, LESS, own.numel(), FLOAT32_TOLERANCE)
     right = abs(1 - scale) <= max(SCALE[base.dtype], unsure)
     # Written so that a NaN fails as well.
     if not (right and difference <= max(limit, FLOAT32_TOLERANCE)):

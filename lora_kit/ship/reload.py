@@ -7,9 +7,6 @@ its other end. llama.cpp has a process of its own, with the same answer (see `ll
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ from lora_kit.adapter.load import end_tokens
 from lora_kit.base.load import quiet_libraries
 from lora_kit.data.formats import NotUsable
 from lora_kit.data.templates import render
-from lora_kit.ship.llama_cpp import ask
+from lora_kit.ship.llama_cpp import answer_with, ask
 
 TOP = 64  # log-probabilities that are compared at a step
 TOKENS = 32  # answered at most
@@ -182,8 +179,4 @@ def _load_mlx(folder: str, adapter: str | None) -> tuple[Callable[[], Any], Any,
 
 
 if __name__ == "__main__":
-    result = os.dup(1)
-    os.dup2(2, 1)  # whatever the libraries print
-    answer = json.dumps(_answer(json.load(sys.stdin)))
-    with os.fdopen(result, "w") as out:
-        out.write(answer)
+    answer_with(_answer)
