@@ -302,6 +302,12 @@ class Run(_Section):
     train: Train = Train()
     prove: Prove = Prove()
     ship: Ship = Ship()
+    speed: Literal["auto", "plain"] = Field(
+        "auto",
+        description="auto: quicker ways to the same numbers, each tried on the model before it is "
+        "used, and the batch and recomputation that fit the memory; plain: transformers' and "
+        "PEFT's own way, with the batch as it stands here.",
+    )
 
     @property
     def directory(self) -> Path:

@@ -74,7 +74,10 @@ OTHERS = {
         # tests/test_data_prepare.py
         *("replay", "against", "labels", "supervise", "packing", "group", "limits", "workers"),
     },
-    Run: {"recipe", "name", "seed", "base", "adapter", "data", "train", "prove", "ship"},
+    Run: {
+        *("recipe", "name", "seed", "base", "adapter", "data", "train", "prove", "ship"),
+        "speed",  # tests/test_train_speed.py
+    },
     Ship: {"target"},  # tests/test_ship_targets.py
 }
 

@@ -158,8 +158,68 @@ def collator(pad_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torc
     return collate
 
 
+def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of a batch one after the other, without padding, in a single row.
+
+    >>> batch = in_one_row([{"input_ids": [1, 5, 6], "labels": [-100, 5, 6]},
+    ...                     {"input_ids": [1, 7], "labels": [1, 7]}])
+    >>> batch["labels"].tolist(), batch["documents"], batch["places"].tolist()
+    ([[-100, 5, 6, -100, 7]], [3, 2], [0, 1, 3])
+
+    Returns:
+        `input_ids`, `labels`, `position_ids`: int64 (1, tokens). Positions count from 0 in each
+        document, whose first label is left out. `documents`: their lengths. `rows`: the lengths of
+        the rows; a packed row is several documents. `numbers`: theirs in the data set, where the
+        rows say `row`. `places`: int64, where in labels[:, 1:] there is something to learn.
+    """
+    import torch
+
+    documents: list[int] = []
+    for row in rows:
+        starts = np.flatnonzero(row["position_ids"] == 0) if "position_ids" in row else np.zeros(1)
+        documents += np.diff([*starts, len(row["input_ids"])]).astype(int).tolist()
+    firsts = np.cumsum([0, *documents[:-1]])
+    labels = np.concatenate([row["labels"] for row in rows])
+    labels[firsts] = IGNORED
+    positions = np.concatenate([np.arange(length) for length in documents])
+    ids = np.concatenate([row["input_ids"] for row in rows])
+    return {
+        "input_ids": torch.from_numpy(ids)[None],
+        "labels": torch.from_numpy(labels)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "documents": documents,
+        "rows": [len(row["input_ids"]) for row in rows],
+        "numbers": [int(row["row"]) for row in rows if "row" in row],
+        "places": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),
+    }
+
+
+def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """A batch in two, where it holds two rows at least; the losses of both add up to its own."""
+    documents = batch.get("documents")
+    if documents is None:
+        middle = len(batch["input_ids"]) // 2
+        sides = (slice(middle), slice(middle, None))
+        return [{k: v[side] for k, v in batch.items()} for side in sides] if middle else [batch]
+    if len(documents) < 2:
+        return [batch]
+    ends = np.cumsum(documents)
+    last = int(np.argmin(abs(ends[:-1] - ends[-1] / 2))) + 1  # of documents in the first half
+    parts = []
+    for some, tokens in (
+        (slice(last), slice(int(ends[last - 1]))),
+        (slice(last, None), slice(int(ends[last - 1]), None)),
+    ):
+        part = {k: batch[k][:, tokens] for k in ("input_ids", "labels", "position_ids")}
+        places = (part["labels"][0, 1:] != IGNORED).nonzero().squeeze(1)
+        parts.append({**part, "documents": documents[some], "places": places})
+    return parts
+
+
 def real_tokens(batch: dict[str, Any]) -> Any:
     """How many tokens of a collated batch are no padding: a number, or an int64 tensor ()."""
+    if "documents" in batch:
+        return batch["input_ids"].numel()
     if "position_ids" in batch:
         # A document has two tokens at least: a 0 before a 0, or at the end, is padding.
         starts = batch["position_ids"] == 0

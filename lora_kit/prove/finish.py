@@ -53,6 +53,7 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
         "seconds": round(trainer.seconds, 3),
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
         "world_size": trainer.accelerator.num_processes,
+        "micro_batch_halved": trainer.halvings,
     }
     report["memory"] = {"predicted_mib": None, "measured_mib": round(peak_mib(), 1)}
     report["gate"] = held(report, run.prove.gate) if run.prove.gate else None

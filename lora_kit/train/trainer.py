@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from typing import Any
 
@@ -11,12 +12,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from lora_kit.adapter.audit import Audit
-from lora_kit.data.labelled import IGNORED, collator, real_tokens
+from lora_kit.data.labelled import IGNORED, collator, halves, in_one_row, real_tokens
 from lora_kit.data.packing import Packed, check_isolation
 from lora_kit.data.prepare import Prepared
 from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.folders import check_room
 from lora_kit.schema import Run
+from lora_kit.speed.fast import make_fast, make_plain
 from lora_kit.train import checkpoint
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.callbacks import Metrics, Progress
@@ -28,6 +30,33 @@ from lora_kit.train.interrupt import StopSignal
 _LITTER = ("training_args.bin", "README.md")
 
 
+_HALVINGS = 3  # of the micro-batch, where the memory does not suffice
+_NO_MEMORY = (
+    "out of memory, the micro-batch halved {halvings} times: lower train.max_length or adapter.r, "
+    "set train.gradient_checkpointing=true, or base.quantize=nf4"
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch says it in one class for GPUs, and in a text for the CPU's allocator."""
+    said = str(error)
+    on_cpu = "DefaultCPUAllocator" in said and "memory" in said
+    return on_cpu or isinstance(error, torch.OutOfMemoryError)
+
+
+class _Numbered:
+    """A data set whose rows say which one they are."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self.rows[number], "row": number}
+
+
 class LoraTrainer(Trainer):
     """The trainer of every recipe. Data come labelled, so that the loss is transformers' own:
     the mean over all labels of the whole batch, all ranks and accumulation steps together."""
@@ -36,6 +65,7 @@ class LoraTrainer(Trainer):
         self.run = run
         self.directory = directory
         self.stop = stop
+        self.halvings = 0  # of the micro-batch, where the memory did not suffice
         self.seconds = 0.0  # spent in optimizer steps, earlier parts of a resumed run included
         self._tokens_before, self._seconds_before = 0, 0.0
         self._tokens_here: torch.Tensor | int = 0  # this rank's, kept on its device
@@ -43,6 +73,10 @@ class LoraTrainer(Trainer):
         # transformers 5.23 goes by the name of the class: for GPT2LMHeadModel it would divide by
         # one label too many a row, the first, which nothing predicts.
         self._loss_shifts_labels = True
+        # Several ranks would have to halve together.
+        self.can_halve = self.accelerator.num_processes == 1 and not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        )
         self.audit = Audit(self.model, self.accelerator)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Watch(self))
@@ -78,7 +112,44 @@ class LoraTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items: Any = None) -> Any:
         self._tokens_here += real_tokens(inputs)
-        return super().training_step(model, inputs, num_items)
+        parts = [inputs]
+        for _ in range(self.halvings):
+            parts = [half for part in parts for half in halves(part)]
+        return sum(self._part_of_step(model, part, num_items) for part in parts)
+
+    def _part_of_step(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Any:
+        """Forward and backward; where the memory does not suffice, of two halves, from then on.
+
+        The loss is a sum over the labels of the whole step, so halves add up to the same gradient.
+        """
+        if not self.can_halve:
+            return super().training_step(model, inputs, num_items)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        before = [p.grad for p in trained]
+        for parameter in trained:
+            parameter.grad = None  # a backward pass that breaks off leaves sums half made
+        again = None
+        try:
+            loss = super().training_step(model, inputs, num_items)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            again = halves(inputs)
+            if self.halvings >= _HALVINGS or len(again) < 2:
+                raise UserError(_NO_MEMORY.format(halvings=self.halvings)) from None
+        if again:
+            for parameter, grad in zip(trained, before, strict=True):
+                parameter.grad = grad
+            self.halvings += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            passes = 2**self.halvings
+            self.directory.say(f"out of memory: from here on {passes} passes for each batch")
+            return sum(self._part_of_step(model, half, num_items) for half in again)
+        for parameter, grad in zip(trained, before, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+        return loss
 
     def compute_loss(self, *args: Any, **options: Any) -> Any:
         loss: Any = super().compute_loss(*args, **options)
@@ -237,15 +308,19 @@ def make_trainer(
     keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
     needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
     check_room(directory.path, needed, "lower train.save_total_limit")
+    arguments = training_arguments(run, directory.checkpoints)
+    collate: Any = collator(tokenizer.pad_token_id)
+    if run.speed == "auto" and _quicken(model, arguments.device, directory):
+        collate = in_one_row
     trainer = LoraTrainer(
         run,
         directory,
         stop,
         model=model,
-        args=training_arguments(run, directory.checkpoints),
-        train_dataset=data.train,
+        args=arguments,
+        train_dataset=_Numbered(data.train),
         eval_dataset=data.eval if run.train.eval_steps else None,
-        data_collator=collator(tokenizer.pad_token_id),
+        data_collator=collate,
         callbacks=[Metrics(directory.metrics), Progress()],
     )
     if isinstance(data.train, Packed):
@@ -257,6 +332,20 @@ def make_trainer(
     for line in too_little(run, data, trainable):
         directory.say(line)
     return trainer
+
+
+def _quicken(model: Any, device: Any, directory: RunDirectory) -> bool:
+    """Put the quick paths in; says what stays plain. Returns whether rows come without padding."""
+    if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
+        directory.say("speed: the base is sharded: transformers' own path")
+        return False
+    if not getattr(model, "is_quantized", False):
+        model.to(device)  # where it is going to run is where the paths are tried
+    plain = make_fast(model)
+    if plain:
+        parts = "; ".join(f"{part} ({why})" for part, why in plain.items())
+        directory.say(f"speed: as transformers and PEFT have it: {parts}")
+    return "attention" not in plain
 
 
 def fit(trainer: LoraTrainer, resume: bool) -> None:
@@ -290,6 +379,7 @@ def fit(trainer: LoraTrainer, resume: bool) -> None:
             f"lora-kit train {trainer.directory.path / 'run.yaml'} --resume",
         )
     _use_best(trainer)
+    make_plain(trainer.model)  # the verdict is on the arithmetic that others load the adapter with
     trainer.audit.end(step)
 
 

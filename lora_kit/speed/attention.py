@@ -1,0 +1,217 @@
+"""Causal attention of documents that stand one after the other in one row, without padding.
+
+A document sees itself alone, and no mask of (tokens, tokens) is made. On a CPU torch's own kernel
+takes two to three times as long in bfloat16 as plain products of blocks, which this is: blocks of
+queries, for each the keys up to its end. Probabilities of short documents are kept for the backward
+pass, those of long ones computed again (Rabe & Staats 2021, arXiv:2112.05682). On a GPU it is
+torch's variable-length FlashAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+NAME = "lora_kit"
+_BLOCK = 128  # queries at once
+# Probabilities take tokens / 2 values a token and head: kept up to here, about what a layer keeps.
+_KEPT = 1024
+# What may be handed over without changing the arithmetic below; anything else (softcap, sinks, a
+# position bias) is not computed here.
+_HARMLESS = {
+    *("position_ids", "use_cache", "cache_position", "past_key_values", "is_causal"),
+    *("num_items_in_batch", "output_attentions", "output_hidden_states", "position_embeddings"),
+}
+
+
+class DocumentAttention(torch.autograd.Function):
+    """softmax(scale Q K' + causal mask) V in each document.
+
+    Args (of `apply`):
+        q: (heads, tokens, size). k, v: (groups, tokens, size); heads is a multiple of groups.
+        documents: their lengths, which add up to `tokens`. window: of sliding attention, or None.
+
+    Returns:
+        (heads, tokens, size)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        documents: Sequence[int],
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        out = torch.empty_like(q)
+        kept: list[torch.Tensor] = []
+        recorded = any(ctx.needs_input_grad)
+        for queries, keys, short in _blocks(documents, window):
+            weights = _probabilities(q[:, queries], k[:, keys], queries, keys, scale, window)
+            out[:, queries] = (weights @ v[:, keys]).view(out[:, queries].shape)
+            if short and recorded:
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.rest = documents, scale, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        documents, scale, window = ctx.rest
+        given = iter(kept)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys, short in _blocks(documents, window):
+            some = q[:, queries]
+            weights = (
+                next(given)
+                if short
+                else _probabilities(some, k[:, keys], queries, keys, scale, window)
+            )
+            grad = _by_group(grads[0][:, queries], len(k))
+            dv[:, keys] += weights.mT @ grad
+            inner = torch._softmax_backward_data(grad @ v[:, keys].mT, weights, -1, weights.dtype)
+            dq[:, queries] = (inner @ k[:, keys]).view(some.shape).mul_(scale)
+            dk[:, keys].baddbmm_(inner.mT, _by_group(some, len(k)), alpha=scale)
+        return dq, dk, dv, None, None, None
+
+
+def _blocks(documents: Sequence[int], window: int | None) -> list[tuple[slice, slice, bool]]:
+    """(queries, keys that any of them may see, whether the document is a short one)."""
+    blocks = []
+    for length, end in zip(documents, accumulate(documents), strict=True):
+        for first in range(end - length, end, _BLOCK):
+            last = min(first + _BLOCK, end)
+            seen = end - length if window is None else max(end - length, first - window + 1)
+            blocks.append((slice(first, last), slice(seen, last), length <= _KEPT))
+    return blocks
+
+
+def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """(heads, tokens, size) -> (groups, heads / groups * tokens, size)"""
+    return x.reshape(groups, -1, x.shape[-1])
+
+
+def _probabilities(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    queries: slice,
+    keys: slice,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """(groups, heads / groups * queries, keys)"""
+    scores = (_by_group(q, len(k)) * scale) @ k.mT
+    # The last keys are the block's own; the ones before are all seen, unless a window ends.
+    masked = queries.start if window is None else keys.start
+    place = torch.arange(queries.start, queries.stop, device=q.device)[:, None]
+    other = torch.arange(masked, keys.stop, device=q.device)
+    hidden = other > place
+    if window is not None:
+        hidden |= other <= place - window
+    each = scores.view(len(k), -1, len(place), scores.shape[-1])
+    each[..., masked - keys.start :].masked_fill_(hidden, float("-inf"))
+    return torch.softmax(scores, -1)
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    documents: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' interface: query (1, heads, tokens, size) -> (1, tokens, heads, size).
+
+    Without `documents`, as in generating, it is transformers' own SDPA.
+
+    Raises:
+        NotImplementedError: the model asks for arithmetic that is not here.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if documents is None:
+        if sliding_window is not None:
+            others["sliding_window"] = sliding_window
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **others
+        )
+    asked = {name for name, value in others.items() if value is not None and value is not False}
+    unknown = sorted(asked - _HARMLESS)
+    if unknown or dropout or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = query[0], key[0], value[0]
+    if q.is_cuda:
+        out = _on_gpu(q, k, v, documents, scale, sliding_window)
+    else:
+        out = _on_cpu(q, k, v, documents, scale, sliding_window)
+    return out[None], None
+
+
+def _on_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Sequence[int],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """(tokens, heads, size)"""
+    heads, tokens, size = q.shape
+    groups, count = len(k), len(documents)
+    alike = count > 1 and len(set(documents)) == 1
+    if alike:  # all at once: each is a head of its own
+        length = documents[0]
+        q = q.reshape(groups, -1, count, length, size).transpose(1, 2).reshape(-1, length, size)
+        k, v = (x.reshape(groups * count, length, size) for x in (k, v))
+        documents = documents[:1]
+    out: torch.Tensor = DocumentAttention.apply(q, k, v, documents, scale, window)
+    if alike:
+        out = out.view(groups, count, -1, length, size).transpose(1, 2).reshape(heads, tokens, size)
+    return out.transpose(0, 1)
+
+
+def _on_gpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Sequence[int],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """(tokens, heads, size)"""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor([0, *accumulate(documents)], dtype=torch.int32).to(
+        q.device, non_blocking=True
+    )
+    longest = max(documents)
+    # A window of w tokens, the own one among them, is w - 1 to the left.
+    sides = (-1 if window is None else window - 1, 0)
+    parts = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+    out: Any = varlen_attn(
+        *parts, ends, ends, longest, longest,
+        scale=scale, window_size=sides, enable_gqa=len(q) != len(k),
+    )  # fmt: skip
+    return out
+
+
+def register() -> None:
+    """Make the attention known to transformers under `NAME`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,236 @@
+"""The quick paths put into a model, each only after it gave the same loss and gradients.
+
+No list of architectures says what may be changed: every part is installed, run on two short
+documents beside the plain path, on the very model that will train, and taken out again where loss
+or gradients differ by more than rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+
+from lora_kit.data.labelled import collator, in_one_row
+from lora_kit.speed import attention, linear, norm
+from lora_kit.speed.loss import causal_loss
+
+# Relative differences that rounding explains, of the loss and of all gradients together; a wrong
+# scale, mask or term is larger.
+_LOSS_OFF = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+_GRADIENT_OFF = {torch.float32: 1e-3, torch.bfloat16: 8e-2}
+_DOCUMENTS = (11, 6)
+# Of a batch without padding, for others than the model.
+_NOT_THE_MODELS = {"rows", "numbers", "places"}
+_LOUD = 100.0  # times what the head usually sees: a limit on the logits would show
+
+
+def make_fast(model: Any) -> dict[str, str]:
+    """Put the quick paths into a PEFT causal language model, before it is wrapped for training.
+
+    Args:
+        model: on its device, its adapter attached.
+
+    Returns:
+        {part: why it stayed plain}, for those of `linear`, `norm`, `attention` and `loss` that did.
+        Rows may come without padding (`documents`) unless `attention` is among them.
+    """
+    plain: dict[str, str] = {}
+    with _loud_adapter(model):
+        expected = _probe(model, flat=False)
+        for name, (install, remove) in _PARTS.items():
+            flat = name in ("attention", "loss") and "attention" not in plain
+            try:
+                if not install(model):
+                    plain[name] = "not known here"
+                    continue
+                wrong = _difference(expected, _probe(model, flat), _dtype(model))
+            except Exception as error:  # whatever an architecture that was never tried raises
+                wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            if wrong:
+                remove(model)
+                plain[name] = wrong
+    # A model without RMSNorm misses nothing.
+    return {name: why for name, why in plain.items() if (name, why) != ("norm", "not known here")}
+
+
+def make_plain(model: Any) -> None:
+    """Take the quick paths out again."""
+    for _, remove in reversed(_PARTS.values()):
+        remove(model)
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """What the model computes in: that of its norms and embeddings, also where it is quantized."""
+    found: torch.dtype = model.get_input_embeddings().weight.dtype
+    return found
+
+
+def _causal(model: Any) -> Any:
+    """transformers' own model inside PEFT's."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def _install_attention(model: Any) -> bool:
+    whole = _causal(model)
+    by_interface = getattr(whole, "_supports_attention_backend", False)
+    if not by_interface or whole.config._attn_implementation != "sdpa":
+        return False
+    attention.register()
+    whole.set_attn_implementation(attention.NAME)
+    _with_forward(whole, _without_padding)
+    return True
+
+
+def _remove_attention(model: Any) -> None:
+    whole = _causal(model)
+    if whole.config._attn_implementation == attention.NAME:
+        whole.set_attn_implementation("sdpa")
+        whole.__dict__.pop("forward", None)
+
+
+def _install_loss(model: Any) -> bool:
+    whole = _causal(model)
+    head = whole.get_output_embeddings()
+    simple = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    # A mixture of experts may add a loss of its own.
+    adds = getattr(whole.config, "output_router_logits", False)
+    if adds or not simple or not _is_only_the_head(whole, head):
+        return False
+    _with_forward(whole, _with_own_loss)
+    return True
+
+
+def _remove_loss(model: Any) -> None:
+    whole = _causal(model)
+    whole.__dict__.pop("forward", None)
+    if whole.config._attn_implementation == attention.NAME:
+        _with_forward(whole, _without_padding)
+
+
+# In the order in which they are put in; the last two change the forward of the whole model.
+_PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
+    "linear": (linear.install, linear.remove),
+    "norm": (norm.install, norm.remove),
+    "attention": (_install_attention, _remove_attention),
+    "loss": (_install_loss, _remove_loss),
+}
+
+
+def _with_forward(whole: Any, make: Callable[..., Callable[..., Any]]) -> None:
+    """Give a model another forward, with the signature of its class's own."""
+    plain = type(whole).forward
+    whole.forward = MethodType(functools.wraps(plain)(make(plain)), whole)
+
+
+def _without_padding(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, **inputs: Any) -> Any:
+        return plain(self, **_masked(inputs))
+
+    return forward
+
+
+def _with_own_loss(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        if args or inputs.get("labels") is None:
+            return plain(self, *args, **_masked(inputs))
+        labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+        places = inputs.pop("places", None)
+        # A cache would keep all keys and values, and hide packed documents from each other's mask.
+        inputs["use_cache"] = False
+        hidden = self.base_model(**_masked(inputs))[0]
+        head = self.get_output_embeddings().weight
+        return CausalLMOutput(loss=causal_loss(hidden, head, labels, items, places))
+
+    return forward
+
+
+def _masked(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch with `documents` gets a mask of four dimensions, which transformers hands through:
+    it would make one of (tokens, tokens) that nothing reads."""
+    if inputs.get("documents") is not None:
+        inputs["attention_mask"] = torch.empty(1, 1, 1, 0)
+        inputs["use_cache"] = False
+    return {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}
+
+
+def _is_only_the_head(whole: Any, head: torch.nn.Linear) -> bool:
+    """Whether logits are the head's product and nothing more (no limit, no scale), on hidden states
+    so large that a limit would show."""
+    ids = torch.tensor([[5, 6, 7]], device=head.weight.device)
+    seen = []
+
+    def louder(_: Any, given: tuple[Any, ...]) -> Any:
+        seen.append(given[0] * _LOUD)
+        return (seen[-1],)
+
+    hook = head.register_forward_pre_hook(louder)
+    try:
+        with torch.no_grad():
+            logits = whole(input_ids=ids, use_cache=False).logits
+            return bool(seen) and torch.allclose(
+                logits, seen[-1] @ head.weight.t(), rtol=0.02, atol=0.02 * float(logits.std())
+            )
+    finally:
+        hook.remove()
+
+
+class _loud_adapter:
+    """While it lasts B is random, so that A has a gradient; afterwards all is as it was."""
+
+    def __init__(self, model: Any) -> None:
+        named = model.named_parameters()
+        self.trained = [(n, p) for n, p in named if p.requires_grad]
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.before = [parameter.detach().clone() for _, parameter in self.trained]
+        self.training = self.model.training
+        self.model.eval()  # no dropout, no checkpoints
+        with torch.no_grad():
+            for number, (name, parameter) in enumerate(self.trained):
+                if "lora_" in name:
+                    noise = torch.Generator().manual_seed(number)
+                    random = torch.randn(parameter.shape, generator=noise) * 0.02
+                    parameter.add_(random.to(parameter))
+
+    def __exit__(self, *_: Any) -> None:
+        with torch.no_grad():
+            for (_, parameter), before in zip(self.trained, self.before, strict=True):
+                parameter.copy_(before)
+                parameter.grad = None
+        self.model.train(self.training)
+
+
+def _probe(model: Any, flat: bool) -> tuple[float, torch.Tensor]:
+    """The loss of two documents and all gradients in a row, float32."""
+    device = model.get_input_embeddings().weight.device
+    noise = torch.Generator().manual_seed(0)
+    most = model.get_input_embeddings().weight.shape[0]
+    rows = [torch.randint(0, most, (n,), generator=noise).numpy() for n in _DOCUMENTS]
+    examples = [{"input_ids": row, "labels": row.copy()} for row in rows]
+    batch = in_one_row(examples) if flat else collator(0)(examples)
+    model.zero_grad(set_to_none=True)
+    moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    loss = model(**moved, num_items_in_batch=sum(_DOCUMENTS)).loss
+    loss.backward()
+    grads = [p.grad.float().reshape(-1) for p in model.parameters() if p.grad is not None]
+    return float(loss.detach()), torch.cat(grads)
+
+
+def _difference(
+    expected: tuple[float, torch.Tensor], found: tuple[float, torch.Tensor], dtype: torch.dtype
+) -> str:
+    """What differs by more than rounding, in words; empty where nothing does."""
+    off = abs(found[0] - expected[0]) / abs(expected[0])
+    if not off <= _LOSS_OFF[dtype]:
+        return f"its loss differs by {off:.2%}"
+    if len(found[1]) != len(expected[1]):
+        return "other parameters have a gradient"
+    wrong = float((found[1] - expected[1]).norm() / expected[1].norm())
+    return "" if wrong <= _GRADIENT_OFF[dtype] else f"its gradients differ by {wrong:.2%}"

@@ -1,0 +1,193 @@
+"""The autograd functions of speed/ against the same arithmetic in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lora_kit.speed.attention import DocumentAttention, attention
+from lora_kit.speed.linear import LoraLinear
+from lora_kit.speed.loss import causal_loss
+from lora_kit.speed.norm import FrozenRMSNorm
+
+# Of all gradients and outputs together, as the largest relative error allowed.
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", ALLOWED, ids=["float32", "bfloat16"])
+
+
+def rows(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def compare(
+    own: Callable[..., torch.Tensor],
+    reference: Callable[..., torch.Tensor],
+    learned: list[torch.Tensor],
+    dtypes: list[torch.dtype],
+    allowed: float,
+) -> None:
+    """Outputs and gradients of both, under the same random gradient of the output."""
+    narrow = [
+        tensor.to(d).requires_grad_(tensor.is_floating_point())
+        for tensor, d in zip(learned, dtypes, strict=True)
+    ]
+    exact = [tensor.detach().double().requires_grad_() for tensor in narrow]
+    found, expected = own(*narrow), reference(*exact)
+    along = rows(*expected.shape, seed=9)
+    found.backward(along.to(found.dtype))
+    expected.backward(along.to(found.dtype).double())
+    pairs = [(found, expected), *((n.grad, e.grad) for n, e in zip(narrow, exact, strict=True))]
+    for one, other in pairs:
+        assert one is not None and other is not None
+        off = float((one.detach().double() - other.detach()).norm() / other.detach().norm())
+        assert off <= allowed, off
+
+
+@DTYPES
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_frozen_linear_layer_and_its_lora(dtype: Any, dropped: bool, biased: bool) -> None:
+    weight = rows(96, 64, seed=1).to(dtype)
+    bias = rows(96, seed=2).to(dtype) if biased else None
+    kept = (rows(2, 33, 64, seed=3) > 0) / 0.5
+
+    def own(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        seen = x * kept.to(x.dtype) if dropped else x
+        return LoraLinear.apply(x, seen, lambda _: weight, bias, A, B, 1.7)
+
+    def reference(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        seen = x * kept if dropped else x
+        wide = None if bias is None else bias.double()
+        return functional.linear(x, weight.double(), wide) + 1.7 * (seen @ A.t() @ B.t())
+
+    learned = [rows(2, 33, 64), rows(8, 64, seed=4) / 8, rows(96, 8, seed=5)]
+    compare(own, reference, learned, [dtype, torch.float32, torch.float32], ALLOWED[dtype])
+
+
+def test_no_gradient_is_made_for_an_input_that_needs_none() -> None:
+    """Below the lowest adapted layer nothing is propagated: the frozen weight is used once."""
+    asked: list[torch.dtype] = []
+
+    def dense(dtype: torch.dtype) -> torch.Tensor:
+        asked.append(dtype)
+        return torch.ones(4, 3, dtype=dtype)
+
+    A, B = torch.ones(2, 3, requires_grad=True), torch.ones(4, 2, requires_grad=True)
+    x = torch.ones(5, 3)
+    LoraLinear.apply(x, x, dense, None, A, B, 1.0).sum().backward()
+    assert len(asked) == 1 and A.grad is not None
+    x.requires_grad_()
+    LoraLinear.apply(x, x, dense, None, A, B, 1.0).sum().backward()
+    assert len(asked) == 3 and x.grad is not None
+
+
+@DTYPES
+@pytest.mark.parametrize("items", [None, 50])
+def test_the_loss_of_a_frozen_head(
+    dtype: Any, items: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_kit.speed import loss
+
+    monkeypatch.setattr(
+        loss, "_VALUES_AT_ONCE", {"cpu": 7 * 301}
+    )  # chunks of seven, the last short
+    head = (rows(301, 32, seed=1) / 3).to(dtype)
+    labels = torch.randint(0, 301, (2, 20), generator=torch.Generator().manual_seed(2))
+    labels[0, :9] = -100
+    labels[1, 15:] = -100
+
+    def own(hidden: torch.Tensor) -> torch.Tensor:
+        return causal_loss(hidden, head, labels, items)
+
+    def reference(hidden: torch.Tensor) -> torch.Tensor:
+        logits = (hidden @ head.double().t())[:, :-1].reshape(-1, 301)
+        total = functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+        return total / (items or int((labels[:, 1:] != -100).sum()))
+
+    compare(own, reference, [rows(2, 20, 32)], [dtype], ALLOWED[dtype])
+
+
+def test_an_improbable_label_costs_what_it_should() -> None:
+    """Its probability is 0 in float32, its loss is not infinite."""
+    head = torch.eye(3)
+    hidden = torch.tensor([[[300.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    assert float(causal_loss(hidden, head, torch.tensor([[0, 1]]))) == pytest.approx(300)
+
+
+def test_a_batch_with_nothing_to_learn_has_no_gradient_and_no_nan() -> None:
+    hidden = torch.ones(1, 4, 8, requires_grad=True)
+    loss = causal_loss(hidden, torch.ones(5, 8), torch.full((1, 4), -100), 12)
+    loss.backward()
+    assert float(loss) == 0 and hidden.grad is not None and not hidden.grad.any()
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 5, 150])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("documents", [[7, 300, 1, 40], [60, 60, 60]])
+def test_attention_of_documents(
+    dtype: Any, window: int | None, groups: int, documents: list[int], monkeypatch: Any
+) -> None:
+    """Against a mask of (tokens, tokens), with probabilities kept for some and made again for
+    others."""
+    from lora_kit.speed import attention as module
+
+    monkeypatch.setattr(module, "_KEPT", 50)
+    tokens = sum(documents)
+    number = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))
+    place = torch.arange(tokens)
+    seen = (number[:, None] == number) & (place[:, None] >= place)
+    if window is not None:
+        seen &= place[:, None] - place < window
+
+    def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, _ = attention(
+            None, q[None], k[None], v[None], None,
+            documents=documents, scaling=0.3, sliding_window=window,
+        )  # fmt: skip
+        return out[0].transpose(0, 1)
+
+    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        each = (x.repeat_interleave(4 // groups, 0) for x in (k, v))
+        return functional.scaled_dot_product_attention(q, *each, attn_mask=seen, scale=0.3)
+
+    learned = [rows(n, tokens, 16, seed=n + s) for s, n in enumerate((4, groups, groups))]
+    compare(own, reference, learned, [dtype] * 3, ALLOWED[dtype])
+
+
+def test_probabilities_of_short_documents_are_kept_those_of_long_ones_are_not() -> None:
+    def kept(documents: list[int]) -> int:
+        q, k, v = (rows(2, sum(documents), 8, seed=s).requires_grad_() for s in range(3))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            DocumentAttention.apply(q, k, v, documents, 1.0, None)
+        return sum(sizes) - 3 * q.numel()
+
+    assert kept([100, 28]) == 2 * (100 * 100 + 28 * 28)
+    assert kept([1025]) == 0
+
+
+def test_arithmetic_that_is_not_here_is_not_passed_over() -> None:
+    q = rows(1, 2, 4, 8)
+    for asked in ({"softcap": 30.0}, {"s_aux": q}, {"dropout": 0.1}):
+        with pytest.raises(NotImplementedError):
+            attention(None, q, q, q, None, documents=[4], **asked)
+
+
+@DTYPES
+def test_a_frozen_norm(dtype: Any) -> None:
+    weight = (1 + rows(64, seed=1) / 10).to(dtype)
+
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        return weight.double() * x * (x.pow(2).mean(-1, keepdim=True) + 1e-3).rsqrt()
+
+    compare(
+        lambda x: FrozenRMSNorm.apply(x, weight, 1e-3), reference,
+        [rows(3, 5, 64)], [dtype], ALLOWED[dtype],
+    )  # fmt: skip
