@@ -195,12 +195,20 @@ def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """A batch in two, where it holds two rows at least; the losses of both add up to its own."""
+    """A batch in two, where it holds two rows at least; the losses of both add up to its own.
+    Padded rows go by length, so that less of it is padding."""
     documents = batch.get("documents")
     if documents is None:
-        middle = len(batch["input_ids"]) // 2
-        sides = (slice(middle), slice(middle, None))
-        return [{k: v[side] for k, v in batch.items()} for side in sides] if middle else [batch]
+        rows, width = batch["input_ids"].shape
+        mask = batch.get("attention_mask")
+        lengths = batch["labels"].new_full((rows,), width) if mask is None else mask.sum(1)
+        order = lengths.argsort(descending=True, stable=True)
+        sides = [side for side in (order[: rows // 2], order[rows // 2 :]) if len(side)]
+        longest = [int(lengths[side].max()) for side in sides]
+        return [
+            {name: values[side][:, :most] for name, values in batch.items()}
+            for side, most in zip(sides, longest, strict=True)
+        ]
     if len(documents) < 2:
         return [batch]
     ends = np.cumsum(documents)

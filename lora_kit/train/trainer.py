@@ -44,6 +44,12 @@ def out_of_memory(error: BaseException) -> bool:
     return on_cpu or isinstance(error, torch.OutOfMemoryError)
 
 
+def _wasteful(batch: dict[str, Any]) -> bool:
+    """Whether a third and more of a padded batch of several rows is padding."""
+    mask = batch.get("attention_mask")
+    return mask is not None and len(mask) > 1 and float(mask.float().mean()) < 2 / 3
+
+
 class _Numbered:
     """A data set whose rows say which one they are."""
 
@@ -115,6 +121,11 @@ class LoraTrainer(Trainer):
         parts = [inputs]
         for _ in range(self.halvings):
             parts = [half for part in parts for half in halves(part)]
+        # Where rows are padded, in parts of about one length: the same sum, less of it padding.
+        while self.can_halve and self.run.speed == "auto" and any(map(_wasteful, parts)):
+            parts = [
+                half for part in parts for half in (halves(part) if _wasteful(part) else [part])
+            ]
         return sum(self._part_of_step(model, part, num_items) for part in parts)
 
     def _part_of_step(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Any:
@@ -189,6 +200,7 @@ class LoraTrainer(Trainer):
         rows: Any = self.eval_dataset
         size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
         starts = range(0, len(rows), size)
+        order = sorted(range(len(rows)), key=lambda n: len(rows[n]["labels"]))  # little padding
         sums = torch.zeros(2, device=self.args.device)  # nats, labels
         self.model_wrapped.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -196,7 +208,7 @@ class LoraTrainer(Trainer):
                 mine = turn + self.args.process_index
                 # Every rank runs as many passes as the others: a sharded model needs all of them.
                 first = starts[min(mine, len(starts) - 1)]
-                chosen = [rows[n] for n in range(first, min(first + size, len(rows)))]
+                chosen = [rows[n] for n in order[first : first + size]]
                 batch = self._prepare_inputs(self.data_collator(chosen))
                 count = (batch["labels"][:, 1:] != IGNORED).sum()
                 loss = self.model_wrapped(**batch).loss
