@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 from lora_kit.errors import UserError
 from lora_kit.launch import prepare_process, start
-from lora_kit.run import shipped
+from lora_kit.run import read_json, shipped
 
 CPT, SFT, MERGED = Path("runs/demo/cpt"), Path("runs/demo/sft"), Path("runs/demo/merged")
 QUESTION = "What does `zipfile.ZipFile.read` do?"
@@ -48,7 +47,7 @@ def run_demo() -> None:
 
     _step(4, "Ask the merged model, loaded by transformers alone")
     answer = _ask(MERGED, QUESTION)
-    reports = [json.loads((f / "report.json").read_text(encoding="utf-8")) for f in (CPT, SFT)]
+    reports = [read_json(folder / "report.json") for folder in (CPT, SFT)]
     console.rule("Result")
     comparison(reports[0], "1. Reading: the language reference is the domain")
     console.print()
@@ -87,15 +86,9 @@ def _remove_own(folder: Path) -> None:
 
 def _ask(folder: Path, question: str) -> str:
     """The merged model's answer; nothing of lora_kit is in between, only its greedy `generate`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import pipeline
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
-    inputs: Any = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
-    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    model: Any = pipeline("text-generation", str(folder), trust_remote_code=False)
+    asked = [{"role": "user", "content": question}]
+    said = model(asked, max_new_tokens=48, do_sample=False, return_full_text=False)
+    return said[0]["generated_text"]

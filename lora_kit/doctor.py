@@ -7,10 +7,10 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lora_kit.data.cache import installed
 from lora_kit.run import load_run
 from lora_kit.schema import Run
 
@@ -34,16 +34,10 @@ def examine() -> dict[str, Any]:
     """Versions, devices, memory, disk and problems, as `lora-kit doctor --json` prints them."""
     import psutil
 
-    problems: list[dict[str, str]] = []
-    versions: dict[str, str | None] = {}
-    for name in (*NEEDED, *OPTIONAL):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-            if name in NEEDED:
-                fix = "pip install -c scripts/constraints.txt lora-kit"
-                problems.append({"what": f"{name} is not installed", "fix": fix})
+    versions = {name: installed(name) for name in (*NEEDED, *OPTIONAL)}
+    missing = [name for name in NEEDED if versions[name] is None]
+    fix = "pip install -c scripts/constraints.txt lora-kit"
+    problems = [{"what": f"{name} is not installed", "fix": fix} for name in missing]
     devices = _devices(problems) if versions["torch"] else []
     memory = psutil.virtual_memory()
     return {
@@ -69,9 +63,6 @@ def _devices(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
         fix = "install it anew: pip install --force-reinstall torch"
         problems.append({"what": what, "fix": fix})
         return []
-    if platform.system() != "Linux":
-        what = f"{platform.system()} is not supported yet"
-        problems.append({"what": what, "fix": "use Linux (WSL2 on Windows)"})
     if torch.cuda.is_available():
         found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return [{"name": p.name, "memory_mib": p.total_memory // 2**20} for p in found]

@@ -47,7 +47,6 @@ class RunFileError(UserError):
     """The run file has mistakes. `problems` holds every one of them, a line each."""
 
     def __init__(self, path: str, problems: list[str]) -> None:
-        self.path = path
         self.problems = problems
         super().__init__("\n".join(f"{path}: {problem}" for problem in problems))
 

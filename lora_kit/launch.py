@@ -27,14 +27,7 @@ from typing import Any
 import yaml
 
 from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError, redact
-from lora_kit.run import (
-    WORLD_SIZE_VARIABLE,
-    check_free,
-    load_run,
-    nearest,
-    recipe_path,
-    shipped,
-)
+from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, nearest, recipe_path, shipped
 from lora_kit.schema import Run
 from lora_kit.train.interrupt import StopSignal, die_with_parent
 from lora_kit.trust import check_own, run_module
@@ -180,11 +173,7 @@ def start(
     options += [str(recipe_path(run)), str(path), *overrides, *(["--resume"] if resume else [])]
     print(shlex.join(["accelerate", "launch", *options]), file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        environment = {
-            **os.environ,
-            OUTCOME_VARIABLE: folder,
-            WORLD_SIZE_VARIABLE: str(asked),
-        }
+        environment = {**os.environ, OUTCOME_VARIABLE: folder, WORLD_SIZE_VARIABLE: str(asked)}
         command = [*run_module("accelerate.commands.launch"), *options]
         code, received = _run_child(command, environment, Path(folder), here)
         files = sorted(Path(folder).glob("*.json"))

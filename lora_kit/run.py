@@ -12,35 +12,26 @@ import glob
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from lora_kit import trust
+from lora_kit import schema, trust
 from lora_kit.errors import RunFileError, UserError
-from lora_kit.schema import (
-    EMBEDDED,
-    SECTIONS,
-    SHIPPED_RECIPES,
-    Adapter,
-    Column,
-    Gate,
-    Limits,
-    Run,
-    Source,
-)
+from lora_kit.schema import SECTIONS, SHIPPED_RECIPES, Adapter, Run
 
 # What is an object wherever it stands in the files that a run writes about itself.
 _OBJECTS = (
     *("base", "adapter", "data", "batch", "commits", "verdict", "domain", "general", "overfitting"),
     *("metrics", "harness", "audit", "training", "memory", "gate"),
 )
-# Sections within sections.
-_NESTED: dict[str, Any] = {"data.limits": Limits, "prove.gate": Gate}
 # The keys of `data:` that name sources.
 SOURCE_KEYS = ("train", "eval", "general", "against")
+# The class whose keys stand in a section, by its name.
+_MODELS = {**SECTIONS, "data.limits": schema.Limits, "prove.gate": schema.Gate}
 _PROGRAMS = ("metrics", "harness")  # keys of `prove:` that may name some
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = {
@@ -226,14 +217,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     if not file.exists():
         return {}
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    whole = isinstance(found, dict)
-    if not whole or not all(isinstance(found.get(name) or {}, dict) for name in _OBJECTS):
-        raise UserError(f"{file}: not the JSON that was written: changed by hand, or damaged")
-    return found
+        whole = isinstance(found, dict)
+        if whole and all(isinstance(found.get(name) or {}, dict) for name in _OBJECTS):
+            return dict(found)
+    raise UserError(f"{file}: not the JSON that was written: changed by hand, or damaged")
 
 
 def shipped(kind: Literal["recipes", "accelerate_configs"]) -> Path:
@@ -308,27 +297,26 @@ def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     values = dict(values)
     # A model or a run may be named from the working folder (runs/x) as well; data may not.
-    for section, key, optional in (
-        *(("data", key, False) for key in SOURCE_KEYS),
-        ("data", "labels", False),
-        ("base", "model", True),
-        ("adapter", "start", True),
-    ):
-        here = values.get(section)
-        if not isinstance(here, dict) or key not in here:
-            continue
-        if key != "labels" or isinstance(here[key], str):  # a list has the names themselves
-            values[section] = here | {key: place(here[key], optional)}
-    prove = values.get("prove")
+    named = {"data": (*SOURCE_KEYS, "labels"), "base": ("model",), "adapter": ("start",)}
+    for section, key in ((section, key) for section, keys in named.items() for key in keys):
+        here = _section(values, section)
+        if key in here and (key != "labels" or isinstance(here[key], str)):  # a list: the names
+            values[section] = here | {key: place(here[key], section != "data")}
     for key in _PROGRAMS:
-        if isinstance(prove, dict) and isinstance(prove.get(key), list):
+        prove = _section(values, "prove")
+        if isinstance(prove.get(key), list):
             # What looks like a path: `f1` is a metric even where a folder has this name.
-            named = [place(v, True) if set("/.") & set(str(v)) else v for v in prove[key]]
-            prove = values["prove"] = {**prove, key: named}
+            words = [place(v, True) if set("/.") & set(str(v)) else v for v in prove[key]]
+            values["prove"] = {**prove, key: words}
     recipe = values.get("recipe")
     if isinstance(recipe, str) and recipe.endswith(".py"):
         values["recipe"] = place(recipe, False)
     return values
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def is_hub_id(name: str) -> bool:
@@ -338,23 +326,19 @@ def is_hub_id(name: str) -> bool:
 
 def _missing_sources(values: dict[str, Any]) -> list[str]:
     """Files, folders and embedded texts in `data:` that are not there."""
-    problems = []
-    data = values.get("data")
-    data = data if isinstance(data, dict) else {}
+    problems, data = [], _section(values, "data")
     for key in SOURCE_KEYS:
         sources = data.get(key)
         for item in sources if isinstance(sources, list) else [sources]:
             source = item.get("source") if isinstance(item, dict) else item
-            if not isinstance(source, str) or not source or source in EMBEDDED:
+            if not isinstance(source, str) or not source or source in schema.EMBEDDED:
                 continue
             if source.startswith("nano:"):
-                hint = nearest(source, list(EMBEDDED))
+                hint = nearest(source, list(schema.EMBEDDED))
                 problems.append(f"data.{key}: {source}: no such embedded text{hint}")
-            elif os.path.exists(source) or is_hub_id(source):
+            elif is_hub_id(source):
                 continue  # the Hub is asked later
-            elif glob.has_magic(source) and glob.glob(source, recursive=True):
-                continue
-            else:
+            elif not (os.path.exists(source) or glob.glob(source, recursive=True)):
                 problems.append(f"data.{key}: {_short(source, 240)}: no such file or folder")
     labels = data.get("labels")
     if isinstance(labels, str) and not os.path.isfile(labels):
@@ -375,8 +359,7 @@ def _missing_recipe(values: dict[str, Any]) -> list[str]:
 
 def _programs(values: dict[str, Any]) -> list[str]:
     """Programs that a run file names which `pull` brought, wherever they lie."""
-    prove = values.get("prove")
-    prove = prove if isinstance(prove, dict) else {}
+    prove = _section(values, "prove")
     named = {"recipe": values.get("recipe"), **{f"prove.{k}": prove.get(k) for k in _PROGRAMS}}
     return [
         f"{key}: {_short(word)}: a program, and this file was pulled: name it in one of your own"
@@ -389,15 +372,13 @@ def _programs(values: dict[str, Any]) -> list[str]:
 def _twice_decided(values: dict[str, Any]) -> list[str]:
     """Keys of the adapter that `adapter.start` decides; their defaults may stand there, as they do
     in a resolved run file."""
-    adapter = values.get("adapter")
-    if not isinstance(adapter, dict) or not adapter.get("start"):
-        return []
-    problems = []
-    for key in Adapter.model_fields.keys() & adapter.keys() - {"start"}:
-        default = Adapter.model_fields[key].get_default(call_default_factory=True)
-        if adapter[key] != default:
-            problems.append(f"adapter.{key}: taken over from adapter.start; leave it out")
-    return sorted(problems)
+    adapter, fields = _section(values, "adapter"), Adapter.model_fields
+    return sorted(
+        f"adapter.{key}: taken over from adapter.start; leave it out"
+        for key in fields.keys() & adapter.keys() - {"start"}
+        if adapter.get("start")
+        and adapter[key] != fields[key].get_default(call_default_factory=True)
+    )
 
 
 def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
@@ -419,7 +400,7 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
         elif item["type"] == "missing":
             lines[key] = f"{key}: missing: {_wanted(known)}"
         elif item["loc"][-1] == "[key]":  # of data.columns, the one mapping with names of its own
-            names = list(get_args(Column))
+            names = list(get_args(schema.Column))
             hint = nearest(str(known[-1]), names)
             lines[key] = f"{key}: no such column{hint} ({', '.join(names)})"
         elif item["type"] == "value_error":
@@ -450,8 +431,8 @@ def _model(section: str) -> Any:
     """The class whose keys stand in a section, such as `base`, `data.limits` or `data.train[0]`."""
     plain = re.sub(r"\[\d+\]", "", section)
     if plain in {f"data.{key}" for key in SOURCE_KEYS}:
-        return Source
-    return {**SECTIONS, **_NESTED}.get(plain, Run)
+        return schema.Source
+    return _MODELS.get(plain, Run)
 
 
 def _short(value: Any, most: int = 60) -> str:
@@ -463,7 +444,7 @@ def _short(value: Any, most: int = 60) -> str:
 def _wanted(path: list[str | int]) -> str:
     """What a key takes, from its annotation and its description."""
     names = [part for part in path if isinstance(part, str)]
-    if (inside := ".".join(names)) in (*SECTIONS, *_NESTED):
+    if (inside := ".".join(names)) in _MODELS:
         return f"keys such as {', '.join(list(_model(inside).model_fields)[:4])}"
     model, name, inside = _model(".".join(names[:-1])), names[-1], ""
     if name not in model.model_fields:  # a key of a mapping

@@ -192,7 +192,7 @@ class Train(_Section):
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm here; 0: off.")
     optim: Literal[
         "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
-    ] = Field("adamw_torch", description="8-bit and paged ones are bitsandbytes'.")
+    ] = Field("adamw_torch_fused", description="8-bit and paged ones are bitsandbytes'.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the mean of squares.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of squares.")

@@ -15,7 +15,7 @@ from lora_kit.data.duplicates import (
     LONGEST,
     NEAR,
     POSITIONS,
-    Signed,
+    UNSIGNED,
     are_near,
     clusters,
     hashed,
@@ -86,8 +86,8 @@ def test_a_signature_is_of_its_own_text_alone(texts: list[str]) -> None:
     together = sign(texts)
     for n, text in enumerate(texts):
         alone = sign([text])
-        assert alone.values.tolist() == together.values[n : n + 1].tolist()
-        assert int(together.sizes[n]) == max(1, len(text.encode()) - 4)
+        assert alone.tolist() == together[n : n + 1].tolist()
+        assert int(together[n, POSITIONS]) == max(1, len(text.encode()) - 4)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8, 0.95])
@@ -98,10 +98,10 @@ def test_signatures_estimate_the_similarity(share: float) -> None:
         " ".join(a.split()[:cut] + b.split()[cut:])
         for a, b in zip(texts, reversed(texts), strict=True)
     ]
-    for a, b, n in zip(sign(texts).values, sign(others).values, range(60), strict=True):
+    for a, b, n in zip(sign(texts), sign(others), range(60), strict=True):
         one, other = shingles(texts[n]), shingles(others[n])
         true = len(one & other) / len(one | other)
-        assert abs((a == b).mean() - true) < 5 * np.sqrt(0.25 / POSITIONS)
+        assert abs((a == b)[:POSITIONS].mean() - true) < 5 * np.sqrt(0.25 / POSITIONS)
 
 
 def test_light_edits_are_near_and_other_texts_are_not() -> None:
@@ -125,7 +125,7 @@ def test_of_a_long_text_the_beginning_is_looked_at() -> None:
     begin = " ".join(prose(1, words=20_000))
     assert len(begin) > LONGEST
     signed = sign([begin, begin[:LONGEST] + "something else", begin.replace("a", "e")])
-    assert signed.values[0].tolist() == signed.values[1].tolist() != signed.values[2].tolist()
+    assert signed[0].tolist() == signed[1].tolist() != signed[2].tolist()
 
 
 def test_clusters_are_linked_by_what_is_in_between() -> None:
@@ -203,7 +203,7 @@ def test_near_any_finds_one_of_those_that_are_near() -> None:
     match = near_any(sign(asked), sign(known))
     assert (match[:100] == np.arange(100)).mean() >= 0.99
     assert (match[100:] == -1).all()
-    nothing = Signed.join([])
+    nothing = UNSIGNED
     assert near_any(sign(asked[:3]), nothing).tolist() == [-1] * 3
     assert near_any(nothing, sign(known)).tolist() == [] and len(near_pairs(nothing)) == 0
 

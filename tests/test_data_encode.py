@@ -104,7 +104,8 @@ from lora_kit.data import encode, readers
 from lora_kit.data.formats import Columns
 readers.BATCH_ROWS = 1
 rows = [{"prompt": f"a {n}", "completion": "b"} for n in range(encode.FEWEST_FOR_WORKERS)]
-work = [(0, batch, "prompt-completion") for batch in readers.list_batches("rows", rows)]
+batches = readers._batches("rows", "{}/{}", enumerate(rows, 1))
+work = [(0, batch, "prompt-completion") for batch in batches]
 settings = encode.Settings(Columns(), "assistant", 64, 0, False)
 sample = types.SimpleNamespace(below=0)
 parts = encode.encode_all(work, AutoTokenizer.from_pretrained(sys.argv[1]), settings, sample, 2)

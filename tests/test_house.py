@@ -28,7 +28,7 @@ TOP = len(FLOORS) - 1
 FILES_TODAY = 90
 RECIPES_TODAY = 2
 # Of code. The house wants about 8,000, which all six stages do not fit into: cuts come first.
-LINES_OF_THE_PACKAGE = 12200
+LINES_OF_THE_PACKAGE = 13300
 LINES_OF_A_RECIPE = 120
 TOP_LEVEL = {
     *("lora_kit", "recipes", "tests", "scripts", "accelerate_configs"),

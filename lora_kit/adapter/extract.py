@@ -18,7 +18,7 @@ from typing import Any
 
 from lora_kit.adapter.files import WEIGHTS, write_config, write_json
 from lora_kit.base.pin import pin
-from lora_kit.base.tensors import Stored, Writer, stored_in
+from lora_kit.base.tensors import FLOATS, Stored, Writer, stored_in
 from lora_kit.errors import CheckFailed, UserError, harmless
 from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
@@ -32,7 +32,6 @@ _BLOCK = 2**18
 _EXACT = 256  # a side up to which the subspace is the whole space
 _MORE = 16  # directions beside those asked for
 _POWERS = 3
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _LAYER = re.compile(r"(?:.+\.)?(?:layers|blocks)\.[0-9]+\..+\.weight")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.jinja")
 
@@ -256,10 +255,8 @@ def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -
         if old.shape != new.shape and name not in head:
             sizes = f"{old.shape} in one and {new.shape} in the other"
             raise UserError(f"{name}: {sizes}: name the base that it was tuned from")
-        if packed := {old.dtype, new.dtype} - _FLOATS:
-            raise UserError(
-                f"{name}: stored as {min(packed)}: name the model that is not quantized"
-            )
+        if packed := {old.dtype, new.dtype} - FLOATS:
+            raise UserError(f"{name}: stored as {min(packed)}: name the one that is not quantized")
     return [name for name in found if before[name].shape == after[name].shape]
 
 

@@ -201,9 +201,7 @@ def open_adapter(path: str | Path) -> Adapter:
         with time_limit(_SECONDS_TO_MATCH, f"{folder}: a pattern of its config takes for ever"):
             _check_settings(config)
             problems = [problem for module in halves if (problem := _misfit(adapter, module))]
-    except UserError:
-        raise
-    except (TypeError, AttributeError, ArithmeticError, ValueError, re.error) as error:
+    except (TypeError, AttributeError, ArithmeticError, re.error) as error:
         where = folder / "adapter_config.json"
         raise UserError(f"{where}: not usable: {error}") from None
     if problems:
@@ -237,15 +235,15 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _check_settings(config: dict[str, Any]) -> None:
-    """Raises ValueError or AttributeError: what is no number, or NaN, would be multiplied with."""
+    """Raises TypeError or AttributeError: what is no number, or NaN, would be multiplied with."""
     named = config.get("target_modules") or ""
     if not all(isinstance(one, str) for one in (named if isinstance(named, list) else [named])):
-        raise ValueError(f"target_modules is {named!r:.40}")
+        raise TypeError(f"target_modules is {named!r:.40}")
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         for value in (config.get(key, 8), *(config.get(patterns) or {}).values()):
             whole = type(value) is int and value > 0
             if not (whole or (key != "r" and type(value) is float and math.isfinite(value))):
-                raise ValueError(f"{key} is {value!r:.40}")
+                raise TypeError(f"{key} is {value!r:.40}")
 
 
 def _misfit(adapter: Adapter, module: str) -> str | None:

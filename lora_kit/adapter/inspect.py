@@ -167,9 +167,7 @@ def _together(modules: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of several modules as those of one matrix."""
     norms = [math.hypot(*(module["norms"][n] for module in modules)) for n in (0, 1)]
     apart = math.hypot(*(module["difference"] for module in modules))
-    relative, cosine = 0.0, None
-    if any(norms):
-        relative = apart / max(norms)
+    relative, cosine = apart / max(norms) if any(norms) else 0.0, None
     if all(norms):
         # ||dW - dW'||^2 = ||dW||^2 + ||dW'||^2 - 2 <dW, dW'>
         cosine = (norms[0] ** 2 + norms[1] ** 2 - apart**2) / (2 * norms[0] * norms[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,18 +74,23 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def _turn_end(tokenizer: Any) -> int | None:
     """The single token that the chat template writes after an answer."""
-    if not tokenizer.chat_template:
-        return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "sentinelx"}]
-    try:
-        text = render(tokenizer, turns)
-    except NotUsable:  # a template is a program, and may refuse whatever it likes
+    if (text := rendered(tokenizer, turns, ask=False)) is None:
         return None
     after = text.rpartition("sentinelx")[2].strip()
     ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
     # Only a token made to be an end: an ordinary one also stands inside of answers.
     special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ids[0] if ids and ids[0] in special else None
+
+
+def rendered(tokenizer: Any, turns: list[dict[str, str]], ask: bool = True) -> str | None:
+    """A conversation in the tokenizer's chat template; None without one, or where it refuses: it is
+    a program, and may refuse whatever it likes. `ask`: with the prompt for an answer."""
+    if tokenizer.chat_template:
+        with contextlib.suppress(NotUsable):
+            return render(tokenizer, turns, add_generation_prompt=ask)
+    return None
 
 
 def open_run(run: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -141,17 +147,12 @@ def pin_like(run: str | Path, base: Base, weights: bool = True) -> Pinned:
         print(f"warning: {run}: its run.lock.json is gone: {what}", file=sys.stderr)
     weights = weights or not Path(base.model).is_dir()
     pinned = pin(base, lock, weights)
-    before = trained_on.get("hashes", pinned.hashes)
-    refuse_changed(
-        run,
-        pinned,
-        [
-            name
-            for name in before.keys() | pinned.hashes.keys()
-            if before.get(name) != pinned.hashes.get(name)
-            and (weights or not name.endswith(".safetensors"))
-        ],
-    )
+    now = pinned.hashes
+    before = trained_on.get("hashes", now)
+    changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+    if not weights:
+        changed = [name for name in changed if not name.endswith(".safetensors")]
+    refuse_changed(run, pinned, changed)
     return pinned
 
 

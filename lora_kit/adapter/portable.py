@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from lora_kit import nano
 from lora_kit.adapter.files import WEIGHTS, Adapter, write_config
@@ -28,23 +27,27 @@ def write_portable(adapter: Adapter, folder: Path) -> None:
     Raises:
         UserError: the adapter holds what A and B cannot express.
     """
+    import torch
+
     check_portable(adapter)
     rank = max(adapter.rank_and_scale(module)[0] for module in adapter.halves)
-    halves = [
-        (module, half, tensor)
+    scales = {module: adapter.rank_and_scale(module)[1] for module in adapter.halves}
+    kept = all(_exact(pair["B"].dtype, scales[m]) for m, pair in adapter.halves.items())
+    found = [
+        (tensor, half, scales[module] if half == "B" else 1.0)
         for module, pair in adapter.halves.items()
         for half, tensor in sorted(pair.items())
     ]
-    scales = [adapter.rank_and_scale(m)[1] if half == "B" else 1.0 for m, half, _ in halves]
-    kept = all(_exact(t.dtype, scale) for (*_, t), scale in zip(halves, scales, strict=True))
-    dtypes = [t.dtype if kept or t.dtype == "F64" else "F32" for *_, t in halves]
-    entries = {
-        t.name: (dtype, _padded(t.shape, half, rank))
-        for (_, half, t), dtype in zip(halves, dtypes, strict=True)
-    }
+    entries = {}
+    for tensor, half, _ in found:
+        shape = tensor.shape
+        padded = (rank, *shape[1:]) if half == "A" else (shape[0], rank, *shape[2:])
+        entries[tensor.name] = (tensor.dtype if kept or tensor.dtype == "F64" else "F32", padded)
     with Writer(folder / WEIGHTS, entries) as writer:
-        for (_, half, tensor), scale, dtype in zip(halves, scales, dtypes, strict=True):
-            value = _fold(tensor.read(), scale, half, rank, DTYPES[dtype][0])
+        for tensor, _, scale in found:
+            dtype, padded = entries[tensor.name]
+            value = torch.zeros(padded, dtype=getattr(torch, DTYPES[dtype][0]))
+            value[: tensor.shape[0], : tensor.shape[1]] = tensor.read().float() * scale
             writer.put(tensor.name, value)
     # Only what decides the result; no path of this machine.
     base, revision = adapter.base["model"] or "", adapter.base["revision"]
@@ -76,16 +79,3 @@ def _exact(dtype: str, scale: float) -> bool:
     """Whether values times the scale are still of this type, up to float32's own rounding."""
     power_of_two = dtype == "BF16" and math.frexp(scale)[0] == 0.5  # F16 has few exponents
     return scale == 1 or dtype in ("F32", "F64") or power_of_two
-
-
-def _padded(shape: tuple[int, ...], half: str, rank: int) -> tuple[int, ...]:
-    return (rank, *shape[1:]) if half == "A" else (shape[0], rank, *shape[2:])
-
-
-def _fold(tensor: Any, scale: float, half: str, rank: int, dtype: str) -> Any:
-    import torch
-
-    padded = torch.zeros(_padded(tuple(tensor.shape), half, rank), dtype=getattr(torch, dtype))
-    filled = padded[: tensor.shape[0], : tensor.shape[1]]
-    filled.copy_(tensor.float() * scale)
-    return padded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 from lora_kit import hub_errors, nano
 from lora_kit.errors import UserError
 from lora_kit.hashes import cached_hash
+from lora_kit.run import is_hub_id
 from lora_kit.schema import Base
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 # What a base is made of. Weights in other formats than safetensors can run code, and are not read.
 # README.md carries the licence.
 _WEIGHTS = "*.safetensors"
@@ -52,7 +51,7 @@ def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) ->
         folder, revision, model = nano.MODEL, None, "nano"
     elif Path(base.model).is_dir():
         folder, revision, model = Path(base.model).resolve(), None, base.model
-    elif _HUB_ID.match(base.model):
+    elif is_hub_id(base.model):
         used = (lock or {}).get("base", {}).get("revision")
         folder = _from_hub(base.model, base.revision or used, weights)
         # The cache keeps each snapshot in a folder named after its commit.
@@ -67,8 +66,9 @@ def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) ->
         raise UserError(f"base.model: {folder}: no config.json: not a model folder")
     if weights and not list(folder.glob(_WEIGHTS)):
         raise UserError(f"base.model: {folder}: no .safetensors weights: others are not read")
-    licence = licence_of(folder / "README.md")
-    return Pinned(model, str(folder), revision, licence, _hashes(folder, weights))
+    files = {file for pattern in _HASHED + [_WEIGHTS] * weights for file in folder.glob(pattern)}
+    hashes = {file.name: cached_hash(file) for file in sorted(files)}
+    return Pinned(model, str(folder), revision, licence_of(folder / "README.md"), hashes)
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
@@ -81,12 +81,6 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
     except (OSError, ValueError) as error:
         said = hub_errors.problem(error, model, revision, "model")
         raise UserError(f"base.model: {model}: {said}") from None
-
-
-def _hashes(folder: Path, weights: bool) -> dict[str, str]:
-    """sha256 of weights, configuration, tokenizer and template."""
-    files = {file for pattern in _HASHED + [_WEIGHTS] * weights for file in folder.glob(pattern)}
-    return {file.name: cached_hash(file) for file in sorted(files)}
 
 
 def licence_of(card: Path) -> str | None:

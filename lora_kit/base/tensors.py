@@ -36,6 +36,7 @@ DTYPES = {
     **{"U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1)},
     "BOOL": ("bool", 1),
 }
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)

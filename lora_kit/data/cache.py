@@ -26,7 +26,7 @@ from lora_kit.hashes import file_hash
 
 CACHE_VARIABLE = "LORA_KIT_CACHE"
 # Raised whenever the same input gives other files than before.
-VERSION = 4
+VERSION = 5
 DAYS_KEPT = 30
 _SEAL = "seal.json"
 # Other versions of these can make other rows of the same input.
@@ -39,12 +39,13 @@ def key_of(*parts: Any) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     # Padding and truncation are set when the tokenizer is used, and change nothing here.
     model = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": 0, "truncation": 0}
-    made_by = [VERSION, {name: _version(name) for name in _LIBRARIES}]
+    made_by = [VERSION, {name: installed(name) for name in _LIBRARIES}]
     text = json.dumps([made_by, settings, special, tokenizer.chat_template, model], default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _version(library: str) -> str | None:
+def installed(library: str) -> str | None:
+    """Its version, if it is there."""
     try:
         return version(library)
     except PackageNotFoundError:  # of an extra

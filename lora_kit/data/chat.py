@@ -212,22 +212,15 @@ def _tokens(text: str, encoding: Any, start: int, end: int) -> Span | None:
     Raises:
         NotUsable: a token is of words both inside and outside, or what stands last has no token.
     """
-    first, last = None, encoding.char_to_token(end - 1)
-    position = start
-    while first is None and position < end:  # a character that the tokenizer leaves out
-        first = encoding.char_to_token(position)
-        position += 1
+    # A tokenizer may leave out characters.
+    tokens = map(encoding.char_to_token, range(start, end))
+    first = next((token for token in tokens if token is not None), None)
     if first is None:
         return None
+    said = text[start:end].rstrip() or text[start:end]
+    last = encoding.char_to_token(start + len(said) - 1)
     if last is None:
-        said = text[start:end].rstrip()
-        last = encoding.char_to_token(start + len(said) - 1) if said else first
-        if last is None:
-            raise NotUsable("of whose end marker the tokenizer leaves out characters")
-    if encoding.token_to_chars(first)[0] == start and encoding.token_to_chars(last)[1] == end:
-        following = encoding.token_to_chars(last + 1) if last + 1 < len(encoding) else None
-        if following is None or following[0] >= end:
-            return first, last + 1  # nearly always
+        raise NotUsable("of whose end marker the tokenizer leaves out characters")
     count = len(encoding)
     # A character of several bytes can be several tokens.
     while last + 1 < count and (chars := encoding.token_to_chars(last + 1)) and chars[0] < end:

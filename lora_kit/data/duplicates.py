@@ -10,8 +10,6 @@ signatures, which estimate the similarity, agree so far.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +19,7 @@ LARGEST_CLUSTER, LARGEST_SHARE = 20, 0.05  # rows, or share of the rows, that st
 POSITIONS = 128  # of a signature: the estimate's standard error is 0.04 at 0.7
 BAND = 4  # 32 bands of 4: a pair at 0.7 is a candidate with 99.98%
 SHINGLE = 5  # bytes
+UNSIGNED = np.zeros((0, POSITIONS + 1), np.uint32)  # the signatures of no texts
 _AT_ONCE = 2**15  # pairs whose signatures are compared in one go: 32 MB
 LONGEST = 2**16  # bytes of a text that are looked at, from its beginning
 
@@ -43,46 +42,20 @@ def ranks(keys: np.ndarray, seed: int) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-@dataclass(frozen=True)
-class Signed:
-    """MinHash signatures: uint32, (texts, POSITIONS); and the shingles of each text: int64."""
-
-    values: np.ndarray
-    sizes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, rows: Any) -> Signed:
-        return Signed(self.values[rows], self.sizes[rows])
-
-    @staticmethod
-    def join(parts: list[Signed]) -> Signed:
-        """One after the other. The list is emptied on the way, so that no signature is there twice
-        for long."""
-        total = sum(map(len, parts))
-        joined = Signed(np.zeros((total, POSITIONS), np.uint32), np.zeros(total, np.int64))
-        while parts:
-            part = parts.pop()
-            start = total - len(part)
-            joined.values[start:total], joined.sizes[start:total] = part.values, part.sizes
-            total = start
-        return joined
-
-
-def are_near(a: Signed, b: Signed) -> np.ndarray:
-    """Whether each of `a`, or its only one, is near its counterpart in `b`: bool."""
-    smaller = np.minimum(a.sizes, b.sizes)
+def are_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Whether each signed text of `a`, or its only one, is near its counterpart in `b`: bool."""
+    smaller = np.minimum(a[:, POSITIONS], b[:, POSITIONS]).astype(np.int64)
     least = np.clip((smaller - ONE_WORD) / (smaller + ONE_WORD), 0.5, NEAR)
-    return (a.values == b.values).mean(axis=1) >= least
+    return (a[:, :POSITIONS] == b[:, :POSITIONS]).mean(axis=1) >= least
 
 
-def sign(texts: list[str]) -> Signed:
-    """The signatures of normalised texts."""
+def sign(texts: list[str]) -> np.ndarray:
+    """The signatures of normalised texts: uint32, (texts, POSITIONS + 1); what stands last is the
+    number of a text's shingles."""
     import rensa
 
     if not texts:
-        return Signed.join([])
+        return UNSIGNED
     padded = [text.encode("utf-8", "surrogatepass")[:LONGEST].ljust(SHINGLE) for text in texts]
     starts = np.cumsum([0, *map(len, padded)])
     flat = np.frombuffer(b"".join(padded), dtype=np.uint8)
@@ -99,17 +72,16 @@ def sign(texts: list[str]) -> Signed:
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
         shingles[inside[: len(shingles)]], offsets.astype(np.uint64), POSITIONS, 0
     )
-    return Signed(np.array(matrix.to_rows(), dtype=np.uint32), np.diff(offsets))
+    values = np.array(matrix.to_rows(), dtype=np.uint32)
+    return np.column_stack([values, np.diff(offsets).astype(np.uint32)])
 
 
 def repeated(keys: np.ndarray) -> np.ndarray:
     """Which rows repeat an earlier one exactly: bool."""
-    again = np.ones(len(keys), dtype=bool)
-    again[np.unique(keys, return_index=True)[1]] = False
-    return again
+    return _first_equal(keys) != np.arange(len(keys))
 
 
-def clusters(keys: np.ndarray, signed: Signed, rows: np.ndarray) -> np.ndarray:
+def clusters(keys: np.ndarray, signed: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rows that are equal or near, directly or by others in between, have the same number.
 
     Args:
@@ -118,8 +90,7 @@ def clusters(keys: np.ndarray, signed: Signed, rows: np.ndarray) -> np.ndarray:
     Returns:
         For each row the number of the first row of its cluster: int64.
     """
-    first, inverse = np.unique(keys, return_index=True, return_inverse=True)[1:]
-    roots = first[inverse].astype(np.int64)
+    roots = _first_equal(keys)
     pairs = near_pairs(signed)
     return joined(roots, rows[pairs[:, 0]], rows[pairs[:, 1]])
 
@@ -132,8 +103,13 @@ def parted(roots: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """
     sizes = np.bincount(roots, minlength=len(roots))[roots]
     large = sizes > max(LARGEST_CLUSTER, LARGEST_SHARE * len(roots))
+    return np.where(large, _first_equal(keys), roots)
+
+
+def _first_equal(keys: np.ndarray) -> np.ndarray:
+    """For each row the number of the first one with its key: int64."""
     first, inverse = np.unique(keys, return_index=True, return_inverse=True)[1:]
-    return np.where(large, first[inverse], roots)
+    return first[inverse]
 
 
 def joined(roots: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -151,7 +127,7 @@ def joined(roots: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return roots
 
 
-def near_pairs(signed: Signed) -> np.ndarray:
+def near_pairs(signed: np.ndarray) -> np.ndarray:
     """Pairs of texts that are near: int64, (pairs, 2), the first the smaller number.
 
     Of many that share a band only neighbours are compared, so not every pair is listed, but rows
@@ -160,47 +136,36 @@ def near_pairs(signed: Signed) -> np.ndarray:
     roots = np.arange(len(signed))
     found = [np.zeros((0, 2), dtype=np.int64)]
     # Which ones are neighbours is decided by what they say, not by where they stand.
-    said = np.argsort(_mixed(signed.values), kind="stable")
+    said = np.argsort(_mixed(signed[:, :POSITIONS]), kind="stable")
     for start in range(0, POSITIONS, BAND):
-        order, same = _by_band(signed.values[said, start : start + BAND])
-        order = said[order]
-        a, b = order[:-1][same], order[1:][same]
+        band = _mixed(signed[said, start : start + BAND])
+        order = np.argsort(band, kind="stable")
+        same = band[order][1:] == band[order][:-1]
+        a, b = said[order][:-1][same], said[order][1:][same]
         new = roots[a] != roots[b]  # by an earlier band
         a, b = a[new], b[new]
-        near = [are_near(signed[a[n : n + _AT_ONCE]], signed[b[n : n + _AT_ONCE]])
-                for n in range(0, len(a), _AT_ONCE)]  # fmt: skip
-        found_near = np.concatenate([np.zeros(0, dtype=bool), *near])
-        a, b = a[found_near], b[found_near]
+        cuts = range(0, max(1, len(a)), _AT_ONCE)
+        near = np.concatenate(
+            [are_near(signed[a[n : n + _AT_ONCE]], signed[b[n : n + _AT_ONCE]]) for n in cuts]
+        )
+        a, b = a[near], b[near]
         roots = joined(roots, a, b)
         found.append(np.stack([np.minimum(a, b), np.maximum(a, b)], axis=1))
     return np.concatenate(found)
 
 
-def near_any(signed: Signed, known: Signed) -> np.ndarray:
+def near_any(signed: np.ndarray, known: np.ndarray) -> np.ndarray:
     """For each text the number of one in `known` that is near it, or -1: int64."""
     match = np.full(len(signed), -1, dtype=np.int64)
-    both = Signed.join([known, signed])
     for start in range(0, POSITIONS, BAND):
-        order, same = _by_band(both.values[:, start : start + BAND])
-        group = np.cumsum(np.concatenate([[False], ~same])) if len(order) else order
-        is_known = order < len(known)
-        mixed = np.intersect1d(group[is_known], group[~is_known])
-        for n in mixed:
-            low, high = np.searchsorted(group, [n, n + 1])
-            members = order[low:high]
-            theirs = members[members < len(known)]
-            for row in members[members >= len(known)] - len(known):
-                if match[row] < 0:
-                    near = are_near(signed[[row]], known[theirs])
-                    match[row] = theirs[near.argmax()] if near.any() else -1
+        mine, theirs = (_mixed(some[:, start : start + BAND]) for some in (signed, known))
+        order = np.argsort(theirs, kind="stable")
+        first, end = (np.searchsorted(theirs[order], mine, side) for side in ("left", "right"))
+        for row in np.flatnonzero((first < end) & (match < 0)):
+            candidates = order[first[row] : end[row]]
+            near = are_near(signed[[row]], known[candidates])
+            match[row] = candidates[near.argmax()] if near.any() else -1
     return match
-
-
-def _by_band(band: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows sorted by their values in a band, and whether each has the same ones as the next."""
-    mixed = _mixed(band)
-    order = np.argsort(mixed, kind="stable")
-    return order, mixed[order][1:] == mixed[order][:-1]
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

@@ -6,10 +6,9 @@ Nothing here knows of other batches, so the result is the same for any number of
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from lora_kit.data.census import Count
 from lora_kit.data.chat import ChatEncoder, Encoded
-from lora_kit.data.duplicates import Signed, hashed, ranks, sign
+from lora_kit.data.duplicates import UNSIGNED, hashed, ranks, sign
 from lora_kit.data.formats import Columns, Example, NotUsable, normalised, to_example
 from lora_kit.data.readers import Batch, Row
 from lora_kit.errors import CheckFailed
@@ -44,7 +43,7 @@ class Settings:
     questions: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
     """What became of a batch. Row i has the tokens ids[sum(lengths[:i]):][:lengths[i]].
 
@@ -54,12 +53,12 @@ class Part:
     signed: of the rows below the sample's rank.
     """
 
-    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-    signed_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    signed: Signed = field(default_factory=lambda: Signed.join([]))
-    signed_questions: Signed = field(default_factory=lambda: Signed.join([]))
-    count: Count = field(default_factory=Count)
+    ids: np.ndarray
+    columns: dict[str, list[Any]]
+    signed_rows: np.ndarray
+    signed: np.ndarray
+    signed_questions: np.ndarray
+    count: Count
 
 
 class _Row(NamedTuple):
@@ -73,7 +72,6 @@ class Encoder:
     """Turns batches into parts with a tokenizer."""
 
     def __init__(self, tokenizer: Any, settings: Settings) -> None:
-        self.tokenizer = tokenizer
         self.settings = settings
         self.chat = ChatEncoder(tokenizer, settings.supervise, settings.max_length)
 
@@ -84,47 +82,45 @@ class Encoder:
             format_name: of `formats.FORMATS`.
             sampled_below: rows whose rank is lower get a signature.
         """
-        part = Part()
+        count = Count()
         if batch.whole:
-            rows = self._blocks(batch, part)
+            rows = self._blocks(batch, count)
         else:
-            examples = list(self._examples(batch, format_name, part))
-            of_kind = self._texts if format_name == "text" else self._chats
-            rows = of_kind(examples, part)
-        self._fill(part, list(rows), sampled_below)
-        return part
+            examples = list(self._examples(batch, format_name, count))
+            rows = self._texts(examples) if format_name == "text" else self._chats(examples, count)
+        return self._part(list(rows), count, sampled_below)
 
     def _examples(
-        self, batch: Batch, format_name: str, part: Part
+        self, batch: Batch, format_name: str, count: Count
     ) -> Iterator[tuple[int, Example]]:
         columns = Columns() if batch.plain else self.settings.columns
         for number, row in zip(batch.numbers, batch.parsed(), strict=True):
-            part.count.rows_read += 1
+            count.rows_read += 1
             try:
                 yield number, to_example(row, format_name, columns)
             except NotUsable as error:
-                _drop(part, error, row.place)
+                _drop(count, error, row.place)
 
-    def _texts(self, examples: list[tuple[int, Example]], part: Part) -> Iterator[_Row]:
+    def _texts(self, examples: list[tuple[int, Example]]) -> Iterator[_Row]:
         texts = [example.text or "" for _, example in examples]
         for (number, example), encoding in zip(examples, self.chat.encode(texts), strict=True):
             yield _Row(number, example, _whole(encoding.ids, example))
 
-    def _chats(self, examples: list[tuple[int, Example]], part: Part) -> Iterator[_Row]:
+    def _chats(self, examples: list[tuple[int, Example]], count: Count) -> Iterator[_Row]:
         results = self.chat([example for _, example in examples])
         for (number, example), result in zip(examples, results, strict=True):
             if isinstance(result, NotUsable):
-                _drop(part, result, example.place)
+                _drop(count, result, example.place)
             elif not result.learned:
-                part.count.samples_without_supervision += 1
-                part.count.lose("with nothing to learn from", example.place)
+                count.samples_without_supervision += 1
+                count.lose("with nothing to learn from", example.place)
             else:
                 if result.cut:
                     reason = "cut after the last answer that fits"
-                    part.count.lose(reason, example.place, what="truncated")
+                    count.lose(reason, example.place, what="truncated")
                 yield _Row(number, example, result)
 
-    def _blocks(self, batch: Batch, part: Part) -> Iterator[_Row]:
+    def _blocks(self, batch: Batch, count: Count) -> Iterator[_Row]:
         """Cut a long text at line ends into blocks of about 2 KiB. It is tokenized whole, so that
         blocks which follow each other join to the tokens of the text itself."""
         row: Row = next(batch.parsed())
@@ -138,25 +134,25 @@ class Encoder:
             example = Example(batch.place(line), text=text[start:end])
             encoded = _whole(ids[token:until], example)
             yield _Row(line, example, encoded, joins=token > 0 or not batch.starts)
-            part.count.rows_read += 1
+            count.rows_read += 1
             line += text.count("\n", start, end)
             start, token = end, until
 
-    def _fill(self, part: Part, found: list[_Row], sampled_below: int) -> None:
-        """The columns of a part: tokens, and the hashes and signatures by which rows are split, and
+    def _part(self, found: list[_Row], count: Count, sampled_below: int) -> Part:
+        """Rows as a part: tokens, and the hashes and signatures by which rows are split, and
         known again."""
         examples, rows = [row.example for row in found], [row.encoded for row in found]
         texts = [example.key for example in examples]
-        keys, questions = [hashed(text) for text in texts], [0] * len(rows)
+        keys = [hashed(text) for text in texts]
         order = ranks(np.array(keys, dtype=np.uint64), self.settings.seed)
-        part.signed_rows = np.flatnonzero(order < np.uint64(sampled_below))
-        part.signed = sign([texts[n] for n in part.signed_rows])
+        signed_rows = np.flatnonzero(order < np.uint64(sampled_below))
+        questions, signed_questions = [0] * len(rows), UNSIGNED
         if self.settings.questions:
-            asked = [normalised(e.question) for e in examples]
+            asked = [normalised(example.question) for example in examples]
             questions = [hashed(text) for text in asked]
-            part.signed_questions = sign([asked[n] for n in part.signed_rows])
-        part.ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.int32)
-        part.columns = {
+            signed_questions = sign([asked[n] for n in signed_rows])
+        ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.int32)
+        columns: dict[str, list[Any]] = {
             "lengths": [len(row.ids) for row in rows],
             "spans": [n for row in rows for span in row.learned for n in span],
             "span_counts": [len(row.learned) for row in rows],
@@ -169,6 +165,8 @@ class Encoder:
             "labels": [example.label for example in examples],
             "joins": [row.joins for row in found],
         }
+        signed = sign([texts[n] for n in signed_rows])
+        return Part(ids, columns, signed_rows, signed, signed_questions, count)
 
 
 def _whole(ids: list[int], example: Example) -> Encoded:
@@ -176,8 +174,8 @@ def _whole(ids: list[int], example: Example) -> Encoded:
     return Encoded(ids, [(0, len(ids))], 1, len((example.text or "").encode()))
 
 
-def _drop(part: Part, error: NotUsable, place: str) -> None:
-    part.count.lose(error.reason, f"{place}: {error.detail}" if error.detail else place)
+def _drop(count: Count, error: NotUsable, place: str) -> None:
+    count.lose(error.reason, f"{place}: {error.detail}" if error.detail else place)
 
 
 def _block_ends(text: str) -> Iterator[int]:
@@ -218,11 +216,10 @@ def _start_worker(tokenizer: Any, settings: Settings, parent: int) -> None:
     import signal
 
     global _encoder
-    if sys.platform.startswith("linux"):
-        # Where the parent is killed, a worker would wait for its next batch for ever.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the request was made
-            os._exit(1)
+    # Where the parent is killed, a worker would wait for its next batch for ever.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before the request was made
+        os._exit(1)
     gc.disable()  # it would look through a million tokens again and again; there are no cycles
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told as well, and stops us
     _encoder = Encoder(tokenizer, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,9 @@ from lora_kit.errors import UserError
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
-# ShareGPT's names for the roles.
-_SPEAKERS = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
-    **{"chatgpt": "assistant", "system": "system", "tool": "tool"},
-}
+# The names of the roles: OpenAI's, which has a newer one for the system, and ShareGPT's.
+_OPENAI = {"developer": "system", **{role: role for role in ROLES}}
+_SHAREGPT = _OPENAI | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 # Not the signs that mean something in formulas and code. A zero byte stands between turns.
 _PUNCTUATION = {**dict.fromkeys(map(ord, ".,;:!?\"'`“”‘’„«»…"), " "), 0: " \0 "}
 # Left out as the format means it, and therefore no loss that a limit counts.
@@ -74,22 +72,20 @@ class Example:
     label: str | None = None
 
     @property
-    def content(self) -> str:
-        """All that is said, one turn after the other, after the system prompt: that is often the
-        same for all rows, or stands before the same questions elsewhere."""
-        if self.text is not None:
-            return self.text
-        return "\0".join(said(m) for m in self.messages if m["role"] != "system")
+    def key(self) -> str:
+        """What makes two examples the same: what they say, whatever case, punctuation and space."""
+        return normalised(_all_said(self.messages) if self.text is None else self.text)
 
     @property
     def question(self) -> str:
         """What comes before the last answer; of a text, nothing."""
-        return "\0".join(said(m) for m in self.messages[:-1] if m["role"] != "system")
+        return _all_said(self.messages[:-1])
 
-    @property
-    def key(self) -> str:
-        """What makes two examples the same: what they say, whatever case, punctuation and space."""
-        return normalised(self.content)
+
+def _all_said(messages: Sequence[Message]) -> str:
+    """All that is said, one turn after the other, after the system prompt: that is often the same
+    for all rows, or stands before the same questions elsewhere."""
+    return "\0".join(said(m) for m in messages if m["role"] != "system")
 
 
 def said(message: Message) -> str:
@@ -406,29 +402,23 @@ def _tools(value: Any) -> tuple[Any, ...]:
 
 
 def _turns(value: Any) -> list[Message]:
-    """OpenAI's turns ({role, content}) or ShareGPT's ({from, value}), under either name."""
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "from" in value[0]:
-        return _conversation(value, "from", "value")
-    return _conversation(value, "role", "content")
-
-
-def _conversation(value: Any, who: str, what: str) -> list[Message]:
-    """Turns, checked one by one; of each what templates read: role, content, calls, thinking.
+    """OpenAI's turns ({role, content}) or ShareGPT's ({from, value}), under either name, checked
+    one by one; of each what templates read: role, content, calls, thinking.
 
     `weight: 0` (OpenAI's) or `train: false` at an assistant's turn: it is not learned from.
     """
     if not isinstance(value, list) or not value:
         raise NotUsable("whose turns are not a list", f"they are {shown(value)}")
+    who, what, roles = "role", "content", _OPENAI
+    if isinstance(value[0], dict) and "from" in value[0]:
+        who, what, roles = "from", "value", _SHAREGPT
     messages: list[Message] = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
             raise NotUsable("with a turn that is no object", f"turn {number}")
-        role = turn.get(who)
-        role = _SPEAKERS.get(role, role) if who == "from" and isinstance(role, str) else role
-        if role == "developer":  # OpenAI's newer name
-            role = "system"
-        if role not in ROLES:
-            raise NotUsable("with an unknown role", f"turn {number} has {shown(role)}")
+        role = roles.get(str(turn.get(who)))
+        if role is None:
+            raise NotUsable("with an unknown role", f"turn {number} has {shown(turn.get(who))}")
         content, calls = turn.get(what), turn.get("tool_calls")
         if isinstance(content, list) and all(
             isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)

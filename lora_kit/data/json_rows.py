@@ -24,12 +24,9 @@ UNREADABLE = (OSError, EOFError, zlib.error)
 
 def open_bytes(file: Path) -> BinaryIO:
     """A file to read, unpacked where its name ends with .gz."""
-    try:
-        if file.suffix.lower() == ".gz":
-            return gzip.open(file, "rb")  # type: ignore[return-value]
-        return file.open("rb")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    if file.suffix.lower() == ".gz":
+        return gzip.open(file, "rb")  # type: ignore[return-value]
+    return file.open("rb")
 
 
 def text_pieces(
@@ -65,6 +62,19 @@ def shown(value: Any) -> str:
     """A value in a message: 40 characters at most, however long or deep it is."""
     text = repr(value) if isinstance(value, str) and len(value) < 40 else reprlib.repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def leaves(value: Any, levels: int = 100) -> Iterator[Any]:
+    """What lies in lists and objects. Raises RecursionError beyond so many levels."""
+    if not levels:
+        raise RecursionError
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from leaves(part, levels - 1)
+    else:
+        yield value
 
 
 def why(error: Exception) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_kit.data.census import LEAKED, Census
-from lora_kit.data.duplicates import Signed, hashed, near_any, sign
+from lora_kit.data.duplicates import hashed, near_any, sign
 from lora_kit.data.formats import normalised
+from lora_kit.data.json_rows import leaves
 from lora_kit.data.readers import Opened
 from lora_kit.data.table import Table
 
@@ -25,7 +25,7 @@ class _Texts(NamedTuple):
 
     keys: np.ndarray
     rows: np.ndarray
-    signed: Signed
+    signed: np.ndarray
     signed_rows: np.ndarray
 
 
@@ -60,7 +60,7 @@ def against(
     known = _Texts(
         np.concatenate([train.keys[rows], train.questions[rows]]),
         np.tile(rows, 2),
-        Signed.join([train.signed[sampled], train.signed_questions[sampled]]),
+        np.concatenate([train.signed[sampled], train.signed_questions[sampled]]),
         np.tile(train.signed_rows[sampled], 2),
     )
     for source in benchmarks:
@@ -108,22 +108,11 @@ def _leak(
 
 def _texts(columns: dict[str, Any]) -> list[str]:
     """What a benchmark's row says, normalised: all of it, and its longer texts."""
-    parts = [part for part in chain.from_iterable(map(_strings, columns.values())) if part.strip()]
+    parts = [part for part in leaves(columns) if isinstance(part, str) and part.strip()]
     if not parts:
         return []  # numbers alone
     longer = {text for text in map(normalised, parts) if len(text.split()) >= FEWEST_WORDS}
     return sorted({normalised("\0".join(parts))} | longer)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
 
 
 def general_apart(tables: dict[str, Table], place: Place, census: Census) -> np.ndarray:

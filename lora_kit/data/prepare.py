@@ -28,7 +28,7 @@ from lora_kit.data.labelled import Labelled
 from lora_kit.data.leaks import against, general_apart, train_against_eval
 from lora_kit.data.packing import Packed
 from lora_kit.data.readers import Batch, Opened
-from lora_kit.data.rows import count_texts, write_judged, write_train
+from lora_kit.data.rows import Chosen, count_texts, write_judged, write_train
 from lora_kit.data.sources import check_apart, open_sources
 from lora_kit.data.splits import FEWEST_TO_JUDGE, hold_out, mix, take
 from lora_kit.data.table import Table
@@ -58,7 +58,7 @@ class Prepared:
     hashes: dict[str, str]
     census: Census
     joiner: str
-    names: list[tuple[str, str]]
+    names: list[list[str]]
     cached: bool
     commits: dict[str, str] = field(default_factory=dict)
 
@@ -132,15 +132,9 @@ def prepare(
         kind,
         tokenizer,
     )
-    cached = True
-
-    def build(folder: Path) -> None:
-        nonlocal cached
-        cached = False
-        _Preparation(data, opened, settings, kind, tokenizer, folder).run()
-
-    folder = cache.prepared(key, build)
-    found = _load(folder, data, max_length, cached)
+    preparation = _Preparation(data, opened, settings, kind, tokenizer)
+    folder = cache.prepared(key, preparation.run)
+    found = _load(folder, data, max_length, cached=not preparation.files)
     found.commits = {s.name: s.commit for used in opened.values() for s in used if s.commit}
     if limits:
         found.census.check(data.limits)
@@ -149,19 +143,11 @@ def prepare(
 
 def _load(folder: Path, data: Data, max_length: int, cached: bool) -> Prepared:
     values = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    train = Labelled.open(folder / "train")
-    packed = packing_of(data, values["kind"]) == "documents"
-    return Prepared(
-        kind=values["kind"],
-        train=Packed(train, max_length) if packed else train,
-        eval=Labelled.open(folder / "eval"),
-        general=Labelled.open(folder / "general") if values["general"] else None,
-        hashes=values["hashes"],
-        census=Census.from_json(values["census"]),
-        joiner=values["joiner"],
-        names=[tuple(pair) for pair in values["names"]],
-        cached=cached,
-    )
+    values["census"] = Census.from_json(values["census"])
+    rows: dict[str, Any] = {use: Labelled.open(folder / use) for use in values.pop("uses")}
+    if packing_of(data, values["kind"]) == "documents":
+        rows["train"] = Packed(rows["train"], max_length)
+    return Prepared(**{"general": None, **rows, **values}, cached=cached)
 
 
 def kind_of(recipe: str) -> Kind | None:
@@ -184,10 +170,8 @@ def _labels(labels: str | list[str] | None) -> tuple[str, ...]:
         return tuple(labels or ())
     try:
         text = Path(labels).read_text(encoding="utf-8-sig")
-        if labels.endswith(".json"):
-            names = json.loads(text)
-        else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = list(filter(None, map(str.strip, text.splitlines())))
+        names = json.loads(text) if labels.endswith(".json") else lines
     except (OSError, ValueError) as error:
         raise UserError(f"data.labels: {labels}: cannot be read ({error})") from None
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
@@ -214,18 +198,18 @@ class _Preparation:
     settings: Settings
     kind: Kind | None
     tokenizer: Any
-    folder: Path
+    folder: Path = field(init=False)
+    census: Census = field(default_factory=Census)
     files: list[_File] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     below: int = 2**64 - 1  # of the table that the batch in hand goes to
 
-    def run(self) -> None:
+    def run(self, folder: Path) -> None:
+        self.folder = folder
         tables = self._read()
-        counts: dict[str, Any] = {use: table.count for use, table in tables.items()}
-        census = Census(**counts, held_out=isinstance(self.data.eval, float), notes=self.notes)
-        train, judged, replayed = self._divide(tables, census)
+        train, judged, replayed = self._divide(tables)
         for table in tables.values():
             table.forget_signatures()
+        self._count_rows(train, judged, replayed)
         kind = self.kind or "text"
         packing = packing_of(self.data, kind)
         args = (self.tokenizer, self.settings.max_length)
@@ -234,14 +218,14 @@ class _Preparation:
             written = kind if use == "eval" else "text"
             rows[use] = write_judged(self.folder / use, chosen, written, *args)
         for use, labelled in rows.items():
-            getattr(census, use).measure(labelled)
+            getattr(self.census, use).measure(labelled)
         meta = {
             "kind": kind,
             "joiner": FORMATS[self.files[tables["train"].sources[0]].format].joiner,
-            "general": "general" in rows,
+            "uses": list(rows),
             "hashes": {s.name: s.digest for s in chain.from_iterable(self.opened.values())},
             "names": [(file.name, file.style) for file in self.files],
-            "census": census.to_json(),
+            "census": self.census.to_json(),
         }
         for name in USES:
             (self.folder / f"{name}.table").unlink(missing_ok=True)
@@ -266,6 +250,7 @@ class _Preparation:
                 print(f"data: {count:,} rows prepared", file=sys.stderr, flush=True)
         for use, table in tables.items():
             table.finish()
+            setattr(self.census, use, table.count)
             if not len(table):
                 raise UserError(f"data.{use}: no rows left; left out: {table.count.left_out()}")
         return tables
@@ -308,15 +293,17 @@ class _Preparation:
                 "{label: YOURS}"
             )
         left = f"columns not read: {', '.join(unread(row, name, columns))[:200]}"
-        if not left.endswith(": ") and not any(note.startswith(left) for note in self.notes):
-            self.notes.append(f"{left} (first: {batch.name})")
+        said = any(note.startswith(left) for note in self.census.notes)
+        if not left.endswith(": ") and not said:
+            self.census.notes.append(f"{left} (first: {batch.name})")
         return name
 
-    def _divide(self, tables: dict[str, Table], census: Census) -> tuple[Any, dict[str, Any], Any]:
-        """Which rows are learned from, judged, and replayed: pairs of a table and bools."""
-        train = tables["train"]
+    def _divide(self, tables: dict[str, Table]) -> tuple[Chosen, dict[str, Chosen], Chosen | None]:
+        """Which rows are learned from, judged, and replayed."""
+        train, census = tables["train"], self.census
+        census.held_out = isinstance(self.data.eval, float)
         roots = clusters(train.keys, train.signed, train.signed_rows)
-        self._count_duplicates(train, roots, census)
+        self._count_duplicates(train, roots)
         learned = np.ones(len(train), dtype=bool)
         if isinstance(self.data.eval, float):
             if "against" not in self.opened:
@@ -327,7 +314,6 @@ class _Preparation:
                     f"{apart:,} rows are near many others, by what they all share: only equal ones "
                     "of them stay on one side of the split"
                 )
-            del before
             labels = train.labels if train.label_names else None
             if self.data.group and not train.groups.any():
                 raise UserError(
@@ -377,7 +363,6 @@ class _Preparation:
             judged["general"] = (general, kept)
         elif self.data.replay is not None:
             raise UserError("data.replay: is a share of general text: name some in data.general")
-        self._count_rows(tables, learned, judged, replayed, census)
         return (train, learned), judged, replayed
 
     def _replay(
@@ -415,7 +400,8 @@ class _Preparation:
         begins = context_token(self.tokenizer) == [self.tokenizer.bos_token_id]
         return table.lengths + (2 if begins else 1) * ~table.joins
 
-    def _count_duplicates(self, train: Table, roots: np.ndarray, census: Census) -> None:
+    def _count_duplicates(self, train: Table, roots: np.ndarray) -> None:
+        census = self.census
         exact = repeated(train.keys)
         census.compared = len(train.signed_rows)
         near = (roots != np.arange(len(roots))) & ~exact
@@ -430,20 +416,16 @@ class _Preparation:
                 census.notes.append(f"{source.name}: {others:,} file(s) of other kinds passed over")
 
     def _count_rows(
-        self,
-        tables: dict[str, Table],
-        learned: np.ndarray,
-        judged: dict[str, Any],
-        replayed: Any,
-        census: Census,
+        self, train: Chosen, judged: dict[str, Chosen], replayed: Chosen | None
     ) -> None:
-        for use, (table, chosen) in [("train", (tables["train"], learned)), *judged.items()]:
+        census = self.census
+        for use, (table, chosen) in [("train", train), *judged.items()]:
             count = getattr(census, use)
             count.rows_kept = int(chosen.sum())
             if use != "general" and self.kind == "chat":
                 count.end_markers_supervised = int(table.answers[chosen].sum())
         # Documents that are judged are not closed by the end-of-text token.
-        closed = [(tables["train"], learned)] if self.kind == "text" else []
+        closed = [train] if self.kind == "text" else []
         closed += [replayed] if replayed is not None else []
         if self.tokenizer.eos_token_id is not None:
             census.train.end_markers_supervised += sum(map(count_texts, closed))

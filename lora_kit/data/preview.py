@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import io
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +155,6 @@ def show(prepared: Prepared, tokenizer: Any, use: str, count: int) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # data has more than latin1 can say
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     coloured = console.color_system is not None and not console.no_color
     found = samples(prepared, tokenizer, use, count, TOKENS_OF_A_TERMINAL)
@@ -178,46 +176,34 @@ def show(prepared: Prepared, tokenizer: Any, use: str, count: int) -> None:
         head = f"{sample.use} row {sample.number:,}, {sample.place}: {sample.tokens:,} tokens, "
         head += f"{sample.learned:,} of them {verb}"
         console.print(Text(f"\n{head}", "bold"))
-        console.print(_coloured(sample) if coloured else _bracketed(sample))
+        console.print(_drawn(sample, coloured))
 
 
-def _coloured(sample: Sample) -> Any:
+def _drawn(sample: Sample, coloured: bool) -> Any:
+    """A sample for a terminal: what is learned from in colour, or else in ⟦ ⟧; line ends are seen,
+    and end lines."""
     from rich.text import Text
 
     text = Text()
-    for piece in sample.pieces:
-        style = _LEARNED if piece.learned else _SPECIAL if piece.special else _CONTEXT
-        text.append(_with_ends(piece.text), style + " underline" * piece.special)
+    for learned, run in groupby(sample.pieces, attrgetter("learned")):
+        text.append("⟦" * (learned and not coloured))
+        for piece in run:
+            style = _LEARNED if learned else _SPECIAL if piece.special else _CONTEXT
+            style += " underline" * piece.special
+            text.append(piece.text.replace("\n", "↵\n"), style if coloured else "")
+        text.append("⟧" * (learned and not coloured))
     return text
-
-
-def _bracketed(sample: Sample) -> str:
-    parts, inside = [], False
-    for piece in sample.pieces:
-        if piece.learned != inside:
-            parts.append("⟦" if piece.learned else "⟧")
-        inside = piece.learned
-        parts.append(_with_ends(piece.text))
-    return "".join(parts) + "⟧" * inside
-
-
-def _with_ends(text: str) -> str:
-    """Line ends are seen, and end lines."""
-    return text.replace("\n", "↵\n")
 
 
 def check_page(file: Path) -> None:
     """Raises UserError if a page cannot be written there, or would replace what is no such page."""
-    if os.path.lexists(file) and not _is_page(file):
-        raise UserError(f"--html {file}: exists and is no page of preview: name another file")
     if not file.parent.is_dir():
         raise UserError(f"--html {file}: there is no folder {file.parent}")
-
-
-def _is_page(file: Path) -> bool:
+    ours = False
     with contextlib.suppress(OSError):
-        return file.is_file() and file.read_bytes().startswith(MARK.encode())
-    return False
+        ours = file.is_file() and file.read_bytes().startswith(MARK.encode())
+    if os.path.lexists(file) and not ours:
+        raise UserError(f"--html {file}: exists and is no page of preview: name another file")
 
 
 def write_page(

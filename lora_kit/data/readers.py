@@ -22,6 +22,7 @@ from lora_kit.data import extracted
 from lora_kit.data.json_rows import (
     UNREADABLE,
     JsonList,
+    leaves,
     open_bytes,
     parse_line,
     shown,
@@ -104,7 +105,7 @@ class Opened:
     def batches(self) -> Iterator[Batch]:
         """Its rows in order: the documents of its text files, then the rows of its tables."""
         if self.rows is not None:
-            yield from list_batches(self.name, self.rows)
+            yield from _batches(self.name, "{}/{}", enumerate(self.rows, 1))
             return
         texts = [file for file in self.files if not is_table(file)]
         yield from text_batches(texts, whole=_is_cut(texts))
@@ -119,10 +120,7 @@ class Opened:
 
 def suffix_of(file: Path) -> str:
     """The kind of a file by its name: `.jsonl` for rows.jsonl and rows.JSONL.gz."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def is_table(file: Path) -> bool:
@@ -218,30 +216,15 @@ def _batches(
         numbers.append(number)
         kept.append(row)
         try:
-            size += _size(row)
-        except RecursionError:
+            # About as many characters as the row holds.
+            size += sum(len(v) if isinstance(v, (str, bytes)) else 8 for v in leaves(row))
+        except RecursionError:  # such a row could not go to a worker
             raise UserError(f"{style.format(file, number)}: nested too deeply") from None
         if len(kept) >= BATCH_ROWS or size >= BATCH_BYTES:
             yield Batch(str(file), style, numbers, kept)
             numbers, kept, size = [], [], 0
     if kept:
         yield Batch(str(file), style, numbers, kept)
-
-
-def _size(value: Any, levels: int = 100) -> int:
-    """About how many characters a row holds. A row of more levels could not go to a worker."""
-    if not levels:
-        raise RecursionError
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return sum(_size(part, levels - 1) for part in value)
-    return len(value) if isinstance(value, (str, bytes)) else 8
-
-
-def list_batches(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Batch]:
-    """Rows that a library reads, numbered from 1."""
-    yield from _batches(name, "{}/{}", enumerate(rows, 1))
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -368,17 +351,16 @@ def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
     """{column: names of its classes}, from the note that `datasets` leaves in a schema."""
-    note = (metadata or {}).get(b"huggingface")
     try:
-        features = json.loads(note)["info"]["features"] if note else {}
-    except (ValueError, KeyError, TypeError):
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-    found: dict[str, list[str]] = {}
-    for name, feature in features.items() if isinstance(features, dict) else ():
-        inner = feature.get("feature", feature) if isinstance(feature, dict) else None
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
-            found[name] = list(inner.get("names") or [])
-    return found
+    inner = {name: f.get("feature", f) for name, f in features if isinstance(f, dict)}
+    return {
+        name: list(f.get("names") or [])
+        for name, f in inner.items()
+        if isinstance(f, dict) and f.get("_type") == "ClassLabel"
+    }
 
 
 def named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:

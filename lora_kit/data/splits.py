@@ -53,10 +53,8 @@ def hold_out(
     lowest = by_key[first]
     order = ranks(keys[lowest], seed)
     wanted = min(max(1, round(share * len(units))), len(units) - 1)
-    kinds, counts = np.zeros(len(units), dtype=np.intp), np.array([len(units)])
-    if labels is not None:
-        kinds, counts = np.unique(labels[lowest], return_inverse=True, return_counts=True)[1:]
-    del by_key, first, lowest  # of millions of rows each is tens of megabytes
+    labels = np.broadcast_to(np.int32(0), len(roots)) if labels is None else labels
+    kinds, counts = np.unique(labels[lowest], return_inverse=True, return_counts=True)[1:]
     exact = wanted * counts / len(units)
     quota = np.floor(exact).astype(int)
     # Among equal remainders the most frequent label first, then that of the first rank.

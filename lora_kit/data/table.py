@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_kit.data.census import Count
-from lora_kit.data.duplicates import Signed, ranks
+from lora_kit.data.duplicates import UNSIGNED, ranks
 from lora_kit.data.encode import Part
 from lora_kit.data.labelled import mapped
 
@@ -33,7 +33,7 @@ class Table:
         self.label_names: dict[str, int] = {}
         self._file = path.open("wb")
         self._parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in _COLUMNS}
-        self._signed: list[tuple[np.ndarray, Signed, Signed]] = []
+        self._signed: list[list[np.ndarray]] = []  # rows, signatures, questions
         self._rows = self._sampled = 0
 
     def __getattr__(self, name: str) -> np.ndarray:
@@ -50,9 +50,9 @@ class Table:
             self._parts[name].append(np.array(values[name], dtype=kind))
         # A worker may have begun before `below` fell.
         order = ranks(self._parts["keys"][-1][part.signed_rows], self.seed)
-        signed = self._below(order, part.signed_rows, part.signed, part.signed_questions)
-        self._signed.append((signed[0] + self._rows, *signed[1:]))
-        self._sampled += len(signed[0])
+        rows = part.signed_rows + self._rows
+        self._signed.append(self._below(order, rows, part.signed, part.signed_questions))
+        self._sampled += len(self._signed[-1][0])
         if self._sampled > LARGEST_SAMPLE:
             self._sample_fewer()
         self.count += part.count
@@ -72,10 +72,11 @@ class Table:
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self.span_offsets = np.concatenate([[0], np.cumsum(self.span_counts, dtype=np.int64)]) * 2
         self.ids = mapped(self.path, int(self.offsets[-1]))
-        self.signed_rows = np.concatenate([np.zeros(0, np.int64), *(p[0] for p in self._signed)])
-        signed, questions = [p[1] for p in self._signed], [p[2] for p in self._signed]
+        none = [np.zeros(0, np.int64), UNSIGNED, UNSIGNED]
+        self.signed_rows, self.signed, self.signed_questions = map(
+            np.concatenate, zip(none, *self._signed, strict=True)
+        )
         self._signed.clear()
-        self.signed, self.signed_questions = Signed.join(signed), Signed.join(questions)
         return self
 
     @property
@@ -84,8 +85,8 @@ class Table:
         return ranks(self.keys, self.seed)
 
     def forget_signatures(self) -> None:
-        """Once what is near is known: a hundred megabytes that writing rows can use."""
-        self.signed = self.signed_questions = Signed.join([])
+        """Once what is near is known: a hundred megabytes that the rest can use."""
+        self.signed = self.signed_questions = UNSIGNED
 
     def tokens(self, row: int) -> np.ndarray:
         """The token ids of a row: int32."""
@@ -98,19 +99,16 @@ class Table:
     def place(self, row: int) -> tuple[int, int]:
         return int(self.sources[row]), int(self.numbers[row])
 
-    def _below(
-        self, order: np.ndarray, rows: np.ndarray, signed: Signed, questions: Signed
-    ) -> tuple[np.ndarray, Signed, Signed]:
-        """Of some signed rows those whose rank is sampled."""
+    def _below(self, order: np.ndarray, *signed: np.ndarray) -> list[np.ndarray]:
+        """Of some signed rows, their signatures and questions, those whose rank is sampled."""
         low = order < np.uint64(self.below)
-        return rows[low], signed[low], questions[low] if len(questions) else questions
+        return [part[low] if len(part) else part for part in signed]
 
     def _sample_fewer(self) -> None:
         """Halve the ranks that are sampled. What is left does not depend on when this happens."""
         self.below //= 2
         keys = np.concatenate(self._parts["keys"])
         self._signed = [
-            self._below(ranks(keys[rows], self.seed), rows, signed, questions)
-            for rows, signed, questions in self._signed
+            self._below(ranks(keys[signed[0]], self.seed), *signed) for signed in self._signed
         ]
-        self._sampled = sum(len(rows) for rows, _, _ in self._signed)
+        self._sampled = sum(len(signed[0]) for signed in self._signed)

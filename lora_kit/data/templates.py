@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_kit.data.formats import Message, NotUsable
@@ -14,27 +15,14 @@ from lora_kit.trust import time_limit
 
 SECONDS_TO_RENDER = 10.0
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
-_BEGIN = "{{% if {bos} %}}{{{{ bos_token }}}}{{% endif %}}"
-# For a base without a template. Where the tokenizer has no <|im_end|>, a turn ends with its
-# end-of-text token, so that generation stops in every engine without new embeddings.
-_SHIPPED = {
-    "chatml": _BEGIN + "{{% for message in messages %}}"
-    "<|im_start|>{{{{ message['role'] }}}}\n{{{{ message['content'] }}}}{end}\n"
-    "{{% endfor %}}"
-    "{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}",
-    # The layout that Stanford's Alpaca made common, without its preamble.
-    "alpaca": _BEGIN + "{{% for message in messages %}}"
-    "{{% if message['role'] == 'assistant' %}}"
-    "### Response:\n{{{{ message['content'] }}}}{end}\n\n"
-    "{{% elif message['role'] == 'system' %}}{{{{ message['content'] }}}}\n\n"
-    "{{% else %}}### Instruction:\n{{{{ message['content'] }}}}\n\n{{% endif %}}"
-    "{{% endfor %}}"
-    "{{% if add_generation_prompt %}}### Response:\n{{% endif %}}",
-}
 
 
 def set_template(tokenizer: Any, name: str | None) -> None:
     """Give a tokenizer the shipped template of this name; None leaves it as it is.
+
+    Where the tokenizer has no <|im_end|>, a turn of chatml ends with its end-of-text token, so that
+    generation stops in every engine without new embeddings. alpaca is the layout that Stanford's
+    Alpaca made common, without its preamble.
 
     Raises:
         UserError: the tokenizer has a template of its own, or one that cannot be used.
@@ -48,7 +36,9 @@ def set_template(tokenizer: Any, name: str | None) -> None:
     marked = name == "chatml" and "<|im_end|>" in tokenizer.get_vocab()
     end = "<|im_end|>" if marked else tokenizer.eos_token
     begins = bool(tokenizer.bos_token) and context_token(tokenizer) == [tokenizer.bos_token_id]
-    tokenizer.chat_template = _SHIPPED[name].format(bos=str(begins).lower(), end=end)
+    shipped = Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
+    shipped = shipped.replace("BEGINS", str(begins).lower()).replace("END", end)
+    tokenizer.chat_template = shipped
 
 
 def check_template(tokenizer: Any) -> None:

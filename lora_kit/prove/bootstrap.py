@@ -28,13 +28,12 @@ def statistics(base: Losses, adapted: Losses, seed: int) -> dict[str, Any]:
     """
     judged = (base.tokens > 0) & (base.bytes > 0)
     change, before = (adapted.nats - base.nats)[judged], base.nats[judged].sum()
-    result: dict[str, Any] = {"documents": int(judged.sum())}
-    for name, size, factor in (
-        ("loss", base.tokens[judged], 1.0),
-        ("bits_per_byte", base.bytes[judged], _NATS_TO_BITS),
-    ):
-        result[name] = _figures(before * factor, change * factor, size, seed)
-    return result
+    bits_before, bits = before * _NATS_TO_BITS, change * _NATS_TO_BITS
+    return {
+        "documents": int(judged.sum()),
+        "loss": _figures(before, change, base.tokens[judged], seed),
+        "bits_per_byte": _figures(bits_before, bits, base.bytes[judged], seed),
+    }
 
 
 def scores(base: np.ndarray, adapted: np.ndarray, seed: int) -> dict[str, Any]:

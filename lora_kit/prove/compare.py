@@ -155,7 +155,14 @@ def prepared_again(run: str | Path, opened: Run, tokenizer: Any) -> Prepared:
     prepared = prepare(
         opened.data, lock.get("kind"), tokenizer, length, opened.seed, limits=False, lock=lock
     )
-    _check_data(run, prepared)
+    # By content, not by name: a run and its data may have been moved.
+    recorded = lock.get("data", {}).values()
+    changed = [source for source, digest in prepared.hashes.items() if digest not in recorded]
+    if changed and recorded:
+        raise UserError(
+            f"{', '.join(changed)} changed since {run} was trained: rows it learned from could be "
+            "among the ones it is judged on; restore the data, or train again"
+        )
     return prepared
 
 
@@ -193,7 +200,10 @@ def compare_model(
     if judged.general is not None:
         report["general"] = statistics(*both(judged.general), seed)
         word["general"] = verdict(report["general"], "kept", "forgot", "kept")
-    examples = _examples(model, judged, prove, seed)
+    longest = int(judged.domain.lengths.max()) + (_LONGER_ANSWER if prove.metrics else 0)
+    examples = few_shot.choose(
+        judged.train, longest, positions(model), prove.shots, judged.kind == "chat", seed
+    )
     if examples:
         opening = few_shot.opening(tokenizer) if judged.kind == "chat" else []
         longer = few_shot.after_examples(judged.domain, examples, opening)
@@ -240,15 +250,6 @@ def _lost(before: dict[str, Any], report: dict[str, Any]) -> list[str]:
     for part in ("metrics", "harness"):
         lost += (before.get(part) or {}).keys() - (report[part] or {}).keys()
     return sorted(lost)
-
-
-def _examples(model: Any, judged: HeldOut, prove: Prove, seed: int) -> list[list[int]]:
-    """Training rows that stand before each held-out one; none where the base has no room."""
-    if not prove.shots:
-        return []
-    longest = int(judged.domain.lengths.max()) + (_LONGER_ANSWER if prove.metrics else 0)
-    chat = judged.kind == "chat"
-    return few_shot.choose(judged.train, longest, positions(model), prove.shots, chat, seed)
 
 
 def _answered(judged: HeldOut, most: int, seed: int) -> list[int]:
@@ -325,15 +326,3 @@ def _side_by_side(
 def _text(tokenizer: Any, ids: list[int]) -> str:
     """What tokens spell; a character that was cut apart at an end is left out."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip("\N{REPLACEMENT CHARACTER}")
-
-
-def _check_data(run: str | Path, prepared: Prepared) -> None:
-    """The rows that are judged must be the ones that were held out."""
-    recorded = read_lock(run).get("data", {}).values()
-    # By content, not by name: a run and its data may have been moved.
-    changed = [source for source, digest in prepared.hashes.items() if digest not in recorded]
-    if changed and recorded:
-        raise UserError(
-            f"{', '.join(changed)} changed since {run} was trained: rows it learned from could be "
-            "among the ones it is judged on; restore the data, or train again"
-        )

@@ -14,7 +14,8 @@ _MOST_TRIED = 1000  # rows looked at for examples that are short enough
 
 
 def choose(train: Labelled, longest: int, room: int, shots: int, chat: bool, seed: int) -> list:
-    """Training rows as examples, drawn with the seed: lists of token ids, as many as fit.
+    """Training rows as examples, drawn with the seed: lists of token ids, as many as fit; none
+    where there is no room.
 
     Each may take its share of the room that the longest row leaves. A text is cut to it; of
     conversations, longer ones are passed over.
@@ -22,7 +23,7 @@ def choose(train: Labelled, longest: int, room: int, shots: int, chat: bool, see
     Args:
         longest: tokens of the longest row that is judged. room: positions that the base has.
     """
-    share = (room - longest) // shots
+    share = (room - longest) // max(1, shots)
     chosen: list[list[int]] = []
     order = np.random.default_rng(seed).permutation(len(train))[:_MOST_TRIED]
     for row in order.tolist():

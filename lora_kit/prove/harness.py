@@ -7,7 +7,6 @@ import io
 import logging
 import math
 import sys
-from collections import Counter
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lora_kit.errors import UserError
-from lora_kit.prove.metrics import in_a_line
+from lora_kit.prove.metrics import check_each, in_a_line
 from lora_kit.run import nearest
 from lora_kit.trust import check_own, metrics_checked
 
@@ -30,26 +29,24 @@ def check_tasks(tasks: list[str]) -> None:
     Raises:
         UserError: the harness is not installed, a task is not known, or its data cannot be had.
     """
-    counts = Counter(tasks)
-    problems = [f"{task}: named {counts[task]} times" for task in counts if counts[task] > 1]
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        problems.append("needs lm-evaluation-harness: pip install 'lora-kit[harness]'")
-        counts.clear()
-    for task in counts:
+        why = "needs lm-evaluation-harness: pip install 'lora-kit[harness]'"
+        raise UserError(f"prove.harness: {why}") from None
+
+    def check(task: str) -> None:
         try:
             with _quiet():
                 loaded = _load([task])["tasks"].values()
-        except UserError as error:
-            problems.append(str(error))
+        except UserError:
+            raise
         except Exception as error:  # data, templates and functions are the task's own
-            problems.append(f"{task}: cannot be loaded: {in_a_line(error)}")
-        else:
-            if any(getattr(one, "UNSAFE_CODE", False) for one in loaded):
-                problems.append(f"{task}: runs code that the model wrote, which is not done here")
-    if problems:
-        raise UserError("\n".join(f"prove.harness: {problem}" for problem in problems))
+            raise UserError(f"{task}: cannot be loaded: {in_a_line(error)}") from None
+        if any(getattr(one, "UNSAFE_CODE", False) for one in loaded):
+            raise UserError(f"{task}: runs code that the model wrote, which is not done here")
+
+    check_each("prove.harness", tasks, check)
 
 
 def run_harness(

@@ -57,23 +57,29 @@ def score(name: str, predictions: list[str], references: list[str]) -> np.ndarra
 
 def check_names(names: list[str], kind: str) -> None:
     """Raises UserError, a line for each metric that cannot be computed. kind: "chat" or "text"."""
-    counts = Counter(names)
-    problems = [
-        f"{name}: a verdict has this name; call it otherwise" for name in names if name in VERDICTS
-    ]
-    problems += [f"{name}: named {counts[name]} times" for name in counts if counts[name] > 1]
     if names and kind == "text":
-        problems.append("metrics score answers, and text has none; leave them out, or use sft")
-        counts.clear()  # no need to load them
+        why = "metrics score answers, and text has none; leave them out, or use sft"
+        raise UserError(f"prove.metrics: {why}")
+
+    def check(name: str) -> None:
+        if name in VERDICTS:
+            raise UserError(f"{name}: a verdict has this name; call it otherwise")
+        score(name, [_PROBE, ""], [_PROBE, _PROBE])
+
+    check_each("prove.metrics", names, check)
+
+
+def check_each(key: str, names: list[str], check: Callable[[str], None]) -> None:
+    """Raises UserError, a line for each name that stands there twice or that `check` refuses."""
+    counts = Counter(names)
+    problems = [f"{name}: named {counts[name]} times" for name in counts if counts[name] > 1]
     for name in counts:
         try:
-            metric = OWN.get(name) or _borrowed(name)
-            metric(_PROBE, _PROBE)
-            metric("", _PROBE)
+            check(name)
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError("\n".join(f"prove.metrics: {problem}" for problem in problems))
+        raise UserError("\n".join(f"{key}: {problem}" for problem in problems))
 
 
 def check_fit(names: list[str], references: list[str]) -> None:

@@ -20,12 +20,13 @@ import numpy as np
 from lora_kit.adapter.attach import attach
 from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer
 from lora_kit.base.pin import Pinned, pin
-from lora_kit.data.labelled import IGNORED, Labelled, LabelledWriter, collator
+from lora_kit.data.labelled import IGNORED, Labelled, LabelledWriter, collator, in_one_row
 from lora_kit.data.packing import Packed, check_isolation
 from lora_kit.data.prepare import Prepared, kind_of, prepare
 from lora_kit.data.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.schema import Run, Train
+from lora_kit.speed.fast import PARTS, make_fast, make_plain
 from lora_kit.train.arguments import check_installed
 from lora_kit.train.directory import RunDirectory, is_first_rank
 from lora_kit.train.interrupt import StopSignal
@@ -47,8 +48,13 @@ _CAUSES = {
     "over its labels",
     "processes": "gradients are summed and not averaged over the ranks, or each rank counts only "
     "its own labels",
+    "speed": "a quick path is not exact on these rows: set speed=plain, and report it",
 }
-_NOT_CHECKED = {"packing": "not supported by this base", "processes": "one GPU is no two processes"}
+_NOT_CHECKED = {
+    "packing": "not supported by this base",
+    "processes": "one GPU is no two processes",
+    "speed": "transformers' path is taken",
+}
 
 
 class Step(NamedTuple):
@@ -95,12 +101,20 @@ def self_test(run: Run, in_two_processes: Callable[[str], None]) -> dict[str, An
         if run.data.packing == "documents":
             raise
         full = None
+    by_hand = alone(model, batch)
+    plain = make_fast(model) if run.speed == "auto" else dict.fromkeys(PARTS, "speed: plain")
+    collate = collator(batch.pad_id) if "attention" in plain else in_one_row
+    other = None
+    if plain.keys() != set(PARTS):
+        other = one_step(run, model, batch, batch.rows, (ROWS, 1), collate)
+    make_plain(model)
     found = [
         compare_steps(name, ways, padded, other, TOLERANCE[run.base.dtype])
         for name, ways, other in (
             ("accumulation", [f"{ROWS} rows x 1 pass", f"1 row x {ROWS} passes"], accumulated),
             ("packing", ["a document a row", f"{len(packed)} packed rows"], full),
-            ("padding", [f"{ROWS} rows padded", "each row alone, by hand"], alone(model, batch)),
+            ("padding", [f"{ROWS} rows padded", "each row alone, by hand"], by_hand),
+            ("speed", ["transformers' path", "the quick paths"], other),
             ("processes", ["one process", "two processes"], two),
         )
     ]
@@ -108,7 +122,7 @@ def self_test(run: Run, in_two_processes: Callable[[str], None]) -> dict[str, An
         found[0]["note"] = "one pass is padded and the others are not: see padding"
     return {
         **run.base.model_dump(include={"model", "dtype", "quantize"}),
-        "labels": [_count(batch.rows[n]) for n in range(ROWS)],
+        "labels": [int((batch.rows[n]["labels"][1:] != IGNORED).sum()) for n in range(ROWS)],
         "comparisons": found,
     }
 
@@ -188,11 +202,6 @@ def unequal_rows(data: Prepared, seed: int) -> Labelled:
     return writer.finish()
 
 
-def _count(row: dict[str, np.ndarray]) -> int:
-    """How many labels of a row are predicted."""
-    return int((row["labels"][1:] != IGNORED).sum())
-
-
 def load_model(run: Run, pinned: Pinned) -> Any:
     """The base with a fresh adapter, B small instead of zero, so that A has a gradient as well;
     without any dropout, the base's own included."""
@@ -211,11 +220,13 @@ def load_model(run: Run, pinned: Pinned) -> Any:
     return model
 
 
-def one_step(run: Run, model: Any, batch: Batch, rows: Any, cut: tuple[int, int]) -> Step:
+def one_step(
+    run: Run, model: Any, batch: Batch, rows: Any, cut: tuple[int, int], collate: Any = None
+) -> Step:
     """One step of the trainer over all rows; the model is left as it was.
 
     Args:
-        cut: (rows of one pass, passes), on each rank.
+        cut: (rows of one pass, passes), on each rank. collate: instead of padding.
     """
     from transformers import TrainerCallback
 
@@ -234,8 +245,9 @@ def one_step(run: Run, model: Any, batch: Batch, rows: Any, cut: tuple[int, int]
         per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1],
         gradient_checkpointing=run.train.gradient_checkpointing,
     )  # fmt: skip
-    run = run.model_copy(update={"train": settings})
-    options: dict[str, Any] = {"data_collator": collator(batch.pad_id), "callbacks": [Catch()]}
+    run = run.model_copy(update={"train": settings, "speed": "plain"})
+    collate = collate or collator(batch.pad_id)
+    options: dict[str, Any] = {"data_collator": collate, "callbacks": [Catch()]}
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder))
         arguments = training_arguments(run, directory.path)

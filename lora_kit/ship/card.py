@@ -133,17 +133,11 @@ def _terms(licence: str, base: str) -> Terms:
 
 def _asked(terms: Terms, name: str, has_licence: bool) -> list[str]:
     """What is still to be done for the base's terms."""
-    found = []
+    found, ask = [], f"{terms.family}'s terms ask"
     if terms.begins and not name.lower().startswith(terms.begins.lower()):
-        found.append(
-            f"{terms.family}'s terms ask for a name that begins with {terms.begins}: "
-            f"{terms.begins}-{name}"
-        )
+        found.append(f"{ask} for a name that begins with {terms.begins}: {terms.begins}-{name}")
     if terms.family and not has_licence:
-        found.append(
-            f"{terms.family}'s terms ask that a copy of them goes along: lay it beside the "
-            "weights as LICENSE"
-        )
+        found.append(f"{ask} that a copy of them goes along: lay it beside the weights as LICENSE")
     return found
 
 

@@ -10,15 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_kit.adapter import load
 from lora_kit.adapter.combine import METHODS, combine
-from lora_kit.adapter.load import (
-    load_adapter,
-    load_run_tokenizer,
-    open_run,
-    pin_like,
-    run_base,
-    run_home,
-)
+from lora_kit.adapter.load import load_adapter
 from lora_kit.base.load import gpu_is_used, load_base, quiet_libraries
 from lora_kit.data.labelled import Labelled
 from lora_kit.errors import UserError, harmless
@@ -30,11 +24,7 @@ from lora_kit.run import read_lock
 
 
 def combine_and_measure(
-    paths: Sequence[Path],
-    out: Path,
-    runs: Sequence[Path],
-    method: str | None,
-    **settings: Any,
+    paths: Sequence[Path], out: Path, runs: Sequence[Path], method: str | None, **settings: Any
 ) -> dict[str, Any]:
     """Combine by one method or by each, measure all on the rows that runs held out, keep the best.
 
@@ -59,11 +49,11 @@ def combine_and_measure(
             name: combine(paths, folder / name, name, **settings)
             for name in ([method] if method else METHODS)
         }
-        base = run_base(paths[0])
-        model = load_base(base, pin_like(paths[0], base))
+        base = load.run_base(paths[0])
+        model = load_base(base, load.pin_like(paths[0], base))
         if gpu_is_used() and base.quantize == "none":
             model = model.to("cuda")
-        pad = load_run_tokenizer(paths[0]).pad_token_id
+        pad = load.load_run_tokenizer(paths[0]).pad_token_id
         losses = {"base": _losses(model, held_out, pad)}
         for name, path in {**{str(p): p for p in paths}, **{n: folder / n for n in found}}.items():
             adapted = load_adapter(model, path)
@@ -90,12 +80,12 @@ def combine_and_measure(
 
 
 def _held_out(run: Path, paths: Sequence[Path], notes: list[str]) -> Labelled:
-    opened, own = open_run(run), read_lock(run).get("base", {}).get("hashes")
-    if own != read_lock(run_home(paths[0])).get("base", {}).get("hashes", own):
+    opened, own = load.open_run(run), read_lock(run).get("base", {}).get("hashes")
+    if own != read_lock(load.run_home(paths[0])).get("base", {}).get("hashes", own):
         raise UserError(f"--on {run}: a run on another base than {paths[0]}")
-    prepared = prepared_again(run, opened, load_run_tokenizer(run))
+    prepared = prepared_again(run, opened, load.load_run_tokenizer(run))
     for path in paths:
-        lock = read_lock(run_home(path))
+        lock = read_lock(load.run_home(path))
         shared = {*prepared.hashes.values()} & {*lock.get("data", {}).values()}
         if shared and lock.get("seed") != opened.seed:
             notes.append(f"{path}: split by another seed than {run}: it may have learned its rows")

@@ -14,16 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from lora_kit.adapter import load
 from lora_kit.adapter.files import WEIGHTS
-from lora_kit.adapter.load import (
-    changed_base,
-    end_tokens,
-    load_adapter,
-    load_run_tokenizer,
-    pin_like,
-    run_adapter,
-    run_base,
-)
+from lora_kit.adapter.load import load_adapter
 from lora_kit.adapter.portable import write_portable
 from lora_kit.base.load import load_base
 from lora_kit.base.pin import Pinned
@@ -99,16 +92,12 @@ def export(
     stored, part = _settled(to, kind, what)
     if into != "base" and "merged" not in (to, part):
         raise UserError(f"--into {into}: only where a merged model is written: leave it out")
-    base, adapter = run_base(run), run_adapter(run)
-    pinned = pin_like(run, base)
-    tokenizer = load_run_tokenizer(run, pinned)
+    base, adapter = load.run_base(run), load.run_adapter(run)
+    pinned = load.pin_like(run, base)
+    tokenizer = load.load_run_tokenizer(run, pinned)
     config = read_json(Path(pinned.folder) / "config.json")
-    needed = 2 * (adapter.folder / WEIGHTS).stat().st_size
-    if to in ("gguf", "ollama"):
-        needed = gguf.needed(run, stored, part)
-        if (to, part) == ("gguf", "adapter"):  # what it is tried on, for a while
-            needed += gguf.needed(run, "f32", "base")
-    with new_folder(out, needed) as partial:
+    # `merge` asks for its own room.
+    with new_folder(out, 2 * (adapter.folder / WEIGHTS).stat().st_size) as partial:
         if to == "portable":
             write_portable(adapter, partial)
             tokenizer.save_pretrained(str(partial))
@@ -167,14 +156,15 @@ def _truth(
     import torch
     from peft.helpers import rescale_adapter_scale
 
-    exact = changed_base(base, dtype="float32", quantize="none")
+    exact = load.changed_base(base, dtype="float32", quantize="none")
     model = load_adapter(load_base(exact, pinned), run)
     if into == "dequantized":
-        for _, weight, rough in rough_weights(load_adapter(load_base(base, pinned), run), model):
+        trained = load_adapter(load_base(base, pinned), run)
+        for _, weight, rough in rough_weights(trained, model):
             weight.copy_(rough.to(weight))
     with_it, without = contextlib.nullcontext, model.disable_adapter
     asked, other = (without, with_it) if alone else (with_it, without)
-    ends = end_tokens(model, tokenizer)
+    ends = load.end_tokens(model, tokenizer)
     spread = torch.randint(0, len(tokenizer), (48,), generator=torch.Generator().manual_seed(0))
     texts = [list(tokenizer(text)["input_ids"]) for text in reload.TEXTS]
     conversations = [reload.template_ids(tokenizer, m) for m in reload.CONVERSATIONS]
@@ -212,19 +202,10 @@ def _consumed(
         adapters = files[:1] if what == "adapter" else []
         if files == adapters:
             files = [gguf.export_gguf(run, Path(folder), "f32", "base")]
-        return llama_cpp.run(
-            files[-1],
-            adapters,
-            prompts=truth.prompts,
-            tokens=reload.TOKENS,
-            top=reload.TOP,
-            texts=reload.TEXTS,
-            conversations=[
-                turns
-                for turns, ids in zip(reload.CONVERSATIONS, truth.conversations, strict=True)
-                if ids
-            ],
-        )
+        pairs = zip(reload.CONVERSATIONS, truth.conversations, strict=True)
+        asked: dict[str, Any] = {"tokens": reload.TOKENS, "top": reload.TOP, "texts": reload.TEXTS}
+        asked |= {"prompts": truth.prompts, "conversations": [turns for turns, ids in pairs if ids]}
+        return llama_cpp.run(files[-1], adapters, **asked)
 
 
 def _allowed(to: str, kind: str | None, dtype: str, gemma: bool) -> tuple[float, float, float]:

@@ -94,10 +94,8 @@ def _advice(run: str | Path, found: dict[str, Any], low: float, high: float) -> 
     elif apart > 0:
         into, words = "dequantized", words + f"{apart:.4f} nats per token worse"
     else:
-        into = "base"
-        words += (
-            f"{-apart:.4f} better: the 16-bit weights help more than the adapter misses its own"
-        )
+        why = "the 16-bit weights help more than the adapter misses its own"
+        into, words = "base", words + f"{-apart:.4f} better: {why}"
     return {
         "recommended": into,
         "why": words,

@@ -30,7 +30,6 @@ from lora_kit.ship.merge import Into, generation, merge
 
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
 What = Literal["adapter", "merged", "base"]
-_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 2}  # q8_0: at most, where rows stay f16
 # transformers' model_type -> llama.cpp's architecture.
 _ARCHITECTURES = {
     **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
@@ -40,8 +39,6 @@ _NUMBERS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "max_position_embeddings",
 )
-# Of a weight in a narrower type, a piece in float32 takes this many bytes at most.
-_PIECE = 64 * 2**20
 _Q8_BLOCK = 32  # values that share a scale, along a row
 # llama.cpp has no second matrix for the head of these.
 _ALWAYS_TIED = ("gemma", "gemma2")
@@ -52,7 +49,7 @@ class _Source:
     """A model folder, as llama.cpp sees it. `names`: {tensor's name in the files: in GGUF}."""
 
     folder: Path
-    config: dict[str, Any]  # of the text model, with head_dim and num_key_value_heads
+    config: dict[str, Any]  # of the text model, as transformers completes it
     architecture: str
     tied: bool
 
@@ -71,8 +68,7 @@ class _Source:
     @property
     def context(self) -> int:
         """Tokens it sees; llama.cpp has sliding windows for Gemma alone."""
-        config, most = self.config, int(self.config["max_position_embeddings"])
-        window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+        most, window = self.config["max_position_embeddings"], self.config.get("sliding_window")
         return most if "gemma" in self.architecture or not window else min(most, window)
 
     def heads_permuted(self, name: str) -> int:
@@ -96,19 +92,26 @@ def open_source(folder: Path) -> _Source:
         UserError: not a dense Llama, Mistral, Qwen2, Qwen3 or Gemma, or with parts that its
             llama.cpp architecture does not have.
     """
+    from transformers import AutoConfig
+
     whole = read_json(folder / "config.json")
-    config = {**whole, **(whole.get("text_config") or {})}
+    stated = {**whole, **(whole.get("text_config") or {})}
     if (kind := str(whole.get("model_type"))) not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         raise UserError(f"{folder}: {kind!r} is not written as GGUF: one of {known}")
-    if missing := [key for key in _NUMBERS if type(config.get(key)) is not int]:
+    if missing := [key for key in _NUMBERS if type(stated.get(key)) is not int]:
         raise UserError(f"{folder}: config.json has no {', '.join(missing)}: copy the model again")
-    heads = config["num_attention_heads"]
-    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    ropes = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
+    for rope in (ropes, *(inner for inner in ropes.values() if isinstance(inner, dict))):
+        form = rope.get("rope_type") or rope.get("type") or "default"
+        if form not in ("default", "linear", "llama3"):
+            raise UserError(f"{folder}: llama.cpp: no rope_type {form}: export it with --to merged")
+    known = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = known.get_text_config().to_dict()
+    # Qwen2 has none.
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     architecture = _ARCHITECTURES[kind]
-    tied = config.get("tie_word_embeddings", architecture.startswith("gemma"))
-    source = _Source(folder, config, architecture, tied)
+    source = _Source(folder, config, architecture, config["tie_word_embeddings"])
     if problems := list(_unknown_to_llama_cpp(source)):
         raise UserError(
             f"{folder}: llama.cpp's {architecture} does not compute {'; nor '.join(problems)}: "
@@ -132,24 +135,12 @@ def _unknown_to_llama_cpp(source: _Source) -> Any:
             yield f"query_pre_attn_scalar {scale}"
     if source.architecture in _ALWAYS_TIED and not source.tied:
         yield "a head of its own"
-    for rope in _ropes(source).values():
-        if rope["rope_type"] not in ("default", "linear", "llama3"):
-            yield f"rope_type {rope['rope_type']}"
 
 
 def _ropes(source: _Source) -> dict[str, dict[str, Any]]:
-    """{"full_attention": ..., and for Gemma 3 "sliding_attention": ...}; transformers 4 and 5."""
-    config = source.config
-    new = config.get("rope_parameters") or {}
-    base = 1_000_000.0 if source.architecture == "gemma3" else 10_000.0
-    old = {"rope_theta": config.get("rope_theta", base), **(config.get("rope_scaling") or {})}
-    found = {"full_attention": {**old, **new.get("full_attention", new)}}
-    if source.architecture == "gemma3":
-        local = {"rope_theta": config.get("rope_local_base_freq", 10_000.0)}
-        found["sliding_attention"] = {**local, **new.get("sliding_attention", {})}
-    for rope in found.values():
-        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    return found
+    """{"full_attention": ..., and for Gemma 3 "sliding_attention": ...}"""
+    ropes = source.config["rope_parameters"]
+    return ropes if "full_attention" in ropes else {"full_attention": ropes}
 
 
 def write_model(
@@ -157,8 +148,8 @@ def write_model(
 ) -> None:
     """Write a model folder (config.json, safetensors, tokenizer) as one GGUF.
 
-    Weights are read and converted piece by piece; those with one dimension stay float32, as
-    llama.cpp wants them.
+    Weights are read and converted one by one; those with one dimension stay float32, as llama.cpp
+    wants them.
 
     Args:
         kind: q8_0 stores blocks of 32 values with one scale; rows that do not divide by 32 are
@@ -191,13 +182,10 @@ def write_model(
     if kind == "q8_0" and (others := [n for n, k in kinds.items() if k == "f16"]):
         print(f"{file.name}: {len(others)} tensors as f16, not q8_0: their rows do not divide by "
               f"{_Q8_BLOCK} ({others[0]}, ...)", file=sys.stderr)  # fmt: skip
-    found = [
-        (name, tensor.shape, kinds[name], _pieces(source, name, tensor, kinds[name]))
-        for name, tensor in tensors.items()
-    ]
+    described = {name: (tensor.shape, kinds[name]) for name, tensor in tensors.items()}
     if (factors := _rope_factors(source)) is not None:
-        found.append(("rope_freqs.weight", factors.shape, "f32", [factors]))
-    for name, shape, each, _ in found:
+        described["rope_freqs.weight"] = (factors.shape, "f32")
+    for name, (shape, each) in described.items():
         raw = gguf.GGMLQuantizationType[each.upper()]
         block, size = gguf.GGML_QUANT_SIZES[raw]
         bytes_of_it = math.prod(shape) // block * size
@@ -205,8 +193,10 @@ def write_model(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for *_, pieces in found:
-        _put(writer, pieces)
+    for name, tensor in tensors.items():
+        writer.write_tensor_data(_values(source, name, tensor, kinds[name]))
+    if factors is not None:
+        writer.write_tensor_data(factors)
     writer.close()
 
 
@@ -232,37 +222,23 @@ def _kind_of(shape: tuple[int, ...], kind: Kind) -> Kind:
     return "f16" if kind == "q8_0" and shape[-1] % _Q8_BLOCK else kind
 
 
-def _put(writer: Any, pieces: Any) -> None:
-    """Write one tensor after those before it, as `write_tensor_data` does with a whole one."""
-    opened = writer.fout[0]
-    writer.write_padding(opened, opened.tell())
-    for piece in pieces:
-        piece.tofile(opened)
-    writer.write_padding(opened, opened.tell())
-
-
-def _pieces(source: _Source, name: str, tensor: Stored, kind: Kind) -> Any:
-    """A tensor's values as GGUF keeps them, some rows at a time."""
+def _values(source: _Source, name: str, tensor: Stored, kind: Kind) -> Any:
+    """A tensor's values as GGUF keeps them."""
     import gguf
     import numpy as np
 
-    heads = source.heads_permuted(name)
-    plus_one = source.architecture.startswith("gemma") and name.endswith("norm.weight")
-    rows = tensor.shape[0] if tensor.shape else 1
-    step = rows if heads else max(1, _PIECE // 4 // max(1, math.prod(tensor.shape[1:])))
-    for first in range(0, rows, step):
-        values = tensor.read(first, first + step).float().numpy()
-        if heads:
-            values = permuted(values, heads)
-        if plus_one:
-            values = values + 1  # Gemma keeps its norms' distance from 1
-        with np.errstate(over="ignore"):
-            made = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
-        if kind == "f16" and not np.isfinite(made).all():
-            raise UserError(
-                f"{tensor.file}: {tensor.name} has values that float16 does not hold: use bf16"
-            )
-        yield made
+    values = tensor.read().float().numpy()
+    if heads := source.heads_permuted(name):
+        values = permuted(values, heads)
+    if source.architecture.startswith("gemma") and name.endswith("norm.weight"):
+        values = values + 1  # Gemma keeps its norms' distance from 1
+    with np.errstate(over="ignore"):
+        made = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
+    if kind == "f16" and not np.isfinite(made).all():
+        raise UserError(
+            f"{tensor.file}: {tensor.name} has values that float16 does not hold: use bf16"
+        )
+    return made
 
 
 def _add_settings(writer: Any, source: _Source) -> None:
@@ -271,7 +247,8 @@ def _add_settings(writer: Any, source: _Source) -> None:
     config, architecture = source.config, source.architecture
     if architecture in ("gemma2", "gemma3") and (window := config.get("sliding_window")):
         writer.add_sliding_window(window)
-        writer.add_sliding_window_pattern(_windows(source))
+        kinds = config["layer_types"]
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
     elif source.context < config["max_position_embeddings"]:
         print(f"{source.folder.name}: {source.context:,} tokens of context, its sliding window: "
               f"llama.cpp has none for {architecture}", file=sys.stderr)  # fmt: skip
@@ -299,15 +276,6 @@ def _add_settings(writer: Any, source: _Source) -> None:
             add(value)
 
 
-def _windows(source: _Source) -> list[bool]:
-    """Whether each layer sees a sliding window only."""
-    config = source.config
-    if kinds := config.get("layer_types"):
-        return [kind == "sliding_attention" for kind in kinds]
-    every = config.get("sliding_window_pattern") or {"gemma2": 2, "gemma3": 6}[source.architecture]
-    return [bool((n + 1) % every) for n in range(config["num_hidden_layers"])]
-
-
 def _rope_factors(source: _Source) -> Any:
     """Llama 3.1's: by what each frequency is divided, (head_dim / 2,) float32; None for others.
 
@@ -315,11 +283,10 @@ def _rope_factors(source: _Source) -> Any:
     between in part (https://arxiv.org/abs/2407.21783, and transformers' `llama3`)."""
     import numpy as np
 
-    rope = _ropes(source)["full_attention"]
+    rope, size = _ropes(source)["full_attention"], source.config["head_dim"]
     if rope["rope_type"] != "llama3":
         return None
-    exponents = np.arange(0, source.config["head_dim"], 2) / source.config["head_dim"]
-    waves = 2 * np.pi * rope["rope_theta"] ** exponents
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, size, 2) / size)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = (rope["original_max_position_embeddings"] / waves - low) / (high - low)
     smooth = np.clip(smooth, 0, 1)
@@ -389,16 +356,6 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def needed(run: str | Path, kind: Kind, what: What) -> int:
-    """Bytes that `export_gguf` writes at most, with the merged model that it makes on its way.
-    Raises UserError if the run's base cannot be written as GGUF."""
-    folder = open_source(Path(pin_like(run, run_base(run)).folder)).folder
-    # A tied head may be written a second time.
-    values = [math.prod(t.shape) for t in stored_in(folder).values()]
-    values.append(max(values))
-    return sum(values) * (_BYTES[kind] + (4 if what == "merged" else 0)) + 2**24
 
 
 def export_gguf(run: str | Path, out: Path, kind: Kind, what: What, into: Into = "base") -> Path:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lora_kit.data.formats import NotUsable
-from lora_kit.data.templates import render
 from lora_kit.errors import UserError
+from lora_kit.ship.reload import template_ids
 
 # llama.cpp knows pre-tokenizers by a name, which stands for expressions in src/llama-vocab.cpp:
 # it is found by the expressions of the tokenizer, and by whether it takes a whole word that is a
@@ -85,11 +83,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence[i
 
 def _first(tokenizer: Any) -> int | None:
     """The token that conversations begin with; None if there is no template."""
-    if tokenizer.chat_template:
-        with contextlib.suppress(NotUsable):
-            text = render(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
-            return next(iter(tokenizer(text, add_special_tokens=False).input_ids), None)
-    return None
+    return next(iter(template_ids(tokenizer, [{"role": "user", "content": "a"}])), None)
 
 
 def _steps(part: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,7 +63,7 @@ class Plan:
     public: bool
     base: str
     card: Card
-    files: dict[str, bytes | Path] = field(default_factory=dict)
+    files: dict[str, bytes | Path]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -335,15 +336,13 @@ def _size(content: bytes | Path) -> int:
 
 def _listed(api: Any, repo: str, sha: str) -> dict[str, Any]:
     """{path: entry} of every file at a commit, with size and hash."""
-    try:
+    # Of an entry without a hash the client itself makes one of these.
+    with suppress(KeyError, TypeError, AttributeError):
         entries = list(api.list_repo_tree(repo, revision=sha, recursive=True))
         files = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
-        usable = all(isinstance(n, str) and type(f.size) is int for n, f in files.items())
-    except (KeyError, TypeError, AttributeError):  # of the client, on an entry without a hash
-        usable = False
-    if not usable:
-        raise CheckFailed(f"{repo}: the Hub's list of its files is not readable: try again later")
-    return files
+        if all(isinstance(n, str) and type(f.size) is int for n, f in files.items()):
+            return files
+    raise CheckFailed(f"{repo}: the Hub's list of its files is not readable: try again later")
 
 
 def _is(content: bytes | Path, entry: Any) -> bool:
@@ -379,9 +378,8 @@ def _patiently(
             _, status, asked = cause_of(error)
             pause = float(asked) if asked.isdigit() else FIRST_WAIT * 2**attempt
             cut = status is None and isinstance(error, (*broken, json.JSONDecodeError))
-            passing = status in _PASSING or (
-                cut and not isinstance(error, hub.OfflineModeIsEnabled)
-            )
+            offline = isinstance(error, hub.OfflineModeIsEnabled)
+            passing = status in _PASSING or (cut and not offline)
             if not passing or attempt == _TRIES - 1 or pause > _LONGEST_WAIT:
                 raise UserError(f"{repo}: {problem(error, repo, revision)}") from error
             why = f"the Hub answers {status}" if status else "the Hub cannot be reached"

@@ -15,18 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from lora_kit.adapter import load
 from lora_kit.adapter.files import WEIGHTS, write_json
-from lora_kit.adapter.load import (
-    changed_base,
-    end_tokens,
-    load_adapter,
-    load_run_tokenizer,
-    pin_like,
-    refuse_changed,
-    run_adapter,
-    run_base,
-    run_home,
-)
+from lora_kit.adapter.load import load_adapter
 from lora_kit.adapter.names import Plan
 from lora_kit.base.load import load_base, unquantized_config
 from lora_kit.base.pin import Pinned
@@ -100,24 +91,24 @@ def merge(
     started = time.perf_counter()
     out = Path(out)
     refuse_existing(out)
-    trained = run_base(run)
-    base = changed_base(trained, dtype=dtype)
-    home = run_home(run)
+    trained = load.run_base(run)
+    base = load.changed_base(trained, dtype=dtype)
+    home = load.run_home(run)
     locked = read_lock(home).get("base", {})
     known = (home / "run.yaml").exists() or "quantize" in locked
     if into == "dequantized" and known and trained.quantize != "nf4":
         raise UserError(f"{run}: not trained on nf4 ({trained.quantize}): leave --into out")
-    adapter = run_adapter(run)
-    pinned = pin_like(run, base, weights=False)
+    adapter = load.run_adapter(run)
+    pinned = load.pin_like(run, base, weights=False)
     folder, config = Path(pinned.folder), unquantized_config(pinned)
-    tokenizer = load_run_tokenizer(run, pinned)
+    tokenizer = load.load_run_tokenizer(run, pinned)
     weights = Weights(adapter, stored_in(folder), config, base.dtype)
     if into == "dequantized":
         weights.quantize(folder, trained.dtype)
     legal = [file for pattern in _LEGAL for file in folder.glob(pattern) if file.is_file()]
     with new_folder(out, weights.bytes + _BESIDE) as made:
         hashes = locked.get("hashes", {})
-        weights.write(made, hashes, lambda files: refuse_changed(run, pinned, files))
+        weights.write(made, hashes, lambda files: load.refuse_changed(run, pinned, files))
         _settle(made, folder, config, weights.plan, base.dtype, tokenizer)
         # Of which run this is: `push --merged` asks.
         name = pinned.model if pinned.revision else Path(pinned.model).name
@@ -176,7 +167,7 @@ def generation(base: Path, tokenizer: Any) -> dict[str, Any]:
     known = {**(config.get("text_config") or {}), **config}
     ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id")}
     found = ids | read_json(base / "generation_config.json")
-    ends = end_tokens(SimpleNamespace(generation_config=SimpleNamespace(**found)), tokenizer)
+    ends = load.end_tokens(SimpleNamespace(generation_config=SimpleNamespace(**found)), tokenizer)
     return {**found, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
 
 
@@ -196,13 +187,7 @@ def seen_scale(
 
 
 def _compare(
-    run: str | Path,
-    folder: Path,
-    out: Path,
-    base: Base,
-    pinned: Pinned,
-    quantize: str,
-    vocabulary: int,
+    run: str | Path, folder: Path, out: Path, base: Base, pinned: Pinned, quantize: str, tokens: int
 ) -> tuple[float, float, float]:
     """Largest difference of logits between merged and base with adapter, the adapter's own effect,
     and the share of equal greedy tokens. Raises CheckFailed if they differ by more than rounding.
@@ -212,7 +197,7 @@ def _compare(
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
+    probe = torch.randint(0, tokens, (1, PROBE_TOKENS), generator=generator)
 
     @torch.inference_mode()
     def logits(of: Any) -> Any:

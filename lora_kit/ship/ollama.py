@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.load import load_run_tokenizer, pin_like, run_base
-from lora_kit.data.formats import NotUsable
-from lora_kit.data.templates import render
+from lora_kit.adapter.load import load_run_tokenizer, pin_like, rendered, run_base
 from lora_kit.errors import UserError
 from lora_kit.ship.gguf import Kind, What, export_gguf, open_source
 from lora_kit.ship.merge import Into, generation
@@ -116,10 +114,7 @@ def joints(tokenizer: Any) -> Joints:
     for sample in _SAMPLES:
         roles = [_ROLES[letter] for letter in sample]
         marks = [f"sentinel{n}x" for n in range(len(roles))]
-        try:
-            text = render(tokenizer, _turns(roles, marks), add_generation_prompt=True)
-        except NotUsable:
-            continue
+        text = rendered(tokenizer, _turns(roles, marks)) or ""
         pieces = re.split("|".join(marks), text)
         if re.findall("sentinel[0-9]+x", text) == marks:
             pairs = zip(["", *roles], [*roles, ""], strict=True)
@@ -131,9 +126,7 @@ def _holds(tokenizer: Any, known: Joints, sample: str) -> bool:
     """Whether Go's template writes the same, or the template refuses such turns."""
     roles = [_ROLES[letter] for letter in sample]
     contents = _CONTENTS[: len(roles)]
-    try:
-        wanted = render(tokenizer, _turns(roles, contents), add_generation_prompt=True)
-    except NotUsable:
+    if (wanted := rendered(tokenizer, _turns(roles, contents))) is None:
         return True
     pieces = [known.get(pair) for pair in zip(["", *roles], [*roles, ""], strict=True)]
     ours = zip(pieces, [*contents, ""], strict=True)

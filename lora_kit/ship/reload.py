@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.load import end_tokens
+from lora_kit.adapter.load import end_tokens, rendered
 from lora_kit.base.load import quiet_libraries
-from lora_kit.data.formats import NotUsable
-from lora_kit.data.templates import render
 from lora_kit.ship.llama_cpp import answer_with, ask
 
 TOP = 64  # log-probabilities that are compared at a step
@@ -82,13 +80,8 @@ def torch_step(model: Any) -> Callable[[list[int]], Any]:
 
 def template_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """The ids of a prompt that asks for an answer; none without a template, or if it refuses."""
-    if not tokenizer.chat_template:
-        return []
-    try:
-        text = render(tokenizer, messages, add_generation_prompt=True)
-    except NotUsable:  # such as a second question
-        return []
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text = rendered(tokenizer, messages)
+    return [] if text is None else list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def reloaded(

@@ -7,7 +7,6 @@ reads each finished file again. What the adapter leaves alone is copied as bytes
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -15,30 +14,21 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_kit.adapter.files import Adapter
+from lora_kit.adapter.files import Adapter, write_json
 from lora_kit.adapter.names import Change, plan, tensor_of
 from lora_kit.base import tensors as room
-from lora_kit.base.tensors import (
-    DTYPES,
-    INDEX,
-    PAGE,
-    Stored,
-    Writer,
-    open_past_cache,
-    read_past_cache,
-    stored,
-)
+from lora_kit.base.tensors import DTYPES, FLOATS, INDEX, PAGE, Stored, Writer
 from lora_kit.errors import CheckFailed, UserError
 
 _AHEAD = 4  # pieces read before they are needed
 _RING = _AHEAD + 2  # and two that are being written
 _ROWS = 64  # that are summed at once
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _STORED_AS = {"bfloat16": "BF16", "float32": "F32"}
 Put = Callable[[str, Any], Future[Any]]  # have the next bytes of a tensor written
 
@@ -79,7 +69,7 @@ class Weights:
         self.entries: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name in chain.from_iterable(self.shards.values()):
             source = self.source(name)
-            as_it_is = source.dtype not in _FLOATS or name in sharp
+            as_it_is = source.dtype not in FLOATS or name in sharp
             self.entries[name] = (source.dtype if as_it_is else _STORED_AS[dtype], source.shape)
         self.bytes = sum(math.prod(s) * DTYPES[d][1] for d, s in self.entries.values())
         self.halves = lru_cache(maxsize=2)(self._halves)
@@ -122,22 +112,11 @@ class Weights:
 
         # Reading, hashing, writing and checking have the other cores: more threads here would only
         # spin, waiting for each other.
-        threads = torch.get_num_threads()
+        threads, checks = torch.get_num_threads(), []
         torch.set_num_threads(1)
-        try:
-            self._write(folder, hashes, refuse)
-        finally:
-            torch.set_num_threads(threads)
-        if (next(iter(self.shards)).parent / INDEX).is_file():
-            where = {name: file.name for file, names in self.shards.items() for name in names}
-            index = {"metadata": {"total_size": self.bytes}, "weight_map": where}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _write(
-        self, folder: Path, hashes: dict[str, str], refuse: Callable[[list[str]], None]
-    ) -> None:
-        with ThreadPoolExecutor(1) as checking:
-            checks = []
+        with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, threads)
+            checking = stack.enter_context(ThreadPoolExecutor(1))
             for file, names in self.shards.items():
                 digest = hashlib.sha256() if file.name in hashes else None
                 with (
@@ -154,6 +133,10 @@ class Weights:
                 checks.append(checking.submit(_reread, writer))
             for check in checks:
                 check.result()
+        if (next(iter(self.shards)).parent / INDEX).is_file():
+            where = {name: file.name for file, names in self.shards.items() for name in names}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": where}
+            write_json(folder / INDEX, index)
 
     def _pieces(self, file: Path) -> list[_Piece]:
         """All bytes of a base file, in order; of a tensor whole rows, if it changes."""
@@ -193,14 +176,9 @@ class Weights:
         read: Callable[[int, int], Any] = source.read
         if name in self.linear:
             read = _through_nf4(source, self.trained_in)
-        waiting: deque[Future[Any]] = deque()
         for first, count in _cut(0, source.shape[0], _step(source)):
             rows = read(first, first + count).reshape(count, -1)
-            waiting.append(put(name, self._merged(name, rows, first)))
-            if len(waiting) > 2:
-                waiting.popleft().result()
-        for waited in waiting:
-            waited.result()
+            put(name, self._merged(name, rows, first)).result()
 
     def _merged(self, name: str, rows: Any, first: int) -> Any:
         """(rows, columns) of a tensor from row `first` on, as they are written; where the type
@@ -305,13 +283,13 @@ def _stream(
     largest = max(piece.size for piece in pieces) + 2 * PAGE
     buffers = [mmap.mmap(-1, largest) for _ in range(_RING)]
     holds: list[list[Future[Any]]] = [[] for _ in range(_RING)]
-    descriptor = open_past_cache(file, os.O_RDONLY)
+    descriptor = room.open_past_cache(file, os.O_RDONLY)
 
     def read(number: int) -> memoryview:
         slot = number % _RING
         while holds[slot]:
             holds[slot].pop().result()
-        view = read_past_cache(descriptor, buffers[slot], *pieces[number][1:])
+        view = room.read_past_cache(descriptor, buffers[slot], *pieces[number][1:])
         if digest:
             holds[slot].append(hashing.submit(digest.update, view))
         return view
@@ -370,12 +348,12 @@ def _check_finite(name: str, tensor: Any) -> None:
 
 def _reread(writer: Writer) -> None:
     """Raises CheckFailed unless the disk holds what was written."""
-    found = {name: (one.dtype, one.shape) for name, one in stored(writer.file).items()}
+    found = {name: (one.dtype, one.shape) for name, one in room.stored(writer.file).items()}
     crc, buffer = 0, mmap.mmap(-1, room.PIECE + 2 * PAGE)
-    descriptor = open_past_cache(writer.file, os.O_RDONLY)
+    descriptor = room.open_past_cache(writer.file, os.O_RDONLY)
     try:
         for at, size in _cut(0, os.fstat(descriptor).st_size, room.PIECE):
-            crc = zlib.crc32(read_past_cache(descriptor, buffer, at, size), crc)
+            crc = zlib.crc32(room.read_past_cache(descriptor, buffer, at, size), crc)
     finally:
         os.close(descriptor)
     if found != writer.entries or crc != writer.crc:

@@ -200,10 +200,11 @@ def _on_gpu(
     longest = max(documents)
     # A window of w tokens, the own one among them, is w - 1 to the left.
     sides = (-1 if window is None else window - 1, 0)
-    parts = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+    query, key, value = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+    grouped = len(q) != len(k)
     out: Any = varlen_attn(
-        *parts, ends, ends, longest, longest,
-        scale=scale, window_size=sides, enable_gqa=len(q) != len(k),
+        query, key, value, ends, ends, longest, longest,
+        scale=scale, window_size=sides, enable_gqa=grouped,
     )  # fmt: skip
     return out
 

@@ -41,13 +41,15 @@ def make_fast(model: Any) -> dict[str, str]:
     plain: dict[str, str] = {}
     with _loud_adapter(model):
         expected = _probe(model, flat=False)
-        for name, (install, remove) in _PARTS.items():
+        for name, (install, remove) in PARTS.items():
             flat = name in ("attention", "loss") and "attention" not in plain
             try:
                 if not install(model):
                     plain[name] = "not known here"
                     continue
                 wrong = _difference(expected, _probe(model, flat), _dtype(model))
+                if flat:
+                    _try_in_training(model)
             except Exception as error:  # whatever an architecture that was never tried raises
                 wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             if wrong:
@@ -59,7 +61,7 @@ def make_fast(model: Any) -> dict[str, str]:
 
 def make_plain(model: Any) -> None:
     """Take the quick paths out again."""
-    for _, remove in reversed(_PARTS.values()):
+    for _, remove in reversed(PARTS.values()):
         remove(model)
 
 
@@ -112,7 +114,7 @@ def _remove_loss(model: Any) -> None:
 
 
 # In the order in which they are put in; the last two change the forward of the whole model.
-_PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
+PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
     "linear": (linear.install, linear.remove),
     "norm": (norm.install, norm.remove),
     "attention": (_install_attention, _remove_attention),
@@ -221,6 +223,16 @@ def _probe(model: Any, flat: bool) -> tuple[float, torch.Tensor]:
     loss.backward()
     grads = [p.grad.float().reshape(-1) for p in model.parameters() if p.grad is not None]
     return float(loss.detach()), torch.cat(grads)
+
+
+def _try_in_training(model: Any) -> None:
+    """A forward pass with dropout, which attention may refuse; random states stay as they are."""
+    device = model.get_input_embeddings().weight.device
+    model.train()
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        ids = torch.arange(4, device=device)[None]
+        model(input_ids=ids, position_ids=ids, documents=[4])
+    model.eval()
 
 
 def _difference(

@@ -76,8 +76,9 @@ def install(model: Any) -> int:
     from peft.tuners.lora import LoraLayer
 
     changed = 0
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and (dense := _dense(module)) is not None:
+    modules: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for module in modules:
+        if (dense := _dense(module)) is not None:
             module.forward = MethodType(_forward(module.forward, dense), module)
             changed += 1
     return changed

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.folders import check_room
 from lora_kit.schema import Run
 from lora_kit.speed.fast import make_fast, make_plain
+from lora_kit.speed.prefix import Prefix
 from lora_kit.train import checkpoint
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.callbacks import Metrics, Progress
@@ -71,6 +74,7 @@ class LoraTrainer(Trainer):
         self.run = run
         self.directory = directory
         self.stop = stop
+        self.prefix: Prefix | None = None  # of frozen layers, where rows come without padding
         self.halvings = 0  # of the micro-batch, where the memory did not suffice
         self.seconds = 0.0  # spent in optimizer steps, earlier parts of a resumed run included
         self._tokens_before, self._seconds_before = 0, 0.0
@@ -83,6 +87,7 @@ class LoraTrainer(Trainer):
         self.can_halve = self.accelerator.num_processes == 1 and not (
             self.is_fsdp_enabled or self.is_deepspeed_enabled
         )
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.audit = Audit(self.model, self.accelerator)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Watch(self))
@@ -126,7 +131,12 @@ class LoraTrainer(Trainer):
             parts = [
                 half for part in parts for half in (halves(part) if _wasteful(part) else [part])
             ]
-        return sum(self._part_of_step(model, part, num_items) for part in parts)
+        with self._frozen(inputs.get("numbers", ()) if len(parts) == 1 else ()):
+            return sum(self._part_of_step(model, part, num_items) for part in parts)
+
+    def _frozen(self, numbers: Sequence[int]) -> Any:
+        """Around passes over these rows of the data, in this order; none: over parts of them."""
+        return self.prefix.batch(numbers) if self.prefix else contextlib.nullcontext()
 
     def _part_of_step(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Any:
         """Forward and backward; where the memory does not suffice, of two halves, from then on.
@@ -135,7 +145,7 @@ class LoraTrainer(Trainer):
         """
         if not self.can_halve:
             return super().training_step(model, inputs, num_items)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = self._trained
         before = [p.grad for p in trained]
         for parameter in trained:
             parameter.grad = None  # a backward pass that breaks off leaves sums half made
@@ -156,7 +166,8 @@ class LoraTrainer(Trainer):
                 torch.cuda.empty_cache()
             passes = 2**self.halvings
             self.directory.say(f"out of memory: from here on {passes} passes for each batch")
-            return sum(self._part_of_step(model, half, num_items) for half in again)
+            with self._frozen(()):
+                return sum(self._part_of_step(model, half, num_items) for half in again)
         for parameter, grad in zip(trained, before, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
@@ -337,6 +348,11 @@ def make_trainer(
     )
     if isinstance(data.train, Packed):
         check_isolation(trainer.model)
+    if collate is in_one_row:
+        trainer.prefix = Prefix(trainer.model)
+        if trainer.prefix.layers:
+            passes = _passes(trainer.args, len(data.train))
+            directory.say(trainer.prefix.keep(data.train, passes))
     directory.check_world(trainer.accelerator.num_processes)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -344,6 +360,14 @@ def make_trainer(
     for line in too_little(run, data, trainable):
         directory.say(line)
     return trainer
+
+
+def _passes(arguments: Any, rows: int) -> float:
+    """How often a run trains on each row."""
+    if arguments.max_steps <= 0:
+        return float(arguments.num_train_epochs)
+    step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return float(arguments.max_steps * step / rows)
 
 
 def _quicken(model: Any, device: Any, directory: RunDirectory) -> bool:
@@ -379,6 +403,8 @@ def fit(trainer: LoraTrainer, resume: bool) -> None:
         trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
     finally:
         trainer.stop.saving = False
+        if trainer.prefix:
+            trainer.prefix.close()
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Progress):
                 callback.close()

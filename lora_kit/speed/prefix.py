@@ -1,0 +1,303 @@
+"""The layers below the lowest adapted one: run without autograd, and with several epochs only once.
+
+Nothing in them trains, so a row's hidden states above them are the same in every epoch, and in the
+next run on the same rows: they are kept in a file, from which later epochs take them. Feature
+extraction, an adapter on the head alone, is the extreme of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_kit.data import cache
+from lora_kit.data.labelled import Labelled
+from lora_kit.data.packing import Packed
+
+STATES = "states.bin"
+# Raised whenever the same model and rows give another file than before.
+VERSION = 1
+# A file may take this share of what is free on its disk, and never more than so many bytes.
+SHARE_OF_FREE = 0.25
+MOST_BYTES = 64 << 30
+_CHECK_BYTES = 4
+_LIBRARIES = ("lora-kit", "torch", "transformers", "bitsandbytes")
+
+
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """The layers of a causal language model, PEFT's or transformers'; empty where unknown."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    whole = _causal(model)
+    count = whole.config.get_text_config().num_hidden_layers
+    lists = [m for m in whole.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
+    for some in lists:
+        if len(some) == count and all(isinstance(m, GradientCheckpointingLayer) for m in some):
+            return some
+    return torch.nn.ModuleList()
+
+
+def first_trained_layer(model: Any) -> int:
+    """How many layers, from the first on, lie below everything that trains: 0 where embeddings
+    train, or anything else that is neither in a layer nor in the head alone."""
+    layers = decoder_layers(model)
+    whole = _causal(model)
+    place = {id(p): len(layers) for p in whole.get_output_embeddings().parameters()}
+    place |= {id(p): 0 for p in whole.get_input_embeddings().parameters()}
+    for number, layer in reversed(list(enumerate(layers))):
+        place |= {id(p): number for p in layer.parameters()}
+    trained = [place.get(id(p), 0) for p in model.parameters() if p.requires_grad]
+    return min(trained, default=len(layers))
+
+
+def _causal(model: Any) -> Any:
+    """transformers' own model inside PEFT's."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+class Store:
+    """Hidden states of rows in a file: of each a CRC-32 and then (tokens, width), in the model's
+    dtype. A row counts where all of it is there and agrees with its sum, so that what a killed
+    process, a full disk or a second writer left is not believed, and nobody needs a lock.
+
+    Args:
+        lengths: int64 (rows,), tokens of each row.
+    """
+
+    def __init__(self, file: Path, lengths: np.ndarray, width: int, dtype: torch.dtype) -> None:
+        self.lengths, self.width, self.dtype = lengths, width, dtype
+        sizes = lengths * width * dtype.itemsize + _CHECK_BYTES
+        self.starts = np.cumsum(sizes) - sizes
+        self.grows = True
+        self.file = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """(1, tokens, width): the rows one after the other; None unless all of them are kept."""
+        count = int(self.lengths[list(rows)].sum())
+        states = torch.empty(count, self.width, dtype=self.dtype)
+        for row, part in self._parts(rows, states):
+            check = bytearray(_CHECK_BYTES)
+            got = os.preadv(self.file, [check, part], int(self.starts[row]))
+            if got != _CHECK_BYTES + part.nbytes or check != _check(part):
+                return None
+        return states[None]
+
+    def write(self, rows: Sequence[int], states: torch.Tensor) -> None:
+        """Keep (1, tokens, width). Batches with NaN or infinite states are not kept."""
+        if not self.grows or not bool(torch.isfinite(states).all()):
+            return
+        try:
+            wanted = (1, int(self.lengths[list(rows)].sum()), self.width, self.dtype)
+            if (*states.shape, states.dtype) != wanted:
+                raise OSError(0, f"{(*states.shape, states.dtype)} instead of {wanted}")
+            for row, part in self._parts(rows, states[0].detach().cpu().contiguous()):
+                os.pwritev(self.file, [_check(part), part], int(self.starts[row]))
+        except OSError as error:
+            self.grows = False
+            print(f"speed: no more states are kept: {error.strerror}", file=sys.stderr, flush=True)
+
+    def _parts(self, rows: Sequence[int], states: torch.Tensor) -> Iterator[tuple[int, Any]]:
+        """(row, its bytes) of (tokens, width)."""
+        ends = np.cumsum(self.lengths[list(rows)])[:-1]
+        # numpy has no bfloat16.
+        yield from zip(rows, np.split(states.view(torch.uint8).numpy(), ends), strict=True)
+
+
+def _check(part: Any) -> bytes:
+    return zlib.crc32(part).to_bytes(_CHECK_BYTES, "little")
+
+
+class Prefix:
+    """The frozen layers of a model. Until `close` their `forward` is ours, on the instances, and
+    does something only inside `batch`; what is saved stays as it is.
+
+    Args:
+        model: on its device, neither wrapped nor sharded, its adapter attached.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers = list(decoder_layers(model))[: first_trained_layer(model)]
+        self.store: Store | None = None
+        self._active = False
+        self._rows: Sequence[int] = ()
+        self._kept: torch.Tensor | None = None
+        self._gives_tuples = False
+        for layer in self.layers:
+            layer.forward = self._forward(layer.forward, layer is self.layers[-1])
+
+    def close(self) -> None:
+        """Give the layers their own `forward` back."""
+        for layer in self.layers:
+            layer.__dict__.pop("forward")
+        if self.store:
+            os.close(self.store.file)
+        self.layers, self.store = [], None
+
+    @contextmanager
+    def batch(self, rows: Sequence[int]) -> Iterator[None]:
+        """Around the forward pass of a batch without padding: (1, tokens), these rows of the data
+        one after the other. Of rows without numbers nothing is kept."""
+        self._rows, self._active = rows, True
+        self._kept = self.store.read(rows) if self.store and rows else None
+        try:
+            yield
+        finally:
+            self._kept, self._active = None, False
+
+    def _forward(self, plain: Callable[..., Any], last: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self._active:
+                return plain(*args, **kwargs)
+            if self._kept is None:
+                # No gradients even where checkpointing makes the embeddings' output want one.
+                with torch.no_grad():
+                    out = plain(*args, **kwargs)
+                if last and self.store and self._rows:
+                    self.store.write(self._rows, _states(out))
+                return out
+            states = args[0] if args else kwargs["hidden_states"]
+            if last:
+                states = self._kept.to(states.device, non_blocking=True)
+            return (states,) if self._gives_tuples else states
+
+        return forward
+
+    def keep(self, rows: Labelled | Packed, passes: float) -> str:
+        """Keep the states of rows, if they are needed again and the model allows it.
+
+        Args:
+            rows: what is trained on; `batch` takes their numbers.
+            passes: how often this run trains on each.
+
+        Returns:
+            What was decided, and why, in a line.
+        """
+        if not self.layers:
+            return "frozen layers: none lies below all that trains"
+        said = f"frozen layers: the first {len(self.layers)} run without gradients"
+        states = self._tried()
+        if isinstance(states, str):
+            return f"{said}; what they give is not kept: {states}"
+        text = json.dumps(self._about(rows), sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).hexdigest()[:32]
+
+        def describe(new: Path) -> None:
+            (new / "about.json").write_text(text, encoding="utf-8")
+
+        file = cache.prepared(key, describe) / STATES
+        held = file.stat() if file.exists() else None
+        earlier = held is not None and held.st_size > 0
+        if passes <= 1 and not earlier:
+            return f"{said}; what they give is not kept: each row is seen once"
+        lengths = _lengths(rows)
+        needed = int(lengths.sum()) * states[0, 0].nbytes
+        free = shutil.disk_usage(file.parent).free + (held.st_blocks * 512 if held else 0)
+        room = min(MOST_BYTES, int(SHARE_OF_FREE * free))
+        size = f"{needed / 2**20:,.0f} MiB"
+        if needed > room:
+            size += f", of {room / 2**20:,.0f} that may be taken"
+            return f"{said}; what they give is not kept: {size}"
+        self.store = Store(file, lengths, states.shape[-1], states.dtype)
+        used = "an earlier run's is used" if earlier else "later epochs skip them"
+        return f"{said}; what they give is kept ({size}): {used}"
+
+    def _tried(self) -> torch.Tensor | str:
+        """The states of two documents, (1, tokens, width), where the model gives the same logits
+        with them instead of the layers, in another order than they were made in; else why not."""
+        embeddings = self.model.get_input_embeddings().weight
+        noise, device = torch.Generator().manual_seed(0), embeddings.device
+        a, b = (torch.randint(0, len(embeddings), (n,), generator=noise) for n in (40, 24))
+        seen: list[tuple[Any, torch.Tensor]] = []  # what the last layer gave, chance after it
+
+        def logits(*documents: torch.Tensor) -> torch.Tensor:
+            ids = torch.cat(documents)[None].to(device)
+            positions = torch.cat([torch.arange(len(d)) for d in documents])[None].to(device)
+            lengths = [len(d) for d in documents]
+            torch.manual_seed(0)  # LoRA's own dropout is the same each time
+            given: Any = {"input_ids": ids, "position_ids": positions, "documents": lengths}
+            found: torch.Tensor = self.model(**given, use_cache=False).logits
+            return found
+
+        hook = self.layers[-1].register_forward_hook(
+            lambda _, __, out: seen.append((out, _random_state(device)))
+        )
+        training, gpus = self.model.training, [device] if device.type == "cuda" else []
+        try:
+            # In the mode that trains: int8 layers round otherwise when they evaluate.
+            self.model.train()
+            with torch.no_grad(), torch.random.fork_rng(gpus):
+                expected = logits(b, a)
+                logits(a, b)  # the last, so that what layers may leave for later ones is of this
+                out, after = seen[1]
+                torch.manual_seed(0)
+                if not torch.equal(after, _random_state(device)):
+                    return "they draw random numbers (dropout)"
+                states, self._gives_tuples = _states(out), isinstance(out, tuple)
+                with self.batch(()):
+                    self._kept = torch.cat(states.split([len(a), len(b)], 1)[::-1], 1)
+                    found = logits(b, a)
+        except Exception as error:  # whatever an architecture that was never tried raises
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        finally:
+            hook.remove()
+            self.model.train(training)
+        if not (found - expected).abs().max() <= 0.05 * expected.std():
+            return "later layers need more than the states of their row"
+        return states
+
+    def _about(self, rows: Labelled | Packed) -> dict[str, Any]:
+        """Everything that decides the states. The weights as they are in memory: an adapter that a
+        run starts from may have changed those on disk."""
+        config = _causal(self.model).config
+        above = decoder_layers(self.model)[len(self.layers) :]
+        other = {id(p) for p in above.parameters()}
+        tensors = self.model.state_dict(keep_vars=True).values()
+        weights = [_sum(t) for t in tensors if not t.requires_grad and id(t) not in other]
+        plain = rows.rows if isinstance(rows, Packed) else rows
+        digest = hashlib.sha256(str(getattr(rows, "bins", "")).encode())
+        arrays: Any = (plain.ids, plain.offsets)
+        for array in arrays:
+            digest.update(array)
+        return {
+            "version": VERSION,
+            "libraries": {name: cache.installed(name) for name in _LIBRARIES},
+            "layers": len(self.layers),
+            "attention": config._attn_implementation,
+            "device": self.model.device.type,
+            "config": config.to_dict() | {"_name_or_path": None},
+            "weights": hashlib.sha256(str(weights).encode()).hexdigest(),
+            "rows": digest.hexdigest(),
+        }
+
+
+def _states(out: Any) -> torch.Tensor:
+    """(1, tokens, width), from what a layer returns: them, or a tuple that begins with them."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _sum(tensor: torch.Tensor) -> tuple[Any, ...]:
+    raw: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return (str(tensor.dtype), *tensor.shape, zlib.crc32(raw))
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _lengths(rows: Labelled | Packed) -> np.ndarray:
+    """Tokens of each row."""
+    if isinstance(rows, Packed):
+        return np.array([rows.rows.lengths[row].sum() for row in rows.bins])
+    return rows.lengths
