@@ -121,6 +121,23 @@ def train(
 
 
 @app.command()
+def plan(run_file: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Tell what a run will need: memory by cause, time, disk; and how `train` will make it fit. No
+    weights are loaded, or fetched.
+
+    Example: lora-kit plan run.yaml train.max_length=2048
+    """
+    from lora_kit.run import load_run
+
+    run = load_run(run_file, overrides or [])
+    _prepare()
+    from lora_kit import plan as room
+
+    made = room.plan(run)
+    _answer(made.to_json(), as_json, str(made))
+
+
+@app.command()
 def preview(
     run_file: RunFile,
     overrides: Overrides = None,

@@ -27,6 +27,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
     from lora_kit.data.templates import set_template
+    from lora_kit.plan import plan_training
     from lora_kit.prove.compare import HeldOut, check_prove
     from lora_kit.prove.finish import prove
     from lora_kit.train.arguments import check_installed
@@ -51,18 +52,21 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
             directory.say("\n".join(data.summary()))
             directory.say(f"sample: {tokenizer.decode(data.train[0]['input_ids'][:48])!r}")
 
-            # 3. The base, frozen, in its type or quantized.
+            # 3. What it will need, and the batch and recomputation that fit.
+            plan = plan_training(run, pinned.folder, data, directory.say)
+
+            # 4. The base, frozen, in its type or quantized.
             model = load_base(run.base, pinned)
 
-            # 4. The adapter, the only part that trains.
+            # 5. The adapter, the only part that trains.
             model = attach(model, run.adapter, run.seed)
             directory.say(str(describe(model)))
 
-            # 5. Train.
-            trainer = make_trainer(run, directory, stop, model, tokenizer, data)
+            # 6. Train.
+            trainer = make_trainer(run, directory, stop, model, tokenizer, data, plan)
             fit(trainer, resume)
 
-            # 6. Save, then judge against the base.
+            # 7. Save, then judge against the base.
             save_run(trainer, tokenizer, pinned)
             return prove(run, trainer, tokenizer, judged)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from lora_kit.adapter.inspect import figures
@@ -10,7 +11,7 @@ from lora_kit.prove.compare import HeldOut, compare_model, measure_tasks
 from lora_kit.prove.gate import held
 from lora_kit.prove.report import in_lines, write_report
 from lora_kit.schema import Run
-from lora_kit.train.callbacks import peak_mib, read_metrics
+from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import is_first_rank
 
 
@@ -50,12 +51,17 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
         "epochs": round(trainer.state.epoch, 3),
         "tokens": trainer.count_tokens(),
         "tokens_per_second": last.get("tokens_per_second", 0.0),
+        "predicted_tokens_per_second": trainer.plan and round(trainer.plan.tokens_per_second, 1),
         "seconds": round(trainer.seconds, 3),
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
         "world_size": trainer.accelerator.num_processes,
+        "chosen": trainer.plan and asdict(trainer.plan.choice),
         "micro_batch_halved": trainer.halvings,
     }
-    report["memory"] = {"predicted_mib": None, "measured_mib": round(peak_mib(), 1)}
+    report["memory"] = {
+        "predicted_mib": trainer.plan and round(trainer.plan.total / 2**20, 1),
+        "measured_mib": round(trainer.peak_mib, 1),  # to the end of the training
+    }
     report["gate"] = held(report, run.prove.gate) if run.prove.gate else None
     if is_first_rank():
         report["layers"] = figures(directory.adapter)

@@ -118,8 +118,9 @@ def _forward(plain: Callable[..., Any], dense: Dense) -> Callable[..., torch.Ten
         name = self.active_adapters[0]
         if not torch.is_grad_enabled() or self.disable_adapters or self.merged or args or kwargs:
             return plain(x, *args, **kwargs)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         dropout = self.lora_dropout[name]
         seen = dropout(x) if self.training and getattr(dropout, "p", 0) else x
         A, B = self.lora_A[name].weight, self.lora_B[name].weight

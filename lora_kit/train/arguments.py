@@ -23,8 +23,12 @@ OWN_FIELDS = {
 }
 
 
-def training_arguments(run: Run, checkpoints: Path) -> Any:
-    """The trainer's arguments for a run; checkpoints are written below `checkpoints`."""
+def training_arguments(run: Run, checkpoints: Path, planned: dict[str, Any] | None = None) -> Any:
+    """The trainer's arguments for a run; checkpoints are written below `checkpoints`.
+
+    Args:
+        planned: fields of `train:` that a plan has chosen instead.
+    """
     from transformers import TrainingArguments
 
     train = run.train
@@ -47,7 +51,7 @@ def training_arguments(run: Run, checkpoints: Path) -> Any:
         ddp_find_unused_parameters=False,
         label_names=["labels"],
         remove_unused_columns=False,  # there are none, and position_ids must stay
-        **train.model_dump(exclude=OWN_FIELDS),
+        **{**train.model_dump(exclude=OWN_FIELDS), **(planned or {})},
     )
     # One process that sees several GPUs would split each batch over them and multiply its size:
     # several GPUs are several processes here. `device` fills in the number that is cut down.

@@ -21,10 +21,11 @@ from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.folders import check_room
 from lora_kit.schema import Run
 from lora_kit.speed.fast import make_fast, make_plain
+from lora_kit.speed.memory import recompute
 from lora_kit.speed.prefix import Prefix
 from lora_kit.train import checkpoint
 from lora_kit.train.arguments import training_arguments
-from lora_kit.train.callbacks import Metrics, Progress
+from lora_kit.train.callbacks import Metrics, Progress, peak_mib
 from lora_kit.train.directory import RunDirectory
 from lora_kit.train.enough import too_little
 from lora_kit.train.interrupt import StopSignal
@@ -74,6 +75,8 @@ class LoraTrainer(Trainer):
         self.run = run
         self.directory = directory
         self.stop = stop
+        self.plan: Any = None
+        self.peak_mib = 0.0  # at the end of the training
         self.prefix: Prefix | None = None  # of frozen layers, where rows come without padding
         self.halvings = 0  # of the micro-batch, where the memory did not suffice
         self.seconds = 0.0  # spent in optimizer steps, earlier parts of a resumed run included
@@ -87,7 +90,7 @@ class LoraTrainer(Trainer):
         self.can_halve = self.accelerator.num_processes == 1 and not (
             self.is_fsdp_enabled or self.is_deepspeed_enabled
         )
-        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._trained = [p for p in options["model"].parameters() if p.requires_grad]
         self.audit = Audit(self.model, self.accelerator)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Watch(self))
@@ -319,9 +322,18 @@ class _Watch(TrainerCallback):
 
 
 def make_trainer(
-    run: Run, directory: RunDirectory, stop: StopSignal, model: Any, tokenizer: Any, data: Prepared
+    run: Run,
+    directory: RunDirectory,
+    stop: StopSignal,
+    model: Any,
+    tokenizer: Any,
+    data: Prepared,
+    plan: Any = None,
 ) -> LoraTrainer:
     """The trainer of a recipe, with metrics.jsonl, a progress display and sealed checkpoints.
+
+    Args:
+        plan: a `plan.Plan`, whose batch and recomputation are taken; None: the run's own.
 
     Raises:
         UserError: the disk is too small for the checkpoints that will be kept; or the base does
@@ -331,10 +343,18 @@ def make_trainer(
     keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
     needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
     check_room(directory.path, needed, "lower train.save_total_limit")
-    arguments = training_arguments(run, directory.checkpoints)
+    chosen = plan.choice if plan and run.speed == "auto" else None
+    planned = chosen and {
+        "per_device_train_batch_size": chosen.micro_batch,
+        "gradient_accumulation_steps": chosen.accumulation,
+        "gradient_checkpointing": False,  # but for the layers below
+    }
+    arguments = training_arguments(run, directory.checkpoints, planned)
     collate: Any = collator(tokenizer.pad_token_id)
     if run.speed == "auto" and _quicken(model, arguments.device, directory):
         collate = in_one_row
+    if chosen:
+        recompute(model, chosen.recomputed)
     trainer = LoraTrainer(
         run,
         directory,
@@ -346,6 +366,7 @@ def make_trainer(
         data_collator=collate,
         callbacks=[Metrics(directory.metrics), Progress()],
     )
+    trainer.plan = plan
     if isinstance(data.train, Packed):
         check_isolation(trainer.model)
     if collate is in_one_row:
@@ -416,6 +437,7 @@ def fit(trainer: LoraTrainer, resume: bool) -> None:
             f"stopped after step {step}, saved: go on with "
             f"lora-kit train {trainer.directory.path / 'run.yaml'} --resume",
         )
+    trainer.peak_mib = peak_mib()
     _use_best(trainer)
     make_plain(trainer.model)  # the verdict is on the arithmetic that others load the adapter with
     trainer.audit.end(step)

@@ -1,0 +1,278 @@
+"""What a training step needs, counted without running it, and the choice of what fits.
+
+A step is run on the meta device, where tensors have shapes and no content: what is alive at once is
+its memory, what its operations read, write and multiply is its time. That holds for any
+architecture, and for the quick path as for the plain one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lora_kit.speed import attention, fast
+from lora_kit.speed.prefix import decoder_layers, first_trained_layer
+
+_ATEN = torch.ops.aten
+_FLASH = "_scaled_dot_product_flash_attention"
+for _end in ("", "_backward"):  # torch counts the FLOPs of a GPU's alone; a CPU's are the same
+    flop_registry[getattr(_ATEN, f"{_FLASH}_for_cpu{_end}")] = flop_registry[
+        getattr(_ATEN, _FLASH + _end)
+    ]
+# A pass that is this much slower than the quickest is still taken if it is the user's own.
+_AS_QUICK = 1.05
+_MARGIN = 0.10
+# Fitted to what scripts/bench/memory.py measures on a CPU. glibc gives an aligned block that was
+# freed to smaller ones, and takes new memory for the next of its size: a share of what is alive is
+# held besides, and pages of code that computes.
+_UNUSED_SHARE, _UNUSED_OF_LOGITS, _UNUSED_BYTES = 0.4, 0.6, 100 << 20
+_RATE_REACHED = 0.72  # of the rates that are measured on one operation alone
+
+
+@dataclass(frozen=True)
+class Work:
+    """One forward and backward pass of a micro-batch.
+
+    Args:
+        tokens: padding included. peak: bytes alive at once, beside weights and adapter.
+        logits: the part of them that is as wide as the vocabulary. done: how often an operation of
+            (FLOPs, bytes read and written, dtype) is carried out.
+    """
+
+    tokens: int
+    peak: int
+    logits: int
+    done: dict[tuple[int, int, str], int]
+
+    @property
+    def flops(self) -> int:
+        return sum(flops * times for (flops, _, _), times in self.done.items())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device: bytes that this process may come to hold, FLOP/s of matrix products by dtype, bytes
+    a second that simple operations read and write, and what starting an operation costs."""
+
+    name: str
+    room: int
+    flops: dict[str, float]
+    bandwidth: float
+    seconds_per_operation: float
+
+    @property
+    def limit(self) -> int:
+        """What a plan may come to, a margin left."""
+        return int(self.room * (1 - _MARGIN))
+
+    def seconds(self, work: Work) -> float:
+        """A pass, each operation bound by arithmetic or by memory (Williams et al. 2009)."""
+        alone = sum(
+            times * max(flops / self.flops[dtype] if flops else 0.0, size / self.bandwidth)
+            for (flops, size, dtype), times in work.done.items()
+        )
+        return alone / _RATE_REACHED + sum(work.done.values()) * self.seconds_per_operation
+
+
+def unused_bytes(activations: int, logits: int) -> int:
+    """What the allocator of a CPU's process holds besides these bytes, which are alive."""
+    return int(_UNUSED_BYTES + _UNUSED_SHARE * activations + _UNUSED_OF_LOGITS * logits)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Rows of a pass, passes of a step, and how many layers, from the lowest one that keeps
+    anything, are computed again in the backward pass."""
+
+    micro_batch: int
+    accumulation: int
+    recomputed: int
+
+
+def choose(
+    rows: int,
+    own: int,
+    layers: int,
+    limit: float,
+    peak: Callable[[int, int], float],
+    seconds: Callable[[int, int], float],
+) -> Choice | None:
+    """The quickest way to do a step of `rows` rows within `limit` bytes.
+
+    Args:
+        own: the micro-batch that the user wrote; kept unless another is clearly quicker.
+        layers: that can be computed again.
+        peak: bytes, seconds: of one pass, both of (micro-batch, layers computed again); the first
+            falls and the second grows with the layers.
+
+    Returns:
+        None: not even a row at a time, all layers computed again, fits.
+    """
+    found = []
+    for micro in (n for n in range(1, rows + 1) if rows % n == 0):
+        fitting = (k for k in range(layers + 1) if peak(micro, k) <= limit)
+        if (least := next(fitting, None)) is not None:
+            found.append((rows // micro * seconds(micro, least), micro, least))
+    if not found:
+        return None
+    quickest = min(found)
+    mine = [one for one in found if one[1] == own and one[0] <= _AS_QUICK * quickest[0]]
+    _, micro, recomputed = mine[0] if mine else quickest
+    return Choice(micro, rows // micro, recomputed)
+
+
+def recompute(model: Any, count: int) -> int:
+    """Let the lowest `count` layers that keep anything for the backward pass keep their input
+    alone, and be computed again (Chen et al. 2016, arXiv:1604.06174). Returns how many there are.
+
+    While the model is in training mode; no gradient is forced through the layers below them.
+    """
+    layers = decoder_layers(model)[first_trained_layer(model) :]
+    again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < count  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = again  # type: ignore[assignment]
+    return len(layers)
+
+
+def assume_fast(model: Any, plain: Collection[str] = ()) -> bool:
+    """Put the quick paths of `fast.make_fast` into a model on the meta device, where there is no
+    content to try them on, but for the parts in `plain`. Returns whether rows come without padding.
+    """
+    for part, (install, _) in fast.PARTS.items():
+        if part not in plain:
+            install(model)
+    return bool(model.get_base_model().config._attn_implementation == attention.NAME)
+
+
+def count(model: Any, batch: dict[str, Any], backward: bool = True) -> Work:
+    """Run a pass on the meta device.
+
+    Args:
+        model: on the meta device, in training mode, its adapter attached.
+        batch: the model's inputs there, `labels` among them.
+        backward: a training pass; without it the forward alone, as in judging.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    known = [*model.parameters(), *model.buffers(), *batch.values()]
+    counter = _Count([x for x in known if torch.is_tensor(x)], vocabulary)
+    with counter, torch.set_grad_enabled(backward):
+        loss = model(**batch).loss
+        if backward:
+            loss.backward()
+    model.zero_grad(set_to_none=True)
+    return Work(batch["input_ids"].numel(), counter.peak, counter.logits, dict(counter.done))
+
+
+def rows_on_meta(rows: Sequence[Sequence[int]], flat: bool, masked: bool = False) -> dict[str, Any]:
+    """A micro-batch without content.
+
+    Args:
+        rows: the lengths of the documents in each. flat: all stand in one row, without padding;
+            otherwise rows are padded to the longest, and what is not seen is masked. masked: there
+            is a mask even where all is seen.
+    """
+    documents = [length for row in rows for length in row]
+    longest = max(map(sum, rows))
+    shape = (1, sum(documents)) if flat else (len(rows), longest)
+    ids = torch.empty(shape, dtype=torch.int64, device="meta")
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
+    if flat:
+        places = ids.new_empty(sum(documents) - len(documents))
+        return {**batch, "position_ids": ids, "documents": documents, "places": places}
+    if masked or len(documents) > len(rows) or sum(documents) < ids.numel():
+        mask = (len(rows), 1, longest, longest)
+        batch["attention_mask"] = torch.empty(mask, dtype=torch.bool, device="meta")
+    return batch
+
+
+class _Count(TorchDispatchMode):
+    """Sees every operation of the forward and the backward pass."""
+
+    def __init__(self, known: list[torch.Tensor], vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.done: Counter[tuple[int, int, str]] = Counter()
+        self.alive = self.alive_logits = self.peak = self.logits = 0
+        # A storage is one object in Python as long as it lives (torch keeps it).
+        self.seen = weakref.WeakSet(x.untyped_storage() for x in known)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        made = [x for x in tree_leaves(out) if torch.is_tensor(x)]
+        if not func.is_view and made:
+            read = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+            size = sum(x.numel() * x.element_size() for x in read + made)
+            flops = 0
+            if formula := flop_registry.get(func.overloadpacket):
+                flops = int(formula(*args, **kwargs, out_val=out))
+            self.done[flops, size, str(made[0].dtype).removeprefix("torch.")] += 1
+        for tensor in made:
+            self._add(tensor)
+        return out
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.seen:
+            return
+        self.seen.add(storage)
+        size, wide = storage.nbytes(), tensor.shape[-1:] == (self.vocabulary,)
+        weakref.finalize(storage, self._remove, size, wide)
+        self.alive += size
+        self.alive_logits += size * wide
+        if self.alive > self.peak:
+            self.peak, self.logits = self.alive, self.alive_logits
+
+    def _remove(self, size: int, wide: bool) -> None:
+        self.alive -= size
+        self.alive_logits -= size * wide
+
+
+def count_attention(model: Any) -> bool:
+    """Let the plain path of a model on the meta device attend as it would on a CPU or a GPU.
+    Returns False for one that does without torch's attention."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with _Flash():
+            return sdpa_attention_forward(*args, **kwargs)
+
+    if model.config._attn_implementation != "sdpa":
+        return False
+    # Under a name without a mask of its own, so that none is made from what has no content.
+    AttentionInterface.register("lora_kit_counted", counted)
+    model.set_attn_implementation("lora_kit_counted")
+    return True
+
+
+class _Flash(TorchFunctionMode):
+    """On the meta device torch would take the attention that keeps all probabilities; on a CPU and
+    a GPU it takes one that keeps none (Dao et al. 2022, arXiv:2205.14135)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        mask = kwargs.get("attn_mask")
+        if mask is not None:  # one of bools becomes numbers, in each layer
+            mask = torch.empty_like(mask, dtype=args[0].dtype)
+        return _ATEN._scaled_dot_product_flash_attention_for_cpu(
+            *args[:3], kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False),
+            attn_mask=mask, scale=kwargs.get("scale"),
+        )[0]  # fmt: skip

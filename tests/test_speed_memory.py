@@ -1,0 +1,214 @@
+"""What is counted on the meta device is what a pass takes; what is chosen from it fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_kit.adapter.attach import attach
+from lora_kit.schema import Adapter
+from lora_kit.speed import fast, memory
+from lora_kit.speed.memory import Choice, Machine, Work, choose, count, recompute, rows_on_meta
+
+BIG = 1 << 62
+
+
+def llama(device: str, **adapter: Any) -> Any:
+    """Three layers in float32 with an adapter; as it is in training."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.requires_grad_(False)
+    return attach(model, Adapter(r=4, **adapter), 0).train()
+
+
+def on_cpu(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same batch with content."""
+    return {
+        name: torch.ones_like(value, device="cpu") if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }
+
+
+@pytest.mark.parametrize("again", [0, 2, 3])
+@pytest.mark.parametrize("rows", [[[16], [16]], [[16], [9]]], ids=["equal", "padded"])
+def test_a_pass_that_is_counted_is_the_one_that_runs(rows: list[list[int]], again: int) -> None:
+    counted = []
+    for device in ("meta", "cpu"):
+        model = llama(device)
+        batch = rows_on_meta(rows, flat=False)
+        if device == "meta":
+            memory.count_attention(model.get_base_model())
+        else:
+            batch = on_cpu(batch)
+        assert recompute(model, again) == 3
+        counted.append(count(model, batch))
+    assert counted[0].peak == pytest.approx(counted[1].peak, rel=0.02)
+    assert counted[0].flops == counted[1].flops > 0
+    assert counted[0].tokens == counted[1].tokens == 32
+
+
+def test_of_the_quick_paths_too() -> None:
+    counted = []
+    for device in ("meta", "cpu"):
+        model = llama(device)
+        batch = rows_on_meta([[16], [7, 9]], flat=True)
+        if device == "cpu":
+            assert fast.make_fast(model) == {}
+            places = torch.arange(batch["places"].numel())
+            batch = {**on_cpu(batch), "places": places}
+        else:
+            assert memory.assume_fast(model)
+        counted.append(count(model, batch))
+    assert counted[0].flops == counted[1].flops
+    assert counted[0].peak == pytest.approx(counted[1].peak, rel=0.02)
+
+
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps() -> None:
+    model = llama("cpu")
+    batch = on_cpu(rows_on_meta([[16], [16]], flat=False))
+    known = [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, batch.values())]
+    own = {x.untyped_storage().data_ptr() for x in known}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    counter = memory._Count(known, 96)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), counter:
+        out = model(**batch)
+    for x in (out.loss, out.logits):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    # Of the rest autograd keeps no tensor but a number or a mask.
+    assert counter.alive == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+def test_logits_are_told_from_activations() -> None:
+    model = llama("meta")
+    memory.count_attention(model.get_base_model())
+    work = count(model, rows_on_meta([[16]], flat=False))
+    assert work.logits % (96 * 4) == 0
+    assert 2 * 16 * 96 * 4 <= work.logits < work.peak
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["plain", "quick"])
+def test_computing_again_changes_memory_and_time_and_no_gradient(flat: bool) -> None:
+    def gradients(again: int) -> tuple[Work, torch.Tensor]:
+        model = llama("cpu")
+        batch = on_cpu(rows_on_meta([[60]] * 4, flat))
+        if flat:
+            assert fast.make_fast(model) == {}
+            batch["places"] = torch.arange(batch["places"].numel())
+        recompute(model, again)
+        work = count(model, dict(batch))
+        model(**batch).loss.backward()
+        grads = [p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]
+        return work, torch.cat(grads)
+
+    none, expected = gradients(0)
+    some, found = gradients(2)
+    every, also = gradients(3)
+    assert none.peak > some.peak > every.peak
+    assert none.flops < some.flops < every.flops
+    assert torch.equal(found, expected) and torch.equal(also, expected)
+
+
+def test_layers_below_the_adapter_keep_nothing_and_are_not_computed_again() -> None:
+    high, whole = llama("meta", layers_to_transform=[2]), llama("meta")
+    assert recompute(high, 0) == 1 and recompute(whole, 0) == 3
+    works = []
+    for model in (high, whole):
+        memory.count_attention(model.get_base_model())
+        works.append(count(model, rows_on_meta([[16]], flat=False)))
+    assert works[0].peak < works[1].peak and works[0].flops < works[1].flops
+
+
+# --- The choice, on numbers
+
+numbers = st.tuples(
+    st.integers(1, 48),  # rows of a step
+    st.integers(0, 12),  # layers
+    st.integers(1, 1000),  # bytes of a row
+    st.integers(0, 100),  # bytes of a row and layer that computing again saves
+    st.floats(0.1, 10),  # seconds of a pass besides its rows
+    st.integers(0, 60_000),  # limit
+)
+
+
+def costs(row: int, saved: int, layers: int, start: float) -> tuple[Any, Any]:
+    def peak(micro: int, again: int) -> float:
+        return micro * (row + saved * (layers - again))
+
+    def seconds(micro: int, again: int) -> float:
+        return start + micro * (1 + 0.3 * again)
+
+    return peak, seconds
+
+
+@given(numbers, st.data())
+@settings(max_examples=300, deadline=None)
+def test_what_is_chosen_fits_is_the_same_step_and_about_the_quickest(
+    values: tuple[int, int, int, int, float, int], data: st.DataObject
+) -> None:
+    rows, layers, row, saved, start, limit = values
+    own = data.draw(st.sampled_from([n for n in range(1, rows + 1) if rows % n == 0]))
+    peak, seconds = costs(row, saved, layers, start)
+    found = choose(rows, own, layers, limit, peak, seconds)
+    every = [
+        (rows // n * seconds(n, k), n, k)
+        for n in range(1, rows + 1)
+        for k in range(layers + 1)
+        if rows % n == 0 and peak(n, k) <= limit
+    ]
+    if found is None:
+        assert not every
+        return
+    assert found.micro_batch * found.accumulation == rows
+    assert peak(found.micro_batch, found.recomputed) <= limit
+    # Not a layer more is computed again than must be.
+    assert not found.recomputed or peak(found.micro_batch, found.recomputed - 1) > limit
+    taken = found.accumulation * seconds(found.micro_batch, found.recomputed)
+    assert taken <= 1.05 * min(every)[0] + 1e-9
+    more = choose(rows, own, layers, limit + row, peak, seconds)
+    assert more is not None
+    assert more.accumulation * seconds(more.micro_batch, more.recomputed) <= 1.05 * taken + 1e-9
+
+
+def test_the_users_own_batch_stays_where_another_is_no_quicker() -> None:
+    peak, seconds = costs(row=100, saved=10, layers=4, start=0.0)
+    assert choose(16, 4, 4, BIG, peak, seconds) == Choice(4, 4, 0)
+    peak, seconds = costs(row=100, saved=10, layers=4, start=5.0)
+    assert choose(16, 4, 4, BIG, peak, seconds) == Choice(16, 1, 0)
+    # With less memory smaller passes, before anything is computed again.
+    assert choose(16, 4, 4, 600, peak, seconds) == Choice(4, 4, 0)
+
+
+def test_an_operation_takes_its_arithmetic_or_its_memory_and_its_start() -> None:
+    machine = Machine("cpu", 100, {"float32": 1e3, "bfloat16": 2e3}, 1e2, 1.0)
+    done = {(4000, 100, "float32"): 1, (4000, 100, "bfloat16"): 2, (0, 500, "int64"): 3}
+    work = Work(tokens=1, peak=0, logits=0, done=done)
+    alone = (4 + 2 * 2 + 3 * 5) / memory._RATE_REACHED
+    assert machine.seconds(work) == pytest.approx(alone + (1 + 2 + 3) * 1)
+    assert work.flops == 12000
+    assert machine.limit < machine.room
+
+
+def test_nothing_of_a_pass_is_left_behind(tmp_path: Path) -> None:
+    model = llama("cpu")
+    batch = on_cpu(rows_on_meta([[8]], flat=False))
+    first, second = count(model, dict(batch)), count(model, dict(batch))
+    assert first == second
+    assert all(p.grad is None for p in model.parameters())
