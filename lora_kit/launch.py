@@ -90,6 +90,12 @@ def recipe_main(main: Main) -> int:
                 name = Path(sys.argv[0]).name
                 raise UserError(f"usage: {name} RUN.yaml [key=value ...] [--resume]")
             run = _load_run(arguments[0], arguments[1:])
+            if not folder and _one_thread_of_many():
+                print(
+                    "one thread computes, which accelerate takes where it is not told: add "
+                    f"--num_cpu_threads_per_process {len(os.sched_getaffinity(0))}",
+                    file=sys.stderr,
+                )
             prepare_process()
             main(run, resume="--resume" in sys.argv[1:])
         code, message = 0, ""
@@ -231,6 +237,11 @@ def prepare_process() -> None:
 
     keep_freed_memory()
     quiet_libraries()
+
+
+def _one_thread_of_many() -> bool:
+    cores = len(os.sched_getaffinity(0))
+    return os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1 and not _gpus()
 
 
 def _gpus() -> int:

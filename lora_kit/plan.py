@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora_kit.train.trainer  # noqa: F401 - what a run imports, it holds
@@ -31,17 +31,15 @@ from lora_kit.data.prepare import Prepared, kind_of, prepare
 from lora_kit.data.templates import set_template
 from lora_kit.errors import LoraKitError, UserError
 from lora_kit.schema import Run
-from lora_kit.speed import fast
 from lora_kit.speed import memory as costs
 from lora_kit.speed.memory import Choice, Machine, Work
 from lora_kit.train.checkpoint import checkpoint_bytes
 
 _MIB = 2**20
 _PROBED_S, _PROBED_ROWS = 0.05, 1024  # of measuring each rate of the device
-_CALL_S = 15e-6  # that starting an operation takes, autograd's part included
 _ADAM_BYTES, _ADAM_CALLS = 40, 12  # read and written for a value, and started for a tensor
 _CODES = 2 * 16 * 4 + 256 * 4  # bytes: the tables of NF4, and of the 8 bits of its scales
-_FEWEST_TOKENS, _SMALLEST_RANK = 64, 4  # of what is proposed where nothing fits
+_FEWEST_TOKENS = 64  # of a row that is proposed where nothing fits
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -74,7 +72,13 @@ class Plan:
 
     @property
     def total(self) -> int:
+        """What the process will be seen to hold."""
         return sum(self.memory.values())
+
+    @property
+    def needed(self) -> int:
+        """What it must have: a mapped file is given back where memory is wanted."""
+        return self.total - self.memory.get("mapped file", 0)
 
     def to_json(self) -> dict[str, Any]:
         """What `plan --json` prints."""
@@ -84,7 +88,7 @@ class Plan:
 
         return {
             "memory_mib": mib(self.memory),
-            **mib({"total_mib": self.total, "room_mib": self.room}),
+            **mib({"total_mib": self.total, "needed_mib": self.needed, "room_mib": self.room}),
             "fits": self.fits,
             "chosen": asdict(self.choice),
             "layers": self.layers,
@@ -96,7 +100,9 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        rows = [*self.memory.items(), ("total", self.total), ("may be held", self.room)]
+        rows = [*self.memory.items(), ("total", self.total)]
+        rows += [("needed of it", self.needed)] if self.needed < self.total else []
+        rows += [("may be held", self.room)]
         disk = ", ".join(f"{what} {n / _MIB:,.0f} MiB" for what, n in self.disk.items())
         lines = [f"{cause:>16} {n / _MIB:>10,.1f} MiB" for cause, n in rows]
         lines.append(
@@ -121,43 +127,29 @@ def plan(run: Run) -> Plan:
     return plan_run(run, pinned.folder, data)
 
 
-def plan_run(
-    run: Run,
-    folder: str,
-    data: Prepared,
-    plain: Collection[str] = (),
-    framework: int | None = None,
-) -> Plan:
+def plan_run(run: Run, folder: str, data: Prepared, quick: bool = True) -> Plan:
     """The plan of a run, made before its base is loaded; all processes make the same one.
 
     Args:
         folder: where the base's configuration lies.
         data: the lengths of its rows decide.
-        plain: the parts of `speed.fast.make_fast` that stayed plain, where that is known.
-        framework: bytes held before the base was loaded; None: it is not loaded yet.
+        quick: with the quick paths of `speed: auto`, where they know the base.
 
     Raises:
         UserError: with `speed: auto`, nothing fits: by how much, and what would.
         Uncountable: nothing can be said of this base; it may train all the same.
     """
     try:
-        here = _Planning(run, folder, Lengths(data.train), data.eval.lengths, plain)
-        here.framework = _resident() if framework is None else framework
-        here.machine = _machine(run, here.model, here.framework)
-        state = PartialState(cpu=not gpu_is_used())
-        if state.num_processes > 1:  # the figures of the one with the least room, for all
-            mine: Any = (here.machine.room, state.process_index, here.framework, here.machine)
-            _, _, here.framework, here.machine = min(gather_object([mine]))
-        here.processes = state.num_processes
-        choice = here.choose()
-        if choice is None:
-            raise UserError(_what_would_fit(here, folder))
+        here = _Planning(run, folder, data, quick)
+        here.machine = _machine(run, here.model)
+        if (choice := here.choose()) is None:
+            raise UserError(_what_would_fit(here))
         return here.plan(choice)
     except LoraKitError:
         raise
     except Exception as error:  # whatever an architecture that was never tried raises
-        if run.speed == "auto" and not plain:  # as training will: by the plain path
-            return plan_run(run, folder, data, fast.PARTS, framework)
+        if run.speed == "auto" and quick:  # as training will: by the plain path
+            return plan_run(run, folder, data, quick=False)
         reason = " ".join(str(error).split())[:200]
         raise Uncountable(f"base.model: {folder}: cannot be planned for: {reason}") from error
 
@@ -180,72 +172,56 @@ def plan_training(run: Run, folder: str, data: Prepared, say: Callable[[str], No
     return found
 
 
-class Lengths:
-    """The tokens of the rows that are learned from, int64 (rows,), and of the documents in each."""
-
-    def __init__(self, train: Any, most: int | None = None) -> None:
-        self.packed = train if isinstance(train, Packed) and most is None else None
-        if isinstance(train, Packed):
-            documents = train.rows.lengths
-            self.rows = np.array([documents[some].sum() for some in train.bins])
-        else:
-            self.rows = train.lengths
-        self.rows = np.minimum(self.rows, most or self.rows.max())
-        self.train = train
-
-    def largest(self, micro: int, seed: int, flat: bool) -> list[list[int]]:
-        """The documents in each row of the largest batch, in a random order of all rows; `flat`:
-        rows are not padded to the longest."""
-        order = np.random.default_rng(seed).permutation(len(self.rows))
-        micro = min(micro, len(order))
-        batches = order[: len(order) // micro * micro].reshape(-1, micro)
-        lengths = self.rows[batches]
-        chosen = batches[int((lengths.sum(1) if flat else lengths.max(1)).argmax())].tolist()
-        if self.packed is None:
-            return [[int(self.rows[row])] for row in chosen]
-        return [self.packed.rows.lengths[self.packed.bins[row]].tolist() for row in chosen]
-
-
 class _Planning:
     """The numbers that a plan is made of; each pass is counted once."""
 
-    framework: int
     machine: Machine
-    processes = 1
 
-    def __init__(
-        self, run: Run, folder: str, lengths: Lengths, judged: np.ndarray, plain: Collection[str]
-    ) -> None:
-        self.run, self.lengths, self.judged, self.plain = run, lengths, judged, plain
+    def __init__(self, run: Run, folder: str, data: Prepared, quick: bool) -> None:
+        self.run, self.folder, self.data, self.quick = run, folder, data, quick
         self.model, self.held, self.file, self.merged = _on_meta(run, folder)
-        self.flat = run.speed == "auto" and costs.assume_fast(self.model, plain)
+        self.flat = quick and run.speed == "auto" and costs.assume_fast(self.model)
         self.masked = not (self.flat or costs.count_attention(self.model.get_base_model()))
         self.layers = costs.recompute(self.model, 0)
         self.forced = self.layers if run.train.gradient_checkpointing else 0
         self.own = run.train.per_device_train_batch_size
         self.rows = self.own * run.train.gradient_accumulation_steps
+        self.processes = PartialState(cpu=not gpu_is_used()).num_processes
         self.works: dict[tuple[int, int], Work] = {}
+        self.lengths = data.rows("train").lengths  # of documents
+        self.bins = data.train.bins if isinstance(data.train, Packed) else None
+        rows = [self.lengths[some].sum() for some in self.bins] if self.bins else self.lengths
+        self.tokens = np.minimum(rows, run.train.max_length)  # of rows
+
+    def documents(self, row: int) -> list[int]:
+        """The tokens of each document in a row."""
+        lengths = self.lengths[self.bins[row] if self.bins else [row]]
+        ends = np.minimum(np.cumsum(lengths), self.run.train.max_length)
+        return [int(tokens) for tokens in np.diff(ends, prepend=0) if tokens]
 
     def work(self, micro: int, recomputed: int) -> Work:
-        """The largest pass of the run."""
+        """The largest pass of an epoch, its rows in a random order."""
         if (micro, recomputed) not in self.works:
             costs.recompute(self.model, recomputed)
-            rows = self.lengths.largest(micro, self.run.seed, self.flat)
-            batch = costs.rows_on_meta(rows, self.flat, self.masked)
+            order = np.random.default_rng(self.run.seed).permutation(len(self.tokens))
+            size = min(micro, len(order))
+            passes = order[: len(order) // size * size].reshape(-1, size)
+            tokens = self.tokens[passes]
+            largest = passes[(tokens.sum(1) if self.flat else tokens.max(1)).argmax()]
+            batch = costs.rows_on_meta(list(map(self.documents, largest)), self.flat, self.masked)
             self.works[micro, recomputed] = costs.count(self.model, batch)
         return self.works[micro, recomputed]
 
     @cached_property
     def judging(self) -> list[Work]:
         """The largest batch of `train.eval_steps`."""
-        if not self.run.train.eval_steps:
+        train = self.run.train
+        if not train.eval_steps:
             return []
-        longest = np.sort(self.judged)[-self.run.train.per_device_eval_batch_size :]
-        batch = costs.rows_on_meta([[int(n)] for n in longest], self.flat, self.masked)
-        try:
-            return [costs.count(self.model.eval(), batch, backward=False)]
-        finally:
-            self.model.train()
+        longest = np.sort(self.data.eval.lengths)[-train.per_device_eval_batch_size :]
+        rows = [[min(int(n), train.max_length)] for n in longest]
+        batch = costs.rows_on_meta(rows, self.flat, self.masked)
+        return [costs.count(self.model, batch, backward=False)]
 
     def memory(self, micro: int, recomputed: int) -> dict[str, int]:
         """Bytes by cause when most are held."""
@@ -253,77 +229,55 @@ class _Planning:
         work = max([self.work(micro, recomputed), *self.judging], key=lambda work: work.peak)
         if micro < self.rows or self.processes > 1:
             held["gradients"] *= 2  # of this pass, and of those before or of all processes
-        alive = work.peak - work.logits, work.logits
-        held |= dict(zip(("activations", "logits"), alive, strict=True))
+        held |= {"activations": work.peak - work.logits, "logits": work.logits}
         if self.machine.name == "cpu":  # a GPU's driver is neither counted nor in what is free
-            held |= {"framework": self.framework, "allocator": costs.unused_bytes(*alive)}
+            held["framework"] = self.machine.framework
+            held["allocator"] = costs.unused_bytes(work)
         return held
 
-    def bytes(self, micro: int, recomputed: int) -> int:
-        return sum(self.memory(micro, recomputed).values())
+    def fits(self, micro: int, again: int) -> bool:
+        limit = self.machine.limit  # of most that cannot fit no pass has to be counted
+        return sum(self.held.values()) <= limit and sum(self.memory(micro, again).values()) <= limit
 
     def seconds(self, micro: int, recomputed: int) -> float:
         return self.machine.seconds(self.work(micro, recomputed))
 
     def choose(self) -> Choice | None:
-        """The user's own batch where nothing is to be chosen; None: nothing fits."""
-        own, limit = Choice(self.own, self.rows // self.own, self.forced), self.machine.limit
+        """The user's own way wherever it fits; None: nothing fits."""
         # What is measured differs a little each time; a batch that fits is the same each time.
-        if self.run.speed == "plain" or self.bytes(self.own, self.forced) <= limit:
-            return own
-        size, seconds = self._between(self.bytes), self._between(self.seconds)
-        higher = 1.0  # is what was counted, than what was estimated
-        more = self.layers - self.forced
-        while found := costs.choose(self.rows, self.own, more, limit / higher, size, seconds):
-            micro, again = found.micro_batch, self.forced + found.recomputed
-            if (counted := self.bytes(micro, again)) <= limit:
-                return Choice(micro, found.accumulation, again)
-            higher = 1.001 * counted / size(micro, found.recomputed)
-        return None
-
-    def _between(self, of: Callable[[int, int], float]) -> Callable[[int, int], float]:
-        """A figure of any (micro-batch, more layers computed again), of few passes that are
-        counted: it is affine in tokens, as documents are of the same lengths, and in layers."""
-        low, high = 1, self.own if self.own > 1 else min(2, self.rows)
-        most = max(1, self.layers - self.forced)
-
-        def at(micro: int, more: int) -> float:
-            none, every = of(micro, self.forced), of(micro, self.layers)
-            return none + (every - none) * more / most
-
-        def value(micro: int, more: int) -> float:
-            share = (micro - low) / max(1, high - low)
-            return at(low, more) + share * (at(high, more) - at(low, more))
-
-        return value
+        if self.run.speed == "plain" or self.fits(self.own, self.forced):
+            return Choice(self.own, self.rows // self.own, self.forced)
+        again = range(self.forced, self.layers + 1)
+        return costs.choose(self.rows, self.own, again, self.fits, self.seconds)
 
     def plan(self, choice: Choice) -> Plan:
-        train, work = self.run.train, self.work(choice.micro_batch, choice.recomputed)
+        train, machine = self.run.train, self.machine
+        work = self.work(choice.micro_batch, choice.recomputed)
         held = self.memory(choice.micro_batch, choice.recomputed)
         total = sum(held.values())
-        if self.machine.name == "cpu":
+        if machine.name == "cpu":
             held["mapped file"] = self._mapped(held)
-        mean = float(self.lengths.rows.mean())
-        usual = mean * choice.micro_batch / work.tokens  # of a usual pass, of the largest one
+        mean, there = float(self.tokens.mean()), len(self.tokens)
+        # Of a usual pass, of the largest one.
+        usual = mean * min(choice.micro_batch, there) / work.tokens
         values = held["adapter"] // 4
         tensors = sum(p.requires_grad for p in self.model.parameters())
-        step = choice.accumulation * usual * self.machine.seconds(work)
-        step += values * _ADAM_BYTES / self.machine.bandwidth
-        step += tensors * _ADAM_CALLS * self.machine.seconds_per_operation
-        epoch = math.ceil(len(self.lengths.rows) / (self.rows * self.processes))
+        step = choice.accumulation * usual * machine.seconds(work)
+        step += values * _ADAM_BYTES / machine.bandwidth + tensors * _ADAM_CALLS * costs.CALL_S
+        epoch = math.ceil(len(self.tokens) / (self.rows * self.processes))
         keep = train.save_total_limit + bool(train.eval_steps)
         return Plan(
             memory={cause: size for cause, size in held.items() if size},
-            room=self.machine.room,
+            room=machine.room,
             flops=int(work.flops * choice.accumulation * usual),
-            tokens_per_second=mean * self.rows * self.processes / step,
+            tokens_per_second=mean * min(self.rows, there) * self.processes / step,
             seconds=step * (train.max_steps or math.ceil(epoch * train.num_train_epochs)),
             disk={
                 "checkpoints": checkpoint_bytes(values, keep, train.optim),
                 "adapter": 4 * values,
                 "merged model": self.merged,
             },
-            fits=total <= self.machine.room,
+            fits=total <= machine.room,
             choice=choice,
             layers=self.layers,
             why=self._why(choice, total),
@@ -333,22 +287,22 @@ class _Planning:
         """The base's file counts as resident while it is mapped: where weights are converted, until
         that is done; where they are quantized, as long as a tensor beside them lives. It is not
         taken from anybody: what is free does not have to hold it."""
-        weights = sum(n for cause, n in held.items() if cause[:6] in ("weight", "quanti"))
-        if self.run.base.quantize != "none" and self.file == self.merged:
-            return self.file - held[f"weights {self.run.base.dtype}"]
-        twice = self.framework + weights + self.file - sum(held.values())
-        return max(0, twice) if self.file != self.merged else 0
+        if self.file != self.merged:
+            weights = sum(n for cause, n in held.items() if cause[:6] in ("weight", "quanti"))
+            return max(0, self.machine.framework + weights + self.file - sum(held.values()))
+        quantized = self.run.base.quantize != "none"
+        return self.file - held[f"weights {self.run.base.dtype}"] if quantized else 0
 
     def _why(self, choice: Choice, total: int) -> str:
-        what = f"{choice.micro_batch} x {choice.accumulation} rows a step"
-        what += f", {choice.recomputed} of {self.layers} layers computed again: "
-        if self.run.speed == "plain":
+        rows, passes, again = asdict(choice).values()
+        what = f"{rows} row{'s' * (rows > 1)} a pass, {passes} pass{'es' * (passes > 1)} a step; "
+        what += f"{again} of {self.layers} layers are" if again else "no layer is"
+        what += " computed again: "
+        if (rows, again) != (self.own, self.forced):
+            written = sum(self.memory(self.own, self.forced).values()) / _MIB
+            what += f"the quickest that fits, as written it takes {written:,.0f} MiB"
+        elif self.run.speed == "plain":
             what += f"as written (speed: plain){', too much' * (total > self.machine.room)}"
-        elif choice.recomputed > self.forced or choice.micro_batch < self.own:
-            written = self.bytes(self.own, self.forced) / _MIB
-            what += f"the quickest that fits; as written it takes {written:,.0f} MiB"
-        elif choice.micro_batch > self.own:
-            what += f"quicker than {self.own} at once"
         else:
             what += "as written, it fits"
         what += f"; {self.machine.room / _MIB:,.0f} MiB may be held"
@@ -370,9 +324,9 @@ def _on_meta(run: Run, folder: str) -> tuple[Any, dict[str, int], int, int]:
     model.requires_grad_(False)
     values = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    linear = [m.weight for m in model.modules() if type(m) is torch.nn.Linear]
-    packed = [w for w in linear if w is not model.get_output_embeddings().weight]
-    packed = packed if run.base.quantize != "none" else []
+    head, quantized = model.get_output_embeddings(), run.base.quantize != "none"
+    linear = [m for m in model.modules() if type(m) is torch.nn.Linear and m is not head]
+    packed = [m.weight for m in linear] if quantized else []
     inside = sum(w.numel() for w in packed)
     held = {f"weights {run.base.dtype}": (values - inside) * dtype.itemsize}
     if run.base.quantize == "nf4":  # of each block of 64 a scale of 8 bits, of 256 of those a float
@@ -382,7 +336,9 @@ def _on_meta(run: Run, folder: str) -> tuple[Any, dict[str, int], int, int]:
         held |= {"weights int8": inside, "quantization": 4 * sum(map(len, packed))}
     # One layer at a time is unpacked.
     held["buffers"] = buffers + max((w.numel() for w in packed), default=0) * dtype.itemsize
-    model = attach(model, run.adapter, run.seed).train()
+    # An adapter that is started from is read from its file.
+    with torch.device("cpu" if run.adapter.start else "meta"):
+        model = attach(model, run.adapter, run.seed).train()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     held |= {"adapter": 4 * sum(trained), "gradients": 4 * sum(trained)}
     # bitsandbytes keeps 32-bit state of small tensors.
@@ -391,50 +347,31 @@ def _on_meta(run: Run, folder: str) -> tuple[Any, dict[str, int], int, int]:
     return model, held, values * stored.itemsize, values * dtype.itemsize
 
 
-def _what_would_fit(here: _Planning, folder: str) -> str:
-    """By how much nothing fits, and the smallest change with which something does."""
-    least, room = here.bytes(1, here.layers), here.machine.limit
+def _what_would_fit(here: _Planning) -> str:
+    """By how much nothing fits, and the first of the changes with which something does."""
+    run, room = here.run, here.machine.limit
+    least = sum(here.memory(1, here.layers).values())
     text = (
         f"nothing fits: {least / _MIB:,.0f} MiB at least, with a row a pass and all layers "
         f"computed again; {room / _MIB:,.0f} may be held, a margin of what is free is left: "
         f"{(least - room) / _MIB:,.1f} MiB too much; "
     )
-    for change in _changes(here.run):
-        values = here.run.model_dump()
-        for key, value in change.items():
-            section, name = key.split(".")
-            values[section][name] = value
-        run = Run.model_validate(values)
-        lengths = Lengths(here.lengths.train, run.train.max_length)
-        judged = np.minimum(here.judged, run.train.max_length)
-        other = _Planning(run, folder, lengths, judged, here.plain)
-        other.framework, other.machine = here.framework, here.machine
-        if other.bytes(1, other.layers) <= room:
-            return text + " ".join(f"{key}={value}" for key, value in change.items()) + " would fit"
-    return text + "no setting would do: take a smaller base, or a larger device"
-
-
-def _changes(run: Run) -> Iterator[dict[str, Any]]:
-    """What makes a run smaller: one change, then several."""
-
-    def halved(key: str, value: int, least: int) -> list[dict[str, Any]]:
-        return [{key: value >> n} for n in range(1, 32) if value >> n >= least]
-
-    four = {"base.quantize": "nf4"} if run.base.quantize != "nf4" else {}
-    lengths = halved("train.max_length", run.train.max_length, _FEWEST_TOKENS)
-    ranks = halved("adapter.r", run.adapter.r, _SMALLEST_RANK)
-    if run.train.eval_steps and run.train.per_device_eval_batch_size > 1:
-        yield {"train.per_device_eval_batch_size": 1}
-    yield from [four][: len(four)] + lengths + ranks
-    for length in lengths if four else []:
-        yield four | length
-    for rank in ranks:
-        yield four | (lengths[-1] if lengths else {}) | rank
-
-
-def _resident() -> int:
-    """Bytes that this process holds."""
-    return int(psutil.Process().memory_info().rss)
+    four: dict[str, Any] = {"base": {"quantize": "nf4"}} if run.base.quantize != "nf4" else {}
+    # An adapter that is started from has its rank.
+    rank: dict[str, Any] = {} if run.adapter.start else {"adapter": {"r": -(-run.adapter.r // 4)}}
+    halved = [run.train.max_length >> n for n in range(1, 7)]
+    lengths = [{"train": {"max_length": n}} for n in halved if n >= _FEWEST_TOKENS]
+    both = [four | length for length in lengths]
+    tried = [four, *lengths, rank, *both, *(some | rank for some in [four, *both])]
+    for change in filter(None, tried):
+        parts = {name: getattr(run, name).model_copy(update=new) for name, new in change.items()}
+        other = _Planning(run.model_copy(update=parts), here.folder, here.data, here.quick)
+        other.machine = here.machine
+        values = [f"{name}.{key}={new[key]}" for name, new in change.items() for key in new]
+        if other.fits(1, other.layers):
+            return text + " ".join(values) + " would fit"
+    size = sum(other.memory(1, other.layers).values()) / _MIB
+    return f"{text}{size:,.0f} MiB even with {' '.join(values)}: a smaller base, or a larger device"
 
 
 def free_memory() -> int:
@@ -454,9 +391,10 @@ def free_memory() -> int:
     return max(0, free)
 
 
-def _machine(run: Run, model: Any, framework: int) -> Machine:
-    """The device: what may be held on it, and its rates, measured in a moment at the shape
-    of the model's largest layer."""
+def _machine(run: Run, model: Any) -> Machine:
+    """The device: what may be held on it, and its rates, measured in a moment at the shape of the
+    model's largest layer; of several processes the one with the least room."""
+    framework = int(psutil.Process().memory_info().rss)  # before what is tried here
     device = torch.device("cuda" if gpu_is_used() else "cpu")
     linear = {m.weight.shape for m in model.modules() if type(m) is torch.nn.Linear}
     head = {model.get_input_embeddings().weight.shape}
@@ -471,18 +409,12 @@ def _machine(run: Run, model: Any, framework: int) -> Machine:
         room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     else:
         # Processes beside this one will want as much.
-        room = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        room += max(framework, _resident())
-    return Machine(device.type, room, rates, bandwidth, _CALL_S)
+        room = framework + free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mine = Machine(device.type, room, framework, rates, bandwidth)
+    return min(gather_object([mine]), key=lambda machine: machine.room)
 
 
 def _time(work: Callable[..., Any], *given: Any) -> float:
     """Seconds that it takes: the least of some, as others may work beside it."""
-    least, end = math.inf, time.perf_counter() + _PROBED_S
-    while not math.isfinite(least) or time.perf_counter() < end:
-        start = time.perf_counter()
-        work(*given)
-        if given[0].is_cuda:
-            torch.cuda.synchronize()
-        least = min(least, time.perf_counter() - start)
-    return least
+    timer = Timer("work(*given)", globals=locals(), num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=_PROBED_S).times)

@@ -156,6 +156,7 @@ def test_attention_of_documents(
         return functional.scaled_dot_product_attention(q, *each, attn_mask=seen, scale=0.3)
 
     learned = [rows(n, tokens, 16, seed=n + s) for s, n in enumerate((4, groups, groups))]
+    learned[1] += 10  # as from a bias: it changes nothing, and must not cost digits
     compare(own, reference, learned, [dtype] * 3, ALLOWED[dtype])
 
 
@@ -181,13 +182,15 @@ def test_arithmetic_that_is_not_here_is_not_passed_over() -> None:
 
 
 @DTYPES
-def test_a_frozen_norm(dtype: Any) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_frozen_norm(dtype: Any, mixed: bool) -> None:
     weight = (1 + rows(64, seed=1) / 10).to(dtype)
 
     def reference(x: torch.Tensor) -> torch.Tensor:
         return weight.double() * x * (x.pow(2).mean(-1, keepdim=True) + 1e-3).rsqrt()
 
-    compare(
-        lambda x: FrozenRMSNorm.apply(x, weight, 1e-3), reference,
-        [rows(3, 5, 64)], [dtype], ALLOWED[dtype],
-    )  # fmt: skip
+    def own(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            return FrozenRMSNorm.apply(x, weight, 1e-3)
+
+    compare(own, reference, [rows(3, 5, 64)], [dtype], ALLOWED[dtype])

@@ -32,6 +32,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "granite": ({"logits_scaling": 3.0}, {"loss"}),
     "bloom": ({"n_layer": 2, "n_head": 4}, {"attention"}),
     "falcon": ({}, {"linear", "attention"}),
+    # Windows and chunks that only transformers' mask knows of.
+    "phimoe": ({"sliding_window": 12, "num_local_experts": 4}, {"attention"}),
+    "llama4_text": (
+        {"attention_chunk_size": 12, "head_dim": 16, "num_local_experts": 2},
+        {"attention", "loss"},
+    ),
+    "doge": ({"keep_window_size": 12}, {"attention"}),
 }
 
 
@@ -46,6 +53,8 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **adapter: Any) ->
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).to(dtype)
     base.requires_grad_(False)
     fields = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **adapter}
+    if family in ("phimoe", "llama4_text"):  # PEFT cannot adapt their routers
+        fields["target_modules"] = ["q_proj", "k_proj"]
     model = get_peft_model(base, LoraConfig(**fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
@@ -14,8 +14,6 @@ from lora_kit.adapter.attach import attach
 from lora_kit.schema import Adapter
 from lora_kit.speed import fast, memory
 from lora_kit.speed.memory import Choice, Machine, Work, choose, count, recompute, rows_on_meta
-
-BIG = 1 << 62
 
 
 def llama(device: str, **adapter: Any) -> Any:
@@ -138,75 +136,60 @@ def test_layers_below_the_adapter_keep_nothing_and_are_not_computed_again() -> N
 
 # --- The choice, on numbers
 
-numbers = st.tuples(
-    st.integers(1, 48),  # rows of a step
-    st.integers(0, 12),  # layers
-    st.integers(1, 1000),  # bytes of a row
-    st.integers(0, 100),  # bytes of a row and layer that computing again saves
-    st.floats(0.1, 10),  # seconds of a pass besides its rows
-    st.integers(0, 60_000),  # limit
+
+@given(
+    rows=st.integers(1, 48),
+    layers=st.integers(0, 20),
+    row=st.integers(1, 1000),
+    saved=st.integers(0, 100),  # bytes of a row, by computing a layer again
+    start=st.floats(0.1, 10),  # seconds of a pass besides its rows
+    limit=st.integers(0, 60_000),
+    data=st.data(),
 )
+@settings(max_examples=300, deadline=None)
+def test_what_is_chosen_fits_is_the_same_step_and_the_quickest(
+    rows: int, layers: int, row: int, saved: int, start: float, limit: int, data: st.DataObject
+) -> None:
+    own = data.draw(st.sampled_from([n for n in range(1, rows + 1) if rows % n == 0]))
+    least = data.draw(st.integers(0, layers))
 
-
-def costs(row: int, saved: int, layers: int, start: float) -> tuple[Any, Any]:
-    def peak(micro: int, again: int) -> float:
-        return micro * (row + saved * (layers - again))
+    def fits(micro: int, again: int) -> bool:
+        return micro * (row + saved * (layers - again)) <= limit
 
     def seconds(micro: int, again: int) -> float:
         return start + micro * (1 + 0.3 * again)
 
-    return peak, seconds
-
-
-@given(numbers, st.data())
-@settings(max_examples=300, deadline=None)
-def test_what_is_chosen_fits_is_the_same_step_and_about_the_quickest(
-    values: tuple[int, int, int, int, float, int], data: st.DataObject
-) -> None:
-    rows, layers, row, saved, start, limit = values
-    own = data.draw(st.sampled_from([n for n in range(1, rows + 1) if rows % n == 0]))
-    peak, seconds = costs(row, saved, layers, start)
-    found = choose(rows, own, layers, limit, peak, seconds)
+    found = choose(rows, own, range(least, layers + 1), fits, seconds)
     every = [
-        (rows // n * seconds(n, k), n, k)
-        for n in range(1, rows + 1)
-        for k in range(layers + 1)
-        if rows % n == 0 and peak(n, k) <= limit
+        rows // n * seconds(n, k)
+        for n in range(1, own + 1)
+        for k in range(least, layers + 1)
+        if rows % n == 0 and fits(n, k)
     ]
     if found is None:
         assert not every
         return
-    assert found.micro_batch * found.accumulation == rows
-    assert peak(found.micro_batch, found.recomputed) <= limit
-    # Not a layer more is computed again than must be.
-    assert not found.recomputed or peak(found.micro_batch, found.recomputed - 1) > limit
+    assert found.micro_batch * found.accumulation == rows and found.micro_batch <= own
+    assert least <= found.recomputed and fits(found.micro_batch, found.recomputed)
+    if fits(own, least):
+        assert found == Choice(own, rows // own, least)
+    # Only every eighth of the layers is tried.
+    spare = 0.3 * math.ceil((layers - least) / 8) * rows
     taken = found.accumulation * seconds(found.micro_batch, found.recomputed)
-    assert taken <= 1.05 * min(every)[0] + 1e-9
-    more = choose(rows, own, layers, limit + row, peak, seconds)
-    assert more is not None
-    assert more.accumulation * seconds(more.micro_batch, more.recomputed) <= 1.05 * taken + 1e-9
-
-
-def test_the_users_own_batch_stays_where_another_is_no_quicker() -> None:
-    peak, seconds = costs(row=100, saved=10, layers=4, start=0.0)
-    assert choose(16, 4, 4, BIG, peak, seconds) == Choice(4, 4, 0)
-    peak, seconds = costs(row=100, saved=10, layers=4, start=5.0)
-    assert choose(16, 4, 4, BIG, peak, seconds) == Choice(16, 1, 0)
-    # With less memory smaller passes, before anything is computed again.
-    assert choose(16, 4, 4, 600, peak, seconds) == Choice(4, 4, 0)
+    assert taken <= min(every) + (spare if layers - least > 8 else 0) + 1e-9
 
 
 def test_an_operation_takes_its_arithmetic_or_its_memory_and_its_start() -> None:
-    machine = Machine("cpu", 100, {"float32": 1e3, "bfloat16": 2e3}, 1e2, 1.0)
+    machine = Machine("cpu", 100, 0, {"float32": 1e3, "bfloat16": 2e3}, 1e2)
     done = {(4000, 100, "float32"): 1, (4000, 100, "bfloat16"): 2, (0, 500, "int64"): 3}
     work = Work(tokens=1, peak=0, logits=0, done=done)
     alone = (4 + 2 * 2 + 3 * 5) / memory._RATE_REACHED
-    assert machine.seconds(work) == pytest.approx(alone + (1 + 2 + 3) * 1)
+    assert machine.seconds(work) == pytest.approx(alone + (1 + 2 + 3) * memory.CALL_S, rel=1e-9)
     assert work.flops == 12000
     assert machine.limit < machine.room
 
 
-def test_nothing_of_a_pass_is_left_behind(tmp_path: Path) -> None:
+def test_nothing_of_a_pass_is_left_behind() -> None:
     model = llama("cpu")
     batch = on_cpu(rows_on_meta([[8]], flat=False))
     first, second = count(model, dict(batch)), count(model, dict(batch))

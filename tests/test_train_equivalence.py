@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ def test_three_ways_to_start(run_file: Any) -> None:
     recipe = shipped("recipes") / "sft.py"
     code, said = finish(start([*launcher, str(recipe), str(file), "name=two"]))
     assert code == 0, said
+    cores = len(os.sched_getaffinity(0))
+    assert (f"--num_cpu_threads_per_process {cores}" in said) == (cores > 1)
     report = package.train(file, "name=three")
     assert report["training"]["steps"] == 4
     assert adapter_hash("runs/one") == adapter_hash("runs/two") == adapter_hash("runs/three")

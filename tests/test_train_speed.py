@@ -98,11 +98,11 @@ def test_rows_without_padding_are_the_rows(run_file: Any) -> None:
     rows = prepared(load_run(run_file("sft"))).train
     some = [{**rows[n], "row": n} for n in (4, 0, 2)]
     batch = in_one_row(some)
-    assert batch["rows"] == batch["documents"] == [len(row["labels"]) for row in some]
+    assert batch["documents"] == [len(row["labels"]) for row in some]
     assert batch["numbers"] == [4, 0, 2]
-    assert real_tokens(batch) == batch["input_ids"].numel() == sum(batch["rows"])
+    assert real_tokens(batch) == batch["input_ids"].numel() == sum(batch["documents"])
     for name in ("input_ids", "labels"):
-        parts = batch[name][0].split(batch["rows"])
+        parts = batch[name][0].split(batch["documents"])
         assert all(
             part[1:].tolist() == row[name][1:].tolist()
             for part, row in zip(parts, some, strict=True)
@@ -115,7 +115,7 @@ def test_packed_rows_keep_their_documents(run_file: Any) -> None:
     rows = Packed(prepared(load_run(run_file("sft"))).train, 128)
     batch = in_one_row([rows[0], rows[1]])
     expected = [len(rows.rows[n]["labels"]) for bin in rows.bins[:2] for n in bin]
-    assert batch["documents"] == expected and len(batch["rows"]) == 2
+    assert batch["documents"] == expected
     assert batch["position_ids"].max() == max(expected) - 1
     assert ((batch["position_ids"] == 0).sum()) == len(expected)
 
@@ -165,19 +165,25 @@ class SmallMemory:
 
 
 @pytest.mark.parametrize("speed", ["auto", "plain"])
+@pytest.mark.parametrize(("room", "halved"), [(4, 1), (2, 2), (1, 3)])
 def test_a_batch_that_is_too_large_is_halved_and_the_step_stays_the_same(
-    run_file: Any, speed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run_file: Any, speed: str, room: int, halved: int, monkeypatch: Any, capfd: Any
 ) -> None:
-    file = run_file("sft", **{"train.gradient_accumulation_steps": 2, "speed": speed})
+    """Eight rows a pass, and room for fewer: as many passes as are needed, and no more."""
+    Path("text.txt").unlink(missing_ok=True)
+    batch = {"train.per_device_train_batch_size": 8, "train.gradient_accumulation_steps": 2}
+    file = run_file("cpt", **batch, **{"speed": speed, "train.max_length": 64})
     package.train(file, "name=roomy")
-    largest = 128 * 4
-    seen = SmallMemory(monkeypatch, largest // 3)
+    seen = SmallMemory(monkeypatch, room * 64)
     report = package.train(file, "name=tight")
     assert losses("tight") == pytest.approx(losses("roomy"), rel=1e-4)
     assert losses("tight", "tokens") == losses("roomy", "tokens")
-    assert max(seen.sizes) <= largest // 3
-    assert report["training"]["micro_batch_halved"] in (1, 2)
-    assert "out of memory: from here on 2 passes for each batch" in capfd.readouterr().err
+    assert max(seen.sizes) == room * 64
+    assert report["training"]["micro_batch_halved"] == halved
+    said = capfd.readouterr().err
+    assert [f"{2**n} passes for each batch" in said for n in (1, 2, 3, 4)] == [
+        n <= halved for n in (1, 2, 3, 4)
+    ]
 
 
 def test_padded_rows_are_computed_by_length(run_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,9 +168,9 @@ def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `input_ids`, `labels`, `position_ids`: int64 (1, tokens). Positions count from 0 in each
-        document, whose first label is left out. `documents`: their lengths. `rows`: the lengths of
-        the rows; a packed row is several documents. `numbers`: theirs in the data set, where the
-        rows say `row`. `places`: int64, where in labels[:, 1:] there is something to learn.
+        document, whose first label is left out. `documents`: their lengths; a packed row has
+        several. `numbers`: those of the rows in the data set, where they say `row`. `places`:
+        int64, where in labels[:, 1:] there is something to learn.
     """
     import torch
 
@@ -188,7 +188,6 @@ def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "labels": torch.from_numpy(labels)[None],
         "position_ids": torch.from_numpy(positions)[None],
         "documents": documents,
-        "rows": [len(row["input_ids"]) for row in rows],
         "numbers": [int(row["row"]) for row in rows if "row" in row],
         "places": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),
     }

@@ -21,6 +21,8 @@ _BLOCK = 128  # queries at once
 _KEPT = 1024
 # What may be handed over without changing the arithmetic below; anything else (softcap, sinks, a
 # position bias) is not computed here.
+_SLIDING = "sliding_attention"
+_KINDS = ("full_attention", _SLIDING)
 _HARMLESS = {
     *("position_ids", "use_cache", "cache_position", "past_key_values", "is_causal"),
     *("num_items_in_batch", "output_attentions", "output_hidden_states", "position_embeddings"),
@@ -151,6 +153,8 @@ def attention(
     unknown = sorted(asked - _HARMLESS)
     if unknown or dropout or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'}")
+    if (kind := _kind(module)) not in _KINDS or (kind == _SLIDING and sliding_window is None):
+        raise NotImplementedError(f"{kind} that only the mask knows of")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = query[0], key[0], value[0]
     if q.is_cuda:
@@ -158,6 +162,17 @@ def attention(
     else:
         out = _on_cpu(q, k, v, documents, scale, sliding_window)
     return out[None], None
+
+
+def _kind(module: Any) -> str:
+    """What transformers' mask would make of a layer's attention."""
+    config = getattr(module, "config", None)
+    if getattr(config, "attention_chunk_size", None):
+        return "chunked_attention"
+    if kinds := getattr(config, "layer_types", None):
+        return str(kinds[module.layer_idx])
+    slides = getattr(config, "sliding_window", None) is not None
+    return _SLIDING if slides and getattr(config, "use_sliding_window", True) else _KINDS[0]
 
 
 def _on_cpu(
@@ -171,6 +186,10 @@ def _on_cpu(
     """(tokens, heads, size)"""
     heads, tokens, size = q.shape
     groups, count = len(k), len(documents)
+    if k.dtype != torch.float32:
+        # Scores are rounded to 16 bits. What all keys have in common, as from a bias, adds the same
+        # to all scores of a query, which softmax takes out again: taken out first, they are small.
+        k = k - k.detach().float().mean(1, keepdim=True).to(k.dtype)
     alike = count > 1 and len(set(documents)) == 1
     if alike:  # all at once: each is a head of its own
         length = documents[0]

@@ -78,7 +78,8 @@ def install(model: Any) -> int:
     changed = 0
     modules: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for module in modules:
-        if (dense := _dense(module)) is not None:
+        hooked = "forward" in vars(module)  # by another library
+        if not hooked and (dense := _dense(module)) is not None:
             module.forward = MethodType(_forward(module.forward, dense), module)
             changed += 1
     return changed
@@ -86,11 +87,9 @@ def install(model: Any) -> int:
 
 def remove(model: Any) -> None:
     """Undo `install`."""
-    from peft.tuners.lora import LoraLayer
-
     for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.__dict__.pop("forward", None)
+        if getattr(vars(module).get("forward"), "quick", False):
+            del module.forward
 
 
 def _dense(layer: Any) -> Dense | None:
@@ -127,4 +126,5 @@ def _forward(plain: Callable[..., Any], dense: Dense) -> Callable[..., torch.Ten
         bias = self.get_base_layer().bias
         return LoraLinear.apply(x, seen, dense, bias, A, B, self.scaling[name])
 
+    forward.quick = True  # type: ignore[attr-defined]
     return forward

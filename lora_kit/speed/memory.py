@@ -8,8 +8,9 @@ architecture, and for the quick path as for the plain one.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,14 +25,11 @@ from lora_kit.speed import attention, fast
 from lora_kit.speed.prefix import decoder_layers, first_trained_layer
 
 _ATEN = torch.ops.aten
-_FLASH = "_scaled_dot_product_flash_attention"
 for _end in ("", "_backward"):  # torch counts the FLOPs of a GPU's alone; a CPU's are the same
-    flop_registry[getattr(_ATEN, f"{_FLASH}_for_cpu{_end}")] = flop_registry[
-        getattr(_ATEN, _FLASH + _end)
-    ]
-# A pass that is this much slower than the quickest is still taken if it is the user's own.
-_AS_QUICK = 1.05
-_MARGIN = 0.10
+    _gpu, _cpu = (f"_scaled_dot_product_flash_attention{where}{_end}" for where in ("", "_for_cpu"))
+    flop_registry[getattr(_ATEN, _cpu)] = flop_registry[getattr(_ATEN, _gpu)]
+CALL_S = 15e-6  # that starting an operation takes, autograd's part included
+_MARGIN = 0.10  # of what may be held, for what is not foreseen
 # Fitted to what scripts/bench/memory.py measures on a CPU. glibc gives an aligned block that was
 # freed to smaller ones, and takes new memory for the next of its size: a share of what is alive is
 # held besides, and pages of code that computes.
@@ -61,14 +59,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """A device: bytes that this process may come to hold, FLOP/s of matrix products by dtype, bytes
-    a second that simple operations read and write, and what starting an operation costs."""
+    """A device: bytes that this process may come to hold, those that it holds before the base is
+    loaded, FLOP/s of matrix products by dtype, bytes a second of simple operations."""
 
     name: str
     room: int
+    framework: int
     flops: dict[str, float]
     bandwidth: float
-    seconds_per_operation: float
 
     @property
     def limit(self) -> int:
@@ -81,12 +79,13 @@ class Machine:
             times * max(flops / self.flops[dtype] if flops else 0.0, size / self.bandwidth)
             for (flops, size, dtype), times in work.done.items()
         )
-        return alone / _RATE_REACHED + sum(work.done.values()) * self.seconds_per_operation
+        return alone / _RATE_REACHED + sum(work.done.values()) * CALL_S
 
 
-def unused_bytes(activations: int, logits: int) -> int:
-    """What the allocator of a CPU's process holds besides these bytes, which are alive."""
-    return int(_UNUSED_BYTES + _UNUSED_SHARE * activations + _UNUSED_OF_LOGITS * logits)
+def unused_bytes(work: Work) -> int:
+    """What the allocator of a CPU's process holds besides what is alive."""
+    share = _UNUSED_SHARE * (work.peak - work.logits) + _UNUSED_OF_LOGITS * work.logits
+    return _UNUSED_BYTES + int(share)
 
 
 @dataclass(frozen=True)
@@ -102,33 +101,30 @@ class Choice:
 def choose(
     rows: int,
     own: int,
-    layers: int,
-    limit: float,
-    peak: Callable[[int, int], float],
+    again: range,
+    fits: Callable[[int, int], bool],
     seconds: Callable[[int, int], float],
 ) -> Choice | None:
-    """The quickest way to do a step of `rows` rows within `limit` bytes.
+    """The quickest way to do a step of `rows` rows in passes of `own` rows or fewer.
 
     Args:
-        own: the micro-batch that the user wrote; kept unless another is clearly quicker.
-        layers: that can be computed again.
-        peak: bytes, seconds: of one pass, both of (micro-batch, layers computed again); the first
-            falls and the second grows with the layers.
+        again: the numbers of layers that may be computed again; those between are tried in eighths.
+        fits, seconds: of one pass, both of (micro-batch, layers computed again); more layers take
+            less memory and more time.
 
     Returns:
         None: not even a row at a time, all layers computed again, fits.
     """
-    found = []
-    for micro in (n for n in range(1, rows + 1) if rows % n == 0):
-        fitting = (k for k in range(layers + 1) if peak(micro, k) <= limit)
-        if (least := next(fitting, None)) is not None:
-            found.append((rows // micro * seconds(micro, least), micro, least))
-    if not found:
-        return None
-    quickest = min(found)
-    mine = [one for one in found if one[1] == own and one[0] <= _AS_QUICK * quickest[0]]
-    _, micro, recomputed = mine[0] if mine else quickest
-    return Choice(micro, rows // micro, recomputed)
+    steps = sorted({again[part * (len(again) - 1) // 8] for part in range(9)})
+    found: dict[Choice, float] = {}
+    for micro in (n for n in range(own, 0, -1) if rows % n == 0):
+        enough = bisect_left(steps, True, key=partial(fits, micro))
+        for recomputed in steps[enough : enough + 1]:
+            choice = Choice(micro, rows // micro, recomputed)
+            found[choice] = choice.accumulation * seconds(micro, recomputed)
+        if enough == 0:
+            break  # a smaller pass is no quicker
+    return min(found, key=lambda choice: found[choice], default=None)
 
 
 def recompute(model: Any, count: int) -> int:
@@ -145,13 +141,11 @@ def recompute(model: Any, count: int) -> int:
     return len(layers)
 
 
-def assume_fast(model: Any, plain: Collection[str] = ()) -> bool:
+def assume_fast(model: Any) -> bool:
     """Put the quick paths of `fast.make_fast` into a model on the meta device, where there is no
-    content to try them on, but for the parts in `plain`. Returns whether rows come without padding.
-    """
-    for part, (install, _) in fast.PARTS.items():
-        if part not in plain:
-            install(model)
+    content to try them on. Returns whether rows come without padding."""
+    for install, _ in fast.PARTS.values():
+        install(model)
     return bool(model.get_base_model().config._attn_implementation == attention.NAME)
 
 
@@ -159,7 +153,7 @@ def count(model: Any, batch: dict[str, Any], backward: bool = True) -> Work:
     """Run a pass on the meta device.
 
     Args:
-        model: on the meta device, in training mode, its adapter attached.
+        model: on the meta device, its adapter attached.
         batch: the model's inputs there, `labels` among them.
         backward: a training pass; without it the forward alone, as in judging.
     """
@@ -167,10 +161,10 @@ def count(model: Any, batch: dict[str, Any], backward: bool = True) -> Work:
     known = [*model.parameters(), *model.buffers(), *batch.values()]
     counter = _Count([x for x in known if torch.is_tensor(x)], vocabulary)
     with counter, torch.set_grad_enabled(backward):
-        loss = model(**batch).loss
+        loss = model.train(backward)(**batch).loss
         if backward:
             loss.backward()
-    model.zero_grad(set_to_none=True)
+    model.train().zero_grad()
     return Work(batch["input_ids"].numel(), counter.peak, counter.logits, dict(counter.done))
 
 

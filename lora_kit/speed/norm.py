@@ -18,7 +18,8 @@ class FrozenRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         wide = x.float() if x.dtype != torch.float32 else x.clone()
-        square = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
+        # Not vecdot, which autocast would compute in 16 bits.
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = square.div_(x.shape[-1]).add_(epsilon).rsqrt_()  # (..., 1)
         normal = wide.mul_(scale).to(x.dtype)
         ctx.save_for_backward(normal, scale, weight)
@@ -42,7 +43,8 @@ def install(model: Any) -> int:
     changed = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module).__name__.endswith("RMSNorm") and weight is not None:
+        hooked = "forward" in vars(module)  # by another library
+        if type(module).__name__.endswith("RMSNorm") and weight is not None and not hooked:
             epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
             if epsilon is not None and not weight.requires_grad and _same(module, weight, epsilon):
                 module.forward = MethodType(_forward(module.forward, epsilon), module)
@@ -53,8 +55,8 @@ def install(model: Any) -> int:
 def remove(model: Any) -> None:
     """Undo `install`."""
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.__dict__.pop("forward", None)
+        if getattr(vars(module).get("forward"), "quick", False):
+            del module.forward
 
 
 def _same(module: Any, weight: torch.Tensor, epsilon: float) -> bool:
@@ -74,4 +76,5 @@ def _forward(plain: Any, epsilon: float) -> Any:
         out: torch.Tensor = FrozenRMSNorm.apply(x, self.weight, epsilon)
         return out
 
+    forward.quick = True  # type: ignore[attr-defined]
     return forward

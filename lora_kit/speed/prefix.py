@@ -149,12 +149,13 @@ class Prefix:
     def batch(self, rows: Sequence[int]) -> Iterator[None]:
         """Around the forward pass of a batch without padding: (1, tokens), these rows of the data
         one after the other. Of rows without numbers nothing is kept."""
+        before = self._rows, self._active, self._kept
         self._rows, self._active = rows, True
         self._kept = self.store.read(rows) if self.store and rows else None
         try:
             yield
         finally:
-            self._kept, self._active = None, False
+            self._rows, self._active, self._kept = before
 
     def _forward(self, plain: Callable[..., Any], last: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -196,11 +197,16 @@ class Prefix:
         def describe(new: Path) -> None:
             (new / "about.json").write_text(text, encoding="utf-8")
 
-        file = cache.prepared(key, describe) / STATES
+        try:
+            return said + self._opened(cache.prepared(key, describe) / STATES, rows, states, passes)
+        except OSError as error:
+            return f"{said}; what they give is not kept: {error.strerror}"
+
+    def _opened(self, file: Path, rows: Labelled | Packed, states: Any, passes: float) -> str:
         held = file.stat() if file.exists() else None
         earlier = held is not None and held.st_size > 0
         if passes <= 1 and not earlier:
-            return f"{said}; what they give is not kept: each row is seen once"
+            return "; what they give is not kept: each row is seen once"
         lengths = _lengths(rows)
         needed = int(lengths.sum()) * states[0, 0].nbytes
         free = shutil.disk_usage(file.parent).free + (held.st_blocks * 512 if held else 0)
@@ -208,10 +214,10 @@ class Prefix:
         size = f"{needed / 2**20:,.0f} MiB"
         if needed > room:
             size += f", of {room / 2**20:,.0f} that may be taken"
-            return f"{said}; what they give is not kept: {size}"
+            return f"; what they give is not kept: {size}"
         self.store = Store(file, lengths, states.shape[-1], states.dtype)
         used = "an earlier run's is used" if earlier else "later epochs skip them"
-        return f"{said}; what they give is kept ({size}): {used}"
+        return f"; what they give is kept ({size}): {used}"
 
     def _tried(self) -> torch.Tensor | str:
         """The states of two documents, (1, tokens, width), where the model gives the same logits

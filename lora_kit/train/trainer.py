@@ -51,7 +51,9 @@ def out_of_memory(error: BaseException) -> bool:
 def _wasteful(batch: dict[str, Any]) -> bool:
     """Whether a third and more of a padded batch of several rows is padding."""
     mask = batch.get("attention_mask")
-    return mask is not None and len(mask) > 1 and float(mask.float().mean()) < 2 / 3
+    if mask is None or mask.device.type != "cpu":  # on a GPU the question would wait for it
+        return False
+    return len(mask) > 1 and float(mask.float().mean()) < 2 / 3
 
 
 class _Numbered:
@@ -135,20 +137,20 @@ class LoraTrainer(Trainer):
                 half for part in parts for half in (halves(part) if _wasteful(part) else [part])
             ]
         with self._frozen(inputs.get("numbers", ()) if len(parts) == 1 else ()):
-            return sum(self._part_of_step(model, part, num_items) for part in parts)
+            deep = self.halvings
+            return sum(self._part_of_step(model, part, num_items, deep) for part in parts)
 
     def _frozen(self, numbers: Sequence[int]) -> Any:
         """Around passes over these rows of the data, in this order; none: over parts of them."""
         return self.prefix.batch(numbers) if self.prefix else contextlib.nullcontext()
 
-    def _part_of_step(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Any:
-        """Forward and backward; where the memory does not suffice, of two halves, from then on.
+    def _part_of_step(self, model: Any, inputs: dict[str, Any], num_items: Any, halved: int) -> Any:
+        """Forward and backward of a batch that was `halved` so often; where the memory does not
+        suffice, of two halves, from then on.
 
         The loss is a sum over the labels of the whole step, so halves add up to the same gradient.
         """
-        if not self.can_halve:
-            return super().training_step(model, inputs, num_items)
-        trained = self._trained
+        trained = self._trained if self.can_halve else []
         before = [p.grad for p in trained]
         for parameter in trained:
             parameter.grad = None  # a backward pass that breaks off leaves sums half made
@@ -158,19 +160,20 @@ class LoraTrainer(Trainer):
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            again = halves(inputs)
-            if self.halvings >= _HALVINGS or len(again) < 2:
-                raise UserError(_NO_MEMORY.format(halvings=self.halvings)) from None
+            again = halves(inputs) if self.can_halve else []
+            if halved >= _HALVINGS or len(again) < 2:
+                raise UserError(_NO_MEMORY.format(halvings=halved)) from None
         if again:
             for parameter, grad in zip(trained, before, strict=True):
                 parameter.grad = grad
-            self.halvings += 1
+            halved += 1
+            if halved > self.halvings:
+                self.halvings = halved
+                self.directory.say(f"out of memory: from here on {2**halved} passes for each batch")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            passes = 2**self.halvings
-            self.directory.say(f"out of memory: from here on {passes} passes for each batch")
             with self._frozen(()):
-                return sum(self._part_of_step(model, half, num_items) for half in again)
+                return sum(self._part_of_step(model, half, num_items, halved) for half in again)
         for parameter, grad in zip(trained, before, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
@@ -188,7 +191,7 @@ class LoraTrainer(Trainer):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if grad_norm is None:  # DeepSpeed before it has one
             return None
-        if not math.isfinite(float(grad_norm)):
+        if not math.isfinite(grad_norm):
             raise CheckFailed(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
                 f"(gradient norm {float(grad_norm)}): stopped before it reached the weights; "

@@ -66,6 +66,7 @@ def test_recipe_leaves_a_whole_run(
             low, high = figures["ci95"]
             assert low <= figures["difference"] <= high
     epochs = report["training"].pop("epochs")
+    assert report["training"].pop("predicted_tokens_per_second") > 0
     assert epochs == pytest.approx(4 / 9 if recipe == "sft" else 4, abs=1e-3)
     assert report["training"] == {
         "steps": 4,
@@ -74,6 +75,8 @@ def test_recipe_leaves_a_whole_run(
         "seconds": pytest.approx(rows[-1]["seconds"], abs=1e-3),
         "trainable_parameters": TRAINABLE,
         "world_size": 1,
+        "chosen": {"micro_batch": 4, "accumulation": 1, "recomputed": 0},
+        "micro_batch_halved": 0,
     }
     assert report["memory"].keys() == {"predicted_mib", "measured_mib"}
 
