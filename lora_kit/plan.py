@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -336,8 +337,9 @@ def _on_meta(run: Run, folder: str) -> tuple[Any, dict[str, int], int, int]:
         held |= {"weights int8": inside, "quantization": 4 * sum(map(len, packed))}
     # One layer at a time is unpacked.
     held["buffers"] = buffers + max((w.numel() for w in packed), default=0) * dtype.itemsize
-    # An adapter that is started from is read from its file.
-    with torch.device("cpu" if run.adapter.start else "meta"):
+    # An adapter that is started from is read from its file, and torch warns that it goes nowhere.
+    with torch.device("cpu" if run.adapter.start else "meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         model = attach(model, run.adapter, run.seed).train()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     held |= {"adapter": 4 * sum(trained), "gradients": 4 * sum(trained)}
