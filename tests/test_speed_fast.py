@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_kit.data.labelled import collator, in_one_row
-from lora_kit.speed import attention, fast, linear
+from lora_kit.speed import attention, fast, linear, patch
 from lora_kit.speed.fast import make_fast, make_plain
 
 SHAPE = {
@@ -182,6 +182,17 @@ def documents_that_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def norm_with_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kit.speed.norm import FrozenRMSNorm
+
+    plain = FrozenRMSNorm.backward
+    monkeypatch.setattr(
+        FrozenRMSNorm,
+        "backward",
+        staticmethod(lambda ctx, *grads: (plain(ctx, *grads)[0] * 2, None, None)),
+    )
+
+
 def unshifted_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = fast.causal_loss
     monkeypatch.setattr(
@@ -194,6 +205,7 @@ def unshifted_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (wrong_scale, "linear"),
         (wrong_gradient, "linear"),
+        (norm_with_a_wrong_gradient, "norm"),
         (documents_that_mix, "attention"),
         (unshifted_labels, "loss"),
     ],
@@ -208,6 +220,9 @@ def test_a_path_that_is_wrong_is_taken_out(
     break_it(monkeypatch)
     plain = make_fast(model)
     assert plain.keys() == {part}
+    # What was right stays in.
+    kept = {patch.part_of(module) for module in model.modules()} - {None}
+    assert kept == {"linear", "norm", "loss" if part != "loss" else "attention"} - {part}
     flat = part != "attention"
     found = result(model, (in_one_row if flat else collator(0))(some_rows()))
     assert found[0] == pytest.approx(expected[0], rel=1e-2)

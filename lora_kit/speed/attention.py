@@ -19,10 +19,10 @@ NAME = "lora_kit"
 _BLOCK = 128  # queries at once
 # Probabilities take tokens / 2 values a token and head: kept up to here, about what a layer keeps.
 _KEPT = 1024
-# What may be handed over without changing the arithmetic below; anything else (softcap, sinks, a
-# position bias) is not computed here.
 _SLIDING = "sliding_attention"
 _KINDS = ("full_attention", _SLIDING)
+# What may be handed over without changing the arithmetic below; anything else (softcap, sinks, a
+# position bias) is not computed here.
 _HARMLESS = {
     *("position_ids", "use_cache", "cache_position", "past_key_values", "is_causal"),
     *("num_items_in_batch", "output_attentions", "output_hidden_states", "position_embeddings"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ import torch
 from lora_kit.data.labelled import collator, in_one_row
 from lora_kit.speed import attention, linear, norm
 from lora_kit.speed.loss import causal_loss
+from lora_kit.speed.patch import part_of, put_in, take_out
+from lora_kit.speed.prefix import causal_model
 
 # Relative differences that rounding explains, of the loss and of all gradients together; a wrong
 # scale, mask or term is larger.
@@ -74,66 +75,58 @@ def _dtype(model: Any) -> torch.dtype:
     return found
 
 
-def _causal(model: Any) -> Any:
-    """transformers' own model inside PEFT's."""
-    return getattr(model, "get_base_model", lambda: model)()
-
-
 def _install_attention(model: Any) -> bool:
-    whole = _causal(model)
+    whole = causal_model(model)
     by_interface = getattr(whole, "_supports_attention_backend", False)
-    hooked = "forward" in vars(whole)  # by another library
+    hooked = part_of(whole) is not None  # by another library
     if hooked or not by_interface or whole.config._attn_implementation != "sdpa":
         return False
     attention.register()
     whole.set_attn_implementation(attention.NAME)
-    _with_forward(whole, _without_padding)
+    _with_forward(whole, _without_padding, "attention")
     return True
 
 
 def _remove_attention(model: Any) -> None:
-    whole = _causal(model)
+    whole = causal_model(model)
     if whole.config._attn_implementation == attention.NAME:
         whole.set_attn_implementation("sdpa")
-        del whole.forward
+        take_out(model, "attention")
 
 
 def _install_loss(model: Any) -> bool:
-    whole = _causal(model)
+    whole = causal_model(model)
     head = whole.get_output_embeddings()
     simple = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
     # A mixture of experts may add a loss of its own.
     adds = getattr(whole.config, "output_router_logits", False)
-    hooked = "forward" in vars(whole) and not getattr(whole.forward, "quick", False)
+    hooked = part_of(whole) not in (None, "attention")
     if hooked or adds or not simple or not _is_only_the_head(whole, head):
         return False
-    _with_forward(whole, _with_own_loss)
+    _with_forward(whole, _with_own_loss, "loss")
     return True
 
 
 def _remove_loss(model: Any) -> None:
-    whole = _causal(model)
-    if getattr(vars(whole).get("forward"), "quick", False):
-        del whole.forward
+    whole = causal_model(model)
+    take_out(model, "loss")
     if whole.config._attn_implementation == attention.NAME:
-        _with_forward(whole, _without_padding)
+        _with_forward(whole, _without_padding, "attention")
 
 
 # In the order in which they are put in; the last two change the forward of the whole model.
 PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
-    "linear": (linear.install, linear.remove),
-    "norm": (norm.install, norm.remove),
+    "linear": (linear.install, functools.partial(take_out, part="linear")),
+    "norm": (norm.install, functools.partial(take_out, part="norm")),
     "attention": (_install_attention, _remove_attention),
     "loss": (_install_loss, _remove_loss),
 }
 
 
-def _with_forward(whole: Any, make: Callable[..., Callable[..., Any]]) -> None:
+def _with_forward(whole: Any, make: Callable[..., Callable[..., Any]], part: str) -> None:
     """Give a model another forward, with the signature of its class's own."""
     plain = type(whole).forward
-    forward = functools.wraps(plain)(make(plain))
-    forward.quick = True  # type: ignore[attr-defined]
-    whole.forward = MethodType(forward, whole)
+    put_in(whole, functools.wraps(plain)(make(plain)), part)
 
 
 def _without_padding(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,7 +210,7 @@ def _probe(model: Any, flat: bool) -> tuple[float, torch.Tensor]:
     device = model.get_input_embeddings().weight.device
     noise = torch.Generator().manual_seed(0)
     most = model.get_input_embeddings().weight.shape[0]
-    lengths = _lengths(_causal(model).config.get_text_config())
+    lengths = _lengths(causal_model(model).config.get_text_config())
     rows = [torch.randint(0, most, (n,), generator=noise).numpy() for n in lengths]
     examples = [{"input_ids": row, "labels": row.copy()} for row in rows]
     batch = in_one_row(examples) if flat else collator(0)(examples)

@@ -9,10 +9,11 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685).
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
+
+from lora_kit.speed.patch import part_of, put_in
 
 Dense = Callable[[torch.dtype], torch.Tensor]
 
@@ -78,18 +79,11 @@ def install(model: Any) -> int:
     changed = 0
     modules: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for module in modules:
-        hooked = "forward" in vars(module)  # by another library
-        if not hooked and (dense := _dense(module)) is not None:
-            module.forward = MethodType(_forward(module.forward, dense), module)
+        free = part_of(module) is None  # no other library's hook is in it
+        if free and (dense := _dense(module)) is not None:
+            put_in(module, _forward(module.forward, dense), "linear")
             changed += 1
     return changed
-
-
-def remove(model: Any) -> None:
-    """Undo `install`."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "quick", False):
-            del module.forward
 
 
 def _dense(layer: Any) -> Dense | None:
@@ -126,5 +120,4 @@ def _forward(plain: Callable[..., Any], dense: Dense) -> Callable[..., torch.Ten
         bias = self.get_base_layer().bias
         return LoraLinear.apply(x, seen, dense, bias, A, B, self.scaling[name])
 
-    forward.quick = True  # type: ignore[attr-defined]
     return forward

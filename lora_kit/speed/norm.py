@@ -6,10 +6,11 @@ states in the model's own dtype.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
+
+from lora_kit.speed.patch import part_of, put_in
 
 
 class FrozenRMSNorm(torch.autograd.Function):
@@ -43,20 +44,13 @@ def install(model: Any) -> int:
     changed = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        hooked = "forward" in vars(module)  # by another library
-        if type(module).__name__.endswith("RMSNorm") and weight is not None and not hooked:
+        free = part_of(module) is None  # no other library's hook is in it
+        if type(module).__name__.endswith("RMSNorm") and weight is not None and free:
             epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
             if epsilon is not None and not weight.requires_grad and _same(module, weight, epsilon):
-                module.forward = MethodType(_forward(module.forward, epsilon), module)
+                put_in(module, _forward(module.forward, epsilon), "norm")
                 changed += 1
     return changed
-
-
-def remove(model: Any) -> None:
-    """Undo `install`."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "quick", False):
-            del module.forward
 
 
 def _same(module: Any, weight: torch.Tensor, epsilon: float) -> bool:
@@ -76,5 +70,4 @@ def _forward(plain: Any, epsilon: float) -> Any:
         out: torch.Tensor = FrozenRMSNorm.apply(x, self.weight, epsilon)
         return out
 
-    forward.quick = True  # type: ignore[attr-defined]
     return forward

@@ -39,7 +39,7 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     """The layers of a causal language model, PEFT's or transformers'; empty where unknown."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    whole = _causal(model)
+    whole = causal_model(model)
     count = whole.config.get_text_config().num_hidden_layers
     lists = [m for m in whole.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
     for some in lists:
@@ -52,7 +52,7 @@ def first_trained_layer(model: Any) -> int:
     """How many layers, from the first on, lie below everything that trains: 0 where embeddings
     train, or anything else that is neither in a layer nor in the head alone."""
     layers = decoder_layers(model)
-    whole = _causal(model)
+    whole = causal_model(model)
     place = {id(p): len(layers) for p in whole.get_output_embeddings().parameters()}
     place |= {id(p): 0 for p in whole.get_input_embeddings().parameters()}
     for number, layer in reversed(list(enumerate(layers))):
@@ -61,7 +61,7 @@ def first_trained_layer(model: Any) -> int:
     return min(trained, default=len(layers))
 
 
-def _causal(model: Any) -> Any:
+def causal_model(model: Any) -> Any:
     """transformers' own model inside PEFT's."""
     return getattr(model, "get_base_model", lambda: model)()
 
@@ -266,7 +266,7 @@ class Prefix:
     def _about(self, rows: Labelled | Packed) -> dict[str, Any]:
         """Everything that decides the states. The weights as they are in memory: an adapter that a
         run starts from may have changed those on disk."""
-        config = _causal(self.model).config
+        config = causal_model(self.model).config
         above = decoder_layers(self.model)[len(self.layers) :]
         other = {id(p) for p in above.parameters()}
         tensors = self.model.state_dict(keep_vars=True).values()
