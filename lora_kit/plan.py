@@ -191,8 +191,7 @@ class _Planning:
         self.works: dict[tuple[int, int], Work] = {}
         self.lengths = data.rows("train").lengths  # of documents
         self.bins = data.train.bins if isinstance(data.train, Packed) else None
-        rows = [self.lengths[some].sum() for some in self.bins] if self.bins else self.lengths
-        self.tokens = np.minimum(rows, run.train.max_length)  # of rows
+        self.tokens = np.minimum(data.train.lengths, run.train.max_length)  # of rows
 
     def documents(self, row: int) -> list[int]:
         """The tokens of each document in a row."""

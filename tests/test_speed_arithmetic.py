@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lora_kit.speed.attention import DocumentAttention, attention
+from lora_kit.speed.attention import DocumentAttention, _blocks, attention, room_for
 from lora_kit.speed.linear import LoraLinear
 from lora_kit.speed.loss import causal_loss
 from lora_kit.speed.norm import FrozenRMSNorm
@@ -92,13 +92,13 @@ def test_the_loss_of_a_frozen_head(
 ) -> None:
     from lora_kit.speed import loss
 
-    monkeypatch.setattr(
-        loss, "_VALUES_AT_ONCE", {"cpu": 7 * 301}
-    )  # chunks of seven, the last short
+    # Chunks of 32, the last one of less, in parts of seven.
+    monkeypatch.setattr(loss, "_VALUES_AT_ONCE", {"cpu": 40 * 301})
+    monkeypatch.setattr(loss, "_FLOATS_AT_ONCE", {"cpu": 7 * 301})
     head = (rows(301, 32, seed=1) / 3).to(dtype)
-    labels = torch.randint(0, 301, (2, 20), generator=torch.Generator().manual_seed(2))
+    labels = torch.randint(0, 301, (2, 60), generator=torch.Generator().manual_seed(2))
     labels[0, :9] = -100
-    labels[1, 15:] = -100
+    labels[1, 45:] = -100  # 95 are left
 
     def own(hidden: torch.Tensor) -> torch.Tensor:
         return causal_loss(hidden, head, labels, items)
@@ -108,7 +108,7 @@ def test_the_loss_of_a_frozen_head(
         total = functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
         return total / (items or int((labels[:, 1:] != -100).sum()))
 
-    compare(own, reference, [rows(2, 20, 32)], [dtype], ALLOWED[dtype])
+    compare(own, reference, [rows(2, 60, 32)], [dtype], ALLOWED[dtype])
 
 
 def test_an_improbable_label_costs_what_it_should() -> None:
@@ -144,12 +144,14 @@ def test_attention_of_documents(
     if window is not None:
         seen &= place[:, None] - place < window
 
-    def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def own(*learned: torch.Tensor) -> torch.Tensor:
+        after = (0, 0, 0, room_for(documents) - tokens)
+        q, k, v = (functional.pad(x, after, value=2.0)[None] for x in learned)
         out, _ = attention(
-            None, q[None], k[None], v[None], None,
-            documents=documents, scaling=0.3, sliding_window=window,
-        )  # fmt: skip
-        return out[0].transpose(0, 1)
+            None, q, k, v, None, documents=documents, scaling=0.3, sliding_window=window
+        )
+        assert not out[0, tokens:].any()
+        return out[0, :tokens].transpose(0, 1)
 
     def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         each = (x.repeat_interleave(4 // groups, 0) for x in (k, v))
@@ -167,7 +169,7 @@ def test_probabilities_of_short_documents_are_kept_those_of_long_ones_are_not() 
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: sizes.append(t.numel()) or t, lambda t: t
         ):
-            DocumentAttention.apply(q, k, v, documents, 1.0, None)
+            DocumentAttention.apply(q, k, v, documents, 1.0, None, 1)
         return sum(sizes) - 3 * q.numel()
 
     assert kept([100, 28]) == 2 * (100 * 100 + 28 * 28)
@@ -194,3 +196,20 @@ def test_a_frozen_norm(dtype: Any, mixed: bool) -> None:
             return FrozenRMSNorm.apply(x, weight, 1e-3)
 
     compare(own, reference, [rows(3, 5, 64)], [dtype], ALLOWED[dtype])
+
+
+def test_lengths_of_blocks_and_rows_come_again() -> None:
+    """Each new shape would be prepared for, and what was prepared kept."""
+    shapes = {
+        (block.queries.stop - block.queries.start, block.keys.stop - block.keys.start)
+        for length in range(1, 1001)
+        for block in _blocks([length, 5], None, 32)
+    }
+    assert len(shapes) == 32
+    rooms = {room_for([length]) for length in range(1, 4097)}
+    assert len(rooms) <= 7 * 16
+    assert all(n <= room_for([n]) <= max(n + 32, n * 17 / 16 + 32) for n in range(1, 4097))
+    # A block may reach over the ends of several documents, not over that of the row.
+    for documents in ([33, 1], [300, 1, 2, 3], [31, 33, 257]):
+        blocks = _blocks(documents, None, 32)
+        assert max(block.queries.stop for block in blocks) <= room_for(documents)

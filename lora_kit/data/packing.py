@@ -79,6 +79,11 @@ class Packed:
         }
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.array([self.rows.lengths[some].sum() for some in self.bins])
+
+    @property
     def fill(self) -> float:
         """The share of the rows that is tokens."""
         return self.rows.tokens / max(1, len(self.bins) * self.room)

@@ -17,6 +17,7 @@ import shlex
 import socket
 import socketserver
 import sys
+import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -30,7 +31,7 @@ from lora_kit.adapter.loaders import vllm_rank
 from lora_kit.base.load import quiet_libraries
 from lora_kit.base.pin import Pinned
 from lora_kit.data.cache import key_of, prepared
-from lora_kit.errors import LoraKitError, UserError
+from lora_kit.errors import UserError
 from lora_kit.run import read_lock
 from lora_kit.ship.gguf import Kind, needs_untied, open_source, write_adapter, write_model
 from lora_kit.ship.llama_cpp import ALIAS, need_llama_cpp, open_server
@@ -97,8 +98,14 @@ def serve(
         llama = [open_server(base / "base.gguf", files, *engine)]
         stack.callback(llama.clear)  # its threads end with the object, if no answer is waited for
         stack.callback(front.hang_up)
+        # A signal is raised in the main thread: it waits there, and is within nothing. It looks up
+        # now and then, because the kernel may hand the signal to another thread.
+        answering = threading.Thread(target=front.serve_forever, daemon=True)
+        answering.start()
+        stack.callback(front.shutdown)
         print(_welcome(front, pinned, runs[0]), flush=True)
-        front.serve_forever()
+        while answering.is_alive():
+            answering.join(0.2)
 
 
 def open_runs(runs: Sequence[Path]) -> tuple[Pinned, dict[str, Adapter | None], Any]:
@@ -200,8 +207,6 @@ class _Front(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is none; of ours, one line without what was asked."""
         error = sys.exc_info()[1]
-        if isinstance(error, LoraKitError):
-            raise error  # the signal that ends the server, wherever it met the main thread
         if not isinstance(error, OSError):
             print(f"a request failed: {type(error).__name__}", file=sys.stderr, flush=True)
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 NAME = "lora_kit"
-_BLOCK = 128  # queries at once
+_BLOCK = 256  # queries at once
+# What a CPU's products are prepared for is kept by shape, at half a megabyte each: blocks come in
+# multiples of so many tokens, and rows in sixteen lengths between a power of two and the next.
+_MULTIPLE = 32
 # Probabilities take tokens / 2 values a token and head: kept up to here, about what a layer keeps.
 _KEPT = 1024
 _SLIDING = "sliding_attention"
@@ -28,13 +31,17 @@ _HARMLESS = {
     *("num_items_in_batch", "output_attentions", "output_hidden_states", "position_embeddings"),
 }
 
+_States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
+
 
 class DocumentAttention(torch.autograd.Function):
     """softmax(scale Q K' + causal mask) V in each document.
 
     Args (of `apply`):
         q: (heads, tokens, size). k, v: (groups, tokens, size); heads is a multiple of groups.
-        documents: their lengths, which add up to `tokens`. window: of sliding attention, or None.
+        documents: their lengths; what comes after them gets zeros.
+        window: of sliding attention, or None.
+        multiple: of which the lengths of blocks are; `room_for` says how many tokens they reach.
 
     Returns:
         (heads, tokens, size)
@@ -49,49 +56,75 @@ class DocumentAttention(torch.autograd.Function):
         documents: Sequence[int],
         scale: float,
         window: int | None,
+        multiple: int,
     ) -> torch.Tensor:
         out = torch.empty_like(q)
         kept: list[torch.Tensor] = []
         recorded = any(ctx.needs_input_grad)
-        for queries, keys, short in _blocks(documents, window):
-            weights = _probabilities(q[:, queries], k[:, keys], queries, keys, scale, window)
-            out[:, queries] = (weights @ v[:, keys]).view(out[:, queries].shape)
-            if short and recorded:
+        blocks = _blocks(documents, window, multiple)
+        for block in blocks:
+            weights = _probabilities(q, k, block, scale, window)
+            some = out[:, block.queries]
+            some.copy_((weights @ v[:, block.keys]).view(some.shape))
+            if block.kept and recorded:
                 kept.append(weights)
+        out[:, sum(documents) :] = 0
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.rest = documents, scale, window
+        ctx.rest = blocks, sum(documents), scale, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        documents, scale, window = ctx.rest
+        blocks, end, scale, window = ctx.rest
         given = iter(kept)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys, short in _blocks(documents, window):
-            some = q[:, queries]
-            weights = (
-                next(given)
-                if short
-                else _probabilities(some, k[:, keys], queries, keys, scale, window)
-            )
+        for block in blocks:
+            queries, keys, some = block.queries, block.keys, q[:, block.queries]
+            weights = next(given) if block.kept else _probabilities(q, k, block, scale, window)
             grad = _by_group(grads[0][:, queries], len(k))
             dv[:, keys] += weights.mT @ grad
             inner = torch._softmax_backward_data(grad @ v[:, keys].mT, weights, -1, weights.dtype)
             dq[:, queries] = (inner @ k[:, keys]).view(some.shape).mul_(scale)
             dk[:, keys].baddbmm_(inner.mT, _by_group(some, len(k)), alpha=scale)
-        return dq, dk, dv, None, None, None
+        dq[:, end:] = 0
+        return dq, dk, dv, None, None, None, None
 
 
-def _blocks(documents: Sequence[int], window: int | None) -> list[tuple[slice, slice, bool]]:
-    """(queries, keys that any of them may see, whether the document is a short one)."""
+class _Block(NamedTuple):
+    """Queries of a document, and the keys that any of them may see.
+
+    To come to a multiple it may reach over the document's end. Keys there are hidden as all later
+    ones are; of queries there, all but the first `own`, the probabilities are zeros, and what they
+    give is overwritten by their own block, which comes later.
+    """
+
+    queries: slice
+    keys: slice
+    own: int
+    kept: bool  # of a short document: its probabilities
+
+
+def _blocks(documents: Sequence[int], window: int | None, multiple: int) -> list[_Block]:
     blocks = []
     for length, end in zip(documents, accumulate(documents), strict=True):
         for first in range(end - length, end, _BLOCK):
-            last = min(first + _BLOCK, end)
+            own = min(_BLOCK, end - first)
+            last = first + _up(own, multiple)
             seen = end - length if window is None else max(end - length, first - window + 1)
-            blocks.append((slice(first, last), slice(seen, last), length <= _KEPT))
+            blocks.append(_Block(slice(first, last), slice(seen, last), own, length <= _KEPT))
     return blocks
+
+
+def _up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def room_for(documents: Sequence[int]) -> int:
+    """The tokens of a row on a CPU, padding after the documents included."""
+    ends = zip(documents, accumulate(documents), strict=True)
+    reached = max(end - length + _up(length, _MULTIPLE) for length, end in ends)
+    return _up(reached, max(_MULTIPLE, 1 << max(0, reached.bit_length() - 5)))
 
 
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -100,15 +133,11 @@ def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _probabilities(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    queries: slice,
-    keys: slice,
-    scale: float,
-    window: int | None,
+    q: torch.Tensor, k: torch.Tensor, block: _Block, scale: float, window: int | None
 ) -> torch.Tensor:
     """(groups, heads / groups * queries, keys)"""
-    scores = (_by_group(q, len(k)) * scale) @ k.mT
+    queries, keys = block.queries, block.keys
+    scores = (_by_group(q[:, queries], len(k)) * scale) @ k[:, keys].mT
     # The last keys are the block's own; the ones before are all seen, unless a window ends.
     masked = queries.start if window is None else keys.start
     place = torch.arange(queries.start, queries.stop, device=q.device)[:, None]
@@ -117,8 +146,12 @@ def _probabilities(
     if window is not None:
         hidden |= other <= place - window
     each = scores.view(len(k), -1, len(place), scores.shape[-1])
-    each[..., masked - keys.start :].masked_fill_(hidden, float("-inf"))
-    return torch.softmax(scores, -1)
+    # Adding is quicker than filling where a mask says so.
+    each[..., masked - keys.start :] += scores.new_zeros(()).masked_fill(hidden, float("-inf"))
+    weights = torch.softmax(scores, -1)
+    if block.own < len(place):
+        weights.view(each.shape)[:, :, block.own :] = 0
+    return weights
 
 
 def attention(
@@ -156,12 +189,8 @@ def attention(
     if (kind := _kind(module)) not in _KINDS or (kind == _SLIDING and sliding_window is None):
         raise NotImplementedError(f"{kind} that only the mask knows of")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = query[0], key[0], value[0]
-    if q.is_cuda:
-        out = _on_gpu(q, k, v, documents, scale, sliding_window)
-    else:
-        out = _on_cpu(q, k, v, documents, scale, sliding_window)
-    return out[None], None
+    compute = _on_gpu if query.is_cuda else _on_cpu
+    return compute((query[0], key[0], value[0]), documents, scale, sliding_window)[None], None
 
 
 def _kind(module: Any) -> str:
@@ -176,14 +205,10 @@ def _kind(module: Any) -> str:
 
 
 def _on_cpu(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    documents: Sequence[int],
-    scale: float,
-    window: int | None,
+    states: _States, documents: Sequence[int], scale: float, window: int | None
 ) -> torch.Tensor:
     """(tokens, heads, size)"""
+    q, k, v = states
     heads, tokens, size = q.shape
     groups, count = len(k), len(documents)
     if k.dtype != torch.float32:
@@ -192,35 +217,33 @@ def _on_cpu(
         k = k - k.detach().float().mean(1, keepdim=True).to(k.dtype)
     alike = count > 1 and len(set(documents)) == 1
     if alike:  # all at once: each is a head of its own
-        length = documents[0]
-        q = q.reshape(groups, -1, count, length, size).transpose(1, 2).reshape(-1, length, size)
-        k, v = (x.reshape(groups * count, length, size) for x in (k, v))
+        length, end = documents[0], sum(documents)
+        q = q[:, :end].reshape(groups, -1, count, length, size).transpose(1, 2)
+        q = q.reshape(-1, length, size)
+        k, v = (x[:, :end].reshape(groups * count, length, size) for x in (k, v))
         documents = documents[:1]
-    out: torch.Tensor = DocumentAttention.apply(q, k, v, documents, scale, window)
+    multiple = 1 if alike else _MULTIPLE
+    out: torch.Tensor = DocumentAttention.apply(q, k, v, documents, scale, window, multiple)
     if alike:
-        out = out.view(groups, count, -1, length, size).transpose(1, 2).reshape(heads, tokens, size)
+        out = out.view(groups, count, -1, length, size).transpose(1, 2).reshape(heads, end, size)
+        out = torch.nn.functional.pad(out, (0, 0, 0, tokens - end))
     return out.transpose(0, 1)
 
 
 def _on_gpu(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    documents: Sequence[int],
-    scale: float,
-    window: int | None,
+    states: _States, documents: Sequence[int], scale: float, window: int | None
 ) -> torch.Tensor:
     """(tokens, heads, size)"""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.tensor([0, *accumulate(documents)], dtype=torch.int32).to(
-        q.device, non_blocking=True
+        states[0].device, non_blocking=True
     )
     longest = max(documents)
     # A window of w tokens, the own one among them, is w - 1 to the left.
     sides = (-1 if window is None else window - 1, 0)
-    query, key, value = (x.transpose(0, 1).contiguous() for x in (q, k, v))
-    grouped = len(q) != len(k)
+    query, key, value = (x.transpose(0, 1).contiguous() for x in states)
+    grouped = len(states[0]) != len(states[1])
     out: Any = varlen_attn(
         query, key, value, ends, ends, longest, longest,
         scale=scale, window_size=sides, enable_gqa=grouped,

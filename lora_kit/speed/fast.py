@@ -7,13 +7,14 @@ or gradients differ by more than rounding.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from lora_kit.data.labelled import collator, in_one_row
+from lora_kit.data.labelled import IGNORED, collator, in_one_row
 from lora_kit.speed import attention, linear, norm
 from lora_kit.speed.loss import causal_loss
 from lora_kit.speed.patch import part_of, put_in, take_out
@@ -131,7 +132,7 @@ def _with_forward(whole: Any, make: Callable[..., Callable[..., Any]], part: str
 
 def _without_padding(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, **inputs: Any) -> Any:
-        return plain(self, **_masked(inputs))
+        return plain(self, **_alone(inputs))
 
     return forward
 
@@ -141,24 +142,34 @@ def _with_own_loss(plain: Callable[..., Any]) -> Callable[..., Any]:
         from transformers.modeling_outputs import CausalLMOutput
 
         if args or inputs.get("labels") is None:
-            return plain(self, *args, **_masked(inputs))
+            return plain(self, *args, **_alone(inputs))
         labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
         places = inputs.pop("places", None)
         # A cache would keep all keys and values, and hide packed documents from each other's mask.
         inputs["use_cache"] = False
-        hidden = self.base_model(**_masked(inputs))[0]
+        hidden = self.base_model(**_alone(inputs))[0]
         head = self.get_output_embeddings().weight
         return CausalLMOutput(loss=causal_loss(hidden, head, labels, items, places))
 
     return forward
 
 
-def _masked(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A batch with `documents` gets a mask of four dimensions, which transformers hands through:
-    it would make one of (tokens, tokens) that nothing reads."""
-    if inputs.get("documents") is not None:
+def _alone(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the model itself takes of a batch.
+
+    One with `documents` gets a mask of four dimensions, which transformers hands through: it would
+    make one of (tokens, tokens) that nothing reads. On a CPU it is padded to a length that comes
+    again: each new one would be prepared for.
+    """
+    documents = inputs.get("documents")
+    if documents is not None:
         inputs["attention_mask"] = torch.empty(1, 1, 1, 0)
         inputs["use_cache"] = False
+        if not inputs["input_ids"].is_cuda:
+            more = attention.room_for(documents) - sum(documents)
+            for name, value in (("input_ids", 0), ("position_ids", 0), ("labels", IGNORED)):
+                if inputs.get(name) is not None:
+                    inputs[name] = torch.nn.functional.pad(inputs[name], (0, more), value=value)
     return {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}
 
 
@@ -178,31 +189,27 @@ def _is_only_the_head(whole: Any, head: torch.nn.Linear) -> bool:
     return logits is made[-1]
 
 
-class _loud_adapter:
+@contextlib.contextmanager
+def _loud_adapter(model: Any) -> Iterator[None]:
     """While it lasts B is random, so that A has a gradient; afterwards all is as it was."""
-
-    def __init__(self, model: Any) -> None:
-        named = model.named_parameters()
-        self.trained = [(n, p) for n, p in named if p.requires_grad]
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.before = [parameter.detach().clone() for _, parameter in self.trained]
-        self.training = self.model.training
-        self.model.eval()  # no dropout, no checkpoints
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    before = [parameter.detach().clone() for _, parameter in trained]
+    training = model.training
+    model.eval()  # no dropout, no checkpoints
+    try:
         with torch.no_grad():
-            for number, (name, parameter) in enumerate(self.trained):
+            for number, (name, parameter) in enumerate(trained):
                 if "lora_" in name:
                     noise = torch.Generator().manual_seed(number)
                     random = torch.randn(parameter.shape, generator=noise) * 0.02
                     parameter.add_(random.to(parameter))
-
-    def __exit__(self, *_: Any) -> None:
+        yield
+    finally:
         with torch.no_grad():
-            for (_, parameter), before in zip(self.trained, self.before, strict=True):
-                parameter.copy_(before)
+            for (_, parameter), value in zip(trained, before, strict=True):
+                parameter.copy_(value)
                 parameter.grad = None
-        self.model.train(self.training)
+        model.train(training)
 
 
 def _probe(model: Any, flat: bool) -> tuple[float, torch.Tensor]:

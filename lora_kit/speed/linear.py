@@ -41,11 +41,13 @@ class LoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if seen is x else seen.reshape(rows.shape)
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        weight = dense(x.dtype)
-        y = rows @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), rows, weight.t())
-        inner = seen @ A.t()  # (rows, r)
-        y.addmm_(inner, B.t(), alpha=scale)
+        # Thin products are bound by memory: A is laid out as it is read, and the large product adds
+        # to the small one instead of being read and written again.
+        A = x.new_empty(A.shape[::-1]).copy_(A.t()).t()
+        B = B.to(x.dtype)
+        inner = (seen @ A.t()).mul_(scale)  # (rows, r)
+        y = inner @ B.t() if bias is None else torch.addmm(bias.to(x.dtype), inner, B.t())
+        y.addmm_(rows, dense(x.dtype).t())
         ctx.save_for_backward(seen, inner, A, B)
         ctx.dense, ctx.scale, ctx.shape, ctx.same = dense, scale, x.shape, seen is rows
         return y.view(*x.shape[:-1], -1)
@@ -54,17 +56,16 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         seen, inner, A, B = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        inward = grad @ B  # (rows, r)
-        grad_b = (grad.t() @ inner).float().mul_(ctx.scale)
-        grad_a = (inward.t() @ seen).float().mul_(ctx.scale)
+        inward = (grad @ B).mul_(ctx.scale)  # (rows, r)
+        grad_b = (inner.t() @ grad).t().float()
+        grad_a = (inward.t() @ seen).float()
         grad_x = grad_seen = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.dense(grad.dtype)
+            weight = ctx.dense(grad.dtype)
             if ctx.same:
-                grad_x.addmm_(inward, A, alpha=ctx.scale)
+                grad_x = (inward @ A).addmm_(grad, weight).view(ctx.shape)
             else:
-                grad_seen = (inward @ A).mul_(ctx.scale).view(ctx.shape)
-            grad_x = grad_x.view(ctx.shape)
+                grad_x, grad_seen = (grad @ weight).view(ctx.shape), (inward @ A).view(ctx.shape)
         return grad_x, grad_seen, None, None, grad_a, grad_b, None
 
 

@@ -94,11 +94,14 @@ class Store:
         return states[None]
 
     def write(self, rows: Sequence[int], states: torch.Tensor) -> None:
-        """Keep (1, tokens, width). Batches with NaN or infinite states are not kept."""
+        """Keep (1, tokens, width), what comes after the rows left out. Batches with NaN or infinite
+        states are not kept."""
         if not self.grows or not bool(torch.isfinite(states).all()):
             return
+        count = int(self.lengths[list(rows)].sum())
+        states = states[:, :count]
         try:
-            wanted = (1, int(self.lengths[list(rows)].sum()), self.width, self.dtype)
+            wanted = (1, count, self.width, self.dtype)
             if (*states.shape, states.dtype) != wanted:
                 raise OSError(0, f"{(*states.shape, states.dtype)} instead of {wanted}")
             for row, part in self._parts(rows, states[0].detach().cpu().contiguous()):
@@ -170,7 +173,9 @@ class Prefix:
                 return out
             states = args[0] if args else kwargs["hidden_states"]
             if last:
+                padding = states.shape[1] - self._kept.shape[1]
                 states = self._kept.to(states.device, non_blocking=True)
+                states = torch.nn.functional.pad(states, (0, 0, 0, padding))
             return (states,) if self._gives_tuples else states
 
         return forward
@@ -207,15 +212,14 @@ class Prefix:
         earlier = held is not None and held.st_size > 0
         if passes <= 1 and not earlier:
             return "; what they give is not kept: each row is seen once"
-        lengths = _lengths(rows)
-        needed = int(lengths.sum()) * states[0, 0].nbytes
+        needed = int(rows.lengths.sum()) * states[0, 0].nbytes
         free = shutil.disk_usage(file.parent).free + (held.st_blocks * 512 if held else 0)
         room = min(MOST_BYTES, int(SHARE_OF_FREE * free))
         size = f"{needed / 2**20:,.0f} MiB"
         if needed > room:
             size += f", of {room / 2**20:,.0f} that may be taken"
             return f"; what they give is not kept: {size}"
-        self.store = Store(file, lengths, states.shape[-1], states.dtype)
+        self.store = Store(file, rows.lengths, states.shape[-1], states.dtype)
         used = "an earlier run's is used" if earlier else "later epochs skip them"
         return f"; what they give is kept ({size}): {used}"
 
@@ -234,7 +238,7 @@ class Prefix:
             torch.manual_seed(0)  # LoRA's own dropout is the same each time
             given: Any = {"input_ids": ids, "position_ids": positions, "documents": lengths}
             found: torch.Tensor = self.model(**given, use_cache=False).logits
-            return found
+            return found[:, : sum(lengths)]
 
         hook = self.layers[-1].register_forward_hook(
             lambda _, __, out: seen.append((out, _random_state(device)))
@@ -251,6 +255,7 @@ class Prefix:
                 if not torch.equal(after, _random_state(device)):
                     return "they draw random numbers (dropout)"
                 states, self._gives_tuples = _states(out), isinstance(out, tuple)
+                states = states[:, : len(a) + len(b)]
                 with self.batch(()):
                     self._kept = torch.cat(states.split([len(a), len(b)], 1)[::-1], 1)
                     found = logits(b, a)
@@ -300,10 +305,3 @@ def _sum(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _random_state(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _lengths(rows: Labelled | Packed) -> np.ndarray:
-    """Tokens of each row."""
-    if isinstance(rows, Packed):
-        return np.array([rows.rows.lengths[row].sum() for row in rows.bins])
-    return rows.lengths

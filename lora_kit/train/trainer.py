@@ -217,7 +217,7 @@ class LoraTrainer(Trainer):
         rows: Any = self.eval_dataset
         size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
         starts = range(0, len(rows), size)
-        order = sorted(range(len(rows)), key=lambda n: len(rows[n]["labels"]))  # little padding
+        order = rows.lengths.argsort(kind="stable")  # little padding
         sums = torch.zeros(2, device=self.args.device)  # nats, labels
         self.model_wrapped.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
