@@ -92,9 +92,8 @@ def test_the_loss_of_a_frozen_head(
 ) -> None:
     from lora_kit.speed import loss
 
-    # Chunks of 32, the last one of less, in parts of seven.
-    monkeypatch.setattr(loss, "_VALUES_AT_ONCE", {"cpu": 40 * 301})
-    monkeypatch.setattr(loss, "_FLOATS_AT_ONCE", {"cpu": 7 * 301})
+    # Chunks of 32, in parts of seven.
+    monkeypatch.setattr(loss, "_AT_ONCE", {"cpu": (40 * 301, 7 * 301)})
     head = (rows(301, 32, seed=1) / 3).to(dtype)
     labels = torch.randint(0, 301, (2, 60), generator=torch.Generator().manual_seed(2))
     labels[0, :9] = -100

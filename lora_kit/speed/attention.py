@@ -9,7 +9,7 @@ torch's variable-length FlashAttention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -215,19 +215,15 @@ def _on_cpu(
         # Scores are rounded to 16 bits. What all keys have in common, as from a bias, adds the same
         # to all scores of a query, which softmax takes out again: taken out first, they are small.
         k = k - k.detach().float().mean(1, keepdim=True).to(k.dtype)
-    alike = count > 1 and len(set(documents)) == 1
-    if alike:  # all at once: each is a head of its own
-        length, end = documents[0], sum(documents)
-        q = q[:, :end].reshape(groups, -1, count, length, size).transpose(1, 2)
-        q = q.reshape(-1, length, size)
-        k, v = (x[:, :end].reshape(groups * count, length, size) for x in (k, v))
-        documents = documents[:1]
-    multiple = 1 if alike else _MULTIPLE
-    out: torch.Tensor = DocumentAttention.apply(q, k, v, documents, scale, window, multiple)
-    if alike:
-        out = out.view(groups, count, -1, length, size).transpose(1, 2).reshape(heads, end, size)
-        out = torch.nn.functional.pad(out, (0, 0, 0, tokens - end))
-    return out.transpose(0, 1)
+    compute: Callable[..., torch.Tensor] = DocumentAttention.apply
+    if count == 1 or len(set(documents)) > 1:
+        return compute(q, k, v, documents, scale, window, _MULTIPLE).transpose(0, 1)
+    length, end = documents[0], sum(documents)  # all at once: each is a head of its own
+    q = q[:, :end].reshape(groups, -1, count, length, size).transpose(1, 2)
+    k, v = (x[:, :end].reshape(groups * count, length, size) for x in (k, v))
+    out = compute(q.reshape(-1, length, size), k, v, documents[:1], scale, window, 1)
+    out = out.view(groups, count, -1, length, size).transpose(1, 2).reshape(heads, end, size)
+    return torch.nn.functional.pad(out, (0, 0, 0, tokens - end)).transpose(0, 1)
 
 
 def _on_gpu(

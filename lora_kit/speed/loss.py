@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-# Logits at once: 16 MiB of 16 bits on a CPU, 512 MiB in float32 on a GPU for its long products.
-_VALUES_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
-_MULTIPLE = 32  # of which the length of a chunk is, where there are as many
-# Of these in float32, so that a CPU finds them in its caches again.
-_FLOATS_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
+# Logits at once, and of them in float32: on a CPU 16 MiB of 16 bits, of which 2 MiB in float32 stay
+# in its caches; on a GPU, which wants long products, all of 2**27.
+_AT_ONCE = {"cpu": (2**23, 2**19), "cuda": (2**27, 2**27)}
+_MULTIPLE = 32  # of which their number is
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -25,23 +24,21 @@ class FrozenHeadLoss(torch.autograd.Function):
     Args (of `apply`):
         hidden: (tokens, width), what the head sees at labelled places. head: (vocabulary, width).
         targets: int64 (tokens,), the labels to be predicted there.
+        count: tokens that are learned from; those after them are for the shape's sake.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, count: int
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        kind = hidden.device.type
-        rows = _VALUES_AT_ONCE.get(kind, 2**23) // len(head) // _MULTIPLE * _MULTIPLE or _MULTIPLE
-        cached = max(1, _FLOATS_AT_ONCE.get(kind, 2**19) // len(head))
+        most, cached = _AT_ONCE.get(hidden.device.type, _AT_ONCE["cpu"])
+        rows = max(1, most // len(head) // _MULTIPLE) * _MULTIPLE
         for first in range(0, len(hidden), rows):
-            last = min(first + rows, len(hidden))
-            # The rest begins a little earlier, again: no new length each time.
-            chunk = slice(max(0, last - -(-(last - first) // _MULTIPLE) * _MULTIPLE), last)
+            chunk = slice(first, first + rows)
             logits, labels = hidden[chunk] @ head.t(), targets[chunk, None]
-            parts = (x.split(cached) for x in (logits, labels, losses[chunk]))
+            parts = (x.split(max(1, cached // len(head))) for x in (logits, labels, losses[chunk]))
             for some, right, loss in zip(*parts, strict=True):
                 p = torch.softmax(some, -1, dtype=torch.float32)
                 # By the likeliest token: the right one's may be too small for a logarithm.
@@ -51,13 +48,15 @@ class FrozenHeadLoss(torch.autograd.Function):
                     some.copy_(p.scatter_add_(1, right, p.new_full(right.shape, -1)))
             if gradient is not None:
                 torch.mm(logits.to(head.dtype), head, out=gradient[chunk])
-        ctx.save_for_backward(*[] if gradient is None else [gradient])
-        return losses.sum()
+        if gradient is not None:
+            gradient[count:] = 0
+            ctx.save_for_backward(gradient)
+        return losses[:count].sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None
 
 
 def causal_loss(
@@ -82,8 +81,11 @@ def causal_loss(
     targets = labels[:, 1:].reshape(-1)
     places = labelled_places(labels) if places is None else places
     before = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    total = FrozenHeadLoss.apply(before.index_select(0, places), head, targets[places])
-    loss: torch.Tensor = total / (len(places) if items is None else items)
+    count = len(places)
+    # A number that comes again: a CPU keeps what it prepares for each.
+    places = torch.cat([places, places[:1].expand(-count % _MULTIPLE)])
+    total = FrozenHeadLoss.apply(before.index_select(0, places), head, targets[places], count)
+    loss: torch.Tensor = total / (count if items is None else items)
     return loss
 
 
