@@ -83,7 +83,7 @@ class DocumentAttention(torch.autograd.Function):
             queries, keys, some = block.queries, block.keys, q[:, block.queries]
             weights = next(given) if block.kept else _probabilities(q, k, block, scale, window)
             grad = _by_group(grads[0][:, queries], len(k))
-            dv[:, keys] += weights.mT @ grad
+            dv[:, keys].baddbmm_(weights.mT, grad)
             inner = torch._softmax_backward_data(grad @ v[:, keys].mT, weights, -1, weights.dtype)
             dq[:, queries] = (inner @ k[:, keys]).view(some.shape).mul_(scale)
             dk[:, keys].baddbmm_(inner.mT, _by_group(some, len(k)), alpha=scale)
