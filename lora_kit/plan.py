@@ -322,6 +322,7 @@ def _on_meta(run: Run, folder: str) -> tuple[Any, dict[str, int], int, int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False)
+    model.config.pad_token_id = None  # some look for padding, in what has no content
     values = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     head, quantized = model.get_output_embeddings(), run.base.quantize != "none"

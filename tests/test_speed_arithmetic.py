@@ -117,6 +117,14 @@ def test_an_improbable_label_costs_what_it_should() -> None:
     assert float(causal_loss(hidden, head, torch.tensor([[0, 1]]))) == pytest.approx(300)
 
 
+def test_a_sure_token_costs_little_to_the_last_digit() -> None:
+    head = torch.eye(3)
+    hidden = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    labels = torch.tensor([[0, 0]])
+    right = functional.cross_entropy(hidden[0, :1], labels[0, 1:])
+    assert float(causal_loss(hidden, head, labels)) == pytest.approx(float(right), rel=1e-4)
+
+
 def test_a_batch_with_nothing_to_learn_has_no_gradient_and_no_nan() -> None:
     hidden = torch.ones(1, 4, 8, requires_grad=True)
     loss = causal_loss(hidden, torch.ones(5, 8), torch.full((1, 4), -100), 12)

@@ -39,6 +39,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"attention", "loss"},
     ),
     "doge": ({"keep_window_size": 12}, {"attention"}),
+    # Convolutions that look across the beginning of a document.
+    "lfm2": ({"layer_types": ["conv", "full_attention"], "block_ff_dim": 96}, {"attention"}),
+    # It takes attention's output for contiguous.
+    "jetmoe": ({"num_local_experts": 2, "kv_channels": 16}, set()),
 }
 
 
@@ -90,6 +94,15 @@ def test_loss_and_gradients_are_those_of_the_plain_path(family: str) -> None:
     found, other = result(model, (in_one_row if flat else collator(0))(some_rows()))
     assert found == pytest.approx(loss, rel=1e-5)
     assert float((other - gradient).norm() / gradient.norm()) < 1e-4
+
+
+def test_a_model_that_looks_across_documents_is_found_out() -> None:
+    """Also where that changes the gradients by less than rounding in 16 bits may."""
+    for family, apart in (("lfm2", False), ("llama", True), ("jetmoe", True)):
+        model = model_of(family)
+        for install, _ in fast.PARTS.values():
+            install(model)
+        assert fast._keeps_apart(model.eval()) is apart
 
 
 def test_every_quick_path_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:

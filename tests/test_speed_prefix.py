@@ -15,6 +15,7 @@ from trained import labelled
 from lora_kit.data.labelled import in_one_row
 from lora_kit.data.packing import Packed
 from lora_kit.speed import prefix as module
+from lora_kit.speed.fast import make_fast
 from lora_kit.speed.prefix import Prefix, first_trained_layer
 
 LAYERS = 4
@@ -148,6 +149,25 @@ def test_the_same_is_learned_and_the_layers_run_once(family: str, dtype: torch.d
     calls.new()
     same(train(again, rows, prefix), expected)
     assert calls.new() == [0, 0, 3 * batches, 3 * batches]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_kept_is_what_was_computed_though_rows_are_padded(family: str) -> None:
+    model, rows = adapted(family, base(family).to(torch.bfloat16)), data(2)
+    assert make_fast(model) == {}
+    prefix, calls = Prefix(model), Calls(model)
+    prefix.keep(rows, 3)
+    calls.new()
+    passes = []
+    for _ in range(2):
+        batch = in_one_row([rows[n] for n in (0, 1)])
+        model.zero_grad()
+        with prefix.batch([0, 1]):
+            loss = model(**batch).loss
+            loss.backward()
+        passes.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(passes[0], passes[1], rtol=0, atol=0)
+    assert calls.new() == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -212,11 +212,8 @@ def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
         return [batch]
     ends = np.cumsum(documents)
     last = int(np.argmin(abs(ends[:-1] - ends[-1] / 2))) + 1  # of documents in the first half
-    parts = []
-    for some, tokens in (
-        (slice(last), slice(int(ends[last - 1]))),
-        (slice(last, None), slice(int(ends[last - 1]), None)),
-    ):
+    cut, parts = int(ends[last - 1]), []
+    for some, tokens in ((slice(last), slice(cut)), (slice(last, None), slice(cut, None))):
         part = {k: batch[k][:, tokens] for k in ("input_ids", "labels", "position_ids")}
         places = (part["labels"][0, 1:] != IGNORED).nonzero().squeeze(1)
         parts.append({**part, "documents": documents[some], "places": places})

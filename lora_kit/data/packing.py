@@ -81,7 +81,8 @@ class Packed:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
-        return np.array([self.rows.lengths[some].sum() for some in self.bins])
+        lengths = self.rows.lengths
+        return np.array([lengths[some].sum() for some in self.bins])
 
     @property
     def fill(self) -> float:

@@ -31,7 +31,7 @@ from lora_kit.adapter.loaders import vllm_rank
 from lora_kit.base.load import quiet_libraries
 from lora_kit.base.pin import Pinned
 from lora_kit.data.cache import key_of, prepared
-from lora_kit.errors import UserError
+from lora_kit.errors import CheckFailed, UserError
 from lora_kit.run import read_lock
 from lora_kit.ship.gguf import Kind, needs_untied, open_source, write_adapter, write_model
 from lora_kit.ship.llama_cpp import ALIAS, need_llama_cpp, open_server
@@ -106,6 +106,7 @@ def serve(
         print(_welcome(front, pinned, runs[0]), flush=True)
         while answering.is_alive():
             answering.join(0.2)
+        raise CheckFailed("the server ended by itself: start it again")
 
 
 def open_runs(runs: Sequence[Path]) -> tuple[Pinned, dict[str, Adapter | None], Any]:

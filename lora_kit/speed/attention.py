@@ -124,7 +124,7 @@ def room_for(documents: Sequence[int]) -> int:
     """The tokens of a row on a CPU, padding after the documents included."""
     ends = zip(documents, accumulate(documents), strict=True)
     reached = max(end - length + _up(length, _MULTIPLE) for length, end in ends)
-    return _up(reached, max(_MULTIPLE, 1 << max(0, reached.bit_length() - 5)))
+    return _up(reached, max(_MULTIPLE, 1 << reached.bit_length() - 5))
 
 
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -149,8 +149,7 @@ def _probabilities(
     # Adding is quicker than filling where a mask says so.
     each[..., masked - keys.start :] += scores.new_zeros(()).masked_fill(hidden, float("-inf"))
     weights = torch.softmax(scores, -1)
-    if block.own < len(place):
-        weights.view(each.shape)[:, :, block.own :] = 0
+    weights.view(each.shape)[:, :, block.own :] = 0
     return weights
 
 
@@ -214,7 +213,8 @@ def _on_cpu(
     if k.dtype != torch.float32:
         # Scores are rounded to 16 bits. What all keys have in common, as from a bias, adds the same
         # to all scores of a query, which softmax takes out again: taken out first, they are small.
-        k = k - k.detach().float().mean(1, keepdim=True).to(k.dtype)
+        own = k[:, : sum(documents)].detach().float()
+        k = k - own.mean(1, keepdim=True).to(k.dtype)
     compute: Callable[..., torch.Tensor] = DocumentAttention.apply
     if count == 1 or len(set(documents)) > 1:
         return compute(q, k, v, documents, scale, window, _MULTIPLE).transpose(0, 1)
@@ -222,8 +222,9 @@ def _on_cpu(
     q = q[:, :end].reshape(groups, -1, count, length, size).transpose(1, 2)
     k, v = (x[:, :end].reshape(groups * count, length, size) for x in (k, v))
     out = compute(q.reshape(-1, length, size), k, v, documents[:1], scale, window, 1)
-    out = out.view(groups, count, -1, length, size).transpose(1, 2).reshape(heads, end, size)
-    return torch.nn.functional.pad(out, (0, 0, 0, tokens - end)).transpose(0, 1)
+    out = out.view(groups, count, -1, length, size).permute(1, 3, 0, 2, 4)
+    out = out.reshape(end, heads, size)
+    return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, tokens - end))
 
 
 def _on_gpu(

@@ -50,7 +50,7 @@ class LoraLinear(torch.autograd.Function):
         y.addmm_(rows, dense(x.dtype).t())
         ctx.save_for_backward(seen, inner, A, B)
         ctx.dense, ctx.scale, ctx.shape, ctx.same = dense, scale, x.shape, seen is rows
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:

@@ -33,7 +33,8 @@ class FrozenHeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        most, cached = _AT_ONCE.get(hidden.device.type, _AT_ONCE["cpu"])
+        planned = hidden.is_meta and torch.cuda.is_available()
+        most, cached = _AT_ONCE["cuda" if hidden.is_cuda or planned else "cpu"]
         rows = max(1, most // len(head) // _MULTIPLE) * _MULTIPLE
         for first in range(0, len(hidden), rows):
             chunk = slice(first, first + rows)
@@ -42,8 +43,8 @@ class FrozenHeadLoss(torch.autograd.Function):
             for some, right, loss in zip(*parts, strict=True):
                 p = torch.softmax(some, -1, dtype=torch.float32)
                 # By the likeliest token: the right one's may be too small for a logarithm.
-                log_sum = some.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
-                torch.sub(log_sum, some.gather(1, right), out=loss)
+                behind = some.amax(-1, keepdim=True).float() - some.gather(1, right)
+                torch.sub(behind, p.amax(-1, keepdim=True).log_(), out=loss)
                 if gradient is not None:  # that of the logits takes their place
                     some.copy_(p.scatter_add_(1, right, p.new_full(right.shape, -1)))
             if gradient is not None:

@@ -42,9 +42,9 @@ class Work:
     """One forward and backward pass of a micro-batch.
 
     Args:
-        tokens: padding included. peak: bytes alive at once, beside weights and adapter.
-        logits: the part of them that is as wide as the vocabulary. done: how often an operation of
-            (FLOPs, bytes read and written, dtype) is carried out.
+        tokens: of the batch as it is handed over. peak: bytes alive at once, beside weights and
+            adapter. logits: the part of them that is as wide as the vocabulary.
+        done: how often an operation of (FLOPs, bytes read and written, dtype) is carried out.
     """
 
     tokens: int
@@ -254,19 +254,20 @@ def count_attention(model: Any) -> bool:
 
 
 class _Flash(TorchFunctionMode):
-    """On the meta device torch would take the attention that keeps all probabilities; on a CPU and
-    a GPU it takes one that keeps none (Dao et al. 2022, arXiv:2205.14135)."""
+    """On the meta device torch would take the attention that keeps all probabilities, as a CPU does
+    with dropout; else it takes one that keeps none (Dao et al. 2022, arXiv:2205.14135)."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
+        dropped = kwargs.get("dropout_p", 0.0)
+        if func is not torch.nn.functional.scaled_dot_product_attention or dropped:
             return func(*args, **kwargs)
         mask = kwargs.get("attn_mask")
         if mask is not None:  # one of bools becomes numbers, in each layer
             mask = torch.empty_like(mask, dtype=args[0].dtype)
         return _ATEN._scaled_dot_product_flash_attention_for_cpu(
-            *args[:3], kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False),
+            *args[:3], dropped, kwargs.get("is_causal", False),
             attn_mask=mask, scale=kwargs.get("scale"),
         )[0]  # fmt: skip

@@ -96,10 +96,10 @@ class Store:
     def write(self, rows: Sequence[int], states: torch.Tensor) -> None:
         """Keep (1, tokens, width), what comes after the rows left out. Batches with NaN or infinite
         states are not kept."""
-        if not self.grows or not bool(torch.isfinite(states).all()):
-            return
         count = int(self.lengths[list(rows)].sum())
         states = states[:, :count]
+        if not self.grows or not bool(torch.isfinite(states).all()):
+            return
         try:
             wanted = (1, count, self.width, self.dtype)
             if (*states.shape, states.dtype) != wanted:
@@ -173,9 +173,8 @@ class Prefix:
                 return out
             states = args[0] if args else kwargs["hidden_states"]
             if last:
-                padding = states.shape[1] - self._kept.shape[1]
-                states = self._kept.to(states.device, non_blocking=True)
-                states = torch.nn.functional.pad(states, (0, 0, 0, padding))
+                kept = self._kept.to(states.device, non_blocking=True)
+                states = torch.nn.functional.pad(kept, (0, 0, 0, states.shape[1] - kept.shape[1]))
             return (states,) if self._gives_tuples else states
 
         return forward
