@@ -73,6 +73,15 @@ def test_of_the_quick_paths_too() -> None:
     assert counted[0].peak == pytest.approx(counted[1].peak, rel=0.02)
 
 
+def test_no_product_goes_uncounted() -> None:
+    """The quick paths multiply in place, and what they do is 4 FLOP a weight and token at least."""
+    model = llama("meta")
+    weights = sum(m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear)
+    assert memory.assume_fast(model)
+    work = count(model, rows_on_meta([[32]], flat=True))
+    assert 4 * weights * 32 < work.flops < 8 * weights * 32
+
+
 def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps() -> None:
     model = llama("cpu")
     batch = on_cpu(rows_on_meta([[16], [16]], flat=False))

@@ -77,11 +77,10 @@ class DocumentAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, *kept = ctx.saved_tensors
         blocks, end, scale, window = ctx.rest
-        given = iter(kept)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for block in blocks:
             queries, keys, some = block.queries, block.keys, q[:, block.queries]
-            weights = next(given) if block.kept else _probabilities(q, k, block, scale, window)
+            weights = kept.pop(0) if block.kept else _probabilities(q, k, block, scale, window)
             grad = _by_group(grads[0][:, queries], len(k))
             dv[:, keys].baddbmm_(weights.mT, grad)
             inner = torch._softmax_backward_data(grad @ v[:, keys].mT, weights, -1, weights.dtype)

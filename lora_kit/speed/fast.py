@@ -214,17 +214,16 @@ def _loud_adapter(model: Any) -> Iterator[None]:
 
 def _probe(model: Any, flat: bool) -> tuple[float, torch.Tensor]:
     """The loss of two documents and all gradients in a row, float32."""
-    device = model.get_input_embeddings().weight.device
+    weight = model.get_input_embeddings().weight
     noise = torch.Generator().manual_seed(0)
-    most = model.get_input_embeddings().weight.shape[0]
     lengths = _lengths(causal_model(model).config.get_text_config())
-    rows = [torch.randint(0, most, (n,), generator=noise).numpy() for n in lengths]
+    rows = [torch.randint(0, len(weight), (n,), generator=noise).numpy() for n in lengths]
     examples = [{"input_ids": row, "labels": row.copy()} for row in rows]
     batch = in_one_row(examples) if flat else collator(0)(examples)
     model.zero_grad(set_to_none=True)
-    moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    mixed = device.type == "cuda" and _dtype(model) == torch.bfloat16  # as the trainer has it
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+    moved = {k: v.to(weight.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    mixed = weight.is_cuda and _dtype(model) == torch.bfloat16  # as the trainer has it
+    with torch.autocast(weight.device.type, torch.bfloat16, enabled=mixed):
         loss = model(**moved, num_items_in_batch=sum(lengths)).loss
     loss.backward()
     grads = [p.grad.float().reshape(-1) for p in model.parameters() if p.grad is not None]

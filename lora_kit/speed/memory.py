@@ -28,12 +28,14 @@ _ATEN = torch.ops.aten
 for _end in ("", "_backward"):  # torch counts the FLOPs of a GPU's alone; a CPU's are the same
     _gpu, _cpu = (f"_scaled_dot_product_flash_attention{where}{_end}" for where in ("", "_for_cpu"))
     flop_registry[getattr(_ATEN, _cpu)] = flop_registry[getattr(_ATEN, _gpu)]
+for _name in ("addmm", "baddbmm"):  # and none of what happens in place
+    flop_registry[getattr(_ATEN, f"{_name}_")] = flop_registry[getattr(_ATEN, _name)]
 CALL_S = 15e-6  # that starting an operation takes, autograd's part included
 _MARGIN = 0.10  # of what may be held, for what is not foreseen
 # Fitted to what scripts/bench/memory.py measures on a CPU. glibc gives an aligned block that was
 # freed to smaller ones, and takes new memory for the next of its size: a share of what is alive is
 # held besides, and pages of code that computes.
-_UNUSED_SHARE, _UNUSED_OF_LOGITS, _UNUSED_BYTES = 0.4, 0.6, 100 << 20
+_UNUSED_SHARE, _UNUSED_OF_LOGITS, _UNUSED_BYTES = 0.46, 0.6, 100 << 20
 _RATE_REACHED = 0.72  # of the rates that are measured on one operation alone
 
 

@@ -273,7 +273,8 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
         out.mkdir()
         command = self.command(who, out)
-        if self.work is WORKS["nano"]:  # the whole command counts: nobody finds prepared rows
+        # The whole command counts, or the first epoch: nobody finds prepared rows, or kept states.
+        if self.work in (WORKS["nano"], WORKS["top"]):
             for name in ("prepared", "datasets"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         with (self.folder / "log.txt").open("w") as log:
