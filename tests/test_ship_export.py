@@ -179,6 +179,11 @@ def test_a_form_that_says_something_else_is_not_there(
     assert not list(tmp_path.iterdir())
 
 
+def longest(told: dict[str, Any]) -> dict[str, Any]:
+    """The answer of most tokens."""
+    return dict(max(told["answers"], key=lambda answer: len(answer["top"])))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -186,8 +191,8 @@ def test_a_form_that_says_something_else_is_not_there(
         (lambda got: got["conversations"][1].pop(), "another template"),
         (lambda got: got["ends"].clear(), "does not stop at tokens"),
         (lambda got: got["answers"][0]["top"].pop(), "does not stop where"),
-        (lambda got: got["answers"][1]["top"][3].update({"7": 0.0}), "it says token 7 in"),
-        (lambda got: got["answers"][1]["top"][3].update({"7": float("nan")}), "differ by inf"),
+        (lambda got: longest(got)["top"][3].update({"7": 0.0}), "it says token 7 in"),
+        (lambda got: longest(got)["top"][3].update({"7": float("nan")}), "differ by inf"),
     ],
     ids=["texts", "template", "ends", "length", "token", "nan"],
 )
