@@ -340,7 +340,7 @@ def _on_meta(run: Run, folder: str) -> tuple[Any, dict[str, int], int, int]:
     # An adapter that is started from is read from its file, and torch warns that it goes nowhere.
     with torch.device("cpu" if run.adapter.start else "meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        model = attach(model, run.adapter, run.seed).train()
+        model = attach(model, run.adapter, (), run.seed).train()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     held |= {"adapter": 4 * sum(trained), "gradients": 4 * sum(trained)}
     # bitsandbytes keeps 32-bit state of small tensors.

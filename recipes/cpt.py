@@ -56,7 +56,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
             model = load_base(run.base, pinned)
 
             # 5. The adapter, the only part that trains.
-            model = attach(model, run.adapter, run.seed)
+            model = attach(model, run.adapter, (), run.seed)
             directory.say(str(describe(model)))
 
             # 6. Train.

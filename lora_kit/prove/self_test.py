@@ -207,7 +207,7 @@ def load_model(run: Run, pinned: Pinned) -> Any:
     without any dropout, the base's own included."""
     import torch
 
-    model = attach(load_base(run.base, pinned), run.adapter, run.seed)
+    model = attach(load_base(run.base, pinned), run.adapter, (), run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "_B" in name and parameter.requires_grad and not parameter.any():
