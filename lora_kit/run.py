@@ -240,6 +240,17 @@ def _run_class(settings: tuple[tuple[str, type[Section]], ...]) -> type[Run]:
     return create_model("Run", __base__=Run, **fields) if fields else Run
 
 
+def schema_of(task: Keys | None) -> dict[str, Any]:
+    """The JSON schema of a run file, with the keys of a task and without those it does not read."""
+    found = run_class(task).model_json_schema()
+    for key in task.unread if task else ():
+        section, name = key.split(".")
+        reference = found["properties"][section]
+        kind = (reference.get("$ref") or reference["allOf"][0]["$ref"]).rpartition("/")[2]
+        found["$defs"][kind]["properties"].pop(name)
+    return found
+
+
 def section_fields(task: Keys) -> dict[str, set[str]]:
     """{section: the keys that a task adds to it}"""
     return {
