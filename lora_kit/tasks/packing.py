@@ -6,6 +6,7 @@ room for it; at most 11/9 of the fewest rows possible, plus one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,16 @@ class Packed:
     def fill(self) -> float:
         """The share of the rows that is tokens."""
         return self.rows.tokens / max(1, len(self.bins) * self.room)
+
+
+def content_hash(rows: Labelled | Packed) -> str:
+    """A hash of the tokens of all rows."""
+    digest = hashlib.sha256(str(getattr(rows, "bins", "")).encode())
+    plain = rows.rows if isinstance(rows, Packed) else rows
+    arrays: Any = (plain.ids, plain.offsets)
+    for array in arrays:
+        digest.update(array)
+    return digest.hexdigest()
 
 
 def check_isolation(model: Any) -> None:

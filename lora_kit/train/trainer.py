@@ -18,11 +18,11 @@ from lora_kit.data.prepare import Prepared
 from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.folders import check_room
 from lora_kit.schema import Run
-from lora_kit.speed.fast import make_fast, make_plain
+from lora_kit.speed.fast import documents_loss, make_fast, make_plain
 from lora_kit.speed.memory import recompute
 from lora_kit.speed.prefix import Prefix
-from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row, real_tokens
-from lora_kit.tasks.packing import Packed, check_isolation
+from lora_kit.tasks.batches import IGNORED, collator, collators, halves, in_one_row, real_tokens
+from lora_kit.tasks.packing import Packed, check_isolation, content_hash
 from lora_kit.train import checkpoint
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.callbacks import Metrics, Progress, peak_mib
@@ -374,7 +374,8 @@ def make_trainer(
         trainer.prefix = Prefix(trainer.model)
         if trainer.prefix.layers:
             passes = _passes(trainer.args, len(data.train))
-            directory.say(trainer.prefix.keep(data.train, passes))
+            content = content_hash(data.train)
+            directory.say(trainer.prefix.keep(data.train.lengths, content, passes))
     directory.check_world(trainer.accelerator.num_processes)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -399,7 +400,7 @@ def _quicken(model: Any, device: Any, directory: RunDirectory) -> bool:
         return False
     if not getattr(model, "is_quantized", False):
         model.to(device)  # where it is going to run is where the paths are tried
-    plain = make_fast(model)
+    plain = make_fast(model, documents_loss(model, collators(0)))
     if plain:
         parts = "; ".join(f"{part} ({why})" for part, why in plain.items())
         directory.say(f"speed: as transformers and PEFT have it: {parts}")
