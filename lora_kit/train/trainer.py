@@ -6,18 +6,21 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.integrations import TensorBoardCallback
 
 from lora_kit.errors import Interrupted, UserError
 from lora_kit.folders import check_room
-from lora_kit.speed.fast import make_fast, make_plain
+from lora_kit.schema import Run
+from lora_kit.speed.fast import Probe, documents_loss, make_fast, make_plain
 from lora_kit.speed.memory import recompute
 from lora_kit.speed.prefix import Prefix
-from lora_kit.tasks.packing import Packed, check_isolation
+from lora_kit.tasks.batches import collators
+from lora_kit.tasks.packing import Packed, check_isolation, content_hash
+from lora_kit.tasks.task import Processor, Task
 from lora_kit.train import checkpoint
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.callbacks import Metrics, Progress, peak_mib
-from lora_kit.train.directory import RunDirectory
 from lora_kit.train.enough import too_little
 from lora_kit.train.guards import Guards, best_step, guarded, has_own_loss, resume_from
 from lora_kit.train.journey import Journey
@@ -25,6 +28,8 @@ from lora_kit.train.strategies import Strategy
 
 if TYPE_CHECKING:
     from lora_kit.tasks.encode import Prepared
+
+_FOR_ANY_MODEL = ("linear", "norm")  # the other quick paths are for causal language models
 
 
 class _Numbered:
@@ -74,9 +79,9 @@ def make_trainer(
     trainer_class, arguments_class = task.classes()
     arguments = training_arguments(run, directory.checkpoints, planned, arguments_class)
     own_loss = has_own_loss(task)
-    # A library's trainer changes the model's forward itself.
-    quick = own_loss and run.speed == "auto" and _quicken(model, arguments.device, directory)
-    flat = quick and task.flat
+    flat = False
+    if own_loss and run.speed == "auto":  # a library's trainer changes the model's forward itself
+        flat = _quicken(journey, model, arguments.device, processor, data)
     if chosen:
         recompute(model, chosen.recomputed)
     train = task.annotate(data.train, model, processor, run)
@@ -103,12 +108,15 @@ def make_trainer(
         **options,
     )
     trainer.guard.plan = plan
-    if isinstance(data.train, Packed):
+    packed = isinstance(data.train, Packed)
+    if packed:
         check_isolation(trainer.model)
     if flat:
         trainer.guard.prefix = prefix = Prefix(trainer.model)
         if prefix.layers:
-            directory.say(prefix.keep(data.train, _passes(trainer.args, len(data.train))))
+            lengths = data.train.lengths if packed else task.tokens(data.train)
+            passes = _passes(trainer.args, len(data.train))
+            directory.say(prefix.keep(lengths, content_hash(data.train), passes))
     directory.check_world(trainer.accelerator.num_processes)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -126,19 +134,39 @@ def _passes(arguments: Any, rows: int) -> float:
     return float(arguments.max_steps * step / rows)
 
 
-def _quicken(model: Any, device: Any, directory: RunDirectory) -> bool:
-    """Put the quick paths in, and report what stays plain. Returns whether rows may come without
+def _quicken(
+    journey: Journey, model: Any, device: Any, processor: Processor, data: Prepared
+) -> bool:
+    """Put the quick paths in, and report what stays plain. Returns whether rows come without
     padding."""
+    task, run = journey.task, journey.run
     if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
-        directory.say("speed: the base is sharded: transformers' own path")
+        journey.say("speed: the base is sharded: transformers' own path")
         return False
     if not getattr(model, "is_quantized", False):
         model.to(device)  # where it is going to run is where the paths are tried
-    plain = make_fast(model)
+    if task.flat:
+        plain = make_fast(model, documents_loss(model, collators(0)))
+    else:
+        plain = make_fast(model, _rows_loss(task, run, model, processor, data), _FOR_ANY_MODEL)
     if plain:
         parts = "; ".join(f"{part} ({why})" for part, why in plain.items())
-        directory.say(f"speed: as transformers and PEFT have it: {parts}")
-    return "attention" not in plain
+        journey.say(f"speed: as transformers and PEFT have it: {parts}")
+    return task.flat and "attention" not in plain
+
+
+def _rows_loss(task: Task, run: Run, model: Any, processor: Processor, data: Prepared) -> Probe:
+    """The loss of the first training rows, to try the quick paths on."""
+    rows, device = data.rows("train"), next(model.parameters()).device
+    collate = task.collate(processor)
+    assert collate is not None  # a task with a loss of its own makes its batches
+    batch = collate([rows[number] for number in range(min(2, len(rows)))])
+
+    def loss(flat: bool) -> torch.Tensor:
+        moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return task.loss(model, moved, task.items(moved), run)
+
+    return loss
 
 
 def fit(trainer: Guards, resume: bool) -> None:
