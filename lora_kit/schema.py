@@ -168,8 +168,19 @@ class Data(Section):
 
 
 class Train(Section):
-    """The trainer, in the spelling of `transformers.TrainingArguments`, plus `max_length`."""
+    """The trainer, in the spelling of `transformers.TrainingArguments`, plus `max_length` and what
+    trains."""
 
+    trainable: Literal["adapter", "head"] = Field(
+        "adapter",
+        description="adapter: LoRA, and the new head of a task that has one; head: the new head "
+        "alone, without LoRA.",
+    )
+    top_layers: Positive | None = Field(
+        None,
+        description="Put LoRA in the k highest layers only: the ones below run without gradients. "
+        "null: in all.",
+    )
     max_length: int = Field(512, ge=8, description="Tokens a row at most; the length of a chunk.")
     max_steps: Positive | None = Field(
         None, description="Optimizer steps; null: as many as num_train_epochs needs."
@@ -228,6 +239,13 @@ class Train(Section):
     def _counts_evaluations(cls, value: Any, info: ValidationInfo) -> Any:
         if value and info.data.get("eval_steps", 0) is None:
             raise ValueError("it counts evaluations: set train.eval_steps")
+        return value
+
+    @field_validator("top_layers")
+    @classmethod
+    def _holds_lora(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("trainable") == "head":
+            raise ValueError("train.trainable: head trains no layer: leave one of the two out")
         return value
 
 

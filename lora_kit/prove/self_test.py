@@ -24,8 +24,8 @@ from lora_kit.base.templates import set_template
 from lora_kit.data.prepare import Prepared, kind_of, prepare
 from lora_kit.errors import UserError
 from lora_kit.schema import Run, Train
-from lora_kit.speed.fast import PARTS, make_fast, make_plain
-from lora_kit.tasks.batches import IGNORED, Labelled, LabelledWriter, collator, in_one_row
+from lora_kit.speed.fast import PARTS, documents_loss, make_fast, make_plain
+from lora_kit.tasks.batches import IGNORED, Labelled, LabelledWriter, collator, collators
 from lora_kit.tasks.packing import Packed, check_isolation
 from lora_kit.train.arguments import check_installed
 from lora_kit.train.directory import RunDirectory, is_first_rank
@@ -102,8 +102,11 @@ def self_test(run: Run, in_two_processes: Callable[[str], None]) -> dict[str, An
             raise
         full = None
     by_hand = alone(model, batch)
-    plain = make_fast(model) if run.speed == "auto" else dict.fromkeys(PARTS, "speed: plain")
-    collate = collator(batch.pad_id) if "attention" in plain else in_one_row
+    collate_as = collators(batch.pad_id)
+    plain = dict.fromkeys(PARTS, "speed: plain")
+    if run.speed == "auto":
+        plain = make_fast(model, documents_loss(model, collate_as))
+    collate = collate_as("attention" not in plain)
     other = None
     if plain.keys() != set(PARTS):
         other = one_step(run, model, batch, batch.rows, (ROWS, 1), collate)
