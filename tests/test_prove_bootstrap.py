@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from lora_kit.prove import bootstrap
-from lora_kit.prove.bootstrap import interval, scores, statistics, verdict, verdict_of_scores
+from lora_kit.tasks.bootstrap import interval, scores, statistics, verdict, verdict_of_scores
 from lora_kit.tasks.measure import Losses
 
 

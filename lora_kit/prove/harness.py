@@ -95,7 +95,7 @@ def run_harness(
 def table(base: dict[str, Any], adapted: dict[str, Any], seed: int) -> dict[str, dict[str, Any]]:
     """What `run_harness` returns, of two results of `lm_eval.evaluate`. A group that has a figure
     of its own stands for its tasks."""
-    from lora_kit.prove.bootstrap import scores
+    from lora_kit.tasks.bootstrap import scores
 
     groups = adapted.get("groups", {})
     inside = {task for group in groups for task in _tasks_of(group, adapted)}

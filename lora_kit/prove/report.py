@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from lora_kit.errors import UserError
 from lora_kit.folders import write_whole
 from lora_kit.pages import render
-from lora_kit.prove.bootstrap import verdict_of_scores
 from lora_kit.prove.charts import curves, forest, heat
 from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Run
+from lora_kit.tasks.bootstrap import verdict_of_scores
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import write_json
 

@@ -59,8 +59,8 @@ def judged(run: Path) -> tuple[Any, Any, Any, Any]:
 
 
 def intervals(run: Path) -> None:
-    from lora_kit.prove.bootstrap import statistics as compared
-    from lora_kit.prove.bootstrap import verdict
+    from lora_kit.tasks.bootstrap import statistics as compared
+    from lora_kit.tasks.bootstrap import verdict
     from lora_kit.tasks.measure import Losses, measure
 
     model, tokenizer, data, _ = judged(run)
