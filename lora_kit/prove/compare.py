@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.adapter.files import adapter_folder
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.inspect import figures
-from lora_kit.adapter.load import load, load_run_tokenizer, open_run
+from lora_kit.adapter.load import load_model
 from lora_kit.data.prepare import Prepared, prepare
 from lora_kit.errors import UserError
 from lora_kit.prove.bootstrap import scores, statistics, verdict, verdict_of_scores
@@ -20,8 +20,8 @@ from lora_kit.prove.gate import held
 from lora_kit.prove.harness import check_tasks, run_harness
 from lora_kit.prove.report import write_report
 from lora_kit.prove.scratch import against_scratch
-from lora_kit.run import read_json, read_lock
-from lora_kit.schema import Gate, Prove, Run
+from lora_kit.run import read_json
+from lora_kit.schema import Gate, Prove
 from lora_kit.tasks import few_shot, metrics
 from lora_kit.tasks.batches import IGNORED, Labelled
 from lora_kit.tasks.measure import Losses, generate, measure, positions
@@ -96,13 +96,19 @@ def check_prove(prove: Prove, judged: HeldOut, tokenizer: Any, supervise: str) -
 
 
 def compare(
-    run: str | Path, overrides: Sequence[str] = (), *, gate: bool = False, scratch: bool = False
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    gate: bool = False,
+    scratch: bool = False,
 ) -> dict[str, Any]:
     """Measure a finished run again, and write its report.json and report.html anew, unless they
     hold something that was not measured this time.
 
     Args:
         run: the run directory.
+        base: where the base is, if not where the run names it: a folder or a Hub id.
         overrides: `prove.KEY=VALUE`, to measure more or something else than the run did.
         gate: hold the run to the default bounds of `prove.gate` if it names none.
         scratch: train a model of the base's shape from scratch, on the same budget, beside it.
@@ -115,18 +121,18 @@ def compare(
     """
     if strange := [item for item in overrides if not item.startswith("prove.")]:
         raise UserError(f"{', '.join(strange)}: a finished run takes other prove.* keys only")
-    opened = open_run(run, overrides)
-    before = read_json(Path(run) / "report.json")
-    tokenizer = load_run_tokenizer(run)
-    lock, prepared = read_lock(run), prepared_again(run, opened, tokenizer)
+    finished = FinishedRun(run, base, overrides)
+    opened, lock = finished.require_run(), finished.lock
+    before = read_json(finished.home / "report.json")
+    prepared = prepared_again(finished)
     judged, prove = HeldOut.of(prepared), opened.prove
-    check_prove(prove, judged, tokenizer, opened.data.supervise)
-    model, tokenizer = load(run)
+    check_prove(prove, judged, finished.processor, opened.data.supervise)
+    model, tokenizer = load_model(finished)
     report = compare_model(model, tokenizer, judged, prove, opened.seed)
     del report["adapter_effect"]  # of a training's audit
     if prove.harness:
         measure_tasks(report, model, tokenizer, prove)
-    report["layers"] = figures(adapter_folder(run))
+    report["layers"] = figures(finished.folder)
     if scratch:
         steps = (before.get("training") or {}).get("steps")
         found = against_scratch(opened, model, tokenizer, prepared, lock["batch"], steps)
@@ -144,24 +150,25 @@ def compare(
             file=sys.stderr,
         )
     else:
-        write_report(Path(run), opened, report)
+        write_report(finished.home, opened, report)
     return report
 
 
-def prepared_again(run: str | Path, opened: Run, tokenizer: Any) -> Prepared:
+def prepared_again(run: FinishedRun) -> Prepared:
     """What a finished run learned from and is judged on. Raises UserError if it changed since."""
+    opened, lock = run.require_run(), run.lock
+    kind, length = lock.get("kind"), opened.train.max_length
     # What the limits allow was decided when the run was trained.
-    lock, length = read_lock(run), opened.train.max_length
     prepared = prepare(
-        opened.data, lock.get("kind"), tokenizer, length, opened.seed, limits=False, lock=lock
+        opened.data, kind, run.processor, length, opened.seed, limits=False, lock=lock
     )
     # By content, not by name: a run and its data may have been moved.
     recorded = lock.get("data", {}).values()
     changed = [source for source, digest in prepared.hashes.items() if digest not in recorded]
     if changed and recorded:
         raise UserError(
-            f"{', '.join(changed)} changed since {run} was trained: rows it learned from could be "
-            "among the ones it is judged on; restore the data, or train again"
+            f"{', '.join(changed)} changed since {run.path} was trained: rows it was trained on "
+            "could be among the held-out ones; restore the data, or train again"
         )
     return prepared
 

@@ -11,12 +11,12 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.files import adapter_folder
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.load import check_length
 from lora_kit.base.pin import Pinned
 from lora_kit.data.prepare import Prepared
@@ -32,6 +32,8 @@ FREE_TO_CHANGE = {
     *("train.dataloader_num_workers", "train.per_device_eval_batch_size", "data.workers"),
     "train.load_best_model_at_end",  # the last adapter, where the best one's checkpoint is damaged
 }
+# Keys that name files of which the lock file has no hash.
+_NOT_HASHED = ("recipe", "adapter.start", "data.labels")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")
 
 
@@ -122,6 +124,8 @@ def run_directory(
         base = run.base.model_copy(update={"revision": pinned.revision})
         write_run(run.model_copy(update={"base": base}), directory.path / "run.yaml.partial")
         (directory.path / "run.yaml.partial").replace(directory.path / "run.yaml")
+        # The names of this run.yaml: data and base may have been moved.
+        directory.lock(**_pinned(run, pinned, prepared, directory.path))
     else:
         _begin(run, pinned, prepared, directory)
     try:
@@ -164,10 +168,9 @@ def _begin(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDirectory
     write_run(run.model_copy(update={"base": base}), path / "run.yaml")
     versions = {name: version(name) for name in _LIBRARIES}
     directory.lock(
-        base={**pinned.to_lock(), **run.base.model_dump(include={"dtype", "quantize"})},
+        **_pinned(run, pinned, prepared, path),
         kind=prepared.kind,
         joiner=prepared.joiner,
-        data=prepared.hashes,
         commits=prepared.commits,
         batch=batch_geometry(run),
         seed=run.seed,
@@ -177,15 +180,23 @@ def _begin(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDirectory
     checkpoint.write_json(path / "census.json", prepared.census.to_json())
 
 
+def _pinned(run: Run, pinned: Pinned, prepared: Prepared, path: Path) -> dict[str, Any]:
+    """Entries of the lock file: base and data with their hashes, named as in run.yaml."""
+    base = {**pinned.to_lock(), **run.base.model_dump(include={"dtype", "quantize"})}
+    base["model"] = run.written(pinned.model, path)
+    data = {run.written(name, path): digest for name, digest in prepared.hashes.items()}
+    return {"base": base, "data": data}
+
+
 def _check_start(run: Run, pinned: Pinned) -> None:
     """An adapter fits any base of the same shapes, and is worth something on its own one alone."""
     if not run.adapter.start:
         return
-    trained_on = read_lock(adapter_folder(run.adapter.start).parent).get("base")
-    if trained_on and trained_on["hashes"] != pinned.hashes:
+    start = FinishedRun(run.adapter.start)
+    if start.hashes and start.hashes != pinned.hashes:
         raise UserError(
-            f"adapter.start: {run.adapter.start}: trained on another base ({trained_on['model']}), "
-            f"not on {pinned.model} as it lies here"
+            f"adapter.start: {run.adapter.start}: trained on another base "
+            f"({start.lock['base'].get('model')}), not on {pinned.model}"
         )
 
 
@@ -201,30 +212,47 @@ def _check_same(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDire
         )
     if lock.get("finished"):
         raise UserError(f"{path}: finished already; choose another with name=NAME")
-    before, now = (
-        _flat(r.model_dump(mode="json"))
-        for r in (load_run(path / "run.yaml", needs_sources=False), run)
-    )
+    begun = load_run(path / "run.yaml", needs_sources=False)
+    before, now = (_flat(r.model_dump(mode="json")) for r in (begun, run))
+    recorded: dict[str, str] = lock["data"]
+
+    def moved(key: str) -> bool:
+        """Whether a key names the same files in another place."""
+        first, second = before.get(key), now.get(key)
+        if key in _NOT_HASHED and isinstance(first, str) and isinstance(second, str):
+            return Path(first).name == Path(second).name and not Path(first).exists()
+        first = _by_content(first, lambda name: recorded.get(begun.written(name, path)))
+        return key.startswith("data.") and first == _by_content(second, prepared.hashes.get)
+
     problems = [
         f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key not in FREE_TO_CHANGE
         and not key.startswith("prove.")  # it decides what is measured, not what is learned
-        # A branch, or none, is compared by the commit it led to: by the hashes below.
-        and key != "base.revision"
+        and key not in ("base.model", "base.revision")  # compared by the hashes below
+        and not moved(key)
     ]
     if lock["batch"]["processes"] != _processes():
         problems.append(f"processes were {lock['batch']['processes']}, are now {_processes()}")
     if lock["base"]["hashes"] != pinned.hashes:
         problems.append(f"the files of the base {pinned.model} changed")
-    problems += [
-        f"the data of {source} changed"
-        for source in sorted(prepared.hashes)
-        if lock["data"].get(source) != prepared.hashes[source]
-    ]
+    for source, digest in sorted(prepared.hashes.items()):
+        # A source in another place has another name, and must be one of those that were read.
+        known = recorded.get(run.written(source, path))
+        if digest != known and (known is not None or digest not in recorded.values()):
+            problems.append(f"the data of {source} changed")
     if problems:
         raise UserError(f"{path} is only continued as it was begun: " + "; ".join(problems))
+
+
+def _by_content(value: Any, hash_of: Callable[[str], str | None]) -> Any:
+    """A value of `data:` in which sources are replaced by the hash of their content, if known."""
+    if isinstance(value, list):
+        return [_by_content(item, hash_of) for item in value]
+    if isinstance(value, dict):
+        return {key: _by_content(item, hash_of) for key, item in value.items()}
+    return (hash_of(value) or value) if isinstance(value, str) else value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
