@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import shlex
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_kit.adapter.files import open_adapter
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.inspect import table
-from lora_kit.adapter.load import load, load_run_tokenizer, open_run
+from lora_kit.adapter.load import load_model
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.prove.compare import prepared_again
 from lora_kit.tasks.batches import IGNORED, Labelled, collator
@@ -28,7 +27,7 @@ INTO = ("dequantized", "base")
 _ROUNDING = 1e-3
 
 
-def fidelity(run: str | Path) -> dict[str, Any]:
+def fidelity(run: FinishedRun) -> dict[str, Any]:
     """The losses of both merges on the run's held-out rows; two models are in memory at a time.
 
     The merged models are what `merge` writes, bit for bit, where the base's files are in the run's
@@ -44,18 +43,19 @@ def fidelity(run: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the run was not trained on NF4; see also `lora_kit.compare`.
     """
-    opened = open_run(run)
+    opened = run.require_run()
+    run.require_language_model("check --fidelity")
     if opened.base.quantize != "nf4":
         raise UserError(
-            f"{run}: base.quantize is {opened.base.quantize}: only for an adapter trained on nf4 "
-            "is there a choice of what it is merged into; merge it: lora-kit merge"
+            f"{run.path}: base.quantize is {opened.base.quantize}: only an adapter trained on nf4 "
+            "can be merged in two ways; merge it: lora-kit merge"
         )
-    rows = prepared_again(run, opened, load_run_tokenizer(run)).eval
-    trained, tokenizer = load(run)
+    rows = prepared_again(run).eval
+    trained, tokenizer = load_model(run)
     found: dict[str, Any] = {}
     sums = {}
     for into in INTO:
-        model, _ = load(run, quantize="none")
+        model, _ = load_model(run, quantize="none")
         if into == "base":
             found |= _norms(run, trained, model)
         else:
@@ -79,10 +79,10 @@ def fidelity(run: str | Path) -> dict[str, Any]:
             "kl": float(apart.sum() / size.sum()),
         }
     low, high = interval((sums["base"][1] - sums["dequantized"][1])[judged], size, opened.seed)
-    return {"run": str(run), **found, **_advice(run, found, low, high)}
+    return {"run": run.path, **found, **_advice(run, found, low, high)}
 
 
-def _advice(run: str | Path, found: dict[str, Any], low: float, high: float) -> dict[str, str]:
+def _advice(run: FinishedRun, found: dict[str, Any], low: float, high: float) -> dict[str, str]:
     """`low` and `high`: the interval of the base's loss over the dequantized one's."""
     apart = found["base"]["loss"] - found["dequantized"]["loss"]
     kept = found["dequantized"]["difference"]
@@ -99,7 +99,7 @@ def _advice(run: str | Path, found: dict[str, Any], low: float, high: float) -> 
     return {
         "recommended": into,
         "why": words,
-        "command": f"lora-kit merge {shlex.quote(str(run))} --into {into} --out merged",
+        "command": f"lora-kit merge {shlex.quote(run.path)} --into {into} --out merged",
     }
 
 
@@ -119,8 +119,8 @@ def rough_weights(trained: Any, model: Any) -> Any:
         yield name, weight.T if type(layer).__name__ == "Conv1D" else weight, rough
 
 
-def _norms(run: str | Path, trained: Any, model: Any) -> dict[str, Any]:
-    adapter = open_adapter(run)
+def _norms(run: FinishedRun, trained: Any, model: Any) -> dict[str, Any]:
+    adapter = run.adapter
     modules = [
         {
             "module": name,
