@@ -15,10 +15,11 @@ from lora_kit.adapter.inspect import figures
 from lora_kit.adapter.load import load, load_run_tokenizer, open_run
 from lora_kit.data.prepare import Prepared, prepare
 from lora_kit.errors import UserError
-from lora_kit.prove.bootstrap import scores, statistics, verdict, verdict_of_scores
+from lora_kit.prove.bootstrap import compared, retention, verdict
 from lora_kit.prove.gate import held
 from lora_kit.prove.harness import check_tasks, run_harness
 from lora_kit.prove.report import write_report
+from lora_kit.prove.scores import against, mean_score
 from lora_kit.prove.scratch import against_scratch
 from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Gate, Prove, Run
@@ -130,7 +131,8 @@ def compare(
     if scratch:
         steps = (before.get("training") or {}).get("steps")
         found = against_scratch(opened, model, tokenizer, prepared, lock["batch"], steps)
-        report["scratch"], report["verdict"]["scratch"] = found, verdict(found)
+        report["scratch"] = found
+        report["verdict"]["scratch"] = verdict(found["loss"], found["documents"])
     # What only a training knows.
     report |= {name: before.get(name) for name in ("training", "memory", "audit")}
     chosen = {"best_step": None, "stopped_early": False} | (before.get("overfitting") or {})
@@ -185,8 +187,8 @@ def compare_model(
             return measure(model, rows, pad, rows=chosen), adapted
 
     base, adapted = both(judged.domain)
-    report["domain"] = statistics(base, adapted, seed)
-    word["domain"] = verdict(report["domain"])
+    report["domain"] = against("base", base.scores(), adapted.scores(), seed)
+    word["domain"] = verdict(report["domain"]["loss"], report["domain"]["documents"])
     if judged.kind == "chat":
         drawn = np.random.default_rng(seed).permutation(len(judged.domain))[:_PAIRED_ROWS]
         # Where all is learned from, the prompt too, there is no answer apart.
@@ -198,8 +200,9 @@ def compare_model(
     if blind and word["domain"] == "better":
         word["domain"] = "no different"
     if judged.general is not None:
-        report["general"] = statistics(*both(judged.general), seed)
-        word["general"] = verdict(report["general"], "kept", "forgot", "kept")
+        kept = [losses.scores() for losses in both(judged.general)]
+        report["general"] = general = against("base", *kept, seed)
+        word["general"] = retention(general["loss"], general["documents"])
     longest = int(judged.domain.lengths.max()) + (_LONGER_ANSWER if prove.metrics else 0)
     examples = few_shot.choose(
         judged.train, longest, positions(model), prove.shots, judged.kind == "chat", seed
@@ -210,9 +213,11 @@ def compare_model(
         with model.disable_adapter():
             prompted = measure(model, longer, pad, rows_at_once=2)
         tokens = int(longer.lengths[0] - judged.domain.lengths[0])
-        against = statistics(prompted, adapted, seed)
-        report["few_shot"] = {"shots": len(examples), "tokens": tokens, **against}
-        word["few_shot"] = verdict(against, "no different" if blind else "better")
+        found = against("few_shot", prompted.scores(), adapted.scores(), seed)
+        report["few_shot"] = {"shots": len(examples), "tokens": tokens, **found}
+        word["few_shot"] = verdict(found["loss"], found["documents"])
+        if blind and word["few_shot"] == "better":
+            word["few_shot"] = "no different"
     elif prove.shots:
         report["not_measured"].append("few_shot: the base has no room for examples beside the rows")
     learned = np.random.default_rng(seed).permutation(len(judged.train))
@@ -231,7 +236,7 @@ def compare_model(
         except UserError as error:  # of a script that takes some answers and not others
             report["not_measured"].append(f"prove.metrics: {error}")
         for name, scored in (report["metrics"] or {}).items():
-            word[name] = verdict_of_scores(scored, scored["rows"])
+            word[name] = verdict(scored, scored["rows"])
     report["samples"] = _side_by_side(model, tokenizer, judged, base, adapted) if samples else []
     return report | {"adapter_effect": float(np.abs(adapted.nats - base.nats).max())}
 
@@ -276,12 +281,15 @@ def _scores(
             said["few_shot"] = generate(model, tokenizer, longer, length)
     found = {}
     for name in prove.metrics:
-        each = {who: metrics.score(name, answers, wanted) for who, answers in said.items()}
-        few = round(float(each["few_shot"].mean()), 4) if examples else None
+        each = {
+            who: mean_score(name, metrics.score(name, answers, wanted))
+            for who, answers in said.items()
+        }
+        few = round(each["few_shot"].figure, 4) if examples else None
         found[name] = {
             "rows": len(wanted),
             "few_shot": few,
-            **scores(each["base"], each["adapted"], seed),
+            **compared(each["base"], each["adapted"], seed),
         }
     return found
 

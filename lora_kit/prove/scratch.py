@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_kit.base.load import gpu_is_used
 from lora_kit.data.prepare import Prepared
-from lora_kit.prove.bootstrap import statistics
+from lora_kit.prove.scores import against
 from lora_kit.schema import Run
 from lora_kit.tasks.batches import collator
 from lora_kit.tasks.measure import measure
@@ -27,7 +27,7 @@ def against_scratch(
             processes did is done in more passes. steps: that the run took; None: as planned.
 
     Returns:
-        {"parameters", "seconds"} and `statistics`, with the new model as the base.
+        {"parameters", "seconds"} and what `against` returns, the new model as the rival.
     """
     import torch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
@@ -56,4 +56,4 @@ def against_scratch(
     before = measure(model.to("cuda") if gpu_is_used() else model, data.eval, pad)
     parameters = sum(p.numel() for p in model.parameters())
     made = {"parameters": parameters, "seconds": round(seconds, 1)}
-    return made | statistics(before, after, seed=0)
+    return made | against("scratch", before.scores(), after.scores(), seed=0)

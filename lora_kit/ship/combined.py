@@ -16,7 +16,7 @@ from lora_kit.adapter.load import load_adapter
 from lora_kit.base.load import gpu_is_used, load_base, quiet_libraries
 from lora_kit.errors import UserError, harmless
 from lora_kit.folders import new_folder
-from lora_kit.prove.bootstrap import statistics, verdict
+from lora_kit.prove.bootstrap import compared, verdict
 from lora_kit.prove.compare import prepared_again
 from lora_kit.run import read_lock
 from lora_kit.tasks.batches import Labelled
@@ -66,7 +66,8 @@ def combine_and_measure(
         for name in found:
             shutil.rmtree(folder / name)
     seed = settings.get("seed", 0)
-    against = statistics(_together(losses[single]), _together(losses[best]), seed)
+    without, combined = (_together(losses[name]).scores()[0] for name in (single, best))
+    against = compared(without, combined, seed)
     return {
         **{**found[best], "out": str(out), "notes": [*found[best]["notes"], *notes]},
         "losses": {
@@ -74,8 +75,8 @@ def combine_and_measure(
             for name, each in losses.items()
         },
         "best_single": single,
-        **{key: against["loss"][key] for key in ("difference", "ci95")},
-        "verdict": verdict(against),
+        **{key: against[key] for key in ("difference", "ci95")},
+        "verdict": verdict(against, len(combined.sums)),
     }
 
 

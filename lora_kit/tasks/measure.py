@@ -12,6 +12,7 @@ import numpy as np
 from lora_kit.adapter.load import end_tokens
 from lora_kit.errors import CheckFailed
 from lora_kit.tasks.batches import IGNORED, Labelled, collator
+from lora_kit.tasks.task import Score
 
 # Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
 # of 152k. A single row may be longer.
@@ -27,6 +28,15 @@ class Losses:
     nats: np.ndarray
     tokens: np.ndarray
     bytes: np.ndarray
+
+    def scores(self) -> list[Score]:
+        """Nats per token and bits per byte; units without a label, or without text, are dropped."""
+        whole = (self.tokens > 0) & (self.bytes > 0)
+        nats, tokens, size = self.nats[whole], self.tokens[whole], self.bytes[whole]
+        return [
+            Score("loss", np.stack([nats, tokens], axis=1), better="lower"),
+            Score("bits_per_byte", np.stack([nats / np.log(2), size], axis=1), better="lower"),
+        ]
 
 
 def measure(
