@@ -88,7 +88,7 @@ def compare(
     check_prove(task, data, processor, opened)
     if scratch and task.auto != "AutoModelForCausalLM":
         raise UserError(f"{run}: --scratch applies to language models only")
-    model = load_model(finished)
+    model, processor = load_model(finished)
     report = evaluate(task, model, data, processor, opened, finished.fresh)
     del report["adapter_effect"]  # of a training's audit
     if opened.prove.harness:

@@ -93,15 +93,7 @@ class Causal(Task):
         from lora_kit.tasks.answers import completion_scores, drawn
         from lora_kit.tasks.measure import measure
 
-        found = measure(model, rows, processor.pad_token_id)
-        # Units without a label, or without text, say nothing.
-        units = np.flatnonzero((found.tokens > 0) & (found.bytes > 0))
-        nats, tokens, size = found.nats[units], found.tokens[units], found.bytes[units]
-        bits = nats / np.log(2)
-        scores = [
-            Score("loss", np.stack([nats, tokens], 1), better="lower", units=units),
-            Score("bits_per_byte", np.stack([bits, size], 1), better="lower", units=units),
-        ]
+        scores = measure(model, rows, processor.pad_token_id).scores()
         if names := run.prove.metrics:
             numbers = drawn(rows, run.prove.answers, run.seed)
             scores += completion_scores(model, rows, self.chat, processor, names, numbers)
