@@ -12,8 +12,7 @@ from classifiers import FAMILIES, make_body
 
 from lora_kit.adapter.attach import attach, describe, put_on
 from lora_kit.adapter.files import open_adapter
-from lora_kit.base.head import SEQUENCE, Head
-from lora_kit.base.load import load_model
+from lora_kit.base.head import SEQUENCE, Head, load_with_head
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Base
@@ -35,7 +34,7 @@ FRESH = {
 def loaded(folder: Path, pooling: str | None = None, seed: int = 0, **base: Any) -> Any:
     """The classifier of a folder and its fresh modules."""
     settings = Base(model=str(folder), **{"dtype": "float32", **base})
-    return load_model(settings, Pinned("x", str(folder)), Head(SEQUENCE, LABELS, pooling), seed)
+    return load_with_head(settings, Pinned("x", str(folder)), Head(SEQUENCE, LABELS, pooling), seed)
 
 
 def batch(rows: int = 4) -> dict[str, torch.Tensor]:
@@ -138,7 +137,7 @@ def test_a_head_for_other_labels_is_made_anew_and_one_for_these_is_kept(tmp_path
     assert fresh == () and torch.equal(kept.classifier.out_proj.weight, weight)
     for labels in (("rate", "cash", "card"), ("card", "cash", "rate", "top_up")):
         base = Base(model=str(folder), dtype="float32")
-        model, fresh = load_model(base, Pinned("x", str(folder)), Head(SEQUENCE, labels), 3)
+        model, fresh = load_with_head(base, Pinned("x", str(folder)), Head(SEQUENCE, labels), 3)
         assert fresh == ("classifier.out_proj",)
         assert torch.equal(model.classifier.dense.weight, first.classifier.dense.weight)
         new = model.classifier.out_proj.weight

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import inspect
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kit.base.head import CAUSAL, SEQUENCE, Head, is_head, settle
 from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import LoraKitError, UserError
@@ -65,7 +61,7 @@ def load_tokenizer(pinned: Pinned, generates: bool = True) -> Any:
             pinned.folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # what a broken file raises depends on the parser that meets it
-        raise _unusable(pinned, "no usable tokenizer", error) from None
+        raise unusable(pinned, "no usable tokenizer", error) from None
     if not tokenizer.is_fast:
         raise UserError(
             f"base.model: {pinned.folder}: only a slow tokenizer; a tokenizer.json is needed"
@@ -137,7 +133,7 @@ def unquantized_config(pinned: Pinned) -> dict[str, Any]:
     return config
 
 
-def _unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
+def unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
     if isinstance(error, LoraKitError):
         return error  # a signal, which arrives anywhere
     reason = " ".join(str(error).split())[:240] or type(error).__name__
@@ -162,36 +158,16 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
         UserError: the architecture is unknown, a weight is missing or broken, or the weights are
             already quantized.
     """
-    return load_model(base, pinned, Head(), quantize=quantize)[0]
+    from transformers import AutoModelForCausalLM
 
-
-def load_model(
-    base: Base, pinned: Pinned, head: Head, seed: int = 0, quantize: str | None = None
-) -> tuple[Any, tuple[str, ...]]:
-    """Load the base with a head, every parameter frozen, without running code from its folder.
-
-    Args:
-        base, quantize: as in `load_base`.
-        head: the class that loads it, label names and pooling.
-        seed: fresh modules are initialised from it, the same on every rank and when loaded again.
-
-    Returns:
-        The model, with its pooling as `model.pooling` where it has one, and the names of its fresh
-        modules: those that the base's files have no weights for, or weights of another shape or for
-        other labels. No module of the head is quantized; the fresh ones are float32.
-
-    Raises:
-        UserError: as `load_base`; or the architecture has no such head, or not this pooling.
-    """
     unquantized_config(pinned)
-    if head.auto != CAUSAL:
-        model, fresh = _load_with_head(base, pinned, head, seed, quantize)
-    else:
-        from transformers import AutoModelForCausalLM
+    model, missing = from_files(AutoModelForCausalLM, base, pinned, quantize)
+    check_whole(pinned, missing)
+    return frozen(model)
 
-        fresh = ()
-        model, missing = _from_files(AutoModelForCausalLM, base, pinned, quantize)
-        _check_whole(pinned, missing)
+
+def frozen(model: Any) -> Any:
+    """The model in evaluation mode, none of its parameters to be trained."""
     model.requires_grad_(False)
     for module in model.modules():
         # In evaluation mode bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16, for good: the
@@ -199,145 +175,29 @@ def load_model(
         # it, in silence; and it wants row counts that divide by 32.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval(), fresh
+    return model.eval()
 
 
-def _load_with_head(
-    base: Base, pinned: Pinned, head: Head, seed: int, quantize: str | None
-) -> tuple[Any, tuple[str, ...]]:
-    """`load_model` of a head that the base's files need not hold."""
+def base_on_meta(base: Base, pinned: Pinned) -> Any:
+    """The base as shapes alone, on torch's meta device: no weights are read."""
     import torch
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = Path(pinned.folder)
-    auto = getattr(transformers, head.auto, None)
-    if not hasattr(auto, "_model_mapping"):
-        raise UserError(f"{head.auto!r:.80} is no auto class of transformers")
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        stored_labels = tuple(config.id2label.values())
-        _name_outputs(config, head)
-        skeleton = skeleton_of(auto, config)
-    except Exception as error:  # whatever a broken config.json leads to
-        raise _unusable(pinned, "cannot be loaded", error) from None
-    pooling, own = head.pooling, True
-    if head.auto == SEQUENCE:
-        pooling, own = settle(head.pooling, folder, config, skeleton)
-    elif skeleton is None:
-        raise UserError(
-            f"base.model: {folder}: {config.model_type} has no {head.auto} in transformers: "
-            "take another base"
-        )
-    torch.manual_seed(seed)
-    if not own:
-        from lora_kit.base.pooled import PooledClassifier
-
-        whole = transformers.AutoModel
-        options = _without_pooler(whole, config)
-        with _no_report():
-            encoder, missing = _from_files(
-                whole, base, pinned, quantize, [], config=config, **options
-            )
-        _check_whole(pinned, [name for name in missing if not is_head(f"body.{name}", "body")])
-        model = PooledClassifier(encoder, str(pooling))
-        model.score.to(encoder.device)
-        return model, ("score",)
-    if pooling == "last":
-        # The head looks for the last token that is none of padding.
-        padding = load_tokenizer(pinned, generates=False).pad_token_id
-        config.get_text_config().pad_token_id = padding
-    layers = head_layers(skeleton)
-    with _no_report():
-        model, missing = _from_files(
-            auto, base, pinned, quantize, layers, config=config, ignore_mismatched_sizes=True
-        )
-    prefix = model.base_model_prefix
-    _check_whole(pinned, [name for name in missing if not is_head(name, prefix)])
-    fresh = {name.rpartition(".")[0] for name in missing}
-    output = layers[-1]
-    if head.labels and head.labels != stored_labels and output not in fresh:
-        # Trained for other labels, as many of them by chance.
-        torch.manual_seed(seed)
-        for parameter in model.get_submodule(output).parameters():
-            parameter._is_hf_initialized = False  # transformers' own mark: from a file
-        model._init_weights(model.get_submodule(output))
-        fresh.add(output)
-    for name in layers:
-        layer = model.get_submodule(name)
-        if name in fresh:
-            layer.float()  # it is trained, and bfloat16 would round small steps away
-        layer.register_forward_pre_hook(_to_own_type)
-    model.pooling = pooling
-    return model, tuple(name for name in layers if name in fresh)
-
-
-@contextlib.contextmanager
-def _no_report() -> Iterator[None]:
-    """Without the table that transformers prints of missing weights: here they are meant to be."""
-
-    def drop(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
-
-
-def _name_outputs(config: Any, head: Head) -> None:
-    if not head.labels:
-        return
-    for key, names in head.names().items():
-        setattr(config, key, names)
-    if head.auto == SEQUENCE:
-        several = len(head.labels) > 1
-        config.problem_type = "single_label_classification" if several else "regression"
-
-
-def skeleton_of(auto: Any, config: Any) -> Any:
-    """The model of an auto class as shapes alone (meta device); None: it has none for this
-    architecture."""
-    import torch
-
-    if type(config) not in auto._model_mapping:
-        return None
+    config = AutoConfig.from_pretrained(
+        pinned.folder, local_files_only=True, trust_remote_code=False
+    )
     with torch.device("meta"):
-        return auto.from_config(copy.deepcopy(config), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, base.dtype))
+    model.config.pad_token_id = None  # some look for padding, in what has no content
+    return model
 
 
-def head_layers(skeleton: Any) -> list[str]:
-    """The layers of a model that are not of its base's body, the one of its outputs last."""
-    return [
-        name
-        for name, module in skeleton.named_modules()
-        if is_head(name, skeleton.base_model_prefix) and any(True for _ in module.parameters(False))
-    ]
-
-
-def _without_pooler(auto: Any, config: Any) -> dict[str, Any]:
-    """The argument with which a body is built without its pooling layer, where it takes one."""
-    found = auto._model_mapping[type(config)]
-    body = found[0] if isinstance(found, tuple) else found
-    takes_it = "add_pooling_layer" in inspect.signature(body.__init__).parameters
-    return {"add_pooling_layer": False} if takes_it else {}
-
-
-def _to_own_type(layer: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before a layer of the head, whose type may be another than that of the body."""
-    dtype = next(layer.parameters()).dtype
-    return tuple(value.to(dtype) if value.is_floating_point() else value for value in given)
-
-
-def _from_files(
+def from_files(
     auto: Any,
     base: Base,
     pinned: Pinned,
     quantize: str | None,
-    unquantized: list[str] | None = None,
+    unquantized: Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[Any, list[str]]:
     """A model of transformers, and the names of the parameters that its files lack, or hold in
@@ -367,11 +227,11 @@ def _from_files(
             **options,
         )
     except Exception as error:  # as above; safetensors' own error is a bare Exception
-        raise _unusable(pinned, "cannot be loaded", error) from None
+        raise unusable(pinned, "cannot be loaded", error) from None
     return model, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
 
 
-def _check_whole(pinned: Pinned, missing: list[str]) -> None:
+def check_whole(pinned: Pinned, missing: list[str]) -> None:
     """Raises UserError if weights are missing: transformers fills them with random numbers, and
     only warns."""
     if missing:
@@ -399,27 +259,13 @@ def check_causal(model: Any, pinned: Pinned) -> None:
     ids[1, -1] = vocabulary // 3
     with torch.no_grad():
         # One batch: what depends on the whole of it, as outliers in int8, is the same for both.
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        logits = model(input_ids=ids).logits[:, :-1].float()
     moved = (logits[0] - logits[1]).abs().max().item()
     if moved > _ROUNDING * logits.std().item():
         raise UserError(
             f"base.model: {pinned.model}: {type(model).__name__} is not causal: the last token "
             "changes earlier predictions, as in an encoder; use a decoder, or recipe: classify"
         )
-
-
-def base_on_meta(base: Base, pinned: Pinned) -> Any:
-    """The base as shapes alone, on torch's meta device: no weights are read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(
-        pinned.folder, local_files_only=True, trust_remote_code=False
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, base.dtype))
-    model.config.pad_token_id = None  # some look for padding, in what has no content
-    return model
 
 
 def _check_files(folder: Path) -> dict[str, Any]:
@@ -440,20 +286,21 @@ def _check_files(folder: Path) -> dict[str, Any]:
     return inside[0]
 
 
-def _quantization(kind: str, dtype: Any, unquantized: list[str] | None = None) -> Any:
+def _quantization(kind: str, dtype: Any, unquantized: Sequence[str] | None = None) -> Any:
     from transformers import BitsAndBytesConfig
 
+    skipped = None if unquantized is None else list(unquantized)
     # Of its own, transformers leaves out the last parameter, which of a head is its bias: its
     # matrix would be packed.
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=unquantized,
+        llm_int8_skip_modules=skipped,
         # FSDP shards tensors of one floating type: the packed 4-bit values are stored as one.
         **({"bnb_4bit_quant_storage": dtype} if sharded else {}),
     )
