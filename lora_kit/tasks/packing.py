@@ -93,13 +93,15 @@ class Packed:
         return float(self.sizes.sum()) / max(1, len(self.bins) * self.room)
 
 
-def content_hash(rows: Labelled | Packed) -> str:
-    """A hash of the tokens of all rows."""
-    digest = hashlib.sha256(str(getattr(rows, "bins", "")).encode())
-    plain = rows.rows if isinstance(rows, Packed) else rows
-    arrays: Any = (plain.ids, plain.offsets)
-    for array in arrays:
-        digest.update(array)
+def content_hash(rows: Rows | Packed) -> str:
+    """A hash of the tokens of all rows, and of which are packed together."""
+    digest = hashlib.sha256()
+    unpacked = rows
+    if isinstance(rows, Packed):
+        digest.update(str(rows.bins).encode())
+        unpacked = rows.rows
+    assert isinstance(unpacked, Rows)
+    digest.update(unpacked.content("input_ids"))
     return digest.hexdigest()
 
 
