@@ -13,6 +13,7 @@ from lora_kit.adapter.load import end_tokens
 from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed
 from lora_kit.tasks.batches import IGNORED, collator
+from lora_kit.tasks.task import Score
 
 # Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
 # of 152k. A single row may be longer.
@@ -28,6 +29,16 @@ class Losses:
     nats: np.ndarray
     tokens: np.ndarray
     bytes: np.ndarray
+
+    def scores(self) -> list[Score]:
+        """Nats per token and bits per byte; units without a label, or without text, are dropped."""
+        units = np.flatnonzero((self.tokens > 0) & (self.bytes > 0))
+        nats, tokens, size = self.nats[units], self.tokens[units], self.bytes[units]
+        bits = nats / np.log(2)
+        return [
+            Score("loss", np.stack([nats, tokens], axis=1), better="lower", units=units),
+            Score("bits_per_byte", np.stack([bits, size], axis=1), better="lower", units=units),
+        ]
 
 
 def measure(

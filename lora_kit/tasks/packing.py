@@ -95,13 +95,11 @@ class Packed:
 
 def content_hash(rows: Rows | Packed) -> str:
     """A hash of the tokens of all rows, and of which are packed together."""
-    digest = hashlib.sha256()
-    unpacked = rows
-    if isinstance(rows, Packed):
-        digest.update(str(rows.bins).encode())
-        unpacked = rows.rows
-    assert isinstance(unpacked, Rows)
-    digest.update(unpacked.content("input_ids"))
+    packed = rows.bins if isinstance(rows, Packed) else None
+    table = rows.rows if isinstance(rows, Packed) else rows
+    names = [name for name in table.columns if name.endswith("input_ids")]
+    digest = hashlib.sha256(str(packed).encode())
+    digest.update(table.content(*names))
     return digest.hexdigest()
 
 
