@@ -352,6 +352,9 @@ def test_the_reference_of_a_started_run_is_the_adapter_that_it_started_from(
     found = TASK.score(model, rows, tokenizer, {}, run)
     assert np.allclose(found[1].sums, expected[1].sums, atol=1e-5)
     assert abs(found[1].sums[:, 0]).max() > 1e-3
+    nothing: Any = None
+    rivals = TASK.rivals(model, nothing, tokenizer, {}, run)
+    assert [rival.name for rival in rivals] == ["reference", "base"]
     with model.disable_adapter():  # the base is not the reference here
         base_margins = TASK.score(model, rows, tokenizer, {}, run)[1]
         assert abs(base_margins.sums[:, 0]).max() > 1e-3
@@ -378,7 +381,9 @@ def test_accuracy_and_margin_against_the_reference(base: Path) -> None:
     assert (accuracy.name, margin.name) == ("accuracy", "margin")
     assert accuracy.units is not None and accuracy.units.tolist() == list(range(6))
     # The reference itself, and the base that it is here: ties, which count half.
-    (rival,) = TASK.rivals(model, None, tokenizer, {}, run)
+    nothing: Any = None
+    (rival,) = TASK.rivals(model, nothing, tokenizer, {}, run)
+    assert rival.name == "base"
     with rival.enter() as reference:
         scores = TASK.score(reference, rows, tokenizer, {}, run)
     with model.disable_adapter():

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from lora_kit.tasks.encode import Prepared
 
 SIDES = ("chosen", "rejected")
-_PAIRS_AT_ONCE = 8  # of the longest, in a pass without gradients
+_PAIRS_AT_ONCE = 4  # of the longest, in a pass without gradients
 _PROMPTS = 64  # held-out prompts that completions are generated for
 _ROOM = 32  # tokens that a generation may be longer than the longest completion of the rows
 _MOST_TOKENS = 512  # of a generation
@@ -103,6 +103,7 @@ class Preference(Task):
         "data.labels",
         "prove.shots",
         "prove.metrics",
+        "prove.answers",
     )
     general = Text()
     flat = True
@@ -194,10 +195,13 @@ class Preference(Task):
         return len(batch["counts"]) // 2
 
     def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
-        """-log sigmoid(margin), summed over the pairs of the batch, over the pairs of the step."""
+        """-log sigmoid(margin), summed over the pairs of the batch, over the pairs of the step. A
+        plan counts what it costs before there is a reference."""
         import torch
 
-        ratios = log_probabilities(model, batch) - batch[REFERENCE]  # (pairs, 2)
+        ratios = log_probabilities(model, batch)  # (pairs, 2)
+        if not ratios.is_meta:
+            ratios = ratios - batch[REFERENCE]
         margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
         losses = -torch.nn.functional.logsigmoid(margins)
         total: torch.Tensor = losses.sum() / items
@@ -241,7 +245,13 @@ class Preference(Task):
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
-        return [Contender(REFERENCE, lambda: contextlib.nullcontext(None))]
+        """The reference; it is the base, unless the run starts from another adapter."""
+        if run.adapter.start is None:
+            return [Contender("base", contextlib.nullcontext)]
+        return [
+            Contender(REFERENCE, contextlib.nullcontext),
+            Contender("base", model.disable_adapter),
+        ]
 
     def examine(
         self,
