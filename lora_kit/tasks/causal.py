@@ -258,7 +258,7 @@ class Conversations(Causal):
     general = Text()
     chat = True
 
-    def notes(self, formats: set[str]) -> list[str]:
+    def notes(self, formats: set[str], facts: Facts) -> list[str]:
         if "preference" not in formats:
             return []
         return ["preference rows: only the chosen completions are trained on"]
