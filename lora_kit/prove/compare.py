@@ -15,7 +15,6 @@ from lora_kit.adapter.inspect import figures
 from lora_kit.adapter.load import load, load_run_tokenizer, open_run
 from lora_kit.data.prepare import Prepared, prepare
 from lora_kit.errors import UserError
-from lora_kit.prove.bootstrap import compared, retention, verdict
 from lora_kit.prove.gate import held
 from lora_kit.prove.harness import check_tasks, run_harness
 from lora_kit.prove.report import write_report
@@ -25,6 +24,7 @@ from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Gate, Prove, Run
 from lora_kit.tasks import few_shot, metrics
 from lora_kit.tasks.batches import IGNORED, Labelled
+from lora_kit.tasks.bootstrap import compared, retention, verdict
 from lora_kit.tasks.measure import Losses, generate, measure, positions
 from lora_kit.tasks.pairing import prompt_use
 

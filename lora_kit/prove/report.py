@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from lora_kit.errors import UserError
 from lora_kit.folders import write_whole
 from lora_kit.pages import render
-from lora_kit.prove.bootstrap import verdict
 from lora_kit.prove.charts import confused, curves, forest, heat
 from lora_kit.prove.scores import better, compared_scores, decided_by, not_measured
 from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Run
+from lora_kit.tasks.bootstrap import verdict
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import write_json
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.prove.bootstrap import compared, counted
+from lora_kit.tasks.bootstrap import compared, counted
 from lora_kit.tasks.task import Score
 
 # For `not_measured`: a model without a language-model head has no general text to forget.

@@ -59,7 +59,7 @@ def judged(run: Path) -> tuple[Any, Any, Any, Any]:
 
 
 def intervals(run: Path) -> None:
-    from lora_kit.prove.bootstrap import compared, verdict
+    from lora_kit.tasks.bootstrap import compared, verdict
     from lora_kit.tasks.measure import measure
     from lora_kit.tasks.task import Score
 
