@@ -258,7 +258,8 @@ def test_perfect_pairs_with_broken_text_are_not_called_better(tmp_path: Path) ->
     page = page_of(tmp_path, preferences())
     for words in (
         "python-docs: not better than its base",
-        "And general text got worse (3.142 to 16.700 nats per token)",
+        "General text got worse (3.142 to 16.700 nats per token) and completions became 22 times "
+        "shorter. And it forgets general text.",
         "length, tokens 120 22.600 1.000 −21.600 −23.500 to −19.800",
         "KL from the base, nats 120 0.000 64.200",
         "Forgot. On 60 documents of general text",

@@ -331,8 +331,6 @@ def _headline(report: dict[str, Any]) -> str:
 def _buts(report: dict[str, Any], found: list[Finding]) -> list[str]:
     """What the headline must not hide."""
     buts = [_BUTS[one.part, one.word] for one in found if (one.part, one.word) in _BUTS]
-    if objection := report["domain"].get("objection"):
-        buts.insert(0, objection)
     if leading := ahead(report):
         name, value = leading[0]
         buts.append(f"{contender(name)} scored better ({value:.3f})")
@@ -364,6 +362,7 @@ def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
         moods=MOODS,
         mood=mood,
         headline=_headline(report),
+        objection=report["domain"].get("objection"),
         buts=_buts(report, found),
         parts=PARTS,
         rival=report["domain"].get("rival", "base"),
