@@ -8,10 +8,18 @@ classes derived from these sections.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+)
 
 EMBEDDED = ("nano:topics", "nano:docstrings", "nano:instructions")
 Path_ = Annotated[str, Field(min_length=1)]
@@ -168,8 +176,19 @@ class Data(Section):
 
 
 class Train(Section):
-    """The trainer, in the spelling of `transformers.TrainingArguments`, plus `max_length`."""
+    """The trainer, in the spelling of `transformers.TrainingArguments`, plus `max_length` and what
+    trains."""
 
+    trainable: Literal["adapter", "head"] = Field(
+        "adapter",
+        description="adapter: LoRA, and the new head of a task that has one; head: the new head "
+        "alone, without LoRA.",
+    )
+    top_layers: Positive | None = Field(
+        None,
+        description="Put LoRA in the k highest layers only: the ones below run without gradients. "
+        "null: in all.",
+    )
     max_length: int = Field(512, ge=8, description="Tokens a row at most; the length of a chunk.")
     max_steps: Positive | None = Field(
         None, description="Optimizer steps; null: as many as num_train_epochs needs."
@@ -228,6 +247,13 @@ class Train(Section):
     def _counts_evaluations(cls, value: Any, info: ValidationInfo) -> Any:
         if value and info.data.get("eval_steps", 0) is None:
             raise ValueError("it counts evaluations: set train.eval_steps")
+        return value
+
+    @field_validator("top_layers")
+    @classmethod
+    def _holds_lora(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("trainable") == "head":
+            raise ValueError("train.trainable: head trains no layer: leave one of the two out")
         return value
 
 
@@ -309,6 +335,18 @@ class Run(Section):
         "used, and the batch and recomputation that fit the memory; plain: transformers' and "
         "PEFT's own way, with the batch as it stands here.",
     )
+    # Absolute paths of this run that its file names relative to itself. `run.load_run` fills it.
+    _relative: frozenset[str] = PrivateAttr(frozenset())
+
+    def written(self, path: str, folder: Path) -> str:
+        """A path as a file in `folder` names it: relative to the folder if the user's run file has
+        it relative, else unchanged. So a project that was moved as a whole still works.
+        """
+        if path not in self._relative:
+            return path
+        relative = os.path.relpath(path, folder.resolve())
+        # `folder/name` alone could be an id on the Hub.
+        return relative if relative.startswith(os.pardir) else os.path.join(os.curdir, relative)
 
     @property
     def directory(self) -> Path:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_kit.adapter.load import load, run_home
+from lora_kit.adapter.finished import FinishedRun
+from lora_kit.adapter.load import load_model
 from lora_kit.base.templates import context_token, prompt_text
 from lora_kit.errors import harmless
 from lora_kit.prove.charts import confused
 from lora_kit.prove.report import PARTS, UNITS, contender_rows, findings, units_of
 from lora_kit.prove.scores import better, compared_scores, decided_by
-from lora_kit.run import read_lock
 from lora_kit.tasks.measure import generate
 
 if TYPE_CHECKING:
@@ -123,11 +122,12 @@ def printable(text: str) -> str:
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def say(run: str | Path, prompt: str, base: bool, max_new_tokens: int) -> str:
-    """What a run's model says to a prompt: the answer, where it learned from conversations, else
-    the text that follows."""
-    model, tokenizer = load(run)
-    lock = read_lock(run_home(run))
+def say(run: FinishedRun, prompt: str, base: bool, max_new_tokens: int) -> str:
+    """A run's completion of a prompt: the assistant's turn, if it was trained on conversations,
+    else the text that follows. `base`: without the adapter."""
+    run.require_language_model("generate")
+    model, tokenizer = load_model(run)
+    lock = run.lock
     templated = lock.get("kind", "chat") == "chat" and bool(tokenizer.chat_template)
     if templated:
         prompt = prompt_text(tokenizer, [{"role": "user", "content": prompt}])

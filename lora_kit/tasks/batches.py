@@ -77,6 +77,11 @@ def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def collators(pad_id: int) -> Callable[[bool], Callable[[Sequence[Any]], dict[str, Any]]]:
+    """{True: `in_one_row`, False: `collator(pad_id)`}, as a function."""
+    return lambda flat: in_one_row if flat else collator(pad_id)
+
+
 def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """A batch in two, where it holds two rows at least; the losses of both add up to its own.
     Padded rows go by length, so that less of it is padding."""

@@ -32,11 +32,12 @@ class Losses:
 
     def scores(self) -> list[Score]:
         """Nats per token and bits per byte; units without a label, or without text, are dropped."""
-        whole = (self.tokens > 0) & (self.bytes > 0)
-        nats, tokens, size = self.nats[whole], self.tokens[whole], self.bytes[whole]
+        units = np.flatnonzero((self.tokens > 0) & (self.bytes > 0))
+        nats, tokens, size = self.nats[units], self.tokens[units], self.bytes[units]
+        bits = nats / np.log(2)
         return [
-            Score("loss", np.stack([nats, tokens], axis=1), better="lower"),
-            Score("bits_per_byte", np.stack([nats / np.log(2), size], axis=1), better="lower"),
+            Score("loss", np.stack([nats, tokens], axis=1), better="lower", units=units),
+            Score("bits_per_byte", np.stack([bits, size], axis=1), better="lower", units=units),
         ]
 
 

@@ -6,6 +6,7 @@ room for it; at most 11/9 of the fewest rows possible, plus one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,16 @@ class Packed:
     def fill(self) -> float:
         """The share of the rows that is tokens."""
         return float(self.sizes.sum()) / max(1, len(self.bins) * self.room)
+
+
+def content_hash(rows: Rows | Packed) -> str:
+    """A hash of the tokens of all rows."""
+    digest = hashlib.sha256(str(getattr(rows, "bins", "")).encode())
+    plain = rows.rows if isinstance(rows, Packed) else rows
+    for ids, ends in plain.chunks("input_ids"):
+        digest.update(np.ascontiguousarray(ids))
+        digest.update(np.diff(ends))
+    return digest.hexdigest()
 
 
 def check_isolation(model: Any) -> None:

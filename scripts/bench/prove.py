@@ -45,17 +45,13 @@ def trained(folder: Path) -> Path:
 
 def judged(run: Path) -> tuple[Any, Any, Any, Any]:
     """(model, tokenizer, what was prepared, run) of a finished run."""
-    from lora_kit.adapter.load import load, open_run
-    from lora_kit.data.prepare import prepare
-    from lora_kit.run import read_lock
+    from lora_kit.adapter.finished import FinishedRun
+    from lora_kit.adapter.load import load_model
+    from lora_kit.prove.compare import prepared_again
 
-    model, tokenizer = load(run)
-    opened, lock = open_run(run), read_lock(run)
-    length = opened.train.max_length
-    data = prepare(
-        opened.data, lock["kind"], tokenizer, length, opened.seed, limits=False, lock=lock
-    )
-    return model, tokenizer, data, opened
+    finished = FinishedRun(run)
+    model, tokenizer = load_model(finished)
+    return model, tokenizer, prepared_again(finished), finished.require_run()
 
 
 def intervals(run: Path) -> None:
