@@ -47,7 +47,7 @@ def adapted(family: str, adapter: dict[str, Any], **sizes: Any) -> Any:
     torch.manual_seed(0)
     own = FAMILIES[family] if family == "gpt2" else {**SIZES, **FAMILIES[family], **sizes}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **own))
-    return attach(model.requires_grad_(False), Adapter(r=4, **adapter), 0)
+    return attach(model.requires_grad_(False), Adapter(r=4, **adapter), (), 0)
 
 
 def trained(model: Any, steps: int = 3, rate: float = 1e-3, damage: Any = None) -> Audit:
@@ -127,7 +127,7 @@ def test_coverage_counts_four_bits_as_one_parameter(base: Path) -> None:
     shares = []
     for kind in ("none", "nf4"):
         chosen = Base(model=str(base), quantize=kind)  # type: ignore[arg-type]
-        shares.append(describe(attach(load_base(chosen, pin(chosen)), Adapter(), 0)).coverage)
+        shares.append(describe(attach(load_base(chosen, pin(chosen)), Adapter(), (), 0)).coverage)
     assert shares[0] == shares[1]
     assert shares[0].share > 0.5
 
