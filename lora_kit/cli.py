@@ -155,14 +155,14 @@ def preview(
     from lora_kit.run import load_run
 
     run = load_run(run_file, overrides or [])
-    from lora_kit.data import preview as view
+    from lora_kit import preview as view
 
     if html is not None:
         view.check_page(html)  # before the work, not after it
     from lora_kit.base.load import load_tokenizer, quiet_libraries
     from lora_kit.base.pin import pin
+    from lora_kit.base.templates import set_template
     from lora_kit.data.prepare import kind_of, prepare
-    from lora_kit.data.templates import set_template
 
     quiet_libraries()
     tokenizer = load_tokenizer(pin(run.base, weights=False))

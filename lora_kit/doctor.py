@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_kit.data.cache import installed
+from lora_kit.cache import installed
 from lora_kit.run import load_run
 from lora_kit.schema import Run
 

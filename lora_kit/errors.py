@@ -65,6 +65,16 @@ class Interrupted(LoraKitError):
         super().__init__(message)
 
 
+class NotUsable(Exception):
+    """A row that is dropped. `reason` completes "42 rows dropped: rows ..."; `detail` is what of
+    the row shows it."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
 def harmless(text: str) -> str:
     """Text in which what steers a terminal, or turns the reading direction, is spelled out."""
     kept = {

@@ -27,13 +27,13 @@ import lora_kit.train.trainer  # noqa: F401 - what a run imports, it holds
 from lora_kit.adapter.attach import attach
 from lora_kit.base.load import check_length, gpu_is_used, load_tokenizer
 from lora_kit.base.pin import pin
-from lora_kit.data.packing import Packed
+from lora_kit.base.templates import set_template
 from lora_kit.data.prepare import Prepared, kind_of, prepare
-from lora_kit.data.templates import set_template
 from lora_kit.errors import LoraKitError, UserError
 from lora_kit.schema import Run
 from lora_kit.speed import memory as costs
 from lora_kit.speed.memory import Choice, Machine, Work
+from lora_kit.tasks.packing import Packed
 from lora_kit.train.checkpoint import checkpoint_bytes
 
 _MIB = 2**20

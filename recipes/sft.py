@@ -25,8 +25,8 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.adapter.attach import attach, describe
     from lora_kit.base.load import load_base, load_tokenizer
     from lora_kit.base.pin import pin
+    from lora_kit.base.templates import set_template
     from lora_kit.data.prepare import prepare
-    from lora_kit.data.templates import set_template
     from lora_kit.plan import plan_training
     from lora_kit.prove.compare import HeldOut, check_prove
     from lora_kit.prove.finish import prove

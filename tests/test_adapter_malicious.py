@@ -147,7 +147,7 @@ ATTACKS: list[tuple[Any, str, set[str]]] = [
 def test_nothing_of_it_runs_and_one_line_says_why(
     run: Shell, adapter: Path, attack: Any, words: str, blind: set[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("lora_kit.data.templates.SECONDS_TO_RENDER", 0.2)
+    monkeypatch.setattr("lora_kit.base.templates.SECONDS_TO_RENDER", 0.2)
     canary = Path("canary").resolve()
     attack(adapter, canary)
     before = {file for file in Path().rglob("*") if "__pycache__" not in str(file)}

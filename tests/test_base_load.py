@@ -17,10 +17,10 @@ from trained import labelled
 from lora_kit.adapter.attach import attach
 from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import Pinned, pin
-from lora_kit.data.labelled import IGNORED, collator
 from lora_kit.errors import UserError
-from lora_kit.prove.measure import measure
 from lora_kit.schema import Adapter, Base
+from lora_kit.tasks.batches import IGNORED, collator
+from lora_kit.tasks.measure import measure
 
 
 def settings(folder: Path, **values: Any) -> Base:

@@ -12,9 +12,9 @@ from prepared import chats, prepared, put, put_texts, texts
 
 from lora_kit.data.census import Census, Count
 from lora_kit.data.formats import WORSE
-from lora_kit.data.labelled import IGNORED
 from lora_kit.errors import UserError
 from lora_kit.schema import Limits
+from lora_kit.tasks.batches import IGNORED
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from test_data_formats import ANSWER, ASK, GPT, HUMAN, OTHER, QA, dropped, one, refused, turns
 
-from lora_kit.data.formats import FORMATS, Columns, NotUsable, format_of, to_example
+from lora_kit.data.formats import FORMATS, Columns, format_of, to_example
 from lora_kit.data.readers import Row
+from lora_kit.errors import NotUsable
 
 ALPACA = {"instruction": "Q", "input": "", "output": "A", "text": "Below is an instruction."}
 TAGS = {"tokens": ["a", "b"], "tags": ["O", "B-X"]}

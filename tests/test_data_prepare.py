@@ -12,14 +12,14 @@ import pytest
 from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, said, texts
 
+from lora_kit.base.templates import set_template
 from lora_kit.data import prepare as module
-from lora_kit.data.labelled import IGNORED, Labelled
-from lora_kit.data.packing import Packed
 from lora_kit.data.prepare import Prepared
-from lora_kit.data.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.schema import Data
+from lora_kit.tasks.batches import IGNORED, Labelled
+from lora_kit.tasks.packing import Packed
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from browser import Browser, browser
 from conftest import CHATML, make_tokenizer, sentences
 from prepared import prepared, put
 
-from lora_kit.data import preview
+from lora_kit import preview
 from lora_kit.data.prepare import Prepared
 from lora_kit.errors import UserError
 from lora_kit.schema import Run

@@ -11,7 +11,7 @@ import scipy.stats
 
 from lora_kit.prove import bootstrap
 from lora_kit.prove.bootstrap import interval, scores, statistics, verdict, verdict_of_scores
-from lora_kit.prove.measure import Losses
+from lora_kit.tasks.measure import Losses
 
 
 def losses(units: int, effect: float, seed: int) -> tuple[Losses, Losses]:

@@ -13,11 +13,11 @@ from conftest import RunMaker, make_base, sentences
 from trained import finish, folder_maker, labelled
 
 import lora_kit
-from lora_kit.data.labelled import IGNORED
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.prove.compare import HeldOut, check_prove, compare_model
-from lora_kit.prove.measure import generate
 from lora_kit.schema import Prove
+from lora_kit.tasks.batches import IGNORED
+from lora_kit.tasks.measure import generate
 
 FIGURES = ("verdict", "domain", "general", "few_shot", "metrics", "samples")
 

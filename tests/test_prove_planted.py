@@ -19,7 +19,7 @@ from prepared import put, put_texts, texts
 import lora_kit
 from lora_kit import nano
 from lora_kit.errors import CheckFailed
-from lora_kit.prove.pairing import pairs
+from lora_kit.tasks.pairing import pairs
 
 NANO = {
     "base": {"model": "nano"},

@@ -25,10 +25,10 @@ from lora_kit.base.pin import pin
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import UserError
 from lora_kit.prove.compare import prepared_again
-from lora_kit.prove.measure import measure
 from lora_kit.ship import fidelity as room
 from lora_kit.ship.fidelity import fidelity
 from lora_kit.ship.merge import merge
+from lora_kit.tasks.measure import measure
 
 
 @pytest.fixture(scope="module")

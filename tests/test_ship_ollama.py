@@ -11,7 +11,7 @@ from conftest import RunMaker, make_tokenizer
 from families import FAMILIES, byte_level
 from trained import finish
 
-from lora_kit.data.templates import render
+from lora_kit.base.templates import render
 from lora_kit.errors import UserError
 from lora_kit.ship.llama_cpp import run
 from lora_kit.ship.ollama import export_ollama, go_template

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kit.data.labelled import collator, in_one_row
 from lora_kit.speed import attention, fast, linear, patch
 from lora_kit.speed.fast import make_fast, make_plain
+from lora_kit.tasks.batches import collator, in_one_row
 
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},

@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from trained import labelled
 
-from lora_kit.data.labelled import in_one_row
-from lora_kit.data.packing import Packed
 from lora_kit.speed import prefix as module
 from lora_kit.speed.fast import make_fast
 from lora_kit.speed.prefix import Prefix, first_trained_layer
+from lora_kit.tasks.batches import in_one_row
+from lora_kit.tasks.packing import Packed
 
 LAYERS = 4
 SHAPE = {

@@ -13,9 +13,9 @@ import pytest
 import torch
 from test_speed_prefix import Calls, adapted, base, data, root, same, step, train
 
-from lora_kit.data.packing import Packed
 from lora_kit.speed import prefix as module
 from lora_kit.speed.prefix import STATES, Prefix, Store
+from lora_kit.tasks.packing import Packed
 
 assert root  # a fixture of every test here: an empty cache
 LENGTHS = np.array([5, 3, 8, 1])

@@ -11,10 +11,10 @@ from processes import adapter_hash, lora_kit
 from trained import folder_maker
 
 import lora_kit as package
-from lora_kit.data.labelled import IGNORED
 from lora_kit.errors import CheckFailed, RunFileError, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import load_run
+from lora_kit.tasks.batches import IGNORED
 from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import Progress, read_metrics
 

@@ -169,7 +169,7 @@ def test_padding_changes_no_loss(base: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lora_kit.data.labelled import IGNORED, collator
+    from lora_kit.tasks.batches import IGNORED, collator
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     rows = []

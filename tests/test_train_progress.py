@@ -17,9 +17,9 @@ from conftest import RunMaker, make_base
 from trained import labelled
 
 import lora_kit as package
-from lora_kit.data.packing import Packed
 from lora_kit.errors import RunFileError, UserError
 from lora_kit.schema import Run
+from lora_kit.tasks.packing import Packed
 from lora_kit.train import arguments
 from lora_kit.train.arguments import check_installed
 from lora_kit.train.callbacks import Progress, read_metrics

@@ -12,11 +12,11 @@ from processes import lora_kit
 from trained import prepared
 
 import lora_kit as package
-from lora_kit.data.labelled import halves, in_one_row, real_tokens
-from lora_kit.data.packing import Packed
 from lora_kit.errors import UserError
 from lora_kit.run import load_run
 from lora_kit.speed import attention, linear
+from lora_kit.tasks.batches import halves, in_one_row, real_tokens
+from lora_kit.tasks.packing import Packed
 from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import read_metrics
 
@@ -122,7 +122,7 @@ def test_packed_rows_keep_their_documents(run_file: Any) -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_halves_of_a_batch_are_the_batch(run_file: Any, padded: bool) -> None:
-    from lora_kit.data.labelled import collator
+    from lora_kit.tasks.batches import collator
 
     rows = prepared(load_run(run_file("sft"))).train
     batch = (collator(0) if padded else in_one_row)([rows[n] for n in range(5)])

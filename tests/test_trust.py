@@ -21,8 +21,9 @@ import lora_kit
 from lora_kit import trust
 from lora_kit.errors import UserError
 from lora_kit.launch import load_recipe, start
-from lora_kit.prove import harness, metrics
+from lora_kit.prove import harness
 from lora_kit.run import load_run
+from lora_kit.tasks import metrics
 
 ROOT = Path(lora_kit.__file__).parent
 FILES = [*ROOT.rglob("*.py"), *(ROOT.parent / "recipes").glob("*.py")]

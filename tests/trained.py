@@ -33,7 +33,7 @@ def labelled(rows: list[tuple[list[int], list[int]]], units: list[int], sizes: l
     """`Labelled` rows of (ids, labels) in units of any order; `sizes`: bytes of each unit."""
     import numpy as np
 
-    from lora_kit.data.labelled import IGNORED, LabelledWriter
+    from lora_kit.tasks.batches import IGNORED, LabelledWriter
 
     writer = LabelledWriter()
     for ids, labels in rows:

@@ -12,9 +12,8 @@ from lora_kit.adapter.attach import put_on
 from lora_kit.adapter.files import WEIGHTS, Adapter, adapter_folder, open_adapter
 from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer, quiet_libraries
 from lora_kit.base.pin import Pinned, pin
-from lora_kit.data.formats import NotUsable
-from lora_kit.data.templates import render, set_template
-from lora_kit.errors import UserError
+from lora_kit.base.templates import render, set_template
+from lora_kit.errors import NotUsable, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import load_run, read_lock
 from lora_kit.schema import Base, Run

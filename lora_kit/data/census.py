@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lora_kit.data.formats import WORSE
-from lora_kit.data.labelled import Labelled
 from lora_kit.errors import UserError
 from lora_kit.schema import Limits
+from lora_kit.tasks.batches import Labelled
 
 LEAKED = "that stand in data.train too"  # rows of data.eval: data.limits.exact_leaks counts them
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_kit.data.census import Count
-from lora_kit.data.chat import ChatEncoder, Encoded
 from lora_kit.data.duplicates import UNSIGNED, hashed, ranks, sign
-from lora_kit.data.formats import Columns, Example, NotUsable, normalised, to_example
+from lora_kit.data.formats import Columns, Example, normalised, to_example
 from lora_kit.data.readers import Batch, Row
-from lora_kit.errors import CheckFailed
+from lora_kit.errors import CheckFailed, NotUsable
+from lora_kit.tasks.chat import ChatEncoder, Encoded
 
 BLOCK_BYTES = 2048
 # With fewer batches than this, starting processes takes longer than the work.

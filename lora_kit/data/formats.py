@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_kit.data.json_rows import shown
 from lora_kit.data.readers import Row
-from lora_kit.errors import UserError
+from lora_kit.errors import NotUsable, UserError
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -61,24 +61,36 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Example:
-    """Either a text, or messages that end with an assistant's; `joiner` is its format's."""
+    """A row that was read and checked: a text, a conversation, or both for a text with a label.
+
+    Attributes:
+        place: file:line of the row.
+        text: of a text, or of a text with a label.
+        messages: a conversation that ends with an assistant's turn; of a preference the one with
+            the chosen completion, of a text with a label the text and the label.
+        rejected: of a preference, the conversation with the rejected completion.
+        joiner: what is between prompt and completion where a base has no chat template.
+        joins: this part of a text goes on where the example before it in its batch ended.
+    """
 
     place: str
     text: str | None = None
     messages: tuple[Message, ...] = ()
+    rejected: tuple[Message, ...] = ()
     joiner: str = ""
     tools: tuple[Any, ...] = ()
     group: str | None = None
     label: str | None = None
+    joins: bool = False
 
     @property
     def key(self) -> str:
-        """What makes two examples the same: what they say, whatever case, punctuation and space."""
-        return normalised(_all_said(self.messages) if self.text is None else self.text)
+        """What makes two examples the same: their words, whatever case, punctuation and space."""
+        return normalised(_all_said(self.messages) if self.messages else self.text or "")
 
     @property
     def question(self) -> str:
-        """What comes before the last answer; of a text, nothing."""
+        """What comes before the last completion; of a text, nothing."""
         return _all_said(self.messages[:-1])
 
 
@@ -101,15 +113,6 @@ def normalised(text: str) -> str:
     True
     """
     return " ".join(text.casefold().translate(_PUNCTUATION).split()) or text.strip()
-
-
-class NotUsable(Exception):
-    """Why a row is dropped, and what of the row shows it."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -231,17 +234,18 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
             raise NotUsable("empty")
         return Example(row.place, text=text, group=group)
     tools = _tools(values.get("tools"))
-    label = None
+    text = label = None
+    rejected: list[Message] = []
     match format_name:
         case "messages" | "sharegpt":
             messages = _turns(values[known.needed[0]])
         case "tokens-tags":
             messages = _tagged(values, columns.labels)
         case "text-label":
-            label = _label(values["label"], columns.labels)
-            messages = _pair(_text(values, "text"), label)
+            label, text = _label(values["label"], columns.labels), _text(values, "text")
+            messages = _pair(text, label)
         case "preference":
-            messages = _preference(values)
+            messages, rejected = _preference(values)
         case "prompt-completion":
             messages = _prompted(values, "completion")
         case "unpaired-preference":
@@ -250,13 +254,33 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
             ask, answer = known.needed
             parts = [_optional(values, "context"), _text(values, ask), _optional(values, "input")]
             messages = _pair("\n\n".join(filter(None, parts)), _text(values, answer))
-    if system := _optional(values, "system"):
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        elif messages[0]["content"] != system:
-            raise NotUsable("with a `system` that is not the system's turn")
+    system = _optional(values, "system")
+    messages = _with_system(messages, system)
     _check_turns(messages)
-    return Example(row.place, None, tuple(messages), known.joiner, tools, group, label)
+    if rejected:
+        rejected = _with_system(rejected, system)
+        _check_turns(rejected)
+    return Example(
+        place=row.place,
+        text=text,
+        messages=tuple(messages),
+        rejected=tuple(rejected),
+        joiner=known.joiner,
+        tools=tools,
+        group=group,
+        label=label,
+    )
+
+
+def _with_system(messages: list[Message], system: str) -> list[Message]:
+    """Turns that begin with this system prompt, if there is one."""
+    if not system:
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise NotUsable("with a `system` that is not the system's turn")
+    return messages
 
 
 def _text(values: dict[str, Any], name: str) -> str:
@@ -318,15 +342,18 @@ def _prompted(values: dict[str, Any], answer: str) -> list[Message]:
     return [*_said_by("user", values, "prompt"), *_said_by("assistant", values, answer)]
 
 
-def _preference(values: dict[str, Any]) -> list[Message]:
-    """The prompt with the chosen answer."""
-    chosen = values["chosen"]
-    whole = isinstance(chosen, list) and len(chosen) > 1  # it repeats the prompt
-    if not whole and values.get("prompt") is None:
-        raise NotUsable("with a preference without a prompt", "name data.columns: {prompt: ...}")
-    messages = _turns(chosen) if whole else _prompted(values, "chosen")
-    _said_by("assistant", values, "rejected")  # checked, though it is not learned from
-    return messages
+def _preference(values: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    """The conversations with the chosen and with the rejected completion."""
+    found = []
+    for side in ("chosen", "rejected"):
+        completion = values[side]
+        repeats_prompt = isinstance(completion, list) and len(completion) > 1
+        if not repeats_prompt and values.get("prompt") is None:
+            raise NotUsable(
+                "with a preference without a prompt", "name data.columns: {prompt: ...}"
+            )
+        found.append(_turns(completion) if repeats_prompt else _prompted(values, side))
+    return found[0], found[1]
 
 
 def _preferred(values: dict[str, Any]) -> list[Message]:

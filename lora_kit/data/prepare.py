@@ -19,23 +19,23 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_kit.data import cache
+from lora_kit import cache
+from lora_kit.base.templates import context_token
 from lora_kit.data.census import Census
 from lora_kit.data.duplicates import clusters, joined, parted, repeated
 from lora_kit.data.encode import Settings, Work, encode_all
 from lora_kit.data.formats import FORMATS, Columns, format_of, unread
-from lora_kit.data.labelled import Labelled
 from lora_kit.data.leaks import against, general_apart, train_against_eval
-from lora_kit.data.packing import Packed
 from lora_kit.data.readers import Batch, Opened
-from lora_kit.data.rows import Chosen, count_texts, write_judged, write_train
 from lora_kit.data.sources import check_apart, open_sources
 from lora_kit.data.splits import FEWEST_TO_JUDGE, hold_out, mix, take
 from lora_kit.data.table import Table
-from lora_kit.data.templates import context_token
 from lora_kit.errors import UserError
 from lora_kit.run import nearest
 from lora_kit.schema import Data
+from lora_kit.tasks.arrange import Chosen, count_texts, write_judged, write_train
+from lora_kit.tasks.batches import Labelled
+from lora_kit.tasks.packing import Packed
 
 Kind = Literal["text", "chat"]
 USES = ("train", "eval", "general")

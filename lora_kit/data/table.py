@@ -9,7 +9,7 @@ import numpy as np
 from lora_kit.data.census import Count
 from lora_kit.data.duplicates import UNSIGNED, ranks
 from lora_kit.data.encode import Part
-from lora_kit.data.labelled import mapped
+from lora_kit.tasks.batches import mapped
 
 # Rows with a signature, at most: 512 bytes each. Beyond, those of the lowest ranks are a sample.
 LARGEST_SAMPLE = 150_000

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_kit.data.splits import FEWEST_TO_JUDGE
-from lora_kit.prove.measure import Losses
+from lora_kit.tasks.measure import Losses
 
 RESAMPLES = 10_000
 FEWEST_UNITS = FEWEST_TO_JUDGE

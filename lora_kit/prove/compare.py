@@ -13,19 +13,19 @@ import numpy as np
 from lora_kit.adapter.files import adapter_folder
 from lora_kit.adapter.inspect import figures
 from lora_kit.adapter.load import load, load_run_tokenizer, open_run
-from lora_kit.data.labelled import IGNORED, Labelled
 from lora_kit.data.prepare import Prepared, prepare
 from lora_kit.errors import UserError
-from lora_kit.prove import few_shot, metrics
 from lora_kit.prove.bootstrap import scores, statistics, verdict, verdict_of_scores
 from lora_kit.prove.gate import held
 from lora_kit.prove.harness import check_tasks, run_harness
-from lora_kit.prove.measure import Losses, generate, measure, positions
-from lora_kit.prove.pairing import prompt_use
 from lora_kit.prove.report import write_report
 from lora_kit.prove.scratch import against_scratch
 from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Gate, Prove, Run
+from lora_kit.tasks import few_shot, metrics
+from lora_kit.tasks.batches import IGNORED, Labelled
+from lora_kit.tasks.measure import Losses, generate, measure, positions
+from lora_kit.tasks.pairing import prompt_use
 
 _SHOWN_EACH = 2  # samples of a kind: the first, the largest gain, the largest loss
 _SHOWN_TOKENS = 48

@@ -7,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_kit.data.preview import render
 from lora_kit.errors import UserError
 from lora_kit.folders import write_whole
+from lora_kit.pages import render
 from lora_kit.prove.bootstrap import verdict_of_scores
 from lora_kit.prove.charts import curves, forest, heat
 from lora_kit.run import read_json, read_lock

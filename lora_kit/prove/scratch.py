@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.base.load import gpu_is_used
-from lora_kit.data.labelled import collator
 from lora_kit.data.prepare import Prepared
 from lora_kit.prove.bootstrap import statistics
-from lora_kit.prove.measure import measure
 from lora_kit.schema import Run
+from lora_kit.tasks.batches import collator
+from lora_kit.tasks.measure import measure
 from lora_kit.train.arguments import training_arguments
 
 

@@ -20,13 +20,13 @@ import numpy as np
 from lora_kit.adapter.attach import attach
 from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer
 from lora_kit.base.pin import Pinned, pin
-from lora_kit.data.labelled import IGNORED, Labelled, LabelledWriter, collator, in_one_row
-from lora_kit.data.packing import Packed, check_isolation
+from lora_kit.base.templates import set_template
 from lora_kit.data.prepare import Prepared, kind_of, prepare
-from lora_kit.data.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.schema import Run, Train
 from lora_kit.speed.fast import PARTS, make_fast, make_plain
+from lora_kit.tasks.batches import IGNORED, Labelled, LabelledWriter, collator, in_one_row
+from lora_kit.tasks.packing import Packed, check_isolation
 from lora_kit.train.arguments import check_installed
 from lora_kit.train.directory import RunDirectory, is_first_rank
 from lora_kit.train.interrupt import StopSignal

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.load import load, run_home
-from lora_kit.data.templates import context_token, prompt_text
+from lora_kit.base.templates import context_token, prompt_text
 from lora_kit.errors import harmless
-from lora_kit.prove.measure import generate
 from lora_kit.prove.report import findings
 from lora_kit.run import read_lock
+from lora_kit.tasks.measure import generate
 
 
 def comparison(report: dict[str, Any], title: str = "Base against adapted") -> None:

@@ -14,13 +14,13 @@ from lora_kit.adapter import load
 from lora_kit.adapter.combine import METHODS, combine
 from lora_kit.adapter.load import load_adapter
 from lora_kit.base.load import gpu_is_used, load_base, quiet_libraries
-from lora_kit.data.labelled import Labelled
 from lora_kit.errors import UserError, harmless
 from lora_kit.folders import new_folder
 from lora_kit.prove.bootstrap import statistics, verdict
 from lora_kit.prove.compare import prepared_again
-from lora_kit.prove.measure import Losses, measure
 from lora_kit.run import read_lock
+from lora_kit.tasks.batches import Labelled
+from lora_kit.tasks.measure import Losses, measure
 
 
 def combine_and_measure(

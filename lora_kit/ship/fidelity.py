@@ -17,11 +17,11 @@ import numpy as np
 from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.inspect import table
 from lora_kit.adapter.load import load, load_run_tokenizer, open_run
-from lora_kit.data.labelled import IGNORED, Labelled, collator
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.prove.bootstrap import interval
 from lora_kit.prove.compare import prepared_again
-from lora_kit.prove.measure import LOGITS_AT_ONCE
+from lora_kit.tasks.batches import IGNORED, Labelled, collator
+from lora_kit.tasks.measure import LOGITS_AT_ONCE
 
 INTO = ("dequantized", "base")
 # What a merge of a bfloat16 model loses by rounding alone, in nats per token: not worth a word.

@@ -30,7 +30,7 @@ from lora_kit.adapter.load import load_run_tokenizer, open_run, pin_like, run_ba
 from lora_kit.adapter.loaders import vllm_rank
 from lora_kit.base.load import quiet_libraries
 from lora_kit.base.pin import Pinned
-from lora_kit.data.cache import key_of, prepared
+from lora_kit.cache import key_of, prepared
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.run import read_lock
 from lora_kit.ship.gguf import Kind, needs_untied, open_source, write_adapter, write_model

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from lora_kit.data.labelled import IGNORED, collator, in_one_row
 from lora_kit.speed import attention, linear, norm
 from lora_kit.speed.loss import causal_loss
 from lora_kit.speed.patch import part_of, put_in, take_out
 from lora_kit.speed.prefix import causal_model
+from lora_kit.tasks.batches import IGNORED, collator, in_one_row
 
 # Relative differences that rounding explains, of the loss and of all gradients together; a wrong
 # scale, mask or term is larger.

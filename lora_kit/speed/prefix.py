@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_kit.data import cache
-from lora_kit.data.labelled import Labelled
-from lora_kit.data.packing import Packed
+from lora_kit import cache
+from lora_kit.tasks.batches import Labelled
+from lora_kit.tasks.packing import Packed
 
 STATES = "states.bin"
 # Raised whenever the same model and rows give another file than before.

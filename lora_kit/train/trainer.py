@@ -14,8 +14,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from lora_kit.adapter.audit import Audit
-from lora_kit.data.labelled import IGNORED, collator, halves, in_one_row, real_tokens
-from lora_kit.data.packing import Packed, check_isolation
 from lora_kit.data.prepare import Prepared
 from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.folders import check_room
@@ -23,6 +21,8 @@ from lora_kit.schema import Run
 from lora_kit.speed.fast import make_fast, make_plain
 from lora_kit.speed.memory import recompute
 from lora_kit.speed.prefix import Prefix
+from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row, real_tokens
+from lora_kit.tasks.packing import Packed, check_isolation
 from lora_kit.train import checkpoint
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.callbacks import Metrics, Progress, peak_mib

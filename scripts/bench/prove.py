@@ -61,7 +61,7 @@ def judged(run: Path) -> tuple[Any, Any, Any, Any]:
 def intervals(run: Path) -> None:
     from lora_kit.prove.bootstrap import statistics as compared
     from lora_kit.prove.bootstrap import verdict
-    from lora_kit.prove.measure import Losses, measure
+    from lora_kit.tasks.measure import Losses, measure
 
     model, tokenizer, data, _ = judged(run)
     adapted = measure(model, data.eval, tokenizer.pad_token_id)
@@ -94,8 +94,8 @@ def intervals(run: Path) -> None:
 
 
 def throughput(run: Path, rounds: int) -> None:
-    from lora_kit.prove.measure import measure
     from lora_kit.schema import Run
+    from lora_kit.tasks.measure import measure
     from lora_kit.train.directory import RunDirectory
     from lora_kit.train.interrupt import StopSignal
     from lora_kit.train.trainer import make_trainer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kit.data.labelled import IGNORED, Labelled, LabelledWriter, collator, real_tokens
+from lora_kit.tasks.batches import IGNORED, Labelled, LabelledWriter, collator, real_tokens
 
 
 def write(path: Path | None = None) -> Labelled:

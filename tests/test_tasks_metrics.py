@@ -15,8 +15,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lora_kit.errors import UserError
-from lora_kit.prove import metrics
-from lora_kit.prove.metrics import check_fit, check_names, score
+from lora_kit.tasks import metrics
+from lora_kit.tasks.metrics import check_fit, check_names, score
 
 ENGLISH = st.lists(
     st.sampled_from(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared import chats, prepared, put, put_texts
 
-from lora_kit.data import preview
+from lora_kit import preview
 from lora_kit.data.prepare import Prepared
 from lora_kit.errors import UserError
 from lora_kit.schema import Run
@@ -259,7 +259,7 @@ def test_no_model_is_loaded_for_it(run_file: Callable[..., Path]) -> None:
     # transformers' tokenizers bring torch themselves; of ours, nothing asks for it.
     code = """
 import sys
-import lora_kit.data.preview, lora_kit.data.prepare
+import lora_kit.preview, lora_kit.data.prepare
 print([m for m in ("torch", "transformers") if m in sys.modules])
 from lora_kit import cli
 try:

@@ -16,7 +16,7 @@ import pytest
 from conftest import CHATML, make_tokenizer
 from processes import until
 
-from lora_kit.data import cache
+from lora_kit import cache
 from lora_kit.errors import UserError
 
 KEY = "0123abc"
@@ -166,7 +166,7 @@ def test_another_folder_in_the_cache_is_left_alone(root: Path) -> None:
 
 
 def script(code: str) -> list[str]:
-    start = "import os, sys, time\nfrom pathlib import Path\nfrom lora_kit.data import cache\n"
+    start = "import os, sys, time\nfrom pathlib import Path\nfrom lora_kit import cache\n"
     return [sys.executable, "-c", start + code]
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from families import CHATML, FAMILIES, HERMES, LLAMA31, QWEN3, ZEPHYR, byte_level
 
-from lora_kit.data.chat import ChatEncoder, Encoded
-from lora_kit.data.formats import Example, Message, NotUsable
-from lora_kit.data.templates import prompt_text
-from lora_kit.errors import UserError
+from lora_kit.base.templates import prompt_text
+from lora_kit.data.formats import Example, Message
+from lora_kit.errors import NotUsable, UserError
+from lora_kit.tasks.chat import ChatEncoder, Encoded
 
 ANY = "{% for m in messages %}<t>{{ m.content }}<eos>{% endfor %}"
 REWRITES = "whose turns the chat template rewrites"
@@ -83,7 +83,7 @@ def test_prompt_and_learned_tokens_are_the_text_trained_on(tokenizer: Any, name:
 
 
 def test_the_end_marker_is_learned_where_it_pads_as_well(tokenizer: Any) -> None:
-    from lora_kit.data.labelled import IGNORED, LabelledWriter, collator
+    from lora_kit.tasks.batches import IGNORED, LabelledWriter, collator
 
     tokenizer.chat_template, pad = ZEPHYR, tokenizer.pad_token
     tokenizer.pad_token = tokenizer.eos_token

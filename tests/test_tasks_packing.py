@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kit.data.labelled import IGNORED, Labelled, LabelledWriter, collator, real_tokens
-from lora_kit.data.packing import Packed, check_isolation, first_fit_decreasing
 from lora_kit.errors import UserError
+from lora_kit.tasks.batches import IGNORED, Labelled, LabelledWriter, collator, real_tokens
+from lora_kit.tasks.packing import Packed, check_isolation, first_fit_decreasing
 
 PAD = 1
 ROOM = 40

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.labelled import IGNORED, Labelled
 from lora_kit.errors import UserError
+from lora_kit.tasks.batches import IGNORED, Labelled
 
 
 def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:

@@ -16,13 +16,13 @@ from trained import labelled as make_labelled
 from lora_kit.adapter.load import end_tokens
 from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import Pinned
-from lora_kit.data.labelled import IGNORED, Labelled
+from lora_kit.base.templates import context_token
 from lora_kit.data.prepare import prepare
-from lora_kit.data.templates import context_token
 from lora_kit.errors import CheckFailed
-from lora_kit.prove import measure as module
-from lora_kit.prove.measure import generate, measure
 from lora_kit.schema import Base, Data
+from lora_kit.tasks import measure as module
+from lora_kit.tasks.batches import IGNORED, Labelled
+from lora_kit.tasks.measure import generate, measure
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeVar
 
-from lora_kit.data.formats import Example, Message, NotUsable
-from lora_kit.data.templates import context_token, render, render_many
-from lora_kit.data.words import WordEncoder
-from lora_kit.errors import UserError
+from lora_kit.base.templates import context_token, render, render_many
+from lora_kit.data.formats import Example, Message
+from lora_kit.errors import NotUsable, UserError
+from lora_kit.tasks.words import WordEncoder
 
 T = TypeVar("T")
 Span = tuple[int, int]

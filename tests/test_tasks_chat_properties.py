@@ -11,8 +11,9 @@ from families import FAMILIES, HERMES, LLAMA31, Family, byte_level, sentence_pie
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lora_kit.data.chat import ChatEncoder, Encoded
-from lora_kit.data.formats import Example, Message, NotUsable
+from lora_kit.data.formats import Example, Message
+from lora_kit.errors import NotUsable
+from lora_kit.tasks.chat import ChatEncoder, Encoded
 
 # Words that look like what the templates write, or like what finds the mask.
 TRAPS = [

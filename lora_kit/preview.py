@@ -5,9 +5,7 @@ Nothing here decides anything: it shows what `prepare` found, before a model is 
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.labelled import IGNORED
 from lora_kit.data.prepare import USES, Prepared, packing_of
 from lora_kit.errors import UserError, harmless
 from lora_kit.folders import write_whole
+from lora_kit.pages import render
 from lora_kit.schema import Run
+from lora_kit.tasks.batches import IGNORED
 
 SAMPLES_OF_A_PAGE = 50  # of each split
 TOKENS_OF_A_PAGE = 800  # of each sample: 120,000 tokens are a page of about 5 MB
@@ -240,24 +239,3 @@ def page(run: Run, prepared: Prepared, tokenizer: Any, problems: list[str]) -> s
         },
         most_tokens=TOKENS_OF_A_PAGE,
     )
-
-
-def render(source: Path, /, **values: Any) -> str:
-    """A page of a Jinja template. All text is escaped, and made harmless: not samples alone, names
-    of files too."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: harmless(value) if type(value) is str else value,
-    )
-    environment.filters["csp"] = _csp
-    return environment.from_string(source.read_text(encoding="utf-8")).render(values)
-
-
-def _csp(content: str) -> str:
-    """The one script, or style, that a Content-Security-Policy lets through."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -13,8 +13,8 @@ from trained import labelled
 
 from lora_kit.base.load import load_tokenizer
 from lora_kit.base.pin import Pinned
-from lora_kit.data.labelled import IGNORED
-from lora_kit.prove.few_shot import after_examples, choose, joined, opening
+from lora_kit.tasks.batches import IGNORED
+from lora_kit.tasks.few_shot import after_examples, choose, joined, opening
 
 # What they write after the last exchange alone (an end of text, empty thoughts) stays between two.
 TWICE = {"phi-3", "qwen3"}

@@ -11,11 +11,11 @@ import pytest
 from conftest import make_tokenizer
 from families import CHATML, DEEPSEEK, FAMILIES, HERMES, QWEN3, byte_level
 
-from lora_kit.data import templates
-from lora_kit.data.chat import ChatEncoder, Encoded
-from lora_kit.data.formats import Example, Message, NotUsable
-from lora_kit.data.templates import check_template, context_token, prompt_text, render, set_template
-from lora_kit.errors import UserError
+from lora_kit.base import templates
+from lora_kit.base.templates import check_template, context_token, prompt_text, render, set_template
+from lora_kit.data.formats import Example, Message
+from lora_kit.errors import NotUsable, UserError
+from lora_kit.tasks.chat import ChatEncoder, Encoded
 
 TURNS: list[Message] = [
     {"role": "user", "content": "Who?"},

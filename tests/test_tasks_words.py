@@ -10,9 +10,9 @@ from conftest import CHATML, sentences
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_kit.data.chat import ChatEncoder
 from lora_kit.data.formats import Example
-from lora_kit.data.words import WordEncoder
+from lora_kit.tasks.chat import ChatEncoder
+from lora_kit.tasks.words import WordEncoder
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"

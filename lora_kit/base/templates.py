@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kit.data.formats import Message, NotUsable
-from lora_kit.errors import LoraKitError, UserError
+from lora_kit.errors import LoraKitError, NotUsable, UserError
 from lora_kit.trust import time_limit
 
+Message = dict[str, Any]  # role, content, and what templates read besides
 SECONDS_TO_RENDER = 10.0
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 

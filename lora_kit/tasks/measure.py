@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from lora_kit.adapter.load import end_tokens
-from lora_kit.data.labelled import IGNORED, Labelled, collator
 from lora_kit.errors import CheckFailed
+from lora_kit.tasks.batches import IGNORED, Labelled, collator
 
 # Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
 # of 152k. A single row may be longer.

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_kit.data.labelled import Labelled, LabelledWriter
 from lora_kit.prove.bootstrap import FEWEST_UNITS, interval
-from lora_kit.prove.measure import measure
+from lora_kit.tasks.batches import Labelled, LabelledWriter
+from lora_kit.tasks.measure import measure
 
 KEPT = 0.75  # share of what prompts were worth to the base that has to be left
 Question = tuple[list[int], list[int]]  # tokens of a prompt, and of its answer

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.formats import NotUsable
-from lora_kit.data.labelled import Labelled, LabelledWriter
-from lora_kit.data.templates import render
+from lora_kit.base.templates import render
+from lora_kit.errors import NotUsable
+from lora_kit.tasks.batches import Labelled, LabelledWriter
 
 _MOST_TRIED = 1000  # rows looked at for examples that are short enough
 
