@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import RunMaker
 from test_cli import Shell, run  # noqa: F401 - a fixture
-from test_prove_metrics import SCRIPT
+from test_tasks_metrics import SCRIPT
 
 import lora_kit
 from lora_kit import trust
