@@ -272,7 +272,8 @@ def files():
 assert merged()
 begin, end = map(int, counted.read_text().split())
 wanted = files()
-partial, chooser, kept, whole = out.with_name(f".{out.name}.lora-kit-partial"), random.Random(0), 0, 0
+partial, chooser = out.with_name(f".{out.name}.lora-kit-partial"), random.Random(0)
+kept = whole = 0
 for number in range(20):
     if out.exists():
         out.rename(out.with_name(f"done{number}"))
