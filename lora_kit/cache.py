@@ -9,13 +9,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,26 @@ from lora_kit.hashes import file_hash
 
 CACHE_VARIABLE = "LORA_KIT_CACHE"
 # Raised whenever the same input gives other files than before.
-VERSION = 5
+VERSION = 6
 DAYS_KEPT = 30
 _SEAL = "seal.json"
-# Other versions of these can make other rows of the same input.
-_LIBRARIES = ("lora-kit", "tokenizers", "transformers", "rensa", "trafilatura", "pypdf")
 
 
-def key_of(*parts: Any) -> str:
-    """A key of settings, and of a tokenizer (the last part) with its template."""
-    *settings, tokenizer = parts
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    # Padding and truncation are set when the tokenizer is used, and change nothing here.
-    model = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": 0, "truncation": 0}
-    made_by = [VERSION, {name: installed(name) for name in _LIBRARIES}]
-    text = json.dumps([made_by, settings, special, tokenizer.chat_template, model], default=str)
+def key_of(*parts: Any, libraries: Iterable[str] = ()) -> str:
+    """A key of plain values, and of the versions of libraries that make other results of them."""
+    versions = {name: installed(name) for name in ("lora-kit", *libraries)}
+    text = json.dumps([VERSION, versions, parts], default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def code_of(something: object) -> str:
+    """A hash of the source files that an object's class and its base classes are defined in."""
+    files = set()
+    for kind in type(something).__mro__:
+        with contextlib.suppress(OSError, TypeError):  # built in
+            files.add(inspect.getsourcefile(kind) or "")
+    digests = [file_hash(Path(file)) for file in sorted(files) if file and Path(file).is_file()]
+    return hashlib.sha256(repr([type(something).__qualname__, digests]).encode()).hexdigest()
 
 
 def installed(library: str) -> str | None:

@@ -145,13 +145,13 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: Json = False) 
 
     Example: lora-kit plan run.yaml train.max_length=2048
     """
-    from lora_kit.run import load_run
+    from lora_kit.launch import read_run
 
-    run = load_run(run_file, overrides or [])
+    run, recipe = read_run(run_file, overrides or [])
     _prepare()
     from lora_kit import plan as room
 
-    made = room.plan(run)
+    made = room.plan(run, recipe.task)
     _answer(made.to_json(), as_json, str(made))
 
 
@@ -170,31 +170,28 @@ def preview(
 
     Example: lora-kit preview run.yaml --html preview.html
     """
-    from lora_kit.run import load_run
+    from lora_kit.launch import read_run
 
-    run = load_run(run_file, overrides or [])
+    run, recipe = read_run(run_file, overrides or [])
     from lora_kit import preview as view
 
     if html is not None:
         view.check_page(html)  # before the work, not after it
-    from lora_kit.base.load import load_tokenizer, quiet_libraries
+    from lora_kit.base.load import quiet_libraries
     from lora_kit.base.pin import pin
-    from lora_kit.base.templates import set_template
-    from lora_kit.data.prepare import kind_of, prepare
+    from lora_kit.tasks.encode import rows_of
 
     quiet_libraries()
-    tokenizer = load_tokenizer(pin(run.base, weights=False))
-    set_template(tokenizer, run.data.chat_template)
-    kind, length = kind_of(run.recipe), run.train.max_length
-    data = prepare(run.data, kind, tokenizer, length, run.seed, limits=False)
+    task = recipe.task
+    processor, data = rows_of(task, run, pin(run.base, weights=False), limits=False)
     problems = data.census.problems(run.data.limits)
     if html is not None:
-        view.write_page(html, run, data, tokenizer, problems)
+        view.write_page(html, task, run, data, processor, problems)
         _say(f"{html}: written; open it in a browser")
     if as_json:
-        print(json.dumps(view.to_json(run, data, problems)))
+        print(json.dumps(view.to_json(task, run, data, problems)))
     else:
-        view.show(data, tokenizer, split, samples)
+        view.show(task, data, processor, split, samples)
     for problem in problems:
         _say(f"a run would stop here: {problem}")
 
@@ -530,16 +527,16 @@ def copy(
 
     Example: lora-kit copy sft my-field
     """
-    from lora_kit.run import nearest, shipped
-    from lora_kit.schema import SHIPPED_RECIPES
+    from lora_kit.run import nearest, shipped, shipped_recipes
 
+    recipes = shipped_recipes()
     configs = {file.stem: file for file in (shipped("recipes") / "configs").glob("*.yaml")}
-    known = [*SHIPPED_RECIPES, *sorted(configs)]
+    known = [*recipes, *sorted(configs)]
     if name not in known:
         raise UserError(f"nothing is called `{name}`{nearest(name, known)} ({', '.join(known)})")
-    config = configs[f"nano-{name}" if name in SHIPPED_RECIPES else name]
+    config = configs[f"nano-{name}" if name in recipes else name]
     text = config.read_text(encoding="utf-8")
-    recipe = next(r for r in SHIPPED_RECIPES if f"\nrecipe: {r}\n" in text)
+    recipe = next(r for r in recipes if f"\nrecipe: {r}\n" in text)
     files = (folder / f"{recipe}.py", folder / "run.yaml")
     if there := [str(file) for file in files if file.exists()]:
         raise UserError(f"{', '.join(there)} exists: name another folder")
@@ -559,14 +556,20 @@ def copy(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    recipe: Annotated[
+        str | None, typer.Argument(help="With the keys of this recipe: a name, or a .py file.")
+    ] = None,
+) -> None:
     """Print the JSON schema of the run file, for editors.
 
     Example: lora-kit schema > run.schema.json
     """
-    from lora_kit.schema import Run
+    from lora_kit.run import recipe_file, schema_of
+    from lora_kit.tasks.recipe import load_recipe
 
-    print(json.dumps(Run.model_json_schema(), indent=2))
+    task = load_recipe(recipe_file(recipe)).task if recipe else None
+    print(json.dumps(schema_of(task), indent=2))
 
 
 @app.command()

@@ -12,16 +12,18 @@ import glob
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
 from lora_kit import schema, trust
 from lora_kit.errors import RunFileError, UserError
-from lora_kit.schema import SECTIONS, SHIPPED_RECIPES, Adapter, Run
+from lora_kit.schema import SECTIONS, Adapter, Run, Section
 
 # What is an object wherever it stands in the files that a run writes about itself.
 _OBJECTS = (
@@ -29,9 +31,10 @@ _OBJECTS = (
     *("metrics", "harness", "audit", "training", "memory", "gate"),
 )
 # The keys of `data:` that name sources.
-SOURCE_KEYS = ("train", "eval", "general", "against")
-# The class whose keys stand in a section, by its name.
-_MODELS = {**SECTIONS, "data.limits": schema.Limits, "prove.gate": schema.Gate}
+SOURCE_KEYS = ("train", "eval", "general", "decontaminate")
+# The classes of sections inside others.
+_INNER = {"data.limits": schema.Limits, "prove.gate": schema.Gate}
+Models = Mapping[str, type[Section]]  # section -> its class, as `data.limits`
 _PROGRAMS = ("metrics", "harness")  # keys of `prove:` that may name some
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = {
@@ -77,6 +80,7 @@ _OWNERS = {
     "base.load_in_4bit": "write `quantize: nf4`",
     "base.load_in_8bit": "write `quantize: int8`",
     "data.seed": "`seed:` at the top decides it",
+    "data.against": "it is called `data.decontaminate` now",
 }
 # Other names that people know a key by, where the nearest spelling would be the wrong one.
 _MEANT = {
@@ -135,10 +139,18 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
+class Keys(Protocol):
+    """What a task tells about the run file's keys (see `tasks.task.Task`)."""
+
+    settings: Mapping[str, type[Section]]
+    unread: tuple[str, ...]
+
+
 def load_run(
     path: str | Path,
     overrides: tuple[str, ...] | list[str] = (),
     needs_sources: bool = True,
+    task_of: Callable[[Path], Keys] | None = None,
 ) -> Run:
     """Read a run file, apply `key=value` overrides, and check everything.
 
@@ -149,12 +161,53 @@ def load_run(
     Args:
         needs_sources: whether the data and the recipe must be there; a finished run is loaded
             without them.
+        task_of: gives the task of a recipe's file, whose keys are taken and checked as well. Of a
+            finished run, loaded without it, keys that only its task knows are passed over.
 
     Raises:
         UserError: the file is missing or not YAML.
         RunFileError: one or more keys are wrong; all of them are named.
     """
     path = Path(path)
+    values = _read(path)
+    problems = _programs(values) if trust.pulled(path) else []
+    problems += [problem for item in overrides if (problem := _override(values, item))]
+    if not needs_sources:  # written by a version that called it so
+        data = _section(values, "data")
+        if "against" in data:
+            values["data"] = {k: v for k, v in data.items() if k != "against"}
+            values["data"].setdefault("decontaminate", data["against"])
+    values, relative = _absolute(values, path.resolve().parent)
+    task: Keys | None = None
+    # Looked at before the schema, so that all mistakes come at once.
+    if needs_sources:
+        missing = _missing_recipe(values)
+        problems += _missing_sources(values) + missing
+    else:
+        missing = []
+    if task_of is not None and not missing and isinstance(values.get("recipe"), str):
+        try:
+            task = task_of(recipe_file(values["recipe"]))
+        except UserError as error:
+            problems.append(str(error))
+    problems += _twice_decided(values)
+    if task is not None:
+        problems += _unread(values, task)
+    elif not needs_sources:
+        values = _without_other_keys(values)
+    try:
+        run = validated(values, task)
+    except ValidationError as error:
+        models = _models(task)
+        raise RunFileError(str(path), problems + _describe(error, values, models)) from None
+    if problems:
+        raise RunFileError(str(path), problems)
+    run._relative = frozenset(relative)
+    return run
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The values of a run file."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a run file, as in {path / 'run.yaml'}")
     try:
@@ -169,22 +222,72 @@ def load_run(
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a run file: `key: value` lines are expected")
     # A section of which nothing is left but its name takes its defaults.
-    values = {k: {} if v is None and k in SECTIONS else v for k, v in values.items()}
-    problems = _programs(values) if trust.pulled(path) else []
-    problems += [problem for item in overrides if (problem := _override(values, item))]
-    values, relative = _absolute(values, path.resolve().parent)
-    # Looked at before the schema, so that all mistakes come at once.
-    if needs_sources:
-        problems += _missing_sources(values) + _missing_recipe(values)
-    problems += _twice_decided(values)
-    try:
-        run = Run.model_validate(values)
-    except ValidationError as error:
-        raise RunFileError(str(path), problems + _describe(error, values)) from None
-    if problems:
-        raise RunFileError(str(path), problems)
-    run._relative = frozenset(relative)
-    return run
+    return {k: {} if v is None and k in SECTIONS else v for k, v in values.items()}
+
+
+def validated(values: dict[str, Any], task: Keys | None) -> Run:
+    """A run of these values, with the keys of a task. Raises pydantic's ValidationError."""
+    return run_class(task).model_validate(values)
+
+
+def run_class(task: Keys | None) -> type[Run]:
+    """The class of a run file with the keys of a task."""
+    return _run_class(tuple(sorted(task.settings.items()))) if task else Run
+
+
+@lru_cache
+def _run_class(settings: tuple[tuple[str, type[Section]], ...]) -> type[Run]:
+    fields: dict[str, Any] = {}
+    for section, kind in settings:
+        needed = Run.model_fields[section].is_required()
+        fields[section] = (kind, ... if needed else kind())
+    return create_model("Run", __base__=Run, **fields) if fields else Run
+
+
+def schema_of(task: Keys | None) -> dict[str, Any]:
+    """The JSON schema of a run file, with the keys of a task and without those it does not read."""
+    found = run_class(task).model_json_schema()
+    for key in task.unread if task else ():
+        section, name = key.split(".")
+        reference = found["properties"][section]
+        kind = (reference.get("$ref") or reference["allOf"][0]["$ref"]).rpartition("/")[2]
+        found["$defs"][kind]["properties"].pop(name)
+    return found
+
+
+def section_fields(task: Keys) -> dict[str, set[str]]:
+    """{section: the keys that a task adds to it}"""
+    return {
+        section: kind.model_fields.keys() - SECTIONS[section].model_fields.keys()
+        for section, kind in task.settings.items()
+    }
+
+
+def _models(task: Keys | None) -> Models:
+    return {**SECTIONS, **(task.settings if task else {}), **_INNER}
+
+
+def _without_other_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Values without keys that only the run's own task knows. Those that are mistakes have been
+    refused when it was trained."""
+    known = {
+        name: {k: v for k, v in _section(values, name).items() if k in kind.model_fields}
+        for name, kind in SECTIONS.items()
+        if isinstance(values.get(name), dict)
+    }
+    return {**values, **known}
+
+
+def _unread(values: dict[str, Any], task: Keys) -> list[str]:
+    """Keys that are set and that the task does not read."""
+    problems = []
+    for key in task.unread:
+        section, name = key.split(".")
+        field = SECTIONS[section].model_fields[name]
+        default = field.get_default(call_default_factory=True)
+        if name in (given := _section(values, section)) and given[name] != default:
+            problems.append(f"{key}: recipe {values['recipe']} does not read it: leave it out")
+    return problems
 
 
 def write_run(run: Run, path: Path) -> None:
@@ -243,11 +346,19 @@ def shipped(kind: Literal["recipes", "accelerate_configs"]) -> Path:
     return inside if inside.is_dir() else package.parent / kind
 
 
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(file.stem for file in shipped("recipes").glob("*.py"))
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe: a shipped one by name, or the user's own."""
+    return shipped("recipes") / f"{name}.py" if name in shipped_recipes() else Path(name)
+
+
 def recipe_path(run: Run) -> Path:
-    """The recipe's file: a shipped one by name, or the user's own."""
-    if run.recipe in SHIPPED_RECIPES:
-        return shipped("recipes") / f"{run.recipe}.py"
-    return Path(run.recipe)
+    """The file of a run's recipe."""
+    return recipe_file(run.recipe)
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -384,11 +495,12 @@ def _missing_sources(values: dict[str, Any]) -> list[str]:
 
 def _missing_recipe(values: dict[str, Any]) -> list[str]:
     recipe = values.get("recipe")
-    if not isinstance(recipe, str) or recipe in SHIPPED_RECIPES:
+    names = shipped_recipes()
+    if not isinstance(recipe, str) or recipe in names:
         return []
     if not recipe.endswith(".py"):
-        known = f"({', '.join(SHIPPED_RECIPES)}, or a path to a .py)"
-        hint = nearest(recipe, list(SHIPPED_RECIPES))
+        known = f"({', '.join(names)}, or a path to a .py)"
+        hint = nearest(recipe, names)
         return [f"recipe: no recipe is called {_short(recipe)}{hint} {known}"]
     return [] if os.path.isfile(recipe) else [f"recipe: {_short(recipe, 240)}: no such file"]
 
@@ -417,7 +529,7 @@ def _twice_decided(values: dict[str, Any]) -> list[str]:
     )
 
 
-def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
+def _describe(error: ValidationError, values: dict[str, Any], models: Models) -> list[str]:
     """One line for each mistake: key, value, what is wanted, the nearest name."""
     lines: dict[str, str] = {}
     for item in error.errors():
@@ -425,16 +537,16 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
         known: list[str | int] = []
         for part in item["loc"]:
             here = _at(values, known)
-            fields = _model(_key(known)).model_fields if item["type"] == "missing" else {}
+            fields = _model(_key(known), models).model_fields if item["type"] == "missing" else {}
             listed = isinstance(part, int) and isinstance(here, list)
             if listed or (isinstance(here, dict) and part in {**here, **fields}):
                 known.append(part)
         key = _key(known)
         value = _short(_at(values, known))
         if item["type"] == "extra_forbidden":
-            lines[key] = _unknown(key)
+            lines[key] = _unknown(key, models)
         elif item["type"] == "missing":
-            lines[key] = f"{key}: missing: {_wanted(known)}"
+            lines[key] = f"{key}: missing: {_wanted(known, models)}"
         elif item["loc"][-1] == "[key]":  # of data.columns, the one mapping with names of its own
             names = list(get_args(schema.Column))
             hint = nearest(str(known[-1]), names)
@@ -442,7 +554,7 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> list[str]:
         elif item["type"] == "value_error":
             lines[key] = f"{key}: {value} is not usable: {item['ctx']['error']}"
         elif key not in lines:
-            lines[key] = f"{key}: {value} is not usable: {_wanted(known)}"
+            lines[key] = f"{key}: {value} is not usable: {_wanted(known, models)}"
     # Where the mistake is known more closely, the other branches of a union have nothing to say.
     closer = {key for key in lines for other in lines if other.startswith((f"{key}.", f"{key}["))}
     return [line for key, line in lines.items() if key not in closer]
@@ -463,12 +575,12 @@ def _key(path: list[str | int]) -> str:
     return "".join(parts).removeprefix(".")
 
 
-def _model(section: str) -> Any:
-    """The class whose keys stand in a section, such as `base`, `data.limits` or `data.train[0]`."""
+def _model(section: str, models: Models) -> Any:
+    """The class whose keys are in a section, such as `base`, `data.limits` or `data.train[0]`."""
     plain = re.sub(r"\[\d+\]", "", section)
     if plain in {f"data.{key}" for key in SOURCE_KEYS}:
         return schema.Source
-    return _MODELS.get(plain, Run)
+    return models.get(plain, Run)
 
 
 def _short(value: Any, most: int = 60) -> str:
@@ -477,14 +589,18 @@ def _short(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def _wanted(path: list[str | int]) -> str:
+def _wanted(path: list[str | int], models: Models) -> str:
     """What a key takes, from its annotation and its description."""
     names = [part for part in path if isinstance(part, str)]
-    if (inside := ".".join(names)) in _MODELS:
-        return f"keys such as {', '.join(list(_model(inside).model_fields)[:4])}"
-    model, name, inside = _model(".".join(names[:-1])), names[-1], ""
+    if (inside := ".".join(names)) in models:
+        return f"keys such as {', '.join(list(_model(inside, models).model_fields)[:4])}"
+    model, name, inside = _model(".".join(names[:-1]), models), names[-1], ""
     if name not in model.model_fields:  # a key of a mapping
-        model, name, inside = _model(".".join(names[:-2])), names[-2], "additionalProperties"
+        model, name, inside = (
+            _model(".".join(names[:-2]), models),
+            names[-2],
+            "additionalProperties",
+        )
     elif isinstance(path[-1], int):
         inside = "items"
     return f"{_type_words(model, name, inside)}. {model.model_fields[name].description}"
@@ -507,13 +623,13 @@ def _type_words(model: Any, name: str, inside: str = "") -> str:
     return " or ".join(words)
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, models: Models) -> str:
     """Why this key is not taken, and which one may be meant."""
     if key in _OWNERS:
         return f"{key}: not set here: {_OWNERS[key]}"
     section, _, name = key.rpartition(".")
-    model = _model(section)
-    elsewhere = [f"{s}.{name}" for s, m in SECTIONS.items() if name in m.model_fields]
+    model = _model(section, models)
+    elsewhere = [f"{s}.{name}" for s in SECTIONS if name in models[s].model_fields]
     plain = re.sub(r"\[\d+\]", "", key)
     if meant := [_MEANT[plain]] if plain in _MEANT else elsewhere:
         hint = f"; did you mean `{meant[0]}`?"

@@ -2,7 +2,8 @@
 
 pydantic's, frozen and strict, unknown keys refused. `adapter:` uses the field names of
 `peft.LoraConfig`, `train:` those of `transformers.TrainingArguments` plus `max_length`; only fields
-that this package reads are here.
+that this package reads are here. A task may add keys of its own: `tasks.task.Task.settings` are
+classes derived from these sections.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from pydantic import (
     field_validator,
 )
 
-SHIPPED_RECIPES = ("cpt", "sft")
 EMBEDDED = ("nano:topics", "nano:docstrings", "nano:instructions")
 Path_ = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -33,11 +33,11 @@ Column = Literal[
 ]  # fmt: skip
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Base(_Section):
+class Base(Section):
     """The model that is adapted. Its weights are never changed."""
 
     model: str = Field(
@@ -55,7 +55,7 @@ class Base(_Section):
     )
 
 
-class Adapter(_Section):
+class Adapter(Section):
     """LoRA, in the spelling of `peft.LoraConfig`."""
 
     r: Positive = Field(16, description="Rank of the update B·A.")
@@ -88,7 +88,7 @@ class Adapter(_Section):
     )
 
 
-class Source(_Section):
+class Source(Section):
     """A source with more to say than where it is."""
 
     source: Path_ = Field(description="A file, folder, glob or Hub data set (owner/name).")
@@ -104,21 +104,21 @@ AnySource = Path_ | Source
 Sources = AnySource | list[AnySource]
 
 
-class Limits(_Section):
+class Limits(Section):
     """What a run may lose before it is stopped; a share of rows (0.05: 5%) or a number."""
 
     dropped: Share = Field(0.05, description="Share of rows left out; 1: off.")
     truncated: Share = Field(0.05, description="Share of conversations cut short; 1: off.")
     without_supervision: int = Field(0, ge=0, description="Samples with nothing to learn from.")
     exact_leaks: int = Field(
-        0, ge=0, description="Rows of data.eval or data.against that are training rows too."
+        0, ge=0, description="Rows of data.eval or data.decontaminate that are training rows too."
     )
     near_leaks: Share = Field(
         0.01, description="Share of those rows that are nearly a training row; 1: off."
     )
 
 
-class Data(_Section):
+class Data(Section):
     """Rows in: a file, a folder, a glob, a Hub data set, `nano:topics|docstrings|instructions`, or
     a list of them. Paths are relative to the run file."""
 
@@ -136,8 +136,9 @@ class Data(_Section):
         description="The share of the tokens trained on that are general text, against forgetting; "
         "null: none.",
     )
-    against: Sources | None = Field(
-        None, description="Benchmark files of any columns that must not stand in the training rows."
+    decontaminate: Sources | None = Field(
+        None,
+        description="Benchmark files of any columns whose rows must not be in the training rows.",
     )
     columns: dict[Column, str] = Field(
         default_factory=dict,
@@ -174,9 +175,20 @@ class Data(_Section):
         return value
 
 
-class Train(_Section):
-    """The trainer, in the spelling of `transformers.TrainingArguments`, plus `max_length`."""
+class Train(Section):
+    """The trainer, in the spelling of `transformers.TrainingArguments`, plus `max_length` and what
+    trains."""
 
+    trainable: Literal["adapter", "head"] = Field(
+        "adapter",
+        description="adapter: LoRA, and the new head of a task that has one; head: the new head "
+        "alone, without LoRA.",
+    )
+    top_layers: Positive | None = Field(
+        None,
+        description="Put LoRA in the k highest layers only: the ones below run without gradients. "
+        "null: in all.",
+    )
     max_length: int = Field(512, ge=8, description="Tokens a row at most; the length of a chunk.")
     max_steps: Positive | None = Field(
         None, description="Optimizer steps; null: as many as num_train_epochs needs."
@@ -237,8 +249,15 @@ class Train(_Section):
             raise ValueError("it counts evaluations: set train.eval_steps")
         return value
 
+    @field_validator("top_layers")
+    @classmethod
+    def _holds_lora(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("trainable") == "head":
+            raise ValueError("train.trainable: head trains no layer: leave one of the two out")
+        return value
 
-class Gate(_Section):
+
+class Gate(Section):
     """What must hold for a run to count as done; each null: not asked for."""
 
     domain: Literal["better", "no different"] | None = Field(
@@ -258,7 +277,7 @@ class Gate(_Section):
     )
 
 
-class Prove(_Section):
+class Prove(Section):
     """How base and adapter are compared, after the training and by `lora-kit compare`."""
 
     shots: int = Field(
@@ -285,7 +304,7 @@ class Prove(_Section):
     )
 
 
-class Ship(_Section):
+class Ship(Section):
     """Where the adapter will be served."""
 
     target: Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"] | None = Field(
@@ -293,10 +312,10 @@ class Ship(_Section):
     )
 
 
-class Run(_Section):
+class Run(Section):
     """One run: everything that decides its result."""
 
-    recipe: str = Field(description=f"{', '.join(SHIPPED_RECIPES)}, or a path to a recipe (.py).")
+    recipe: str = Field(description="A shipped recipe by name, or a path to a recipe (.py).")
     name: str = Field(
         max_length=200,
         pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$",
@@ -335,7 +354,7 @@ class Run(_Section):
         return Path("runs") / self.name
 
 
-SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type[Section]] = {
     "base": Base,
     "adapter": Adapter,
     "data": Data,

@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4},
 }
 EMBEDDINGS = {"gpt2": "wte"}
+GROUPS = {"adapter": lambda name: ".lora_" in name}
 
 
 def adapted(family: str, adapter: dict[str, Any], **sizes: Any) -> Any:
@@ -51,7 +52,7 @@ def adapted(family: str, adapter: dict[str, Any], **sizes: Any) -> Any:
 
 def trained(model: Any, steps: int = 3, rate: float = 1e-3, damage: Any = None) -> Audit:
     """Trained by hand; `damage` is done to the model between the last step and the checks."""
-    audit = Audit(model, Accelerator(cpu=True))
+    audit = Audit(model, Accelerator(cpu=True), GROUPS)
     audit.begin()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     model.train()
@@ -149,7 +150,7 @@ def test_one_layer_of_eight_is_a_problem() -> None:
     assert repr(pattern) in problem["cause"]
     assert "adapter.layers_to_transform" in problem["fix"]
     assert "warning: q_proj is adapted in 1 of 8 layers: " in str(describe(model))
-    assert "coverage" in failed(Audit(model, Accelerator(cpu=True)))
+    assert "coverage" in failed(Audit(model, Accelerator(cpu=True), GROUPS))
 
 
 @pytest.mark.parametrize(
@@ -236,11 +237,11 @@ def test_a_frozen_half_of_an_adapter_is_found() -> None:
 
 def test_nothing_trainable_stops() -> None:
     with pytest.raises(CheckFailed, match="nothing trains"):
-        Audit(adapted("llama", {}).requires_grad_(False), Accelerator(cpu=True))
+        Audit(adapted("llama", {}).requires_grad_(False), Accelerator(cpu=True), GROUPS)
 
 
 def test_no_gradient_by_the_second_step_stops() -> None:
-    audit = Audit(adapted("llama", {}), Accelerator(cpu=True))
+    audit = Audit(adapted("llama", {}), Accelerator(cpu=True), GROUPS)
     audit.observe()
     with pytest.raises(CheckFailed, match="no gradient reaches the adapter"):
         audit.observe()

@@ -255,7 +255,7 @@ def test_all_that_is_exceeded_is_said_at_once() -> None:
     count = Count(10, 5, 0, {"empty": 5}, {"cut": 5}, first, samples_without_supervision=1)
     leak = {"rows": 9, "exact": 1, "near": 1, "first_exact": "a is b", "first_near": "c is d"}
     census = Census(train=count, general=Count(10, 5, 0, {"empty": 5}, {}, first))
-    census.leaks["data.against: x.jsonl"] = leak
+    census.leaks["data.decontaminate: x.jsonl"] = leak
     with pytest.raises(UserError) as caught:
         census.check(Limits())
     keys = [line.rpartition("data.limits.")[2] for line in str(caught.value).split("\n")]

@@ -72,7 +72,7 @@ def test_a_system_prompt_hides_no_leak(tmp_path: Path, tokenizer: Any) -> None:
     assert leaks(tokenizer, train=train, eval=both)["exact"] == 60
     other, same = put(tmp_path / "other.jsonl", others), put(tmp_path / "same.jsonl", rows)
     found = prepared(tokenizer, check=False, train=train, eval=other, against=same).census.leaks
-    assert found[f"data.against: {same}"]["exact"] == 60
+    assert found[f"data.decontaminate: {same}"]["exact"] == 60
 
 
 def test_none_is_reported_on_a_clean_pair(tmp_path: Path, tokenizer: Any) -> None:
@@ -167,7 +167,7 @@ def test_a_benchmark_of_documents_is_searched_in_text(tmp_path: Path, tokenizer:
         eval=put_texts(tmp_path / "eval.txt", texts(20, 40, seed=1)),
         against=put(tmp_path / "benchmark.jsonl", [*against, {"passage": "short"}]),
     ).census
-    found = census.leaks[f"data.against: {tmp_path}/benchmark.jsonl"]
+    found = census.leaks[f"data.decontaminate: {tmp_path}/benchmark.jsonl"]
     assert (found["rows"], found["exact"], found["near"]) == (7, 5, 1)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lora_kit.speed import attention, fast, linear, patch
-from lora_kit.speed.fast import make_fast, make_plain
-from lora_kit.tasks.batches import collator, in_one_row
+from lora_kit.speed.fast import documents_loss, label_nats, make_fast, make_plain
+from lora_kit.tasks.batches import collator, collators, in_one_row
 
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
@@ -67,6 +67,10 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **adapter: Any) ->
     return model
 
 
+def fast_paths(model: Any) -> dict[str, str]:
+    return make_fast(model, documents_loss(model, collators(0)))
+
+
 def some_rows() -> list[dict[str, Any]]:
     noise = torch.Generator().manual_seed(3)
     ids = [torch.randint(1, 128, (n,), generator=noise).numpy() for n in (9, 20, 3)]
@@ -88,12 +92,96 @@ def result(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
 def test_loss_and_gradients_are_those_of_the_plain_path(family: str) -> None:
     model = model_of(family)
     loss, gradient = result(model, collator(0)(some_rows()))
-    plain = make_fast(model)
+    plain = fast_paths(model)
     assert plain.keys() == FAMILIES[family][1], plain
     flat = "attention" not in plain
     found, other = result(model, (in_one_row if flat else collator(0))(some_rows()))
     assert found == pytest.approx(loss, rel=1e-5)
     assert float((other - gradient).norm() / gradient.norm()) < 1e-4
+
+
+def weighted(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each label, and all gradients where labels have different weights."""
+    model.zero_grad()
+    nats = label_nats(model, batch)
+    (nats * torch.linspace(-1, 2, len(nats))).sum().backward()
+    grads = [p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]
+    return nats.detach(), torch.cat(grads)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi"])
+def test_the_loss_of_each_label_is_that_of_the_standard_path(family: str) -> None:
+    """With the quick paths and without; gemma2 keeps the standard attention and loss."""
+    model = model_of(family).eval()
+    batch = collator(0)(some_rows())
+    nats, gradient = weighted(model, batch)
+    labels = batch["labels"][:, 1:]
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+    each = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+    assert torch.allclose(nats, each[labels != -100], atol=1e-5)
+    plain = fast_paths(model)
+    for flat in {False, "attention" not in plain}:
+        found, other = weighted(model, collators(0)(flat)(some_rows()))
+        assert torch.allclose(found, nats, atol=1e-5)
+        assert float((other - gradient).norm() / gradient.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_each_label_is_the_same_without_gradients(dtype: torch.dtype) -> None:
+    """To the last bit: the reference of a preference is computed as the training computes."""
+    model = model_of("llama", dtype)
+    assert fast_paths(model) == {}
+    batch = in_one_row(some_rows())
+    recorded = label_nats(model, batch)
+    assert recorded.requires_grad
+    with torch.no_grad():
+        assert torch.equal(label_nats(model, batch), recorded)
+        standard = model(**batch, reduction="none").loss
+        assert not torch.equal(standard, recorded)  # evaluation stays on the standard path
+    with torch.inference_mode():
+        assert torch.equal(label_nats(model, batch), recorded)
+
+
+def test_a_wrapped_model_is_called_through_its_wrapper() -> None:
+    class Wrapper(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, module: Any) -> None:
+            torch.nn.Module.__init__(self)
+            self.module, self.calls = module, 0
+
+        def forward(self, **inputs: Any) -> Any:
+            self.calls += 1
+            return self.module(**inputs)
+
+    model = model_of("llama")
+    assert fast_paths(model) == {}
+    wrapped, batch = Wrapper(model), in_one_row(some_rows())
+    assert torch.equal(label_nats(wrapped, batch), label_nats(model, batch))
+    assert wrapped.calls == 1
+
+
+def test_an_encoder_with_a_head_takes_the_quick_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=99, num_attention_heads=2, num_labels=3, **sizes)
+    fields = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["classifier"]}
+    model = get_peft_model(
+        BertForSequenceClassification(config), LoraConfig(task_type="SEQ_CLS", **fields)
+    )
+    ids = torch.randint(1, 99, (2, 9), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 2])}
+
+    def probe(flat: bool) -> torch.Tensor:
+        assert not flat
+        return model(**batch).loss
+
+    assert make_fast(model, probe, ("linear", "norm")) == {}
+    assert patch.part_of(model.base_model.model.bert.encoder.layer[0].attention.self.query)
+    make_plain(model)
+    wrong_gradient(monkeypatch)
+    assert make_fast(model, probe, ("linear", "norm")).keys() == {"linear"}
 
 
 def test_a_model_that_looks_across_documents_is_found_out() -> None:
@@ -121,7 +209,7 @@ def test_every_quick_path_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> No
     from lora_kit.speed.norm import FrozenRMSNorm
 
     model = model_of("llama")
-    assert make_fast(model) == {}
+    assert fast_paths(model) == {}
     for owner in (linear.LoraLinear, attention.DocumentAttention, FrozenHeadLoss, FrozenRMSNorm):
         counting(owner)
     result(model, in_one_row(some_rows()))
@@ -144,7 +232,7 @@ def test_trying_changes_nothing_and_all_can_be_taken_out() -> None:
         expected = model(input_ids=ids).logits
         model.train()
     random = torch.get_rng_state()
-    assert make_fast(model) == {}
+    assert fast_paths(model) == {}
     assert torch.equal(torch.get_rng_state(), random) and model.training
     after = model.state_dict()
     assert after.keys() == before.keys()
@@ -164,7 +252,7 @@ def test_generating_is_as_before() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
     expected = model.generate(input_ids=ids, **options)
-    make_fast(model)
+    fast_paths(model)
     assert torch.equal(model.generate(input_ids=ids, **options), expected)
 
 
@@ -231,7 +319,7 @@ def test_a_path_that_is_wrong_is_taken_out(
     model = model_of("llama", dtype)
     expected = result(model, collator(0)(some_rows()))
     break_it(monkeypatch)
-    plain = make_fast(model)
+    plain = fast_paths(model)
     assert plain.keys() == {part}
     # What was right stays in.
     kept = {patch.part_of(module) for module in model.modules()} - {None}
@@ -242,10 +330,10 @@ def test_a_path_that_is_wrong_is_taken_out(
 
 
 def test_settings_of_lora_that_are_computed_apart_stay_plain() -> None:
-    assert "linear" in make_fast(model_of("llama", use_dora=True))
-    assert make_fast(model_of("llama", use_rslora=True, alpha_pattern={"q_proj": 3})) == {}
+    assert "linear" in fast_paths(model_of("llama", use_dora=True))
+    assert fast_paths(model_of("llama", use_rslora=True, alpha_pattern={"q_proj": 3})) == {}
 
 
 def test_an_adapted_head_keeps_the_plain_loss() -> None:
     model = model_of("llama", target_modules=["q_proj", "lm_head"])
-    assert make_fast(model).keys() == {"loss"}
+    assert fast_paths(model).keys() == {"loss"}

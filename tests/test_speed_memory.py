@@ -14,6 +14,7 @@ from lora_kit.adapter.attach import attach
 from lora_kit.schema import Adapter
 from lora_kit.speed import fast, memory
 from lora_kit.speed.memory import Choice, Machine, Work, choose, count, recompute, rows_on_meta
+from lora_kit.tasks.batches import collators
 
 
 def llama(device: str, **adapter: Any) -> Any:
@@ -63,7 +64,7 @@ def test_of_the_quick_paths_too() -> None:
         model = llama(device)
         batch = rows_on_meta([[16], [7, 9]], flat=True)
         if device == "cpu":
-            assert fast.make_fast(model) == {}
+            assert fast.make_fast(model, fast.documents_loss(model, collators(0))) == {}
             places = torch.arange(batch["places"].numel())
             batch = {**on_cpu(batch), "places": places}
         else:
@@ -117,7 +118,7 @@ def test_computing_again_changes_memory_and_time_and_no_gradient(flat: bool) -> 
         model = llama("cpu")
         batch = on_cpu(rows_on_meta([[60]] * 4, flat))
         if flat:
-            assert fast.make_fast(model) == {}
+            assert fast.make_fast(model, fast.documents_loss(model, collators(0))) == {}
             batch["places"] = torch.arange(batch["places"].numel())
         recompute(model, again)
         work = count(model, dict(batch))

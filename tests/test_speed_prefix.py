@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from trained import labelled
 
 from lora_kit.speed import prefix as module
-from lora_kit.speed.fast import make_fast
+from lora_kit.speed.fast import documents_loss, make_fast
 from lora_kit.speed.prefix import Prefix, first_trained_layer
-from lora_kit.tasks.batches import in_one_row
-from lora_kit.tasks.packing import Packed
+from lora_kit.tasks.batches import collators, in_one_row
+from lora_kit.tasks.packing import Packed, content_hash
 
 LAYERS = 4
 SHAPE = {
@@ -76,6 +76,10 @@ def data(count: int = 7, seed: int = 0) -> Any:
     return labelled([(row, row) for row in rows], list(range(count)), [1] * count)
 
 
+def keep(prefix: Prefix, rows: Any, passes: float) -> str:
+    return prefix.keep(rows.lengths, content_hash(rows), passes)
+
+
 class Calls:
     """Counts how often each layer computes."""
 
@@ -133,7 +137,7 @@ def test_the_same_is_learned_and_the_layers_run_once(family: str, dtype: torch.d
     expected = train(adapted(model=base(family).to(dtype), **settings), rows)
     model = adapted(model=base(family).to(dtype), **settings)
     prefix = Prefix(model)
-    said = prefix.keep(rows, 3)
+    said = keep(prefix, rows, 3)
     assert "first 2 run without gradients" in said and said.endswith("later epochs skip them")
     calls = Calls(model)
     found = train(model, rows, prefix)
@@ -145,7 +149,7 @@ def test_the_same_is_learned_and_the_layers_run_once(family: str, dtype: torch.d
     prefix.close()
     again = adapted(model=base(family).to(dtype), **settings)
     prefix, calls = Prefix(again), Calls(again)
-    assert prefix.keep(rows, 1).endswith("an earlier run's is used")
+    assert keep(prefix, rows, 1).endswith("an earlier run's is used")
     calls.new()
     same(train(again, rows, prefix), expected)
     assert calls.new() == [0, 0, 3 * batches, 3 * batches]
@@ -154,9 +158,9 @@ def test_the_same_is_learned_and_the_layers_run_once(family: str, dtype: torch.d
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_is_kept_is_what_was_computed_though_rows_are_padded(family: str) -> None:
     model, rows = adapted(family, base(family).to(torch.bfloat16)), data(2)
-    assert make_fast(model) == {}
+    assert make_fast(model, documents_loss(model, collators(0))) == {}
     prefix, calls = Prefix(model), Calls(model)
-    prefix.keep(rows, 3)
+    keep(prefix, rows, 3)
     calls.new()
     passes = []
     for _ in range(2):
@@ -176,7 +180,7 @@ def test_in_other_batches_it_is_the_same_to_rounding(packed: bool) -> None:
     expected = train(adapted(), rows, shuffled=True)
     model = adapted()
     prefix, calls = Prefix(model), Calls(model)
-    prefix.keep(rows, 3)
+    keep(prefix, rows, 3)
     calls.new()
     same(train(model, rows, prefix, shuffled=True), expected, atol=2e-4)
     batches = (len(rows) + 1) // 2
@@ -188,7 +192,7 @@ def test_an_adapter_on_the_head_alone_runs_no_layer_twice() -> None:
     expected = train(adapted(target_modules=["lm_head"]), rows)
     model = adapted(target_modules=["lm_head"])
     prefix, calls = Prefix(model), Calls(model)
-    prefix.keep(rows, 3)
+    keep(prefix, rows, 3)
     calls.new()
     same(train(model, rows, prefix), expected)
     assert calls.new() == [4] * LAYERS
@@ -224,7 +228,7 @@ def test_nothing_is_frozen_below_what_is_in_no_layer() -> None:
     whole = {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}
     for model in adapted(model=tied, **LAST, **whole), adapted(**LAST, modules_to_save=["norm"]):
         assert first_trained_layer(model) == 0
-        said = Prefix(model).keep(data(), 3)
+        said = keep(Prefix(model), data(), 3)
         assert said == "frozen layers: none lies below all that trains"
 
 
@@ -274,7 +278,7 @@ def test_where_states_are_not_the_rows_own_none_are_kept(
     expected = train(adapted(model=base(family, **changes), **TOP[family]), data())
     model = adapted(model=base(family, **changes), **TOP[family])
     prefix, before = Prefix(model), torch.get_rng_state()
-    assert why in prefix.keep(data(), 3)
+    assert why in keep(prefix, data(), 3)
     assert torch.equal(before, torch.get_rng_state()) and model.training
     assert not root.exists()
     same(train(model, data(), prefix), expected)
@@ -285,7 +289,7 @@ def test_a_layer_that_reads_what_a_frozen_one_left_is_noticed() -> None:
     layers = module.decoder_layers(model)
     layers[0].mlp.register_forward_hook(lambda _, __, out: left.update(left=out))
     layers[3].register_forward_pre_hook(lambda _, x: (x[0] + 100 * left["left"], *x[1:]))
-    assert "more than the states of their row" in Prefix(model).keep(data(), 3)
+    assert "more than the states of their row" in keep(Prefix(model), data(), 3)
 
 
 def test_evaluation_generation_and_what_is_saved_are_untouched() -> None:
@@ -294,7 +298,7 @@ def test_evaluation_generation_and_what_is_saved_are_untouched() -> None:
     plain, model = adapted(), adapted()
     saved = list(get_peft_model_state_dict(model)), list(model.state_dict())
     prefix, calls = Prefix(model), Calls(model)
-    prefix.keep(rows, 3)
+    keep(prefix, rows, 3)
     prompt = torch.tensor([[5, 6, 7]])
     for _ in range(2):  # while nothing is kept yet, and when all is
         for judged in plain, model:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_speed_prefix import Calls, adapted, base, data, root, same, step, train
+from test_speed_prefix import Calls, adapted, base, data, keep, root, same, step, train
 
 from lora_kit.speed import prefix as module
 from lora_kit.speed.prefix import STATES, Prefix, Store
@@ -27,7 +27,7 @@ def keys(root: Path) -> set[str]:
 
 def kept(model: Any, rows: Any) -> str:
     prefix = Prefix(model)
-    said = prefix.keep(rows, 3)
+    said = keep(prefix, rows, 3)
     prefix.close()
     return said
 
@@ -81,13 +81,13 @@ def test_what_is_damaged_is_computed_again(damage: Callable[[bytes], bytes], roo
     rows = data()
     expected = train(adapted(), rows)
     prefix = Prefix(first := adapted())
-    prefix.keep(rows, 3)
+    keep(prefix, rows, 3)
     train(first, rows, prefix)
     (file,) = root.glob(f"*/{STATES}")
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     prefix, calls = Prefix(model := adapted()), Calls(model)
-    prefix.keep(rows, 3)
+    keep(prefix, rows, 3)
     calls.new()
     same(train(model, rows, prefix), expected)
     below, _, above, _ = calls.new()
@@ -156,7 +156,7 @@ def test_a_full_disk_ends_the_keeping_not_the_run(
         return written(*given)
 
     prefix = Prefix(model := adapted())
-    prefix.keep(rows, 3)
+    keep(prefix, rows, 3)
     monkeypatch.setattr(os, "pwritev", full)
     same(train(model, rows, prefix), expected)
     assert len(times) == 4
@@ -168,19 +168,19 @@ def test_it_is_not_kept_where_it_is_too_large_or_of_no_use(
 ) -> None:
     assert kept(adapted(), data()).endswith("later epochs skip them")
     prefix = Prefix(adapted())
-    assert prefix.keep(data(9), 1).endswith("not kept: each row is seen once")
+    assert keep(prefix, data(9), 1).endswith("not kept: each row is seen once")
     monkeypatch.setattr(module, "MOST_BYTES", 1000)
-    said = Prefix(adapted()).keep(data(8), 3)
+    said = keep(Prefix(adapted()), data(8), 3)
     assert "not kept: 0 MiB, of 0 that may be taken" in said
     monkeypatch.setattr(module, "MOST_BYTES", 1 << 40)
     monkeypatch.setattr(module, "SHARE_OF_FREE", 0.0)
-    assert "that may be taken" in Prefix(adapted()).keep(data(8), 3)
+    assert "that may be taken" in keep(Prefix(adapted()), data(8), 3)
     assert len(keys(root)) == 1
 
 
 def test_states_of_other_rows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     prefix = Prefix(model := adapted())
-    prefix.keep(data(), 3)
+    keep(prefix, data(), 3)
     with prefix.batch([0]):
         model(input_ids=torch.tensor([[5, 6]]))
     assert "no more states are kept" in capsys.readouterr().err

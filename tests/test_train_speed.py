@@ -188,7 +188,7 @@ def test_a_batch_that_is_too_large_is_halved_and_the_step_stays_the_same(
 
 def test_padded_rows_are_computed_by_length(run_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the architecture wants padding: the same steps, with less of it."""
-    monkeypatch.setattr(module, "make_fast", lambda model: {"attention": "not known here"})
+    monkeypatch.setattr(module, "make_fast", lambda *_: {"attention": "not known here"})
     words = " ".join(["bread"] * 120)
     rows = [{"prompt": "a", "completion": words if n % 4 == 0 else "b" + str(n)} for n in range(40)]
     limits = {"exact_leaks": 99, "near_leaks": 1.0}

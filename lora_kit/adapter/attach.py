@@ -51,7 +51,7 @@ def lora_config(adapter: Adapter) -> Any:
     return LoraConfig(task_type="CAUSAL_LM", **fields)
 
 
-def attach(model: Any, adapter: Adapter, seed: int) -> Any:
+def attach(model: Any, adapter: Adapter, fresh: Any, seed: int) -> Any:
     """Put a fresh adapter, or the one of `adapter.start`, on a frozen base.
 
     The seed is set before the adapter is made, so that A is the same in every run and every rank.

@@ -1,5 +1,9 @@
 """Did it train? What the adapter covers, what gradients reach, and whether it, and it alone, moved.
 
+What trains is named in groups (the adapter, a new head): each must be reached by gradients and must
+move, and nothing else may. With one group for everything, a head that trains would hide an adapter
+that does not.
+
 Each check is stored with what was found. A run that cannot get better is stopped; what lets it end
 is a problem: what was found, its likely cause, and what to do.
 """
@@ -8,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,11 @@ _COLUMNS = 1021
 _FROM_ZERO = re.compile(r"\.(lora_B(\.default)?\.weight|lora_embedding_A(\.default)?)$")
 # An expert that is a module of its own learns only from the tokens that the router sends it.
 _MAY_REST = re.compile(r"\.experts\.\d")
+# The copy of an adapter that a preference trainer compares with, which may follow the adapter.
+_REFERENCE = re.compile(r"\.(lora_\w+|modules_to_save)\.ref\b")
+_LORA_OR_SAVED = re.compile(r"\.lora_|\.modules_to_save\.")
+_ADAPTER = "adapter"  # the group that messages do not have to name
+Groups = Mapping[str, Callable[[str], bool]]  # name -> whether a parameter's name belongs to it
 
 
 # Of a check that fails: what is wrong with a tensor, the likely cause, and the fix.
@@ -154,27 +163,36 @@ class Audit:
     """The checks of one training, made when the adapter has its first values. All ranks call each
     method; only the first checks what was saved.
 
-    >>> audit = Audit(model, accelerator)  # doctest: +SKIP
-    >>> audit.begin()                      # the model lies where and how it trains
+    >>> audit = Audit(model, accelerator, {"adapter": lambda name: ".lora_" in name})
+    ... # doctest: +SKIP
+    >>> audit.begin()                      # the model is where and how it trains
     >>> audit.observe()                    # before each step of the optimizer
     >>> audit.end(steps)
     >>> audit.report()["problems"]
 
+    Args:
+        groups: what must train, by name. Reference copies of an adapter (`lora_A.ref`) belong to
+            no group, and are not checked.
+
     Raises:
-        CheckFailed: nothing trains.
+        CheckFailed: nothing trains, or nothing of a group, or something outside all groups that is
+            not saved with the adapter.
     """
 
-    def __init__(self, model: Any, accelerator: Any) -> None:
+    def __init__(self, model: Any, accelerator: Any, groups: Groups) -> None:
         self.model, self.accelerator = model, accelerator
         self.coverage = coverage(model)
         self.problems = list(self.coverage.problems)
         found = f"the adapter is on {self.coverage}"
         self.checks: list[dict[str, Any]] = []
         self._check("coverage", not self.problems, found)
+        self._group = _members(model, groups)  # tensor -> its group
         tensors = self._tensors()
-        if not any(tensor.requires_grad for tensor in tensors.values()):
+        alive = {self._group[name] for name, tensor in tensors.items() if tensor.requires_grad}
+        if dead := [group for group in groups if group not in alive]:
+            what = f"{_named(dead)} does not train" if alive else "nothing trains"
             raise CheckFailed(
-                "nothing trains: every tensor of the adapter is frozen: freeze the base before "
+                f"{what}: every tensor of {_named(dead)} is frozen: freeze the base before "
                 "attach(), and nothing after it"
             )
         self._initial = _fetch({name: _checksum(tensor) for name, tensor in tensors.items()})
@@ -193,7 +211,7 @@ class Audit:
         zeros, and A has none before B moves. Later steps cost nothing.
 
         Raises:
-            CheckFailed: no tensor had one.
+            CheckFailed: no tensor of a group had one.
         """
         import torch
 
@@ -207,10 +225,11 @@ class Audit:
         if self._steps == 2:
             self._judge_gradients()
 
-    def without_gradient(self) -> CheckFailed:
-        """The error of a training in which the loss depends on no tensor of the adapter."""
+    def without_gradient(self, groups: Sequence[str] = ()) -> CheckFailed:
+        """The error of a training in which the loss depends on no tensor of these groups; of none
+        at all by default."""
         _, cause, fix = _PROBLEMS["gradients"]
-        return CheckFailed(f"no gradient reaches the adapter: {cause}; {fix}")
+        return CheckFailed(f"no gradient reaches {_named(groups or self._groups)}: {cause}; {fix}")
 
     def end(self, step: int) -> None:
         """Judge what is in memory after `step` steps, earlier parts of the run included."""
@@ -228,24 +247,32 @@ class Audit:
         self._judge("frozen", moved, f"{len(moved)} of {len(now)} tensors changed")
 
     def check_saved(self, weights: Path) -> None:
-        """Read the adapter's file: every B is there, whole, and not made of zeros."""
+        """Read the adapter's file: every B and every tensor of another group than the adapter is
+        there, whole, and not made of zeros."""
         import torch
         from safetensors import safe_open
 
-        tensors = {n: tensor for n, tensor in self._tensors().items() if _FROM_ZERO.search(n)}
         lost = []
+        checked: Counter[str] = Counter()  # by what they are
+        complete: Counter[str] = Counter()
         with safe_open(str(weights), framework="pt") as opened:
             stored = set(opened.keys())
-            for name, tensor in tensors.items():
-                key = name.replace(".default", "")
+            for name, tensor in self._tensors().items():
+                group = self._group[name]
+                if group == _ADAPTER and not _FROM_ZERO.search(name):
+                    continue
+                key = _saved_name(name)
                 saved = opened.get_tensor(key) if key in stored else torch.empty(0, 0)
                 whole = saved.shape == getattr(tensor, "ds_shape", tensor.shape)
-                if not whole or float(_zero_block(saved)) >= LOST_BLOCK:
+                if whole and saved.dim() == 2:
+                    whole = float(_zero_block(saved)) < LOST_BLOCK
+                kind = "lora_B" if group == _ADAPTER else f"tensors of the {group}"
+                checked[kind] += 1
+                complete[kind] += whole
+                if not whole:
                     lost.append(name)
-        found = (
-            f"{len(tensors) - len(lost)} of {len(tensors)} lora_B are complete in {weights.name}"
-        )
-        self._judge("saved", lost, found)
+        counts = [f"{complete[kind]} of {count} {kind}" for kind, count in checked.items()]
+        self._judge("saved", lost, f"{', '.join(counts)} are complete in {weights.name}")
 
     def effect(self, most: float) -> None:
         """Whether the adapter changes what the model says; `most` is the largest difference, in
@@ -273,21 +300,31 @@ class Audit:
             return None if self.accelerator.is_fsdp2 else "FSDP version 1"
         return "DeepSpeed" if kind == "DEEPSPEED" else None
 
+    @property
+    def _groups(self) -> list[str]:
+        return list(dict.fromkeys(self._group.values()))
+
     def _tensors(self) -> dict[str, Any]:
-        """The adapter's tensors, trainable or not, by their names before the model was wrapped."""
-        return {
-            name.replace("_checkpoint_wrapped_module.", ""): parameter
+        """The tensors of all groups, trainable or not, by their names before the model was
+        wrapped."""
+        unwrapped = (
+            (name.replace("_checkpoint_wrapped_module.", ""), parameter)
             for name, parameter in self.model.named_parameters()
-            if ".lora_" in name or parameter.requires_grad
-        }
+        )
+        return {name: parameter for name, parameter in unwrapped if name in self._group}
+
+    def _without(self, living: set[str]) -> list[str]:
+        """The groups of which none of these modules is a part."""
+        alive = {group for name, group in self._group.items() if _module(name) in living}
+        return [group for group in self._groups if group not in alive]
 
     def _judge_gradients(self) -> None:
         counts = self.accelerator.reduce(self._reached.float(), "sum").tolist()
         names = list(self._tensors())
         modules = dict.fromkeys(map(_module, names))
         reached = {_module(name) for name, count in zip(names, counts, strict=True) if count}
-        if not reached:
-            raise self.without_gradient()
+        if dead := self._without(reached):
+            raise self.without_gradient(dead)
         missed = [m for m in modules if m not in reached and not _MAY_REST.search(m)]
         found = f"they reached {len(reached)} of {len(modules)} modules in the first steps"
         self._judge("gradients", missed, found)
@@ -315,17 +352,28 @@ class Audit:
             and not _MAY_REST.search(name)
             and (step > 2 or _module(name) not in living)
         ]
+        dead = self._without(living)
+        if dead:  # one problem, which explains those of its tensors
+            still = [name for name in still if self._group[name] not in dead]
+            still.insert(0, _named(dead))
         found = f"{len(now) - len(same)} of {len(now)} tensors did"
-        self._judge("moved", still if living else ["the adapter"], found)
-        found = f"{max(blocks.values()):.1%} of the rows of a lora_B are zeros in a block, at most"
-        self._judge("lora_B", cut, found)
-        if not living:  # explains what else is zero
-            self._explained |= set(map(_module, now))
+        self._judge("moved", still, found)
+        if blocks:
+            most = max(blocks.values())
+            found = f"{most:.1%} of the rows of a lora_B are zeros in a block, at most"
+            self._judge("lora_B", cut, found)
+        else:
+            self._check("lora_B", None, "there is none")
+        self._explained |= {_module(name) for name in now if self._group[name] in dead}
 
     def _frozen_now(self) -> dict[str, int]:
         """Checksums of this rank's part of the frozen parameters, and of the buffers that are saved
         with a model; dynamic position scaling computes others anew."""
-        sums = {n: _checksum(p) for n, p in self.model.named_parameters() if not p.requires_grad}
+        sums = {
+            name: _checksum(parameter)
+            for name, parameter in self.model.named_parameters()
+            if not parameter.requires_grad and not _REFERENCE.search(name)
+        }
         for place, module in self.model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
@@ -349,17 +397,69 @@ class Audit:
         self._check(name, not new, found)
         if new:
             first = new[0].removeprefix("base_model.model.")
+            group = self._group_of_module(new[0])
+            if group not in (None, _ADAPTER):
+                first += f" (of the {group})"
             more = f" and {len(new) - 1} more:" if len(new) > 1 else ""
             self._problem(name, first + more)
+
+    def _group_of_module(self, module: str) -> str | None:
+        """The group of a tensor or module; None of what is in none."""
+        for name, group in self._group.items():
+            if _module(name) == _module(module):
+                return group
+        return None
 
     def _problem(self, check: str, subject: str) -> None:
         what, cause, fix = _PROBLEMS[check]
         self.problems.append({"what": f"{subject} {what}", "cause": cause, "fix": fix})
 
 
+def _members(model: Any, groups: Groups) -> dict[str, str]:
+    """{tensor: its group}. What PEFT saves with the adapter, as an adapter that the run starts from
+    may bring it, belongs to the adapter.
+
+    Raises:
+        CheckFailed: something trains that belongs to no group.
+    """
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, str] = {}
+    strays = []
+    for name, parameter in model.named_parameters():
+        if _REFERENCE.search(name):
+            continue
+        group = next((group for group, has in groups.items() if has(name)), None)
+        if group is not None:
+            found[name] = group
+        elif parameter.requires_grad:
+            strays.append(name)
+    if strays and _ADAPTER in groups:
+        saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+        found |= {name: _ADAPTER for name in strays if _saved_name(name) in saved}
+    if strays := [name for name in strays if name not in found]:
+        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+        raise CheckFailed(
+            f"{strays[0].removeprefix('base_model.model.')}{more}: trains, and is no part of "
+            f"{_named(list(groups))}: it would not be saved: freeze it, or name it in the task's "
+            "groups"
+        )
+    return found
+
+
+def _named(groups: Sequence[str]) -> str:
+    """`the adapter and the head`"""
+    return " and ".join(f"the {group}" for group in groups)
+
+
+def _saved_name(name: str) -> str:
+    """A tensor's name in the adapter's file."""
+    return re.sub(r"\.(modules_to_save\.)?default\b", "", name)
+
+
 def _module(name: str) -> str:
-    """The module that a tensor of the adapter belongs to."""
-    return name.split(".lora_")[0]
+    """The module that a tensor belongs to."""
+    return _LORA_OR_SAVED.split(name)[0]
 
 
 def _local(tensor: Any) -> Any:

@@ -190,6 +190,20 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
     return model.eval()
 
 
+def base_on_meta(base: Base, pinned: Pinned) -> Any:
+    """The base as shapes alone, on torch's meta device: no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(
+        pinned.folder, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, base.dtype))
+    model.config.pad_token_id = None  # some look for padding, in what has no content
+    return model
+
+
 def _check_files(folder: Path) -> dict[str, Any]:
     """config.json. Raises UserError on what transformers would follow: an index of shards that
     leads out of the folder, and a compiled attention of the Hub that config.json names."""

@@ -12,8 +12,8 @@ import numpy as np
 from lora_kit.data.formats import WORSE
 from lora_kit.errors import UserError
 from lora_kit.schema import Limits
-from lora_kit.tasks.batches import Labelled
 
+NO_SUPERVISION = "without supervised tokens"  # data.limits.without_supervision counts them
 LEAKED = "that stand in data.train too"  # rows of data.eval: data.limits.exact_leaks counts them
 
 _SUMMED = (
@@ -64,21 +64,22 @@ class Count:
             first=other.first | self.first,
         )
 
-    def measure(self, rows: Labelled) -> None:
-        self.samples = len(rows)
-        self.tokens, self.supervised_tokens = rows.tokens, rows.supervised_tokens
-        self.longest = int(rows.lengths.max(initial=0))
-        self.lengths = histogram(rows.lengths, self.longest)
+    def measure(self, tokens: np.ndarray, supervised: int) -> None:
+        """Count rows of so many tokens each, int64 (rows,), and their supervised labels."""
+        self.samples = len(tokens)
+        self.tokens, self.supervised_tokens = int(tokens.sum()), supervised
+        self.longest = int(tokens.max(initial=0))
+        self.lengths = histogram(tokens, self.longest)
 
 
 @dataclass
 class Census:
     """What `preview` shows, the log says and the run directory keeps as census.json.
 
-    `duplicates` are rows of data.train that repeat an earlier one. `leaks` are rows of a data.eval
-    or data.against named by the user that stand in data.train: `rows` of them were looked at. Near
-    ones were looked for among `compared` of the rows to learn from; `held_out`: data.eval is a
-    share.
+    `duplicates` are rows of data.train that repeat an earlier one. `leaks` are rows of the files
+    that data.eval or data.decontaminate name and that are in data.train too: `rows` of them were
+    looked for. Near ones were looked for among `compared` of the training rows; `held_out`:
+    data.eval is a share.
     """
 
     train: Count = field(default_factory=Count)
@@ -132,9 +133,9 @@ class Census:
                     )
             if count.samples_without_supervision > limits.without_supervision:
                 found.append(
-                    f"{name}: {count.samples_without_supervision:,} samples hold nothing to learn "
-                    f"from (first: {count.first['with nothing to learn from']}): remove them, or "
-                    "raise data.limits.without_supervision"
+                    f"{name}: {count.samples_without_supervision:,} rows are without supervised "
+                    f"tokens (first: {count.first[NO_SUPERVISION]}): remove them, or raise "
+                    "data.limits.without_supervision"
                 )
         for source, leak in self.leaks.items():
             if leak["exact"] > limits.exact_leaks:

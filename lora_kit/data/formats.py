@@ -33,20 +33,25 @@ _DEEPEST = 64  # levels of a tool or a tool's call
 
 @dataclass(frozen=True)
 class Format:
-    """The columns a format needs, those it may have besides, and whether it is text or chat.
+    """A format of rows.
 
-    `joiner` stands between prompt and answer where a base has no chat template.
+    Attributes:
+        needed: the columns it needs. optional: those it may have besides.
+        joiner: what is between prompt and completion where a base has no chat template.
+        recipe: a shipped recipe that reads it, for messages.
+        other_names: {column: another name that is taken for it where it is missing}.
     """
 
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    kind: str = "chat"
     joiner: str = "\n\n"
+    recipe: str = "sft"
+    other_names: dict[str, str] = field(default_factory=dict)
 
 
 FORMATS = {
-    "text": Format(("text",), kind="text", joiner=""),
-    "text-label": Format(("text", "label"), ("system",)),
+    "text": Format(("text",), joiner="", recipe="cpt"),
+    "text-label": Format(("text", "label"), ("system",), other_names={"label": "category"}),
     "messages": Format(("messages",), ("tools", "system"), joiner=""),
     "sharegpt": Format(("conversations",), ("tools", "system"), joiner=""),
     "prompt-completion": Format(("prompt", "completion"), ("system", "tools"), joiner=""),
@@ -135,54 +140,82 @@ class Columns:
         return kept | {o: columns[t] for o, t in self.renames.items() if t in columns}
 
 
-def format_of(row: Row, columns: Columns) -> str:
+def format_of(row: Row, columns: Columns, formats: Sequence[str]) -> str:
     """The format of a file, by the columns of its first row.
 
+    Args:
+        formats: those that the task reads.
+
     Raises:
-        UserError: the columns fit no format or several, or `data.columns` or `data.group` name one
-            that is not there.
+        UserError: the columns fit none of these formats, or several; or `data.columns` or
+            `data.group` name one that is not there.
     """
-    if row.columns.keys() == {"text"}:
-        return "text"  # of a file, or embedded: there is nothing to rename
     have = _listed(row.columns)
-    named = [("columns", name) for name in columns.renames.values()]
-    named += [("group", columns.group)] if columns.group else []
-    for key, name in named:
-        if name not in row.columns:
-            raise UserError(f"{row.place}: data.{key} names `{name}`; the columns are: {have}")
+    if row.columns.keys() != {"text"}:  # text of a file, or embedded, has nothing to rename
+        named = [("columns", name) for name in columns.renames.values()]
+        named += [("group", columns.group)] if columns.group else []
+        for key, name in named:
+            if name not in row.columns:
+                raise UserError(f"{row.place}: data.{key} names `{name}`; the columns are: {have}")
     values = columns.rename(row.columns)
-    fitting = [name for name, f in FORMATS.items() if all(n in values for n in f.needed)]
-    # text + label says more than text alone.
+    fitting = _fitting(values, columns, FORMATS)
+    mine = [name for name in fitting if name in formats]
+    if not mine:  # by another name of a column
+        mine = _fitting(_with_other_names(values, formats), columns, formats)
+    if len(mine) == 1:
+        return mine[0]
+    if mine:
+        # A column that only one of them has.
+        needed = [name for format_name in mine for name in FORMATS[format_name].needed]
+        example = next(name for name in reversed(needed) if needed.count(name) == 1)
+        raise UserError(
+            f"{row.place}: the columns ({have}) fit more than one format ({', '.join(mine)}): "
+            f"say which is meant, for example data.columns: {{{example}: {example}}}"
+        )
+    wanted = "; ".join("+".join(FORMATS[name].needed) for name in formats)
+    rename = f"rename them, for example data.columns: {{{_suggested(values, formats)}}}"
+    if fitting:
+        other = FORMATS[fitting[0]]
+        raise UserError(
+            f"{row.place}: these columns ({have}) are {'+'.join(other.needed)}, and this recipe "
+            f"reads {wanted}: use a recipe that reads them, such as `recipe: {other.recipe}`, or "
+            f"{rename}"
+        )
+    raise UserError(f"{row.place}: the columns ({have}) fit no format ({wanted}): {rename}")
+
+
+def _fitting(values: dict[str, Any], columns: Columns, formats: Iterable[str]) -> list[str]:
+    """The formats whose columns are there. One that needs more columns says more than one that
+    needs some of them: text + label more than text alone."""
+    found = [name for name in formats if all(n in values for n in FORMATS[name].needed)]
     fitting = [
         name
-        for name in fitting
-        if not any(set(FORMATS[name].needed) < set(FORMATS[other].needed) for other in fitting)
+        for name in found
+        if not any(set(FORMATS[name].needed) < set(FORMATS[other].needed) for other in found)
     ]
     if len(fitting) > 1:  # `data.columns` may tell
         told = set(columns.renames)
         fitting = [n for n in fitting if told & set(FORMATS[n].needed)] or fitting
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        # A column that only one of them has.
-        needed = [name for format_name in fitting for name in FORMATS[format_name].needed]
-        example = next(name for name in reversed(needed) if needed.count(name) == 1)
-        raise UserError(
-            f"{row.place}: the columns ({have}) fit more than one format ({', '.join(fitting)}): "
-            f"say which is meant, for example data.columns: {{{example}: {example}}}"
-        )
-    candidates = "; ".join("+".join(f.needed) for f in FORMATS.values())
-    raise UserError(
-        f"{row.place}: the columns ({have}) fit no format ({candidates}): rename them, for "
-        f"example data.columns: {{{_suggested(values)}}}"
-    )
+    return fitting
+
+
+def _with_other_names(values: dict[str, Any], formats: Iterable[str]) -> dict[str, Any]:
+    """Columns with the names that these formats call them."""
+    renamed = dict(values)
+    for name in formats:
+        for ours, theirs in FORMATS[name].other_names.items():
+            if ours not in renamed and theirs in renamed:
+                renamed[ours] = renamed.pop(theirs)
+    return renamed
 
 
 def unread(row: Row, format_name: str, columns: Columns) -> list[str]:
     """The columns of a row that its format does not use."""
     known = FORMATS[format_name]
-    used = {columns.renames.get(name, name) for name in (*known.needed, *known.optional)}
-    return [name for name in row.columns if name not in {*used, columns.group}]
+    wanted = (*known.needed, *known.optional)
+    used = {columns.renames.get(name, name) for name in wanted} | {columns.group}
+    used |= {other for ours, other in known.other_names.items() if ours not in row.columns}
+    return [name for name in row.columns if name not in used]
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -192,18 +225,19 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(listed[:20] + more) or "none"
 
 
-def _suggested(values: dict[str, Any]) -> str:
+def _suggested(values: dict[str, Any], formats: Sequence[str]) -> str:
     """Renames that would help: of columns that differ by their case alone, and of what the format
     lacks that has most of its columns here."""
-    known = {name for f in FORMATS.values() for name in (*f.needed, *f.optional)}
+    mine = [FORMATS[name] for name in formats]
+    known = {name for f in mine for name in (*f.needed, *f.optional)}
     found = {name.lower(): name for name in values if name.lower() in known - {name}}
     have = {*values, *found}
 
     def lacking(f: Format) -> list[str]:
         return [name for name in f.needed if name not in have]
 
-    best = min(FORMATS.values(), key=lambda f: len(lacking(f)) / len(f.needed))
-    if len(lacking(best)) == len(best.needed):
+    best = min(mine, key=lambda f: len(lacking(f)) / len(f.needed))
+    if len(lacking(best)) == len(best.needed) and "prompt-completion" in formats:
         best = FORMATS["prompt-completion"]
     found |= {name: "YOURS" for name in lacking(best)}
     return ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items())
@@ -216,7 +250,7 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
         NotUsable: a column is missing, empty or of another type, or the turns make no conversation.
     """
     known = FORMATS[format_name]
-    renamed = columns.rename(row.columns)
+    renamed = _with_other_names(columns.rename(row.columns), [format_name])
     values = {n: renamed[n] for n in (*known.needed, *known.optional) if n in renamed}
     for name in known.needed:
         if name not in values:

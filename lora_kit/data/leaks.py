@@ -1,4 +1,4 @@
-"""Rows to judge by that are rows to learn from: exactly, or nearly."""
+"""Contamination: held-out or benchmark rows that are training rows too, exactly or nearly."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def train_against_eval(
     return exact
 
 
-def against(
+def train_against_files(
     benchmarks: list[Opened], train: Table, learned: np.ndarray, place: Place, census: Census
 ) -> None:
     """Count the rows of benchmark files, of any columns, that stand in the training rows.
@@ -75,7 +75,7 @@ def against(
                 places.append(row.place)
         keys, owners = np.array([hashed(t) for t in texts], np.uint64), np.array(row_of, np.int64)
         looked_for = _Texts(keys, owners, sign(texts), owners)
-        _, census.leaks[f"data.against: {source.name}"] = _leak(
+        _, census.leaks[f"data.decontaminate: {source.name}"] = _leak(
             looked_for, known, len(places), places.__getitem__, partial(place, train)
         )
 

@@ -63,6 +63,10 @@ class Rows:
         at = number if self.order is None else int(self.order[number])
         return {name: self._column(name).value(at) for name in self.table.column_names}
 
+    def cell(self, name: str, number: int) -> Any:
+        """One value of a row."""
+        return self._column(name).value(number if self.order is None else int(self.order[number]))
+
     def __getitems__(self, numbers: Sequence[int]) -> list[Row]:
         """What torch's data loader asks for."""
         return [self[number] for number in numbers]
@@ -86,13 +90,15 @@ class Rows:
         sizes = sizes.astype(np.int64)
         return sizes if self.order is None else sizes[self.order]
 
-    def values(self, name: str) -> np.ndarray:
-        """All values of a list column, concatenated."""
-        if self.order is not None or len(self._column(name).chunks) != 1:
-            parts = [self[number][name] for number in range(len(self))]
-            return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        chunk = self._column(name).chunks[0]
-        return chunk.values[chunk.offsets[0] : chunk.offsets[-1]]
+    def chunks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A list column in pieces: (values of all rows of a piece, where each row begins and the
+        last one ends)."""
+        column = self._column(name)
+        if self.order is not None:
+            column = _Column(self.table.column(name).take(pa.array(self.order)))
+        for chunk in column.chunks:
+            first, last = chunk.offsets[0], chunk.offsets[-1]
+            yield chunk.values[first:last], chunk.offsets - first
 
     @property
     def units(self) -> int:

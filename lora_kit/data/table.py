@@ -1,4 +1,4 @@
-"""All rows of one use of the data, tokenized: on disk what is large, in memory what decides."""
+"""All examples of one use of the data: on disk what is large, in memory what decides the split."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import numpy as np
 
 from lora_kit.data.census import Count
 from lora_kit.data.duplicates import UNSIGNED, ranks
-from lora_kit.data.encode import Part
-from lora_kit.tasks.batches import mapped
+from lora_kit.data.examples import ExamplesWriter
+from lora_kit.data.reading import Part
 
 # Rows with a signature, at most: 512 bytes each. Beyond, those of the lowest ranks are a sample.
 LARGEST_SAMPLE = 150_000
-# Of each row, and of its spans: name, type.
-_COLUMNS = (
-    *(("lengths", np.int32), ("span_counts", np.int16), ("sizes", np.int32)),
-    *(("answers", np.int16), ("numbers", np.uint32), ("keys", np.uint64)),
-    *(("questions", np.uint64), ("groups", np.uint64), ("joins", np.bool_)),
-    *(("spans", np.int32), ("sources", np.int32), ("labels", np.int32)),
-)
+# Of each example: name, type.
+_COLUMNS = {
+    "numbers": np.uint32,
+    "files": np.int32,
+    "keys": np.uint64,
+    "questions": np.uint64,
+    "groups": np.uint64,
+    "joins": np.bool_,
+    "labels": np.int32,
+}
 
 
 class Table:
@@ -31,8 +34,8 @@ class Table:
         self.below = 2**64 - 1
         self.count = Count()
         self.label_names: dict[str, int] = {}
-        self._file = path.open("wb")
-        self._parts: dict[str, list[np.ndarray]] = {name: [] for name, _ in _COLUMNS}
+        self.examples = ExamplesWriter(path)
+        self._parts: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
         self._signed: list[list[np.ndarray]] = []  # rows, signatures, questions
         self._rows = self._sampled = 0
 
@@ -40,13 +43,13 @@ class Table:
         """A column, which `finish` makes."""
         raise AttributeError(name)
 
-    def add(self, source: int, part: Part) -> None:
-        """Add the rows of a batch; `source` is the number of its file."""
-        self._file.write(part.ids.tobytes())
+    def add(self, part: Part) -> None:
+        """Add the examples of a batch."""
+        self.examples.write(part.file, part.examples)
         known, count = self.label_names, len(part.columns["keys"])
         codes = [known.setdefault(n, len(known)) if n else -1 for n in part.columns["labels"]]
-        values = part.columns | {"sources": [source] * count, "labels": codes}
-        for name, kind in _COLUMNS:
+        values = part.columns | {"files": [part.file] * count, "labels": codes}
+        for name, kind in _COLUMNS.items():
             self._parts[name].append(np.array(values[name], dtype=kind))
         # A worker may have begun before `below` fell.
         order = ranks(self._parts["keys"][-1][part.signed_rows], self.seed)
@@ -63,15 +66,12 @@ class Table:
 
     def finish(self) -> Table:
         """Close the file and put the parts together."""
-        self._file.close()
-        for name, kind in _COLUMNS:
+        self.examples.close()
+        for name, kind in _COLUMNS.items():
             setattr(self, name, np.concatenate([np.zeros(0, kind), *self._parts.pop(name)]))
         for name in ("groups", "questions"):  # mostly there are none: one zero stands for all
             if not getattr(self, name).any():
                 setattr(self, name, np.broadcast_to(np.uint64(0), len(self)))
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        self.span_offsets = np.concatenate([[0], np.cumsum(self.span_counts, dtype=np.int64)]) * 2
-        self.ids = mapped(self.path, int(self.offsets[-1]))
         none = [np.zeros(0, np.int64), UNSIGNED, UNSIGNED]
         self.signed_rows, self.signed, self.signed_questions = map(
             np.concatenate, zip(none, *self._signed, strict=True)
@@ -88,16 +88,8 @@ class Table:
         """Once what is near is known: a hundred megabytes that the rest can use."""
         self.signed = self.signed_questions = UNSIGNED
 
-    def tokens(self, row: int) -> np.ndarray:
-        """The token ids of a row: int32."""
-        return self.ids[self.offsets[row] : self.offsets[row + 1]]
-
-    def learned(self, row: int) -> np.ndarray:
-        """The spans that a row is learned from: int32, (spans, 2)."""
-        return self.spans[self.span_offsets[row] : self.span_offsets[row + 1]].reshape(-1, 2)
-
     def place(self, row: int) -> tuple[int, int]:
-        return int(self.sources[row]), int(self.numbers[row])
+        return int(self.files[row]), int(self.numbers[row])
 
     def _below(self, order: np.ndarray, *signed: np.ndarray) -> list[np.ndarray]:
         """Of some signed rows, their signatures and questions, those whose rank is sampled."""

@@ -15,11 +15,11 @@ from lora_kit.adapter.combine import METHODS, combine
 from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.load import gpu_is_used, load_base, quiet_libraries
+from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError, harmless
 from lora_kit.folders import new_folder
-from lora_kit.prove.bootstrap import statistics, verdict
-from lora_kit.prove.compare import prepared_again
-from lora_kit.tasks.batches import Labelled
+from lora_kit.prove.compare import prepared_again, task_of
+from lora_kit.tasks.bootstrap import compared, verdict
 from lora_kit.tasks.measure import Losses, measure
 
 
@@ -75,7 +75,8 @@ def combine_and_measure(
         for name in found:
             shutil.rmtree(folder / name)
     seed = settings.get("seed", 0)
-    against = statistics(_together(losses[single]), _together(losses[best]), seed)
+    without, combined = (_together(losses[name]).scores()[0] for name in (single, best))
+    against = compared(without, combined, seed)
     return {
         **{**found[best], "out": str(out), "notes": [*found[best]["notes"], *notes]},
         "losses": {
@@ -83,16 +84,16 @@ def combine_and_measure(
             for name, each in losses.items()
         },
         "best_single": single,
-        **{key: against["loss"][key] for key in ("difference", "ci95")},
-        "verdict": verdict(against),
+        **{key: against[key] for key in ("difference", "ci95")},
+        "verdict": verdict(against, len(combined.sums)),
     }
 
 
-def _held_out(run: FinishedRun, adapters: Sequence[FinishedRun], notes: list[str]) -> Labelled:
+def _held_out(run: FinishedRun, adapters: Sequence[FinishedRun], notes: list[str]) -> Rows:
     opened = run.require_run()
     if run.hashes != (adapters[0].hashes or run.hashes):
         raise UserError(f"--on {run.path}: a run on another base than {adapters[0].path}")
-    prepared = prepared_again(run)
+    _, prepared = prepared_again(run, task_of(run))
     for one in adapters:
         shared = {*prepared.hashes.values()} & {*one.lock.get("data", {}).values()}
         if shared and one.lock.get("seed") != opened.seed:
@@ -101,7 +102,7 @@ def _held_out(run: FinishedRun, adapters: Sequence[FinishedRun], notes: list[str
     return prepared.eval
 
 
-def _losses(model: Any, held_out: dict[str, Labelled], pad: int) -> dict[str, Losses]:
+def _losses(model: Any, held_out: dict[str, Rows], pad: int) -> dict[str, Losses]:
     return {run: measure(model, rows, pad) for run, rows in held_out.items()}
 
 

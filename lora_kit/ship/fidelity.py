@@ -16,10 +16,11 @@ import numpy as np
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.inspect import table
 from lora_kit.adapter.load import load_model
+from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed, UserError
-from lora_kit.prove.bootstrap import interval
-from lora_kit.prove.compare import prepared_again
-from lora_kit.tasks.batches import IGNORED, Labelled, collator
+from lora_kit.prove.compare import prepared_again, task_of
+from lora_kit.tasks.batches import IGNORED, collator
+from lora_kit.tasks.bootstrap import interval
 from lora_kit.tasks.measure import LOGITS_AT_ONCE
 
 INTO = ("dequantized", "base")
@@ -50,7 +51,7 @@ def fidelity(run: FinishedRun) -> dict[str, Any]:
             f"{run.path}: base.quantize is {opened.base.quantize}: only an adapter trained on nf4 "
             "can be merged in two ways; merge it: lora-kit merge"
         )
-    rows = prepared_again(run).eval
+    rows = prepared_again(run, task_of(run))[1].eval
     trained, tokenizer = load_model(run)
     found: dict[str, Any] = {}
     sums = {}
@@ -145,17 +146,18 @@ def _on_ends(model: Any) -> bool:
     return any(hasattr(end, "base_layer") for end in ends)
 
 
-def _measured(trained: Any, merged: Any, rows: Labelled, pad_id: int) -> np.ndarray:
+def _measured(trained: Any, merged: Any, rows: Rows, pad_id: int) -> np.ndarray:
     """By unit, float64 (4, units): nats of `trained` and of `merged`, KL(trained || merged) summed
     over the labels, and how many those are."""
     import torch
 
     collate = collator(pad_id)
-    sums = torch.zeros((4, len(rows.unit_bytes)), dtype=torch.float64)
-    order = np.argsort(-rows.lengths, kind="stable")
+    sums = torch.zeros((4, rows.units), dtype=torch.float64)
+    lengths, units = rows.sizes("input_ids"), rows.column("unit").astype(np.int64)
+    order = np.argsort(-lengths, kind="stable")
     # Of two models, and their differences.
     vocabulary = trained.config.get_text_config().vocab_size
-    at_once = min(8, max(1, LOGITS_AT_ONCE // (4 * vocabulary * int(rows.lengths.max()))))
+    at_once = min(8, max(1, LOGITS_AT_ONCE // (4 * vocabulary * int(lengths.max()))))
     for start in range(0, len(order), at_once):
         numbers = order[start : start + at_once]
         batch = collate([rows[int(n)] for n in numbers])
@@ -171,7 +173,7 @@ def _measured(trained: Any, merged: Any, rows: Labelled, pad_id: int) -> np.ndar
         nats = [-log.gather(1, targets)[:, 0] for log in logs]
         apart = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
         figures = torch.stack([*nats, apart, torch.ones_like(apart)]).double()
-        sums.index_add_(1, torch.from_numpy(np.asarray(rows.units)[numbers]).long()[row], figures)
+        sums.index_add_(1, torch.from_numpy(units[numbers])[row], figures)
     if not bool(sums.isfinite().all()):
         raise CheckFailed("a held-out loss is not finite: look for NaN with lora-kit inspect")
     return sums.numpy()

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from lora_kit.speed import attention, linear, norm
-from lora_kit.speed.loss import causal_loss
-from lora_kit.speed.patch import part_of, put_in, take_out
+from lora_kit.speed.loss import causal_loss, causal_nats, labelled_places
+from lora_kit.speed.patch import also_without_gradients, part_of, put_in, take_out
 from lora_kit.speed.prefix import causal_model
-from lora_kit.tasks.batches import IGNORED, collator, in_one_row
+
+Batch = dict[str, Any]
+Collate = Callable[[Sequence[dict[str, Any]]], Batch]  # rows -> a batch
+# Of a model, the loss of a batch to try the quick paths on: () -> float32 (); `flat`: of one
+# without padding.
+Probe = Callable[[bool], torch.Tensor]
 
 # Relative differences that rounding explains, of the loss and of all gradients together; a wrong
 # scale, mask or term is larger.
@@ -28,31 +33,40 @@ _TOKENS = (75, 6)  # of the two documents; more, up to _MOST, where the model ha
 _MOST = 512
 # Of a batch without padding, for others than the model.
 _NOT_THE_MODELS = {"numbers", "places"}
+_IGNORED = -100  # torch's label for "no loss"
 
 
-def make_fast(model: Any) -> dict[str, str]:
-    """Put the quick paths into a PEFT causal language model, before it is wrapped for training.
+def make_fast(model: Any, probe: Probe, parts: Sequence[str] | None = None) -> dict[str, str]:
+    """Put the quick paths into a PEFT model, before it is wrapped for training.
+
+    >>> plain = make_fast(model, documents_loss(model, collate))  # a causal language model
+    >>> plain = make_fast(model, lambda flat: model(**batch).loss, ("linear", "norm"))  # any other
 
     Args:
         model: on its device, its adapter attached.
+        probe: gives the loss of the same batch each time it is called, gradients included.
+        parts: those of `PARTS` to try, in its order; None: all. `attention` and `loss` are for
+            causal language models alone.
 
     Returns:
-        {part: why it stayed plain}, for those of `linear`, `norm`, `attention` and `loss` that did.
-        Rows may come without padding (`documents`) unless `attention` is among them.
+        {part: why the standard path stays}, for those of `parts` where it does. Rows may come
+        without padding (`documents`) unless `attention` is among them.
     """
     plain: dict[str, str] = {}
+    tried = {name: PARTS[name] for name in PARTS if parts is None or name in parts}
     with _loud_adapter(model):
         try:
-            expected = _probe(model, flat=False)
+            expected = _loss_and_gradients(model, probe, flat=False)
         except Exception as error:  # as where nothing trains, which is not for us to say
-            return dict.fromkeys(PARTS, f"it could not be tried: {type(error).__name__}")
-        for name, (install, remove) in PARTS.items():
+            return dict.fromkeys(tried, f"it could not be tried: {type(error).__name__}")
+        for name, (install, remove) in tried.items():
             flat = name in ("attention", "loss") and "attention" not in plain
             try:
                 if not install(model):
                     plain[name] = "not known here"
                     continue
-                wrong = _difference(expected, _probe(model, flat), _dtype(model))
+                found = _loss_and_gradients(model, probe, flat)
+                wrong = _difference(expected, found, _dtype(model))
                 if name == "attention" and not _keeps_apart(model):
                     wrong = "it does not keep documents apart"
             except Exception as error:  # whatever an architecture that was never tried raises
@@ -64,6 +78,66 @@ def make_fast(model: Any) -> dict[str, str]:
     return {name: why for name, why in plain.items() if (name, why) != ("norm", "not known here")}
 
 
+def documents_loss(model: Any, collate: Callable[[bool], Collate]) -> Probe:
+    """The loss of two documents, to try the quick paths of a causal language model on.
+
+    Args:
+        collate: gives the collator of rows with `input_ids` and `labels`; True: of a batch without
+            padding.
+    """
+
+    def loss(flat: bool) -> torch.Tensor:
+        weight = model.get_input_embeddings().weight
+        noise = torch.Generator().manual_seed(0)
+        lengths = _lengths(causal_model(model).config.get_text_config())
+        rows = [torch.randint(0, len(weight), (n,), generator=noise).numpy() for n in lengths]
+        batch = collate(flat)([{"input_ids": row, "labels": row.copy()} for row in rows])
+        moved = {k: v.to(weight.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        found: torch.Tensor = model(**moved, num_items_in_batch=sum(lengths)).loss
+        return found
+
+    return loss
+
+
+def label_nats(model: Any, batch: Batch) -> torch.Tensor:
+    """The loss of each label in nats, float32 (count,), by the quick paths that are in the model.
+
+    They are taken with and without gradients, so that a reference that is computed before the
+    training has the arithmetic of the training. The model is called, so that wrappers (DDP) work.
+
+    Args:
+        batch: the model's inputs, with `labels`; `places` where there are, else as
+            `labelled_places` finds them: the order of what is returned.
+    """
+    with also_without_gradients():
+        if part_of(_unwrapped(model)) == "loss":
+            nats: torch.Tensor = model(**batch, reduction="none").loss
+            return nats
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if "documents" not in batch:  # only the quick attention knows it
+            inputs = {k: v for k, v in inputs.items() if k not in _NOT_THE_MODELS}
+        logits = model(**inputs, use_cache=False).logits
+    labels, places = batch["labels"], batch.get("places")
+    places = labelled_places(labels) if places is None else places
+    row, column = places // (labels.shape[1] - 1), places % (labels.shape[1] - 1)
+    return torch.nn.functional.cross_entropy(
+        logits[row, column].float(), labels[row, column + 1], reduction="none"
+    )
+
+
+def takes_flat(model: Any) -> bool:
+    """Whether batches without padding may be given: the attention in the model knows documents."""
+    found: str = _unwrapped(model).config._attn_implementation
+    return found == attention.NAME
+
+
+def _unwrapped(model: Any) -> Any:
+    """transformers' own model inside PEFT's, and inside wrappers such as DDP."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return causal_model(extract_model_from_parallel(model))
+
+
 def make_plain(model: Any) -> None:
     """Take the quick paths out again."""
     for _, remove in reversed(PARTS.values()):
@@ -71,9 +145,9 @@ def make_plain(model: Any) -> None:
 
 
 def _dtype(model: Any) -> torch.dtype:
-    """What the model computes in: that of its norms and embeddings, also where it is quantized."""
-    found: torch.dtype = model.get_input_embeddings().weight.dtype
-    return found
+    """What the model computes in: that of its embeddings and norms, also where it is quantized."""
+    frozen = (p.dtype for p in model.parameters() if not p.requires_grad)
+    return next((dtype for dtype in frozen if dtype.is_floating_point), torch.float32)
 
 
 def _install_attention(model: Any) -> bool:
@@ -90,7 +164,7 @@ def _install_attention(model: Any) -> bool:
 
 def _remove_attention(model: Any) -> None:
     whole = causal_model(model)
-    if whole.config._attn_implementation == attention.NAME:
+    if takes_flat(model):
         whole.set_attn_implementation("sdpa")
         take_out(model, "attention")
 
@@ -111,7 +185,7 @@ def _install_loss(model: Any) -> bool:
 def _remove_loss(model: Any) -> None:
     whole = causal_model(model)
     take_out(model, "loss")
-    if whole.config._attn_implementation == attention.NAME:
+    if takes_flat(model):
         _with_forward(whole, _without_padding, "attention")
 
 
@@ -144,11 +218,13 @@ def _with_own_loss(plain: Callable[..., Any]) -> Callable[..., Any]:
         if args or inputs.get("labels") is None:
             return plain(self, *args, **_alone(inputs))
         labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
-        places = inputs.pop("places", None)
+        places, reduction = inputs.pop("places", None), inputs.pop("reduction", "mean")
         # A cache would keep all keys and values, and hide packed documents from each other's mask.
         inputs["use_cache"] = False
         hidden = self.base_model(**_alone(inputs))[0]
         head = self.get_output_embeddings().weight
+        if reduction == "none":
+            return CausalLMOutput(loss=causal_nats(hidden, head, labels, places))
         return CausalLMOutput(loss=causal_loss(hidden, head, labels, items, places))
 
     return forward
@@ -167,7 +243,7 @@ def _alone(inputs: dict[str, Any]) -> dict[str, Any]:
         inputs["use_cache"] = False
         if not inputs["input_ids"].is_cuda:
             more = attention.room_for(documents) - sum(documents)
-            for name, value in (("input_ids", 0), ("position_ids", 0), ("labels", IGNORED)):
+            for name, value in (("input_ids", 0), ("position_ids", 0), ("labels", _IGNORED)):
                 if inputs.get(name) is not None:
                     inputs[name] = torch.nn.functional.pad(inputs[name], (0, more), value=value)
     return {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}
@@ -179,7 +255,7 @@ def _is_only_the_head(whole: Any, head: torch.nn.Linear) -> bool:
     hook = head.register_forward_hook(lambda module, given, out: made.append(out))
     places = torch.arange(2, device=head.weight.device)[None]
     inputs: dict[str, Any] = {"input_ids": places, "position_ids": places, "use_cache": False}
-    if whole.config._attn_implementation == attention.NAME:
+    if takes_flat(whole):
         inputs["documents"] = [2]  # on the meta device transformers' own masks cannot be made
     try:
         with torch.no_grad():
@@ -212,19 +288,13 @@ def _loud_adapter(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _probe(model: Any, flat: bool) -> tuple[float, torch.Tensor]:
-    """The loss of two documents and all gradients in a row, float32."""
-    weight = model.get_input_embeddings().weight
-    noise = torch.Generator().manual_seed(0)
-    lengths = _lengths(causal_model(model).config.get_text_config())
-    rows = [torch.randint(0, len(weight), (n,), generator=noise).numpy() for n in lengths]
-    examples = [{"input_ids": row, "labels": row.copy()} for row in rows]
-    batch = in_one_row(examples) if flat else collator(0)(examples)
+def _loss_and_gradients(model: Any, probe: Probe, flat: bool) -> tuple[float, torch.Tensor]:
+    """The loss of the probe's batch, and all gradients concatenated, float32."""
+    device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
-    moved = {k: v.to(weight.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    mixed = weight.is_cuda and _dtype(model) == torch.bfloat16  # as the trainer has it
-    with torch.autocast(weight.device.type, torch.bfloat16, enabled=mixed):
-        loss = model(**moved, num_items_in_batch=sum(lengths)).loss
+    mixed = device.type == "cuda" and _dtype(model) == torch.bfloat16  # as the trainer has it
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        loss = probe(flat)
     loss.backward()
     grads = [p.grad.float().reshape(-1) for p in model.parameters() if p.grad is not None]
     return float(loss.detach()), torch.cat(grads)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_kit.speed.patch import part_of, put_in
+from lora_kit.speed.patch import is_quick, part_of, put_in
 
 Dense = Callable[[torch.dtype], torch.Tensor]
 
@@ -70,7 +70,7 @@ class LoraLinear(torch.autograd.Function):
 
 
 def install(model: Any) -> int:
-    """Let PEFT's LoRA layers of a model compute so while gradients are recorded.
+    """Let PEFT's LoRA layers of a model compute so, where `is_quick`.
 
     Left as they are: DoRA, several adapters, a bias of B, int8, and NF4 of a width that
     bitsandbytes' CPU code cannot unpack (no multiple of 64). Returns how many were changed.
@@ -110,7 +110,7 @@ def _dense(layer: Any) -> Dense | None:
 def _forward(plain: Callable[..., Any], dense: Dense) -> Callable[..., torch.Tensor]:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         name = self.active_adapters[0]
-        if not torch.is_grad_enabled() or self.disable_adapters or self.merged or args or kwargs:
+        if not is_quick() or self.disable_adapters or self.merged or args or kwargs:
             return plain(x, *args, **kwargs)
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):

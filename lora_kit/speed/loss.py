@@ -19,12 +19,12 @@ _MULTIPLE = 32  # of which their number is
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross entropy in nats, float32 ().
+    """The cross entropy of each label in nats, float32 (count,).
 
     Args (of `apply`):
         hidden: (tokens, width), what the head sees at labelled places. head: (vocabulary, width).
         targets: int64 (tokens,), the labels to be predicted there.
-        count: tokens that are learned from; those after them are for the shape's sake.
+        count: how many of the tokens have a loss; those after them only fill up the shape.
     """
 
     @staticmethod
@@ -52,12 +52,40 @@ class FrozenHeadLoss(torch.autograd.Function):
         if gradient is not None:
             gradient[count:] = 0
             ctx.save_for_backward(gradient)
-        return losses[:count].sum()
+        return losses[:count, 0]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        scale = gradient.new_zeros(len(gradient), 1)  # a label each
+        scale[: len(grads[0]), 0] = grads[0]
+        return gradient * scale, None, None, None
+
+
+def causal_nats(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The loss of each label in nats, predicted from the position before it: float32 (count,).
+
+    Args:
+        hidden: (rows, length, width), the head's input. head: (vocabulary, width).
+        labels: int64 (rows, length); -100 has no loss.
+        places: int64 (count,), indices of the labels into the flattened labels[:, 1:], as
+            `labelled_places` finds them: on a GPU looking for them would wait for it.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    places = labelled_places(labels) if places is None else places
+    before = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    count = len(places)
+    # A number that comes again: a CPU keeps what it prepares for each.
+    places = torch.cat([places, places[:1].expand(-count % _MULTIPLE)])
+    nats: torch.Tensor = FrozenHeadLoss.apply(
+        before.index_select(0, places), head, targets[places], count
+    )
+    return nats
 
 
 def causal_loss(
@@ -67,26 +95,13 @@ def causal_loss(
     items: Any = None,
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The mean loss over labels, each predicted from the place before it, as transformers has it.
+    """The mean of `causal_nats`, as transformers computes it: float32 ().
 
     Args:
-        hidden: (rows, length, width), the head's input. head: (vocabulary, width).
-        labels: int64 (rows, length); -100 is not learned from.
         items: labels of the whole step, all its batches together; None: of this one.
-        places: int64, where in the flattened labels without the first column there is one, as
-            `labelled_places` finds them: on a GPU looking for them would wait for it.
-
-    Returns:
-        float32 ().
     """
-    targets = labels[:, 1:].reshape(-1)
-    places = labelled_places(labels) if places is None else places
-    before = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    count = len(places)
-    # A number that comes again: a CPU keeps what it prepares for each.
-    places = torch.cat([places, places[:1].expand(-count % _MULTIPLE)])
-    total = FrozenHeadLoss.apply(before.index_select(0, places), head, targets[places], count)
-    loss: torch.Tensor = total / (count if items is None else items)
+    nats = causal_nats(hidden, head, labels, places)
+    loss: torch.Tensor = nats.sum() / (len(nats) if items is None else items)
     return loss
 
 

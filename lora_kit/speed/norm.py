@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_kit.speed.patch import part_of, put_in
+from lora_kit.speed.patch import is_quick, part_of, put_in
 
 
 class FrozenRMSNorm(torch.autograd.Function):
@@ -36,7 +36,7 @@ class FrozenRMSNorm(torch.autograd.Function):
 
 
 def install(model: Any) -> int:
-    """Let the norms of a model compute so while gradients are recorded.
+    """Let the norms of a model compute so, where `is_quick`.
 
     Changed are modules whose class is named ...RMSNorm, whose weight is frozen, and that give, to
     rounding, what theirs gives on random states. Returns how many.
@@ -65,7 +65,7 @@ def _same(module: Any, weight: torch.Tensor, epsilon: float) -> bool:
 
 def _forward(plain: Any, epsilon: float) -> Any:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
+        if not is_quick():
             return plain(x)
         out: torch.Tensor = FrozenRMSNorm.apply(x, self.weight, epsilon)
         return out

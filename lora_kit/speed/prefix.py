@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ import numpy as np
 import torch
 
 from lora_kit import cache
-from lora_kit.tasks.batches import Labelled
-from lora_kit.tasks.packing import Packed
 
 STATES = "states.bin"
 # Raised whenever the same model and rows give another file than before.
@@ -179,11 +177,12 @@ class Prefix:
 
         return forward
 
-    def keep(self, rows: Labelled | Packed, passes: float) -> str:
-        """Keep the states of rows, if they are needed again and the model allows it.
+    def keep(self, lengths: np.ndarray, content: str, passes: float) -> str:
+        """Keep the states of the training rows, if they are needed again and the model allows it.
 
         Args:
-            rows: what is trained on; `batch` takes their numbers.
+            lengths: int64 (rows,), the tokens of each; `batch` takes the numbers of rows.
+            content: a hash of all tokens, and of what else decides which row has which.
             passes: how often this run trains on each.
 
         Returns:
@@ -195,30 +194,31 @@ class Prefix:
         states = self._tried()
         if isinstance(states, str):
             return f"{said}; what they give is not kept: {states}"
-        text = json.dumps(self._about(rows), sort_keys=True, default=str)
+        text = json.dumps(self._about(content), sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
 
         def describe(new: Path) -> None:
             (new / "about.json").write_text(text, encoding="utf-8")
 
         try:
-            return said + self._opened(cache.prepared(key, describe) / STATES, rows, states, passes)
+            file = cache.prepared(key, describe) / STATES
+            return said + self._opened(file, lengths, states, passes)
         except OSError as error:
             return f"{said}; what they give is not kept: {error.strerror}"
 
-    def _opened(self, file: Path, rows: Labelled | Packed, states: Any, passes: float) -> str:
+    def _opened(self, file: Path, lengths: np.ndarray, states: Any, passes: float) -> str:
         held = file.stat() if file.exists() else None
         earlier = held is not None and held.st_size > 0
         if passes <= 1 and not earlier:
             return "; what they give is not kept: each row is seen once"
-        needed = int(rows.lengths.sum()) * states[0, 0].nbytes
+        needed = int(lengths.sum()) * states[0, 0].nbytes
         free = shutil.disk_usage(file.parent).free + (held.st_blocks * 512 if held else 0)
         room = min(MOST_BYTES, int(SHARE_OF_FREE * free))
         size = f"{needed / 2**20:,.0f} MiB"
         if needed > room:
             size += f", of {room / 2**20:,.0f} that may be taken"
             return f"; what they give is not kept: {size}"
-        self.store = Store(file, rows.lengths, states.shape[-1], states.dtype)
+        self.store = Store(file, lengths, states.shape[-1], states.dtype)
         used = "an earlier run's is used" if earlier else "later epochs skip them"
         return f"; what they give is kept ({size}): {used}"
 
@@ -267,29 +267,31 @@ class Prefix:
             return "later layers need more than the states of their row"
         return states
 
-    def _about(self, rows: Labelled | Packed) -> dict[str, Any]:
-        """Everything that decides the states. The weights as they are in memory: an adapter that a
-        run starts from may have changed those on disk."""
-        config = causal_model(self.model).config
+    def _about(self, content: str) -> dict[str, Any]:
+        """Everything that decides the states."""
         above = decoder_layers(self.model)[len(self.layers) :]
         other = {id(p) for p in above.parameters()}
         tensors = self.model.state_dict(keep_vars=True).values()
-        weights = [_sum(t) for t in tensors if not t.requires_grad and id(t) not in other]
-        plain = rows.rows if isinstance(rows, Packed) else rows
-        digest = hashlib.sha256(str(getattr(rows, "bins", "")).encode())
-        arrays: Any = (plain.ids, plain.offsets)
-        for array in arrays:
-            digest.update(array)
+        below = [t for t in tensors if not t.requires_grad and id(t) not in other]
         return {
             "version": VERSION,
-            "libraries": {name: cache.installed(name) for name in _LIBRARIES},
             "layers": len(self.layers),
-            "attention": config._attn_implementation,
-            "device": self.model.device.type,
-            "config": config.to_dict() | {"_name_or_path": None},
-            "weights": hashlib.sha256(str(weights).encode()).hexdigest(),
-            "rows": digest.hexdigest(),
+            "model": described(self.model, below),
+            "rows": content,
         }
+
+
+def described(model: Any, tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
+    """What decides the numbers that a model computes with these tensors, as plain JSON. The weights
+    as they are in memory: an adapter that a run starts from may have changed those on disk."""
+    config = causal_model(model).config
+    return {
+        "libraries": {name: cache.installed(name) for name in _LIBRARIES},
+        "attention": config._attn_implementation,
+        "device": model.device.type,
+        "config": config.to_dict() | {"_name_or_path": None},
+        "weights": hashlib.sha256(str([_sum(t) for t in tensors]).encode()).hexdigest(),
+    }
 
 
 def _states(out: Any) -> torch.Tensor:

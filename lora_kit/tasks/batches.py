@@ -1,132 +1,16 @@
-"""Labelled tokens: what a model sees and which of it it learns from."""
+"""Batches of tokens: padded, or concatenated without padding; and the two halves of one."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
-from io import BytesIO
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # torch's and transformers' label for "not learned from"
-_ARRAYS = ("offsets", "spans", "span_offsets", "units", "unit_bytes", "files", "numbers")
-
-
-class Labelled:
-    """Rows of token ids, and the spans of each that are learned from; on disk, or in memory.
-
-    A unit is what is judged as one: a document, or a row. `units[i]` is the unit of row i,
-    `unit_bytes[u]` the UTF-8 bytes that the labels of unit u spell. `files[i]`, `numbers[i]` say
-    where row i begins.
-
-    >>> rows = LabelledWriter()
-    >>> rows.add([1, 5, 6, 2], [(2, 3)], unit_bytes=3)
-    >>> rows.finish()[0]["labels"].tolist()
-    [-100, -100, 6, -100]
-    """
-
-    def __init__(self, ids: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
-        self.ids = ids  # int32: all rows, one after the other
-        self.offsets = arrays["offsets"]  # int64, (rows + 1,)
-        self.spans = arrays["spans"].reshape(-1, 2)  # int32: first, last + 1
-        self.span_offsets = arrays["span_offsets"]  # int64, (rows + 1,)
-        self.units, self.unit_bytes = arrays["units"], arrays["unit_bytes"]
-        self.files, self.numbers = arrays["files"], arrays["numbers"]
-
-    @classmethod
-    def open(cls, path: Path) -> Labelled:
-        """Map what a `LabelledWriter` wrote; nothing is read before it is asked for."""
-        with np.load(path.with_suffix(".npz")) as stored:
-            arrays = {name: stored[name] for name in _ARRAYS}
-        return cls(mapped(path.with_suffix(".bin"), int(arrays["offsets"][-1])), arrays)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """`input_ids` and `labels` of a row: int64, (tokens,); a label of -100 is not learned."""
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        row %= len(self)
-        ids = self.ids[self.offsets[row] : self.offsets[row + 1]].astype(np.int64)
-        labels = np.full_like(ids, IGNORED)
-        for first, last in self.spans[self.span_offsets[row] : self.span_offsets[row + 1]]:
-            labels[first:last] = ids[first:last]
-        return {"input_ids": ids, "labels": labels}
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
-        return np.diff(self.offsets)
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids)
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Labels that a loss is computed for; the first of a row has nothing before it."""
-        return int((self.spans[:, 1] - np.maximum(self.spans[:, 0], 1)).clip(0).sum())
-
-
-def mapped(file: Path, count: int) -> np.ndarray:
-    """The token ids of a file: int32, (count,)."""
-    return np.memmap(file, np.int32, "r", shape=(count,)) if count else np.zeros(0, np.int32)
-
-
-class LabelledWriter:
-    """Collects rows, their tokens in a file where there is a path, else in memory."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.file: IO[bytes] = path.with_suffix(".bin").open("wb") if path else BytesIO()
-        # Arrays of machine integers: four bytes a row, where a list would take forty.
-        self.offsets, self.span_offsets = array("q", [0]), array("I", [0])
-        self.spans, self.files, self.units = array("i"), array("i"), array("I")
-        self.unit_bytes, self.numbers = array("I"), array("I")
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    def add(
-        self,
-        ids: Any,
-        spans: Any,
-        unit_bytes: int = 0,
-        place: tuple[int, int] = (0, 0),
-        same_unit: bool = False,
-    ) -> None:
-        """Add a row.
-
-        Args:
-            ids: tokens. spans: pairs (first, last + 1) of those learned from.
-            unit_bytes: what the row's unit spells. same_unit: it is the unit of the row before.
-        """
-        self.file.write(np.asarray(ids, dtype=np.int32).tobytes())
-        self.offsets.append(self.offsets[-1] + len(ids))
-        for span in spans:
-            self.spans.extend(span)
-        self.span_offsets.append(len(self.spans) // 2)
-        if not same_unit:
-            self.unit_bytes.append(unit_bytes)
-        self.units.append(len(self.unit_bytes) - 1)
-        self.files.append(place[0])
-        self.numbers.append(place[1])
-
-    def finish(self) -> Labelled:
-        stored = {name: getattr(self, name) for name in _ARRAYS}
-        arrays = {name: np.frombuffer(a, a.typecode) for name, a in stored.items()}
-        if not self.path:
-            self.file.seek(0)
-            return Labelled(np.frombuffer(self.file.read(), np.int32), arrays)
-        self.file.close()
-        np.savez(self.path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
-        return Labelled.open(self.path)
+IGNORED = -100  # torch's and transformers' label for "no loss here"
 
 
 def collator(pad_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
@@ -191,6 +75,11 @@ def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "numbers": [int(row["row"]) for row in rows if "row" in row],
         "places": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),
     }
+
+
+def collators(pad_id: int) -> Callable[[bool], Callable[[Sequence[Any]], dict[str, Any]]]:
+    """{True: `in_one_row`, False: `collator(pad_id)`}, as a function."""
+    return lambda flat: in_one_row if flat else collator(pad_id)
 
 
 def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 
 from lora_kit.base.templates import render
+from lora_kit.data.rows import Rows
 from lora_kit.errors import NotUsable
-from lora_kit.tasks.batches import Labelled, LabelledWriter
+from lora_kit.tasks.batches import IGNORED
 
 _MOST_TRIED = 1000  # rows looked at for examples that are short enough
 
 
-def choose(train: Labelled, longest: int, room: int, shots: int, chat: bool, seed: int) -> list:
+def choose(
+    train: Rows, longest: int, room: int, shots: int, chat: bool, seed: int
+) -> list[list[int]]:
     """Training rows as examples, drawn with the seed: lists of token ids, as many as fit; none
     where there is no room.
 
@@ -21,7 +24,7 @@ def choose(train: Labelled, longest: int, room: int, shots: int, chat: bool, see
     conversations, longer ones are passed over.
 
     Args:
-        longest: tokens of the longest row that is judged. room: positions that the base has.
+        longest: tokens of the longest row that is evaluated. room: positions that the base has.
     """
     share = (room - longest) // max(1, shots)
     chosen: list[list[int]] = []
@@ -29,28 +32,28 @@ def choose(train: Labelled, longest: int, room: int, shots: int, chat: bool, see
     for row in order.tolist():
         if len(chosen) == shots or share < 2:
             break
-        if not chat or train.lengths[row] <= share:
-            chosen.append(train[row]["input_ids"][:share].tolist())
+        ids = train.cell("input_ids", row)
+        if not chat or len(ids) <= share:
+            chosen.append(ids[:share].tolist())
     return chosen
 
 
-def after_examples(judged: Labelled, examples: list[list[int]], opening: list[int]) -> Labelled:
-    """The rows judged, each after the same examples, with the same labels, units and bytes.
+def after_examples(rows: Rows, examples: list[list[int]], opening: list[int]) -> Rows:
+    """Held-out rows, each after the same examples, with the same labels, units and bytes.
 
     Args:
-        opening: what a conversation begins with and what stands only once in front of several.
+        opening: what a conversation begins with and what is there only once in front of several.
     """
-    writer = LabelledWriter()
-    for row in range(len(judged)):
-        ids = judged.ids[judged.offsets[row] : judged.offsets[row + 1]].tolist()
-        longer = joined([*examples, ids], opening)
-        moved = len(longer) - len(ids)
-        spans = judged.spans[judged.span_offsets[row] : judged.span_offsets[row + 1]]
+    longer = []
+    for row in rows:
+        ids = joined([*examples, row["input_ids"].tolist()], opening)
+        moved = len(ids) - len(row["input_ids"])
+        labels = np.full(len(ids), IGNORED)
+        labels[moved:] = row["labels"]
         # The first token of a row is not predicted from anything, here no more than there.
-        writer.add(longer, [(max(a, 1) + moved, b + moved) for a, b in spans if b > 1])
-    made = writer.finish()
-    made.units, made.unit_bytes = judged.units, judged.unit_bytes
-    return made
+        labels[moved] = IGNORED
+        longer.append({**row, "input_ids": np.array(ids), "labels": labels})
+    return Rows.of(longer)
 
 
 def opening(tokenizer: Any) -> list[int]:

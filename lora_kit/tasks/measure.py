@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from lora_kit.adapter.load import end_tokens
+from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed
-from lora_kit.tasks.batches import IGNORED, Labelled, collator
+from lora_kit.tasks.batches import IGNORED, collator
+from lora_kit.tasks.task import Score
 
 # Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
 # of 152k. A single row may be longer.
@@ -28,13 +30,23 @@ class Losses:
     tokens: np.ndarray
     bytes: np.ndarray
 
+    def scores(self) -> list[Score]:
+        """Nats per token and bits per byte; units without a label, or without text, are dropped."""
+        units = np.flatnonzero((self.tokens > 0) & (self.bytes > 0))
+        nats, tokens, size = self.nats[units], self.tokens[units], self.bytes[units]
+        bits = nats / np.log(2)
+        return [
+            Score("loss", np.stack([nats, tokens], axis=1), better="lower", units=units),
+            Score("bits_per_byte", np.stack([bits, size], axis=1), better="lower", units=units),
+        ]
+
 
 def measure(
     model: Any,
-    labelled: Labelled,
+    rows: Rows,
     pad_id: int,
     rows_at_once: int = 8,
-    rows: np.ndarray | None = None,
+    numbers: np.ndarray | None = None,
 ) -> Losses:
     """The loss of every label, summed by unit.
 
@@ -45,7 +57,7 @@ def measure(
         model: a causal language model, on its device.
         rows_at_once: as many rows of the longest length as fit into memory together; fewer where
             their logits would be larger than LOGITS_AT_ONCE.
-        rows: the numbers of those that are measured; None: all. Units of others have no tokens.
+        numbers: of the rows that are measured; None: all. Units of others have no tokens.
 
     Raises:
         CheckFailed: a loss is NaN or infinite.
@@ -55,14 +67,14 @@ def measure(
 
     collate = collator(pad_id)
     device = next(model.parameters()).device
-    lengths = labelled.lengths
-    chosen = np.arange(len(lengths)) if rows is None else rows
+    lengths, units_of = rows.sizes("input_ids"), rows.column("unit")
+    chosen = np.arange(len(lengths)) if numbers is None else numbers
     order = chosen[np.argsort(-lengths[chosen], kind="stable")]
     budget = rows_at_once * int(lengths[order[0]])
     budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     batches = _batches(lengths, order.tolist(), budget)
     rank, ranks = _rank()
-    sums = torch.zeros((2, len(labelled.unit_bytes)), dtype=torch.float64)
+    sums = torch.zeros((2, rows.units), dtype=torch.float64)
     whole = getattr(model, "get_base_model", lambda: model)()
     trims = "logits_to_keep" in inspect.signature(whole.forward).parameters
     training = model.training
@@ -71,8 +83,8 @@ def measure(
         for turn in range(-(-len(batches) // ranks)):
             mine = turn * ranks + rank
             # Every rank runs as many passes as the others: a sharded model needs all of them.
-            numbers = batches[min(mine, len(batches) - 1)]
-            batch = collate([labelled[n] for n in numbers])
+            batch_rows = batches[min(mine, len(batches) - 1)]
+            batch = collate([rows[n] for n in batch_rows])
             labels = batch.pop("labels")
             # Of what stands before every label no logits are needed.
             learned = (labels[:, 1:] != IGNORED).any(0).nonzero()
@@ -83,7 +95,7 @@ def measure(
             logits = model(**{k: v.to(device) for k, v in batch.items()}, **some).logits
             logits = logits[:, -keep:-1]
             if mine < len(batches):
-                units = torch.tensor([int(labelled.units[n]) for n in numbers])
+                units = torch.from_numpy(units_of[batch_rows].astype(np.int64))
                 sums[0].index_add_(0, units, _row_nats(logits, targets).cpu())
                 sums[1].index_add_(0, units, (targets != IGNORED).sum(1).double().cpu())
     model.train(training)
@@ -94,10 +106,11 @@ def measure(
     if not bool(torch.isfinite(sums).all()):
         unit = int((~torch.isfinite(sums[0])).nonzero()[0])
         raise CheckFailed(
-            f"the loss of held-out document {unit + 1} of {len(labelled.unit_bytes)} is not finite"
+            f"the loss of held-out document {unit + 1} of {rows.units} is not finite"
             ": look for NaN or infinite weights in base or adapter"
         )
-    return Losses(sums[0].numpy(), sums[1].numpy(), np.array(labelled.unit_bytes, dtype=float))
+    size = np.bincount(units_of, rows.column("bytes"), minlength=rows.units)
+    return Losses(sums[0].numpy(), sums[1].numpy(), size.astype(np.float64))
 
 
 def _rank() -> tuple[int, int]:

@@ -55,9 +55,9 @@ def score(name: str, predictions: list[str], references: list[str]) -> np.ndarra
     return np.array([metric(prediction, expected) for prediction, expected in pairs], np.float64)
 
 
-def check_names(names: list[str], kind: str) -> None:
-    """Raises UserError, a line for each metric that cannot be computed. kind: "chat" or "text"."""
-    if names and kind == "text":
+def check_names(names: list[str], chat: bool) -> None:
+    """Raises UserError, a line for each metric that cannot be computed. chat: on completions."""
+    if names and not chat:
         why = "metrics score answers, and text has none; leave them out, or use sft"
         raise UserError(f"prove.metrics: {why}")
 

@@ -6,13 +6,15 @@ room for it; at most 11/9 of the fewest rows possible, plus one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
-from lora_kit.tasks.batches import IGNORED, Labelled
+from lora_kit.tasks.batches import IGNORED
 
 
 def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
@@ -57,37 +59,48 @@ def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list
 
 
 class Packed:
-    """Rows of labelled tokens, several in one: `input_ids`, `labels` and `position_ids`, which
+    """Rows of tokens and labels, several in one: `input_ids`, `labels` and `position_ids`, which
     count from 0 in each. The first token of a document is not predicted from the one before it."""
 
-    def __init__(self, rows: Labelled, room: int) -> None:
+    def __init__(self, rows: Rows, room: int) -> None:
         self.rows = rows
         self.room = room
-        self.bins = first_fit_decreasing(rows.lengths, room)
+        self.sizes = rows.sizes("input_ids")
+        self.bins = first_fit_decreasing(self.sizes, room)
 
     def __len__(self) -> int:
         return len(self.bins)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        parts = [self.rows[row] for row in self.bins[number]]
-        for part in parts:
-            part["labels"][0] = IGNORED
+        ids = [self.rows.cell("input_ids", row) for row in self.bins[number]]
+        labels = [self.rows.cell("labels", row) for row in self.bins[number]]
+        for some in labels:
+            some[0] = IGNORED
         return {
-            "input_ids": np.concatenate([part["input_ids"] for part in parts]),
-            "labels": np.concatenate([part["labels"] for part in parts]),
-            "position_ids": np.concatenate([np.arange(len(p["labels"])) for p in parts]),
+            "input_ids": np.concatenate(ids),
+            "labels": np.concatenate(labels),
+            "position_ids": np.concatenate([np.arange(len(some)) for some in ids]),
         }
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
-        lengths = self.rows.lengths
-        return np.array([lengths[some].sum() for some in self.bins])
+        return np.array([self.sizes[some].sum() for some in self.bins])
 
     @property
     def fill(self) -> float:
         """The share of the rows that is tokens."""
-        return self.rows.tokens / max(1, len(self.bins) * self.room)
+        return float(self.sizes.sum()) / max(1, len(self.bins) * self.room)
+
+
+def content_hash(rows: Rows | Packed) -> str:
+    """A hash of the tokens of all rows."""
+    digest = hashlib.sha256(str(getattr(rows, "bins", "")).encode())
+    plain = rows.rows if isinstance(rows, Packed) else rows
+    for ids, ends in plain.chunks("input_ids"):
+        digest.update(np.ascontiguousarray(ids))
+        digest.update(np.diff(ends))
+    return digest.hexdigest()
 
 
 def check_isolation(model: Any) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_kit.prove.bootstrap import FEWEST_UNITS, interval
-from lora_kit.tasks.batches import Labelled, LabelledWriter
+from lora_kit.data.rows import Row, Rows
+from lora_kit.tasks.batches import IGNORED
+from lora_kit.tasks.bootstrap import FEWEST_UNITS, interval
 from lora_kit.tasks.measure import measure
 
 KEPT = 0.75  # share of what prompts were worth to the base that has to be left
@@ -48,7 +49,7 @@ def prompt_use(
     }
 
 
-def pairs(questions: list[Question]) -> tuple[Labelled, Labelled]:
+def pairs(questions: list[Question]) -> tuple[Rows, Rows]:
     """Every answer after its own prompt, and after the next one that has another answer and is not
     too long: no row becomes longer than the longest.
 
@@ -56,12 +57,18 @@ def pairs(questions: list[Question]) -> tuple[Labelled, Labelled]:
     >>> [row["input_ids"].tolist() for row in other]
     [[4, 9], [4, 9], [1, 2, 8]]
     """
-    own, other = LabelledWriter(), LabelledWriter()
+    own, other = [], []
     longest = max(len(prompt + answer) for prompt, answer in questions)
     for n, (prompt, answer) in enumerate(questions):
         following = [*questions[n + 1 :], *questions[:n]]
         fitting = (p for p, a in following if a != answer and len(p + answer) <= longest)
-        if before := next(fitting, None):
-            own.add(prompt + answer, [(len(prompt), len(prompt + answer))])
-            other.add(before + answer, [(len(before), len(before + answer))])
-    return own.finish(), other.finish()
+        before = next(fitting, None)
+        if before:
+            own.append(_after(prompt, answer, len(own)))
+            other.append(_after(before, answer, len(other)))
+    return Rows.of(own), Rows.of(other)
+
+
+def _after(prompt: list[int], answer: list[int], unit: int) -> Row:
+    labels = [IGNORED] * len(prompt) + answer
+    return {"input_ids": prompt + answer, "labels": labels, "bytes": 0, "unit": unit}

@@ -17,24 +17,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
 
+from lora_kit.data.examples import Examples
 from lora_kit.data.formats import Example
 from lora_kit.data.rows import Row, Rows
+from lora_kit.schema import Section
 
 if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainingArguments
 
     from lora_kit.base.pin import Pinned
-    from lora_kit.schema import Base, Run
+    from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
 
 Batch = dict[str, Any]  # what `collate` returns: tensors by name, and plain values beside them
 Collate = Callable[[Sequence[Row]], Batch]
 Facts = dict[str, Any]  # plain JSON: label names and the like, taken from training rows
 Processor = Any  # a tokenizer; for images and speech their processor
-NO_SUPERVISION = "without supervised tokens"
 
 
 class Dropped(NamedTuple):
@@ -72,6 +72,7 @@ class Score:
             a document, a conversation, a pair.
         value: what a sum of them means, (..., k) -> (...).
         better: `lower` or `higher`.
+        units: int64 (units,): the numbers of the units among the held-out rows; None: all of them.
         about: plain values that belong to it in the report, such as `labels` and `confusion`.
     """
 
@@ -79,6 +80,7 @@ class Score:
     sums: np.ndarray
     value: Callable[[np.ndarray], np.ndarray] = ratio
     better: str = "higher"
+    units: np.ndarray | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -121,7 +123,7 @@ class Task:
     """
 
     formats: tuple[str, ...] = ()
-    settings: Mapping[str, type[BaseModel]] = {}
+    settings: Mapping[str, type[Section]] = {}
     unread: tuple[str, ...] = ()
     auto = "AutoModelForCausalLM"
     general: Task | None = None
@@ -142,13 +144,17 @@ class Task:
 
         return load_tokenizer(pinned)
 
-    def facts(self, train: Iterable[Example], run: Run) -> Facts:
+    def facts(self, train: Examples, run: Run) -> Facts:
         """What the training examples say about the model: label names and the like, as plain JSON.
 
         Raises:
             UserError: the examples cannot be trained on, such as those of one class only.
         """
         return {}
+
+    def notes(self, formats: set[str]) -> list[str]:
+        """What a person should know of how rows of these formats are used."""
+        return []
 
     # ------------------------------------------------------------------ rows
     def encode(
@@ -175,6 +181,10 @@ class Task:
         """The training rows as the trainer sees them: several in one, or `rows` as they are."""
         return rows
 
+    def packing(self, run: Run) -> str:
+        """How rows are made of examples: `none`, `documents` or `running` (see `data.packing`)."""
+        return "none"
+
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
         """Rows with the columns that need a model, computed once before the first step."""
         return rows
@@ -188,12 +198,19 @@ class Task:
         return len(rows)
 
     # ------------------------------------------------------------------ model
-    def model(self, base: Base, pinned: Pinned, facts: Facts) -> tuple[Any, tuple[str, ...]]:
+    def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
         """The frozen base, and the names of its fresh modules: those that the base's files have no
         weights for, such as a new head. Fresh modules are trained and saved whole, without LoRA."""
         from lora_kit.base.load import load_base
 
-        return load_base(base, pinned), ()
+        return load_base(run.base, pinned), ()
+
+    def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
+        """`model` as shapes alone, on torch's meta device, in the type that is computed in: what
+        memory and time are planned with."""
+        from lora_kit.base.load import base_on_meta
+
+        return base_on_meta(run.base, pinned), ()
 
     # ------------------------------------------------------------------ training
     def classes(self) -> tuple[type[Trainer], type[TrainingArguments]]:
@@ -249,10 +266,25 @@ class Task:
         verdict is against, chosen on training rows: the first of the list is the best one."""
         return []
 
+    def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
+        """What of `prove:` cannot be measured on these rows, a line each; asked before training."""
+        return []
+
     def examine(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self,
+        model: Any,
+        data: Prepared,
+        scores: Mapping[str, list[Score]],
+        processor: Processor,
+        facts: Facts,
+        run: Run,
     ) -> dict[str, Any]:
-        """Further entries of report.json, such as generated samples."""
+        """Further entries of report.json, such as generated samples.
+
+        Args:
+            model: with the adapter; `model.disable_adapter()` is the base.
+            scores: of every contender, and of `adapted`, by name.
+        """
         return {}
 
     def objection(self, report: dict[str, Any]) -> str | None:

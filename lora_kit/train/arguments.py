@@ -1,4 +1,4 @@
-"""`train:` -> transformers.TrainingArguments, checked against the installed classes."""
+"""`train:` -> the arguments of a task's trainer, checked against the installed classes."""
 
 from __future__ import annotations
 
@@ -6,33 +6,55 @@ import dataclasses
 import typing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from lora_kit.adapter.attach import OWN_FIELDS as ADAPTER_OWN_FIELDS
 from lora_kit.base.load import gpu_is_used
 from lora_kit.errors import RunFileError
-from lora_kit.schema import Run
+from lora_kit.schema import Run, Train
 
-# Fields of `train:` that our own code reads: max_length cuts the rows, save_total_limit bounds the
-# sealed checkpoints, of which the trainer knows the best; max_steps, eval_steps: translated below.
-OWN_FIELDS = {
-    *("max_length", "max_steps", "save_total_limit", "eval_steps"),
-    *("early_stopping_patience", "load_best_model_at_end"),
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# Fields of `train:` that are no field of TrainingArguments.
+_NOT_UPSTREAM = {"trainable", "top_layers", "max_length", "early_stopping_patience"}
+# Those that our own code reads: max_length cuts the rows, save_total_limit bounds the sealed
+# checkpoints, of which the guards know the best; max_steps, eval_steps: translated below.
+OWN_FIELDS = _NOT_UPSTREAM | {
+    "max_steps",
+    "save_total_limit",
+    "eval_steps",
+    "load_best_model_at_end",
 }
 
 
-def training_arguments(run: Run, checkpoints: Path, planned: dict[str, Any] | None = None) -> Any:
+def training_arguments(
+    run: Run,
+    checkpoints: Path,
+    planned: dict[str, Any] | None = None,
+    arguments_class: type[TrainingArguments] | None = None,
+) -> Any:
     """The trainer's arguments for a run; checkpoints are written below `checkpoints`.
 
     Args:
         planned: fields of `train:` that a plan has chosen instead.
+        arguments_class: of the task; None: TrainingArguments itself.
     """
     from transformers import TrainingArguments
 
     train = run.train
-    arguments = TrainingArguments(
+    made = arguments_class or TrainingArguments
+    known = {field.name for field in dataclasses.fields(made)}
+    values = {
+        name: value
+        for name, value in train.model_dump(exclude=OWN_FIELDS).items()
+        if name in known or name in Train.model_fields  # a task's own key may be for its loss alone
+    }
+    if "max_length" in known:  # of a library that cuts rows as well, which ours are already
+        values["max_length"] = train.max_length
+    arguments = made(
         output_dir=str(checkpoints),
         max_steps=train.max_steps or -1,
         eval_strategy="steps" if train.eval_steps else "no",
@@ -51,7 +73,7 @@ def training_arguments(run: Run, checkpoints: Path, planned: dict[str, Any] | No
         ddp_find_unused_parameters=False,
         label_names=["labels"],
         remove_unused_columns=False,  # there are none, and position_ids must stay
-        **{**train.model_dump(exclude=OWN_FIELDS), **(planned or {})},
+        **{**values, **(planned or {})},
     )
     # One process that sees several GPUs would split each batch over them and multiply its size:
     # several GPUs are several processes here. `device` fills in the number that is cut down.
@@ -60,10 +82,13 @@ def training_arguments(run: Run, checkpoints: Path, planned: dict[str, Any] | No
     return arguments
 
 
-def check_installed(run: Run) -> None:
+def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = None) -> None:
     """Check every field of `adapter:` and `train:` against the installed classes.
 
     The classes themselves take anything: `TrainingArguments(learning_rate="abc")` constructs.
+
+    Args:
+        arguments_class: of the task; None: TrainingArguments itself.
 
     Raises:
         RunFileError: a field is unknown to the installed version, or of another type there; or
@@ -75,13 +100,15 @@ def check_installed(run: Run) -> None:
     problems = []
     for section, upstream, own in (
         ("adapter", LoraConfig, ADAPTER_OWN_FIELDS),
-        ("train", TrainingArguments, {"max_length", "early_stopping_patience"}),
+        ("train", arguments_class or TrainingArguments, _NOT_UPSTREAM),
     ):
         hints = typing.get_type_hints(upstream)
         fields = {field.name for field in dataclasses.fields(upstream)}
         for name, value in getattr(run, section):
             if name in own or value is None:
                 continue
+            if section == "train" and name not in Train.model_fields and name not in fields:
+                continue  # a task's own key, for its loss alone
             if name not in fields:
                 problems.append(f"{section}.{name}: {upstream.__name__} has no such field here")
             elif not _fits(value, hints[name]):

@@ -1,4 +1,4 @@
-"""The run directory runs/<name>/: begun before anything is loaded, finished by `save_run`.
+"""The run directory runs/<name>/: made before anything is loaded, finished by `save_run`.
 
 run.yaml  run.lock.json  census.json  metrics.jsonl  report.json  report.html
 adapter/  checkpoints/  tensorboard/ (where train.report_to names it)
@@ -6,23 +6,21 @@ adapter/  checkpoints/  tensorboard/ (where train.report_to names it)
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.base.load import check_length
 from lora_kit.base.pin import Pinned
-from lora_kit.data.prepare import Prepared
-from lora_kit.errors import CheckFailed, LoraKitError, UserError, redact
+from lora_kit.errors import CheckFailed, UserError, redact
 from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, read_lock, write_run
 from lora_kit.schema import Run
+from lora_kit.tasks.task import Task
 from lora_kit.train import checkpoint
 
 # Keys that may differ when a run is continued: they change what is written, not what is learned.
@@ -65,9 +63,9 @@ class RunDirectory:
     def check_world(self, running: int) -> None:
         """Raises CheckFailed if fewer or more processes run than were asked for.
 
-        `accelerate launch` starts a single one for some configurations of several, in silence.
+        `accelerate launch` silently starts a single one for some configurations of several.
         """
-        asked = int(os.environ.get(WORLD_SIZE_VARIABLE) or _processes())
+        asked = int(os.environ.get(WORLD_SIZE_VARIABLE) or processes())
         if asked != running:
             raise CheckFailed(
                 f"{asked} processes were asked for, {running} run(s): on CPU use --accelerate "
@@ -94,102 +92,91 @@ class RunDirectory:
         )
 
 
-@contextlib.contextmanager
-def run_directory(
-    run: Run, pinned: Pinned, prepared: Prepared, resume: bool
-) -> Iterator[RunDirectory]:
-    """Begin a run directory, or open the one to continue.
-
-    A fresh one gets run.yaml and run.lock.json at once. If the user's mistake comes to light before
-    the first checkpoint, it is removed again, so that the mended run finds its place free.
-
-    Raises:
-        UserError: it exists; or `resume`, and it does not, is finished, or differs in seed, data,
-            batch, learning rate, base or any other key that decides the result; or the adapter to
-            start from belongs to another base; or rows are longer than the base's positions go.
-        CheckFailed: not as many processes run as were asked for.
-    """
-    directory = RunDirectory(run.directory)
-    directory.check_world(_processes())
-    check_length(pinned, run.train.max_length)
-    if resume:
-        _check_same(run, pinned, prepared, directory)
-    else:
-        _check_start(run, pinned)
-    if not is_first_rank():
-        yield directory
-        return
-    if resume:
-        # Never half there: the other ranks read it at the same time.
-        base = run.base.model_copy(update={"revision": pinned.revision})
-        write_run(run.model_copy(update={"base": base}), directory.path / "run.yaml.partial")
-        (directory.path / "run.yaml.partial").replace(directory.path / "run.yaml")
-        # The names of this run.yaml: data and base may have been moved.
-        directory.lock(**_pinned(run, pinned, prepared, directory.path))
-    else:
-        _begin(run, pinned, prepared, directory)
-    try:
-        yield directory
-    except BaseException as error:
-        users = isinstance(error, LoraKitError) and not isinstance(error, CheckFailed)
-        if users and not resume and not any(directory.checkpoints.glob("*")):
-            shutil.rmtree(directory.path, ignore_errors=True)
-            _remove_empty_parents(directory.path)
-        raise
-
-
 def batch_geometry(run: Run) -> dict[str, int]:
-    """Rows of one optimizer step: processes × forward passes × rows."""
-    processes = _processes()
+    """Rows of one optimizer step: processes × micro-batches × rows."""
+    ranks = processes()
     rows, passes = run.train.per_device_train_batch_size, run.train.gradient_accumulation_steps
     return {
-        "processes": processes,
+        "processes": ranks,
         "gradient_accumulation_steps": passes,
         "per_device_train_batch_size": rows,
-        "rows_per_step": processes * passes * rows,
+        "rows_per_step": ranks * passes * rows,
         "max_length": run.train.max_length,
     }
 
 
-def _processes() -> int:
+def processes() -> int:
     """How many accelerate says there are, before any of them has met the others."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _begin(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDirectory) -> None:
-    path = directory.path
+def create(
+    directory: RunDirectory,
+    run: Run,
+    pinned: Pinned,
+    hashes: Mapping[str, str],
+    lock: dict[str, Any],
+) -> None:
+    """Make the directory of a new run, with run.yaml and the first entries of run.lock.json.
+
+    Args:
+        hashes: of the data, by source. lock: further entries.
+
+    Raises:
+        UserError: it exists, or cannot be made.
+    """
     check_free(run)
     try:
-        path.mkdir(parents=True)
+        directory.path.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
-    # With the commit that was found, so that the file alone repeats the run.
-    base = run.base.model_copy(update={"revision": pinned.revision})
-    write_run(run.model_copy(update={"base": base}), path / "run.yaml")
+        raise UserError(f"{directory.path}: cannot be made ({error.strerror})") from None
+    write_run(_with_commit(run, pinned), directory.path / "run.yaml")
     versions = {name: version(name) for name in _LIBRARIES}
     directory.lock(
-        **_pinned(run, pinned, prepared, path),
-        kind=prepared.kind,
-        joiner=prepared.joiner,
-        commits=prepared.commits,
+        **_pinned(run, pinned, hashes, directory.path),
         batch=batch_geometry(run),
         seed=run.seed,
         versions={"python": platform.python_version(), **versions},
         finished=False,
+        **lock,
     )
-    checkpoint.write_json(path / "census.json", prepared.census.to_json())
 
 
-def _pinned(run: Run, pinned: Pinned, prepared: Prepared, path: Path) -> dict[str, Any]:
+def _pinned(run: Run, pinned: Pinned, hashes: Mapping[str, str], path: Path) -> dict[str, Any]:
     """Entries of the lock file: base and data with their hashes, named as in run.yaml."""
     base = {**pinned.to_lock(), **run.base.model_dump(include={"dtype", "quantize"})}
     base["model"] = run.written(pinned.model, path)
-    data = {run.written(name, path): digest for name, digest in prepared.hashes.items()}
+    data = {run.written(name, path): digest for name, digest in hashes.items()}
     return {"base": base, "data": data}
 
 
-def _check_start(run: Run, pinned: Pinned) -> None:
-    """An adapter fits any base of the same shapes, and is worth something on its own one alone."""
+def reopen(directory: RunDirectory, run: Run, pinned: Pinned, hashes: Mapping[str, str]) -> None:
+    """Write run.yaml anew, with the keys that may differ. It is never half there: the other ranks
+    read it at the same time. The lock file gets the same names: data and base may have moved."""
+    partial = directory.path / "run.yaml.partial"
+    write_run(_with_commit(run, pinned), partial)
+    partial.replace(directory.path / "run.yaml")
+    directory.lock(**_pinned(run, pinned, hashes, directory.path))
+
+
+def remove(directory: RunDirectory) -> None:
+    """Take a directory away in which nothing was trained yet, so that its place is free."""
+    shutil.rmtree(directory.path, ignore_errors=True)
+    for parent in directory.path.parents:  # runs/ itself and folders inside it, once empty
+        if parent == Path(".") or any(parent.iterdir()):
+            return
+        parent.rmdir()
+
+
+def _with_commit(run: Run, pinned: Pinned) -> Run:
+    """The run with the commit that was found, so that the file alone repeats it."""
+    base = run.base.model_copy(update={"revision": pinned.revision})
+    return run.model_copy(update={"base": base})
+
+
+def check_start(run: Run, pinned: Pinned) -> None:
+    """Raises UserError if the adapter to start from belongs to another base: it fits any of the
+    same shapes, and is worth something on its own one alone."""
     if not run.adapter.start:
         return
     start = FinishedRun(run.adapter.start)
@@ -200,7 +187,18 @@ def _check_start(run: Run, pinned: Pinned) -> None:
         )
 
 
-def _check_same(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDirectory) -> None:
+def check_same(
+    directory: RunDirectory, run: Run, task: Task, pinned: Pinned, hashes: Mapping[str, str]
+) -> None:
+    """Check that a run is continued as it was begun.
+
+    Args:
+        task: whose keys are compared too. hashes: of the data, by source.
+
+    Raises:
+        UserError: there is no such run, it is finished, or it differs in seed, data, batch,
+            learning rate, base or any other key that decides the result.
+    """
     path = directory.path
     if not (path / "run.yaml").is_file():
         raise UserError(f"{path}: there is no such run to continue; leave --resume out")
@@ -212,7 +210,7 @@ def _check_same(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDire
         )
     if lock.get("finished"):
         raise UserError(f"{path}: finished already; choose another with name=NAME")
-    begun = load_run(path / "run.yaml", needs_sources=False)
+    begun = load_run(path / "run.yaml", needs_sources=False, task_of=lambda _: task)
     before, now = (_flat(r.model_dump(mode="json")) for r in (begun, run))
     recorded: dict[str, str] = lock["data"]
 
@@ -222,7 +220,7 @@ def _check_same(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDire
         if key in _NOT_HASHED and isinstance(first, str) and isinstance(second, str):
             return Path(first).name == Path(second).name and not Path(first).exists()
         first = _by_content(first, lambda name: recorded.get(begun.written(name, path)))
-        return key.startswith("data.") and first == _by_content(second, prepared.hashes.get)
+        return key.startswith("data.") and first == _by_content(second, hashes.get)
 
     problems = [
         f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
@@ -233,11 +231,11 @@ def _check_same(run: Run, pinned: Pinned, prepared: Prepared, directory: RunDire
         and key not in ("base.model", "base.revision")  # compared by the hashes below
         and not moved(key)
     ]
-    if lock["batch"]["processes"] != _processes():
-        problems.append(f"processes were {lock['batch']['processes']}, are now {_processes()}")
+    if lock["batch"]["processes"] != processes():
+        problems.append(f"processes were {lock['batch']['processes']}, are now {processes()}")
     if lock["base"]["hashes"] != pinned.hashes:
         problems.append(f"the files of the base {pinned.model} changed")
-    for source, digest in sorted(prepared.hashes.items()):
+    for source, digest in sorted(hashes.items()):
         # A source in another place has another name, and must be one of those that were read.
         known = recorded.get(run.written(source, path))
         if digest != known and (known is not None or digest not in recorded.values()):
@@ -263,11 +261,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _remove_empty_parents(path: Path) -> None:
-    """runs/ itself and folders inside it, where nothing else is in them."""
-    for parent in path.parents:
-        if parent == Path(".") or any(parent.iterdir()):
-            return
-        parent.rmdir()

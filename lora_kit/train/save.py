@@ -6,25 +6,32 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.adapter.files import WEIGHTS
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed
 from lora_kit.hashes import file_hash
-from lora_kit.train.directory import RunDirectory, is_first_rank
+from lora_kit.tasks.task import Processor
+from lora_kit.train.directory import is_first_rank
+
+if TYPE_CHECKING:
+    from lora_kit.train.guards import Guards
+
+_TOKENIZER = "tokenizer.json"
 
 
-def save_run(trainer: Any, tokenizer: Any, pinned: Pinned) -> None:
+def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
     """Write runs/<name>/adapter/ and complete the lock file. Every rank must call it.
 
-    The folder is a plain PEFT adapter with the tokenizer and its template beside it. It appears
-    under its name only when it is whole and holds finite numbers.
+    The folder is a plain PEFT adapter, its fresh modules in the same file, together with the
+    tokenizer and its template, or another processor. It appears under its name only when it is
+    whole and holds finite numbers.
 
     Raises:
         CheckFailed: a weight of the adapter is NaN or infinite.
     """
-    directory: RunDirectory = trainer.directory
+    directory = trainer.guard.directory
     partial = directory.path / "adapter.partial"
     if is_first_rank():
         shutil.rmtree(partial, ignore_errors=True)
@@ -35,18 +42,19 @@ def save_run(trainer: Any, tokenizer: Any, pinned: Pinned) -> None:
         for name in ("README.md", "training_args.bin"):
             (partial / name).unlink(missing_ok=True)
         _name_base(partial / "adapter_config.json", pinned)
-        tokenizer.save_pretrained(str(partial))
+        processor.save_pretrained(str(partial))
         _check_finite(partial / WEIGHTS)
-        trainer.audit.check_saved(partial / WEIGHTS)
+        trainer.guard.audit.check_saved(partial / WEIGHTS)
         if directory.adapter.exists():  # of this very run, stopped after it was saved
             shutil.rmtree(directory.adapter)
         partial.replace(directory.adapter)
-        template = tokenizer.chat_template
-        directory.lock(
-            adapter={"sha256": file_hash(directory.adapter / WEIGHTS)},
-            tokenizer={"sha256": file_hash(directory.adapter / "tokenizer.json")},
-            chat_template=template and hashlib.sha256(str(template).encode()).hexdigest(),
-        )
+        entries: dict[str, Any] = {"adapter": {"sha256": file_hash(directory.adapter / WEIGHTS)}}
+        if (directory.adapter / _TOKENIZER).is_file():
+            entries["tokenizer"] = {"sha256": file_hash(directory.adapter / _TOKENIZER)}
+            template = getattr(processor, "chat_template", None)
+            sha256 = template and hashlib.sha256(str(template).encode()).hexdigest()
+            entries["chat_template"] = sha256
+        directory.lock(**entries)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,447 @@
+"""Causal language modelling: each token is predicted from those before it.
+
+`Text`: continued pre-training. Every token is supervised; documents are concatenated and cut, or
+kept apart. `Conversations`: supervised fine-tuning. Loss is computed on assistant turns and their
+end-of-turn token only (see `chat.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_kit.base.templates import context_token, set_template
+from lora_kit.data.census import NO_SUPERVISION
+from lora_kit.data.examples import Examples
+from lora_kit.data.formats import FORMATS, Example
+from lora_kit.data.rows import Row, Rows
+from lora_kit.errors import NotUsable, UserError
+from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row
+from lora_kit.tasks.chat import ChatEncoder, Encoded
+from lora_kit.tasks.packing import Packed
+from lora_kit.tasks.task import (
+    Batch,
+    Collate,
+    Contender,
+    Dropped,
+    Facts,
+    Processor,
+    Score,
+    Shown,
+    Task,
+)
+from lora_kit.tasks.words import WordEncoder
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_kit.base.pin import Pinned
+    from lora_kit.schema import Run
+    from lora_kit.tasks.encode import Prepared
+
+_PAIRED_ROWS = 128  # held-out rows whose completions are put after another prompt, at most
+
+
+class Causal(Task):
+    """What text and conversations have in common.
+
+    Rows: `input_ids` and `labels`, int32 (tokens,), a label of -100 without loss; `bytes`: UTF-8
+    bytes of the unit's supervised text, in its first row; `end_markers`: end-of-turn and
+    end-of-text tokens trained on.
+
+    Attributes:
+        chat: rows are conversations: a prompt, and a completion that it is followed by.
+    """
+
+    flat = True
+    chat = False
+
+    def collate(self, processor: Processor, flat: bool = False) -> Collate:
+        return in_one_row if flat else collator(processor.pad_token_id)
+
+    def items(self, batch: Batch) -> torch.Tensor:
+        return (batch["labels"][:, 1:] != IGNORED).sum()
+
+    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+        """Cross entropy in nats over all supervised tokens of the step: transformers' own loss."""
+        loss: torch.Tensor = model(**batch, num_items_in_batch=items).loss
+        return loss
+
+    def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
+        parts = halves(batch)
+        return [(part, 1.0) for part in parts] if len(parts) > 1 else []
+
+    def pack(self, rows: Rows, run: Run) -> Rows | Packed:
+        documents = self.packing(run) == "documents"
+        return Packed(rows, run.train.max_length) if documents else rows
+
+    def supervised(self, rows: Rows) -> int:
+        """Labels with a loss; the first token of a row is predicted from nothing."""
+        count = 0
+        for labels, ends in rows.chunks("labels"):
+            firsts = labels[ends[:-1][np.diff(ends) > 0]]
+            count += int((labels != IGNORED).sum()) - int((firsts != IGNORED).sum())
+        return count
+
+    def score(
+        self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
+    ) -> list[Score]:
+        """Nats per supervised token, and bits per byte of the text that they spell."""
+        from lora_kit.tasks.answers import completion_scores, drawn
+        from lora_kit.tasks.measure import measure
+
+        scores = measure(model, rows, processor.pad_token_id).scores()
+        if names := run.prove.metrics:
+            numbers = drawn(rows, run.prove.answers, run.seed)
+            scores += completion_scores(model, rows, self.chat, processor, names, numbers)
+        return scores
+
+    def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
+        from lora_kit.tasks import answers, metrics
+
+        problems, names = [], run.prove.metrics
+        if not self.supervised(data.eval):
+            problems.append("data.eval: no row has two tokens: nothing can be predicted")
+        numbers = answers.drawn(data.eval, run.prove.answers, run.seed) if names else []
+        wanted = answers.expected(data.eval, numbers, self.chat, processor)
+        for check in (
+            lambda: metrics.check_names(names, self.chat),
+            lambda: metrics.check_fit(names, wanted),
+        ):
+            try:
+                check()
+            except UserError as error:
+                problems.append(str(error))
+        if names and run.data.supervise == "all":
+            problems.append("prove.metrics: data.supervise: all leaves no completion to score")
+        return problems
+
+    def rivals(
+        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+    ) -> list[Contender]:
+        """The base with `prove.shots` training rows in its prompt, where there is room for them."""
+        from lora_kit.tasks import answers, few_shot
+        from lora_kit.tasks.measure import positions
+
+        longest = int(data.eval.sizes("input_ids").max())
+        longest += answers.room_for_completion(run.prove.metrics)
+        examples = few_shot.choose(
+            data.rows("train"), longest, positions(model), run.prove.shots, self.chat, run.seed
+        )
+        if not examples:
+            return []
+        opening = few_shot.opening(processor) if self.chat else []
+
+        def longer(rows: Rows) -> Rows:
+            return few_shot.after_examples(rows, examples, opening)
+
+        first = data.eval.select([0])
+        tokens = int(longer(first).sizes("input_ids")[0] - first.sizes("input_ids")[0])
+        about = {"shots": len(examples), "tokens": tokens}
+        return [Contender("few_shot", model.disable_adapter, longer, about)]
+
+    def examine(
+        self,
+        model: Any,
+        data: Prepared,
+        scores: Mapping[str, list[Score]],
+        processor: Processor,
+        facts: Facts,
+        run: Run,
+    ) -> dict[str, Any]:
+        from lora_kit.tasks import answers
+        from lora_kit.tasks.pairing import prompt_use
+
+        found: dict[str, Any] = {"prompt_use": None}
+        if run.prove.shots and "few_shot" not in scores:
+            why = "few_shot: the base has no room for examples besides the rows"
+            found["not_measured"] = [why]
+        rows = data.eval
+        if self.chat:
+            order = np.random.default_rng(run.seed).permutation(len(rows))[:_PAIRED_ROWS]
+            # Where all is supervised, the prompt too, no completion is apart from it.
+            apart = [n for n in order.tolist() if rows.cell("labels", n)[0] == IGNORED]
+            questions = [answers.question(rows[n], self.chat) for n in apart]
+            if questions:
+                pad = processor.pad_token_id
+                found["prompt_use"] = prompt_use(model, pad, questions, run.seed)
+        base, adapted = scores["base"][0], scores["adapted"][0]
+        found["samples"] = answers.samples(model, rows, self.chat, processor, base, adapted)
+        return found
+
+    def objection(self, report: dict[str, Any]) -> str | None:
+        """Which completions occur is a gain in loss, and no response to a prompt."""
+        used = report.get("prompt_use")
+        return "completions hardly depend on their prompts" if used and used["blind"] else None
+
+    def show(self, row: Row, processor: Processor, facts: Facts) -> list[Shown]:
+        # Nothing precedes the first token of a row: it is not predicted.
+        trained = [False, *(row["labels"][1:] != IGNORED).tolist()]
+        return [Shown("", row["input_ids"].tolist(), trained)]
+
+
+class Text(Causal):
+    """Continued pre-training on raw text.
+
+    A document is evaluated on its own, in windows of train.max_length tokens of which every token
+    is scored once: the first begins with the beginning-of-text token where the tokenizer adds one,
+    else with the end-of-text token; each later one with the last token of the window before.
+    """
+
+    formats = ("text",)
+    unread = ("data.chat_template", "data.supervise", "prove.metrics", "prove.answers")
+
+    def facts(self, train: Examples, run: Run) -> Facts:
+        return {"kind": "text", "joiner": ""}
+
+    def encode(
+        self, examples: Sequence[Example], processor: Processor, facts: Facts, run: Run
+    ) -> Iterator[list[Row] | Dropped]:
+        begin = context_token(processor)
+        closing = 2 if begin == [processor.bos_token_id] else 1
+        for example, tokens in zip(examples, _tokens(examples, processor), strict=True):
+            if not len(tokens):
+                yield Dropped("of no token that the tokenizer knows")
+                continue
+            stream = np.concatenate([begin, tokens]).astype(np.int32)
+            size = len((example.text or "").encode())
+            rows = []
+            for window in _windows(stream, run.train.max_length):
+                first = not rows
+                rows.append(
+                    {
+                        **_scored_but_first(window),
+                        "bytes": size if first else 0,
+                        "end_markers": 0,
+                        "joins": example.joins,
+                        # In training a text is closed, and may be begun, by a token of its own.
+                        "length": len(tokens) + closing * (not example.joins) if first else 0,
+                    }
+                )
+            yield rows
+
+    def arrange(
+        self, rows: Rows, replayed: Rows | None, processor: Processor, facts: Facts, run: Run
+    ) -> Iterator[Row]:
+        """Each text is closed by the end-of-text token, which is supervised as well.
+
+        running: all texts concatenated, cut into rows of `train.max_length` tokens. none,
+        documents: each on its own, a longer one in windows. Replayed text comes last; the trainer
+        shuffles rows.
+        """
+        sources = [rows] if replayed is None else [rows, replayed]
+        length = run.train.max_length
+        if self.packing(run) == "running":
+            yield from _running(sources, processor, length)
+        else:
+            for some in sources:
+                yield from _closed(some, processor, length)
+
+    def packing(self, run: Run) -> str:
+        return run.data.packing or "running"
+
+
+Text.general = Text()
+
+
+class Conversations(Causal):
+    """Supervised fine-tuning on conversations, prompts with completions, and rows read as such.
+
+    The tokenizer's own chat template is used; a base without one sees prompt, completion and
+    end-of-text token as they are, or is given `data.chat_template`.
+    """
+
+    formats = tuple(name for name in FORMATS if name != "text")
+    general = Text()
+    chat = True
+
+    def notes(self, formats: set[str]) -> list[str]:
+        if "preference" not in formats:
+            return []
+        return ["preference rows: only the chosen completions are trained on"]
+
+    def processor(self, pinned: Pinned, run: Run) -> Processor:
+        if run.data.packing == "running":
+            raise UserError("data.packing: running: for text; conversations: none or documents")
+        tokenizer = super().processor(pinned, run)
+        set_template(tokenizer, run.data.chat_template)
+        return tokenizer
+
+    def facts(self, train: Examples, run: Run) -> Facts:
+        return {"kind": "chat", "joiner": next(iter(train)).joiner}
+
+    def encode(
+        self, examples: Sequence[Example], processor: Processor, facts: Facts, run: Run
+    ) -> Iterator[list[Row] | Dropped]:
+        encoder = chat_encoder(processor, run.data.supervise, run.train.max_length)
+        for found in encoder(list(examples)):
+            if isinstance(found, NotUsable):
+                yield Dropped(found.reason, found.detail)
+            elif not found.learned:
+                yield Dropped(NO_SUPERVISION)
+            else:
+                yield [_conversation(found)]
+
+    def arrange(
+        self, rows: Rows, replayed: Rows | None, processor: Processor, facts: Facts, run: Run
+    ) -> Iterable[Row] | None:
+        if replayed is None:
+            return None
+        return self._with_replay(rows, replayed, processor, run.train.max_length)
+
+    def _with_replay(
+        self, rows: Rows, replayed: Rows, processor: Processor, length: int
+    ) -> Iterator[Row]:
+        for row in rows:
+            yield {name: row[name] for name in _TRAINED}
+        yield from _closed(replayed, processor, length)
+
+
+# The columns of a training row.
+_TRAINED = ("input_ids", "labels", "bytes", "end_markers", "file", "number")
+
+
+@functools.lru_cache(maxsize=2)
+def chat_encoder(processor: Processor, supervise: str, max_length: int) -> ChatEncoder:
+    """The encoder of a tokenizer, which remembers what templates write and words it has seen."""
+    return ChatEncoder(processor, supervise, max_length)
+
+
+@functools.lru_cache(maxsize=2)
+def _word_encoder(processor: Processor) -> WordEncoder:
+    backend = processor.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return WordEncoder(backend)
+
+
+def _conversation(found: Encoded) -> Row:
+    ids = np.array(found.ids, dtype=np.int32)
+    labels = np.full_like(ids, IGNORED)
+    for first, last in found.learned:
+        labels[first:last] = ids[first:last]
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "bytes": found.learned_bytes,
+        "end_markers": found.answers,
+        "truncated": "cut after the last answer that fits" if found.cut else "",
+    }
+
+
+def _tokens(examples: Sequence[Example], processor: Processor) -> list[Sequence[int]]:
+    """The tokens of each text. Parts of one text are tokenized together, so that they join to the
+    tokens of the text itself."""
+    texts: list[list[str]] = []
+    for example in examples:
+        if not example.joins or not texts:
+            texts.append([])
+        texts[-1].append(example.text or "")
+    found: list[Sequence[int]] = []
+    encodings = _word_encoder(processor)(["".join(parts) for parts in texts])
+    for parts, encoding in zip(texts, encodings, strict=True):
+        if len(parts) == 1:
+            found.append(encoding.ids)
+            continue
+        end, token, whole = 0, 0, sum(map(len, parts))
+        for part in parts:
+            end += len(part)
+            until = _token_at(encoding, end, whole)
+            found.append(encoding.ids[token:until])
+            token = until
+    return found
+
+
+def _token_at(encoding: Any, position: int, length: int) -> int:
+    """The first token that begins at or after a character's position."""
+    while position < length:
+        token = encoding.char_to_token(position)
+        if token is not None:
+            chars = encoding.token_to_chars(token)
+            return token if chars[0] >= position else token + 1
+        position += 1
+    return len(encoding)
+
+
+def _windows(stream: np.ndarray, length: int) -> Iterator[np.ndarray]:
+    """Every token but the first is scored once; a window begins with the token before it."""
+    for start in range(0, max(1, len(stream) - 1), length - 1):
+        yield stream[start : start + length]
+
+
+def _scored_but_first(window: np.ndarray) -> Row:
+    labels = window.copy()
+    labels[0] = IGNORED
+    return {"input_ids": window, "labels": labels}
+
+
+def _documents(rows: Rows, processor: Processor) -> Iterator[tuple[np.ndarray, Row]]:
+    """Each text with the tokens that begin and end it, int32 (tokens,), and its place. A part that
+    goes on where the one before it ended belongs to the same text."""
+    begin = context_token(processor)
+    begin = begin if begin == [processor.bos_token_id] else []
+    end = [] if processor.eos_token_id is None else [processor.eos_token_id]
+    parts: list[np.ndarray] = []
+    place: Row = {}
+    before = unit = -1
+    units, examples = rows.column("unit"), rows.column("example")
+    for number in range(len(rows)):
+        tokens = rows.cell("input_ids", number)[1:]  # without the window's context
+        if units[number] != unit:
+            follows = rows.cell("joins", number) and examples[number] == before + 1
+            if parts and not follows:
+                yield np.concatenate([begin, *parts, end]).astype(np.int32), place
+                parts = []
+            if not parts:
+                place = {name: rows.cell(name, number) for name in ("file", "number")}
+        parts.append(tokens)
+        unit, before = units[number], examples[number]
+    if parts:
+        yield np.concatenate([begin, *parts, end]).astype(np.int32), place
+
+
+def _closed(rows: Rows, processor: Processor, length: int) -> Iterator[Row]:
+    """Texts on their own, a longer one in windows, each closed by the end-of-text token."""
+    ends = processor.eos_token_id is not None
+    for stream, place in _documents(rows, processor):
+        if len(stream) < 2:  # one token alone predicts nothing
+            continue
+        left = len(stream) - 1
+        for window in _windows(stream, length):
+            left -= len(window) - 1
+            last = ends and left == 0
+            yield {**_scored_but_first(window), "bytes": 0, "end_markers": int(last), **place}
+
+
+def _running(sources: Sequence[Rows], processor: Processor, length: int) -> Iterator[Row]:
+    """All texts concatenated, each closed by the end-of-text token, cut into chunks."""
+    ends = processor.eos_token_id is not None
+    left, closed = np.zeros(0, np.int32), np.zeros(0, bool)
+    left_place: Row = {}
+
+    def chunk(size: int) -> Row:
+        ids = left[:size]
+        markers = int(closed[:size].sum())
+        return {
+            "input_ids": ids,
+            "labels": ids,
+            "bytes": 0,
+            "end_markers": markers,
+            **left_place,
+        }
+
+    for rows in sources:
+        for stream, place in _documents(rows, processor):
+            if not len(left):
+                left_place = place
+            closes = np.zeros(len(stream), dtype=bool)
+            closes[-1] = ends
+            left, closed = np.concatenate([left, stream]), np.concatenate([closed, closes])
+            while len(left) >= length:
+                yield chunk(length)
+                left, closed, left_place = left[length:], closed[length:], place
+    if len(left) > 1:
+        yield chunk(len(left))

@@ -1,0 +1,408 @@
+"""Examples -> rows in Arrow files, by a task; shares of a mixture drawn by their lengths.
+
+It is done once: the result is kept under a key of everything that decides it (`lora_kit.cache`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from lora_kit import cache
+from lora_kit.base.pin import Pinned
+from lora_kit.data.census import NO_SUPERVISION, Census
+from lora_kit.data.examples import from_batch
+from lora_kit.data.prepare import Split, prepare, worker_count
+from lora_kit.data.rows import Row, Rows, RowsWriter, record_batch, record_batches
+from lora_kit.data.splits import FEWEST_TO_JUDGE, mix, take
+from lora_kit.data.workers import in_order, stop
+from lora_kit.errors import UserError
+from lora_kit.run import section_fields, validated
+from lora_kit.schema import Run
+from lora_kit.tasks.task import Dropped, Facts, Processor, Task
+
+_SECONDS_BETWEEN_LINES = 15
+_LIBRARIES = ("tokenizers", "transformers")
+_COUNTED = ("length", "truncated")  # columns of a task's rows that are read here and not kept
+
+
+@dataclass
+class Prepared:
+    """Rows that a run is trained and evaluated on.
+
+    Attributes:
+        train: as the trainer sees them (see `Task.pack`); `rows("train")` are not packed.
+        names: (file, style) of the places that the columns `file` and `number` of rows mean.
+        hashes: {source: sha256} of everything that was read. commits: {Hub data set: commit}.
+        cached: nothing had to be prepared.
+    """
+
+    train: Any
+    eval: Rows
+    general: Rows | None
+    facts: Facts
+    census: Census
+    hashes: dict[str, str]
+    names: list[tuple[str, str]]
+    cached: bool
+    commits: dict[str, str] = field(default_factory=dict)
+    unpacked: Rows | None = None
+
+    def rows(self, use: str) -> Rows:
+        """The rows of a use, not packed."""
+        if use == "train" and self.unpacked is not None:
+            return self.unpacked
+        found: Rows = getattr(self, use)
+        return found
+
+    def place(self, rows: Rows, row: int) -> str:
+        """file:line of a row."""
+        found = rows[row]
+        name, style = self.names[found["file"]]
+        return style.format(name, found["number"])
+
+    def summary(self) -> list[str]:
+        """The census in lines, and what is noteworthy before the start."""
+        lines = self.census.lines()
+        if self.train is not self.rows("train"):
+            lines.append(f"packing: {len(self.train):,} rows, {self.train.fill:.1%} full")
+        if self.eval.units < FEWEST_TO_JUDGE:
+            lines.append(
+                f"note: {FEWEST_TO_JUDGE} held-out documents are needed for a verdict: raise "
+                "data.eval, or add data"
+            )
+        return lines
+
+
+def encode(
+    task: Task, split: Split, processor: Processor, facts: Facts, run: Run, limits: bool = True
+) -> Prepared:
+    """Encode examples, or map what an earlier run encoded from the same.
+
+    Args:
+        limits: stop where `data.limits` are exceeded.
+
+    Raises:
+        UserError: nothing is left to train on or to hold out; a fraction or `data.replay` cannot be
+            met; or a limit is exceeded.
+    """
+    own = {
+        section: getattr(run, section).model_dump(mode="json", include=names)
+        for section, names in section_fields(task).items()
+    }
+    data = run.data.model_dump(mode="json", exclude={"train", "eval", "limits", "workers"})
+    key = cache.key_of(
+        split.key,
+        cache.code_of(task),
+        cache.code_of(task.general),
+        facts,
+        own,
+        data,
+        run.train.max_length,
+        identity(processor),
+        libraries=_LIBRARIES,
+    )
+    encoding = _Encoding(task, split, processor, facts, run)
+    try:
+        folder = cache.prepared(key, encoding.run)
+    finally:
+        stop()
+    census = json.loads((folder / "census.json").read_text(encoding="utf-8"))
+    found = {file.stem: Rows.open(file) for file in folder.glob("*.arrow")}
+    packed = task.pack(found["train"], run)
+    prepared = Prepared(
+        train=packed,
+        eval=found["eval"],
+        general=found.get("general"),
+        facts=facts,
+        census=Census.from_json(census),
+        hashes=split.hashes,
+        names=split.names,
+        cached=not encoding.started,
+        commits=split.commits,
+        unpacked=found["train"],
+    )
+    if limits:
+        prepared.census.check(run.data.limits)
+    return prepared
+
+
+def rows_of(
+    task: Task, run: Run, pinned: Pinned, lock: dict[str, Any] | None = None, limits: bool = True
+) -> tuple[Processor, Prepared]:
+    """Processor and rows of a run, for verbs that look at them; a recipe takes the steps itself.
+
+    Args:
+        lock: see `data.prepare.prepare`. limits: see `encode`.
+    """
+    processor = task.processor(pinned, run)
+    split = prepare(run.data, task, run.seed, lock)
+    facts = task.facts(split.train, run)
+    return processor, encode(task, split, processor, facts, run, limits)
+
+
+def identity(processor: Processor) -> Any:
+    """What of a tokenizer, or of another processor, decides the rows that it makes."""
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is None:
+        return processor.to_json_string()
+    # Padding and truncation are set when the tokenizer is used, and change nothing here.
+    model = json.loads(backend.to_str()) | {"padding": 0, "truncation": 0}
+    special = [processor.bos_token_id, processor.eos_token_id]
+    return [special, processor.chat_template, model]
+
+
+class _Work(NamedTuple):
+    """A batch of examples: the use that they were read for, the number of the first one."""
+
+    use: str
+    first: int
+    file: int
+    place: tuple[str, str]
+    examples: pa.RecordBatch
+
+
+class _Part(NamedTuple):
+    """What became of a batch. `counts`: rows of each example; `lengths`: tokens that each adds to
+    those trained on; `dropped`, `truncated`: (number in the batch, reason, place)."""
+
+    use: str
+    first: int
+    rows: pa.RecordBatch | None
+    counts: np.ndarray
+    lengths: np.ndarray
+    dropped: list[tuple[int, str, str]]
+    truncated: list[tuple[int, str, str]]
+
+
+class Encoder:
+    """Turns batches of examples into rows, in this process or in several."""
+
+    def __init__(self, task: Task, processor: Processor, facts: Facts, run: Run) -> None:
+        self.task, self.processor, self.facts = task, processor, facts
+        self._settings = run.model_dump(mode="json")
+
+    @cached_property
+    def _run(self) -> Run:
+        # The class of a run file with a task's own keys is made anew in each process.
+        return validated(self._settings, self.task)
+
+    def __call__(self, work: _Work) -> _Part:
+        task = self.task.general if work.use == "general" else self.task
+        assert task is not None
+        examples = from_batch(work.examples, work.place)
+        numbers = work.examples.column("number").to_pylist()
+        rows: list[Row] = []
+        counts: list[int] = []
+        own_lengths: list[int] = []
+        dropped, truncated = [], []
+        encoded = task.encode(examples, self.processor, self.facts, self._run)
+        for n, (example, found) in enumerate(zip(examples, encoded, strict=True)):
+            if isinstance(found, Dropped):
+                where = f"{example.place}: {found.detail}" if found.detail else example.place
+                dropped.append((n, found.reason, where))
+                counts.append(0)
+                continue
+            counts.append(len(found))
+            for row in found:
+                if reason := row.get("truncated"):
+                    truncated.append((n, reason, example.place))
+                if "length" in row:
+                    own_lengths.append(row["length"])
+                kept = {name: value for name, value in row.items() if name not in _COUNTED}
+                place = {"example": work.first + n, "file": work.file, "number": numbers[n]}
+                rows.append({**kept, **place})
+        of_row = np.repeat(np.arange(len(examples)), counts)
+        batch = record_batch(rows) if rows else None
+        lengths = np.zeros(len(examples), np.int64)
+        if batch is not None:
+            each = own_lengths or task.tokens(Rows(pa.Table.from_batches([batch])))
+            np.add.at(lengths, of_row, each)
+        return _Part(
+            work.use, work.first, batch, np.array(counts, np.int32), lengths, dropped, truncated
+        )
+
+
+class _Side:
+    """The rows of one use while they are written."""
+
+    def __init__(self, file: Path, chosen: np.ndarray) -> None:
+        self.writer = RowsWriter(file)
+        self.chosen = chosen  # bool (examples,)
+        self.examples: list[np.ndarray] = []  # numbers of those that have rows: the units
+        self.lengths: list[np.ndarray] = []
+        self.units = 0
+
+    def add(self, part: _Part) -> None:
+        mine = self.chosen[part.first : part.first + len(part.counts)]
+        kept = mine & (part.counts > 0)
+        if part.rows is None or not kept.any():
+            return
+        of_row = np.repeat(np.arange(len(part.counts)), part.counts)
+        units = self.units + np.cumsum(kept) - 1
+        wanted = mine[of_row]
+        rows = part.rows if wanted.all() else part.rows.filter(pa.array(wanted))
+        unit = pa.array(units[of_row][wanted].astype(np.int32))
+        self.writer.write(rows.append_column("unit", unit))
+        self.examples.append(part.first + np.flatnonzero(kept))
+        self.lengths.append(part.lengths[kept])
+        self.units += int(kept.sum())
+
+
+@dataclass
+class _Encoding:
+    """One encoding, from the examples of a split to the files of its folder."""
+
+    task: Task
+    split: Split
+    processor: Processor
+    facts: Facts
+    run_file: Run
+    started: bool = False
+
+    def run(self, folder: Path) -> None:
+        self.started = True
+        self.census = Census.from_json(self.split.census.to_json())
+        self.census.notes += self.task.notes(set(self.split.formats))
+        sides = self._encode(folder)
+        rows = {use: side.writer.close() for use, side in sides.items()}
+        for use in ("train", "eval", "general"):
+            if use in sides and not len(rows[use]):
+                left = getattr(self.census, use).left_out()
+                raise UserError(f"data.{use}: no rows left; left out: {left}")
+        chosen, tokens = self._mixed(sides["train"])
+        replayed = None
+        if "replay" in sides:
+            replayed = self._replayed(sides["replay"], rows["replay"], tokens)
+        train = rows["train"]
+        if not chosen.all():
+            train = train.select(np.flatnonzero(chosen[train.column("unit")]))
+        arranged = self.task.arrange(train, replayed, self.processor, self.facts, self.run_file)
+        if arranged is not None or train is not rows["train"]:
+            train = _written(folder / "arranged", train if arranged is None else arranged)
+            (folder / "arranged").replace(folder / "train.arrow")
+        if not len(train):
+            raise UserError(
+                "data.train: less than two tokens of text: there is nothing to train on"
+            )
+        (folder / "replay.arrow").unlink(missing_ok=True)
+        self._count("train", self.task, train)
+        for use, side in sides.items():
+            if use in ("eval", "general"):
+                task = self.task if use == "eval" else self.task.general
+                assert task is not None
+                self._count(use, task, rows[use])
+                getattr(self.census, use).rows_kept += side.units
+        self.census.train.rows_kept = int(chosen.sum())
+        text = json.dumps(self.census.to_json())
+        (folder / "census.json").write_text(text, encoding="utf-8")
+
+    def _encode(self, folder: Path) -> dict[str, _Side]:
+        """The rows of every use, by all examples that were read."""
+        sides = {
+            use: _Side(folder / f"{use}.arrow", chosen)
+            for (_, use), chosen in self.split.sides.items()
+        }
+        of_table: dict[str, list[str]] = {}
+        for read, use in self.split.sides:
+            of_table.setdefault(read, []).append(use)
+        encoder = Encoder(self.task, self.processor, self.facts, self.run_file)
+        reported, count = time.monotonic(), 0
+        for part in in_order(encoder, self._work(), worker_count(self.run_file.data)):
+            for use in of_table[part.use]:
+                sides[use].add(part)
+            self._count_lost(part, of_table[part.use])
+            count += len(part.counts)
+            if time.monotonic() - reported > _SECONDS_BETWEEN_LINES:
+                reported = time.monotonic()
+                print(f"data: {count:,} rows encoded", file=sys.stderr, flush=True)
+        return sides
+
+    def _work(self) -> Iterator[_Work]:
+        for use, examples in self.split.tables.items():
+            first = 0
+            for file, batch in examples.batches():
+                yield _Work(use, first, file, self.split.names[file], batch)
+                first += batch.num_rows
+
+    def _count_lost(self, part: _Part, uses: Sequence[str]) -> None:
+        for what, lost in (("dropped", part.dropped), ("truncated", part.truncated)):
+            for n, reason, place in lost:
+                use = next((u for u in uses if self.split.sides[part.use, u][part.first + n]), None)
+                if use is None:  # a leak, counted as such
+                    continue
+                count = getattr(self.census, "general" if use == "replay" else use)
+                count.lose(reason, place, what=what)
+                if reason == NO_SUPERVISION:
+                    count.samples_without_supervision += 1
+
+    def _mixed(self, side: _Side) -> tuple[np.ndarray, int]:
+        """Which units are trained on, bool (units,), so that each source gives its fraction of the
+        tokens; and how many tokens these have."""
+        examples, lengths = np.concatenate(side.examples), np.concatenate(side.lengths)
+        fractions = self.split.fractions
+        if not fractions:
+            return np.ones(side.units, dtype=bool), int(lengths.sum())
+        sources = self.split.sources[examples]
+        listed = self.run_file.data.train
+        for number in range(len(fractions)):
+            if not lengths[sources == number].any():
+                name = listed[number] if isinstance(listed, list) else listed
+                name = getattr(name, "source", name)
+                raise UserError(f"{name}: no rows left to train on, but it has a fraction")
+        order = self.split.ranks["train"][examples]
+        chosen = mix(lengths, sources, order, dict(enumerate(fractions)))
+        self.census.train.unused = int((~chosen).sum())
+        return chosen, int(lengths[chosen].sum())
+
+    def _replayed(self, side: _Side, rows: Rows, tokens: int) -> Rows:
+        """The general rows that are trained on, a share `data.replay` of all tokens."""
+        replay = self.run_file.data.replay or 0.0
+        wanted = replay / (1 - replay) * tokens
+        examples, lengths = np.concatenate(side.examples), np.concatenate(side.lengths)
+        there = int(lengths.sum())
+        if there < 0.99 * wanted:
+            raise UserError(
+                f"data.replay: {replay:g} of the tokens trained on are {wanted:,.0f}; data.general "
+                f"has {there:,} besides those evaluated on: lower it to "
+                f"{there / (there + tokens):.3f}, or name more text"
+            )
+        chosen = take(lengths, self.split.ranks["general"][examples], wanted)
+        used = rows.select(np.flatnonzero(np.isin(rows.column("unit"), chosen)))
+        self.census.general.unused = side.units - len(chosen)
+        self.census.general.rows_kept += len(chosen)
+        general = self.task.general
+        assert general is not None
+        self.census.notes.append(
+            f"replay: {len(chosen):,} general rows ({general.supervised(used):,} tokens) are "
+            "trained on as well"
+        )
+        return used
+
+    def _count(self, use: str, task: Task, rows: Rows) -> None:
+        count = getattr(self.census, use)
+        count.measure(task.tokens(rows), task.supervised(rows))
+        if "end_markers" in rows.columns:
+            count.end_markers_supervised = int(rows.column("end_markers").sum())
+
+
+def _written(file: Path, rows: Iterator[Row] | Rows) -> Rows:
+    """Rows in a file; those that name no unit are one each."""
+    writer = RowsWriter(file)
+    count = 0
+    for batch in record_batches(rows):
+        if "unit" not in batch.schema.names:
+            units = np.arange(count, count + batch.num_rows, dtype=np.int32)
+            batch = batch.append_column("unit", pa.array(units))
+        writer.write(batch)
+        count += batch.num_rows
+    return writer.close()
