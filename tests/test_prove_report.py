@@ -255,7 +255,10 @@ def test_perfect_pairs_with_broken_text_are_not_called_better(tmp_path: Path) ->
     assert "scored better, but general text got worse" in lines[0]
     assert lines[0].endswith("completions became 22 times shorter")
     assert "margin: 0.000 -> 14.310" in lines[1]
-    assert "generation: length 22.6 -> 1 tokens; unfinished 0.08 -> 0; kl 0 -> 6.42 nats per token" in lines
+    assert (
+        "generation: length 22.6 -> 1 tokens; unfinished 0.08 -> 0; kl 0 -> 6.42 nats per token"
+        in lines
+    )
     page = page_of(tmp_path, preferences())
     for words in (
         "python-docs: not better than the reference model",

@@ -54,7 +54,7 @@ _WORDS = {
     "better": "better than the base on held-out data",
     "worse": "worse than the base: negative transfer. Do not ship it",
     "no different": "no different from the base: the training bought nothing",
-    "too little data": "not evaluated: fewer than 20 held-out documents",
+    "too little data": "not evaluated: fewer than 20 held-out documents or rows",
     "kept": "general text is predicted as well as by the base",
     "forgot": "general text got worse: the adapter forgets",
 }
