@@ -47,6 +47,7 @@ _PULLED = re.compile(
 _FIGURES = (
     *("verdict", "domain", "general", "few_shot", "scratch", "prompt_use", "metrics", "harness"),
     *("not_measured", "overfitting", "audit", "training", "memory", "gate", "layers"),
+    *("contenders", "classes", "generation"),
 )
 # From where an absolute path begins to its last slash; names may hold spaces and quotes. In a
 # sentence it has two names at least, so that neither `3 / 4` nor `and/or` is one.
