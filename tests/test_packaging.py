@@ -30,6 +30,7 @@ def test_an_installed_wheel_finds_what_it_ships(tmp_path: Path) -> None:
                 assert f"lora_kit/shipped/{file.relative_to(ROOT)}" in names
     assert "lora_kit/nano/model/model.safetensors" in names
     assert "lora_kit/prove/report.html.jinja" in names
+    assert "lora_kit/py.typed" in names
     found = subprocess.run(
         [
             sys.executable,
