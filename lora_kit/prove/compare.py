@@ -306,7 +306,6 @@ def _gap(
     rows = data.rows("train")
     drawn = np.random.default_rng(run.seed).permutation(len(rows))[: min(len(data.eval), _GAP_ROWS)]
     some = rows.select(drawn)
-    some = task.annotate(some, model, processor, run) if rival.name != "base" else some
     before = _score(task, rival, model, some, processor, data.facts, run)[0]
     after = task.score(model, some, processor, data.facts, run)[0]
     held_out = scores["adapted"][0].figure - scores[rival.name][0].figure

@@ -64,7 +64,7 @@ def prove(
         "trainable_parameters": sum(p.numel() for p in _trained(trainer)),
         "world_size": trainer.accelerator.num_processes,
         "chosen": plan and asdict(plan.choice),
-        "micro_batch_halved": guard.halving.halvings,
+        "micro_batch_halved": guard.halving.times,
     }
     report["memory"] = {
         "predicted_mib": plan and round(plan.total / 2**20, 1),

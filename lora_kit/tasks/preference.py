@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,7 @@ from lora_kit.data.census import NO_SUPERVISION
 from lora_kit.data.formats import Example, normalised, said
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import CheckFailed, NotUsable
-from lora_kit.schema import Train
+from lora_kit.schema import Section, Train
 from lora_kit.tasks.batches import IGNORED, collator, in_one_row
 from lora_kit.tasks.causal import Text, chat_encoder
 from lora_kit.tasks.chat import Encoded
@@ -40,7 +40,6 @@ from lora_kit.tasks.task import (
     Contender,
     Dropped,
     Facts,
-    Paired,
     Processor,
     Score,
     Shown,
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
     from lora_kit.tasks.encode import Prepared
 
 SIDES = ("chosen", "rejected")
-_PAIRS_AT_ONCE = 8  # of the longest, in a pass without gradients
+_PAIRS_AT_ONCE = 4  # of the longest, in a pass without gradients
 _PROMPTS = 64  # held-out prompts that completions are generated for
 _ROOM = 32  # tokens that a generation may be longer than the longest completion of the rows
 _MOST_TOKENS = 512  # of a generation
@@ -87,8 +86,8 @@ class Preference(Task):
     | without `prompt` | `chosen`, `rejected` that both begin with it | the last turn of each side |
 
     Scored on held-out pairs: `accuracy`, the share of pairs whose margin is above 0 (0 counts
-    half), and `margin`. The reference has 0.5 and 0 by definition. To imitate the chosen completions
-    without the rejected ones: `Conversations` in causal.py.
+    half), and `margin`. The reference has 0.5 and 0 by definition. To imitate the chosen
+    completions without the rejected ones: `Conversations` in causal.py.
 
     Rows: `chosen_input_ids`, `chosen_labels`, `rejected_input_ids`, `rejected_labels`: int32
     (tokens,), a label of -100 without loss; `reference`: float64 (2,), c' and r', where a model has
@@ -96,7 +95,7 @@ class Preference(Task):
     """
 
     formats = ("preference",)
-    settings = {"train": PreferenceTrain}
+    settings: Mapping[str, type[Section]] = {"train": PreferenceTrain}
     unread = (
         "data.supervise",
         "data.packing",
@@ -104,6 +103,7 @@ class Preference(Task):
         "data.labels",
         "prove.shots",
         "prove.metrics",
+        "prove.answers",
     )
     general = Text()
     flat = True
@@ -195,10 +195,13 @@ class Preference(Task):
         return len(batch["counts"]) // 2
 
     def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
-        """-log sigmoid(margin), summed over the pairs of the batch, over the pairs of the step."""
+        """-log sigmoid(margin), summed over the pairs of the batch, over the pairs of the step. A
+        plan counts what it costs before there is a reference."""
         import torch
 
-        ratios = log_probabilities(model, batch) - batch[REFERENCE]  # (pairs, 2)
+        ratios = log_probabilities(model, batch)  # (pairs, 2)
+        if not ratios.is_meta:
+            ratios = ratios - batch[REFERENCE]
         margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
         losses = -torch.nn.functional.logsigmoid(margins)
         total: torch.Tensor = losses.sum() / items
@@ -233,29 +236,46 @@ class Preference(Task):
             ratios = found - np.stack([rows.cell(REFERENCE, n) for n in range(len(rows))])
             margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
         right = (margins > 0) + (margins == 0) / 2
-        ones = np.ones(len(rows))
+        ones, units = np.ones(len(rows)), rows.column("unit")
         return [
-            Score("accuracy", np.stack([right, ones], 1)),
-            Score("margin", np.stack([margins, ones], 1)),
+            Score("accuracy", np.stack([right, ones], 1), units=units),
+            Score("margin", np.stack([margins, ones], 1), units=units),
         ]
 
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
-        return [Contender(REFERENCE, lambda: contextlib.nullcontext(None))]
+        """The reference; it is the base, unless the run starts from another adapter."""
+        if run.adapter.start is None:
+            return [Contender("base", contextlib.nullcontext)]
+        return [
+            Contender(REFERENCE, contextlib.nullcontext),
+            Contender("base", model.disable_adapter),
+        ]
 
     def examine(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self,
+        model: Any,
+        data: Prepared,
+        scores: Mapping[str, list[Score]],
+        processor: Processor,
+        facts: Facts,
+        run: Run,
     ) -> dict[str, Any]:
-        """`generation`: greedy completions of held-out prompts by the reference and the adapted
-        model: their length in tokens without the end-of-turn token, the share that does not end in
-        the room there is, and the divergence KL(adapted || reference) in nats a token of what the
-        adapted model generates."""
+        """`generation`: greedy completions of held-out prompts by the reference (`base`) and by the
+        adapted model.
+
+        `length`: tokens, the end-of-turn token not counted. `unfinished`: the share without that
+        token, within `room` tokens. `kl`: KL(adapted || reference) over the whole vocabulary, in
+        nats, at each token that the adapted model generates. `chosen_length`: of the chosen
+        completions.
+        """
         from lora_kit.adapter.load import end_tokens
         from lora_kit.adapter.start import as_at_start
         from lora_kit.tasks.measure import generate_ids
 
         prompts, completions = _prompts(data.eval, run.seed)
+        chosen_length = np.mean([len(tokens) - 1 for tokens in completions["chosen"]])
         longest = max(len(completion) for some in completions.values() for completion in some)
         room = min(_MOST_TOKENS, longest + _ROOM)
         adapted = generate_ids(model, processor, prompts, room)
@@ -263,22 +283,22 @@ class Preference(Task):
             reference = generate_ids(model, processor, prompts, room)
         ends = set(end_tokens(model, processor))
         divergence = _divergence(model, run, processor.pad_token_id, prompts, adapted)
-        chosen = [len(completion) - 1 for completion in completions["chosen"]]
         return {
-            "generation": Paired(
-                REFERENCE,
-                [
-                    *_lengths(reference, ends),
-                    Score("kl", divergence * [0.0, 1.0], better="lower"),
-                ],
-                [*_lengths(adapted, ends), Score("kl", divergence, better="lower")],
-                {"chosen_length": round(float(np.mean(chosen)), 2), "room": room},
-            )
+            "generation": {
+                "prompts": len(prompts),
+                "room": room,
+                "chosen_length": round(float(chosen_length), 2),
+                "length": _compared(_lengths(reference, ends), _lengths(adapted, ends), run.seed),
+                "unfinished": _compared(
+                    _unfinished(reference, ends), _unfinished(adapted, ends), run.seed
+                ),
+                "kl": _compared(divergence * [0.0, 1.0], divergence, run.seed),
+            }
         }
 
     def objection(self, report: dict[str, Any]) -> str | None:
-        """Accuracy alone is no verdict: a model that only ever stops at once, or never, can have all
-        of it."""
+        """Accuracy alone is no verdict: also a model that only ever stops at once, or never, can
+        have all of it."""
         if (report.get("verdict") or {}).get("general") == "forgot":
             return "general text was forgotten"
         generation = report.get("generation")
@@ -341,8 +361,8 @@ class Preference(Task):
         broken = (~torch.isfinite(found).all(1)).nonzero()
         if len(broken):
             raise CheckFailed(
-                f"the log-probabilities of pair {int(broken[0]) + 1} of {len(rows)} are not finite: "
-                "look for NaN or infinite weights in base or adapter"
+                f"the log-probabilities of pair {int(broken[0]) + 1} of {len(rows)} are not "
+                "finite: look for NaN or infinite weights in base or adapter"
             )
         return found.cpu().numpy()
 
@@ -411,12 +431,7 @@ def _reference_key(model: Any, rows: Rows, run: Run) -> str:
     from lora_kit.speed.fast import takes_flat
     from lora_kit.speed.prefix import described
 
-    content = hashlib.sha256()
-    for side in SIDES:
-        for name in (f"{side}_input_ids", f"{side}_labels"):
-            for values, ends in rows.chunks(name):
-                content.update(np.ascontiguousarray(values))
-                content.update(np.ascontiguousarray(ends))
+    columns = [f"{side}_{name}" for side in SIDES for name in ("input_ids", "labels")]
     # A fresh adapter changes nothing, whatever its A is.
     tensors = [
         tensor
@@ -429,7 +444,7 @@ def _reference_key(model: Any, rows: Rows, run: Run) -> str:
         "adapter": run.adapter.model_dump(mode="json"),
         "speed": run.speed,
         "flat": takes_flat(model),
-        "rows": content.hexdigest(),
+        "rows": rows.content(*columns).hex(),
     }
     text = json.dumps(about, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -456,15 +471,34 @@ def _prompts(rows: Rows, seed: int) -> tuple[list[list[int]], dict[str, list[lis
     return prompts, completions
 
 
-def _lengths(generated: Sequence[Sequence[int]], ends: set[int]) -> list[Score]:
-    """`length` and `unfinished` of generations that include the token which ended them."""
-    finished = np.array([bool(ids) and ids[-1] in ends for ids in generated], dtype=float)
-    lengths = np.array([len(ids) for ids in generated]) - finished
-    ones = np.ones(len(generated))
-    return [
-        Score("length", np.stack([lengths, ones], 1)),
-        Score("unfinished", np.stack([1 - finished, ones], 1), better="lower"),
-    ]
+def _lengths(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
+    """Tokens without the one that ended them, and 1 for each: float64 (generations, 2)."""
+    lengths = [len(ids) - (ids[-1] in ends) if ids else 0 for ids in generated]
+    return np.stack([lengths, np.ones(len(lengths))], 1)
+
+
+def _unfinished(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
+    """1 for each that no such token ended, and 1 for each: float64 (generations, 2)."""
+    unfinished = [float(not ids or ids[-1] not in ends) for ids in generated]
+    return np.stack([unfinished, np.ones(len(unfinished))], 1)
+
+
+def _compared(base: np.ndarray, adapted: np.ndarray, seed: int) -> dict[str, Any]:
+    """Two means, sum of the first column by sum of the second, their difference and its interval.
+
+    Args:
+        base, adapted: float64 (units, 2), the second column the same in both.
+    """
+    from lora_kit.tasks.bootstrap import interval
+
+    change, size = adapted[:, 0] - base[:, 0], adapted[:, 1]
+    low, high = interval(change, size, seed)
+    return {
+        "base": round(float(base[:, 0].sum() / size.sum()), 4),
+        "adapted": round(float(adapted[:, 0].sum() / size.sum()), 4),
+        "difference": round(float(change.sum() / size.sum()), 4),
+        "ci95": [round(float(low), 4), round(float(high), 4)],
+    }
 
 
 def _divergence(
