@@ -53,7 +53,7 @@ def run_of(recipe: str = "sft", max_length: int = 512, seed: int = 0, **data: An
             "name": "test",
             "seed": seed,
             "base": {"model": "nano"},
-            "data": Data(**{"workers": 1, **data}),
+            "data": Data(**{"train": "nano:topics", "workers": 1, **data}),
             "train": {"max_length": max_length},
         }
     )

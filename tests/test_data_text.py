@@ -41,7 +41,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 def encoded(tokenizer: Any, examples: list[Example], length: int) -> Rows:
     """The rows of texts as they are evaluated; the n-th example has the number n + 1."""
     made = []
-    run = run_of("cpt", length)
+    run = run_of("cpt", max(8, length))
     for n, found in enumerate(Text().encode(examples, tokenizer, {}, run)):
         assert not isinstance(found, Dropped)
         for row in found:
@@ -72,7 +72,7 @@ def some_texts(seed: int) -> list[str]:
 
 def train(rows: Rows, tokenizer: Any, packing: str, length: int, replayed: Any = None) -> Rows:
     """What is trained on."""
-    run = run_of("cpt", length, packing=packing)
+    run = run_of("cpt", max(8, length), packing=packing)
     return Rows.of(Text().arrange(rows, replayed, tokenizer, {}, run))
 
 
