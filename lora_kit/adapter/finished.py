@@ -22,6 +22,8 @@ from lora_kit.schema import Base, Run
 
 CAUSAL = "AutoModelForCausalLM"
 _OPTION = "--base FOLDER_OR_ID"
+# Files that hold a tokenizer's tokens, of any kind.
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 
 
 class FinishedRun:
@@ -238,6 +240,14 @@ class FinishedRun:
         )
 
     # ------------------------------------------------------------------ the processor
+    @property
+    def has_processor(self) -> bool:
+        """Whether adapter or base has one; a model that is given token ids needs none."""
+        if any(self.folder.glob("tokenizer*")):
+            return True
+        base = Path(self.located.folder)
+        return any(file for pattern in _TOKENIZER for file in base.glob(pattern))
+
     @cached_property
     def processor(self) -> Any:
         """The tokenizer that it was trained with, chat template included; the base's, where the
