@@ -14,15 +14,13 @@ from lora_kit.run import recipe_path
 from lora_kit.schema import Run
 
 NEEDED = (
-    *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"),
+    *("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "evaluate"),
     *("huggingface_hub", "safetensors", "pydantic", "typer", "rich"),
     *("pyarrow", "rensa", "loky", "filelock"),
 )
 # package -> what it is for and how it comes
 OPTIONAL = {
-    "evaluate": ("metrics of answers by name", "pip install 'lora-kit[metrics]'"),
     "lm_eval": ("tasks of lm-evaluation-harness", "pip install 'lora-kit[harness]'"),
-    "trl": ("the test that compares our losses with TRL's", "pip install 'lora-kit[test]'"),
     "pypdf": ("PDF files as data", "pip install 'lora-kit[documents]'"),
     "trafilatura": ("HTML files as data", "pip install 'lora-kit[documents]'"),
     "deepspeed": ("--accelerate zero3", "pip install deepspeed"),

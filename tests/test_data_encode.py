@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,9 @@ import psutil
 import pytest
 from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, texts
+from processes import until
 
-from lora_kit.data import encode, readers, table
+from lora_kit.data import readers, table, workers
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 
@@ -37,8 +40,13 @@ def use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def hashes(cache: Path) -> dict[str, str]:
-    (kept,) = [folder for folder in cache.iterdir() if folder.is_dir()]
-    return {file.name: file_hash(file) for file in sorted(kept.iterdir())}
+    kept = sorted(folder for folder in cache.iterdir() if folder.is_dir())
+    assert len(kept) == 2  # the split, and the encoded rows
+    return {
+        f"{folder.name}/{file.name}": file_hash(file)
+        for folder in kept
+        for file in sorted(folder.iterdir())
+    }
 
 
 def test_any_number_of_workers_writes_the_same_bytes(
@@ -58,21 +66,33 @@ def test_any_number_of_workers_writes_the_same_bytes(
         "eval": 0.1,
         "general": put_texts(tmp_path / "general.txt", texts(120, seed=2)),
         "replay": 0.1,
-        "against": put(tmp_path / "against.jsonl", [{"q": r["prompt"]} for r in rows[:50]]),
+        "decontaminate": put(tmp_path / "benchmark.jsonl", [{"q": r["prompt"]} for r in rows[:50]]),
     }
     batches = 439 // 20 + 150 // 20 + 120 // 20
-    assert batches >= encode.FEWEST_FOR_WORKERS
+    assert batches >= workers.FEWEST_FOR_WORKERS
     found = []
-    for workers in (1, 2, 3):
-        folder = use_cache(tmp_path / f"cache-{workers}", monkeypatch)
-        census = prepared(tokenizer, check=False, workers=workers, **data).census
+    for count in (1, 2, 3):
+        folder = use_cache(tmp_path / f"cache-{count}", monkeypatch)
+        census = prepared(tokenizer, check=False, workers=count, **data).census
         found.append(hashes(folder))
     assert found[0] == found[1] == found[2]
     assert 0 < census.compared <= 60 and census.duplicates["exact"] == 30
 
 
-def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
+def alive(pid: int) -> bool:
+    """Whether a process runs. One that has ended may stay, as in a container nobody reaps it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def workers_of_this_process() -> list[int]:
+    return [
+        child.pid
+        for child in psutil.Process().children(recursive=True)
+        if alive(child.pid) and "LokyProcess" in Path(f"/proc/{child.pid}/cmdline").read_text()
+    ]
 
 
 def test_a_mistake_that_a_worker_finds_is_the_users(
@@ -81,35 +101,25 @@ def test_a_mistake_that_a_worker_finds_is_the_users(
     lines = [json.dumps(row) for row in chats(300, 3)]
     lines[229] = '{"prompt": "a", "completion": '
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    before = children()
     with pytest.raises(UserError, match=r"a\.jsonl:230: not JSON"):
         prepared(tokenizer, train=str(tmp_path / "a.jsonl"), workers=2)
     assert [file.suffix for file in cache.iterdir()] == [".lock"]
-    started = [p for p in children() - before if "loky" in " ".join(psutil.Process(p).cmdline())]
-    assert len(started) <= 1  # loky's tracker of semaphores stays, for the next pool
+    assert not workers_of_this_process()
 
 
 def test_few_rows_are_encoded_in_this_process(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "loky", None)  # importing it would fail
-    train = put(tmp_path / "a.jsonl", chats(20 * (encode.FEWEST_FOR_WORKERS - 1), 3))
+    train = put(tmp_path / "a.jsonl", chats(20 * (workers.FEWEST_FOR_WORKERS - 1), 3))
     assert len(prepared(tokenizer, train=train, workers=4).eval) == 14
 
 
-PREPARES_AND_IS_KILLED = """
-import os, psutil, sys, types
-from transformers import AutoTokenizer
-from lora_kit.data import encode, readers
-from lora_kit.data.formats import Columns
-readers.BATCH_ROWS = 1
-rows = [{"prompt": f"a {n}", "completion": "b"} for n in range(encode.FEWEST_FOR_WORKERS)]
-batches = readers._batches("rows", "{}/{}", enumerate(rows, 1))
-work = [(0, batch, "prompt-completion") for batch in batches]
-settings = encode.Settings(Columns(), "assistant", 64, 0, False)
-sample = types.SimpleNamespace(below=0)
-parts = encode.encode_all(work, AutoTokenizer.from_pretrained(sys.argv[1]), settings, sample, 2)
-next(parts)
+WORKS_AND_IS_KILLED = """
+import os, psutil, sys
+from lora_kit.data import workers
+results = workers.in_order(str, range(workers.FEWEST_FOR_WORKERS), 2)
+next(results)
 print(*[p.pid for p in psutil.Process().children() if "LokyProcess" in " ".join(p.cmdline())])
 sys.stdout.flush()
 os.kill(os.getpid(), 9)
@@ -117,17 +127,15 @@ os.kill(os.getpid(), 9)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel of Linux for it")
-def test_workers_end_with_a_killed_parent(tmp_path: Path, tokenizer: Any) -> None:
+def test_workers_end_with_a_killed_parent() -> None:
     """They would wait for ever, and `lora-kit train` with them: it awaits its whole group."""
-    tokenizer.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", PREPARES_AND_IS_KILLED, str(tmp_path)]
+    command = [sys.executable, "-c", WORKS_AND_IS_KILLED]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         workers = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 2
-    running = [psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)]
-    _, left = psutil.wait_procs(running, timeout=5)
-    left = [p for p in left if p.status() != psutil.STATUS_ZOMBIE]  # nobody reaps, in a container
-    for worker in left:
-        worker.kill()
-    assert not left
+    try:
+        assert until(lambda: not any(map(alive, workers)))
+    finally:
+        for pid in filter(alive, workers):
+            os.kill(pid, signal.SIGKILL)

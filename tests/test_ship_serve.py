@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,12 +20,13 @@ from typing import Any
 
 import openai
 import pytest
-from processes import LORA_KIT
+from processes import LIMIT_S, LORA_KIT
 from trained import edit
 from typer.testing import CliRunner
 
 import lora_kit
 from lora_kit import nano
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.load import load_tokenizer
 from lora_kit.base.pin import pin
 from lora_kit.cli import app
@@ -51,7 +51,7 @@ class Served:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=LIMIT_S)
 
 
 def start(folder: Path, *arguments: str) -> Served:
@@ -230,7 +230,7 @@ def test_who_may_not_ask_or_asks_wrong(
 ) -> None:
     request = urllib.request.Request(served.url + path, body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
             assert answer.status == status
     except urllib.error.HTTPError as error:
         assert error.code == status
@@ -246,7 +246,7 @@ def test_the_base_is_written_once(
     monkeypatch.setattr("lora_kit.ship.serve.open_server", start_with)
     monkeypatch.delattr("lora_kit.ship.serve.write_model")
     with pytest.raises(UserError, match=r"started with \d+ bytes"):
-        serve([home / "scaled"], port=0, kind="f32")
+        serve([*map(FinishedRun, [home / "scaled"])], port=0, kind="f32")
 
 
 def test_a_stopped_server_leaves_nothing(served: Served, home: Path) -> None:
@@ -255,16 +255,20 @@ def test_a_stopped_server_leaves_nothing(served: Served, home: Path) -> None:
     )
     next(iter(stream))
 
+    asked = threading.Semaphore(0)
+
     def ask() -> None:
         with contextlib.suppress(OSError):
             while True:
                 urllib.request.urlopen(served.url.removesuffix("/v1") + "/health").close()
+                asked.release()
 
     for _ in range(4):  # the signal may come within a request
         threading.Thread(target=ask, daemon=True).start()
-    time.sleep(0.3)
+    for _ in range(20):
+        assert asked.acquire(timeout=LIMIT_S)
     served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(timeout=10) == 143
+    assert served.process.wait(timeout=LIMIT_S) == 143
     assert not list(served.temporary.iterdir())
     written, stopped = (home / "stderr").read_text().splitlines()
     assert "written as f32 GGUF, once" in written and stopped == "stopped by SIGTERM"
@@ -279,7 +283,7 @@ def test_addresses_that_are_refused(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"{port}.*in use.*--port"):
-            serve([home / "scaled"], port=port)
+            serve([*map(FinishedRun, [home / "scaled"])], port=port)
 
 
 def test_runs_that_cannot_be_served_together(
@@ -295,11 +299,11 @@ def test_runs_that_cannot_be_served_together(
     tokenizer.chat_template = "{% for n in range(10 ** 9) %}{{ messages }}{% endfor %}"
     tokenizer.save_pretrained(hostile)
     with pytest.raises(UserError, match="template"):
-        serve([hostile], port=0)
+        serve([*map(FinishedRun, [hostile])], port=0)
     with pytest.raises(UserError, match="lora-kit merge"):
-        serve([home / "scaled", dora], port=0)
+        serve([*map(FinishedRun, [home / "scaled", dora])], port=0)
     with pytest.raises(UserError, match=rf"other.* {base}.*scaled on nano"):
-        serve([home / "scaled", other], port=0)
+        serve([*map(FinishedRun, [home / "scaled", other])], port=0)
     with pytest.raises(UserError, match="`scaled` is taken"):
-        serve([home / "scaled", home / "scaled"], port=0)
+        serve([*map(FinishedRun, [home / "scaled", home / "scaled"])], port=0)
     assert sorted(cache.iterdir()) == kept

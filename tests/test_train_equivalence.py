@@ -117,7 +117,6 @@ def large(state: Any) -> list[Any]:
 
 
 def test_losses_are_those_of_trl(run_file: Any, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM

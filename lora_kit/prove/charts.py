@@ -131,9 +131,9 @@ def confused(classes: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `matrix`: of up to MOST_CLASSES classes, a row for each true class: (label, cells), a cell
-        (rows, share of the true class); else None. `pairs`: the most frequent mistakes (true,
-        predicted, rows, rows of the true class), most frequent first; `mistakes`: how many rows
-        in all. `lowest`: the classes
+        (rows, share of the true class); else None. `pairs`: the mistakes that happened more than
+        once (true, predicted, rows, rows of the true class), most frequent first, up to
+        MOST_PAIRS; `mistakes`: how many rows in all. `lowest`: the classes
         (label, figures) by F1, lowest first; classes that nothing is of and nothing was predicted
         as are not among them. `every`: all classes in their order.
     """
@@ -145,6 +145,7 @@ def confused(classes: dict[str, Any]) -> dict[str, Any]:
         for predicted, count in enumerate(row)
         if predicted != true and count
     ]
+    repeated = [mistake for mistake in mistakes if mistake[2] > 1]
     every = list(classes["per_class"].items())
     seen = [
         (label, figures)
@@ -159,7 +160,7 @@ def confused(classes: dict[str, Any]) -> dict[str, Any]:
         ]
     return {
         "matrix": matrix,
-        "pairs": sorted(mistakes, key=lambda pair: -pair[2])[:MOST_PAIRS],
+        "pairs": sorted(repeated, key=lambda pair: -pair[2])[:MOST_PAIRS],
         "mistakes": sum(count for _, _, count, _ in mistakes),
         "lowest": sorted(seen, key=lambda pair: pair[1]["f1"]),
         "every": every,

@@ -47,14 +47,14 @@ UNITS = {
     "bits_per_byte": "bits per byte",
     "margin": "",
     "length": "tokens",
-    "kl": "nats",
+    "kl": "nats per token",
 }
 _SHOWN_IN_TABLES_ONLY = ("bits_per_byte",)  # the loss in another unit: it has no verdict of its own
 _WORDS = {
     "better": "better than the base on held-out data",
     "worse": "worse than the base: negative transfer. Do not ship it",
     "no different": "no different from the base: the training bought nothing",
-    "too little data": "not evaluated: fewer than 20 held-out documents",
+    "too little data": "not evaluated: fewer than 20 held-out documents or rows",
     "kept": "general text is predicted as well as by the base",
     "forgot": "general text got worse: the adapter forgets",
 }
@@ -161,9 +161,11 @@ def findings(report: dict[str, Any]) -> list[Finding]:
             name, score = next(iter(compared_scores(report[part]).items()))
             word = report["verdict"][part]
             found.append(_finding(part, name, score, word, in_words(word, part)))
-    for name, score in {**(report["metrics"] or {}), **(report["harness"] or {})}.items():
+    for name, score in (report["metrics"] or {}).items():
         if name != deciding:
-            found.append(_further(report, name, score, score["rows"], "base"))
+            found.append(_further(report, name, score, score["rows"], rival))
+    for name, score in (report["harness"] or {}).items():
+        found.append(_further(report, name, score, score["rows"], "base"))
     if report["generation"]:
         found.append(_generation(report["generation"]))
     if gate := report["gate"]:
@@ -181,12 +183,22 @@ def _domain(report: dict[str, Any]) -> Finding:
     word = report["verdict"]["domain"]
     sentence = in_words(word, "domain", report["domain"].get("rival", "base"))
     found = _finding("domain", name, score, word, sentence)
-    blind = report["prompt_use"] and report["prompt_use"]["blind"]
-    if report["objection"]:
-        return found._replace(sentence=report["objection"])
-    if blind and word == "no different" and found.gain[1] > 0:
+    if not _withheld(report):
+        return found
+    if (report["prompt_use"] or {}).get("blind"):
         return found._replace(sentence=_BLIND)
-    return found
+    return found._replace(sentence=f"scored better, but {report['domain']['objection']}")
+
+
+def _withheld(report: dict[str, Any]) -> bool:
+    """Whether the score alone would be better, and the verdict is not, for another reason."""
+    name, score = decided_by(report)
+    blind = (report["prompt_use"] or {}).get("blind")
+    if report["verdict"]["domain"] != "no different" or not score["ci95"]:
+        return False
+    if not (blind or report["domain"].get("objection")):
+        return False
+    return _gain(name, score, "")[1] > 0
 
 
 def _general(report: dict[str, Any]) -> Finding:
@@ -226,7 +238,7 @@ def _further(
 
 
 def _generation(part: dict[str, Any]) -> Finding:
-    """How generated text changed: no verdict of its own, but `objection` may follow from it."""
+    """How generated text changed: without a verdict of its own; an objection may follow from it."""
     changes = []
     for name, score in compared_scores(part).items():
         unit = f" {UNITS[name]}" if UNITS.get(name) else ""
@@ -287,7 +299,7 @@ def ahead(report: Mapping[str, Any]) -> list[tuple[str, float]]:
     found = [
         (other, values[name])
         for other, values in (report.get("contenders") or {}).items()
-        if other not in (rival, "base", *report["verdict"])
+        if other not in ("adapted", "base", rival, *report["verdict"])
         and name in values
         and sign * (values[name] - score["adapted"]) > 0
     ]
@@ -296,15 +308,16 @@ def ahead(report: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 def contender_rows(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
     """The table of all contenders: the scores' names, and (name, a value or None for each score),
-    the adapted model last; no rows where there is nothing but the base to compare with."""
-    contenders = report.get("contenders") or {}
+    the adapted model last; no rows where there is nothing but the rival to compare with."""
+    contenders = dict(report.get("contenders") or {})
     names = list(dict.fromkeys(name for values in contenders.values() for name in values))
+    measured = {**(report.get("metrics") or {}), **compared_scores(report["domain"])}
+    contenders.pop("adapted", None)
     if len(contenders) < 2:
         return names, []
-    measured = {**(report.get("metrics") or {}), **compared_scores(report["domain"])}
-    adapted = {name: score["adapted"] for name, score in measured.items()}
-    rows = {**contenders, "adapted": adapted}
-    return names, [(who, [values.get(name) for name in names]) for who, values in rows.items()]
+    contenders["adapted"] = {name: score["adapted"] for name, score in measured.items()}
+    rows = [(who, [values.get(name) for name in names]) for who, values in contenders.items()]
+    return names, rows
 
 
 def units_of(report: Mapping[str, Any]) -> str:
@@ -315,7 +328,7 @@ def units_of(report: Mapping[str, Any]) -> str:
 def _headline(report: dict[str, Any]) -> str:
     word, rival = report["verdict"]["domain"], report["domain"].get("rival", "base")
     name = "its base" if rival == "base" else contender(rival)
-    if report["objection"] and word != "worse":
+    if _withheld(report):
         return f"not better than {name}"
     return {
         "better": f"better than {name} on held-out data",
@@ -328,8 +341,6 @@ def _headline(report: dict[str, Any]) -> str:
 def _buts(report: dict[str, Any], found: list[Finding]) -> list[str]:
     """What the headline must not hide."""
     buts = [_BUTS[one.part, one.word] for one in found if (one.part, one.word) in _BUTS]
-    if report["objection"]:
-        buts.insert(0, report["objection"])
     if leading := ahead(report):
         name, value = leading[0]
         buts.append(f"{contender(name)} scored better ({value:.3f})")
@@ -345,7 +356,8 @@ def _filled(report: dict[str, Any]) -> dict[str, Any]:
 
 def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
     report, found = _filled(report), findings(report)
-    best_step = (report["overfitting"] or {}).get("best_step")
+    over = report["overfitting"] or {}
+    fitted = next((name for name in over if name.startswith("train_")), "")
     plots = {unit: [f for f in found if f.unit == unit] for unit in ("%", " points")}
     names, rows = contender_rows(report)
     word = report["verdict"]["domain"]
@@ -360,6 +372,7 @@ def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
         moods=MOODS,
         mood=mood,
         headline=_headline(report),
+        objection=report["domain"].get("objection"),
         buts=_buts(report, found),
         parts=PARTS,
         rival=report["domain"].get("rival", "base"),
@@ -369,10 +382,11 @@ def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
         better=better,
         units=UNITS,
         counted=units_of(report),
+        fitted={"name": fitted.removeprefix("train_"), "score": over[fitted]} if fitted else None,
         why_no_general=not_measured(report, "general"),
         classes=confused(report["classes"]) if report["classes"] else None,
         plots=[(u, rows, forest([f.gain for f in rows])) for u, rows in plots.items() if rows],
-        curves=curves(read_metrics(directory / "metrics.jsonl"), best_step),
+        curves=curves(read_metrics(directory / "metrics.jsonl"), over.get("best_step")),
         heat=heat(report["layers"]) if report["layers"] else None,
         lock=read_lock(directory),
         census=read_json(directory / "census.json") or None,

@@ -181,11 +181,8 @@ def _borrowed(name: str) -> Metric:
     hint = nearest(name, list(OWN))
     # evaluate has a switch of its own, and would ask the Hub all the same.
     os.environ.setdefault("HF_EVALUATE_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
-    try:
-        import evaluate
-    except ImportError:
-        why = "not one of ours; others need evaluate: pip install 'lora-kit[metrics]'"
-        raise UserError(f"{name}: {why}{hint}") from None
+    import evaluate
+
     try:
         with metrics_checked():
             loaded = evaluate.load(name, module_type="metric", keep_in_memory=True)

@@ -181,6 +181,10 @@ class Task:
         """The training rows as the trainer sees them: several in one, or `rows` as they are."""
         return rows
 
+    def packing(self, run: Run) -> str:
+        """How rows are made of examples: `none`, `documents` or `running` (see `data.packing`)."""
+        return "none"
+
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
         """Rows with the columns that need a model, computed once before the first step."""
         return rows

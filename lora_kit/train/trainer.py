@@ -1,4 +1,4 @@
-"""A recipe's trainer: the task's own class, guarded, on its rows; and the training from end to end."""
+"""A recipe's trainer: the task's own class, guarded, on its rows; and the whole training."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ def make_trainer(
             not keep packed documents apart.
     """
     task, run, directory = journey.task, journey.run, journey.directory
+    if fresh:
+        directory.lock(fresh=list(fresh), pooling=getattr(model, "pooling", None))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
     needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
@@ -84,6 +86,8 @@ def make_trainer(
         flat = _quicken(journey, model, arguments.device, processor, data)
     if chosen:
         recompute(model, chosen.recomputed)
+    if type(task).annotate is not Task.annotate and not getattr(model, "is_quantized", False):
+        model.to(arguments.device)
     train = task.annotate(data.train, model, processor, run)
     held_out = task.annotate(data.eval, model, processor, run) if run.train.eval_steps else None
     options = task.options(processor, data.facts, run)
