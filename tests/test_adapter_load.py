@@ -110,7 +110,9 @@ def test_another_base_is_refused(run_file: RunMaker, tmp_path: Path) -> None:
         lora_kit.load(run)
     assert str(run) in str(raised.value) and str(own) in str(raised.value)
     shutil.rmtree(own)
-    with pytest.raises(UserError, match=r"run\.yaml: base\.model: .*no such folder.* --base FOLDER"):
+    with pytest.raises(
+        UserError, match=r"run\.yaml: base\.model: .*no such folder.* --base FOLDER"
+    ):
         lora_kit.load(run)
 
 

@@ -1,7 +1,7 @@
 """Pairs per second of lora_kit's DPO and of TRL's, best tuned, in turn, each in its own process.
 
-    python scripts/bench/dpo.py pairs.jsonl
-    python scripts/bench/dpo.py pairs.jsonl --rounds 3 --steps 12 --batch 2
+    python scripts/bench/preference.py pairs.jsonl
+    python scripts/bench/preference.py pairs.jsonl --rounds 3 --steps 12 --batch 2
 
 Both train from the same seeded weights (a Llama of 40M parameters, bf16) on the same texts: r = 16
 on all linear layers, the same batch and learning rate, no chat template. TRL: weights in bf16 without
