@@ -6,6 +6,7 @@ The public names are `train`, `load` and `compare`; each is imported when it is 
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,14 @@ import lora_kit.train as _room
 
 __version__ = "0.1.0"
 __all__ = ["compare", "load", "train"]
+
+# Libraries, TRL's trainers among them, report their use to the Hub unless this is set. Processes
+# started from here inherit it. huggingface_hub reads it when it is imported, which may have
+# happened before.
+_telemetry = os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+_constants: Any = sys.modules.get("huggingface_hub.constants")
+if _constants and _telemetry == "1":
+    _constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 class _CallableRoom(ModuleType):

@@ -15,13 +15,16 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lora_kit import __version__
 from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError, harmless, redact
 from lora_kit.trust import no_kernels_from_the_hub
+
+if TYPE_CHECKING:
+    from lora_kit.adapter.finished import FinishedRun
 
 app = typer.Typer(
     name="lora-kit",
@@ -34,6 +37,14 @@ app = typer.Typer(
 # What typer raises for a verb or an option that is wrong; it has no public name of its own.
 _WrongUsage: Any = typer.BadParameter.__base__
 RunDir = Annotated[Path, typer.Argument(help="A finished run, such as runs/demo/sft.")]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="FOLDER_OR_ID",
+        help="Where the base is now, if not where the run or adapter names it.",
+    ),
+]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -58,6 +69,13 @@ def _answer(found: dict[str, Any], as_json: bool, show: Callable[[Any], None] | 
 def _say(text: str) -> None:
     """Text for people, on stderr, without tokens and without what steers a terminal."""
     print(harmless(redact(text)), file=sys.stderr, flush=True)
+
+
+def _opened(path: Path, base: str | None = None) -> FinishedRun:
+    """A finished run, opened once for its verb."""
+    from lora_kit.adapter.finished import FinishedRun
+
+    return FinishedRun(path, base)
 
 
 def _prepare() -> None:
@@ -127,13 +145,13 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: Json = False) 
 
     Example: lora-kit plan run.yaml train.max_length=2048
     """
-    from lora_kit.run import load_run
+    from lora_kit.launch import read_run
 
-    run = load_run(run_file, overrides or [])
+    run, recipe = read_run(run_file, overrides or [])
     _prepare()
     from lora_kit import plan as room
 
-    made = room.plan(run)
+    made = room.plan(run, recipe.task)
     _answer(made.to_json(), as_json, str(made))
 
 
@@ -152,31 +170,28 @@ def preview(
 
     Example: lora-kit preview run.yaml --html preview.html
     """
-    from lora_kit.run import load_run
+    from lora_kit.launch import read_run
 
-    run = load_run(run_file, overrides or [])
+    run, recipe = read_run(run_file, overrides or [])
     from lora_kit import preview as view
 
     if html is not None:
         view.check_page(html)  # before the work, not after it
-    from lora_kit.base.load import load_tokenizer, quiet_libraries
+    from lora_kit.base.load import quiet_libraries
     from lora_kit.base.pin import pin
-    from lora_kit.base.templates import set_template
-    from lora_kit.data.prepare import kind_of, prepare
+    from lora_kit.tasks.encode import rows_of
 
     quiet_libraries()
-    tokenizer = load_tokenizer(pin(run.base, weights=False))
-    set_template(tokenizer, run.data.chat_template)
-    kind, length = kind_of(run.recipe), run.train.max_length
-    data = prepare(run.data, kind, tokenizer, length, run.seed, limits=False)
+    task = recipe.task
+    processor, data = rows_of(task, run, pin(run.base, weights=False), limits=False)
     problems = data.census.problems(run.data.limits)
     if html is not None:
-        view.write_page(html, run, data, tokenizer, problems)
+        view.write_page(html, task, run, data, processor, problems)
         _say(f"{html}: written; open it in a browser")
     if as_json:
-        print(json.dumps(view.to_json(run, data, problems)))
+        print(json.dumps(view.to_json(task, run, data, problems)))
     else:
-        view.show(data, tokenizer, split, samples)
+        view.show(task, data, processor, split, samples)
     for problem in problems:
         _say(f"a run would stop here: {problem}")
 
@@ -185,6 +200,7 @@ def preview(
 def compare(
     run: RunDir,
     overrides: Overrides = None,
+    base: BaseOption = None,
     gate: Annotated[bool, typer.Option("--gate", help="Exit 1 unless prove.gate holds.")] = False,
     scratch: Annotated[
         bool, typer.Option("--scratch", help="Beside a model of its shape, trained from nothing.")
@@ -203,7 +219,7 @@ def compare(
 
     trust.say(trust_remote_code)
     with contextlib.redirect_stdout(sys.stderr):  # of metrics and tasks, which print what they like
-        report = lora_kit.compare(run, overrides or [], gate=gate, scratch=scratch)
+        report = lora_kit.compare(run, overrides or [], base=base, gate=gate, scratch=scratch)
     if not as_json:
         side_by_side(report)
     _answer(report, as_json, comparison)
@@ -214,11 +230,14 @@ def compare(
 @app.command()
 def generate(
     run: RunDir,
-    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
-    base: Annotated[bool, typer.Option("--base", help="Without the adapter.")] = False,
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    no_adapter: Annotated[
+        bool, typer.Option("--no-adapter", help="The base alone, without the adapter.")
+    ] = False,
+    base: BaseOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
 ) -> None:
-    """Let a run's model answer or continue a prompt, greedily, with or without its adapter.
+    """Generate a completion of a prompt, greedily, with or without the adapter.
 
     Example: lora-kit generate runs/demo/sft "What does `heapq.heappush` do?"
     """
@@ -226,9 +245,9 @@ def generate(
     from lora_kit.prove.show import say
 
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError("PROMPT: not UTF-8: mend its bytes, for example with iconv")
+        raise UserError("PROMPT: not UTF-8: fix its bytes, for example with iconv")
 
-    answer = say(run, prompt, base, max_new_tokens)
+    answer = say(_opened(run, base), prompt, no_adapter, max_new_tokens)
     print(harmless(answer) if sys.stdout.isatty() else answer)
 
 
@@ -236,6 +255,7 @@ def generate(
 def merge(
     run: RunDir,
     out: Out,
+    base: BaseOption = None,
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, typer.Option(help="Default: the run's.")
     ] = None,
@@ -253,7 +273,7 @@ def merge(
     _prepare()
     from lora_kit.ship.merge import merge as run_merge
 
-    merged = run_merge(run, out, dtype, into=into, verify=verify)
+    merged = run_merge(_opened(run, base), out, dtype, into=into, verify=verify)
     words = (
         f"{merged.out}: {merged.bytes_written / 2**20:,.1f} MiB in {merged.seconds:,.0f} s; "
         f"{merged.changed} tensors changed, {merged.copied} copied byte for byte; all read back"
@@ -288,7 +308,9 @@ def push(
     """
     from lora_kit.ship import hub
 
-    plan = hub.make_plan(run, repo, public=public, with_samples=with_samples, merged=merged)
+    plan = hub.make_plan(
+        _opened(run), repo, public=public, with_samples=with_samples, merged=merged
+    )
     _say(str(plan))
     done = plan.to_json() if dry_run else hub.push(plan, _say)
     words = f"{repo}: a dry run, nothing was uploaded"
@@ -322,6 +344,7 @@ def pull(
 @app.command()
 def serve(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of one base.")],
+    base: BaseOption = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     kind: Annotated[
@@ -338,7 +361,8 @@ def serve(
     from lora_kit.ship.serve import serve as run_server
 
     try:
-        run_server(runs, host, port, kind=kind, context=context, public=public)
+        opened = [_opened(run, base) for run in runs]
+        run_server(opened, host, port, kind=kind, context=context, public=public)
     except Interrupted as error:  # how a server ends
         print(error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
@@ -357,6 +381,7 @@ def combine(
     density: Annotated[float, typer.Option(help="Share that ties and dare keep.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what dare drops.")] = 0,
     on: Annotated[list[Path] | None, typer.Option(help="A run to measure it on; repeat.")] = None,
+    base: BaseOption = None,
     as_json: Json = False,
 ) -> None:
     """Make one adapter out of several of one base, and measure what it is worth.
@@ -368,15 +393,17 @@ def combine(
     except ValueError:
         raise UserError(f"--weights {weights}: numbers with commas between, as 0.7,0.3") from None
     settings: dict[str, Any] = {"rank": rank, "density": density, "seed": seed, "weights": numbers}
+    opened = [_opened(path, base) for path in adapters]
     if on:
         _prepare()
         from lora_kit.ship.combined import combine_and_measure, show
 
-        found = combine_and_measure(adapters, out, on, method, **settings)
+        runs = [_opened(path, base) for path in on]
+        found = combine_and_measure(opened, out, runs, method, **settings)
     else:
         from lora_kit.adapter.combine import combine as run_combine
 
-        found = run_combine(adapters, out, method or "linear", **settings)
+        found = run_combine(opened, out, method or "linear", **settings)
     for note in found["notes"]:
         _say(f"note: {note}")
     if on and not as_json:
@@ -411,6 +438,7 @@ def export(
         str | None, typer.Option("--type", help="GGUF: f32, f16, bf16 or q8_0.")
     ] = None,
     what: Annotated[str | None, typer.Option(help="GGUF: adapter, merged or base.")] = None,
+    base: BaseOption = None,
     into: Into = "base",
     as_json: Json = False,
 ) -> None:
@@ -421,7 +449,7 @@ def export(
     _prepare()
     from lora_kit.ship.export import export as run_export
 
-    done = run_export(run, to, out, kind, what, into)
+    done = run_export(_opened(run, base), to, out, kind, what, into)
     for note in done["notes"]:
         _say(f"note: {note}")
     words, found = "not run here", done["reloaded"]
@@ -443,6 +471,7 @@ def check(
     fidelity: Annotated[
         bool, typer.Option("--fidelity", help="Of nf4: what merging loses.")
     ] = False,
+    base: BaseOption = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a program would refuse or misread of an adapter, and how to mend it.
@@ -455,12 +484,12 @@ def check(
         _prepare()
         from lora_kit.ship import fidelity as view
 
-        return _answer(view.fidelity(adapter), as_json, view.show)
+        return _answer(view.fidelity(_opened(adapter, base)), as_json, view.show)
     from lora_kit.ship import targets
 
     if target is None:
         raise UserError(f"--target is missing: one of {', '.join(targets.TARGETS)}; or --fidelity")
-    found = targets.check(adapter, target)
+    found = targets.check(_opened(adapter, base), target)
     if as_json or found["loads"]:
         words = "loads it exactly as it is"
         if target in targets.GGUF:
@@ -483,9 +512,10 @@ def inspect(
     from lora_kit.adapter import inspect as view
 
     if other:
-        _answer(view.difference(adapter, other), as_json, view.show_difference)
+        found = view.difference(_opened(adapter), _opened(other))
+        _answer(found, as_json, view.show_difference)
     else:
-        _answer(view.inspect(adapter), as_json, view.show)
+        _answer(view.inspect(_opened(adapter)), as_json, view.show)
 
 
 @app.command()
@@ -497,16 +527,16 @@ def copy(
 
     Example: lora-kit copy sft my-field
     """
-    from lora_kit.run import nearest, shipped
-    from lora_kit.schema import SHIPPED_RECIPES
+    from lora_kit.run import nearest, shipped, shipped_recipes
 
+    recipes = shipped_recipes()
     configs = {file.stem: file for file in (shipped("recipes") / "configs").glob("*.yaml")}
-    known = [*SHIPPED_RECIPES, *sorted(configs)]
+    known = [*recipes, *sorted(configs)]
     if name not in known:
         raise UserError(f"nothing is called `{name}`{nearest(name, known)} ({', '.join(known)})")
-    config = configs[f"nano-{name}" if name in SHIPPED_RECIPES else name]
+    config = configs[f"nano-{name}" if name in recipes else name]
     text = config.read_text(encoding="utf-8")
-    recipe = next(r for r in SHIPPED_RECIPES if f"\nrecipe: {r}\n" in text)
+    recipe = next(r for r in recipes if f"\nrecipe: {r}\n" in text)
     files = (folder / f"{recipe}.py", folder / "run.yaml")
     if there := [str(file) for file in files if file.exists()]:
         raise UserError(f"{', '.join(there)} exists: name another folder")
@@ -526,14 +556,20 @@ def copy(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    recipe: Annotated[
+        str | None, typer.Argument(help="With the keys of this recipe: a name, or a .py file.")
+    ] = None,
+) -> None:
     """Print the JSON schema of the run file, for editors.
 
     Example: lora-kit schema > run.schema.json
     """
-    from lora_kit.schema import Run
+    from lora_kit.run import recipe_file, schema_of
+    from lora_kit.tasks.recipe import load_recipe
 
-    print(json.dumps(Run.model_json_schema(), indent=2))
+    task = load_recipe(recipe_file(recipe)).task if recipe else None
+    print(json.dumps(schema_of(task), indent=2))
 
 
 @app.command()

@@ -36,14 +36,15 @@ def run_demo() -> None:
     start(configs / "nano-cpt.yaml", ["name=demo/cpt"])
 
     _step(2, "Instruction tuning, going on from that adapter: what does a function do?")
-    start(configs / "nano-sft.yaml", ["name=demo/sft", f"adapter.start={CPT.absolute()}"])
+    start(configs / "nano-sft.yaml", ["name=demo/sft", f"adapter.start={CPT}"])
 
     _step(3, "Merge the adapter into the base, reload it from disk, compare the logits")
     prepare_process()
+    from lora_kit.adapter.finished import FinishedRun
     from lora_kit.prove.show import comparison, printable
     from lora_kit.ship.merge import merge
 
-    merged = merge(SFT, MERGED, verify="logits")
+    merged = merge(FinishedRun(SFT), MERGED, verify="logits")
 
     _step(4, "Ask the merged model, loaded by transformers alone")
     answer = _ask(MERGED, QUESTION)

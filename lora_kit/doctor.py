@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -11,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.cache import installed
-from lora_kit.run import load_run
+from lora_kit.run import recipe_path
 from lora_kit.schema import Run
 
 NEEDED = (
-    *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"),
+    *("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "evaluate"),
     *("huggingface_hub", "safetensors", "pydantic", "typer", "rich"),
     *("pyarrow", "rensa", "loky", "filelock"),
 )
 # package -> what it is for and how it comes
 OPTIONAL = {
-    "evaluate": ("metrics of answers by name", "pip install 'lora-kit[metrics]'"),
     "lm_eval": ("tasks of lm-evaluation-harness", "pip install 'lora-kit[harness]'"),
-    "trl": ("the test that compares our losses with TRL's", "pip install 'lora-kit[test]'"),
     "pypdf": ("PDF files as data", "pip install 'lora-kit[documents]'"),
     "trafilatura": ("HTML files as data", "pip install 'lora-kit[documents]'"),
     "deepspeed": ("--accelerate zero3", "pip install deepspeed"),
@@ -75,27 +72,27 @@ def _devices(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
 
 def check_loss(path: Path, overrides: list[str]) -> dict[str, Any]:
     """`lora-kit doctor --loss`: what `prove.self_test` finds."""
-    from lora_kit.launch import prepare_process, start
+    from lora_kit.launch import prepare_process, read_run, start
 
-    run = load_run(path, overrides)
+    run, recipe = read_run(path, overrides)
     prepare_process()
     from lora_kit.prove.self_test import self_test
     from lora_kit.train.interrupt import StopSignal
 
     def two(config: str) -> None:
         # This file in place of the recipe; `resume`, as it does not matter whether runs/ has one.
-        recipe = f"recipe={json.dumps(str(Path(__file__).resolve()))}"
-        start(path, [*overrides, recipe], config, 2, resume=True)
+        start(path, overrides, config, 2, resume=True, script=Path(__file__).resolve())
 
     with StopSignal().listening():
-        return self_test(run, two)
+        return self_test(run, recipe.task, two)
 
 
 def main(run: Run, resume: bool = False) -> dict[str, Any]:
     """One of the two processes of `check_loss`."""
     from lora_kit.prove.self_test import one_rank
+    from lora_kit.tasks.recipe import load_recipe
 
-    return one_rank(run)
+    return one_rank(run, load_recipe(recipe_path(run)).task)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ import yaml
 from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError, redact
 from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, nearest, recipe_path, shipped
 from lora_kit.schema import Run
+from lora_kit.tasks.recipe import Main, Recipe, load_recipe
+from lora_kit.tasks.task import Task
 from lora_kit.train.interrupt import StopSignal, die_with_parent
-from lora_kit.trust import check_own, run_module
+from lora_kit.trust import run_module
 
 # The folder where a worker leaves its exit code and message for `start`: accelerate reports every
 # failure as 1, with a traceback of its own.
@@ -39,7 +41,6 @@ DEBUG_VARIABLE = "LORA_KIT_DEBUG"
 _WAIT_FOR_RANKS_S = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PID = ".pid"  # file name ending: rank -> process id, written there as well
-Main = Callable[..., dict[str, Any]]
 
 
 def train(path: str | Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
@@ -57,23 +58,38 @@ def train(path: str | Path, *overrides: str, resume: bool = False) -> dict[str, 
     Raises:
         LoraKitError: with one line that names cause, place and fix.
     """
-    run = _load_run(path, overrides)
+    run, recipe = read_run(path, overrides)
     prepare_process()
-    return load_recipe(recipe_path(run))(run, resume=resume)
+    return recipe.main(run, resume=resume)
 
 
-def _load_run(path: str | Path, overrides: Sequence[str]) -> Run:
-    """A run file whose `ship.target` will take what it trains, however the run is started."""
-    run = load_run(path, tuple(overrides))
+def read_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Run, Recipe]:
+    """A run file, checked with the keys of its recipe's task, and the recipe.
+
+    Raises:
+        UserError: the file or the recipe is not usable; or what `ship.target` names would reject
+            what the run trains.
+    """
+    found: list[Recipe] = []
+
+    def task_of(file: Path) -> Task:
+        found.append(load_recipe(file))
+        return found[0].task
+
+    run = load_run(path, tuple(overrides), task_of=task_of)
     if run.ship.target:
         from lora_kit.ship.targets import refuse_settings
 
         refuse_settings(run)
-    return run
+    return run, found[0]
 
 
 def recipe_main(main: Main) -> int:
     """`recipes/NAME.py RUN.yaml [key=value ...] [--resume]`, as accelerate starts it.
+
+    Args:
+        main: of the recipe that was started; the keys of the run file are those of the recipe that
+            the file names.
 
     Returns:
         The process's exit code.
@@ -89,7 +105,7 @@ def recipe_main(main: Main) -> int:
             if not arguments:
                 name = Path(sys.argv[0]).name
                 raise UserError(f"usage: {name} RUN.yaml [key=value ...] [--resume]")
-            run = _load_run(arguments[0], arguments[1:])
+            run, _ = read_run(arguments[0], arguments[1:])
             if not folder and _one_thread_of_many():
                 print(
                     "one thread computes, which accelerate takes where it is not told: add "
@@ -152,18 +168,19 @@ def start(
     accelerate: str | None = None,
     processes: int | None = None,
     resume: bool = False,
+    script: Path | None = None,
 ) -> None:
     """Check the run file, print the command, run it to its end.
 
     Args:
+        script: what is run in place of the recipe.
         accelerate: a config of accelerate_configs/ by name, or a path; None: what fits the devices.
         processes: how many, instead of the config's number.
 
     Raises:
         LoraKitError: what stopped the worker, with the worker's exit code.
     """
-    run = _load_run(path, overrides)
-    check_own(recipe_path(run))
+    run, _ = read_run(path, overrides)
     config = accelerate_config(accelerate)
     if not resume:
         check_free(run)
@@ -176,7 +193,12 @@ def start(
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores)
     options = ["--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
     options += ["--num_processes", str(processes)] if processes else []
-    options += [str(recipe_path(run)), str(path), *overrides, *(["--resume"] if resume else [])]
+    options += [
+        str(script or recipe_path(run)),
+        str(path),
+        *overrides,
+        *(["--resume"] if resume else []),
+    ]
     print(shlex.join(["accelerate", "launch", *options]), file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, OUTCOME_VARIABLE: folder, WORLD_SIZE_VARIABLE: str(asked)}
@@ -193,7 +215,7 @@ def start(
         raise Interrupted(received, f"stopped by {signal.Signals(received).name}")
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     raise CheckFailed(
-        f"the training process ended without a word ({how}); what it printed stands above. "
+        f"the training process exited without reporting an error ({how}); see its output above. "
         "If it was killed, memory may have run out: see train.per_device_train_batch_size"
     )
 
@@ -215,19 +237,6 @@ def accelerate_config(name: str | None) -> Path:
     raise UserError(
         f"--accelerate {name}: no such config{nearest(name, names)}; shipped: {', '.join(names)}"
     )
-
-
-def load_recipe(file: Path) -> Main:
-    """The `main` of a recipe's file. Raises UserError if it has none."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
-    if spec is None or spec.loader is None or not file.is_file():
-        raise UserError(f"recipe: {file}: no such file")
-    check_own(file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "main", None)):
-        raise UserError(f"recipe: {file}: defines no main(run, resume)")
-    return module.main
 
 
 def prepare_process() -> None:

@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,20 +21,22 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.benchmark import Timer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import lora_kit.train.trainer  # noqa: F401 - what a run imports, it holds
 from lora_kit.adapter.attach import attach
-from lora_kit.base.load import check_length, gpu_is_used, load_tokenizer
-from lora_kit.base.pin import pin
-from lora_kit.base.templates import set_template
-from lora_kit.data.prepare import Prepared, kind_of, prepare
+from lora_kit.base.load import check_length, gpu_is_used
+from lora_kit.base.pin import Pinned, pin
+from lora_kit.data.rows import Row
 from lora_kit.errors import LoraKitError, UserError
 from lora_kit.schema import Run
 from lora_kit.speed import memory as costs
 from lora_kit.speed.memory import Choice, Machine, Work
-from lora_kit.tasks.packing import Packed
+from lora_kit.tasks.encode import Prepared, rows_of
+from lora_kit.tasks.task import Batch, Processor, Task
 from lora_kit.train.checkpoint import checkpoint_bytes
+from lora_kit.train.guards import has_own_loss
+from lora_kit.train.strategies import choose
 
 _MIB = 2**20
 _PROBED_S, _PROBED_ROWS = 0.05, 1024  # of measuring each rate of the device
@@ -49,7 +51,7 @@ class Uncountable(UserError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """What a run needs of one process, and how it is run.
 
     Args:
@@ -113,7 +115,7 @@ class Plan:
         return "\n".join([*lines, self.why])
 
 
-def plan(run: Run) -> Plan:
+def plan(run: Run, task: Task) -> MemoryPlan:
     """The plan of a run file: of its base only the configuration and the tokenizer are fetched.
 
     Raises:
@@ -121,18 +123,16 @@ def plan(run: Run) -> Plan:
     """
     pinned = pin(run.base, weights=False)
     check_length(pinned, run.train.max_length)
-    tokenizer = load_tokenizer(pinned)
-    set_template(tokenizer, run.data.chat_template)
-    kind, length = kind_of(run.recipe), run.train.max_length
-    data = prepare(run.data, kind, tokenizer, length, run.seed, limits=False)
-    return plan_run(run, pinned.folder, data)
+    processor, data = rows_of(task, run, pinned, limits=False)
+    return plan_run(run, task, pinned, processor, data)
 
 
-def plan_run(run: Run, folder: str, data: Prepared, quick: bool = True) -> Plan:
+def plan_run(
+    run: Run, task: Task, pinned: Pinned, processor: Processor, data: Prepared, quick: bool = True
+) -> MemoryPlan:
     """The plan of a run, made before its base is loaded; all processes make the same one.
 
     Args:
-        folder: where the base's configuration lies.
         data: the lengths of its rows decide.
         quick: with the quick paths of `speed: auto`, where they know the base.
 
@@ -141,7 +141,7 @@ def plan_run(run: Run, folder: str, data: Prepared, quick: bool = True) -> Plan:
         Uncountable: nothing can be said of this base; it may train all the same.
     """
     try:
-        here = _Planning(run, folder, data, quick)
+        here = _Planning(run, task, pinned, processor, data, quick)
         here.machine = _machine(run, here.model)
         if (choice := here.choose()) is None:
             raise UserError(_what_would_fit(here))
@@ -149,22 +149,34 @@ def plan_run(run: Run, folder: str, data: Prepared, quick: bool = True) -> Plan:
     except LoraKitError:
         raise
     except Exception as error:  # whatever an architecture that was never tried raises
-        if run.speed == "auto" and quick:  # as training will: by the plain path
-            return plan_run(run, folder, data, quick=False)
+        if run.speed == "auto" and quick:  # as training will: by the standard path
+            return plan_run(run, task, pinned, processor, data, quick=False)
         reason = " ".join(str(error).split())[:200]
-        raise Uncountable(f"base.model: {folder}: cannot be planned for: {reason}") from error
+        raise Uncountable(
+            f"base.model: {pinned.folder}: cannot be planned for: {reason}"
+        ) from error
 
 
-def plan_training(run: Run, folder: str, data: Prepared, say: Callable[[str], None]) -> Plan | None:
-    """The plan that training follows, said in a line; None: as the run file has it.
+def plan_training(
+    run: Run,
+    task: Task,
+    pinned: Pinned,
+    processor: Processor,
+    data: Prepared,
+    say: Callable[[str], None],
+) -> MemoryPlan | None:
+    """The plan that training follows, reported in a line; None: as the run file has it.
 
     Raises:
         UserError: nothing fits.
     """
     if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
         return None  # the base is sharded
+    if not has_own_loss(task):
+        say("no plan, the batch is as written: the loss is the trainer's own")
+        return None
     try:
-        found = plan_run(run, folder, data)
+        found = plan_run(run, task, pinned, processor, data)
     except Uncountable as error:
         say(f"no plan, the batch is as written: {error}")
         return None
@@ -178,10 +190,20 @@ class _Planning:
 
     machine: Machine
 
-    def __init__(self, run: Run, folder: str, data: Prepared, quick: bool) -> None:
-        self.run, self.folder, self.data, self.quick = run, folder, data, quick
-        self.model, self.held, self.file, self.merged = _on_meta(run, folder)
-        self.flat = quick and run.speed == "auto" and costs.assume_fast(self.model)
+    def __init__(
+        self,
+        run: Run,
+        task: Task,
+        pinned: Pinned,
+        processor: Processor,
+        data: Prepared,
+        quick: bool,
+    ) -> None:
+        self.run, self.task, self.pinned = run, task, pinned
+        self.processor, self.data, self.quick = processor, data, quick
+        self.model, self.held, self.file, self.merged = _on_meta(run, task, pinned, data)
+        fast = quick and run.speed == "auto"
+        self.flat = bool(fast and costs.assume_fast(self.model, task.flat))
         self.masked = not (self.flat or costs.count_attention(self.model.get_base_model()))
         self.layers = costs.recompute(self.model, 0)
         self.forced = self.layers if run.train.gradient_checkpointing else 0
@@ -189,15 +211,22 @@ class _Planning:
         self.rows = self.own * run.train.gradient_accumulation_steps
         self.processes = PartialState(cpu=not gpu_is_used()).num_processes
         self.works: dict[tuple[int, int], Work] = {}
-        self.lengths = data.rows("train").lengths  # of documents
-        self.bins = data.train.bins if isinstance(data.train, Packed) else None
-        self.tokens = np.minimum(data.train.lengths, run.train.max_length)  # of rows
+        packed = data.train is not data.rows("train")
+        self.tokens = data.train.lengths if packed else task.tokens(data.train)
+        # What is trained on may be cut shorter than it is: `_what_would_fit` asks.
+        sides = max(1, round(float(self.tokens.max()) / run.train.max_length))
+        self.tokens = np.minimum(self.tokens, sides * run.train.max_length)
 
-    def documents(self, row: int) -> list[int]:
-        """The tokens of each document in a row."""
-        lengths = self.lengths[self.bins[row] if self.bins else [row]]
-        ends = np.minimum(np.cumsum(lengths), self.run.train.max_length)
-        return [int(tokens) for tokens in np.diff(ends, prepend=0) if tokens]
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """A micro-batch of rows on the meta device, cut to the longest that is allowed."""
+        length = self.run.train.max_length
+        short = [{name: _cut(value, length) for name, value in row.items()} for row in rows]
+        collate = self.task.collate(self.processor, self.flat)
+        assert collate is not None
+        return costs.on_meta(collate(short), self.masked)
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        return self.task.loss(model, batch, 1, self.run)
 
     def work(self, micro: int, recomputed: int) -> Work:
         """The largest pass of an epoch, its rows in a random order."""
@@ -208,8 +237,8 @@ class _Planning:
             passes = order[: len(order) // size * size].reshape(-1, size)
             tokens = self.tokens[passes]
             largest = passes[(tokens.sum(1) if self.flat else tokens.max(1)).argmax()]
-            batch = costs.rows_on_meta(list(map(self.documents, largest)), self.flat, self.masked)
-            self.works[micro, recomputed] = costs.count(self.model, batch)
+            batch = self.batch([self.data.train[int(n)] for n in largest])
+            self.works[micro, recomputed] = costs.count(self.model, batch, self.loss)
         return self.works[micro, recomputed]
 
     @cached_property
@@ -218,10 +247,10 @@ class _Planning:
         train = self.run.train
         if not train.eval_steps:
             return []
-        longest = np.sort(self.data.eval.lengths)[-train.per_device_eval_batch_size :]
-        rows = [[min(int(n), train.max_length)] for n in longest]
-        batch = costs.rows_on_meta(rows, self.flat, self.masked)
-        return [costs.count(self.model, batch, backward=False)]
+        order = np.argsort(self.task.tokens(self.data.eval), kind="stable")
+        longest = order[-train.per_device_eval_batch_size :]
+        batch = self.batch([self.data.eval[int(n)] for n in longest])
+        return [costs.count(self.model, batch, self.loss, backward=False)]
 
     def memory(self, micro: int, recomputed: int) -> dict[str, int]:
         """Bytes by cause when most are held."""
@@ -250,7 +279,7 @@ class _Planning:
         again = range(self.forced, self.layers + 1)
         return costs.choose(self.rows, self.own, again, self.fits, self.seconds)
 
-    def plan(self, choice: Choice) -> Plan:
+    def plan(self, choice: Choice) -> MemoryPlan:
         train, machine = self.run.train, self.machine
         work = self.work(choice.micro_batch, choice.recomputed)
         held = self.memory(choice.micro_batch, choice.recomputed)
@@ -266,7 +295,7 @@ class _Planning:
         step += values * _ADAM_BYTES / machine.bandwidth + tensors * _ADAM_CALLS * costs.CALL_S
         epoch = math.ceil(len(self.tokens) / (self.rows * self.processes))
         keep = train.save_total_limit + bool(train.eval_steps)
-        return Plan(
+        return MemoryPlan(
             memory={cause: size for cause, size in held.items() if size},
             room=machine.room,
             flops=int(work.flops * choice.accumulation * usual),
@@ -313,20 +342,28 @@ class _Planning:
         return what
 
 
-def _on_meta(run: Run, folder: str) -> tuple[Any, dict[str, int], int, int]:
+def _cut(value: Any, length: int) -> Any:
+    return value[:length] if isinstance(value, np.ndarray) else value
+
+
+def _on_meta(
+    run: Run, task: Task, pinned: Pinned, data: Prepared
+) -> tuple[Any, dict[str, int], int, int]:
     """The base and its adapter as shapes alone, in training mode; bytes by cause that do not depend
     on the batch; bytes of the base's file; and of the merged model's."""
     dtype = getattr(torch, run.base.dtype)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(
+        pinned.folder, local_files_only=True, trust_remote_code=False
+    )
     stored = config.dtype or dtype  # before it is set to what is computed in
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model, fresh = task.skeleton(pinned, data.facts, run)
     model.requires_grad_(False)
-    model.config.pad_token_id = None  # some look for padding, in what has no content
+    model.config.get_text_config().use_cache = False
     values = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     head, quantized = model.get_output_embeddings(), run.base.quantize != "none"
-    linear = [m for m in model.modules() if type(m) is torch.nn.Linear and m is not head]
+    new = {id(m) for name in fresh for m in model.get_submodule(name).modules()} | {id(head)}
+    linear = [m for m in model.modules() if type(m) is torch.nn.Linear and id(m) not in new]
     packed = [m.weight for m in linear] if quantized else []
     inside = sum(w.numel() for w in packed)
     held = {f"weights {run.base.dtype}": (values - inside) * dtype.itemsize}
@@ -340,7 +377,8 @@ def _on_meta(run: Run, folder: str) -> tuple[Any, dict[str, int], int, int]:
     # An adapter that is started from is read from its file, and torch warns that it goes nowhere.
     with torch.device("cpu" if run.adapter.start else "meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        model = attach(model, run.adapter, run.seed).train()
+        strategy = choose(run.train, run.adapter, model, fresh)
+        model = attach(model, strategy.adapter, fresh, run.seed).train()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     held |= {"adapter": 4 * sum(trained), "gradients": 4 * sum(trained)}
     # bitsandbytes keeps 32-bit state of small tensors.
@@ -367,7 +405,14 @@ def _what_would_fit(here: _Planning) -> str:
     tried = [four, *lengths, rank, *both, *(some | rank for some in [four, *both])]
     for change in filter(None, tried):
         parts = {name: getattr(run, name).model_copy(update=new) for name, new in change.items()}
-        other = _Planning(run.model_copy(update=parts), here.folder, here.data, here.quick)
+        other = _Planning(
+            run.model_copy(update=parts),
+            here.task,
+            here.pinned,
+            here.processor,
+            here.data,
+            here.quick,
+        )
         other.machine = here.machine
         values = [f"{name}.{key}={new[key]}" for name, new in change.items() for key in new]
         if other.fits(1, other.layers):

@@ -1,6 +1,6 @@
-"""What a run would learn from, for people to look at: in the terminal, and as one page.
+"""What a run would train on, for people to look at: in the terminal, and as one page.
 
-Nothing here decides anything: it shows what `prepare` found, before a model is loaded.
+Nothing here decides anything: it shows the rows that were prepared, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.prepare import USES, Prepared, packing_of
+from lora_kit.data.prepare import USES
 from lora_kit.errors import UserError, harmless
 from lora_kit.folders import write_whole
 from lora_kit.pages import render
 from lora_kit.schema import Run
-from lora_kit.tasks.batches import IGNORED
+from lora_kit.tasks.encode import Prepared
+from lora_kit.tasks.task import Processor, Shown, Task
 
 SAMPLES_OF_A_PAGE = 50  # of each split
 TOKENS_OF_A_PAGE = 800  # of each sample: 120,000 tokens are a page of about 5 MB
@@ -96,7 +97,7 @@ def _next(tokenizer: Any, ids: list[int], before: int, start: int) -> tuple[int,
 
 
 def samples(
-    prepared: Prepared, tokenizer: Any, use: str, count: int, most_tokens: int
+    task: Task, prepared: Prepared, processor: Processor, use: str, count: int, most_tokens: int
 ) -> list[Sample]:
     """Rows from the first to the last, evenly apart; of a long one its beginning and its end.
 
@@ -106,49 +107,67 @@ def samples(
     rows = prepared.rows(use)
     if rows is None or not len(rows):
         raise UserError(f"--split {use}: the run file names no data.{use}")
+    shower = (task.general if use == "general" else task) or task
     found = []
     for number in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int)).tolist():
-        row = rows[number]
-        ids = row["input_ids"].tolist()
-        # Nothing stands before the first token of a row: it is not predicted.
-        learned = [False, *(row["labels"][1:] != IGNORED).tolist()]
-        length, half = len(ids), most_tokens // 2
-        if length <= most_tokens:
-            shown = list(pieces(tokenizer, ids, learned, 0, length))
-        else:
-            shown = [
-                *pieces(tokenizer, ids, learned, 0, half),
-                Piece(f" … {length - 2 * half:,} tokens not shown … ", ()),
-                *pieces(tokenizer, ids, learned, length - half, length),
-            ]
-        place = " ".join(harmless(prepared.place(rows, number)).split())
-        found.append(Sample(use, number + 1, place, length, sum(learned), shown))
+        sequences = shower.show(rows[number], processor, prepared.facts)
+        shown: list[Piece] = []
+        for sequence in sequences:
+            if sequence.name:
+                shown.append(Piece(f"{chr(10) if shown else ''}{sequence.name}: ", ()))
+            shown += _shown(processor, sequence, most_tokens)
+        found.append(
+            Sample(
+                use,
+                number + 1,
+                " ".join(harmless(prepared.place(rows, number)).split()),
+                sum(len(sequence.ids) for sequence in sequences),
+                sum(map(sum, (sequence.trained for sequence in sequences))),
+                shown,
+            )
+        )
     return found
 
 
-def packing(run: Run, prepared: Prepared) -> dict[str, Any]:
+def _shown(processor: Processor, sequence: Shown, most_tokens: int) -> list[Piece]:
+    """The pieces of a sequence."""
+    if not sequence.ids:
+        return [Piece(harmless(sequence.text), ())]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids, trained = list(sequence.ids), list(sequence.trained) or [False] * len(sequence.ids)
+    length, half = len(ids), most_tokens // 2
+    if length <= most_tokens:
+        return list(pieces(tokenizer, ids, trained, 0, length))
+    return [
+        *pieces(tokenizer, ids, trained, 0, half),
+        Piece(f" … {length - 2 * half:,} tokens not shown … ", ()),
+        *pieces(tokenizer, ids, trained, length - half, length),
+    ]
+
+
+def packing(task: Task, run: Run, prepared: Prepared) -> dict[str, Any]:
     """How rows are made of documents, how many there are, and the share of them that is tokens;
     null where each is padded to the longest of its batch."""
-    rows = prepared.train
-    mode = packing_of(run.data, prepared.kind)
-    tokens = prepared.rows("train").tokens
+    rows, mode = prepared.train, task.packing(run)
+    tokens = int(task.tokens(prepared.rows("train")).sum())
     fill = None if mode == "none" else round(tokens / (len(rows) * run.train.max_length), 4)
     return {"mode": mode, "rows": len(rows), "fill": fill}
 
 
-def to_json(run: Run, prepared: Prepared, problems: list[str]) -> dict[str, Any]:
-    """The census, and what else `preview --json` says."""
+def to_json(task: Task, run: Run, prepared: Prepared, problems: list[str]) -> dict[str, Any]:
+    """The census, and what else `preview --json` prints."""
     return {
         "recipe": run.recipe,
-        "kind": prepared.kind,
+        "kind": prepared.facts.get("kind"),
+        "facts": prepared.facts,
         "max_length": run.train.max_length,
-        "packing": packing(run, prepared),
+        "packing": packing(task, run, prepared),
         "problems": problems,
         **prepared.census.to_json(),
     }
 
 
-def show(prepared: Prepared, tokenizer: Any, use: str, count: int) -> None:
+def show(task: Task, prepared: Prepared, processor: Processor, use: str, count: int) -> None:
     """Print the census, the lengths of rows, and samples: in colours on a terminal that has some,
     elsewhere what is learned from stands in ⟦ ⟧."""
     from rich.console import Console
@@ -156,7 +175,7 @@ def show(prepared: Prepared, tokenizer: Any, use: str, count: int) -> None:
 
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     coloured = console.color_system is not None and not console.no_color
-    found = samples(prepared, tokenizer, use, count, TOKENS_OF_A_TERMINAL)
+    found = samples(task, prepared, processor, use, count, TOKENS_OF_A_TERMINAL)
     for line in prepared.summary():
         console.print(harmless(line))
     console.print(f"\nlengths of {use} rows, in tokens:")
@@ -206,18 +225,25 @@ def check_page(file: Path) -> None:
 
 
 def write_page(
-    file: Path, run: Run, prepared: Prepared, tokenizer: Any, problems: list[str]
+    file: Path,
+    task: Task,
+    run: Run,
+    prepared: Prepared,
+    processor: Processor,
+    problems: list[str],
 ) -> None:
     """Write one self-contained page: it loads nothing, and all text from data is escaped."""
     check_page(file)
-    text = page(run, prepared, tokenizer, problems)
+    text = page(task, run, prepared, processor, problems)
     try:
         write_whole(file, text)
     except OSError as error:
         raise UserError(f"--html {file}: cannot be written ({error.strerror})") from None
 
 
-def page(run: Run, prepared: Prepared, tokenizer: Any, problems: list[str]) -> str:
+def page(
+    task: Task, run: Run, prepared: Prepared, processor: Processor, problems: list[str]
+) -> str:
     """The page of `write_page`."""
     census = prepared.census
     uses = [use for use in USES if getattr(census, use).samples]
@@ -226,15 +252,15 @@ def page(run: Run, prepared: Prepared, tokenizer: Any, problems: list[str]) -> s
         _TEMPLATE,
         run=run,
         prepared=prepared,
-        packing=packing(run, prepared),
+        packing=packing(task, run, prepared),
         template=run.data.chat_template
-        or ("the base's own" if tokenizer.chat_template else "none"),
+        or ("the base's own" if getattr(processor, "chat_template", None) else "none"),
         census=census,
         counts={use: getattr(census, use) for use in uses},
         problems=problems,
         notes=notes,
         samples={
-            use: samples(prepared, tokenizer, use, SAMPLES_OF_A_PAGE, TOKENS_OF_A_PAGE)
+            use: samples(task, prepared, processor, use, SAMPLES_OF_A_PAGE, TOKENS_OF_A_PAGE)
             for use in uses
         },
         most_tokens=TOKENS_OF_A_PAGE,

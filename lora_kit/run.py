@@ -154,8 +154,9 @@ def load_run(
 ) -> Run:
     """Read a run file, apply `key=value` overrides, and check everything.
 
-    Relative paths in `data:`, `base.model`, `adapter.start` and `recipe` are taken from the run
-    file's folder; the ones returned are absolute.
+    Relative paths in `data:`, `base.model`, `adapter.start` and `recipe` are relative to the run
+    file; the ones returned are absolute. A base or an adapter may be named relative to the working
+    folder as well.
 
     Args:
         needs_sources: whether the data and the recipe must be there; a finished run is loaded
@@ -176,17 +177,19 @@ def load_run(
         if "against" in data:
             values["data"] = {k: v for k, v in data.items() if k != "against"}
             values["data"].setdefault("decontaminate", data["against"])
-    values = _absolute(values, path.resolve().parent)
+    values, relative = _absolute(values, path.resolve().parent)
     task: Keys | None = None
     # Looked at before the schema, so that all mistakes come at once.
     if needs_sources:
         missing = _missing_recipe(values)
         problems += _missing_sources(values) + missing
-        if task_of is not None and not missing and isinstance(values.get("recipe"), str):
-            try:
-                task = task_of(recipe_file(values["recipe"]))
-            except UserError as error:
-                problems.append(str(error))
+    else:
+        missing = []
+    if task_of is not None and not missing and isinstance(values.get("recipe"), str):
+        try:
+            task = task_of(recipe_file(values["recipe"]))
+        except UserError as error:
+            problems.append(str(error))
     problems += _twice_decided(values)
     if task is not None:
         problems += _unread(values, task)
@@ -199,6 +202,7 @@ def load_run(
         raise RunFileError(str(path), problems + _describe(error, values, models)) from None
     if problems:
         raise RunFileError(str(path), problems)
+    run._relative = frozenset(relative)
     return run
 
 
@@ -240,6 +244,17 @@ def _run_class(settings: tuple[tuple[str, type[Section]], ...]) -> type[Run]:
     return create_model("Run", __base__=Run, **fields) if fields else Run
 
 
+def schema_of(task: Keys | None) -> dict[str, Any]:
+    """The JSON schema of a run file, with the keys of a task and without those it does not read."""
+    found = run_class(task).model_json_schema()
+    for key in task.unread if task else ():
+        section, name = key.split(".")
+        reference = found["properties"][section]
+        kind = (reference.get("$ref") or reference["allOf"][0]["$ref"]).rpartition("/")[2]
+        found["$defs"][kind]["properties"].pop(name)
+    return found
+
+
 def section_fields(task: Keys) -> dict[str, set[str]]:
     """{section: the keys that a task adds to it}"""
     return {
@@ -276,9 +291,18 @@ def _unread(values: dict[str, Any], task: Keys) -> list[str]:
 
 
 def write_run(run: Run, path: Path) -> None:
-    """Write the resolved run, defaults and all, so that the file alone repeats it."""
+    """Write the resolved run with all defaults, so that the file alone repeats it. Paths are
+    relative to the new file where the user wrote them relative, else absolute."""
     header = "# What ran, defaults included. Repeat it: lora-kit train THIS_FILE name=ANOTHER_NAME"
-    values = run.model_dump(mode="json")
+
+    def written(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: written(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [written(item) for item in value]
+        return run.written(value, path.parent) if isinstance(value, str) else value
+
+    values = written(run.model_dump(mode="json"))
     body = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     path.write_text(f"{header}\n{body}", encoding="utf-8")
 
@@ -378,38 +402,63 @@ def _override(values: dict[str, Any], item: str) -> str | None:
     return None
 
 
-def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Relative paths become absolute. A name that is no path (a Hub id, `nano:`) stays."""
+def _absolute(values: dict[str, Any], folder: Path) -> tuple[dict[str, Any], set[str]]:
+    """The values with absolute paths, and those of the paths that were relative.
 
-    def place(value: Any, only_if_there: bool) -> Any:
+    A name that is no path (a Hub id, `nano`, `nano:topics`, a metric) stays as it is.
+    """
+    relative: set[str] = set()
+
+    def place(value: Any, *others: Path, must_exist: bool = False) -> Any:
+        """`others`: further folders to look in. `must_exist`: what is not there is a name."""
         if isinstance(value, list):
-            return [place(item, only_if_there) for item in value]
+            return [place(item, *others, must_exist=must_exist) for item in value]
         if isinstance(value, dict) and "source" in value:
-            return {**value, "source": place(value["source"], only_if_there)}
+            return {**value, "source": place(value["source"])}
         if not isinstance(value, str) or not value or value.startswith("nano:") or value == "nano":
             return value
-        full = os.path.join(folder, os.path.expanduser(value))
-        if only_if_there or is_hub_id(value):
-            return str(Path(full)) if os.path.exists(full) else value
-        return str(Path(full))
+        expanded = os.path.expanduser(value)
+        candidates = [str(Path(above, expanded)) for above in (folder, *others)]
+        found = next(filter(os.path.exists, candidates), None)
+        if found is None:
+            # `./base` and `../base` can only be paths.
+            named = must_exist and value.split("/")[0] not in (os.curdir, os.pardir)
+            if named or is_hub_id(value):
+                return value
+            found = candidates[0]
+        normal = os.path.normpath(found)
+        if os.path.exists(found) and os.path.realpath(normal) != os.path.realpath(found):
+            return found  # `link/../x`, where the link leads elsewhere
+        if not os.path.isabs(expanded):
+            relative.add(normal)
+        return normal
 
     values = dict(values)
-    # A model or a run may be named from the working folder (runs/x) as well; data may not.
-    named = {"data": (*SOURCE_KEYS, "labels"), "base": ("model",), "adapter": ("start",)}
-    for section, key in ((section, key) for section, keys in named.items() for key in keys):
-        here = _section(values, section)
-        if key in here and (key != "labels" or isinstance(here[key], str)):  # a list: the names
-            values[section] = here | {key: place(here[key], section != "data")}
+    data, base, adapter = (dict(_section(values, name)) for name in ("data", "base", "adapter"))
+    for key in SOURCE_KEYS:
+        if key in data:
+            data[key] = place(data[key])
+    if isinstance(data.get("labels"), str):  # a list holds the names themselves
+        data["labels"] = place(data["labels"])
+    # A base or a run (runs/x) may be named from the working folder as well.
+    if "model" in base:
+        base["model"] = place(base["model"], Path.cwd(), must_exist=True)
+    if "start" in adapter:
+        adapter["start"] = place(adapter["start"], Path.cwd(), must_exist=True)
+    values |= {k: v for k, v in (("data", data), ("base", base), ("adapter", adapter)) if v}
+    prove = _section(values, "prove")
     for key in _PROGRAMS:
-        prove = _section(values, "prove")
         if isinstance(prove.get(key), list):
             # What looks like a path: `f1` is a metric even where a folder has this name.
-            words = [place(v, True) if set("/.") & set(str(v)) else v for v in prove[key]]
-            values["prove"] = {**prove, key: words}
+            words = [
+                place(v, must_exist=True) if set("/.") & set(str(v)) else v for v in prove[key]
+            ]
+            prove = {**prove, key: words}
+            values["prove"] = prove
     recipe = values.get("recipe")
     if isinstance(recipe, str) and recipe.endswith(".py"):
-        values["recipe"] = place(recipe, False)
-    return values
+        values["recipe"] = place(recipe)
+    return values, relative
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

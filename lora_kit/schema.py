@@ -8,10 +8,18 @@ classes derived from these sections.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+)
 
 EMBEDDED = ("nano:topics", "nano:docstrings", "nano:instructions")
 Path_ = Annotated[str, Field(min_length=1)]
@@ -327,6 +335,18 @@ class Run(Section):
         "used, and the batch and recomputation that fit the memory; plain: transformers' and "
         "PEFT's own way, with the batch as it stands here.",
     )
+    # Absolute paths of this run that its file names relative to itself. `run.load_run` fills it.
+    _relative: frozenset[str] = PrivateAttr(frozenset())
+
+    def written(self, path: str, folder: Path) -> str:
+        """A path as a file in `folder` names it: relative to the folder if the user's run file has
+        it relative, else unchanged. So a project that was moved as a whole still works.
+        """
+        if path not in self._relative:
+            return path
+        relative = os.path.relpath(path, folder.resolve())
+        # `folder/name` alone could be an id on the Hub.
+        return relative if relative.startswith(os.pardir) else os.path.join(os.curdir, relative)
 
     @property
     def directory(self) -> Path:

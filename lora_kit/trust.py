@@ -74,9 +74,8 @@ def metrics_checked() -> Iterator[list[UserError]]:
 
 def run_module(name: str) -> list[str]:
     """`python -m name`, without the working folder among what is imported from: it may be a model
-    folder that somebody wrote a torch.py into. (`-P` says the same from Python 3.11 on.)"""
-    code = "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
-    return [sys.executable, "-c", f"{code}runpy.run_module({name!r}, None, '__main__', True)"]
+    folder that somebody wrote a torch.py into."""
+    return [sys.executable, "-P", "-m", name]
 
 
 def no_kernels_from_the_hub() -> None:

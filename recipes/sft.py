@@ -1,13 +1,13 @@
-"""Supervised fine-tuning: a base model learns to answer from prompts and answers or conversations.
+"""Supervised fine-tuning: the model is trained to complete prompts and conversations.
 
     lora-kit train run.yaml train.max_steps=200
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py run.yaml
     python -c 'import lora_kit; lora_kit.train("run.yaml")'
 
-Only the assistant's words and the marker that ends them are learned from. The tokenizer's own chat
-template is used; a base without one learns prompt, answer and end-of-text as they are, or is given
-`data.chat_template`. A conversation over `train.max_length` tokens is cut after the last answer
-that fits, or left out; both are counted.
+Loss is computed on assistant turns and their end-of-turn token only. The tokenizer's own chat
+template is used; a base without one sees prompt, completion and end-of-text token as they are, or
+is given `data.chat_template`. A conversation over `train.max_length` tokens is cut after the last
+completion that fits, or dropped; both are counted.
 LoRA: Hu et al. 2021 (arXiv:2106.09685); QLoRA: Dettmers et al. 2023 (arXiv:2305.14314).
 """
 
@@ -16,59 +16,57 @@ from __future__ import annotations
 from typing import Any
 
 from lora_kit.launch import recipe_main
-from lora_kit.run import read_lock
 from lora_kit.schema import Run
+from lora_kit.tasks.causal import Conversations
+
+TASK = Conversations()
 
 
 def main(run: Run, resume: bool = False) -> dict[str, Any]:
     """Run the whole journey; returns what report.json holds."""
+    from lora_kit.train.journey import Journey
+    from lora_kit.train.strategies import choose
+
     from lora_kit.adapter.attach import attach, describe
-    from lora_kit.base.load import load_base, load_tokenizer
     from lora_kit.base.pin import pin
-    from lora_kit.base.templates import set_template
     from lora_kit.data.prepare import prepare
     from lora_kit.plan import plan_training
-    from lora_kit.prove.compare import HeldOut, check_prove
+    from lora_kit.prove.compare import check_prove
     from lora_kit.prove.finish import prove
-    from lora_kit.train.arguments import check_installed
-    from lora_kit.train.directory import run_directory
-    from lora_kit.train.interrupt import StopSignal
+    from lora_kit.tasks.encode import encode
     from lora_kit.train.save import save_run
     from lora_kit.train.trainer import fit, make_trainer
 
-    with StopSignal().listening() as stop:
-        # 1. The base's files, and what is learned from: read, checked, split, tokenized, labelled.
-        check_installed(run)
-        lock = read_lock(run.directory) if resume else None
-        pinned = pin(run.base, lock)
-        tokenizer = load_tokenizer(pinned)
-        set_template(tokenizer, run.data.chat_template)
-        data = prepare(run.data, "chat", tokenizer, run.train.max_length, run.seed, lock=lock)
-        judged = HeldOut.of(data)
-        check_prove(run.prove, judged, tokenizer, run.data.supervise)
+    with Journey(run, TASK, resume) as journey:
+        # 1. The base's files, and the data: read, checked, split, encoded.
+        pinned = pin(run.base, journey.lock)
+        processor = TASK.processor(pinned, run)
+        split = prepare(run.data, TASK, run.seed, journey.lock)
+        facts = TASK.facts(split.train, run)
+        data = encode(TASK, split, processor, facts, run)
+        check_prove(TASK, data, processor, run)
 
-        with run_directory(run, pinned, data, resume) as directory:
-            # 2. What was found, before anything large is loaded.
-            directory.say("\n".join(data.summary()))
-            directory.say(f"sample: {tokenizer.decode(data.train[0]['input_ids'][:48])!r}")
+        # 2. The run directory, a census of the rows and a sample.
+        journey.begin(pinned, data, processor)
 
-            # 3. What it will need, and the batch and recomputation that fit.
-            plan = plan_training(run, pinned.folder, data, directory.say)
+        # 3. What the run will need, and the batch and recomputation that fit.
+        plan = plan_training(run, TASK, pinned, processor, data, journey.say)
 
-            # 4. The base, frozen, in its type or quantized.
-            model = load_base(run.base, pinned)
+        # 4. The base, frozen, in its type or quantized.
+        model, fresh = TASK.model(pinned, facts, run)
 
-            # 5. The adapter, the only part that trains.
-            model = attach(model, run.adapter, run.seed)
-            directory.say(str(describe(model)))
+        # 5. The adapter: what trains.
+        strategy = choose(run.train, run.adapter, model, fresh)
+        model = attach(model, strategy.adapter, fresh, run.seed)
+        journey.say(str(describe(model)))
 
-            # 6. Train.
-            trainer = make_trainer(run, directory, stop, model, tokenizer, data, plan)
-            fit(trainer, resume)
+        # 6. Train.
+        trainer = make_trainer(journey, model, fresh, processor, data, strategy, plan)
+        fit(trainer, resume)
 
-            # 7. Save, then judge against the base.
-            save_run(trainer, tokenizer, pinned)
-            return prove(run, trainer, tokenizer, judged)
+        # 7. Save, then compare with the base.
+        save_run(trainer, processor, pinned)
+        return prove(trainer, data, processor, fresh)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || {
-  echo "error: $("$python" --version 2>&1): Python 3.10 to 3.13 is needed: PYTHON=python3.12 $0" >&2
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || {
+  echo "error: $("$python" --version 2>&1): Python 3.11 to 3.14 is needed: PYTHON=python3.12 $0" >&2
   exit 2
 }
 extras=${1:-}

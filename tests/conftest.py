@@ -1,21 +1,40 @@
-"""Tiny models and data that the tests make themselves; nothing is fetched."""
+"""Tiers of tests, and tiny models and data that the tests make themselves; nothing is fetched.
+
+A test is in the quick tier (`./scripts/test.sh`) unless it, or its module, is marked:
+
+- `slow`: only `./scripts/test.sh --all` runs it. Mark what takes more than about two seconds on a
+  quiet core: whole trainings, other than one journey for each kind of trainer, and processes that
+  import torch. Whole modules: `pytestmark = pytest.mark.slow`.
+- `gpu`: needs a GPU and is in no tier: `./scripts/test.sh -m gpu`.
+
+Where the variable CI is set nothing may be skipped: a skip is a failure.
+
+A test passes on a busy machine too: it waits for events (`processes.until`), measures no time, and
+a limit is only there for what would hang (`processes.LIMIT_S`). Tests that only look at a finished
+run share one that is trained once (the fixtures in `trained.py` and below).
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import hypothesis
 import pytest
 
 # Read by the libraries when they are imported, in this process and in those the tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# On models this small more threads only wait for each other: 30 times slower on a busy machine.
+# On models this small more threads only wait for each other, and spin while they do.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+# No deadlines and no health check of speed: the same examples however busy the machine is.
+hypothesis.settings.load_profile("ci")
 
 WORDS = [
     "the",
@@ -125,6 +144,27 @@ def make_base(folder: Path, chat_template: str | None = CHATML, **config: Any) -
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
     return folder
+
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+def _not_skipped(report: Report) -> Report:
+    """The report itself; where CI is set, that of a failure if it tells of a skip."""
+    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which is a failure where CI is set: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _not_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _not_skipped((yield))
 
 
 @pytest.fixture(scope="session")

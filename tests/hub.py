@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+from processes import run
 
 SHA = "c0ffee" + "0" * 34
 OLDER = "b0a7" + "1" * 36
@@ -162,13 +163,6 @@ def settings(endpoint: str, home: Path, **environment: str) -> dict[str, str]:
 
 def client(code: str, endpoint: str, home: Path, **environment: str) -> list[Any]:
     """Run code in a process that sees this Hub alone; returns the JSON lines it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=settings(endpoint, home, **environment),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run([sys.executable, "-c", code], env=settings(endpoint, home, **environment))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

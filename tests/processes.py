@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from lora_kit.hashes import file_hash
+
+# For what would hang. Never so short that a busy machine reaches it, and never what a test asserts.
+LIMIT_S = 600.0
 
 LORA_KIT = [sys.executable, "-c", "from lora_kit.cli import main; main()"]
 
@@ -25,24 +29,29 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Wait for it; returns exit code and stderr."""
     try:
-        _, errors = process.communicate(timeout=seconds)
+        _, errors = process.communicate(timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
     return process.returncode, errors
 
 
-def lora_kit(*arguments: str | Path, seconds: float = 60) -> tuple[int, str]:
+def lora_kit(*arguments: str | Path) -> tuple[int, str]:
     """`lora-kit ...` to its end; returns exit code and stderr."""
-    return finish(start([*LORA_KIT, *map(str, arguments)]), seconds)
+    return finish(start([*LORA_KIT, *map(str, arguments)]))
 
 
-def until(what: Callable[[], bool], seconds: float) -> bool:
+def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run`, both outputs kept as text."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, **options)
+
+
+def until(what: Callable[[], bool]) -> bool:
     """Wait until it is so; returns whether it came to be."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + LIMIT_S
     while time.monotonic() < end:
         if what():
             return True
@@ -68,5 +77,7 @@ def send_when(
     process: subprocess.Popen[str], ready: Callable[[], bool], number: signal.Signals
 ) -> None:
     """Signal the process alone, as soon as `ready`."""
-    assert until(ready, 60), "it did not get that far"
+    assert until(lambda: ready() or process.poll() is not None) and process.poll() is None, (
+        "it did not get that far"
+    )
     process.send_signal(number)

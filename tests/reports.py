@@ -1,4 +1,4 @@
-"""Reports made by hand, as large runs leave them, and the files that lie beside them."""
+"""Reports made by hand, as large runs of each kind leave them, and the other files of a run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_kit.prove.report import write_report
+from lora_kit.prove.scores import NO_LANGUAGE_MODEL, classes
 from lora_kit.schema import Run
+from lora_kit.tasks.task import Score
 
 KINDS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -22,6 +26,16 @@ def measured(base: float, adapted: float, low: float, high: float) -> dict[str, 
     nats = {"base": base, "adapted": adapted, "difference": adapted - base, "ci95": [low, high]}
     bits = {k: [x * 0.4 for x in v] if isinstance(v, list) else v * 0.4 for k, v in nats.items()}
     return {"documents": 140, "loss": nats, "bits_per_byte": bits}
+
+
+def scored(
+    base: float, adapted: float, low: float, high: float, better: str = "higher"
+) -> dict[str, Any]:
+    """A score as `compared` returns it; `low` and `high` as differences."""
+    return {
+        **{"base": base, "adapted": adapted, "difference": round(adapted - base, 4)},
+        **{"ci95": [low, high], "better": better, "changed": 90},
+    }
 
 
 def minimal(word: str = "better") -> dict[str, Any]:
@@ -55,7 +69,8 @@ def layers(count: int, r: int = 16) -> list[dict[str, Any]]:
 
 
 def full() -> dict[str, Any]:
-    """A run that learned its domain and forgot; with all that a report can have."""
+    """A language model that learned its domain and forgot, in the form of commit 278a73b; with all
+    that a report could have."""
     answer = "Use `copy.deepcopy(x)`: it copies the list and everything in it, also what is nested."
     sample = {
         "prompt": "How do I copy a nested list in Python without sharing the inner lists?",
@@ -151,6 +166,96 @@ def worse() -> dict[str, Any]:
         "verdict": {"domain": "worse", "few_shot": "worse"},
         "few_shot": measured(2.2, 2.9, 0.6, 0.8) | {"shots": 3, "tokens": 90},
         "samples": [],
+    }
+
+
+def language_model() -> dict[str, Any]:
+    """`full` as it is written now: a rival, contenders, and the direction of each score."""
+    report = full()
+    for part, rival in (("domain", "base"), ("general", "base"), ("few_shot", "few_shot")):
+        for name in ("loss", "bits_per_byte"):
+            report[part][name] |= {"better": "lower", "changed": 140}
+        report[part]["rival"] = rival
+    report["contenders"] = {
+        name: {"loss": loss, "bits_per_byte": loss * 0.4}
+        for name, loss in (("adapted", 2.951), ("base", 3.442), ("few_shot", 3.102))
+    }
+    return report
+
+
+def confusion(count: int) -> tuple[list[str], np.ndarray]:
+    """Names and a confusion matrix of `count` classes, 10 rows each; classes 1 and 2 are mixed up,
+    the last one never occurs."""
+    chooser = random.Random(0)
+    found = np.zeros((count, count), dtype=int)
+    for true in range(count - 1):
+        for _ in range(10):
+            wrong = chooser.random() < 0.2
+            found[true, chooser.randrange(count - 1) if wrong else true] += 1
+    found[0, :2] = [3, 7]
+    found[0, 2:] = 0
+    return [f"card_payment_wrong_exchange_rate_{n}" for n in range(count)], found
+
+
+def classifier(count: int = 77, word: str = "no different") -> dict[str, Any]:
+    """A classifier that is no better than a linear probe on frozen features."""
+    labels, matrix = confusion(count)
+    about = {"labels": labels, "confusion": matrix}
+    domain = {
+        **{"documents": int(matrix.sum()), "rival": "linear_probe"},
+        "accuracy": scored(0.801, 0.804, -0.021, 0.027),
+        "macro_f1": scored(0.793, 0.799, -0.019, 0.03),
+    }
+    return minimal() | {
+        "verdict": {"domain": word},
+        "domain": domain,
+        "contenders": {
+            "adapted": {"accuracy": 0.804, "macro_f1": 0.799},
+            "linear_probe": {"accuracy": 0.801, "macro_f1": 0.793},
+            "zero_shot": {"accuracy": 0.591, "macro_f1": 0.571},
+            "majority": {"accuracy": 0.013, "macro_f1": 0.0003},
+        },
+        "classes": classes([Score("accuracy", np.ones((1, 2)), about=about)]),
+        "samples": [],
+        "not_measured": [NO_LANGUAGE_MODEL],
+        "overfitting": {
+            "train_accuracy": {"base": 0.93, "adapted": 0.98},
+            **{"gap": 0.047, "best_step": None, "stopped_early": False},
+        },
+    }
+
+
+def preferences() -> dict[str, Any]:
+    """Pairs learned perfectly at the cost of all else: no better model."""
+    return minimal() | {
+        "verdict": {"domain": "no different", "general": "forgot"},
+        "domain": {
+            **{"documents": 120, "rival": "base"},
+            "accuracy": scored(0.5, 1.0, 0.5, 0.5),
+            "margin": scored(0.0, 14.31, 13.6, 15.1),
+            "objection": "general text got worse (3.142 to 16.700 nats per token) and completions "
+            "became 22 times shorter",
+        },
+        "general": {
+            **{"documents": 60, "rival": "base"},
+            "loss": scored(3.142, 16.7, 12.1, 15.0, "lower"),
+            "bits_per_byte": scored(1.31, 6.96, 5.0, 6.25, "lower"),
+        },
+        "generation": {
+            "length": scored(22.6, 1.0, -23.5, -19.8),
+            "unfinished": scored(0.08, 0.0, -0.13, -0.03, "lower"),
+            "kl": scored(0.0, 64.2, 58.0, 70.1, "lower"),
+        },
+        "contenders": {
+            "adapted": {"accuracy": 1.0, "margin": 14.31},
+            "base": {"accuracy": 0.5, "margin": 0.0},
+        },
+        "samples": [],
+        "not_measured": [],
+        "overfitting": {
+            "train_accuracy": {"base": 0.5, "adapted": 1.0},
+            **{"gap": 0.0, "best_step": None, "stopped_early": False},
+        },
     }
 
 

@@ -87,7 +87,7 @@ def test_a_quantized_base_is_what_was_asked_for_and_trains_after_measuring(
     assert 0 < change < 0.5 * size
 
     # Evaluating in between changes no gradient: bitsandbytes' CPU kernel for evaluation has none.
-    adapted = attach(load_base(run, pin(run)), Adapter(r=4, lora_alpha=8), seed=0)
+    adapted = attach(load_base(run, pin(run)), Adapter(r=4, lora_alpha=8), fresh=(), seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

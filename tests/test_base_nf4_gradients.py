@@ -24,7 +24,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_evaluation_leaves_gradients_as_they_were(base: Path) -> None:
     run_base = Base(model=str(base), dtype="bfloat16", quantize="nf4")
-    model = attach(load_base(run_base, pin(run_base)), Adapter(r=4), seed=0)
+    model = attach(load_base(run_base, pin(run_base)), Adapter(r=4), fresh=(), seed=0)
     before = gradients(model)
     assert sum(float(g.abs().sum()) > 0 for n, g in before.items() if "lora_B" in n) == 14
     model.eval()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, make_tokenizer
-from processes import until
+from processes import LIMIT_S, run, until
 
 from lora_kit import cache
 from lora_kit.errors import UserError
@@ -172,9 +172,7 @@ def script(code: str) -> list[str]:
 
 def run_script(code: str, root: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LORA_KIT_CACHE": str(root)}
-    return subprocess.run(
-        script(code), capture_output=True, text=True, check=True, timeout=60, env=environment
-    )
+    return run(script(code), check=True, env=environment)
 
 
 WAITING = """
@@ -199,27 +197,26 @@ def log() -> list[str]:
 
 def test_two_processes_prepare_once(work: Path) -> None:
     first = start("first")
-    assert until(lambda: len(log()) == 1, 30)
+    assert until(lambda: len(log()) == 1)
     second = start("second")
-    assert until(
-        lambda: "another process prepares it: waiting" in Path("second.err").read_text(), 30
-    )
+    said = "another process prepares it: waiting"
+    assert until(lambda: said in Path("second.err").read_text())
     Path("go").touch()
-    assert first.wait(30) == second.wait(30) == 0
+    assert first.wait(LIMIT_S) == second.wait(LIMIT_S) == 0
     assert log() == [f"built by {first.pid}"]
     assert Path("first.out").read_text() == Path("second.out").read_text() == "rows\n"
 
 
 def test_where_one_process_is_killed_the_other_prepares(work: Path) -> None:
     first = start("first")
-    assert until(lambda: len(log()) == 1, 30)
+    assert until(lambda: len(log()) == 1)
     second = start("second")
-    assert until(lambda: "waiting" in Path("second.err").read_text(), 30)
+    assert until(lambda: "waiting" in Path("second.err").read_text())
     first.kill()
-    first.wait(30)
-    assert until(lambda: len(log()) == 2, 30)
+    first.wait(LIMIT_S)
+    assert until(lambda: len(log()) == 2)
     Path("go").touch()
-    assert second.wait(30) == 0 and Path("second.out").read_text() == "rows\n"
+    assert second.wait(LIMIT_S) == 0 and Path("second.out").read_text() == "rows\n"
     assert names(work / "cache") == ["key", "key.lock"]
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import WORDS, make_tokenizer
-
 from lora_kit.data.encode import Encoder, Settings
+from lora_kit.tasks.arrange import write_judged, write_train
+
 from lora_kit.data.formats import Columns
 from lora_kit.data.readers import Batch, text_batches
 from lora_kit.data.table import Table

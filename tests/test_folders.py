@@ -19,7 +19,7 @@ from lora_kit.folders import new_folder
 with new_folder(Path(sys.argv[1]), 0) as partial:
     (partial / "half").write_text("x")
     print("written", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,9 @@ def test_printed_command_is_the_one_that_runs(
     printed = shlex.split(capsys.readouterr().err.splitlines()[0])
     command, environment = ran[0]
     assert printed[:2] == ["accelerate", "launch"]
-    assert command[:3] == run_module("accelerate.commands.launch")
-    assert printed[2:] == command[3:]
+    start = run_module("accelerate.commands.launch")
+    assert command[: len(start)] == start
+    assert printed[2:] == command[len(start) :]
     assert printed[-3:] == [
         str(shipped("recipes") / "cpt.py"),
         str(file),
@@ -134,7 +134,7 @@ def test_signal_saves_and_leaves_no_process(
     file = long_run(run_file)
     process = processes.start([*processes.LORA_KIT, "train", str(file), "--accelerate", config])
     send_when(process, lambda: len(steps()) >= 3, number)
-    code, said = processes.finish(process, 20)
+    code, said = processes.finish(process)
     assert code == expected, said
     assert "Traceback" not in said, said
     assert said.splitlines()[-1].startswith("error: stopped after step")
@@ -157,7 +157,7 @@ def test_signal_before_training_leaves_nothing(run_file: Any, work: Path) -> Non
     file = long_run(run_file)
     process = processes.start([*processes.LORA_KIT, "train", str(file), "--accelerate", "cpu"])
     send_when(process, lambda: len(left_over(str(work))) >= 3, signal.SIGINT)
-    code, said = processes.finish(process, 20)
+    code, said = processes.finish(process)
     assert code == 130, said
     assert "Traceback" not in said, said
     assert not left_over(str(work))
@@ -170,13 +170,13 @@ def test_killed_launcher_takes_its_workers_along(run_file: Any, work: Path, conf
     process = processes.start([*processes.LORA_KIT, "train", str(file), "--accelerate", config])
     send_when(process, lambda: len(steps()) >= 2, signal.SIGKILL)
     process.wait()
-    assert until(lambda: not left_over(str(work)), 10), left_over(str(work))
+    assert until(lambda: not left_over(str(work))), left_over(str(work))
     assert (next(Path("runs/test/checkpoints").iterdir()) / "seal.json").is_file()
 
 
 def test_mistake_comes_through_as_one_line(run_file: Any, work: Path) -> None:
     file = run_file("cpt", **{"adapter.target_modules": ["q_prj"]})
-    code, said = lora_kit("train", file, "--accelerate", "cpu_2proc", seconds=30)
+    code, said = lora_kit("train", file, "--accelerate", "cpu_2proc")
     assert code == 2, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -190,7 +190,7 @@ def test_mistake_of_one_rank_ends_the_others(run_file: Any, work: Path) -> None:
     """The first rank alone makes the run directory: the other one must not wait for it."""
     file = run_file()
     (work / "runs").write_text("a file where the folder should be")
-    code, said = lora_kit("train", file, "--accelerate", "cpu_2proc", seconds=30)
+    code, said = lora_kit("train", file, "--accelerate", "cpu_2proc")
     assert code == 2, said
     assert "error: runs/test: cannot be made" in said
     assert not left_over(str(work))
@@ -202,7 +202,7 @@ def test_ended_process_that_nobody_reaps_is_not_awaited() -> None:
     assert launch._alive(child.pid, [])
     assert launch._alive(-1, [child.pid])
     os.kill(child.pid, signal.SIGKILL)
-    assert until(lambda: not launch._alive(child.pid, [child.pid]), 5)
+    assert until(lambda: not launch._alive(child.pid, [child.pid]))
     os.kill(child.pid, 0)  # it is still there, as a zombie
     child.communicate()
 
@@ -211,17 +211,15 @@ def test_second_signal_kills(run_file: Any, work: Path) -> None:
     (work / "deaf.py").write_text(
         "import signal, sys, time\nfrom lora_kit.launch import recipe_main\n\n"
         "def main(run, resume=False):\n"
-        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "    open('ready', 'w').close()\n    time.sleep(60)\n\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: open('heard', 'w').close())\n"
+        "    open('ready', 'w').close()\n    time.sleep(3600)\n\n"
         'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n'
     )
     command = [*processes.LORA_KIT, "train", str(run_file()), "recipe=deaf.py"]
     process = processes.start(command)
     send_when(process, Path("ready").exists, signal.SIGTERM)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    code, said = processes.finish(process, 10)
+    send_when(process, Path("heard").exists, signal.SIGTERM)
+    code, said = processes.finish(process)
     assert code == 143, said
     assert not left_over(str(work))
 

@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,9 +47,7 @@ def test_importing_nano_loads_no_library_and_reads_no_text():
         "assert nano.docstrings() and nano.topics()\n"
         "assert not {'torch', 'antigravity', 'this', 'idlelib'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = processes.run([sys.executable, "-c", code], cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from conftest import CHATML, make_tokenizer, sentences
 from hypothesis import given, settings
@@ -269,6 +269,6 @@ finally:
     print([m for m in names if m in sys.modules])
 """
     command = [sys.executable, "-c", code, "preview", str(run_file("cpt")), "--samples", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = processes.run(command)
     lines = done.stdout.splitlines()
     assert (lines[0], lines[-1], done.returncode) == ("[]", "[]", 0), done.stderr

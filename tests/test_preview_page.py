@@ -268,16 +268,3 @@ def test_the_page_fits_a_narrow_screen_in_both_schemes(opened: Browser, scheme: 
     assert (ink, ground > [127] * 3) == ((dark, True) if scheme == "light" else (light, False))
     underlined = "getComputedStyle(document.querySelector('pre b')).textDecorationLine"
     assert opened.value(underlined) == "underline"
-
-
-def test_a_missing_browser_fails_where_one_is_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for needed, outcome in ((None, pytest.skip.Exception), ("1", pytest.fail.Exception)):
-        if needed:
-            monkeypatch.setenv("LORA_KIT_NEEDS_BROWSER", needed)
-        else:
-            monkeypatch.delenv("LORA_KIT_NEEDS_BROWSER", raising=False)
-        with pytest.raises(outcome), browser(tmp_path):
-            pass

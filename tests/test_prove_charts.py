@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from reports import layers, metrics
+from reports import classifier, layers, metrics
 
-from lora_kit.prove.charts import Scale, curves, forest, heat
+from lora_kit.prove.charts import Scale, confused, curves, forest, heat
 
 
 def test_a_scale_has_round_ticks_inside() -> None:
@@ -78,3 +78,23 @@ def test_modules_are_laid_out_by_layer_and_kind() -> None:
         }
     ]
     assert heat([])["rows"] == []
+
+
+def test_mistakes_are_counted_from_the_confusion_matrix() -> None:
+    figures = {"precision": 0.0, "recall": 0.0, "support": 0}
+    made = {
+        "labels": ["a", "b", "c", "d"],
+        "confusion": [[5, 3, 0, 0], [1, 4, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0]],
+        "per_class": {name: {**figures, "f1": n / 10} for n, name in enumerate("abcd")},
+    }
+    found = confused(made)
+    assert found["pairs"] == [("a", "b", 3, 8), ("c", "b", 2, 2)]
+    assert found["mistakes"] == 6
+    assert found["matrix"][0] == ("a", [(5, 0.625), (3, 0.375), (0, 0), (0, 0)])
+    assert [cell for _, cell in found["matrix"][3][1]] == [0, 0, 0, 0]
+    # `d` is no class of the held-out rows: neither true nor predicted.
+    assert [label for label, _ in found["lowest"]] == ["a", "b", "c"]
+    assert [label for label, _ in found["every"]] == list("abcd")
+    many = confused(classifier(77)["classes"])
+    assert many["matrix"] is None and len(many["every"]) == 77
+    assert many["pairs"][0][2:] == (7, 10)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from reports import classifier, preferences, scored
+
 from lora_kit.prove.gate import held
 from lora_kit.schema import Gate
 
@@ -32,7 +34,7 @@ def report(**verdicts: str) -> dict[str, Any]:
         ({}, {"general": "forgot"}, ["general: forgot (asked for: kept)"]),
         ({"general": None}, {"general": "forgot"}, []),
         ({"few_shot": "better"}, {"few_shot": "worse"}, ["few_shot: worse (asked for: better)"]),
-        ({"few_shot": "better"}, {}, ["few_shot: not known: prove.shots"]),
+        ({"few_shot": "better"}, {}, ["few_shot: not measured: prove.shots"]),
         ({"loss": 2.5, "metrics": {"f1": 0.5}}, {}, []),
         ({"loss": 2.4}, {}, ["loss: 2.5 nats per token (asked for: 2.4 at most)"]),
         ({"metrics": {"f1": 0.6}}, {}, ["f1: 0.5 (asked for: 0.6 at least)"]),
@@ -51,6 +53,29 @@ def test_what_was_not_measured_does_not_hold() -> None:
     del unknown["verdict"]["general"]
     unknown["metrics"] = None
     assert held(unknown, Gate())["failed"] == [
-        "general: not known: name data.general (asked for: kept)"
+        "general: not measured: set data.general to text that must not be forgotten "
+        "(asked for: kept)"
     ]
     assert not held(unknown, Gate(general=None, metrics={"f1": 0.1}))["passed"]
+
+
+def test_any_score_of_the_domain_can_be_asked_for() -> None:
+    found = classifier()
+    held_to = {"accuracy": 0.8, "macro_f1": 0.81}
+    gate = Gate(domain="no different", metrics=held_to)
+    assert held(found, gate)["failed"] == ["macro_f1: 0.799 (asked for: 0.81 at least)"]
+    found["domain"]["wer"] = scored(0.4, 0.3, -0.15, -0.05, "lower")
+    assert held(found, Gate(domain=None, metrics={"wer": 0.3}))["passed"]
+    failed = held(found, Gate(domain=None, metrics={"wer": 0.2}))["failed"]
+    assert failed == ["wer: 0.3 (asked for: 0.2 at most)"]
+    # A loss in nats per token is for language models.
+    failed = held(found, Gate(domain=None, loss=2.0))["failed"]
+    assert failed == ["loss: not measured (asked for: 2 at most)"]
+    assert held(preferences(), Gate(domain=None, general=None, metrics={"margin": 1}))["passed"]
+
+
+def test_general_text_is_not_asked_of_a_model_without_a_language_model_head() -> None:
+    assert held(classifier(), Gate(domain="no different"))["passed"]
+    assert held(classifier(), Gate())["failed"] == ["domain: no different (asked for: better)"]
+    unknown = classifier() | {"not_measured": []}
+    assert not held(unknown, Gate(domain=None))["passed"]

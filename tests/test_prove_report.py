@@ -1,4 +1,4 @@
-"""One page and one object that say what a run came to, whatever the data say."""
+"""One page and one object with what a run came to, for every task and whatever the data hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 from conftest import RunMaker, sentences
-from reports import full, measured, metrics, minimal, put_run, worse
+from reports import (
+    classifier,
+    full,
+    language_model,
+    measured,
+    metrics,
+    minimal,
+    preferences,
+    put_run,
+    worse,
+)
 from trained import finish
 
 from lora_kit.prove.report import findings, in_lines, in_words, write_report
@@ -44,6 +54,8 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
             assert self.open and self.open.pop() == tag, (tag, self.open)
+        if tag in ("td", "th"):
+            self.words.append(" ")
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
@@ -63,10 +75,10 @@ def page_of(folder: Path, report: dict[str, Any], rows: Any = None) -> Page:
 
 def test_the_verdict_comes_first_and_nothing_bad_is_left_out(tmp_path: Path) -> None:
     page = page_of(tmp_path, full(), metrics())
-    headline = page.text.index("python-docs: better than its base on text it never saw")
+    headline = page.text.index("python-docs: better than its base on held-out data")
     but = page.text.index(
         "But it forgets general text, the gate failed, a check of the training failed and "
-        "hellaswag/acc_norm and wikitext/bits_per_byte got worse."
+        "it is worse on hellaswag/acc_norm and wikitext/bits_per_byte."
     )
     first = page.text.index("Base against adapted")
     for words in (
@@ -74,7 +86,7 @@ def test_the_verdict_comes_first_and_nothing_bad_is_left_out(tmp_path: Path) -> 
         "general text got worse: the adapter forgets",
         "better than the base with examples in its prompt",
         "0.114 → 0.471 (+0.357, 95% +0.271 to +0.443)",
-        "not judged: it is no mean over rows, so it has no interval",
+        "not evaluated: it is no mean over rows, so it has no interval",
         "general: forgot, asked for kept",
         "3 of 224 adapters did not move",
         "Likely cause: a kernel of the attention",
@@ -84,7 +96,7 @@ def test_the_verdict_comes_first_and_nothing_bad_is_left_out(tmp_path: Path) -> 
     for words in (
         "14.3% better (12.5 to 16.3)",
         "1.1 points better (2.0 worse to 4.3 better)",
-        "a gap of 0.148 nats, so 23% of what it gained does not carry over",
+        "a gap of 0.148, so 23% of the gain does not carry over",
         "best, step 200",
         "stopped early, step 300",
         "Where the adapter lost most",
@@ -104,16 +116,16 @@ def test_a_report_without_the_newer_parts_has_a_page(tmp_path: Path, word: str) 
     page = page_of(tmp_path, report)
     assert in_words(word) in page.text and "polyline" not in page.tags
     assert "There is no curve to draw" in page.text
-    assert "so what the base forgot was not measured. data.general: FILE measures it" in page.text
+    assert "Not measured: set data.general to text that must not be forgotten" in page.text
     assert "no training that came to its end was checked" in page.text
     assert "The adapter by layer" not in page.text
-    # And without the files that lie beside it.
+    # And without the other files of the run.
     run = put_run(tmp_path, report)[1]
     for name in ("run.lock.json", "census.json"):
         (tmp_path / name).unlink()
     write_report(tmp_path, run, {name: report[name] for name in ("verdict", "domain")})
     page = Page(tmp_path / "report.html")
-    assert in_words(word) in page.text and "No samples were generated" in page.text
+    assert in_words(word) in page.text and "There are no samples" in page.text
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -128,7 +140,7 @@ def test_lines_say_what_the_page_says() -> None:
     lines = in_lines(full())
     assert lines[0] == (
         "domain: 3.442 -> 2.951 nats per token (-14.3%, 95% -16.3% to -12.5%): "
-        "better than the base on text it never saw"
+        "better than the base on held-out data"
     )
     assert [line.split(":")[0] for line in lines] == [
         *("domain", "general", "few_shot", "exact_match", "rouge_l"),
@@ -137,7 +149,7 @@ def test_lines_say_what_the_page_says() -> None:
     ]
     assert lines[-2] == "gate: failed; general: forgot, asked for kept"
     assert "did not move" in lines[-1] and "attn_implementation" in lines[-1]
-    assert in_lines(minimal())[1].startswith("general: not known: data.general names no text")
+    assert in_lines(minimal())[1].startswith("general: not measured: set data.general to text")
     assert in_lines(worse())[2].endswith("worse than the base with examples in its prompt")
 
 
@@ -160,16 +172,111 @@ def test_answers_that_do_not_use_their_prompts_are_told_from_nothing_gained() ->
     assert findings(report)[0].sentence == in_words("no different")
 
 
-def test_a_task_of_the_harness_is_judged_by_its_direction_and_rows() -> None:
+def test_a_task_of_the_harness_is_evaluated_by_its_direction_and_rows() -> None:
     task = {"rows": 60, "base": 0.5, "adapted": 0.6, "difference": 0.1, "ci95": [0.05, 0.2]}
     for change, word in (
         ({}, "better"),
         ({"higher_is_better": False}, "worse"),
         ({"ci95": [-0.1, 0.2]}, "no different"),
         ({"rows": 19}, "too little data"),
-        ({"ci95": None}, "not judged"),
+        ({"ci95": None}, "not evaluated"),
     ):
         assert findings(minimal() | {"harness": {"a/b": task | change}})[2].word == word
+
+
+def test_the_present_form_reads_like_the_old_one() -> None:
+    assert in_lines(language_model()) == in_lines(full())
+
+
+def test_a_rival_that_does_as_well_is_named(tmp_path: Path) -> None:
+    lines = in_lines(classifier())
+    assert lines[:3] == [
+        "domain: accuracy 0.801 -> 0.804 (+0.003, 95% -0.021 to +0.027): "
+        "a linear probe on frozen features does as well: the adapter bought nothing",
+        "macro_f1: 0.793 -> 0.799 (+0.006, 95% -0.019 to +0.030): "
+        "no different from a linear probe on frozen features",
+        "general: not measured: this model has no language-model head",
+    ]
+    assert [line.split(":")[0] for line in lines] == ["domain", "macro_f1", "general", "audit"]
+    page = page_of(tmp_path, classifier())
+    for words in (
+        "python-docs: no different from a linear probe on frozen features",
+        "A linear probe on frozen features against adapted",
+        "linear_probe (the rival) 0.801 0.793",
+        "majority 0.013 0.000",
+        "the best contender without an adapter, chosen on training rows",
+        "Not measured: this model has no language-model head",
+        "760 held-out rows",
+        "on training rows the accuracy rose by 0.050 (0.930 to 0.980)",
+    ):
+        assert words in page.text, words
+    assert "data.general" not in page.text
+    assert "its base" not in page.text
+    for word, sentence in (
+        ("better", "better than a linear probe on frozen features on held-out data"),
+        ("worse", "worse than a linear probe on frozen features: the adapter is not worth"),
+    ):
+        assert sentence in in_lines(classifier(word=word))[0]
+
+
+def test_a_contender_that_scored_better_is_not_hidden(tmp_path: Path) -> None:
+    """The rival was chosen on training rows; on held-out ones another was better."""
+    report = classifier(word="better")
+    report["domain"]["accuracy"] |= {"difference": 0.05, "ci95": [0.02, 0.08]}
+    report["contenders"]["zero_shot"]["accuracy"] = 0.9
+    page = page_of(tmp_path, report)
+    assert "But zero-shot classification by label names scored better (0.900)." in page.text
+
+
+@pytest.mark.parametrize("count", [2, 12, 13, 77])
+def test_classes_can_be_read_however_many_there_are(tmp_path: Path, count: int) -> None:
+    report = classifier(count)
+    page = page_of(tmp_path, report)
+    assert ("Confusion matrix" in page.text) == (count <= 12)
+    assert ("The most frequent mistakes" in page.text) == (count > 12)
+    assert f"All {count} classes" in page.text or count <= 12
+    confusion = report["classes"]["confusion"]
+    wrong = sum(map(sum, confusion)) - sum(confusion[n][n] for n in range(count))
+    assert f"{wrong} of {sum(map(sum, confusion))} held-out rows were given another" in page.text
+    name = "card_payment_wrong_exchange_rate"
+    if count > 12:
+        assert f"{name}_0 {name}_1 7 10 (70%)" in page.text
+    # Rows, precision, recall and F1; the last class never occurs.
+    figures = report["classes"]["per_class"][f"{name}_0"]
+    assert figures["support"] == 10 and figures["recall"] == 0.3
+    row = " ".join(f"{figures[key]:.3f}" for key in ("precision", "recall", "f1"))
+    assert f"10 {row}" in page.text
+    assert f"{name}_{count - 1} 0 not in the held-out rows" in page.text
+
+
+def test_perfect_pairs_with_broken_text_are_not_called_better(tmp_path: Path) -> None:
+    lines = in_lines(preferences())
+    assert lines[0].startswith("domain: accuracy 0.500 -> 1.000 (+0.500, 95% +0.500 to +0.500): ")
+    assert lines[0].endswith("completions became 22 times shorter")
+    assert "margin: 0.000 -> 14.310" in lines[1]
+    assert "generation: length 22.6 -> 1 tokens; unfinished 0.08 -> 0; kl 0 -> 64.2 nats" in lines
+    page = page_of(tmp_path, preferences())
+    for words in (
+        "python-docs: not better than its base",
+        "General text got worse (3.142 to 16.700 nats per token) and completions became 22 times "
+        "shorter. And it forgets general text.",
+        "length, tokens 120 22.600 1.000 −21.600 −23.500 to −19.800",
+        "KL from the base, nats 120 0.000 64.200",
+        "Forgot. On 60 documents of general text",
+    ):
+        assert words in page.text, words
+    assert "Forgot. On" in page.text and "50.0 points better" in page.text
+
+
+def test_a_metric_may_decide(tmp_path: Path) -> None:
+    """`prove.metrics`: the first of them decides; the loss is a further score."""
+    report = language_model()
+    report["domain"]["decided_by"] = "exact_match"
+    lines = in_lines(report)
+    assert lines[0].startswith("domain: exact_match 0.114 -> 0.471 (+0.357")
+    assert lines[1].startswith("loss: 3.442 -> 2.951 nats per token (-14.3%")
+    assert [line.split(":")[0] for line in lines].count("exact_match") == 0
+    page_of(tmp_path, report)
 
 
 def test_text_of_the_data_is_cut_and_kept_as_text(tmp_path: Path) -> None:
@@ -202,7 +309,25 @@ def test_the_terminal_is_not_steered(capsys: pytest.CaptureFixture[str]) -> None
     assert not [c for c in shown if not c.isprintable() and c != "\n"]
     assert in_words("better") in shown and "[bold]x[/bold]" in shown
     assert "general, bits per byte" in shown
+    assert "base with 3 examples" in shown and "140" in shown
     assert printable("a\n b\t\x00c") == "a b ⟨U+0000⟩c" and len(printable("x" * 500)) == 160
+
+
+def test_the_terminal_shows_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    comparison(classifier())
+    shown = capsys.readouterr().out
+    assert "linear_probe against adapted" in shown and "linear_probe (rival)" in shown
+    # The contenders, best first.
+    names = ("\nadapted", "\nlinear_probe (rival)", "\nzero_shot", "\nmajority")
+    assert [shown.index(name) for name in names] == sorted(map(shown.index, names))
+    assert "most frequent mistakes: card_payment" in shown and "(7 of 10)" in shown
+    assert "does as well: the adapter bought nothing" in " ".join(shown.split())
+    comparison(preferences())
+    shown = capsys.readouterr().out
+    assert "generated, kl (nats)" in shown and "domain, margin" in shown
+    comparison(language_model())
+    shown = capsys.readouterr().out
+    assert "domain, nats per token" in shown and "-14.3%" in shown
 
 
 # --- A real run
@@ -226,10 +351,13 @@ def test_a_run_leaves_the_object_and_its_page(run: Path) -> None:
     assert set(full()) - set(report) <= {"scratch"}
     assert {"domain", "general"} <= set(report["verdict"])
     for part in ("domain", "general"):
-        assert set(report[part]) == {"documents", "loss", "bits_per_byte"}
+        assert set(report[part]) == {"documents", "rival", "loss", "bits_per_byte"}
+        assert report[part]["rival"] == "base"
         for measure in ("loss", "bits_per_byte"):
             found = report[part][measure]
-            assert set(found) == {"base", "adapted", "difference", "ci95"}
+            assert set(found) == {
+                *("base", "adapted", "difference", "ci95", "better", "changed"),
+            }
             assert found["ci95"][0] <= found["difference"] <= found["ci95"][1]
             assert found["adapted"] - found["base"] == pytest.approx(found["difference"], abs=2e-4)
     training = report["training"]

@@ -249,7 +249,7 @@ def test_the_command_checks_two_processes_and_leaves_nothing(run_file: Any, work
     file = run_file("sft", **{"data.packing": "documents"})
     before = sorted(work.iterdir())
     process = processes.start([*processes.LORA_KIT, "doctor", "--loss", str(file), "--json"])
-    printed, said = process.communicate(timeout=120)
+    printed, said = process.communicate(timeout=processes.LIMIT_S)
     assert process.returncode == 0, said
     found = json.loads(printed)
     assert [one["passed"] for one in found["comparisons"]] == [True] * 5
@@ -294,7 +294,7 @@ def test_ctrl_c_ends_it_and_both_processes(run_file: Any, work: Path) -> None:
     file = run_file("sft")
     process = processes.start([*processes.LORA_KIT, "doctor", "--loss", str(file)])
     send_when(process, lambda: len(left_over(str(work))) >= 4, signal.SIGINT)
-    code, said = processes.finish(process, 40)
+    code, said = processes.finish(process)
     assert code == 130, said
     assert said.endswith("error: stopped by SIGINT\n")
     assert not left_over(str(work))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -188,5 +188,5 @@ def test_reading_a_good_file_imports_no_training_library(folder: Path) -> None:
         "import sys; from lora_kit.run import load_run; load_run('run.yaml');"
         "print([m for m in ('torch','transformers','peft','datasets','numpy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = processes.run([sys.executable, "-c", code])
     assert done.stdout.strip() == "[]", done.stderr

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 
 import openai
 import pytest
-from processes import LORA_KIT
+from processes import LIMIT_S, LORA_KIT
 from trained import edit
 from typer.testing import CliRunner
 
@@ -51,7 +50,7 @@ class Served:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=LIMIT_S)
 
 
 def start(folder: Path, *arguments: str) -> Served:
@@ -230,7 +229,7 @@ def test_who_may_not_ask_or_asks_wrong(
 ) -> None:
     request = urllib.request.Request(served.url + path, body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
             assert answer.status == status
     except urllib.error.HTTPError as error:
         assert error.code == status
@@ -255,16 +254,20 @@ def test_a_stopped_server_leaves_nothing(served: Served, home: Path) -> None:
     )
     next(iter(stream))
 
+    asked = threading.Semaphore(0)
+
     def ask() -> None:
         with contextlib.suppress(OSError):
             while True:
                 urllib.request.urlopen(served.url.removesuffix("/v1") + "/health").close()
+                asked.release()
 
     for _ in range(4):  # the signal may come within a request
         threading.Thread(target=ask, daemon=True).start()
-    time.sleep(0.3)
+    for _ in range(20):
+        assert asked.acquire(timeout=LIMIT_S)
     served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(timeout=10) == 143
+    assert served.process.wait(timeout=LIMIT_S) == 143
     assert not list(served.temporary.iterdir())
     written, stopped = (home / "stderr").read_text().splitlines()
     assert "written as f32 GGUF, once" in written and stopped == "stopped by SIGTERM"

@@ -29,7 +29,7 @@ def llama(device: str, **adapter: Any) -> Any:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.requires_grad_(False)
-    return attach(model, Adapter(r=4, **adapter), 0).train()
+    return attach(model, Adapter(r=4, **adapter), (), 0).train()
 
 
 def on_cpu(batch: dict[str, Any]) -> dict[str, Any]:

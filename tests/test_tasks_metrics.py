@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import string
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,12 +150,6 @@ def test_all_that_is_wrong_with_the_names_is_said_at_once() -> None:
     check_names([], "text")
     with pytest.raises(UserError, match="text has none"):
         check_names(["f1"], "text")
-
-
-def test_without_evaluate_the_way_to_install_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "evaluate", None)
-    with pytest.raises(UserError, match=r"bleu: .* pip install 'lora-kit\[metrics\]'"):
-        check_names(["bleu"], "chat")
 
 
 SCRIPT = """

@@ -117,7 +117,6 @@ def large(state: Any) -> list[Any]:
 
 
 def test_losses_are_those_of_trl(run_file: Any, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -137,7 +136,7 @@ def test_losses_are_those_of_trl(run_file: Any, tmp_path: Path) -> None:
     names = ("learning_rate", "max_steps", "per_device_train_batch_size", "lr_scheduler_type")
     names += ("warmup_steps", "weight_decay", "max_grad_norm", "gradient_accumulation_steps")
     theirs = SFTTrainer(
-        model=attach(model, run.adapter, run.seed),
+        model=attach(model, run.adapter, (), run.seed),
         args=SFTConfig(
             output_dir=str(tmp_path / "trl"),
             dataset_kwargs={"skip_prepare_dataset": True},

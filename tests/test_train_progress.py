@@ -94,7 +94,6 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 def test_tensorboard(run_file: RunMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures are those of metrics.jsonl; the files lie in the run and name no other place."""
-    pytest.importorskip("tensorboardX")
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     package.train(run_file(), "train.report_to=[tensorboard]", "train.eval_steps=2")
     run = Path("runs/test")

@@ -120,7 +120,7 @@ def shape(model: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def all_linear(base: Path) -> dict[str, Any]:
-    return shape(attach(bare(base), Adapter(), 0))
+    return shape(attach(bare(base), Adapter(), (), 0))
 
 
 def bare(base: Path, **settings: Any) -> Any:
@@ -133,7 +133,7 @@ def bare(base: Path, **settings: Any) -> Any:
 def test_adapter_reaches_the_model(key: str, base: Path, all_linear: dict[str, Any]) -> None:
     assert len(all_linear) == 14
     assert set(all_linear.values()) == {(16, 2.0, "Identity()", False)}
-    model = attach(bare(base), Adapter(**{key: ADAPTER[key]}), 0)
+    model = attach(bare(base), Adapter(**{key: ADAPTER[key]}), (), 0)
     found = shape(model)
     q_proj = [name for name in all_linear if name.endswith("q_proj")]
     one = {"r": (2, 16.0), "lora_alpha": (16, 3 / 16), "use_rslora": (16, 8.0)}
@@ -224,7 +224,7 @@ def test_top(run_file: Any) -> None:
     run = load_run(file)
     assert rows_of(file)[1] != rows_of(file, seed=1)[1]
     first, same, second = (
-        attach(bare(Path(run.base.model)), run.adapter, seed).state_dict() for seed in (0, 0, 1)
+        attach(bare(Path(run.base.model)), run.adapter, (), seed).state_dict() for seed in (0, 0, 1)
     )
     (name, *_) = [name for name in first if "lora_A" in name]
     assert torch.equal(first[name], same[name])

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import yaml
 from conftest import RunMaker
 from test_cli import Shell, run  # noqa: F401 - a fixture
-from test_prove_metrics import SCRIPT
+from test_tasks_metrics import SCRIPT
 
 import lora_kit
 from lora_kit import trust
@@ -187,7 +187,7 @@ def test_a_library_does_not_fetch_compiled_code(work: Path) -> None:
     told = "from lora_kit.launch import prepare_process; prepare_process()\n"
     asked = "import bitsandbytes.backends.cpu.ops\nimport kernels"
     command = [sys.executable, "-c", told + asked]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    found = processes.run(command)
     assert "import of kernels halted" in found.stderr and not (work / "canary").exists()
 
 
@@ -277,5 +277,5 @@ def test_a_run_file_of_it_names_no_program_of_ours(
 def test_a_child_imports_nothing_from_the_working_folder(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit('the folder of a stranger ran')")
     command = trust.run_module("json.tool")
-    done = subprocess.run(command, cwd=tmp_path, input="[]", capture_output=True, text=True)
+    done = processes.run(command, cwd=tmp_path, input="[]")
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lora_kit.adapter import files
@@ -18,11 +20,13 @@ OWN_FIELDS = {"start"}
 
 @dataclass(frozen=True)
 class Attached:
-    """What trains: where it is, and trainable and all parameters (as stored)."""
+    """What trains: where it is, trainable and all parameters (as stored), and the modules that are
+    trained whole, without LoRA."""
 
     coverage: Coverage
     trainable: int
     total: int
+    whole: tuple[str, ...] = ()
 
     @property
     def modules(self) -> dict[str, int]:
@@ -36,6 +40,8 @@ class Attached:
             f"adapter on {names}: {self.trainable:,} parameters train, {share:.2%} of all",
             f"they adapt {self.coverage}",
         ]
+        if self.whole:
+            lines.append(f"new layers, trained whole: {', '.join(self.whole)}")
         lines += [
             "warning: {what}: {cause}; {fix}".format(**problem)
             for problem in self.coverage.problems
@@ -43,18 +49,29 @@ class Attached:
         return "\n".join(lines)
 
 
-def lora_config(adapter: Adapter) -> Any:
-    """The `peft.LoraConfig` that `adapter:` describes."""
+def lora_config(adapter: Adapter, generates: bool = True, whole: Sequence[str] = ()) -> Any:
+    """The `peft.LoraConfig` that `adapter:` describes.
+
+    Args:
+        generates: of a causal language model. Others get no task type: PEFT would add modules to
+            train whole by name alone, and take heads for its own.
+        whole: modules that are trained and saved whole; PEFT puts no LoRA on or into them.
+    """
     from peft import LoraConfig
 
     fields = adapter.model_dump(exclude=OWN_FIELDS)
-    return LoraConfig(task_type="CAUSAL_LM", **fields)
+    kind = "CAUSAL_LM" if generates else None
+    return LoraConfig(task_type=kind, modules_to_save=list(whole) or None, **fields)
 
 
-def attach(model: Any, adapter: Adapter, seed: int) -> Any:
-    """Put a fresh adapter, or the one of `adapter.start`, on a frozen base.
+def attach(model: Any, adapter: Adapter, fresh: Sequence[str], seed: int) -> Any:
+    """Put a new adapter, or the one of `adapter.start`, on a frozen base.
 
     The seed is set before the adapter is made, so that A is the same in every run and every rank.
+
+    Args:
+        fresh: names of the modules that the base's files have no weights for, as `load_model` gives
+            them: they are trained and saved whole, and get no LoRA.
 
     Raises:
         UserError: the patterns match no module, or the adapter to start from does not fit.
@@ -63,6 +80,7 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
     from transformers import set_seed
 
     set_seed(seed)
+    _freeze_statistics(model)
     if adapter.start:
         found = files.open_adapter(adapter.start)
         try:
@@ -76,7 +94,8 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
         # PEFT takes numbers of layers only with a list of names.
         adapter = adapter.model_copy(update={"target_modules": linear})
     try:
-        attached = get_peft_model(model, lora_config(adapter))
+        config = lora_config(adapter, model.can_generate(), _whole(model, fresh))
+        attached = get_peft_model(model, config)
     except ValueError as error:
         wanted = adapter.target_modules
         hint = nearest(wanted, linear) if isinstance(wanted, str) else ""
@@ -93,6 +112,29 @@ def attach(model: Any, adapter: Adapter, seed: int) -> Any:
     return attached
 
 
+def _whole(model: Any, fresh: Sequence[str]) -> list[str]:
+    """The modules that PEFT trains whole when it is given these names: it takes all that end so,
+    `pre_classifier` for `classifier` as well, and would put LoRA inside of those it is not told."""
+    return (
+        [name for name, _ in model.named_modules() if name.endswith(tuple(fresh))] if fresh else []
+    )
+
+
+def _freeze_statistics(model: Any) -> None:
+    """Keep BatchNorm in evaluation mode in training too: its running statistics are no parameters,
+    so an adapter does not hold them, and the base below it would be another one."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            vars(module)["train"] = partial(_as_it_is, module)
+
+
+def _as_it_is(module: Any, mode: bool = True) -> Any:
+    """In place of `train`, which returns the module."""
+    return module
+
+
 def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
     """The PEFT model of a base and an adapter's files.
 
@@ -103,7 +145,7 @@ def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
     Raises:
         UserError: the adapter does not fit the base, or holds what is no part of one, or NaN.
     """
-    from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
     from peft import set_peft_model_state_dict as fill
 
     def wrong(why: str) -> UserError:
@@ -113,7 +155,8 @@ def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
             raise UserError(f"{found.folder}: {name}: NaN or infinite values, or no numbers")
-    whole = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends_of_model = (model.get_input_embeddings(), model.get_output_embeddings())
+    whole = [module for module in ends_of_model if module is not None]
     own = [name for name, module in model.named_modules() if module in whole]
     ends = re.compile(rf"base_model\.model\.({'|'.join(own)})(\.base_layer)?\.weight")
     saved = {end[1]: len(t) for name, t in tensors.items() if (end := ends.fullmatch(name))}
@@ -122,9 +165,11 @@ def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
         raise wrong(f"tokens were added, and only their rows of {next(iter(saved))} are in it")
     if len(rows) == 1:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    generates = model.can_generate()
+    kind, wrapper = ("CAUSAL_LM", PeftModelForCausalLM) if generates else (None, PeftModel)
     try:
-        config = LoraConfig(**_settings(found), task_type="CAUSAL_LM", inference_mode=not trainable)
-        attached = PeftModelForCausalLM(model, config)
+        config = LoraConfig(**_settings(found), task_type=kind, inference_mode=not trainable)
+        attached = wrapper(model, config)
         # Where tokens were added, PEFT saves embeddings and head as well.
         known = get_peft_model_state_dict(attached, save_embedding_layers=False).keys()
         filled: Any = fill(attached, tensors)
@@ -135,7 +180,9 @@ def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
     )
     if strange or filled.unexpected_keys:
         raise wrong(f"it has no place for {[*strange, *filled.unexpected_keys][0]:.200}")
-    if missing := [n for n in filled.missing_keys if "lora_" in n and ".default" in n]:
+    parts = ("lora_",) if generates else ("lora_", ".modules_to_save.")
+    missing = [n for n in filled.missing_keys if any(p in n for p in parts) and ".default" in n]
+    if missing:
         raise wrong(f"it has nothing for {missing[0]} and {len(missing) - 1} more")
     return attached if trainable else attached.eval()
 
@@ -159,8 +206,16 @@ def _settings(found: files.Adapter) -> dict[str, Any]:
 
 def describe(model: Any) -> Attached:
     """Count the adapted modules by name ending, the parameters, and those of the base below."""
+    from peft.utils import ModulesToSaveWrapper
+
     trainable, total = model.get_nb_trainable_parameters()
-    return Attached(coverage(model), trainable, total)
+    start = "base_model.model."
+    whole = tuple(
+        name.removeprefix(start)
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    )
+    return Attached(coverage(model), trainable, total, whole)
 
 
 def linear_names(model: Any) -> list[str]:

@@ -26,20 +26,19 @@ from typing import Any
 
 from lora_kit.adapter.extract import factored, row_slices, write_halves, write_plain
 from lora_kit.adapter.files import WEIGHTS, Adapter, Update
-from lora_kit.adapter.load import run_adapter, run_home
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.portable import check_portable
 from lora_kit.base.tensors import Stored
 from lora_kit.errors import UserError
 from lora_kit.folders import new_folder
 from lora_kit.hashes import file_hash
-from lora_kit.run import read_lock
 
 _OF_THE_FIRST = ("base", "kind", "joiner", "chat_template")  # in the lock file
 METHODS = ("linear", "svd", "ties", "dare")
 
 
 def combine(
-    paths: Sequence[str | Path],
+    runs: Sequence[FinishedRun],
     out: str | Path,
     method: str = "linear",
     weights: Sequence[float] | None = None,
@@ -52,7 +51,7 @@ def combine(
     A module that an adapter lacks counts as an update of 0.
 
     Args:
-        paths: run directories, or folders of PEFT adapters.
+        runs: finished runs, or adapters alone.
         method: see above.
         weights: one for each; None: 1 / how many.
         rank: of the result; None: the sum for `linear`, else the largest.
@@ -66,14 +65,14 @@ def combine(
     Raises:
         UserError: the adapters are of different bases or shapes, or hold more than LoRA updates.
     """
-    weights = list(weights) if weights is not None else [1 / len(paths)] * len(paths)
+    weights = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
     problems = [
         problem
         for wrong, problem in (
-            (len(paths) < 2, "one adapter alone: name two or more"),
+            (len(runs) < 2, "one adapter alone: name two or more"),
             (
-                len(weights) != len(paths),
-                f"--weights: {len(weights)} for {len(paths)} adapters: one each, as 0.7,0.3",
+                len(weights) != len(runs),
+                f"--weights: {len(weights)} for {len(runs)} adapters: one each, as 0.7,0.3",
             ),
             (
                 not all(abs(w) < 1e6 for w in weights),
@@ -87,9 +86,8 @@ def combine(
     ]
     if problems:
         raise UserError("\n".join(problems))
-    adapters = [run_adapter(path) for path in paths]
-    locks = [read_lock(run_home(path)) for path in paths]
-    sizes = _check(paths, adapters, locks)
+    adapters = [run.adapter for run in runs]
+    sizes = _check(runs)
     modules = list(sizes)
     ranks = {m: [a.rank_and_scale(m)[0] for a in adapters if m in a.halves] for m in modules}
     exact = method == "linear" and rank is None
@@ -117,45 +115,44 @@ def combine(
             return _sparse(pairs, method, width, density, seed, folder / "dW")
 
         write_halves(folder / WEIGHTS, names, sizes, width, combined)
-        of = [
-            {"adapter": run_home(path).resolve().name, "sha256": file_hash(a.folder / WEIGHTS)}
-            for path, a in zip(paths, adapters, strict=True)
-        ]
+        of = [{"adapter": run.name, "sha256": file_hash(run.folder / WEIGHTS)} for run in runs]
         settings: dict[str, Any] = {"method": method, "weights": weights, "rank": width, "of": of}
         if method in ("ties", "dare"):
             settings |= {"density": density, "seed": seed}
-        first = adapters[0]
-        kept: dict[str, Any] = {k: locks[0][k] for k in _OF_THE_FIRST if k in locks[0]}
+        lock = runs[0].lock
+        kept: dict[str, Any] = {k: lock[k] for k in _OF_THE_FIRST if k in lock}
+        if "base" in kept and runs[0].run:  # there it may be relative to the run
+            kept["base"] = {**kept["base"], "model": runs[0].base.model}
         for key in ("data", "commits"):  # of all: their licences hold for what is made of them
-            kept[key] = {name: one for lock in locks for name, one in lock.get(key, {}).items()}
-        base = (first.base["model"], first.base["revision"])
+            kept[key] = {}
+            for run in runs:
+                for name, value in run.lock.get(key, {}).items():
+                    other = kept[key].get(name, value) != value
+                    kept[key][f"{name} of {run.path}" if other else name] = value
         kept["combined"] = settings
         targets = sorted({name for adapter in adapters for name in adapter.targets})
-        write_plain(folder, base, width, targets, first.folder, kept)
+        write_plain(folder, runs[0].peft_base, width, targets, runs[0].folder, kept)
     notes = _notes(adapters, modules)
     return {**settings, "out": str(out), "modules": len(modules), "notes": notes}
 
 
-def _check(
-    paths: Sequence[str | Path],
-    adapters: list[Adapter],
-    locks: list[dict[str, Any]],
-) -> dict[str, tuple[int, int]]:
+def _check(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:
     """(out, in) of every module. Raises UserError unless all are plain LoRA, of one base and of one
     shape."""
     problems = []
-    first, base = adapters[0], locks[0].get("base", {}).get("hashes")
+    first = runs[0]
     shapes: dict[str, tuple[int, int]] = {}
-    for path, adapter, lock in zip(paths, adapters, locks, strict=True):
+    for run in runs:
+        adapter = run.adapter
         check_portable(adapter)
-        own = lock.get("base", {}).get("hashes")
-        if own != base if own and base else adapter.base != first.base:
-            bases = f"{adapter.base['model']}, that of {paths[0]} {first.base['model']}"
-            problems.append(f"{path}: its base is {bases}, or of another revision: not the same")
+        known = run.hashes and first.hashes
+        if run.hashes != first.hashes if known else run.peft_base != first.peft_base:
+            bases = f"{run.peft_base[0]}, that of {first.path} {first.peft_base[0]}"
+            problems.append(f"{run.path}: its base is {bases}, or another revision: not the same")
         for module, halves in adapter.halves.items():
             size = (halves["B"].shape[0], halves["A"].shape[1])
             if shapes.setdefault(module, size) != size or len(halves["A"].shape) != 2:
-                problems.append(f"{path}: {module} is {size}, and elsewhere {shapes[module]}")
+                problems.append(f"{run.path}: {module} is {size}, and elsewhere {shapes[module]}")
                 break
     if problems:
         raise UserError("\n".join(problems))

@@ -176,7 +176,7 @@ def open_adapter(path: str | Path) -> Adapter:
         UserError: there is none, its files are damaged or do not fit each other, or it is no LoRA.
     """
     folder = adapter_folder(path)
-    config = _config(folder / "adapter_config.json")
+    config = read_config(folder)
     file = folder / WEIGHTS
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").exists()
@@ -210,7 +210,13 @@ def open_adapter(path: str | Path) -> Adapter:
     return adapter
 
 
-def _config(file: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json without what changes no output.
+
+    Raises:
+        UserError: it is no LoRA, or has settings that are not known here.
+    """
+    file = folder / "adapter_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind = config.get("peft_type")

@@ -16,11 +16,11 @@ from statistics import median
 from typing import Any
 
 from lora_kit.adapter.files import WEIGHTS, Adapter, Update, open_adapter
-from lora_kit.adapter.load import run_home
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.loaders import oddities
 from lora_kit.errors import UserError, harmless
 from lora_kit.hashes import file_hash
-from lora_kit.run import is_hub_id, read_lock
+from lora_kit.run import is_hub_id
 
 _FOLDER = re.compile(r"[/.~\\]|[A-Za-z]:|[^/]*/[^/]*/")
 
@@ -82,7 +82,7 @@ def _odd(
     ] + [{"what": what, "who": who, "happens": happens} for odd, what, who, happens in table if odd]
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect(run: FinishedRun) -> dict[str, Any]:
     """All that can be known of an adapter without its base.
 
     Returns:
@@ -93,23 +93,22 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: see `open_adapter`.
     """
-    adapter = open_adapter(path)
-    lock = read_lock(run_home(path))
+    adapter = open_adapter(run.folder)
     modules = [_figures(adapter.update(module)) for module in adapter.halves]
     norms = [module["norm"] for module in modules]
     keys = ("task_type", "target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
     return {
-        "adapter": str(path),
-        "base": {**adapter.base, "hashes": lock.get("base", {}).get("hashes", {})},
+        "adapter": run.path,
+        "base": {**adapter.base, "hashes": run.hashes},
         **{key: adapter.config.get(key) for key in (*keys, "use_rslora", "use_dora")},
         "norm": None if None in norms else math.hypot(*norms),
         "modules": modules,
         "others": {name: list(tensor.shape) for name, tensor in adapter.others.items()},
-        "loaders": _odd(adapter, lock, modules),
+        "loaders": _odd(adapter, run.lock, modules),
     }
 
 
-def difference(first: str | Path, second: str | Path) -> dict[str, Any]:
+def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
     """How far two adapters are apart, dW from dW', each with its scale.
 
     Returns:
@@ -121,8 +120,9 @@ def difference(first: str | Path, second: str | Path) -> dict[str, Any]:
     Raises:
         UserError: see `open_adapter`; or values are not finite.
     """
-    a, b = open_adapter(first), open_adapter(second)
-    hashes = [read_lock(run_home(p)).get("base", {}).get("hashes") for p in (first, second)]
+    a, b = open_adapter(first.folder), open_adapter(second.folder)
+    known = first.hashes and second.hashes
+    same_base = first.hashes == second.hashes if known else a.base == b.base
     modules, other_shapes = [], []
     for module in (m for m in a.halves if m in b.halves):
         ours, theirs = a.update(module), b.update(module)
@@ -139,9 +139,9 @@ def difference(first: str | Path, second: str | Path) -> dict[str, Any]:
         "others_differ": sorted(changed | (a.others.keys() ^ b.others.keys())),
     }
     return {
-        "adapters": [str(first), str(second)],
+        "adapters": [first.path, second.path],
         "bases": [a.base, b.base],
-        "same_base": hashes[0] == hashes[1] if all(hashes) else a.base == b.base,
+        "same_base": same_base,
         "same": not any(lists.values()) and not any(m["difference"] for m in modules),
         "whole": _together(modules),
         "modules": modules,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from lora_kit.errors import LoraKitError, UserError
 from lora_kit.schema import Base
 from lora_kit.trust import no_kernels_from_the_hub
 
+# Share of the logits' standard deviation by which rounding may move them, as the batches of experts
+# do in bfloat16; an encoder of random weights moves them by 0.012, a trained one by more than 1.
+_ROUNDING = 5e-3
+
 
 def quiet_libraries() -> None:
     """Silence what tells a user nothing they can act on, and what they did not ask for."""
-    import logging
     import warnings
 
     no_kernels_from_the_hub()
@@ -39,8 +44,11 @@ def gpu_is_used() -> bool:
     return torch.cuda.is_available() and not told_cpu
 
 
-def load_tokenizer(pinned: Pinned) -> Any:
+def load_tokenizer(pinned: Pinned, generates: bool = True) -> Any:
     """The base's own fast tokenizer, with a padding token, padding on the right.
+
+    Args:
+        generates: the model generates text, so an end-of-text token is needed.
 
     Raises:
         UserError: there is none, or it knows more tokens than the base has embeddings.
@@ -53,14 +61,15 @@ def load_tokenizer(pinned: Pinned) -> Any:
             pinned.folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # what a broken file raises depends on the parser that meets it
-        raise _unusable(pinned, "no usable tokenizer", error) from None
+        raise unusable(pinned, "no usable tokenizer", error) from None
     if not tokenizer.is_fast:
         raise UserError(
             f"base.model: {pinned.folder}: only a slow tokenizer; a tokenizer.json is needed"
         )
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and (generates or tokenizer.pad_token is None):
+        missing = "end-of-text token (eos_token)" if generates else "padding token (pad_token)"
         raise UserError(
-            f"base.model: {pinned.folder}: the tokenizer has no end-of-text token (eos_token): "
+            f"base.model: {pinned.folder}: the tokenizer has no {missing}: "
             "name one in its tokenizer_config.json"
         )
     embeddings = embedding_rows(Path(pinned.folder))
@@ -124,7 +133,7 @@ def unquantized_config(pinned: Pinned) -> dict[str, Any]:
     return config
 
 
-def _unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
+def unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
     if isinstance(error, LoraKitError):
         return error  # a signal, which arrives anywhere
     reason = " ".join(str(error).split())[:240] or type(error).__name__
@@ -134,7 +143,7 @@ def _unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
 
 
 def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
-    """Load the base, every parameter frozen, without running code from its folder.
+    """Load the base as a causal language model, every parameter frozen.
 
     Args:
         base: dtype and quantization; NF4 is double-quantized and computes in `dtype` (QLoRA,
@@ -149,20 +158,66 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
         UserError: the architecture is unknown, a weight is missing or broken, or the weights are
             already quantized.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     unquantized_config(pinned)
+    model, missing = from_files(AutoModelForCausalLM, base, pinned, quantize)
+    check_whole(pinned, missing)
+    return frozen(model)
+
+
+def frozen(model: Any) -> Any:
+    """The model in evaluation mode, none of its parameters to be trained."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        # In evaluation mode bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16, for good: the
+        # packed product has no gradient, so training after an evaluation would learn nothing below
+        # it, in silence; and it wants row counts that divide by 32.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def base_on_meta(base: Base, pinned: Pinned) -> Any:
+    """The base as shapes alone, on torch's meta device: no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(
+        pinned.folder, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, base.dtype))
+    model.config.pad_token_id = None  # some look for padding, in what has no content
+    return model
+
+
+def from_files(
+    auto: Any,
+    base: Base,
+    pinned: Pinned,
+    quantize: str | None,
+    unquantized: Sequence[str] | None = None,
+    **options: Any,
+) -> tuple[Any, list[str]]:
+    """A model of transformers, and the names of the parameters that its files lack, or hold in
+    another shape.
+
+    Args:
+        auto: its auto class.
+        unquantized: modules that are not quantized; None: as transformers has it.
+    """
+    import torch
+
     dtype = getattr(torch, base.dtype)
     quantize = base.quantize if quantize is None else quantize
-    options: dict[str, Any] = {}
     if quantize != "none":
-        options["quantization_config"] = _quantization(quantize, dtype)
+        options["quantization_config"] = _quantization(quantize, dtype, unquantized)
         # bitsandbytes' weights cannot be moved once they are quantized: load them in place.
         if gpu_is_used():
             options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             pinned.folder,
             dtype=dtype,
             local_files_only=True,
@@ -172,22 +227,45 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
             **options,
         )
     except Exception as error:  # as above; safetensors' own error is a bare Exception
-        raise _unusable(pinned, "cannot be loaded", error) from None
-    model, info = loaded
-    # transformers fills what is missing with random numbers and only warns.
-    if missing := sorted(info["missing_keys"]):
+        raise unusable(pinned, "cannot be loaded", error) from None
+    return model, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+
+
+def check_whole(pinned: Pinned, missing: list[str]) -> None:
+    """Raises UserError if weights are missing: transformers fills them with random numbers, and
+    only warns."""
+    if missing:
         raise UserError(
             f"base.model: {pinned.folder}: weights are missing: {', '.join(missing[:3])}"
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         )
-    model.requires_grad_(False)
-    for module in model.modules():
-        # In evaluation mode bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16, for good: the
-        # packed product has no gradient, so training after an evaluation would learn nothing below
-        # it, in silence; and it wants row counts that divide by 32.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model.eval()
+
+
+def check_causal(model: Any, pinned: Pinned) -> None:
+    """Check that no token changes the logits of an earlier one: encoders load as causal language
+    models as well (RoBERTa as RobertaForCausalLM), and would see the tokens that they predict.
+
+    Costs one forward pass of eight tokens and no random number.
+
+    Raises:
+        UserError: an earlier logit moves when the last token is another one.
+    """
+    import torch
+
+    if any(p.numel() == 0 or p.is_meta for p in model.parameters()):
+        return  # sharded, or on another rank: the rank that has the weights checks them
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (torch.arange(4, device=model.device) + vocabulary // 2).repeat(2, 1)
+    ids[1, -1] = vocabulary // 3
+    with torch.no_grad():
+        # One batch: what depends on the whole of it, as outliers in int8, is the same for both.
+        logits = model(input_ids=ids).logits[:, :-1].float()
+    moved = (logits[0] - logits[1]).abs().max().item()
+    if moved > _ROUNDING * logits.std().item():
+        raise UserError(
+            f"base.model: {pinned.model}: {type(model).__name__} is not causal: the last token "
+            "changes earlier predictions, as in an encoder; use a decoder, or recipe: classify"
+        )
 
 
 def _check_files(folder: Path) -> dict[str, Any]:
@@ -208,17 +286,21 @@ def _check_files(folder: Path) -> dict[str, Any]:
     return inside[0]
 
 
-def _quantization(kind: str, dtype: Any) -> Any:
+def _quantization(kind: str, dtype: Any, unquantized: Sequence[str] | None = None) -> Any:
     from transformers import BitsAndBytesConfig
 
+    skipped = None if unquantized is None else list(unquantized)
+    # Of its own, transformers leaves out the last parameter, which of a head is its bias: its
+    # matrix would be packed.
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
         # FSDP shards tensors of one floating type: the packed 4-bit values are stored as one.
         **({"bnb_4bit_quant_storage": dtype} if sharded else {}),
     )

@@ -1,4 +1,4 @@
-"""Where the marks of the report's charts stand: numbers in, places and labels out.
+"""Positions of the marks in the report's charts: numbers in, places and labels out.
 
 Places are in percent of the box that is drawn in, from its upper left corner, so that one drawing
 fits a telephone and a sheet of paper. The template draws.
@@ -14,6 +14,8 @@ from statistics import fmean
 from typing import Any
 
 _LAYER = re.compile(r"\.(\d+)\.")
+MOST_CLASSES = 12  # of a confusion matrix that can be read
+MOST_PAIRS = 15
 
 
 @dataclass(frozen=True)
@@ -122,3 +124,44 @@ def heat(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _means(modules: list[dict[str, Any]]) -> dict[str, float]:
     return {name: fmean(m[name] for m in modules) for name in ("norm", "effective_rank", "r")}
+
+
+def confused(classes: dict[str, Any]) -> dict[str, Any]:
+    """What a classifier mistakes for what, from `classes` of report.json.
+
+    Returns:
+        `matrix`: of up to MOST_CLASSES classes, a row for each true class: (label, cells), a cell
+        (rows, share of the true class); else None. `pairs`: the mistakes that happened more than
+        once (true, predicted, rows, rows of the true class), most frequent first, up to
+        MOST_PAIRS; `mistakes`: how many rows in all. `lowest`: the classes
+        (label, figures) by F1, lowest first; classes that nothing is of and nothing was predicted
+        as are not among them. `every`: all classes in their order.
+    """
+    labels, confusion = classes["labels"], classes["confusion"]
+    support = [sum(row) for row in confusion]
+    mistakes = [
+        (labels[true], labels[predicted], count, support[true])
+        for true, row in enumerate(confusion)
+        for predicted, count in enumerate(row)
+        if predicted != true and count
+    ]
+    repeated = [mistake for mistake in mistakes if mistake[2] > 1]
+    every = list(classes["per_class"].items())
+    seen = [
+        (label, figures)
+        for n, (label, figures) in enumerate(every)
+        if support[n] or any(row[n] for row in confusion)
+    ]
+    matrix = None
+    if len(labels) <= MOST_CLASSES:
+        matrix = [
+            (label, [(count, count / max(1, support[n])) for count in confusion[n]])
+            for n, label in enumerate(labels)
+        ]
+    return {
+        "matrix": matrix,
+        "pairs": sorted(repeated, key=lambda pair: -pair[2])[:MOST_PAIRS],
+        "mistakes": sum(count for _, _, count, _ in mistakes),
+        "lowest": sorted(seen, key=lambda pair: pair[1]["f1"]),
+        "every": every,
+    }

@@ -1,141 +1,109 @@
-"""The base as it is, the base with examples in its prompt, and the adapter, on held-out text."""
+"""The adapted model and its contenders on held-out rows: one report for all tasks."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_kit.adapter.files import adapter_folder
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.inspect import figures
-from lora_kit.adapter.load import load, load_run_tokenizer, open_run
-from lora_kit.data.prepare import Prepared, prepare
+from lora_kit.adapter.load import load_model
+from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
+from lora_kit.hashes import file_hash
 from lora_kit.prove.gate import held
 from lora_kit.prove.harness import check_tasks, run_harness
 from lora_kit.prove.report import write_report
+from lora_kit.prove.scores import NO_LANGUAGE_MODEL, against, classes, values
 from lora_kit.prove.scratch import against_scratch
-from lora_kit.run import read_json, read_lock
-from lora_kit.schema import Gate, Prove, Run
-from lora_kit.tasks import few_shot, metrics
-from lora_kit.tasks.batches import IGNORED, Labelled
-from lora_kit.tasks.bootstrap import scores, statistics, verdict, verdict_of_scores
-from lora_kit.tasks.measure import Losses, generate, measure, positions
-from lora_kit.tasks.pairing import prompt_use
+from lora_kit.run import read_json, recipe_path
+from lora_kit.schema import Gate, Run
+from lora_kit.tasks.bootstrap import retention, verdict
+from lora_kit.tasks.encode import Prepared, rows_of
+from lora_kit.tasks.recipe import load_recipe
+from lora_kit.tasks.task import Contender, Processor, Score, Task
 
-_SHOWN_EACH = 2  # samples of a kind: the first, the largest gain, the largest loss
-_SHOWN_TOKENS = 48
-_LONGEST_ANSWER = 512  # tokens
-_LONGER_ANSWER = 8  # tokens more than the longest one expected
-_LEARNED_ROWS = 64  # training rows that are measured for the gap, at most
-_PAIRED_ROWS = 128  # held-out rows whose answers are put after another prompt, at most
+_GAP_ROWS = 64  # training rows that are scored for the gap, at most
+# Entries that some reports have.
+_ABSENT = ("general", "few_shot", "scratch", "prompt_use", "metrics", "harness", "classes")
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What a run is judged on, and the rows it learned from."""
-
-    kind: str  # `text`, or `chat`: prompts and answers
-    domain: Labelled
-    general: Labelled | None
-    train: Labelled
-
-    @classmethod
-    def of(cls, prepared: Prepared) -> HeldOut:
-        return cls(prepared.kind, prepared.eval, prepared.general, prepared.rows("train"))
-
-    def __str__(self) -> str:
-        general = f" and {len(self.general.unit_bytes)} general ones" if self.general else ""
-        return f"{len(self.domain.unit_bytes)} held-out documents{general}"
-
-    def question(self, row: int) -> tuple[list[int], list[int]]:
-        """Tokens of a row: the prompt and the answer that was held out; of a text the first half,
-        32 tokens at most, and what follows."""
-        held_out = self.domain[row]
-        ids = held_out["input_ids"].tolist()
-        learned = np.flatnonzero(held_out["labels"] != IGNORED)
-        # The last run of labels: an answer after others, in a longer conversation.
-        first = learned[np.r_[True, np.diff(learned) > 1]][-1] if len(learned) else 0
-        if self.kind == "chat" and first > 0:
-            return ids[:first], ids[first : learned[-1] + 1]
-        cut = min(32, (len(ids) + 1) // 2)
-        return ids[:cut], ids[cut : cut + _SHOWN_TOKENS]
-
-
-def check_prove(prove: Prove, judged: HeldOut, tokenizer: Any, supervise: str) -> None:
+def check_prove(task: Task, data: Prepared, processor: Processor, run: Run) -> None:
     """What `prove:` asks for can be measured on these rows; asked before anything trains.
 
     Raises:
-        UserError: nothing can be judged; or a metric or task is not there, or fits no answers of
-            this kind.
+        UserError: nothing can be evaluated; or a metric or a task of the harness is not there, or
+            does not fit these rows.
     """
-    if not judged.domain.supervised_tokens:
-        raise UserError("data.eval: no row has two tokens: nothing can be predicted")
-    problems = []
-    rows = _answered(judged, prove.answers, 0) if prove.metrics else []
-    wanted = [_text(tokenizer, judged.question(row)[1]) for row in rows]
-    for check in (
-        lambda: metrics.check_names(prove.metrics, judged.kind),
-        lambda: metrics.check_fit(prove.metrics, wanted),
-        lambda: check_tasks(prove.harness) if prove.harness else None,
-    ):
+    problems = task.check(data, processor, data.facts, run)
+    gate, named = run.prove.gate, set(run.prove.metrics)
+    if run.prove.harness:
         try:
-            check()
+            check_tasks(run.prove.harness)
         except UserError as error:
             problems.append(str(error))
-    if prove.metrics and supervise == "all":
-        problems.append("prove.metrics: data.supervise: all leaves no answer apart to score")
-    if unknown := sorted((prove.gate.metrics if prove.gate else {}).keys() - set(prove.metrics)):
+    if gate and task.general is not None and (unknown := sorted(gate.metrics.keys() - named)):
         problems.append(f"prove.gate.metrics: {', '.join(unknown)}: not in prove.metrics")
     if problems:
         raise UserError("\n".join(problems))
 
 
 def compare(
-    run: str | Path, overrides: Sequence[str] = (), *, gate: bool = False, scratch: bool = False
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    gate: bool = False,
+    scratch: bool = False,
+    base: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a finished run again, and write its report.json and report.html anew, unless they
+    """Evaluate a finished run again, and write its report.json and report.html anew, unless they
     hold something that was not measured this time.
 
     Args:
         run: the run directory.
         overrides: `prove.KEY=VALUE`, to measure more or something else than the run did.
         gate: hold the run to the default bounds of `prove.gate` if it names none.
-        scratch: train a model of the base's shape from scratch, on the same budget, beside it.
+        scratch: also train a randomly initialised model of the same architecture, on the same
+            budget (language models).
+        base: a folder or Hub id in place of the base that the run names.
 
     Returns:
         What report.json holds.
 
     Raises:
-        UserError: there is no finished run, or its data or base changed since it was trained.
+        UserError: there is no finished run, or its data, base or recipe changed since it was
+            trained.
     """
     if strange := [item for item in overrides if not item.startswith("prove.")]:
         raise UserError(f"{', '.join(strange)}: a finished run takes other prove.* keys only")
-    opened = open_run(run, overrides)
-    before = read_json(Path(run) / "report.json")
-    tokenizer = load_run_tokenizer(run)
-    lock, prepared = read_lock(run), prepared_again(run, opened, tokenizer)
-    judged, prove = HeldOut.of(prepared), opened.prove
-    check_prove(prove, judged, tokenizer, opened.data.supervise)
-    model, tokenizer = load(run)
-    report = compare_model(model, tokenizer, judged, prove, opened.seed)
+    finished = FinishedRun(run, base, overrides)
+    task = task_of(finished)
+    opened = finished.require_run()
+    before = read_json(finished.home / "report.json")
+    processor, data = prepared_again(finished, task)
+    check_prove(task, data, processor, opened)
+    if scratch and task.auto != "AutoModelForCausalLM":
+        raise UserError(f"{run}: --scratch applies to language models only")
+    model, processor = load_model(finished)
+    report = evaluate(task, model, data, processor, opened, finished.fresh)
     del report["adapter_effect"]  # of a training's audit
-    if prove.harness:
-        measure_tasks(report, model, tokenizer, prove)
-    report["layers"] = figures(adapter_folder(run))
+    if opened.prove.harness:
+        measure_tasks(report, model, processor, opened.prove.harness)
+    report["layers"] = figures(finished.folder)
     if scratch:
         steps = (before.get("training") or {}).get("steps")
-        found = against_scratch(opened, model, tokenizer, prepared, lock["batch"], steps)
-        report["scratch"], report["verdict"]["scratch"] = found, verdict(found)
+        found = against_scratch(task, opened, model, processor, data, finished.lock["batch"], steps)
+        report["scratch"] = found
+        report["verdict"]["scratch"] = verdict(found["loss"], found["documents"])
     # What only a training knows.
     report |= {name: before.get(name) for name in ("training", "memory", "audit")}
     chosen = {"best_step": None, "stopped_early": False} | (before.get("overfitting") or {})
     report["overfitting"] = chosen | report["overfitting"]
-    asked = prove.gate or (Gate() if gate else None)
+    asked = opened.prove.gate or (Gate() if gate else None)
     report["gate"] = held(report, asked) if asked else None
     if lost := _lost(before, report):
         print(
@@ -144,104 +112,217 @@ def compare(
             file=sys.stderr,
         )
     else:
-        write_report(Path(run), opened, report)
+        write_report(finished.home, opened, report)
     return report
 
 
-def prepared_again(run: str | Path, opened: Run, tokenizer: Any) -> Prepared:
-    """What a finished run learned from and is judged on. Raises UserError if it changed since."""
+def task_of(finished: FinishedRun) -> Task:
+    """The task of a finished run, from its recipe.
+
+    Raises:
+        UserError: the recipe is gone, or is not as it was when the run was trained.
+    """
+    run = finished.require_run()
+    file = recipe_path(run)
+    known = finished.lock.get("recipe") or {}
+    if not file.is_file():
+        raise UserError(f"{finished.path}: recipe: {file}: no such file: put it back there")
+    # Those that are shipped change with the package's version, which the lock names.
+    own = run.recipe.endswith(".py")
+    if own and known.get("sha256") not in (None, file_hash(file)):
+        raise UserError(
+            f"{finished.path}: recipe: {file} changed since the run was trained: restore it, or "
+            "train again"
+        )
+    return load_recipe(file).task
+
+
+def prepared_again(finished: FinishedRun, task: Task) -> tuple[Processor, Prepared]:
+    """Processor and rows of a finished run. Raises UserError if its data changed since."""
     # What the limits allow was decided when the run was trained.
-    lock, length = read_lock(run), opened.train.max_length
-    prepared = prepare(
-        opened.data, lock.get("kind"), tokenizer, length, opened.seed, limits=False, lock=lock
-    )
+    run, lock = finished.require_run(), finished.lock
+    _, data = rows_of(task, run, finished.located, lock, limits=False)
     # By content, not by name: a run and its data may have been moved.
     recorded = lock.get("data", {}).values()
-    changed = [source for source, digest in prepared.hashes.items() if digest not in recorded]
+    changed = [source for source, digest in data.hashes.items() if digest not in recorded]
     if changed and recorded:
         raise UserError(
-            f"{', '.join(changed)} changed since {run} was trained: rows it learned from could be "
-            "among the ones it is judged on; restore the data, or train again"
+            f"{', '.join(changed)} changed since {finished.path} was trained: rows it was trained "
+            "on could be among those it is evaluated on; restore the data, or train again"
         )
-    return prepared
+    return finished.processor, data
 
 
-def compare_model(
-    model: Any, tokenizer: Any, judged: HeldOut, prove: Prove, seed: int = 0, samples: bool = True
+def evaluate(
+    task: Task,
+    model: Any,
+    data: Prepared,
+    processor: Processor,
+    run: Run,
+    fresh: Sequence[str] = (),
+    generates: bool = True,
 ) -> dict[str, Any]:
-    """`compare` for a PEFT model in memory; its adapter is switched off to measure the base.
+    """A report of a PEFT model in memory; its adapter is switched off to score the base.
 
     Args:
-        samples: let the model speak: side by side, and for `prove.metrics`.
+        fresh: names of modules that the base has no weights for; with them the base is no
+            contender, and the best rival that needs no adapter takes its place.
+        generates: whether the model may generate: for `prove.metrics`, and samples.
+
+    Returns:
+        What report.json holds of an evaluation, and `adapter_effect`: the largest difference that
+        the adapter makes to a unit's part of the first score; None where the base is no contender.
     """
-    pad = tokenizer.pad_token_id
-    word: dict[str, str] = {}
-    absent = dict.fromkeys(("general", "few_shot", "scratch", "prompt_use", "metrics", "harness"))
-    report: dict[str, Any] = {"verdict": word, **absent, "not_measured": []}
-
-    def both(rows: Labelled, chosen: np.ndarray | None = None) -> tuple[Losses, Losses]:
-        adapted = measure(model, rows, pad, rows=chosen)
-        with model.disable_adapter():
-            return measure(model, rows, pad, rows=chosen), adapted
-
-    base, adapted = both(judged.domain)
-    report["domain"] = statistics(base, adapted, seed)
-    word["domain"] = verdict(report["domain"])
-    if judged.kind == "chat":
-        drawn = np.random.default_rng(seed).permutation(len(judged.domain))[:_PAIRED_ROWS]
-        # Where all is learned from, the prompt too, there is no answer apart.
-        rows = [row for row in drawn.tolist() if judged.domain[row]["labels"][0] == IGNORED]
-        questions = [judged.question(row) for row in rows]
-        report["prompt_use"] = prompt_use(model, pad, questions, seed) if rows else None
-    # Which answers occur is a gain in loss, and no answer to a prompt.
-    blind = bool(report["prompt_use"] and report["prompt_use"]["blind"])
-    if blind and word["domain"] == "better":
-        word["domain"] = "no different"
-    if judged.general is not None:
-        report["general"] = statistics(*both(judged.general), seed)
-        word["general"] = verdict(report["general"], "kept", "forgot", "kept")
-    longest = int(judged.domain.lengths.max()) + (_LONGER_ANSWER if prove.metrics else 0)
-    examples = few_shot.choose(
-        judged.train, longest, positions(model), prove.shots, judged.kind == "chat", seed
-    )
-    if examples:
-        opening = few_shot.opening(tokenizer) if judged.kind == "chat" else []
-        longer = few_shot.after_examples(judged.domain, examples, opening)
-        with model.disable_adapter():
-            prompted = measure(model, longer, pad, rows_at_once=2)
-        tokens = int(longer.lengths[0] - judged.domain.lengths[0])
-        against = statistics(prompted, adapted, seed)
-        report["few_shot"] = {"shots": len(examples), "tokens": tokens, **against}
-        word["few_shot"] = verdict(against, "no different" if blind else "better")
-    elif prove.shots:
-        report["not_measured"].append("few_shot: the base has no room for examples beside the rows")
-    learned = np.random.default_rng(seed).permutation(len(judged.train))
-    learned = learned[: min(len(judged.domain), _LEARNED_ROWS)]
-    before, after = (
-        round(float(x.nats.sum() / x.tokens.sum()), 4) for x in both(judged.train, learned)
-    )
-    report["overfitting"] = {
-        "train_loss": {"base": before, "adapted": after},
-        # How much more the adapter gained on rows it learned from.
-        "gap": round(report["domain"]["loss"]["difference"] - (after - before), 4),
-    }
-    if samples and prove.metrics:
-        try:
-            report["metrics"] = _scores(model, tokenizer, judged, prove, examples, seed)
-        except UserError as error:  # of a script that takes some answers and not others
-            report["not_measured"].append(f"prove.metrics: {error}")
-        for name, scored in (report["metrics"] or {}).items():
-            word[name] = verdict_of_scores(scored, scored["rows"])
-    report["samples"] = _side_by_side(model, tokenizer, judged, base, adapted) if samples else []
-    return report | {"adapter_effect": float(np.abs(adapted.nats - base.nats).max())}
+    facts, seed = data.facts, run.seed
+    if not generates:
+        run = _without_metrics(run)
+    contenders = task.rivals(model, data, processor, facts, run)
+    if not fresh and not any(c.name == "base" for c in contenders):
+        contenders = [Contender("base", model.disable_adapter), *contenders]
+    rival = contenders[0]
+    scores = {"adapted": task.score(model, data.eval, processor, facts, run)}
+    for contender in contenders:
+        scores[contender.name] = _score(task, contender, model, data.eval, processor, facts, run)
+    report: dict[str, Any] = {"verdict": {}, **dict.fromkeys(_ABSENT), "not_measured": []}
+    named = set(run.prove.metrics)
+    own = [score for score in scores["adapted"] if score.name not in named]
+    report["domain"] = against(rival.name, _plain(scores[rival.name], named), own, seed)
+    report["contenders"] = {name: values(found) for name, found in scores.items()}
+    report["classes"] = classes(scores["adapted"])
+    if named:
+        report["metrics"] = _metrics(run.prove.metrics, scores, rival.name, seed)
+    word: dict[str, str] = report["verdict"]
+    for name, found in (report["metrics"] or {}).items():
+        word[name] = verdict(found, found["rows"])
+    deciding = run.prove.metrics[0] if named else own[0].name
+    if named:
+        report["domain"]["decided_by"] = deciding
+        word["domain"] = word[deciding]
+    else:
+        word["domain"] = verdict(report["domain"][deciding], report["domain"]["documents"])
+    for contender in contenders[1:]:
+        if contender.rows is not None:  # the same base, prompted otherwise
+            found = against(contender.name, _plain(scores[contender.name], named), own, seed)
+            report[contender.name] = {**contender.about, **found}
+            word[contender.name] = verdict(found[own[0].name], found["documents"])
+    report |= _general(task, model, data, processor, run)
+    if report["general"]:
+        first = _first(report["general"])
+        word["general"] = retention(first, report["general"]["documents"])
+    elif task.general is None:
+        report["not_measured"].append(NO_LANGUAGE_MODEL)
+    report["overfitting"] = _gap(task, model, data, processor, run, scores, rival)
+    if generates:
+        more = task.examine(model, data, scores, processor, facts, run)
+        report["not_measured"] += more.pop("not_measured", [])
+        report |= more
+    report.setdefault("samples", [])
+    objection = task.objection(report)
+    if objection:
+        report["domain"]["objection"] = objection
+        for part in ("domain", "few_shot"):
+            if word.get(part) == "better":
+                word[part] = "no different"
+    effect = None
+    if rival.name == "base":
+        change = scores["adapted"][0].sums[:, 0] - scores["base"][0].sums[:, 0]
+        effect = float(np.abs(change).max())
+    return report | {"adapter_effect": effect}
 
 
-def measure_tasks(report: dict[str, Any], model: Any, tokenizer: Any, prove: Prove) -> None:
+def measure_tasks(report: dict[str, Any], model: Any, processor: Any, tasks: list[str]) -> None:
     """Add the harness's figures to a report, or why there are none."""
     try:
-        report["harness"] = run_harness(model, tokenizer, prove.harness)
+        report["harness"] = run_harness(model, processor, tasks)
     except UserError as error:
         report["not_measured"].append(str(error))
+
+
+def _score(
+    task: Task,
+    contender: Contender,
+    model: Any,
+    rows: Rows,
+    processor: Processor,
+    facts: dict[str, Any],
+    run: Run,
+) -> list[Score]:
+    """A contender's scores. PEFT's own context yields nothing: the model itself is meant."""
+    if contender.rows is not None:
+        rows = contender.rows(rows)
+    with contender.enter() as entered:
+        inside = model if contender.enter == model.disable_adapter else entered
+        return task.score(inside, rows, processor, facts, run)
+
+
+def _plain(scores: Sequence[Score], named: set[str]) -> list[Score]:
+    return [score for score in scores if score.name not in named]
+
+
+def _metrics(
+    names: Sequence[str], scores: Mapping[str, Sequence[Score]], rival: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """`prove.metrics` of the rival, of the base with examples, and of the adapted model."""
+    found = {}
+    by_name = {who: {score.name: score for score in each} for who, each in scores.items()}
+    for name in names:
+        before, after = by_name[rival][name], by_name["adapted"][name]
+        prompted = by_name.get("few_shot", {}).get(name)
+        compared = against(rival, [before], [after], seed)
+        found[name] = {
+            "rows": len(after.sums),
+            "few_shot": prompted and round(prompted.figure, 4),
+            **compared[name],
+        }
+    return found
+
+
+def _general(
+    task: Task, model: Any, data: Prepared, processor: Processor, run: Run
+) -> dict[str, Any]:
+    """How base and adapted model score on general text."""
+    if task.general is None or data.general is None:
+        return {"general": None}
+    run = _without_metrics(run)
+    args = (data.general, processor, data.facts, run)
+    adapted = task.general.score(model, *args)
+    with model.disable_adapter():
+        base = task.general.score(model, *args)
+    return {"general": against("base", base, adapted, run.seed)}
+
+
+def _gap(
+    task: Task,
+    model: Any,
+    data: Prepared,
+    processor: Processor,
+    run: Run,
+    scores: Mapping[str, Sequence[Score]],
+    rival: Contender,
+) -> dict[str, Any]:
+    """How much more the adapter gained on training rows than on held-out ones, by the first
+    score."""
+    run = _without_metrics(run)
+    rows = data.rows("train")
+    drawn = np.random.default_rng(run.seed).permutation(len(rows))[: min(len(data.eval), _GAP_ROWS)]
+    some = rows.select(drawn)
+    before = _score(task, rival, model, some, processor, data.facts, run)[0]
+    after = task.score(model, some, processor, data.facts, run)[0]
+    held_out = scores["adapted"][0].figure - scores[rival.name][0].figure
+    trained = after.figure - before.figure
+    gap = held_out - trained if after.better == "lower" else trained - held_out
+    figures = {"base": round(before.figure, 4), "adapted": round(after.figure, 4)}
+    return {f"train_{after.name}": figures, "gap": round(gap, 4)}
+
+
+def _first(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first score of what `against` returned."""
+    return next(found for found in part.values() if isinstance(found, dict))
+
+
+def _without_metrics(run: Run) -> Run:
+    prove = run.prove.model_copy(update={"metrics": []})
+    return run.model_copy(update={"prove": prove})
 
 
 def _lost(before: dict[str, Any], report: dict[str, Any]) -> list[str]:
@@ -250,79 +331,3 @@ def _lost(before: dict[str, Any], report: dict[str, Any]) -> list[str]:
     for part in ("metrics", "harness"):
         lost += (before.get(part) or {}).keys() - (report[part] or {}).keys()
     return sorted(lost)
-
-
-def _answered(judged: HeldOut, most: int, seed: int) -> list[int]:
-    """The rows that are answered for the metrics, drawn with the seed."""
-    rows = np.random.default_rng(seed).permutation(len(judged.domain))[:most]
-    return sorted(rows.tolist())
-
-
-def _scores(
-    model: Any, tokenizer: Any, judged: HeldOut, prove: Prove, examples: list[list[int]], seed: int
-) -> dict[str, dict[str, Any]]:
-    """Each metric's mean score of the base, of the base with examples, and of the adapter."""
-    asked = [judged.question(n) for n in _answered(judged, prove.answers, seed)]
-    prompts = [prompt for prompt, _ in asked]
-    wanted = [_text(tokenizer, answer) for _, answer in asked]
-    # An answer that is longer than every right one is not made right by its rest.
-    length = min(_LONGEST_ANSWER, max(len(a) for _, a in asked) + _LONGER_ANSWER)
-    said = {"adapted": generate(model, tokenizer, prompts, length)}
-    with model.disable_adapter():
-        said["base"] = generate(model, tokenizer, prompts, length)
-        if examples:
-            opening = few_shot.opening(tokenizer)
-            longer = [few_shot.joined([*examples, prompt], opening) for prompt in prompts]
-            said["few_shot"] = generate(model, tokenizer, longer, length)
-    found = {}
-    for name in prove.metrics:
-        each = {who: metrics.score(name, answers, wanted) for who, answers in said.items()}
-        few = round(float(each["few_shot"].mean()), 4) if examples else None
-        found[name] = {
-            "rows": len(wanted),
-            "few_shot": few,
-            **scores(each["base"], each["adapted"], seed),
-        }
-    return found
-
-
-def _side_by_side(
-    model: Any, tokenizer: Any, judged: HeldOut, base: Losses, adapted: Losses
-) -> list[dict[str, Any]]:
-    """What base and adapted say to held-out rows, greedily: to the first ones, and to those on
-    which the adapter gained and lost most."""
-    with np.errstate(invalid="ignore"):  # of a unit without tokens there is no mean
-        before, after = base.nats / base.tokens, adapted.nats / adapted.tokens
-    units = np.flatnonzero(base.tokens > 0)
-    by_gain = units[np.argsort((after - before)[units], kind="stable")].tolist()
-    ways = {"first": units.tolist(), "largest gain": by_gain, "largest loss": by_gain[::-1]}
-    chosen: dict[int, str] = {}
-    for why, ordered in ways.items():
-        fresh = [unit for unit in ordered if unit not in chosen]
-        chosen |= dict.fromkeys(fresh[:_SHOWN_EACH], why)
-    rows = judged.domain
-    first_row = {int(unit): row for row, unit in reversed(list(enumerate(rows.units)))}
-    asked = [judged.question(first_row[unit]) for unit in chosen]
-    prompts = [prompt for prompt, _ in asked]
-    said = generate(model, tokenizer, prompts, _SHOWN_TOKENS)
-    with model.disable_adapter():
-        said_before = generate(model, tokenizer, prompts, _SHOWN_TOKENS)
-    return [
-        {
-            "chosen": chosen[unit],
-            "prompt": _text(tokenizer, asked[n][0]),
-            "expected": _text(tokenizer, asked[n][1]),
-            "base": said_before[n],
-            "adapted": said[n],
-            "loss": {
-                name: round(float(loss[unit]), 4)
-                for name, loss in (("base", before), ("adapted", after))
-            },
-        }
-        for n, unit in enumerate(chosen)
-    ]
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    """What tokens spell; a character that was cut apart at an end is left out."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip("\N{REPLACEMENT CHARACTER}")

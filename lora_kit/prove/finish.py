@@ -1,4 +1,4 @@
-"""The last step of a recipe: judge the adapter, write the report, close the lock file."""
+"""The last step of a recipe: evaluate the adapter, write the report, close the lock file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from typing import Any
 
 from lora_kit.adapter.inspect import figures
 from lora_kit.errors import CheckFailed
-from lora_kit.prove.compare import HeldOut, compare_model, measure_tasks
+from lora_kit.prove.compare import evaluate, measure_tasks
 from lora_kit.prove.gate import held
 from lora_kit.prove.report import in_lines, write_report
-from lora_kit.schema import Run
+from lora_kit.tasks.encode import Prepared
+from lora_kit.tasks.task import Processor
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import is_first_rank
+from lora_kit.train.guards import Guards, best_step, stopped_early
 
 
-def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, Any]:
-    """Compare base and adapted on all ranks; the first writes report.json and report.html.
+def prove(
+    trainer: Guards, data: Prepared, processor: Processor, fresh: tuple[str, ...]
+) -> dict[str, Any]:
+    """Compare the adapted model with its contenders on all ranks; the first writes report.json and
+    report.html.
 
     Returns:
         What report.json holds.
@@ -25,42 +30,45 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
         CheckFailed: the adapter did not train as it should, or `prove.gate` does not hold. The run
             is finished and reported all the same.
     """
-    directory = trainer.directory
+    guard = trainer.guard
+    run, directory = guard.run, guard.directory
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    model = trainer.model_wrapped if sharded else trainer.model
-    directory.say(f"judging base and adapted on {judged}")
-    # A sharded model would have to generate on all ranks in step: it is not let speak.
-    report = compare_model(model, tokenizer, judged, run.prove, run.seed, samples=not sharded)
+    model: Any = trainer.model_wrapped if sharded else trainer.model
+    general = f" and {data.general.units} general ones" if data.general else ""
+    directory.say(f"evaluating on {data.eval.units} held-out documents{general}")
+    # A sharded model would have to generate on all ranks in step: it does not generate.
+    report = evaluate(guard.task, model, data, processor, run, fresh, generates=not sharded)
     alone = trainer.accelerator.num_processes == 1
     if run.prove.harness and alone:
-        measure_tasks(report, model, tokenizer, run.prove)
+        measure_tasks(report, model, processor, run.prove.harness)
     if (run.prove.harness and not alone) or (run.prove.metrics and sharded):
-        why = f"on several processes: ask one, with lora-kit compare {directory.path}"
+        why = f"on several processes: measure it in one, with lora-kit compare {directory.path}"
         report["not_measured"].append(why)
-    trainer.audit.effect(report.pop("adapter_effect"))
-    report["audit"] = trainer.audit.report()
+    guard.audit.effect(report.pop("adapter_effect"))
+    report["audit"] = guard.audit.report()
+    patience = run.train.early_stopping_patience
     report["overfitting"] |= {
-        "best_step": trainer.best_step,
-        "stopped_early": trainer.stopped_early,
+        "best_step": best_step(trainer.state),
+        "stopped_early": stopped_early(trainer.state, patience),
     }
-    last: dict[str, Any] = next(
-        (r for r in reversed(read_metrics(directory.metrics)) if "loss" in r), {}
-    )
+    rows = read_metrics(directory.metrics)
+    last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
+    plan = guard.plan
     report["training"] = {
         "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch, 3),
-        "tokens": trainer.count_tokens(),
+        "epochs": round(trainer.state.epoch or 0.0, 3),
+        "tokens": guard.meter.tokens(),
         "tokens_per_second": last.get("tokens_per_second", 0.0),
-        "predicted_tokens_per_second": trainer.plan and round(trainer.plan.tokens_per_second, 1),
-        "seconds": round(trainer.seconds, 3),
-        "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
+        "predicted_tokens_per_second": plan and round(plan.tokens_per_second, 1),
+        "seconds": round(guard.meter.seconds, 3),
+        "trainable_parameters": sum(p.numel() for p in _trained(trainer)),
         "world_size": trainer.accelerator.num_processes,
-        "chosen": trainer.plan and asdict(trainer.plan.choice),
-        "micro_batch_halved": trainer.halvings,
+        "chosen": plan and asdict(plan.choice),
+        "micro_batch_halved": guard.halving.times,
     }
     report["memory"] = {
-        "predicted_mib": trainer.plan and round(trainer.plan.total / 2**20, 1),
-        "measured_mib": round(trainer.peak_mib, 1),  # to the end of the training
+        "predicted_mib": plan and round(plan.total / 2**20, 1),
+        "measured_mib": round(guard.peak_mib, 1),  # to the end of the training
     }
     report["gate"] = held(report, run.prove.gate) if run.prove.gate else None
     if is_first_rank():
@@ -75,3 +83,7 @@ def prove(run: Run, trainer: Any, tokenizer: Any, judged: HeldOut) -> dict[str, 
     if failed:
         raise CheckFailed("\n".join(failed))
     return report
+
+
+def _trained(trainer: Guards) -> list[Any]:
+    return [p for p in trainer.model.parameters() if p.requires_grad]

@@ -1,38 +1,46 @@
-"""What must hold for a run to count as done."""
+"""The bounds that a run must reach to count as done: `prove.gate`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from lora_kit.prove.scores import NO_LANGUAGE_MODEL, better, compared_scores, not_measured
 from lora_kit.schema import Gate
 
 # A bound and the words that reach it.
 _REACHED = {"better": {"better"}, "no different": {"better", "no different"}, "kept": {"kept"}}
-_UNKNOWN = {
-    "general": "not known: name data.general",
-    "few_shot": "not known: prove.shots: 0, or no room for examples in the base's context",
-}
 
 
 def held(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
     """Hold a report to a gate: {"passed": bool, "failed": [a line for each bound that is broken]}.
 
-    What was not measured does not hold.
+    What was not measured does not hold; general text is not asked for where the model has no
+    language-model head that could forget it.
     """
     failed = []
     for part in ("domain", "general", "few_shot"):
         asked = getattr(gate, part)
+        if part == "general" and NO_LANGUAGE_MODEL in (report.get("not_measured") or []):
+            continue
         word = report["verdict"].get(part)
         if asked and word not in _REACHED[asked]:
-            failed.append(f"{part}: {word or _UNKNOWN[part]} (asked for: {asked})")
+            found = word or f"not measured: {not_measured(report, part)}"
+            failed.append(f"{part}: {found} (asked for: {asked})")
     for problem in (report.get("audit") or {}).get("problems", []):
         failed.append(f"audit: {problem['what']}")
-    loss = report["domain"]["loss"]["adapted"]
-    if gate.loss is not None and loss > gate.loss:
-        failed.append(f"loss: {loss} nats per token (asked for: {gate.loss:g} at most)")
-    for name, least in gate.metrics.items():
-        figures = (report["metrics"] or {}).get(name)
-        if figures is None or figures["adapted"] < least:
-            found = figures["adapted"] if figures else "not measured"
-            failed.append(f"{name}: {found} (asked for: {least:g} at least)")
+    scores = {**(report.get("metrics") or {}), **compared_scores(report["domain"])}
+    if gate.loss is not None:
+        failed += _broken("loss", report["domain"].get("loss"), gate.loss, " nats per token")
+    for name, bound in gate.metrics.items():
+        failed += _broken(name, scores.get(name), bound)
     return {"passed": not failed, "failed": failed}
+
+
+def _broken(name: str, score: dict[str, Any] | None, bound: float, unit: str = "") -> list[str]:
+    """A line if the adapted model's score is not measured or beyond its bound, else none."""
+    lower = better(name, score or {}) == "lower"
+    value = score["adapted"] if score else None
+    if value is not None and (value <= bound if lower else value >= bound):
+        return []
+    found = "not measured" if value is None else f"{value}{unit}"
+    return [f"{name}: {found} (asked for: {bound:g} at {'most' if lower else 'least'})"]

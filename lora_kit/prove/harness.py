@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from lora_kit.errors import UserError
+from lora_kit.prove.scores import mean_score
 from lora_kit.run import nearest
+from lora_kit.tasks.bootstrap import compared
 from lora_kit.tasks.metrics import check_each, in_a_line
 from lora_kit.trust import check_own, metrics_checked
 
@@ -95,8 +97,6 @@ def run_harness(
 def table(base: dict[str, Any], adapted: dict[str, Any], seed: int) -> dict[str, dict[str, Any]]:
     """What `run_harness` returns, of two results of `lm_eval.evaluate`. A group that has a figure
     of its own stands for its tasks."""
-    from lora_kit.tasks.bootstrap import scores
-
     groups = adapted.get("groups", {})
     inside = {task for group in groups for task in _tasks_of(group, adapted)}
     rows: dict[str, dict[str, Any]] = {}
@@ -107,14 +107,17 @@ def table(base: dict[str, Any], adapted: dict[str, Any], seed: int) -> dict[str,
                 continue
             before = base["results"][name][key]
             pair = [_values(result, name, metric, chosen) for result in (base, adapted)]
+            higher = adapted["higher_is_better"].get(name, {}).get(metric) is not False
             if np.allclose([_mean(values) for values in pair], [before, after]):
-                without, adapter = (np.array(values, dtype=float) for values in pair)
-                row = scores(without, adapter, seed)
+                better = "higher" if higher else "lower"
+                without, adapter = (
+                    mean_score(metric, np.array(values, dtype=float), better) for values in pair
+                )
+                row = compared(without, adapter, seed)
             else:
                 row = {"base": before, "adapted": after, "difference": after - before}
                 row = {word: round(float(number), 4) for word, number in row.items()}
                 row["ci95"] = None
-            higher = adapted["higher_is_better"].get(name, {}).get(metric) is not False
             title = f"{name}/{metric}" + (f" ({chosen})" if chosen != "none" else "")
             rows[title] = {"rows": len(pair[1]), **row, "higher_is_better": higher}
     return rows

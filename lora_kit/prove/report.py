@@ -1,51 +1,97 @@
-"""report.json and report.html: what a run came to, in figures and in one page."""
+"""report.json and report.html: what a run came to, in figures and in one page.
+
+Everything shown is read from report.json, for every task; a report that an older version wrote
+lacks some of its entries.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_kit.errors import UserError
 from lora_kit.folders import write_whole
 from lora_kit.pages import render
-from lora_kit.prove.charts import curves, forest, heat
+from lora_kit.prove.charts import confused, curves, forest, heat
+from lora_kit.prove.scores import better, compared_scores, decided_by, not_measured
 from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Run
-from lora_kit.tasks.bootstrap import verdict_of_scores
+from lora_kit.tasks.bootstrap import verdict
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import write_json
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_PARTS = {
+# The parts of a report that `scores.against` returned, and what each is about.
+PARTS = {
     "domain": "Domain",
     "general": "General text",
     "few_shot": "Against examples in the prompt",
     "scratch": "Against training from scratch",
 }
-_WORDS = {
-    "better": "better than the base on text it never saw",
-    "worse": "worse than the base: negative transfer. Do not ship it",
-    "no different": "no different from the base: the training bought nothing",
-    "too little data": "not judged: fewer than 20 held-out documents",
-    "kept": "what the base knew of general text is kept",
-    "forgot": "general text got worse: the adapter forgets",
-}
-LARGEST_UNSEEN = 2.0  # percent of loss that may be lost before `kept` is said with a but
-_BLIND = (
-    "the loss fell, but the answers hardly depend on their prompts: what was learned is which "
-    "answers occur, not which of them belongs to a prompt. Look for shuffled labels"
-)
-_AGAINST = {
+# What a person calls a contender.
+_CONTENDERS = {
+    "base": "the base",
     "few_shot": "the base with examples in its prompt",
     "scratch": "a model of its shape trained from scratch",
+    "majority": "always predicting the most frequent class",
+    "linear_probe": "a linear probe on frozen features",
+    "zero_shot": "zero-shot classification by label names",
+    "reference": "the reference model",
+}
+# Units of scores that are no share of 1; "": a number without one.
+UNITS = {
+    "loss": "nats per token",
+    "bits_per_byte": "bits per byte",
+    "margin": "",
+    "length": "tokens",
+    "kl": "nats",
+}
+_SHOWN_IN_TABLES_ONLY = ("bits_per_byte",)  # the loss in another unit: it has no verdict of its own
+_WORDS = {
+    "better": "better than the base on held-out data",
+    "worse": "worse than the base: negative transfer. Do not ship it",
+    "no different": "no different from the base: the training bought nothing",
+    "too little data": "not evaluated: fewer than 20 held-out documents",
+    "kept": "general text is predicted as well as by the base",
+    "forgot": "general text got worse: the adapter forgets",
+}
+_AGAINST_A_RIVAL = {
+    "better": "better than {} on held-out data",
+    "worse": "worse than {}: the adapter is not worth shipping",
+    "no different": "{} does as well: the adapter bought nothing",
+}
+_BLIND = (
+    "the loss fell, but the completions hardly depend on their prompts: the adapter was trained on "
+    "which completions occur, not on which of them belongs to a prompt. Look for shuffled labels"
+)
+LARGEST_UNSEEN = 2.0  # percent of loss that may be lost before `kept` is qualified
+# How a word is shown: the colour and shape of its icon.
+MOODS = {
+    "better": "good",
+    "kept": "good",
+    "passed": "good",
+    "worse": "bad",
+    "forgot": "bad",
+    "failed": "bad",
+    "no different": "flat",
+}
+# What a headline must not hide: part and word of a finding.
+_BUTS = {
+    ("general", "forgot"): "it forgets general text",
+    ("few_shot", "worse"): "examples in the prompt alone do more",
+    ("few_shot", "no different"): "examples in the prompt alone do as much",
+    ("scratch", "worse"): "training from scratch does more",
+    ("gate", "failed"): "the gate failed",
+    ("audit", "failed"): "a check of the training failed",
 }
 
 
 class Finding(NamedTuple):
-    """One thing that was judged; `part` is its key in the report. `gain` is how much better the
-    adapter is and its 95% interval, in `unit`: percent of the base, or points of 100."""
+    """One result; `part` is its key in the report. `gain` is how much better the adapted model is
+    and its 95% interval, in `unit`: percent of the base, or points of 100; "": not drawn."""
 
     part: str
     title: str
@@ -70,16 +116,30 @@ def write_report(directory: Path, run: Run, report: dict[str, Any]) -> None:
         raise UserError(f"{directory}: the report cannot be written ({error.strerror})") from None
 
 
-def in_words(verdict: str, part: str = "domain") -> str:
-    """One sentence for a verdict's word; `part` is what was judged, also the name of a metric."""
-    if part in ("domain", "general") or verdict == "too little data":
-        return _WORDS[verdict]
+def in_words(word: str, part: str = "domain", rival: str = "base") -> str:
+    """One sentence for a verdict's word.
+
+    Args:
+        part: what was compared: a key of PARTS, or the name of a further score.
+        rival: the contender that the adapted model was compared with.
+    """
+    if part in ("few_shot", "scratch"):
+        rival = part
+    if word in ("kept", "forgot", "too little data") or (part == "domain" and rival == "base"):
+        return _WORDS[word]
+    if part == "domain":
+        return _AGAINST_A_RIVAL[word].format(contender(rival))
     joined = {"better": "better than", "worse": "worse than", "no different": "no different from"}
-    return f"{joined[verdict]} {_AGAINST.get(part, 'the base')}"
+    return f"{joined[word]} {contender(rival)}"
+
+
+def contender(name: str) -> str:
+    """What a person calls a contender."""
+    return _CONTENDERS.get(name, name.replace("_", " "))
 
 
 def in_lines(report: dict[str, Any]) -> list[str]:
-    """A line for everything that was judged, as `train` ends with: figures, interval, verdict."""
+    """A line for each result, as `train` ends with: figures, interval, verdict."""
     return [
         ": ".join(filter(None, (found.part, found.figures, found.sentence)))
         for found in findings(report)
@@ -87,61 +147,196 @@ def in_lines(report: dict[str, Any]) -> list[str]:
 
 
 def findings(report: dict[str, Any]) -> list[Finding]:
-    """What was judged, in the order of importance; what is not known is said too."""
-    report, found = _filled(report), []
-    for part, title in _PARTS.items():
+    """The results in the order of importance; what was not measured is one as well."""
+    report = _filled(report)
+    found = [_domain(report)]
+    deciding, _ = decided_by(report)
+    rival = report["domain"].get("rival", "base")
+    for name, score in compared_scores(report["domain"]).items():
+        if name != deciding and name not in _SHOWN_IN_TABLES_ONLY:
+            found.append(_further(report, name, score, report["domain"]["documents"], rival))
+    found.append(_general(report))
+    for part in ("few_shot", "scratch"):
         if report[part]:
-            word, loss = report["verdict"][part], report[part]["loss"]
-            gain = _gain(loss, -100 / loss["base"])
-            change = "{:+.1f}%, 95% {:+.1f}% to {:+.1f}%".format(*(-gain[n] for n in (0, 2, 1)))
-            figures = f"{loss['base']:.3f} -> {loss['adapted']:.3f} nats per token ({change})"
-            used, sentence = report["prompt_use"] or {"blind": False}, in_words(word, part)
-            if part == "domain" and word == "no different" and gain[1] > 0 and used["blind"]:
-                sentence = _BLIND
-            if part == "general" and word == "kept" and -gain[1] > LARGEST_UNSEEN:
-                sentence = f"no forgetting was shown, but up to {-gain[1]:+.1f}% is possible"
-            found.append(Finding(part, title, word, sentence, figures, "%", gain))
-        elif part == "general":
-            why = "data.general names no text that should not be forgotten"
-            found.append(Finding(part, title, "not known", f"not known: {why}"))
-    for name, score in {**(report["metrics"] or {}), **(report["harness"] or {})}.items():
-        base, change = score["base"], f"{score['difference']:+.3f}"
-        figures = f"{base:.3f} -> {score['adapted']:.3f}"
-        if score["ci95"] is None:
-            why = "not judged: it is no mean over rows, so it has no interval"
-            found.append(Finding(name, name, "not judged", why, f"{figures} ({change})"))
-            continue
-        change += ", 95% {:+.3f} to {:+.3f}".format(*score["ci95"])
-        higher = score.get("higher_is_better", True)
-        value, *bounds = _gain(score, 1 if higher else -1)
-        judged = verdict_of_scores({"difference": value, "ci95": bounds}, score["rows"])
-        word = report["verdict"].get(name, judged)
-        # A share of 1 in points; of what has no upper end a share of the base can be told.
-        unit = " points" if higher and 0 <= base <= 1 else "%" if base else ""
-        gain = _gain(score, (1 if higher else -1) * 100 / (abs(base) if unit == "%" else 1))
-        sentence = in_words(word, name)
-        found.append(Finding(name, name, word, sentence, f"{figures} ({change})", unit, gain))
+            name, score = next(iter(compared_scores(report[part]).items()))
+            word = report["verdict"][part]
+            found.append(_finding(part, name, score, word, in_words(word, part)))
+    for name, score in (report["metrics"] or {}).items():
+        if name != deciding:
+            found.append(_further(report, name, score, score["rows"], rival))
+    for name, score in (report["harness"] or {}).items():
+        found.append(_further(report, name, score, score["rows"], "base"))
+    if report["generation"]:
+        found.append(_generation(report["generation"]))
     if gate := report["gate"]:
         word = "passed" if gate["passed"] else "failed"
         found.append(Finding("gate", "Gate", word, "; ".join([word, *gate["failed"]])))
-    if audit := report["audit"]:
-        problems = [f"{p['what']}. {p['cause']}. {p['fix']}" for p in audit["problems"]]
-        failed = [c["found"] for c in audit["checks"] if c["passed"] is False]
-        word = "failed" if problems or failed else "passed"
-        why = "; ".join(problems or failed or ["every check passed that could be made"])
-        found.append(Finding("audit", "Did it train", word, why))
-    else:
-        why = "not known: no training that came to its end was checked"
-        found.append(Finding("audit", "Did it train", "not known", why))
+    found.append(_audit(report["audit"]))
     for line in report["not_measured"] or []:
-        found.append(Finding("not measured", "Not measured", "not known", line))
+        if not line.startswith("general: "):
+            found.append(Finding("not measured", "Not measured", "not measured", line))
     return found
 
 
-def _gain(found: dict[str, Any], factor: float) -> tuple[float, float, float]:
-    """A difference and its interval as an improvement, times `factor`."""
-    low, high = sorted(factor * bound for bound in found["ci95"])
-    return factor * found["difference"], low, high
+def _domain(report: dict[str, Any]) -> Finding:
+    name, score = decided_by(report)
+    word = report["verdict"]["domain"]
+    sentence = in_words(word, "domain", report["domain"].get("rival", "base"))
+    found = _finding("domain", name, score, word, sentence)
+    blind = report["prompt_use"] and report["prompt_use"]["blind"]
+    if objection := report["domain"].get("objection"):
+        return found._replace(sentence=objection)
+    if blind and word == "no different" and found.gain[1] > 0:
+        return found._replace(sentence=_BLIND)
+    return found
+
+
+def _general(report: dict[str, Any]) -> Finding:
+    if not report["general"]:
+        why = f"not measured: {not_measured(report, 'general')}"
+        return Finding("general", PARTS["general"], "not measured", why)
+    name, score = next(iter(compared_scores(report["general"]).items()))
+    word = report["verdict"]["general"]
+    found = _finding("general", name, score, word, in_words(word, "general"))
+    if word == "kept" and -found.gain[1] > LARGEST_UNSEEN:
+        sentence = f"no forgetting was shown, but up to {-found.gain[1]:+.1f}% is possible"
+        return found._replace(sentence=sentence)
+    return found
+
+
+def _finding(part: str, name: str, score: dict[str, Any], word: str, sentence: str) -> Finding:
+    """One of PARTS, by its deciding score."""
+    title = PARTS[part] if name == "loss" else f"{PARTS[part]}: {name}"
+    figures = _figures(name, score) if name == "loss" else f"{name} {_figures(name, score)}"
+    unit = _unit(name, score)
+    return Finding(part, title, word, sentence, figures, unit, _gain(name, score, unit))
+
+
+def _further(
+    report: dict[str, Any], name: str, score: dict[str, Any], units: int, rival: str
+) -> Finding:
+    """A score that does not decide."""
+    figures = _figures(name, score)
+    if score["ci95"] is None:
+        why = "not evaluated: it is no mean over rows, so it has no interval"
+        return Finding(name, name, "not evaluated", why, figures)
+    computed = verdict({**score, "better": better(name, score)}, units)
+    word = report["verdict"].get(name, computed)
+    unit = _unit(name, score)
+    sentence = in_words(word, name, rival)
+    return Finding(name, name, word, sentence, figures, unit, _gain(name, score, unit))
+
+
+def _generation(part: dict[str, Any]) -> Finding:
+    """How generated text changed: without a verdict of its own; an objection may follow from it."""
+    changes = []
+    for name, score in compared_scores(part).items():
+        unit = f" {UNITS[name]}" if UNITS.get(name) else ""
+        changes.append(f"{name} {score['base']:.3g} -> {score['adapted']:.3g}{unit}")
+    return Finding("generation", "Generated text", "", "; ".join(changes))
+
+
+def _audit(audit: dict[str, Any] | None) -> Finding:
+    if not audit:
+        why = "not checked: no training that came to its end was checked"
+        return Finding("audit", "Did it train", "not checked", why)
+    problems = [f"{p['what']}. {p['cause']}. {p['fix']}" for p in audit["problems"]]
+    failed = [check["found"] for check in audit["checks"] if check["passed"] is False]
+    word = "failed" if problems or failed else "passed"
+    why = "; ".join(problems or failed or ["every check passed that could be made"])
+    return Finding("audit", "Did it train", word, why)
+
+
+def _unit(name: str, score: dict[str, Any]) -> str:
+    """A gain is told in points of 100 where the score is a share of 1, else in percent of the
+    base's value; "" where that is 0."""
+    share = better(name, score) == "higher" and name not in UNITS
+    if share and 0 <= score["base"] <= 1 and 0 <= score["adapted"] <= 1:
+        return " points"
+    return "%" if score["base"] else ""
+
+
+def _gain(name: str, score: dict[str, Any], unit: str) -> tuple[float, float, float]:
+    """A difference and its interval as an improvement: positive where the adapted is better."""
+    factor = 1.0 if better(name, score) == "higher" else -1.0
+    if unit:
+        factor *= 100 / (abs(score["base"]) if unit == "%" else 1)
+    low, high = sorted(factor * bound for bound in score["ci95"])
+    return factor * score["difference"], low, high
+
+
+def _figures(name: str, score: dict[str, Any]) -> str:
+    """`3.442 -> 2.951 nats per token (-14.3%, 95% -16.3% to -12.5%)`: a loss in percent of the
+    base's; other scores as they are."""
+    percent = name == "loss" and score["base"]
+    factor, form = (100 / score["base"], "+.1f") if percent else (1.0, "+.3f")
+    mark = "%" if percent else ""
+    change = f"{factor * score['difference']:{form}}{mark}"
+    if score["ci95"] is not None:
+        low, high = (f"{factor * bound:{form}}{mark}" for bound in score["ci95"])
+        change += f", 95% {low} to {high}"
+    unit = f" {UNITS[name]}" if UNITS.get(name) else ""
+    return f"{score['base']:.3f} -> {score['adapted']:.3f}{unit} ({change})"
+
+
+def ahead(report: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Contenders other than the rival that have a better deciding score than the adapted model:
+    (name, value), best first. No interval is known for them. Those with a verdict of their own
+    (few_shot, scratch) are not among them."""
+    name, score = decided_by(report)
+    rival = report["domain"].get("rival", "base")
+    sign = 1 if better(name, score) == "higher" else -1
+    found = [
+        (other, values[name])
+        for other, values in (report.get("contenders") or {}).items()
+        if other not in ("adapted", "base", rival, *report["verdict"])
+        and name in values
+        and sign * (values[name] - score["adapted"]) > 0
+    ]
+    return sorted(found, key=lambda pair: -sign * pair[1])
+
+
+def contender_rows(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
+    """The table of all contenders: the scores' names, and (name, a value or None for each score),
+    the adapted model last; no rows where there is nothing but the rival to compare with."""
+    contenders = dict(report.get("contenders") or {})
+    names = list(dict.fromkeys(name for values in contenders.values() for name in values))
+    measured = {**(report.get("metrics") or {}), **compared_scores(report["domain"])}
+    contenders.pop("adapted", None)
+    if len(contenders) < 2:
+        return names, []
+    contenders["adapted"] = {name: score["adapted"] for name, score in measured.items()}
+    rows = [(who, [values.get(name) for name in names]) for who, values in contenders.items()]
+    return names, rows
+
+
+def units_of(report: Mapping[str, Any]) -> str:
+    """What `documents` counts, for people."""
+    return "documents" if "loss" in report["domain"] else "rows"
+
+
+def _headline(report: dict[str, Any]) -> str:
+    word, rival = report["verdict"]["domain"], report["domain"].get("rival", "base")
+    name = "its base" if rival == "base" else contender(rival)
+    if report["domain"].get("objection") and word != "worse":
+        return f"not better than {name}"
+    return {
+        "better": f"better than {name} on held-out data",
+        "worse": f"worse than {name}, do not ship it",
+        "no different": f"no different from {name}",
+        "too little data": f"not evaluated, there are too few held-out {units_of(report)}",
+    }[word]
+
+
+def _buts(report: dict[str, Any], found: list[Finding]) -> list[str]:
+    """What the headline must not hide."""
+    buts = [_BUTS[one.part, one.word] for one in found if (one.part, one.word) in _BUTS]
+    if leading := ahead(report):
+        name, value = leading[0]
+        buts.append(f"{contender(name)} scored better ({value:.3f})")
+    if worse := [one.part for one in found if one.word == "worse" and one.part not in PARTS]:
+        buts.append(f"it is worse on {' and '.join(worse)}")
+    return buts
 
 
 def _filled(report: dict[str, Any]) -> dict[str, Any]:
@@ -151,16 +346,37 @@ def _filled(report: dict[str, Any]) -> dict[str, Any]:
 
 def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
     report, found = _filled(report), findings(report)
-    best_step = (report["overfitting"] or {}).get("best_step")
+    over = report["overfitting"] or {}
+    fitted = next((name for name in over if name.startswith("train_")), "")
     plots = {unit: [f for f in found if f.unit == unit] for unit in ("%", " points")}
+    names, rows = contender_rows(report)
+    word = report["verdict"]["domain"]
+    mood = MOODS.get(word, "unknown")
+    if any(MOODS.get(one.word) == "bad" for one in found):
+        mood = "warn" if word == "better" else "bad"
     return render(
         _TEMPLATE,
         run=run,
         report=report,
         findings=found,
-        parts=_PARTS,
+        moods=MOODS,
+        mood=mood,
+        headline=_headline(report),
+        objection=report["domain"].get("objection"),
+        buts=_buts(report, found),
+        parts=PARTS,
+        rival=report["domain"].get("rival", "base"),
+        contender=contender,
+        contenders={"names": names, "rows": rows},
+        scores_of=compared_scores,
+        better=better,
+        units=UNITS,
+        counted=units_of(report),
+        fitted={"name": fitted.removeprefix("train_"), "score": over[fitted]} if fitted else None,
+        why_no_general=not_measured(report, "general"),
+        classes=confused(report["classes"]) if report["classes"] else None,
         plots=[(u, rows, forest([f.gain for f in rows])) for u, rows in plots.items() if rows],
-        curves=curves(read_metrics(directory / "metrics.jsonl"), best_step),
+        curves=curves(read_metrics(directory / "metrics.jsonl"), over.get("best_step")),
         heat=heat(report["layers"]) if report["layers"] else None,
         lock=read_lock(directory),
         census=read_json(directory / "census.json") or None,

@@ -8,32 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.base.load import gpu_is_used
-from lora_kit.data.prepare import Prepared
+from lora_kit.prove.scores import against
 from lora_kit.schema import Run
-from lora_kit.tasks.batches import collator
-from lora_kit.tasks.bootstrap import statistics
-from lora_kit.tasks.measure import measure
+from lora_kit.tasks.encode import Prepared
+from lora_kit.tasks.task import Processor, Task
 from lora_kit.train.arguments import training_arguments
 
 
 def against_scratch(
-    run: Run, adapted: Any, tokenizer: Any, data: Prepared, batch: dict[str, int], steps: int | None
+    task: Task,
+    run: Run,
+    adapted: Any,
+    processor: Processor,
+    data: Prepared,
+    batch: dict[str, int],
+    steps: int | None,
 ) -> dict[str, Any]:
     """Train random weights of the base's shape in float32 on the same rows for as many steps, all
-    of them trainable, with the run's own optimizer settings; judge it against the adapter.
+    of them trainable, with the run's own optimizer settings; compare it with the adapter.
 
     Args:
         adapted: the run's PEFT model. batch: the geometry in the run's lock file; what several
             processes did is done in more passes. steps: that the run took; None: as planned.
 
     Returns:
-        {"parameters", "seconds"} and `statistics`, with the new model as the base.
+        {"parameters", "seconds"} and what `against` returns, the new model as the rival.
     """
     import torch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
 
-    pad = tokenizer.pad_token_id
-    after = measure(adapted, data.eval, pad)
+    run = run.model_copy(update={"prove": run.prove.model_copy(update={"metrics": []})})
+    after = task.score(adapted, data.eval, processor, data.facts, run)
     config = adapted.get_base_model().config.__class__.from_dict(adapted.config.to_dict())
     config.quantization_config = None
     set_seed(run.seed)
@@ -47,13 +52,17 @@ def against_scratch(
         arguments.save_strategy = "no"
         started = time.perf_counter()
         trainer = Trainer(
-            model=model, args=arguments, train_dataset=data.train, data_collator=collator(pad)
+            model=model,
+            args=arguments,
+            train_dataset=data.train,
+            data_collator=task.collate(processor),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer._loss_shifts_labels = True  # see LoraTrainer
+        trainer._loss_shifts_labels = True  # as for every model here, whatever its class is called
         trainer.train()
     seconds = time.perf_counter() - started
-    before = measure(model.to("cuda") if gpu_is_used() else model, data.eval, pad)
+    model = model.to("cuda") if gpu_is_used() else model
+    before = task.score(model, data.eval, processor, data.facts, run)
     parameters = sum(p.numel() for p in model.parameters())
     made = {"parameters": parameters, "seconds": round(seconds, 1)}
-    return made | statistics(before, after, seed=0)
+    return made | against("scratch", before, after, seed=0)

@@ -18,20 +18,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_kit.adapter.attach import attach
-from lora_kit.base.load import gpu_is_used, load_base, load_tokenizer
+from lora_kit.base.load import gpu_is_used
 from lora_kit.base.pin import Pinned, pin
-from lora_kit.base.templates import set_template
-from lora_kit.data.prepare import Prepared, kind_of, prepare
+from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
-from lora_kit.schema import Run, Train
+from lora_kit.schema import Run
 from lora_kit.speed.fast import PARTS, documents_loss, make_fast, make_plain
-from lora_kit.tasks.batches import IGNORED, Labelled, LabelledWriter, collator, collators
+from lora_kit.tasks.batches import IGNORED, collator, collators
+from lora_kit.tasks.encode import Prepared, rows_of
 from lora_kit.tasks.packing import Packed, check_isolation
+from lora_kit.tasks.task import Collate, Facts, Processor, Task
 from lora_kit.train.arguments import check_installed
 from lora_kit.train.directory import RunDirectory, is_first_rank
+from lora_kit.train.guards import guarded, has_own_loss
 from lora_kit.train.interrupt import StopSignal
+from lora_kit.train.strategies import choose as choose_strategy
 
-# JSON for the ranks: the `file` for their step, and the `recipe` whose rows they take.
+# JSON for the ranks: the `file` for their step.
 STEP_VARIABLE = "LORA_KIT_STEP"
 ROWS = 8
 _DRAWN = 64  # rows, of which the shortest are taken: one pass holds all at once
@@ -67,12 +70,19 @@ class Step(NamedTuple):
 class Batch(NamedTuple):
     """The rows of the step, and what they are put through."""
 
+    task: Task
     pinned: Pinned
-    rows: Labelled
-    pad_id: int
+    processor: Processor
+    facts: Facts
+    rows: Rows
+
+    @property
+    def token_labels(self) -> bool:
+        """Whether each token has a label, as in language models."""
+        return "labels" in self.rows.columns and isinstance(self.rows[0]["labels"], np.ndarray)
 
 
-def self_test(run: Run, in_two_processes: Callable[[str], None]) -> dict[str, Any]:
+def self_test(run: Run, task: Task, in_two_processes: Callable[[str], None]) -> dict[str, Any]:
     """Compare the ways, in the run's own type and quantization, with dropout switched off.
 
     Args:
@@ -84,40 +94,32 @@ def self_test(run: Run, in_two_processes: Callable[[str], None]) -> dict[str, An
         "gradient"}, "passed": null where it was not checked, "note": cause, reason or null}]}
 
     Raises:
-        UserError: as the run itself would.
+        UserError: as the run itself would; or the loss is that of a library's trainer.
     """
+    if not has_own_loss(task):
+        raise UserError("--loss: the loss of this recipe is its trainer's own: it is not checked")
     check_installed(run)
-    batch = choose(run)
+    batch = choose(run, task)
     # First, while this process holds no model: two more of them have to fit.
-    two = _two_processes(run, in_two_processes)
-    model = load_model(run, batch.pinned)
-    packed = Packed(batch.rows, 2 * int(batch.rows.lengths.max()))
+    two = _two_processes(in_two_processes)
+    model = load_model(run, batch)
     padded = one_step(run, model, batch, batch.rows, (ROWS, 1))
     accumulated = one_step(run, model, batch, batch.rows, (1, ROWS))
-    try:
-        check_isolation(model)
-        full = one_step(run, model, batch, packed, (len(packed), 1))
-    except UserError:
-        if run.data.packing == "documents":
-            raise
-        full = None
-    by_hand = alone(model, batch)
-    collate_as = collators(batch.pad_id)
-    plain = dict.fromkeys(PARTS, "speed: plain")
-    if run.speed == "auto":
-        plain = make_fast(model, documents_loss(model, collate_as))
-    collate = collate_as("attention" not in plain)
-    other = None
-    if plain.keys() != set(PARTS):
-        other = one_step(run, model, batch, batch.rows, (ROWS, 1), collate)
-    make_plain(model)
+    full = packed = quick = None
+    if batch.token_labels:
+        packed = Packed(batch.rows, 2 * int(batch.rows.sizes("input_ids").max()))
+        full = _packed_step(run, model, batch, packed)
+        by_hand = alone(model, batch)
+        quick = _quick_step(run, model, batch)
+    else:
+        by_hand = each_alone(run, model, batch)
     found = [
         compare_steps(name, ways, padded, other, TOLERANCE[run.base.dtype])
         for name, ways, other in (
             ("accumulation", [f"{ROWS} rows x 1 pass", f"1 row x {ROWS} passes"], accumulated),
-            ("packing", ["a document a row", f"{len(packed)} packed rows"], full),
+            ("packing", ["a document a row", f"{len(packed or ())} packed rows"], full),
             ("padding", [f"{ROWS} rows padded", "each row alone, by hand"], by_hand),
-            ("speed", ["transformers' path", "the quick paths"], other),
+            ("speed", ["the standard path", "the quick paths"], quick),
             ("processes", ["one process", "two processes"], two),
         )
     ]
@@ -125,30 +127,54 @@ def self_test(run: Run, in_two_processes: Callable[[str], None]) -> dict[str, An
         found[0]["note"] = "one pass is padded and the others are not: see padding"
     return {
         **run.base.model_dump(include={"model", "dtype", "quantize"}),
-        "labels": [int((batch.rows[n]["labels"][1:] != IGNORED).sum()) for n in range(ROWS)],
+        "labels": [task.supervised(batch.rows.select([n])) for n in range(ROWS)],
         "comparisons": found,
     }
 
 
-def one_rank(run: Run) -> dict[str, Any]:
-    """What each of the two processes does: half of the rows, in one pass."""
+def one_rank(run: Run, task: Task) -> dict[str, Any]:
+    """What each of the two processes does: half of the rows, in one micro-batch."""
     told = json.loads(os.environ[STEP_VARIABLE])
-    run = run.model_copy(update={"recipe": told["recipe"]})
-    batch = choose(run)
-    step = one_step(run, load_model(run, batch.pinned), batch, batch.rows, (ROWS // 2, 1))
+    batch = choose(run, task)
+    step = one_step(run, load_model(run, batch), batch, batch.rows, (ROWS // 2, 1))
     if is_first_rank():
         np.savez(told["file"], **step._asdict())
     return {"loss": step.loss}
 
 
-def _two_processes(run: Run, start: Callable[[str], None]) -> Step | None:
+def _packed_step(run: Run, model: Any, batch: Batch, packed: Packed) -> Step | None:
+    try:
+        check_isolation(model)
+        return one_step(run, model, batch, packed, (len(packed), 1))
+    except UserError:
+        if run.data.packing == "documents":
+            raise
+        return None
+
+
+def _quick_step(run: Run, model: Any, batch: Batch) -> Step | None:
+    """The step on the quick paths; None where there are none."""
+    collate = collators(batch.processor.pad_token_id)
+    plain = dict.fromkeys(PARTS, "speed: plain")
+    if run.speed == "auto":
+        plain = make_fast(model, documents_loss(model, collate))
+    try:
+        if plain.keys() == set(PARTS):
+            return None
+        flat = collate("attention" not in plain)
+        return one_step(run, model, batch, batch.rows, (ROWS, 1), flat)
+    finally:
+        make_plain(model)
+
+
+def _two_processes(start: Callable[[str], None]) -> Step | None:
     import torch
 
     if gpu_is_used() and torch.cuda.device_count() < 2:
         return None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "step.npz"
-        os.environ[STEP_VARIABLE] = json.dumps({"file": str(file), "recipe": run.recipe})
+        os.environ[STEP_VARIABLE] = json.dumps({"file": str(file)})
         start("multi_gpu" if gpu_is_used() else "cpu_2proc")
         with np.load(file) as stored:
             return Step(float(stored["loss"]), stored["gradient"])
@@ -175,42 +201,47 @@ def compare_steps(
     }
 
 
-def choose(run: Run) -> Batch:
+def choose(run: Run, task: Task) -> Batch:
     """Rows of the run's training data that have different lengths and numbers of labels."""
     pinned = pin(run.base)
-    tokenizer = load_tokenizer(pinned)
-    set_template(tokenizer, run.data.chat_template)
-    kind = kind_of(run.recipe)
-    data = prepare(run.data, kind, tokenizer, run.train.max_length, run.seed, limits=False)
-    return Batch(pinned, unequal_rows(data, run.seed), tokenizer.pad_token_id)
+    processor, data = rows_of(task, run, pinned, limits=False)
+    return Batch(task, pinned, processor, data.facts, unequal_rows(data, run.seed))
 
 
-def unequal_rows(data: Prepared, seed: int) -> Labelled:
-    """Eight rows, fewer are repeated, each cut after another share of its labels. The mean of equal
-    parts would be right by chance; where each answer is of one token, every second row is therefore
-    learned from as a whole."""
+def unequal_rows(data: Prepared, seed: int) -> Rows:
+    """Eight rows, fewer are repeated. Those whose tokens have labels are each cut after another
+    share of them: the mean of equal parts would be right by chance; where each completion is of one
+    token, every second row is therefore supervised as a whole."""
     rows = data.rows("train")
     drawn = np.random.default_rng(seed).permutation(len(rows))[:_DRAWN]
-    drawn = np.resize(drawn[np.argsort(rows.lengths[drawn], kind="stable")], ROWS)
-    writer = LabelledWriter()
+    if "input_ids" in rows.columns:
+        drawn = drawn[np.argsort(rows.sizes("input_ids")[drawn], kind="stable")]
+    drawn = np.resize(drawn, ROWS)
+    if "labels" not in rows.columns or not isinstance(rows[0]["labels"], np.ndarray):
+        return rows.select(drawn)
+    made = []
     for number, row in enumerate(drawn.tolist()):
-        ids, labels = (rows[row][name] for name in ("input_ids", "labels"))
-        if data.kind == "text":
+        ids, labels = rows.cell("input_ids", row), rows.cell("labels", row)
+        if labels[1:2] != IGNORED:  # a text, of which the beginning is enough
             ids, labels = ids[:_LONGEST], labels[:_LONGEST]
-        learned = np.flatnonzero(labels != IGNORED)
-        end = max(2, int(learned[len(learned) * (number + 1) // ROWS - 1]) + 1)
-        if len(learned) < 2 and number % 2:
-            learned = np.arange(end)
-        writer.add(ids[:end], [(n, n + 1) for n in learned[learned < end].tolist()])
-    return writer.finish()
+        trained = np.flatnonzero(labels != IGNORED)
+        end = max(2, int(trained[len(trained) * (number + 1) // ROWS - 1]) + 1)
+        if len(trained) < 2 and number % 2:
+            trained = np.arange(end)
+        short = np.full(end, IGNORED)
+        short[trained[trained < end]] = ids[trained[trained < end]]
+        made.append({"input_ids": ids[:end], "labels": short, "unit": number})
+    return Rows.of(made)
 
 
-def load_model(run: Run, pinned: Pinned) -> Any:
+def load_model(run: Run, batch: Batch) -> Any:
     """The base with a fresh adapter, B small instead of zero, so that A has a gradient as well;
     without any dropout, the base's own included."""
     import torch
 
-    model = attach(load_base(run.base, pinned), run.adapter, run.seed)
+    model, fresh = batch.task.model(batch.pinned, batch.facts, run)
+    strategy = choose_strategy(run.train, run.adapter, model, fresh)
+    model = attach(model, strategy.adapter, fresh, run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "_B" in name and parameter.requires_grad and not parameter.any():
@@ -224,7 +255,12 @@ def load_model(run: Run, pinned: Pinned) -> Any:
 
 
 def one_step(
-    run: Run, model: Any, batch: Batch, rows: Any, cut: tuple[int, int], collate: Any = None
+    run: Run,
+    model: Any,
+    batch: Batch,
+    rows: Any,
+    cut: tuple[int, int],
+    collate: Collate | None = None,
 ) -> Step:
     """One step of the trainer over all rows; the model is left as it was.
 
@@ -234,7 +270,6 @@ def one_step(
     from transformers import TrainerCallback
 
     from lora_kit.train.arguments import training_arguments
-    from lora_kit.train.trainer import LoraTrainer
 
     caught: list[np.ndarray] = []
 
@@ -242,24 +277,59 @@ def one_step(
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             caught.append(gradient_of(model))
 
-    # max_grad_norm 0: no clipping, which would hide a wrong scale.
-    settings = Train(
-        max_steps=1, learning_rate=0, max_grad_norm=0, logging_steps=1,
-        per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1],
-        gradient_checkpointing=run.train.gradient_checkpointing,
-    )  # fmt: skip
+    settings = run.train.model_copy(
+        update={
+            "max_steps": 1,
+            "learning_rate": 0.0,
+            "max_grad_norm": 0.0,  # no clipping, which would hide a wrong scale
+            "logging_steps": 1,
+            "per_device_train_batch_size": cut[0],
+            "gradient_accumulation_steps": cut[1],
+            "eval_steps": None,
+            "early_stopping_patience": None,
+            "report_to": [],
+        }
+    )
     run = run.model_copy(update={"train": settings, "speed": "plain"})
-    collate = collate or collator(batch.pad_id)
-    options: dict[str, Any] = {"data_collator": collate, "callbacks": [Catch()]}
+    task = batch.task
+    trainer_class, arguments_class = task.classes()
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder))
-        arguments = training_arguments(run, directory.path)
+        arguments = training_arguments(run, directory.path, None, arguments_class)
         arguments.save_strategy = "no"
-        options |= {"model": model, "train_dataset": rows, "args": arguments}
-        trainer = LoraTrainer(run, directory, StopSignal(), **options)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        trainer = guarded(trainer_class)(
+            task,
+            run,
+            directory,
+            StopSignal(),
+            {"adapter": trained.__contains__},
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collate or task.collate(batch.processor),
+            callbacks=[Catch()],
+        )
         directory.check_world(trainer.accelerator.num_processes)
         loss = trainer.train().training_loss
     return Step(loss, caught[0])
+
+
+def each_alone(run: Run, model: Any, batch: Batch) -> Step:
+    """The same step by hand: the task's loss of every row alone, over the items of all."""
+    task, device = batch.task, next(model.parameters()).device
+    collate = task.collate(batch.processor)
+    assert collate is not None
+    rows = [task.annotate(batch.rows, model, batch.processor, run)[n] for n in range(ROWS)]
+    items = sum(int(task.items(collate([row]))) for row in rows)
+    model.zero_grad()
+    loss = 0.0
+    for row in rows:
+        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in collate([row]).items()}
+        part = task.loss(model, moved, items, run)
+        part.backward()
+        loss += part.item()
+    return Step(loss, gradient_of(model))
 
 
 def alone(model: Any, batch: Batch) -> Step:
@@ -270,14 +340,14 @@ def alone(model: Any, batch: Batch) -> Step:
     model.zero_grad()
     loss = 0.0
     for number in range(ROWS):
-        collated = collator(batch.pad_id)([batch.rows[number]])
+        collated = collator(batch.processor.pad_token_id)([batch.rows[number]])
         alone = {name: tensor.to(device) for name, tensor in collated.items()}
         labels = alone.pop("labels")[0, 1:]
         logits = model(**alone).logits[0, :-1].float()  # (tokens - 1, vocabulary)
         nats = torch.nn.functional.cross_entropy(
             logits, labels, ignore_index=IGNORED, reduction="sum"
         )
-        nats = nats / batch.rows.supervised_tokens
+        nats = nats / batch.task.supervised(batch.rows)
         nats.backward()
         loss += nats.item()
     return Step(loss, gradient_of(model))

@@ -1,63 +1,113 @@
-"""Comparisons for people, as tables in the terminal; and a model's answer to one prompt."""
+"""Comparisons as tables in the terminal; and a model's completion of one prompt."""
 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
-from lora_kit.adapter.load import load, run_home
+from lora_kit.adapter.finished import FinishedRun
+from lora_kit.adapter.load import load_model
 from lora_kit.base.templates import context_token, prompt_text
 from lora_kit.errors import harmless
-from lora_kit.prove.report import findings
-from lora_kit.run import read_lock
+from lora_kit.prove.charts import confused
+from lora_kit.prove.report import PARTS, UNITS, contender_rows, findings, units_of
+from lora_kit.prove.scores import better, compared_scores, decided_by
 from lora_kit.tasks.measure import generate
 
-
-def comparison(report: dict[str, Any], title: str = "Base against adapted") -> None:
-    """Print one report as a table and its verdicts in words. Losses fall, scores rise."""
+if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+
+def comparison(report: dict[str, Any], title: str = "") -> None:
+    """Print one report: a table of scores, one of contenders where there are several, and a line
+    for each result. `title` is by default what is compared with what."""
+    from rich.console import Console
     from rich.text import Text
 
     console = Console()
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    table.add_column("held-out text")
-    for name in ("documents", "base", "adapted", "change", "95% interval"):
+    rival = report["domain"].get("rival", "base")
+    first = "Base" if rival == "base" else harmless(rival)
+    table = _table(title or f"{first} against adapted")
+    table.add_column("score")
+    for name in (units_of(report), "base" if rival == "base" else "rival", "adapted"):
         table.add_column(name, justify="right")
-    shots = (report.get("few_shot") or {}).get("shots")
+    table.add_column("change", justify="right")
+    table.add_column("95% interval", justify="right")
 
-    def add(name: str, count: int, found: dict[str, Any], base: float, form: str) -> None:
-        """A row, its change and interval in units of `base`."""
-        bounds = [format(bound / base, form) for bound in found["ci95"] or ()]
+    def add(name: str, count: int, found: dict[str, Any], percent: bool = False) -> None:
+        """A row; its change and interval in percent of the base where that is meant."""
+        scale, form = (found["base"], "+.1%") if percent and found["base"] else (1, "+.3f")
+        bounds = [format(bound / scale, form) for bound in found["ci95"] or ()]
+        change = format(found["difference"] / scale, form)
         figures = (f"{found['base']:.3f}", f"{found['adapted']:.3f}")
-        change = format(found["difference"] / base, form)
         table.add_row(Text(harmless(name)), str(count), *figures, change, " to ".join(bounds))
 
-    for part, measure, name in (
-        ("domain", "loss", "domain, nats per token"),
-        ("domain", "bits_per_byte", "domain, bits per byte"),
-        ("general", "loss", "general, nats per token"),
-        ("general", "bits_per_byte", "general, bits per byte"),
-        ("few_shot", "loss", f"base with {shots} examples"),
-        ("scratch", "loss", "trained from scratch"),
-    ):
-        if report.get(part):
-            found = report[part][measure]
-            add(name, report[part]["documents"], found, found["base"], "+.1%")
+    shots = (report.get("few_shot") or {}).get("shots")
+    for part in PARTS:
+        found = report.get(part) or {}
+        for name, score in compared_scores(found).items():
+            nats = name in ("loss", "bits_per_byte")
+            row = f"{part}, {UNITS[name] if nats else name}"
+            if part in ("few_shot", "scratch"):
+                row = {"few_shot": f"base with {shots} examples"}.get(part, "trained from scratch")
+                if name == "bits_per_byte":
+                    continue
+            add(row, found["documents"], score, percent=nats)
     for name, found in {**(report.get("metrics") or {}), **(report.get("harness") or {})}.items():
-        add(name, found["rows"], found, 1, "+.3f")
+        add(name, found["rows"], found)
         if found.get("few_shot") is not None:
             table.add_row(f"  base with {shots} examples", "", f"{found['few_shot']:.3f}")
+    generated = report.get("generation") or {}
+    for name, found in compared_scores(generated).items():
+        row = f"generated, {name}" + (f" ({UNITS[name]})" if UNITS.get(name) else "")
+        add(row, generated.get("documents", report["domain"]["documents"]), found)
     console.print(table)
+    _contenders(report, console)
+    if report.get("classes"):
+        found = confused(report["classes"])["pairs"][:5]
+        pairs = [f"{true} as {predicted} ({count} of {n})" for true, predicted, count, n in found]
+        if pairs:
+            line = harmless(f"most frequent mistakes: {'; '.join(pairs)}")
+            console.print(line, markup=False, highlight=False)
     for one in findings(report):
-        if one.part != "gate":  # that is said as an error where it failed
+        if one.part != "gate":  # where it fails it is printed as an error
             line = harmless(f"{one.part}: {one.sentence}")
             console.print(line, markup=False, highlight=False)
 
 
+def _contenders(report: dict[str, Any], console: Console) -> None:
+    """A table of all contenders by the score that decides, best first; the rival is marked."""
+    from rich.text import Text
+
+    names, rows = contender_rows(report)
+    deciding, score = decided_by(report)
+    if not rows or deciding not in names:
+        return
+    rival = report["domain"].get("rival", "base")
+    table = _table("")
+    table.add_column("contender")
+    for name in names:
+        table.add_column(Text(harmless(name)), justify="right")
+    place = names.index(deciding)
+    sign = 1 if better(deciding, score) == "lower" else -1
+    rows.sort(key=lambda row: math.inf if row[1][place] is None else sign * row[1][place])
+    for who, values in rows:
+        label = f"{who} (rival)" if who == rival else who
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        table.add_row(Text(harmless(label)), *cells)
+    console.print(table)
+
+
+def _table(title: str) -> Table:
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, title=title or None, title_justify="left")
+
+
 def side_by_side(report: dict[str, Any]) -> None:
-    """Print what base and adapted said to some held-out rows."""
+    """Print what base and adapted generated for some held-out rows."""
     for sample in report["samples"]:
         print(f"   chosen: {sample['chosen']}")
         for name in ("prompt", "base", "adapted", "expected"):
@@ -67,16 +117,17 @@ def side_by_side(report: dict[str, Any]) -> None:
 
 
 def printable(text: str) -> str:
-    """One line, without what would steer a terminal; no longer than 160 characters."""
+    """One line without control characters, at most 160 characters long."""
     line = harmless(" ".join(text.split()))
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def say(run: str | Path, prompt: str, base: bool, max_new_tokens: int) -> str:
-    """What a run's model says to a prompt: the answer, where it learned from conversations, else
-    the text that follows."""
-    model, tokenizer = load(run)
-    lock = read_lock(run_home(run))
+def say(run: FinishedRun, prompt: str, base: bool, max_new_tokens: int) -> str:
+    """A run's completion of a prompt: the assistant's turn, if it was trained on conversations,
+    else the text that follows. `base`: without the adapter."""
+    run.require_language_model("generate")
+    model, tokenizer = load_model(run)
+    lock = run.lock
     templated = lock.get("kind", "chat") == "chat" and bool(tokenizer.chat_template)
     if templated:
         prompt = prompt_text(tokenizer, [{"role": "user", "content": prompt}])

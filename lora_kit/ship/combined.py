@@ -10,21 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.adapter import load
+from lora_kit.adapter.attach import put_on
 from lora_kit.adapter.combine import METHODS, combine
-from lora_kit.adapter.load import load_adapter
+from lora_kit.adapter.files import open_adapter
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.load import gpu_is_used, load_base, quiet_libraries
+from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError, harmless
 from lora_kit.folders import new_folder
-from lora_kit.prove.compare import prepared_again
-from lora_kit.run import read_lock
-from lora_kit.tasks.batches import Labelled
-from lora_kit.tasks.bootstrap import statistics, verdict
+from lora_kit.prove.compare import prepared_again, task_of
+from lora_kit.tasks.bootstrap import compared, verdict
 from lora_kit.tasks.measure import Losses, measure
 
 
 def combine_and_measure(
-    paths: Sequence[Path], out: Path, runs: Sequence[Path], method: str | None, **settings: Any
+    adapters: Sequence[FinishedRun],
+    out: Path,
+    runs: Sequence[FinishedRun],
+    method: str | None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Combine by one method or by each, measure all on the rows that runs held out, keep the best.
 
@@ -43,30 +47,36 @@ def combine_and_measure(
     """
     quiet_libraries()
     notes: list[str] = []
-    held_out = {str(run): _held_out(run, paths, notes) for run in runs}
+    for run in adapters:
+        run.require_language_model("combine --on")
+    held_out = {run.path: _held_out(run, adapters, notes) for run in runs}
     with new_folder(out, 0) as folder:
         found = {
-            name: combine(paths, folder / name, name, **settings)
+            name: combine(adapters, folder / name, name, **settings)
             for name in ([method] if method else METHODS)
         }
-        base = load.run_base(paths[0])
-        model = load_base(base, load.pin_like(paths[0], base))
+        base = adapters[0].base
+        model = load_base(base, adapters[0].pinned)
         if gpu_is_used() and base.quantize == "none":
             model = model.to("cuda")
-        pad = load.load_run_tokenizer(paths[0]).pad_token_id
+        pad = adapters[0].processor.pad_token_id
         losses = {"base": _losses(model, held_out, pad)}
-        for name, path in {**{str(p): p for p in paths}, **{n: folder / n for n in found}}.items():
-            adapted = load_adapter(model, path)
+        files = {run.path: run.adapter for run in adapters}
+        files |= {name: open_adapter(folder / name) for name in found}
+        for name, adapter in files.items():
+            adapted = put_on(model, adapter)
             losses[name] = _losses(adapted, held_out, pad)
             model = adapted.unload()
         total = {name: _mean(_together(each)) for name, each in losses.items()}
-        best, single = (min(names, key=total.__getitem__) for names in (found, map(str, paths)))
+        singles = [run.path for run in adapters]
+        best, single = (min(names, key=total.__getitem__) for names in (found, singles))
         for file in sorted((folder / best).iterdir()):
             file.rename(folder / file.name)
         for name in found:
             shutil.rmtree(folder / name)
     seed = settings.get("seed", 0)
-    against = statistics(_together(losses[single]), _together(losses[best]), seed)
+    without, combined = (_together(losses[name]).scores()[0] for name in (single, best))
+    against = compared(without, combined, seed)
     return {
         **{**found[best], "out": str(out), "notes": [*found[best]["notes"], *notes]},
         "losses": {
@@ -74,25 +84,25 @@ def combine_and_measure(
             for name, each in losses.items()
         },
         "best_single": single,
-        **{key: against["loss"][key] for key in ("difference", "ci95")},
-        "verdict": verdict(against),
+        **{key: against[key] for key in ("difference", "ci95")},
+        "verdict": verdict(against, len(combined.sums)),
     }
 
 
-def _held_out(run: Path, paths: Sequence[Path], notes: list[str]) -> Labelled:
-    opened, own = load.open_run(run), read_lock(run).get("base", {}).get("hashes")
-    if own != read_lock(load.run_home(paths[0])).get("base", {}).get("hashes", own):
-        raise UserError(f"--on {run}: a run on another base than {paths[0]}")
-    prepared = prepared_again(run, opened, load.load_run_tokenizer(run))
-    for path in paths:
-        lock = read_lock(load.run_home(path))
-        shared = {*prepared.hashes.values()} & {*lock.get("data", {}).values()}
-        if shared and lock.get("seed") != opened.seed:
-            notes.append(f"{path}: split by another seed than {run}: it may have learned its rows")
+def _held_out(run: FinishedRun, adapters: Sequence[FinishedRun], notes: list[str]) -> Rows:
+    opened = run.require_run()
+    if run.hashes != (adapters[0].hashes or run.hashes):
+        raise UserError(f"--on {run.path}: a run on another base than {adapters[0].path}")
+    _, prepared = prepared_again(run, task_of(run))
+    for one in adapters:
+        shared = {*prepared.hashes.values()} & {*one.lock.get("data", {}).values()}
+        if shared and one.lock.get("seed") != opened.seed:
+            why = f"split by another seed than {run.path}: it may have been trained on its rows"
+            notes.append(f"{one.path}: {why}")
     return prepared.eval
 
 
-def _losses(model: Any, held_out: dict[str, Labelled], pad: int) -> dict[str, Losses]:
+def _losses(model: Any, held_out: dict[str, Rows], pad: int) -> dict[str, Losses]:
     return {run: measure(model, rows, pad) for run, rows in held_out.items()}
 
 

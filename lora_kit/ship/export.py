@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_kit.adapter import load
+from lora_kit.adapter.attach import put_on
 from lora_kit.adapter.files import WEIGHTS
-from lora_kit.adapter.load import load_adapter
+from lora_kit.adapter.finished import FinishedRun
+from lora_kit.adapter.load import changed_base, end_tokens
 from lora_kit.adapter.portable import write_portable
 from lora_kit.base.load import load_base
-from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.run import nearest, read_json
-from lora_kit.schema import Base
 from lora_kit.ship import gguf, llama_cpp, ollama, reload
 from lora_kit.ship.fidelity import rough_weights
 from lora_kit.ship.merge import FLOAT32_TOLERANCE, LESS, Into, merge, seen_scale
@@ -63,7 +62,7 @@ class Truth:
 
 
 def export(
-    run: str | Path,
+    run: FinishedRun,
     to: str,
     out: str | Path,
     kind: str | None = None,
@@ -92,10 +91,9 @@ def export(
     stored, part = _settled(to, kind, what)
     if into != "base" and "merged" not in (to, part):
         raise UserError(f"--into {into}: only where a merged model is written: leave it out")
-    base, adapter = load.run_base(run), load.run_adapter(run)
-    pinned = load.pin_like(run, base)
-    tokenizer = load.load_run_tokenizer(run, pinned)
-    config = read_json(Path(pinned.folder) / "config.json")
+    run.require_language_model(f"export --to {to}")
+    adapter, tokenizer, folder = run.adapter, run.processor, Path(run.pinned.folder)
+    config = read_json(folder / "config.json")
     # `merge` asks for its own room.
     with new_folder(out, 2 * (adapter.folder / WEIGHTS).stat().st_size) as partial:
         if to == "portable":
@@ -111,16 +109,16 @@ def export(
             gguf.export_gguf(run, partial, stored, part, into)
         else:
             ollama.export_ollama(run, partial, stored, part, into)
-        truth = _truth(base, pinned, run, tokenizer, into, alone=part == "base")
-        got = _consumed(to, part, run, partial, pinned.folder, truth)
+        truth = _truth(run, into, alone=part == "base")
+        got = _consumed(to, part, run, partial, truth)
         figures, notes = None, ["mlx-lm is not installed: written, checked, not run here"]
         if got:
             gemma = "gemma" in str(config.get("model_type"))
-            figures, notes = _compared(out, truth, got, _allowed(to, stored, base.dtype, gemma), to)
-        folder = Path(pinned.folder)
+            limits = _allowed(to, stored, run.base.dtype, gemma)
+            figures, notes = _compared(out, truth, got, limits, to)
         alone = (to, part) == ("gguf", "adapter")
         if alone and gguf.needs_untied(adapter, gguf.open_source(folder)):
-            fitting = f"lora-kit export {run} --to gguf --what base --out FOLDER"
+            fitting = f"lora-kit export {run.path} --to gguf --what base --out FOLDER"
             notes.append(f"it changes one of two tied matrices: it fits the base of {fitting}")
         if to == "ollama":
             notes.append("Ollama itself is not run: its GGUF was, in llama.cpp, without Modelfile")
@@ -149,22 +147,21 @@ def _settled(to: str, kind: str | None, what: str | None) -> tuple[Any, Any]:
     return kind or "f16", what
 
 
-def _truth(
-    base: Base, pinned: Pinned, run: str | Path, tokenizer: Any, into: Into, alone: bool
-) -> Truth:
+def _truth(run: FinishedRun, into: Into, alone: bool) -> Truth:
     """`alone`: of the base without the adapter."""
     import torch
     from peft.helpers import rescale_adapter_scale
 
-    exact = load.changed_base(base, dtype="float32", quantize="none")
-    model = load_adapter(load_base(exact, pinned), run)
+    tokenizer = run.processor
+    exact = changed_base(run.base, dtype="float32", quantize="none")
+    model = put_on(load_base(exact, run.pinned), run.adapter)
     if into == "dequantized":
-        trained = load_adapter(load_base(base, pinned), run)
+        trained = put_on(load_base(run.base, run.pinned), run.adapter)
         for _, weight, rough in rough_weights(trained, model):
             weight.copy_(rough.to(weight))
     with_it, without = contextlib.nullcontext, model.disable_adapter
     asked, other = (without, with_it) if alone else (with_it, without)
-    ends = load.end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     spread = torch.randint(0, len(tokenizer), (48,), generator=torch.Generator().manual_seed(0))
     texts = [list(tokenizer(text)["input_ids"]) for text in reload.TEXTS]
     conversations = [reload.template_ids(tokenizer, m) for m in reload.CONVERSATIONS]
@@ -189,14 +186,14 @@ def _truth(
 
 
 def _consumed(
-    to: str, what: str | None, run: str | Path, partial: Path, base: str, truth: Truth
+    to: str, what: str | None, run: FinishedRun, partial: Path, truth: Truth
 ) -> dict[str, Any] | None:
     """What the program that it is for makes of it."""
     if to == "merged":
         return reload.reloaded("transformers", partial, None, truth.prompts)
     if to in ("portable", "mlx"):
         consumer, ends = ("peft", None) if to == "portable" else ("mlx", truth.ends)
-        return reload.reloaded(consumer, base, partial, truth.prompts, ends)
+        return reload.reloaded(consumer, run.pinned.folder, partial, truth.prompts, ends)
     with tempfile.TemporaryDirectory(dir=partial) as folder:
         files = sorted(partial.glob("*.gguf"))  # of Ollama's two the adapter is the first
         adapters = files[:1] if what == "adapter" else []

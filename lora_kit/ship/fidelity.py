@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import shlex
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_kit.adapter.files import open_adapter
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.inspect import table
-from lora_kit.adapter.load import load, load_run_tokenizer, open_run
+from lora_kit.adapter.load import load_model
+from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed, UserError
-from lora_kit.prove.compare import prepared_again
-from lora_kit.tasks.batches import IGNORED, Labelled, collator
+from lora_kit.prove.compare import prepared_again, task_of
+from lora_kit.tasks.batches import IGNORED, collator
 from lora_kit.tasks.bootstrap import interval
 from lora_kit.tasks.measure import LOGITS_AT_ONCE
 
@@ -28,7 +28,7 @@ INTO = ("dequantized", "base")
 _ROUNDING = 1e-3
 
 
-def fidelity(run: str | Path) -> dict[str, Any]:
+def fidelity(run: FinishedRun) -> dict[str, Any]:
     """The losses of both merges on the run's held-out rows; two models are in memory at a time.
 
     The merged models are what `merge` writes, bit for bit, where the base's files are in the run's
@@ -44,18 +44,19 @@ def fidelity(run: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the run was not trained on NF4; see also `lora_kit.compare`.
     """
-    opened = open_run(run)
+    opened = run.require_run()
+    run.require_language_model("check --fidelity")
     if opened.base.quantize != "nf4":
         raise UserError(
-            f"{run}: base.quantize is {opened.base.quantize}: only for an adapter trained on nf4 "
-            "is there a choice of what it is merged into; merge it: lora-kit merge"
+            f"{run.path}: base.quantize is {opened.base.quantize}: only an adapter trained on nf4 "
+            "can be merged in two ways; merge it: lora-kit merge"
         )
-    rows = prepared_again(run, opened, load_run_tokenizer(run)).eval
-    trained, tokenizer = load(run)
+    rows = prepared_again(run, task_of(run))[1].eval
+    trained, tokenizer = load_model(run)
     found: dict[str, Any] = {}
     sums = {}
     for into in INTO:
-        model, _ = load(run, quantize="none")
+        model, _ = load_model(run, quantize="none")
         if into == "base":
             found |= _norms(run, trained, model)
         else:
@@ -79,10 +80,10 @@ def fidelity(run: str | Path) -> dict[str, Any]:
             "kl": float(apart.sum() / size.sum()),
         }
     low, high = interval((sums["base"][1] - sums["dequantized"][1])[judged], size, opened.seed)
-    return {"run": str(run), **found, **_advice(run, found, low, high)}
+    return {"run": run.path, **found, **_advice(run, found, low, high)}
 
 
-def _advice(run: str | Path, found: dict[str, Any], low: float, high: float) -> dict[str, str]:
+def _advice(run: FinishedRun, found: dict[str, Any], low: float, high: float) -> dict[str, str]:
     """`low` and `high`: the interval of the base's loss over the dequantized one's."""
     apart = found["base"]["loss"] - found["dequantized"]["loss"]
     kept = found["dequantized"]["difference"]
@@ -99,7 +100,7 @@ def _advice(run: str | Path, found: dict[str, Any], low: float, high: float) -> 
     return {
         "recommended": into,
         "why": words,
-        "command": f"lora-kit merge {shlex.quote(str(run))} --into {into} --out merged",
+        "command": f"lora-kit merge {shlex.quote(run.path)} --into {into} --out merged",
     }
 
 
@@ -119,8 +120,8 @@ def rough_weights(trained: Any, model: Any) -> Any:
         yield name, weight.T if type(layer).__name__ == "Conv1D" else weight, rough
 
 
-def _norms(run: str | Path, trained: Any, model: Any) -> dict[str, Any]:
-    adapter = open_adapter(run)
+def _norms(run: FinishedRun, trained: Any, model: Any) -> dict[str, Any]:
+    adapter = run.adapter
     modules = [
         {
             "module": name,
@@ -145,17 +146,18 @@ def _on_ends(model: Any) -> bool:
     return any(hasattr(end, "base_layer") for end in ends)
 
 
-def _measured(trained: Any, merged: Any, rows: Labelled, pad_id: int) -> np.ndarray:
+def _measured(trained: Any, merged: Any, rows: Rows, pad_id: int) -> np.ndarray:
     """By unit, float64 (4, units): nats of `trained` and of `merged`, KL(trained || merged) summed
     over the labels, and how many those are."""
     import torch
 
     collate = collator(pad_id)
-    sums = torch.zeros((4, len(rows.unit_bytes)), dtype=torch.float64)
-    order = np.argsort(-rows.lengths, kind="stable")
+    sums = torch.zeros((4, rows.units), dtype=torch.float64)
+    lengths, units = rows.sizes("input_ids"), rows.column("unit").astype(np.int64)
+    order = np.argsort(-lengths, kind="stable")
     # Of two models, and their differences.
     vocabulary = trained.config.get_text_config().vocab_size
-    at_once = min(8, max(1, LOGITS_AT_ONCE // (4 * vocabulary * int(rows.lengths.max()))))
+    at_once = min(8, max(1, LOGITS_AT_ONCE // (4 * vocabulary * int(lengths.max()))))
     for start in range(0, len(order), at_once):
         numbers = order[start : start + at_once]
         batch = collate([rows[int(n)] for n in numbers])
@@ -171,7 +173,7 @@ def _measured(trained: Any, merged: Any, rows: Labelled, pad_id: int) -> np.ndar
         nats = [-log.gather(1, targets)[:, 0] for log in logs]
         apart = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
         figures = torch.stack([*nats, apart, torch.ones_like(apart)]).double()
-        sums.index_add_(1, torch.from_numpy(np.asarray(rows.units)[numbers]).long()[row], figures)
+        sums.index_add_(1, torch.from_numpy(units[numbers])[row], figures)
     if not bool(sums.isfinite().all()):
         raise CheckFailed("a held-out loss is not finite: look for NaN with lora-kit inspect")
     return sums.numpy()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_kit.adapter.files import Adapter
-from lora_kit.adapter.load import load_run_tokenizer, pin_like, run_adapter, run_base, run_home
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.portable import check_portable
 from lora_kit.base.load import load_tokenizer
 from lora_kit.base.pin import Pinned
@@ -358,7 +358,7 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
     writer.close()
 
 
-def export_gguf(run: str | Path, out: Path, kind: Kind, what: What, into: Into = "base") -> Path:
+def export_gguf(run: FinishedRun, out: Path, kind: Kind, what: What, into: Into = "base") -> Path:
     """Write NAME.gguf, of the run's name, into an existing folder.
 
     Args:
@@ -368,13 +368,12 @@ def export_gguf(run: str | Path, out: Path, kind: Kind, what: What, into: Into =
     Raises:
         UserError: see `write_model`, `write_adapter` and `merge`.
     """
-    pinned, adapter = pin_like(run, run_base(run)), run_adapter(run)
-    folder, file = Path(pinned.folder), out / f"{run_home(run).name}.gguf"
+    adapter, folder, file = run.adapter, Path(run.pinned.folder), out / f"{run.name}.gguf"
     untie = needs_untied(adapter, open_source(folder))
     if what == "adapter":
         write_adapter(adapter, folder, file)
     elif what == "base":
-        write_model(folder, file, kind, untie=untie, tokenizer=load_run_tokenizer(run, pinned))
+        write_model(folder, file, kind, untie=untie, tokenizer=run.processor)
     else:
         merged = out / ".merged"
         # In bfloat16 a small update is lost in the rounding of the sum.

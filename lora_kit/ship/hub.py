@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_kit.adapter.files import WEIGHTS, Adapter, open_adapter
-from lora_kit.adapter.load import run_adapter, run_home
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.tensors import INDEX, stored, stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder
@@ -83,7 +83,7 @@ class Plan:
 
 
 def make_plan(
-    run: str | Path,
+    run: FinishedRun,
     repo: str,
     *,
     public: bool = False,
@@ -101,15 +101,16 @@ def make_plan(
 
     quiet_libraries()
     _api(repo)
-    adapter, home = run_adapter(run), run_home(run)
+    adapter, home, lock = run.adapter, run.home, run.lock
     folder = Path(merged) if merged else adapter.folder
-    lock, report, config = read_lock(home), read_json(home / "report.json"), dict(adapter.config)
+    report, config = read_json(home / "report.json"), dict(adapter.config)
     if merged:
         stored_in(folder)  # whole
     _check_finite(adapter)
     # That only this machine should know, should a tokenizer's settings or template tell.
-    named = [str(config.get("base_model_name_or_path")), *(lock.get("data") or {}), Path.cwd()]
-    private = {str(p) for p in (*named, home.resolve()) if re.match("/[^/]+/", str(p))}
+    named = [str(config.get("base_model_name_or_path")), *(lock.get("data") or {})]
+    named += [*_texts(run.run and run.run.model_dump()), str(Path.cwd()), str(home.resolve())]
+    private = {path for path in named if re.match("/[^/]+/", path)}
     base = _public_base(str(config.get("base_model_name_or_path") or LOCAL), lock)
     config["base_model_name_or_path"] = None if base == LOCAL else base
     config, lock = _no_paths(config), _no_paths(_public_lock(lock, base))
@@ -128,7 +129,9 @@ def make_plan(
             raise UserError(f"{folder}: no config.json: not a merged model")
         record = read_json(folder / RECORD)
         if record.get("adapter") != {"sha256": file_hash(adapter.folder / WEIGHTS)}:
-            raise UserError(f"{folder}: not what `lora-kit merge` made of {run}: merge it first")
+            raise UserError(
+                f"{folder}: not what `lora-kit merge` made of {run.path}: merge it first"
+            )
         model = read_json(folder / "config.json")
         model.pop("_name_or_path", None)
         named_base = {**(record.get("base") or {}), "model": base}
@@ -315,6 +318,15 @@ def _public_lock(lock: dict[str, Any], base: str) -> dict[str, Any]:
             name = f"local data {local}"
         data[name] = digest
     return {**lock, "base": {**(lock.get("base") or {}), "model": base}, "data": data}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _no_paths(value: Any) -> Any:

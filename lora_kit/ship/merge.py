@@ -15,17 +15,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from lora_kit.adapter import load
+from lora_kit.adapter.attach import put_on
 from lora_kit.adapter.files import WEIGHTS, write_json
-from lora_kit.adapter.load import load_adapter
+from lora_kit.adapter.finished import FinishedRun
+from lora_kit.adapter.load import changed_base, end_tokens
 from lora_kit.adapter.names import Plan
 from lora_kit.base.load import load_base, unquantized_config
-from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
-from lora_kit.run import read_json, read_lock
+from lora_kit.run import read_json
 from lora_kit.schema import Base
 from lora_kit.ship.weights import Weights
 
@@ -62,7 +62,7 @@ class Merged:
 
 
 def merge(
-    run: str | Path,
+    run: FinishedRun,
     out: str | Path,
     dtype: str | None = None,
     *,
@@ -91,28 +91,24 @@ def merge(
     started = time.perf_counter()
     out = Path(out)
     refuse_existing(out)
-    trained = load.run_base(run)
-    base = load.changed_base(trained, dtype=dtype)
-    home = load.run_home(run)
-    locked = read_lock(home).get("base", {})
-    known = (home / "run.yaml").exists() or "quantize" in locked
+    trained = run.base
+    base = changed_base(trained, dtype=dtype)
+    known = run.run is not None or "quantize" in run.lock.get("base", {})
     if into == "dequantized" and known and trained.quantize != "nf4":
-        raise UserError(f"{run}: not trained on nf4 ({trained.quantize}): leave --into out")
-    adapter = load.run_adapter(run)
-    pinned = load.pin_like(run, base, weights=False)
+        raise UserError(f"{run.path}: not trained on nf4 ({trained.quantize}): leave --into out")
+    adapter, pinned = run.adapter, run.located
     folder, config = Path(pinned.folder), unquantized_config(pinned)
-    tokenizer = load.load_run_tokenizer(run, pinned)
+    tokenizer = run.processor
     weights = Weights(adapter, stored_in(folder), config, base.dtype)
     if into == "dequantized":
         weights.quantize(folder, trained.dtype)
     legal = [file for pattern in _LEGAL for file in folder.glob(pattern) if file.is_file()]
     with new_folder(out, weights.bytes + _BESIDE) as made:
-        hashes = locked.get("hashes", {})
-        weights.write(made, hashes, lambda files: load.refuse_changed(run, pinned, files))
+        weights.write(made, run.hashes, run.refuse_base)
         _settle(made, folder, config, weights.plan, base.dtype, tokenizer)
         # Of which run this is: `push --merged` asks.
         name = pinned.model if pinned.revision else Path(pinned.model).name
-        origin = {"model": name, "revision": pinned.revision, "hashes": hashes or pinned.hashes}
+        origin = {"model": name, "revision": pinned.revision, "hashes": run.hashes or pinned.hashes}
         digest = {"sha256": file_hash(adapter.folder / WEIGHTS)}
         record = {"adapter": digest, "base": origin, "into": into, "dtype": base.dtype}
         write_json(made / RECORD, record)
@@ -121,7 +117,7 @@ def merge(
         compared: tuple[Any, Any, Any] = (None, None, None)
         if verify == "logits":
             quantize = "nf4" if into == "dequantized" else "none"
-            compared = _compare(run, made, out, base, pinned, quantize, len(tokenizer))
+            compared = _compare(run, made, out, base, quantize)
     return Merged(
         out,
         *compared,
@@ -167,7 +163,7 @@ def generation(base: Path, tokenizer: Any) -> dict[str, Any]:
     known = {**(config.get("text_config") or {}), **config}
     ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id")}
     found = ids | read_json(base / "generation_config.json")
-    ends = load.end_tokens(SimpleNamespace(generation_config=SimpleNamespace(**found)), tokenizer)
+    ends = end_tokens(SimpleNamespace(generation_config=SimpleNamespace(**found)), tokenizer)
     return {**found, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
 
 
@@ -187,7 +183,7 @@ def seen_scale(
 
 
 def _compare(
-    run: str | Path, folder: Path, out: Path, base: Base, pinned: Pinned, quantize: str, tokens: int
+    run: FinishedRun, folder: Path, out: Path, base: Base, quantize: str
 ) -> tuple[float, float, float]:
     """Largest difference of logits between merged and base with adapter, the adapter's own effect,
     and the share of equal greedy tokens. Raises CheckFailed if they differ by more than rounding.
@@ -197,13 +193,13 @@ def _compare(
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(0, tokens, (1, PROBE_TOKENS), generator=generator)
+    probe = torch.randint(0, len(run.processor), (1, PROBE_TOKENS), generator=generator)
 
     @torch.inference_mode()
     def logits(of: Any) -> Any:
         return of(input_ids=probe).logits.float()
 
-    model = load_adapter(load_base(base, pinned, quantize=quantize), run)
+    model = put_on(load_base(base, run.pinned, quantize=quantize), run.adapter)
     wanted = logits(model)
     with model.disable_adapter():
         effect = (logits(model) - wanted).abs().max().item()

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.load import load_run_tokenizer, pin_like, rendered, run_base
+from lora_kit.adapter.finished import FinishedRun
+from lora_kit.adapter.load import rendered
 from lora_kit.errors import UserError
 from lora_kit.ship.gguf import Kind, What, export_gguf, open_source
 from lora_kit.ship.merge import Into, generation
@@ -39,7 +40,7 @@ _CONTENTS = (
 Joints = dict[tuple[str, str], str]
 
 
-def export_ollama(run: str | Path, out: Path, kind: Kind, what: What, into: Into = "base") -> Path:
+def export_ollama(run: FinishedRun, out: Path, kind: Kind, what: What, into: Into = "base") -> Path:
     """Fill an existing folder with what `ollama create NAME -f Modelfile` takes.
 
     Args:
@@ -48,8 +49,7 @@ def export_ollama(run: str | Path, out: Path, kind: Kind, what: What, into: Into
     Raises:
         UserError: see `export_gguf`; or the chat template cannot be written for Ollama.
     """
-    pinned = pin_like(run, run_base(run))
-    tokenizer, base = load_run_tokenizer(run, pinned), Path(pinned.folder)
+    tokenizer, base = run.processor, Path(run.pinned.folder)
     template = go_template(tokenizer)  # before anything large is written
     parts: tuple[What, ...] = ("adapter", "base") if what == "adapter" else (what,)
     *rest, first = [

@@ -25,14 +25,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
-from lora_kit.adapter.files import Adapter, open_adapter
-from lora_kit.adapter.load import load_run_tokenizer, open_run, pin_like, run_base, run_home
+from lora_kit.adapter.files import Adapter
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.loaders import vllm_rank
 from lora_kit.base.load import quiet_libraries
-from lora_kit.base.pin import Pinned
 from lora_kit.cache import key_of, prepared
 from lora_kit.errors import CheckFailed, UserError
-from lora_kit.run import read_lock
 from lora_kit.ship.gguf import Kind, needs_untied, open_source, write_adapter, write_model
 from lora_kit.ship.llama_cpp import ALIAS, need_llama_cpp, open_server
 from lora_kit.train.interrupt import StopSignal
@@ -47,7 +45,7 @@ _FORMAT = 1  # raised whenever the same base is written as another GGUF than bef
 
 
 def serve(
-    runs: Sequence[Path],
+    runs: Sequence[FinishedRun],
     host: str = "127.0.0.1",
     port: int = 8080,
     *,
@@ -61,7 +59,7 @@ def serve(
     to a temporary folder at each start. Who asks before all is loaded, waits.
 
     Args:
-        runs: run directories or adapter folders, all of one base.
+        runs: of one base.
         port: 0 takes a free one.
         context: tokens of one conversation; never more than the base was made for.
         public: allow an address that others can reach.
@@ -76,7 +74,8 @@ def serve(
     quiet_libraries()
     with StopSignal().listening(), contextlib.ExitStack() as stack:
         front = stack.enter_context(_Front(host, port, public))
-        pinned, front.models, tokenizer = open_runs(runs)
+        front.models = adapters_by_name(runs)
+        pinned, tokenizer = runs[0].pinned, runs[0].processor
         adapters = [adapter for adapter in front.models.values() if adapter]
         folder = Path(pinned.folder)
         temporary = Path(stack.enter_context(TemporaryDirectory(prefix="lora_kit-serve-")))
@@ -103,44 +102,44 @@ def serve(
         answering = threading.Thread(target=front.serve_forever, daemon=True)
         answering.start()
         stack.callback(front.shutdown)
-        print(_welcome(front, pinned, runs[0]), flush=True)
+        print(_welcome(front, runs[0]), flush=True)
         while answering.is_alive():
             answering.join(0.2)
         raise CheckFailed("the server ended by itself: start it again")
 
 
-def open_runs(runs: Sequence[Path]) -> tuple[Pinned, dict[str, Adapter | None], Any]:
-    """The base and the tokenizer that all runs share, and {name: adapter; None for the base}.
+def adapters_by_name(runs: Sequence[FinishedRun]) -> dict[str, Adapter | None]:
+    """{name: adapter}; the names of the base have None.
 
     Raises:
-        UserError: with all that stands in the way, a line each.
+        UserError: the runs do not share a base and a tokenizer, or a name is taken; all of it, a
+            line each.
     """
-    pinned = pin_like(runs[0], run_base(runs[0]))
-    tokenizer = load_run_tokenizer(runs[0], pinned)
+    for run in runs:
+        run.require_language_model("serve")
+    first, pinned = runs[0], runs[0].pinned
     # Of a folder its name, not the way there.
     local = Path(pinned.model).is_dir()
     models: dict[str, Adapter | None] = {"base": None}
     models[Path(pinned.folder).name if local else pinned.model] = None
     problems = []
     for run in runs:
-        adapter, home, base = open_adapter(run), run_home(run), run_base(run)
-        hashes = read_lock(home).get("base", {}).get("hashes") or pin_like(run, base).hashes
-        name = open_run(home).name if (home / "run.yaml").is_file() else home.name
-        if hashes != pinned.hashes:
-            why = f"on {base.model}, and {runs[0]} on {pinned.model}, which are not the same"
-            problems.append(f"{run}: trained {why}: serve them apart")
-        elif key_of(load_run_tokenizer(run, pinned)) != key_of(tokenizer):
-            why = f"has other tokens or another chat template than {runs[0]}"
-            problems.append(f"{run}: {why}, and llama.cpp takes one: serve them apart")
+        name = run.run.name if run.run else run.name
+        if (run.hashes or run.pinned.hashes) != pinned.hashes:
+            both = f"on {run.base.model}, and {first.path} on {pinned.model}"
+            problems.append(f"{run.path}: trained {both}, which are not the same: serve them apart")
+        elif key_of(run.processor) != key_of(first.processor):
+            why = f"has other tokens or another chat template than {first.path}"
+            problems.append(f"{run.path}: {why}, and llama.cpp takes one: serve them apart")
         if name in models:
-            problems.append(f"{run}: `{name}` is taken: name its adapter's folder otherwise")
-        models[name] = adapter
+            problems.append(f"{run.path}: `{name}` is taken: rename the folder of its adapter")
+        models[name] = run.adapter
     if problems:
         raise UserError("\n".join(problems))
-    return pinned, models, tokenizer
+    return models
 
 
-def _welcome(front: _Front, pinned: Pinned, run: Path) -> str:
+def _welcome(front: _Front, run: FinishedRun) -> str:
     """The address, a line to try it with, and how others serve the same."""
     host, port = front.socket.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -151,14 +150,15 @@ def _welcome(front: _Front, pinned: Pinned, run: Path) -> str:
     asked = {"messages": turns} if front.chats else {"prompt": "Once upon a time"}
     body = json.dumps({"model": name, **asked, "max_tokens": 64, "temperature": 0})
     curl = ["curl", url + (CHAT if front.chats else TEXT), "-d", body]
+    pinned = run.pinned
     base = [pinned.model, "--revision", pinned.revision] if pinned.revision else [pinned.folder]
     template = first.folder / "chat_template.jinja"
     words = ["--chat-template", str(template)] if template.is_file() else []
     modules = [f"{name}={adapter.folder}" for name, adapter in adapters.items()]
     rank = max(a.rank_and_scale(module)[0] for a in adapters.values() for module in a.halves)
     loras = ["--enable-lora", "--lora-modules", *modules, "--max-lora-rank", str(vllm_rank(rank))]
-    merge = shlex.join(["lora-kit", "merge", str(run), "--out", "merged"])
-    check = shlex.join(["lora-kit", "check", str(run), "--target", "vllm"])
+    merge = shlex.join(["lora-kit", "merge", run.path, "--out", "merged"])
+    check = shlex.join(["lora-kit", "check", run.path, "--target", "vllm"])
     return "\n".join(
         [
             f"{url}/v1 serves {', '.join(front.models)}; Ctrl-C stops it. Try:",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Any
 
 from lora_kit import nano, schema
 from lora_kit.adapter.files import open_adapter
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.loaders import VLLM_RANKS, Mend, Oddity, oddities, vllm_rank
 from lora_kit.errors import UserError
 from lora_kit.run import is_hub_id, nearest, read_json
@@ -36,10 +38,10 @@ _OTHERWISE = {
 }
 
 
-def check(path: str | Path, target: str) -> dict[str, Any]:
-    """What `target` would do to an adapter as it lies there.
+def check(run: FinishedRun, target: str) -> dict[str, Any]:
+    """What `target` would do to an adapter as it is.
 
-    Of the base only its config.json is looked at, if it is on this machine. llama.cpp, and Ollama
+    Of the base only its config.json is read, if it is on this machine. llama.cpp, and Ollama
     with it, reads GGUF: judged is the adapter as llama.cpp's own converter takes it. MLX has none.
 
     Returns:
@@ -53,7 +55,7 @@ def check(path: str | Path, target: str) -> dict[str, Any]:
         raise UserError(
             f"--target {target}: unknown{nearest(target, list(TARGETS))}: {', '.join(TARGETS)}"
         )
-    problems = [problem for _, problem in _problems(path, target)]
+    problems = [problem for _, problem in _problems(run, target)]
     return {"target": target, "loads": not problems, "problems": problems}
 
 
@@ -61,7 +63,7 @@ def check_settings(adapter: schema.Adapter, target: str) -> list[dict[str, str]]
     """The problems that an adapter of these settings would have. No problem is what a flag of the
     server mends, a rank over 16. Of a run that begins from another adapter its files are judged."""
     if adapter.start:
-        found = _problems(adapter.start, target)
+        found = _problems(FinishedRun(adapter.start), target)
         return [problem for mend, problem in found if mend not in ("flag", "layout")]
     targets = adapter.target_modules
     ends = targets if isinstance(targets, list) else []
@@ -84,18 +86,18 @@ def in_words(problem: dict[str, str]) -> str:
     return f"{problem['what']} ({problem['where']}): {problem['fix']}"
 
 
-def _problems(path: str | Path, target: str) -> list[tuple[str, dict[str, str]]]:
+def _problems(run: FinishedRun, target: str) -> list[tuple[str, dict[str, str]]]:
     """Each with how it is mended."""
-    adapter = open_adapter(path)
+    adapter = open_adapter(run.folder)
     config = str(adapter.folder / "adapter_config.json")
     rank = max(adapter.rank_and_scale(module)[0] for module in adapter.halves)
-    tied = _tied(adapter.config)
+    tied = _tied(run)
     found: list[tuple[str, dict[str, str]]] = [
-        (one.mend, _problem(one, f"{config}: {one.key}", _fix(one.mend, target, path, rank)))
+        (one.mend, _problem(one, f"{config}: {one.key}", _fix(one.mend, target, run, rank)))
         for one in _tripping(target, adapter.config, adapter.halves, adapter.others, tied)
     ]
     if target == "mlx" and not found:
-        fix = _fix("portable", target, path, rank)
+        fix = _fix("portable", target, run, rank)
         found.append(("layout", _problem("PEFT's layout: not loaded", config, fix)))
     if broken := [module for module in adapter.halves if not adapter.update(module).finite]:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -114,22 +116,24 @@ def _tripping(target: str, *found: Any) -> list[Oddity]:
     return [one for one in oddities(*found) if _LOADERS[target] in one.who]
 
 
-def _tied(config: dict[str, Any]) -> bool:
-    """Whether the base's config.json says so, where it lies on this machine."""
+def _tied(run: FinishedRun) -> bool:
+    """Whether embeddings and head are one matrix by the base's config.json, if it is here."""
     from huggingface_hub import try_to_load_from_cache
 
-    base, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
-    file: Any = (nano.MODEL if base == "nano" else Path(base)) / "config.json"
-    if is_hub_id(base) and not file.is_file():
-        file = try_to_load_from_cache(base, "config.json", revision=revision)
-    # What is not in the cache is no path.
-    values = read_json(Path(file)) if isinstance(file, str | Path) else {}
+    values: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # no base is named
+        base = run.base
+        file: Any = (nano.MODEL if base.model == "nano" else Path(base.model)) / "config.json"
+        if is_hub_id(base.model) and not file.is_file():
+            file = try_to_load_from_cache(base.model, "config.json", revision=base.revision)
+        if isinstance(file, str | Path):  # else it is not in the cache
+            values = read_json(Path(file))
     text = {**values, **(values.get("text_config") or {})}
     return bool(text.get("tie_word_embeddings", str(values.get("model_type")).startswith("gemma")))
 
 
-def _fix(mend: Mend, target: str, path: str | Path, rank: int) -> str:
-    run = shlex.quote(str(path).rstrip("/"))
+def _fix(mend: Mend, target: str, opened: FinishedRun, rank: int) -> str:
+    run = shlex.quote(opened.path.rstrip("/"))
     if mend == "train":
         return "train again without it"
     if mend == "flag":

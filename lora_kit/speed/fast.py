@@ -109,10 +109,8 @@ def label_nats(model: Any, batch: Batch) -> torch.Tensor:
         batch: the model's inputs, with `labels`; `places` where there are, else as
             `labelled_places` finds them: the order of what is returned.
     """
-    from accelerate.utils import extract_model_from_parallel
-
     with also_without_gradients():
-        if part_of(causal_model(extract_model_from_parallel(model))) == "loss":
+        if part_of(_unwrapped(model)) == "loss":
             nats: torch.Tensor = model(**batch, reduction="none").loss
             return nats
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -125,6 +123,19 @@ def label_nats(model: Any, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(
         logits[row, column].float(), labels[row, column + 1], reduction="none"
     )
+
+
+def takes_flat(model: Any) -> bool:
+    """Whether batches without padding may be given: the attention in the model knows documents."""
+    found: str = _unwrapped(model).config._attn_implementation
+    return found == attention.NAME
+
+
+def _unwrapped(model: Any) -> Any:
+    """transformers' own model inside PEFT's, and inside wrappers such as DDP."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return causal_model(extract_model_from_parallel(model))
 
 
 def make_plain(model: Any) -> None:
@@ -153,7 +164,7 @@ def _install_attention(model: Any) -> bool:
 
 def _remove_attention(model: Any) -> None:
     whole = causal_model(model)
-    if whole.config._attn_implementation == attention.NAME:
+    if takes_flat(model):
         whole.set_attn_implementation("sdpa")
         take_out(model, "attention")
 
@@ -174,7 +185,7 @@ def _install_loss(model: Any) -> bool:
 def _remove_loss(model: Any) -> None:
     whole = causal_model(model)
     take_out(model, "loss")
-    if whole.config._attn_implementation == attention.NAME:
+    if takes_flat(model):
         _with_forward(whole, _without_padding, "attention")
 
 
@@ -244,7 +255,7 @@ def _is_only_the_head(whole: Any, head: torch.nn.Linear) -> bool:
     hook = head.register_forward_hook(lambda module, given, out: made.append(out))
     places = torch.arange(2, device=head.weight.device)[None]
     inputs: dict[str, Any] = {"input_ids": places, "position_ids": places, "use_cache": False}
-    if whole.config._attn_implementation == attention.NAME:
+    if takes_flat(whole):
         inputs["documents"] = [2]  # on the meta device transformers' own masks cannot be made
     try:
         with torch.no_grad():

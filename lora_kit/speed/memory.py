@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -143,53 +143,59 @@ def recompute(model: Any, count: int) -> int:
     return len(layers)
 
 
-def assume_fast(model: Any) -> bool:
+def assume_fast(model: Any, flat: bool = True) -> bool:
     """Put the quick paths of `fast.make_fast` into a model on the meta device, where there is no
-    content to try them on. Returns whether rows come without padding."""
-    for install, _ in fast.PARTS.values():
-        install(model)
-    return bool(model.get_base_model().config._attn_implementation == attention.NAME)
+    content to try them on. Returns whether rows come without padding.
+
+    Args:
+        flat: of a causal language model, whose batches may come so; others get the quick layers.
+    """
+    for name, (install, _) in fast.PARTS.items():
+        if flat or name in ("linear", "norm"):
+            install(model)
+    return flat and bool(model.get_base_model().config._attn_implementation == attention.NAME)
 
 
-def count(model: Any, batch: dict[str, Any], backward: bool = True) -> Work:
+Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
+
+
+def count(model: Any, batch: dict[str, Any], loss: Loss, backward: bool = True) -> Work:
     """Run a pass on the meta device.
 
     Args:
         model: on the meta device, its adapter attached.
-        batch: the model's inputs there, `labels` among them.
-        backward: a training pass; without it the forward alone, as in judging.
+        batch: its inputs there (see `on_meta`). loss: of model and batch.
+        backward: a training pass; without it the forward alone, as in evaluation.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     known = [*model.parameters(), *model.buffers(), *batch.values()]
     counter = _Count([x for x in known if torch.is_tensor(x)], vocabulary)
+    tokens = sum(v.numel() for name, v in batch.items() if name.endswith("input_ids"))
     with counter, torch.set_grad_enabled(backward):
-        loss = model.train(backward)(**batch).loss
+        found = loss(model.train(backward), dict(batch))
         if backward:
-            loss.backward()
+            found.backward()
     model.train().zero_grad()
-    return Work(batch["input_ids"].numel(), counter.peak, counter.logits, dict(counter.done))
+    return Work(tokens, counter.peak, counter.logits, dict(counter.done))
 
 
-def rows_on_meta(rows: Sequence[Sequence[int]], flat: bool, masked: bool = False) -> dict[str, Any]:
-    """A micro-batch without content.
+def on_meta(batch: dict[str, Any], masked: bool = False) -> dict[str, Any]:
+    """A collated batch without content.
 
-    Args:
-        rows: the lengths of the documents in each. flat: all stand in one row, without padding;
-            otherwise rows are padded to the longest, and what is not seen is masked. masked: there
-            is a mask even where all is seen.
+    What of a padded batch is not seen is masked by four dimensions, which transformers hands
+    through: it cannot look for padding where there is no content. masked: there is a mask even
+    where all is seen.
     """
-    documents = [length for row in rows for length in row]
-    longest = max(map(sum, rows))
-    shape = (1, sum(documents)) if flat else (len(rows), longest)
-    ids = torch.empty(shape, dtype=torch.int64, device="meta")
-    batch: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
-    if flat:
-        places = ids.new_empty(sum(documents) - len(documents))
-        return {**batch, "position_ids": ids, "documents": documents, "places": places}
-    if masked or len(documents) > len(rows) or sum(documents) < ids.numel():
-        mask = (len(rows), 1, longest, longest)
-        batch["attention_mask"] = torch.empty(mask, dtype=torch.bool, device="meta")
-    return batch
+    moved = {n: v.to("meta") if torch.is_tensor(v) else v for n, v in batch.items()}
+    moved.pop("numbers", None)  # of rows of the data
+    if "documents" in moved:
+        return moved
+    packed = "position_ids" in moved
+    if moved.pop("attention_mask", None) is not None or packed or masked:
+        rows, length = moved["input_ids"].shape
+        mask = torch.empty((rows, 1, length, length), dtype=torch.bool, device="meta")
+        moved["attention_mask"] = mask
+    return {n: v for n, v in moved.items() if not (packed and n == "position_ids")}
 
 
 class _Count(TorchDispatchMode):

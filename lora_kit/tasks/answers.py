@@ -19,14 +19,14 @@ _LONGEST = 512  # tokens of a completion
 _LONGER = 8  # tokens more than the longest one expected
 
 
-def question(row: Row, kind: str) -> Question:
+def question(row: Row, chat: bool) -> Question:
     """The prompt of a row and the completion that was held out; of a text the first half, 32 tokens
-    at most, and what follows. kind: `chat` or `text`."""
+    at most, and what follows. chat: rows are conversations."""
     ids = row["input_ids"].tolist()
     trained = np.flatnonzero(row["labels"] != IGNORED)
     # The last run of labels: a completion after others, in a longer conversation.
     first = trained[np.r_[True, np.diff(trained) > 1]][-1] if len(trained) else 0
-    if kind == "chat" and first > 0:
+    if chat and first > 0:
         return ids[:first], ids[first : trained[-1] + 1]
     cut = min(32, (len(ids) + 1) // 2)
     return ids[:cut], ids[cut : cut + _SHOWN_TOKENS]
@@ -38,19 +38,19 @@ def drawn(rows: Rows, most: int, seed: int) -> list[int]:
     return sorted(chosen.tolist())
 
 
-def expected(rows: Rows, numbers: list[int], kind: str, processor: Processor) -> list[str]:
-    return [text_of(processor, question(rows[n], kind)[1]) for n in numbers]
+def expected(rows: Rows, numbers: list[int], chat: bool, processor: Processor) -> list[str]:
+    return [text_of(processor, question(rows[n], chat)[1]) for n in numbers]
 
 
 def completion_scores(
-    model: Any, rows: Rows, kind: str, processor: Processor, names: list[str], numbers: list[int]
+    model: Any, rows: Rows, chat: bool, processor: Processor, names: list[str], numbers: list[int]
 ) -> list[Score]:
     """The score of each metric on greedy completions of these rows.
 
     Raises:
         UserError: a metric's script does not take a completion.
     """
-    asked = [question(rows[n], kind) for n in numbers]
+    asked = [question(rows[n], chat) for n in numbers]
     wanted = [text_of(processor, answer) for _, answer in asked]
     # A completion that is longer than every right one is not made right by its rest.
     length = min(_LONGEST, max(len(answer) for _, answer in asked) + _LONGER)
@@ -69,7 +69,7 @@ def room_for_completion(names: list[str]) -> int:
 
 
 def samples(
-    model: Any, rows: Rows, kind: str, processor: Processor, base: Score, adapted: Score
+    model: Any, rows: Rows, chat: bool, processor: Processor, base: Score, adapted: Score
 ) -> list[dict[str, Any]]:
     """What base and adapted generate, greedily: for the first held-out units, and for those on
     which the adapter gained and lost most.
@@ -92,7 +92,7 @@ def samples(
         chosen |= dict.fromkeys(fresh[:_SHOWN_EACH], why)
     units = rows.column("unit")
     first_row = {int(unit): row for row, unit in reversed(list(enumerate(units.tolist())))}
-    asked = [question(rows[first_row[int(base.units[n])]], kind) for n in chosen]
+    asked = [question(rows[first_row[int(base.units[n])]], chat) for n in chosen]
     prompts = [prompt for prompt, _ in asked]
     found = generate(model, processor, prompts, _SHOWN_TOKENS)
     with model.disable_adapter():

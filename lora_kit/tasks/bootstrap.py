@@ -1,102 +1,157 @@
-"""Is a difference real? Paired bootstrap intervals over units, and a word for each."""
+"""Is a difference real? Paired bootstrap intervals over units, and a word for each.
+
+One bootstrap for every score: units are resampled with replacement, and `Score.value` is computed
+from the sums over each resample, so that a mean loss, macro-F1 and a correlation go the same way.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from lora_kit.data.splits import FEWEST_TO_JUDGE
-from lora_kit.tasks.measure import Losses
+from lora_kit.errors import CheckFailed
+from lora_kit.tasks.task import Score, ratio
 
 RESAMPLES = 10_000
 FEWEST_UNITS = FEWEST_TO_JUDGE
-SMALLEST_SHARE = 0.005  # a difference below half a percent is called no difference
-FEWEST_CHANGED = 6
-_NATS_TO_BITS = 1 / np.log(2)
+SMALLEST_SHARE = 0.005  # a difference below half a percent counts as none
+FEWEST_CHANGED = 6  # with five changed units the sign test cannot reach 5%
+_DRAWS_AT_ONCE = 2**22
+_ROUNDING = 1e-12  # relative; differences of sums that are equal on paper
 
 
-def statistics(base: Losses, adapted: Losses, seed: int) -> dict[str, Any]:
-    """Loss and bits per byte of two models on the same units, their difference, its interval.
+def compared(base: Score, adapted: Score, seed: int) -> dict[str, Any]:
+    """A score of two models on the same units: both values, their difference and its interval.
 
-    Units without a label, or without text, are left out: `documents` counts those judged.
+    Units that neither model has anything to count in (no label to predict) are dropped.
+
+    Args:
+        base, adapted: the same score; row n of their `sums` belongs to the same unit. `base` is
+            the score of whatever the adapted model is compared with.
 
     Returns:
-        {"documents": units, "loss": {"base", "adapted", "difference", "ci95"}, "bits_per_byte":
-        the same four}: nats per token and bits per byte; a difference is adapted minus base.
+        {"base", "adapted", "difference", "ci95": [low, high], "better": "lower" or "higher",
+        "changed"}: a difference is adapted minus base; `changed` counts the units whose sums
+        differ. Rounded to 4 digits.
+
+    Raises:
+        CheckFailed: one of the values is not finite.
     """
-    judged = (base.tokens > 0) & (base.bytes > 0)
-    change, before = (adapted.nats - base.nats)[judged], base.nats[judged].sum()
-    bits_before, bits = before * _NATS_TO_BITS, change * _NATS_TO_BITS
+    kept = counted(base, adapted)
+    before, after = base.sums[kept], adapted.sums[kept]
+    columns = before.shape[1]
+
+    def difference(sums: np.ndarray) -> np.ndarray:  # (..., 2 * columns) -> (...)
+        return adapted.value(sums[..., columns:]) - base.value(sums[..., :columns])
+
+    values = float(base.value(before.sum(0))), float(adapted.value(after.sum(0)))
+    if not np.isfinite(values).all():
+        raise CheckFailed(
+            f"{base.name}: {values[0]} of the base, {values[1]} of the adapted model: not finite, "
+            "so it cannot be compared"
+        )
+    effective = float(len(before))
+    if base.value is ratio and adapted.value is ratio:
+        effective = _effective(before[:, 1] + after[:, 1])
+    low, high = bca_interval(difference, np.hstack([before, after]), effective, seed)
     return {
-        "documents": int(judged.sum()),
-        "loss": _figures(before, change, base.tokens[judged], seed),
-        "bits_per_byte": _figures(bits_before, bits, base.bytes[judged], seed),
+        "base": round(values[0], 4),
+        "adapted": round(values[1], 4),
+        "difference": round(values[1] - values[0], 4),
+        "ci95": [round(low, 4), round(high, 4)],
+        "better": adapted.better,
+        "changed": int((before != after).any(1).sum()),
     }
 
 
-def scores(base: np.ndarray, adapted: np.ndarray, seed: int) -> dict[str, Any]:
-    """Mean scores of two models on the same rows, float64 (rows,), their difference, its interval:
-    {"base", "adapted", "difference", "ci95", "changed": rows with another score}. Where few rows
-    changed the interval is too narrow: a bootstrap does not know what it did not draw."""
-    figures = _figures(base.sum(), adapted - base, np.ones(len(base)), seed)
-    return {**figures, "changed": int((adapted != base).sum())}
+def counted(base: Score, adapted: Score) -> np.ndarray:
+    """bool (units,): the units in which at least one of two models has something to count."""
+    if base.value is ratio and adapted.value is ratio:
+        return (base.sums[:, 1] > 0) | (adapted.sums[:, 1] > 0)
+    return base.sums.any(1) | adapted.sums.any(1)
 
 
-def verdict(
-    measured: dict[str, Any],
-    lower: str = "better",
-    higher: str = "worse",
-    same: str = "no different",
-) -> str:
-    """A word for a comparison of losses: the interval must exclude 0, over enough documents."""
-    if measured["documents"] < FEWEST_UNITS:
+def verdict(found: Mapping[str, Any], units: int) -> str:
+    """`better`, `worse`, `no different` or `too little data`, from what `compared` returns.
+
+    Different means: the interval excludes 0, at least six units changed, and the difference is at
+    least 0.5% of the base's value; where higher is better, also at least half a point of 1.
+
+    Args:
+        found: `base`, `difference`, `ci95`, `better`, and `changed` where it is known.
+        units: how many units were compared; under 20 is too little data.
+    """
+    if units < FEWEST_UNITS:
         return "too little data"
-    loss = measured["loss"]
-    return _word(loss, SMALLEST_SHARE * abs(loss["base"]), lower, higher, same)
-
-
-def verdict_of_scores(measured: dict[str, Any], rows: int) -> str:
-    """A word for a comparison of scores, where more is better. Half a point of 1 is nothing, nor
-    are fewer than six rows: the sign test would not reach 5%."""
-    if rows < FEWEST_UNITS:
-        return "too little data"
-    if measured.get("changed", FEWEST_CHANGED) < FEWEST_CHANGED:
+    low, high = found["ci95"]
+    lower = found["better"] == "lower"
+    scale = abs(found["base"]) if lower else max(1.0, abs(found["base"]))
+    few = found.get("changed", FEWEST_CHANGED) < FEWEST_CHANGED
+    if few or abs(found["difference"]) < SMALLEST_SHARE * scale or low <= 0 <= high:
         return "no different"
-    smallest = SMALLEST_SHARE * max(1.0, abs(measured.get("base", 1.0)))
-    return _word(measured, smallest, "worse", "better", "no different")
+    return "better" if (found["difference"] < 0) == lower else "worse"
+
+
+def retention(found: Mapping[str, Any], units: int) -> str:
+    """The same for general text, which need not get better: `kept`, `forgot` or `too little
+    data`."""
+    words = {"better": "kept", "no different": "kept", "worse": "forgot"}
+    word = verdict(found, units)
+    return words.get(word, word)
 
 
 def interval(change: np.ndarray, size: np.ndarray, seed: int) -> tuple[float, float]:
-    """95% interval of sum(change) / sum(size): the BCa bootstrap over units.
-
-    Both models are judged on the same resample, so only the differences matter (paired). Bias and
-    skewness are corrected (BCa; Efron 1987), the jackknife in closed form. The normal quantile is
-    widened to that of Student's t, without which intervals of 20 units are too narrow ("expanded
-    percentiles"; Hesterberg 2015, arXiv:1411.5279), for the units that count: where one document
-    is as large as ten, there are fewer of them than documents (Kish's effective sample size).
+    """95% interval of sum(change) / sum(size), where `change` is paired already.
 
     Args:
         change, size: float64 (units,): what was gained in each unit, and what it is divided by.
     """
-    units = len(change)
-    estimate = change.sum() / size.sum()
-    if units < 2:
+    return bca_interval(ratio, np.stack([change, size], axis=1), _effective(size), seed)
+
+
+def bca_interval(
+    value: Callable[[np.ndarray], np.ndarray], sums: np.ndarray, effective: float, seed: int
+) -> tuple[float, float]:
+    """95% interval of a value of sums over units: the BCa bootstrap.
+
+    Bias and skewness are corrected (BCa; Efron 1987), the skewness by the jackknife: the value
+    without each unit. The normal quantile is widened to that of Student's t, without which
+    intervals of 20 units are too narrow ("expanded percentiles"; Hesterberg 2015,
+    arXiv:1411.5279).
+
+    Args:
+        value: (..., k) -> (...). Resamples for which it is not finite are dropped.
+        sums: float64 (units, k).
+        effective: the number of units of equal size that would vary as much: where one document is
+            as large as ten, fewer than there are documents.
+    """
+    total = sums.sum(0)
+    estimate = float(value(total))
+    if len(sums) < 2:
         return estimate, estimate
-    drawn = _resampled(change, size, seed)
-    without = (change.sum() - change) / np.maximum(size.sum() - size, np.finfo(float).tiny)
-    lean = without.mean() - without
+    with np.errstate(all="ignore"):
+        drawn = _resampled(value, sums, seed)
+        parts = np.array_split(sums, 1 + sums.size // _DRAWS_AT_ONCE)
+        without = np.concatenate([value(total - part) for part in parts])
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return estimate, estimate
+    rounding = _ROUNDING * float(np.abs(drawn).max())
+    if np.ptp(drawn) <= rounding:  # every unit gained the same
+        return estimate, estimate
+    lean = np.nan_to_num(without.mean() - without)
     spread = float((lean**2).sum())
-    # Every unit gained the same, or one is all there is.
-    if spread == 0 or drawn.min() == drawn.max():
-        return estimate, estimate
-    skew = float((lean**3).sum()) / (6 * spread**1.5)
+    skew = float((lean**3).sum()) / (6 * spread**1.5) if spread else 0.0
     normal = NormalDist()
-    # Resamples equal to the estimate count half; none at all below it would be an infinite bias.
-    below = float((drawn < estimate).mean() + (drawn == estimate).mean() / 2)
+    # Resamples equal to the estimate count half. None at all below it would be an infinite bias.
+    equal = np.abs(drawn - estimate) <= rounding
+    below = float(((drawn < estimate) & ~equal).mean() + equal.mean() / 2)
     bias = normal.inv_cdf(min(max(below, 1 / RESAMPLES), 1 - 1 / RESAMPLES))
-    effective = max(1.1, float(size.sum() ** 2 / (size**2).sum()))
+    effective = max(1.1, effective)
     wide = _student(effective - 1) * (effective / (effective - 1)) ** 0.5
     shares = []
     for z in (bias - wide, bias + wide):
@@ -106,18 +161,28 @@ def interval(change: np.ndarray, size: np.ndarray, seed: int) -> tuple[float, fl
     return float(low), float(high)
 
 
-def _resampled(change: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
-    """The ratio in each resample of the units, float64 (resamples,), the same for a seed."""
-    units = len(change)
+def _resampled(
+    value: Callable[[np.ndarray], np.ndarray], sums: np.ndarray, seed: int
+) -> np.ndarray:
+    """The value in each resample of the units, float64 (resamples,), the same for a seed."""
+    units = len(sums)
     random = np.random.default_rng(seed)
-    ratios = []
-    # In pieces: all draws of 10,000 documents at once would take 800 MB.
-    piece = max(1, 2**22 // units)
+    values = []
+    # In pieces: for 10,000 units all resamples at once would take 800 MB.
+    piece = max(1, _DRAWS_AT_ONCE // units)
     for done in range(0, RESAMPLES, piece):
-        draws = random.integers(0, units, (min(piece, RESAMPLES - done), units), dtype=np.int32)
-        sizes = size[draws].sum(1)
-        ratios.append(change[draws].sum(1)[sizes > 0] / sizes[sizes > 0])
-    return np.concatenate(ratios)
+        rows = min(piece, RESAMPLES - done)
+        draws = random.integers(0, units, (rows, units), dtype=np.int32)
+        times = np.empty((rows, units))  # how often each unit was drawn
+        for row in range(rows):
+            times[row] = np.bincount(draws[row], minlength=units)
+        values.append(value(times @ sums))
+    return np.concatenate(values)
+
+
+def _effective(size: np.ndarray) -> float:
+    """Kish's effective sample size of units of these sizes."""
+    return float(size.sum() ** 2 / (size**2).sum())
 
 
 def _student(freedom: float) -> float:
@@ -128,22 +193,3 @@ def _student(freedom: float) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3
-
-
-def _figures(before: float, change: np.ndarray, size: np.ndarray, seed: int) -> dict[str, Any]:
-    low, high = interval(change, size, seed)
-    total = size.sum()
-    base, difference = before / total, change.sum() / total
-    return {
-        "base": round(float(base), 4),
-        "adapted": round(float(base + difference), 4),
-        "difference": round(float(difference), 4),
-        "ci95": [round(float(low), 4), round(float(high), 4)],
-    }
-
-
-def _word(figures: dict[str, Any], smallest: float, lower: str, higher: str, same: str) -> str:
-    low, high = figures["ci95"]
-    if abs(figures["difference"]) < smallest or low <= 0 <= high:
-        return same
-    return lower if figures["difference"] < 0 else higher

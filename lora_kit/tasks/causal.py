@@ -51,9 +51,13 @@ class Causal(Task):
     Rows: `input_ids` and `labels`, int32 (tokens,), a label of -100 without loss; `bytes`: UTF-8
     bytes of the unit's supervised text, in its first row; `end_markers`: end-of-turn and
     end-of-text tokens trained on.
+
+    Attributes:
+        chat: rows are conversations: a prompt, and a completion that it is followed by.
     """
 
     flat = True
+    chat = False
 
     def collate(self, processor: Processor, flat: bool = False) -> Collate:
         return in_one_row if flat else collator(processor.pad_token_id)
@@ -70,6 +74,10 @@ class Causal(Task):
         parts = halves(batch)
         return [(part, 1.0) for part in parts] if len(parts) > 1 else []
 
+    def pack(self, rows: Rows, run: Run) -> Rows | Packed:
+        documents = self.packing(run) == "documents"
+        return Packed(rows, run.train.max_length) if documents else rows
+
     def supervised(self, rows: Rows) -> int:
         """Labels with a loss; the first token of a row is predicted from nothing."""
         count = 0
@@ -85,19 +93,10 @@ class Causal(Task):
         from lora_kit.tasks.answers import completion_scores, drawn
         from lora_kit.tasks.measure import measure
 
-        found = measure(model, rows, processor.pad_token_id)
-        # Units without a label, or without text, say nothing.
-        units = np.flatnonzero((found.tokens > 0) & (found.bytes > 0))
-        nats, tokens, size = found.nats[units], found.tokens[units], found.bytes[units]
-        bits = nats / np.log(2)
-        scores = [
-            Score("loss", np.stack([nats, tokens], 1), better="lower", units=units),
-            Score("bits_per_byte", np.stack([bits, size], 1), better="lower", units=units),
-        ]
+        scores = measure(model, rows, processor.pad_token_id).scores()
         if names := run.prove.metrics:
             numbers = drawn(rows, run.prove.answers, run.seed)
-            kind = facts["kind"]
-            scores += completion_scores(model, rows, kind, processor, names, numbers)
+            scores += completion_scores(model, rows, self.chat, processor, names, numbers)
         return scores
 
     def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
@@ -107,9 +106,9 @@ class Causal(Task):
         if not self.supervised(data.eval):
             problems.append("data.eval: no row has two tokens: nothing can be predicted")
         numbers = answers.drawn(data.eval, run.prove.answers, run.seed) if names else []
-        wanted = answers.expected(data.eval, numbers, facts["kind"], processor)
+        wanted = answers.expected(data.eval, numbers, self.chat, processor)
         for check in (
-            lambda: metrics.check_names(names, facts["kind"]),
+            lambda: metrics.check_names(names, self.chat),
             lambda: metrics.check_fit(names, wanted),
         ):
             try:
@@ -127,15 +126,14 @@ class Causal(Task):
         from lora_kit.tasks import answers, few_shot
         from lora_kit.tasks.measure import positions
 
-        chat = facts["kind"] == "chat"
         longest = int(data.eval.sizes("input_ids").max())
         longest += answers.room_for_completion(run.prove.metrics)
         examples = few_shot.choose(
-            data.rows("train"), longest, positions(model), run.prove.shots, chat, run.seed
+            data.rows("train"), longest, positions(model), run.prove.shots, self.chat, run.seed
         )
         if not examples:
             return []
-        opening = few_shot.opening(processor) if chat else []
+        opening = few_shot.opening(processor) if self.chat else []
 
         def longer(rows: Rows) -> Rows:
             return few_shot.after_examples(rows, examples, opening)
@@ -161,17 +159,17 @@ class Causal(Task):
         if run.prove.shots and "few_shot" not in scores:
             why = "few_shot: the base has no room for examples besides the rows"
             found["not_measured"] = [why]
-        rows, kind = data.eval, facts["kind"]
-        if kind == "chat":
+        rows = data.eval
+        if self.chat:
             order = np.random.default_rng(run.seed).permutation(len(rows))[:_PAIRED_ROWS]
             # Where all is supervised, the prompt too, no completion is apart from it.
             apart = [n for n in order.tolist() if rows.cell("labels", n)[0] == IGNORED]
-            questions = [answers.question(rows[n], kind) for n in apart]
+            questions = [answers.question(rows[n], self.chat) for n in apart]
             if questions:
                 pad = processor.pad_token_id
                 found["prompt_use"] = prompt_use(model, pad, questions, run.seed)
         base, adapted = scores["base"][0], scores["adapted"][0]
-        found["samples"] = answers.samples(model, rows, kind, processor, base, adapted)
+        found["samples"] = answers.samples(model, rows, self.chat, processor, base, adapted)
         return found
 
     def objection(self, report: dict[str, Any]) -> str | None:
@@ -236,15 +234,14 @@ class Text(Causal):
         """
         sources = [rows] if replayed is None else [rows, replayed]
         length = run.train.max_length
-        if (run.data.packing or "running") == "running":
+        if self.packing(run) == "running":
             yield from _running(sources, processor, length)
         else:
             for some in sources:
                 yield from _closed(some, processor, length)
 
-    def pack(self, rows: Rows, run: Run) -> Rows | Packed:
-        documents = run.data.packing == "documents"
-        return Packed(rows, run.train.max_length) if documents else rows
+    def packing(self, run: Run) -> str:
+        return run.data.packing or "running"
 
 
 Text.general = Text()
@@ -259,6 +256,7 @@ class Conversations(Causal):
 
     formats = tuple(name for name in FORMATS if name != "text")
     general = Text()
+    chat = True
 
     def notes(self, formats: set[str]) -> list[str]:
         if "preference" not in formats:
@@ -300,10 +298,6 @@ class Conversations(Causal):
         for row in rows:
             yield {name: row[name] for name in _TRAINED}
         yield from _closed(replayed, processor, length)
-
-    def pack(self, rows: Rows, run: Run) -> Rows | Packed:
-        documents = run.data.packing == "documents"
-        return Packed(rows, run.train.max_length) if documents else rows
 
 
 # The columns of a training row.

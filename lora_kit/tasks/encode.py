@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from lora_kit import cache
+from lora_kit.base.pin import Pinned
 from lora_kit.data.census import NO_SUPERVISION, Census
 from lora_kit.data.examples import from_batch
-from lora_kit.data.prepare import Split, worker_count
+from lora_kit.data.prepare import Split, prepare, worker_count
 from lora_kit.data.rows import Row, Rows, RowsWriter, record_batch, record_batches
 from lora_kit.data.splits import FEWEST_TO_JUDGE, mix, take
 from lora_kit.data.workers import in_order, stop
@@ -133,6 +134,20 @@ def encode(
     if limits:
         prepared.census.check(run.data.limits)
     return prepared
+
+
+def rows_of(
+    task: Task, run: Run, pinned: Pinned, lock: dict[str, Any] | None = None, limits: bool = True
+) -> tuple[Processor, Prepared]:
+    """Processor and rows of a run, for verbs that look at them; a recipe takes the steps itself.
+
+    Args:
+        lock: see `data.prepare.prepare`. limits: see `encode`.
+    """
+    processor = task.processor(pinned, run)
+    split = prepare(run.data, task, run.seed, lock)
+    facts = task.facts(split.train, run)
+    return processor, encode(task, split, processor, facts, run, limits)
 
 
 def identity(processor: Processor) -> Any:

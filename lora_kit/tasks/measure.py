@@ -13,6 +13,7 @@ from lora_kit.adapter.load import end_tokens
 from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed
 from lora_kit.tasks.batches import IGNORED, collator
+from lora_kit.tasks.task import Score
 
 # Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
 # of 152k. A single row may be longer.
@@ -28,6 +29,16 @@ class Losses:
     nats: np.ndarray
     tokens: np.ndarray
     bytes: np.ndarray
+
+    def scores(self) -> list[Score]:
+        """Nats per token and bits per byte; units without a label, or without text, are dropped."""
+        units = np.flatnonzero((self.tokens > 0) & (self.bytes > 0))
+        nats, tokens, size = self.nats[units], self.tokens[units], self.bytes[units]
+        bits = nats / np.log(2)
+        return [
+            Score("loss", np.stack([nats, tokens], axis=1), better="lower", units=units),
+            Score("bits_per_byte", np.stack([bits, size], axis=1), better="lower", units=units),
+        ]
 
 
 def measure(
@@ -57,12 +68,8 @@ def measure(
     collate = collator(pad_id)
     device = next(model.parameters()).device
     lengths, units_of = rows.sizes("input_ids"), rows.column("unit")
-    chosen = np.arange(len(lengths)) if numbers is None else numbers
-    order = chosen[np.argsort(-lengths[chosen], kind="stable")]
-    budget = rows_at_once * int(lengths[order[0]])
-    budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    batches = _batches(lengths, order.tolist(), budget)
-    rank, ranks = _rank()
+    batches = batches_of(model, lengths, rows_at_once, numbers)
+    rank, ranks = rank_and_ranks()
     sums = torch.zeros((2, rows.units), dtype=torch.float64)
     whole = getattr(model, "get_base_model", lambda: model)()
     trims = "logits_to_keep" in inspect.signature(whole.forward).parameters
@@ -102,7 +109,7 @@ def measure(
     return Losses(sums[0].numpy(), sums[1].numpy(), size.astype(np.float64))
 
 
-def _rank() -> tuple[int, int]:
+def rank_and_ranks() -> tuple[int, int]:
     """This process's number, and how many there are."""
     import torch.distributed as dist
 
@@ -125,8 +132,19 @@ def _row_nats(logits: Any, targets: Any) -> Any:
     return nats
 
 
-def _batches(lengths: np.ndarray, order: list[int], budget: int) -> list[list[int]]:
-    """Rows, longest first, in batches of `budget` tokens at most, padding counted, or one row."""
+def batches_of(
+    model: Any, lengths: np.ndarray, rows_at_once: int, numbers: np.ndarray | None = None
+) -> list[list[int]]:
+    """Rows in batches, longest first: `rows_at_once` of the longest, more of shorter ones, fewer
+    where their logits would be larger than LOGITS_AT_ONCE.
+
+    Args:
+        lengths: int64 (rows,), tokens of each. numbers: of the rows that are wanted; None: all.
+    """
+    chosen = np.arange(len(lengths)) if numbers is None else numbers
+    order = chosen[np.argsort(-lengths[chosen], kind="stable")].tolist()
+    budget = rows_at_once * int(lengths[order[0]])  # tokens, padding counted
+    budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     batches: list[list[int]] = []
     width = 0
     for n in order:
@@ -150,7 +168,21 @@ def generate(
     max_new_tokens: int,
     at_once: int = 16,
 ) -> list[str]:
-    """Greedy continuations, in the order of the prompts, without what the tokenizer calls special.
+    """Greedy continuations as text, without what the tokenizer calls special: `generate_ids`."""
+    found = generate_ids(model, tokenizer, prompts, max_new_tokens, at_once)
+    texts: list[str] = tokenizer.batch_decode(found, skip_special_tokens=True)
+    return texts
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    at_once: int = 16,
+) -> list[list[int]]:
+    """Greedy continuations as tokens, in the order of the prompts, each with the token that ended
+    it, if any did.
 
     Padding stands on the left, so that each continuation follows its prompt directly. Prompts are
     sorted by length and dealt out to the ranks if there are several; every rank returns them all.
@@ -166,13 +198,13 @@ def generate(
     pad = tokenizer.pad_token_id
     ends = end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    rank, ranks = _rank()
+    rank, ranks = rank_and_ranks()
     mine = order[rank::ranks]
     training = model.training
     model.eval()
     room = positions(model)
-    said = {n: "" for n in mine if len(prompts[n]) >= room}
-    waiting = [n for n in mine if n not in said]
+    found: dict[int, list[int]] = {n: [] for n in mine if len(prompts[n]) >= room}
+    waiting = [n for n in mine if n not in found]
     while waiting:
         width = len(prompts[waiting[0]])
         length = min(max_new_tokens, room - width)
@@ -199,11 +231,12 @@ def generate(
                 pad_token_id=pad,
                 eos_token_id=ends,
             )
-        texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        said |= dict(zip(chosen, texts, strict=True))
+        for n, tokens in zip(chosen, out[:, width:].tolist(), strict=True):
+            end = next((place for place, token in enumerate(tokens) if token in ends), length)
+            found[n] = tokens[: end + 1]
     model.train(training)
     if ranks > 1:
         parts: list[Any] = [None] * ranks
-        dist.all_gather_object(parts, said)
-        said = {n: text for part in parts for n, text in part.items()}
-    return [said[n] for n in range(len(prompts))]
+        dist.all_gather_object(parts, found)
+        found = {n: tokens for part in parts for n, tokens in part.items()}
+    return [found[n] for n in range(len(prompts))]

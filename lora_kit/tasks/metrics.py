@@ -55,9 +55,9 @@ def score(name: str, predictions: list[str], references: list[str]) -> np.ndarra
     return np.array([metric(prediction, expected) for prediction, expected in pairs], np.float64)
 
 
-def check_names(names: list[str], kind: str) -> None:
-    """Raises UserError, a line for each metric that cannot be computed. kind: "chat" or "text"."""
-    if names and kind == "text":
+def check_names(names: list[str], chat: bool) -> None:
+    """Raises UserError, a line for each metric that cannot be computed. chat: on completions."""
+    if names and not chat:
         why = "metrics score answers, and text has none; leave them out, or use sft"
         raise UserError(f"prove.metrics: {why}")
 
@@ -181,11 +181,8 @@ def _borrowed(name: str) -> Metric:
     hint = nearest(name, list(OWN))
     # evaluate has a switch of its own, and would ask the Hub all the same.
     os.environ.setdefault("HF_EVALUATE_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
-    try:
-        import evaluate
-    except ImportError:
-        why = "not one of ours; others need evaluate: pip install 'lora-kit[metrics]'"
-        raise UserError(f"{name}: {why}{hint}") from None
+    import evaluate
+
     try:
         with metrics_checked():
             loaded = evaluate.load(name, module_type="metric", keep_in_memory=True)

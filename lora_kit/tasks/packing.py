@@ -94,12 +94,12 @@ class Packed:
 
 
 def content_hash(rows: Rows | Packed) -> str:
-    """A hash of the tokens of all rows."""
-    digest = hashlib.sha256(str(getattr(rows, "bins", "")).encode())
-    plain = rows.rows if isinstance(rows, Packed) else rows
-    for ids, ends in plain.chunks("input_ids"):
-        digest.update(np.ascontiguousarray(ids))
-        digest.update(np.diff(ends))
+    """A hash of the tokens of all rows, and of which are packed together."""
+    packed = rows.bins if isinstance(rows, Packed) else None
+    table = rows.rows if isinstance(rows, Packed) else rows
+    names = [name for name in table.columns if name.endswith("input_ids")]
+    digest = hashlib.sha256(str(packed).encode())
+    digest.update(table.content(*names))
     return digest.hexdigest()
 
 

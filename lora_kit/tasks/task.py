@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
     from lora_kit.base.pin import Pinned
-    from lora_kit.schema import Base, Run
+    from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
 
 Batch = dict[str, Any]  # what `collate` returns: tensors by name, and plain values beside them
@@ -181,6 +181,10 @@ class Task:
         """The training rows as the trainer sees them: several in one, or `rows` as they are."""
         return rows
 
+    def packing(self, run: Run) -> str:
+        """How rows are made of examples: `none`, `documents` or `running` (see `data.packing`)."""
+        return "none"
+
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
         """Rows with the columns that need a model, computed once before the first step."""
         return rows
@@ -194,12 +198,19 @@ class Task:
         return len(rows)
 
     # ------------------------------------------------------------------ model
-    def model(self, base: Base, pinned: Pinned, facts: Facts) -> tuple[Any, tuple[str, ...]]:
+    def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
         """The frozen base, and the names of its fresh modules: those that the base's files have no
         weights for, such as a new head. Fresh modules are trained and saved whole, without LoRA."""
         from lora_kit.base.load import load_base
 
-        return load_base(base, pinned), ()
+        return load_base(run.base, pinned), ()
+
+    def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
+        """`model` as shapes alone, on torch's meta device, in the type that is computed in: what
+        memory and time are planned with."""
+        from lora_kit.base.load import base_on_meta
+
+        return base_on_meta(run.base, pinned), ()
 
     # ------------------------------------------------------------------ training
     def classes(self) -> tuple[type[Trainer], type[TrainingArguments]]:

@@ -10,16 +10,17 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.files import adapter_folder
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, UserError, redact
 from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, read_lock, write_run
 from lora_kit.schema import Run
+from lora_kit.tasks.task import Task
 from lora_kit.train import checkpoint
 
 # Keys that may differ when a run is continued: they change what is written, not what is learned.
@@ -29,6 +30,8 @@ FREE_TO_CHANGE = {
     *("train.dataloader_num_workers", "train.per_device_eval_batch_size", "data.workers"),
     "train.load_best_model_at_end",  # the last adapter, where the best one's checkpoint is damaged
 }
+# Keys that name files of which the lock file has no hash.
+_NOT_HASHED = ("recipe", "adapter.start", "data.labels")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")
 
 
@@ -107,8 +110,17 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def create(directory: RunDirectory, run: Run, pinned: Pinned, lock: dict[str, Any]) -> None:
+def create(
+    directory: RunDirectory,
+    run: Run,
+    pinned: Pinned,
+    hashes: Mapping[str, str],
+    lock: dict[str, Any],
+) -> None:
     """Make the directory of a new run, with run.yaml and the first entries of run.lock.json.
+
+    Args:
+        hashes: of the data, by source. lock: further entries.
 
     Raises:
         UserError: it exists, or cannot be made.
@@ -121,7 +133,7 @@ def create(directory: RunDirectory, run: Run, pinned: Pinned, lock: dict[str, An
     write_run(_with_commit(run, pinned), directory.path / "run.yaml")
     versions = {name: version(name) for name in _LIBRARIES}
     directory.lock(
-        base={**pinned.to_lock(), **run.base.model_dump(include={"dtype", "quantize"})},
+        **_pinned(run, pinned, hashes, directory.path),
         batch=batch_geometry(run),
         seed=run.seed,
         versions={"python": platform.python_version(), **versions},
@@ -130,12 +142,21 @@ def create(directory: RunDirectory, run: Run, pinned: Pinned, lock: dict[str, An
     )
 
 
-def reopen(directory: RunDirectory, run: Run, pinned: Pinned) -> None:
+def _pinned(run: Run, pinned: Pinned, hashes: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """Entries of the lock file: base and data with their hashes, named as in run.yaml."""
+    base = {**pinned.to_lock(), **run.base.model_dump(include={"dtype", "quantize"})}
+    base["model"] = run.written(pinned.model, path)
+    data = {run.written(name, path): digest for name, digest in hashes.items()}
+    return {"base": base, "data": data}
+
+
+def reopen(directory: RunDirectory, run: Run, pinned: Pinned, hashes: Mapping[str, str]) -> None:
     """Write run.yaml anew, with the keys that may differ. It is never half there: the other ranks
-    read it at the same time."""
+    read it at the same time. The lock file gets the same names: data and base may have moved."""
     partial = directory.path / "run.yaml.partial"
     write_run(_with_commit(run, pinned), partial)
     partial.replace(directory.path / "run.yaml")
+    directory.lock(**_pinned(run, pinned, hashes, directory.path))
 
 
 def remove(directory: RunDirectory) -> None:
@@ -158,21 +179,21 @@ def check_start(run: Run, pinned: Pinned) -> None:
     same shapes, and is worth something on its own one alone."""
     if not run.adapter.start:
         return
-    trained_on = read_lock(adapter_folder(run.adapter.start).parent).get("base")
-    if trained_on and trained_on["hashes"] != pinned.hashes:
+    start = FinishedRun(run.adapter.start)
+    if start.hashes and start.hashes != pinned.hashes:
         raise UserError(
-            f"adapter.start: {run.adapter.start}: trained on another base ({trained_on['model']}), "
-            f"not on {pinned.model} as it lies here"
+            f"adapter.start: {run.adapter.start}: trained on another base "
+            f"({start.lock['base'].get('model')}), not on {pinned.model}"
         )
 
 
 def check_same(
-    directory: RunDirectory, run: Run, pinned: Pinned, hashes: Mapping[str, str]
+    directory: RunDirectory, run: Run, task: Task, pinned: Pinned, hashes: Mapping[str, str]
 ) -> None:
     """Check that a run is continued as it was begun.
 
     Args:
-        hashes: of the data, by source.
+        task: whose keys are compared too. hashes: of the data, by source.
 
     Raises:
         UserError: there is no such run, it is finished, or it differs in seed, data, batch,
@@ -189,30 +210,47 @@ def check_same(
         )
     if lock.get("finished"):
         raise UserError(f"{path}: finished already; choose another with name=NAME")
-    before, now = (
-        _flat(r.model_dump(mode="json"))
-        for r in (load_run(path / "run.yaml", needs_sources=False), run)
-    )
+    begun = load_run(path / "run.yaml", needs_sources=False, task_of=lambda _: task)
+    before, now = (_flat(r.model_dump(mode="json")) for r in (begun, run))
+    recorded: dict[str, str] = lock["data"]
+
+    def moved(key: str) -> bool:
+        """Whether a key names the same files in another place."""
+        first, second = before.get(key), now.get(key)
+        if key in _NOT_HASHED and isinstance(first, str) and isinstance(second, str):
+            return Path(first).name == Path(second).name and not Path(first).exists()
+        first = _by_content(first, lambda name: recorded.get(begun.written(name, path)))
+        return key.startswith("data.") and first == _by_content(second, hashes.get)
+
     problems = [
         f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key not in FREE_TO_CHANGE
         and not key.startswith("prove.")  # it decides what is measured, not what is learned
-        # A branch, or none, is compared by the commit it led to: by the hashes below.
-        and key != "base.revision"
+        and key not in ("base.model", "base.revision")  # compared by the hashes below
+        and not moved(key)
     ]
     if lock["batch"]["processes"] != processes():
         problems.append(f"processes were {lock['batch']['processes']}, are now {processes()}")
     if lock["base"]["hashes"] != pinned.hashes:
         problems.append(f"the files of the base {pinned.model} changed")
-    problems += [
-        f"the data of {source} changed"
-        for source in sorted(hashes)
-        if lock["data"].get(source) != hashes[source]
-    ]
+    for source, digest in sorted(hashes.items()):
+        # A source in another place has another name, and must be one of those that were read.
+        known = recorded.get(run.written(source, path))
+        if digest != known and (known is not None or digest not in recorded.values()):
+            problems.append(f"the data of {source} changed")
     if problems:
         raise UserError(f"{path} is only continued as it was begun: " + "; ".join(problems))
+
+
+def _by_content(value: Any, hash_of: Callable[[str], str | None]) -> Any:
+    """A value of `data:` in which sources are replaced by the hash of their content, if known."""
+    if isinstance(value, list):
+        return [_by_content(item, hash_of) for item in value]
+    if isinstance(value, dict):
+        return {key: _by_content(item, hash_of) for key, item in value.items()}
+    return (hash_of(value) or value) if isinstance(value, str) else value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -90,14 +90,14 @@ class Journey:
         self.directory.check_world(directory.processes())
         check_length(pinned, run.train.max_length)
         if self.resume:
-            directory.check_same(self.directory, run, pinned, data.hashes)
+            directory.check_same(self.directory, run, self.task, pinned, data.hashes)
         else:
             directory.check_start(run, pinned)
         if is_first_rank():
             if self.resume:
-                directory.reopen(self.directory, run, pinned)
+                directory.reopen(self.directory, run, pinned, data.hashes)
             else:
-                directory.create(self.directory, run, pinned, self._entries(data))
+                directory.create(self.directory, run, pinned, data.hashes, self._entries(data))
                 self._begun = True
                 file = self.directory.path / "census.json"
                 checkpoint.write_json(file, data.census.to_json())
@@ -114,7 +114,6 @@ class Journey:
             # Of a language model's data, by their old names.
             **{name: data.facts[name] for name in ("kind", "joiner") if name in data.facts},
             "facts": data.facts,
-            "data": data.hashes,
             "commits": data.commits,
         }
         pooling = getattr(run.base, "pooling", None)

@@ -2,7 +2,7 @@
 
 A strategy is chosen before the adapter is attached. It changes what is attached, and names the
 groups of tensors that then train; the audit checks exactly these. The frozen prefix and the memory
-plan see the same in the model itself. A new strategy is a class here and its keys in `schema.Train`.
+plan see the same in the model itself. A new strategy is a class here and keys in `schema.Train`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A recipe's trainer: the task's own class, guarded, on its rows; and the training from end to end."""
+"""A recipe's trainer: the task's own class, guarded, on its rows; and the whole training."""
 
 from __future__ import annotations
 

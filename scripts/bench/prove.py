@@ -45,50 +45,48 @@ def trained(folder: Path) -> Path:
 
 def judged(run: Path) -> tuple[Any, Any, Any, Any]:
     """(model, tokenizer, what was prepared, run) of a finished run."""
-    from lora_kit.adapter.load import load, open_run
-    from lora_kit.data.prepare import prepare
-    from lora_kit.run import read_lock
+    from lora_kit.adapter.finished import FinishedRun
+    from lora_kit.adapter.load import load_model
+    from lora_kit.prove.compare import prepared_again
 
-    model, tokenizer = load(run)
-    opened, lock = open_run(run), read_lock(run)
-    length = opened.train.max_length
-    data = prepare(
-        opened.data, lock["kind"], tokenizer, length, opened.seed, limits=False, lock=lock
-    )
-    return model, tokenizer, data, opened
+    finished = FinishedRun(run)
+    model, tokenizer = load_model(finished)
+    return model, tokenizer, prepared_again(finished), finished.require_run()
 
 
 def intervals(run: Path) -> None:
-    from lora_kit.tasks.bootstrap import statistics as compared
-    from lora_kit.tasks.bootstrap import verdict
-    from lora_kit.tasks.measure import Losses, measure
+    from lora_kit.tasks.bootstrap import compared, verdict
+    from lora_kit.tasks.measure import measure
+    from lora_kit.tasks.task import Score
 
     model, tokenizer, data, _ = judged(run)
     adapted = measure(model, data.eval, tokenizer.pad_token_id)
     with model.disable_adapter():
         base = measure(model, data.eval, tokenizer.pad_token_id)
-    full = compared(base, adapted, 0)["loss"]
     count = len(base.nats)
+
+    def losses(nats: np.ndarray, chosen: Any) -> Score:
+        return Score("loss", np.stack([nats[chosen], base.tokens[chosen]], 1), better="lower")
+
+    full = compared(losses(base.nats, slice(None)), losses(adapted.nats, slice(None)), 0)
     print(f"{count} units: {full['base']} -> {full['adapted']} nats per token, {full['ci95']}")
     null = adapted.nats - full["difference"] * base.tokens
     print(
         f"each unit's difference, nats per token: sd {np.std((null - base.nats) / base.tokens):.3f}"
     )
 
-    def of(losses: np.ndarray, chosen: np.ndarray) -> Losses:
-        return Losses(losses[chosen], base.tokens[chosen], base.bytes[chosen])
-
     for units in UNITS:
         alarms = 0
         for seed in range(COMPARISONS):
             chosen = np.random.default_rng(seed).integers(0, count, units)
-            found = compared(of(base.nats, chosen), of(null, chosen), seed)
-            alarms += verdict(found, "better", "worse", "no different") != "no different"
+            found = compared(losses(base.nats, chosen), losses(null, chosen), seed)
+            alarms += verdict(found, units) != "no different"
         print(f"null, {units} units: {alarms} false alarms of {COMPARISONS}")
     covered = 0
     for seed in range(SUBSAMPLES):
         chosen = np.random.default_rng(1000 + seed).permutation(count)[: min(SUBSAMPLE, count // 2)]
-        low, high = compared(of(base.nats, chosen), of(adapted.nats, chosen), seed)["loss"]["ci95"]
+        pair = losses(base.nats, chosen), losses(adapted.nats, chosen)
+        low, high = compared(*pair, seed)["ci95"]
         covered += low <= full["difference"] <= high
     print(f"coverage: {covered} of {SUBSAMPLES} intervals over {len(chosen)} units")
 

@@ -220,6 +220,7 @@ def tokens(run: Path, count: int = 200) -> None:
     import torch
 
     import lora_kit
+    from lora_kit.adapter.finished import FinishedRun
     from lora_kit.ship import llama_cpp
     from lora_kit.ship.gguf import export_gguf
 
@@ -231,7 +232,7 @@ def tokens(run: Path, count: int = 200) -> None:
         files = {}
         for what in ("base", "adapter", "merged"):
             (folder / what).mkdir()
-            files[what] = export_gguf(run, folder / what, "f32", what)
+            files[what] = export_gguf(FinishedRun(run), folder / what, "f32", what)
         for name, of, adapters in (
             ("base + adapter", "base", [files["adapter"]]),
             ("merged", "merged", []),

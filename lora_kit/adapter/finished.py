@@ -1,0 +1,255 @@
+"""A run directory or an adapter's folder, opened once and handed to whatever is done with it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_kit import nano
+from lora_kit.adapter.files import WEIGHTS, Adapter, adapter_folder, open_adapter, read_config
+from lora_kit.base.load import load_tokenizer
+from lora_kit.base.pin import Pinned, pin
+from lora_kit.base.templates import set_template
+from lora_kit.errors import UserError
+from lora_kit.hashes import file_hash
+from lora_kit.run import load_run, read_json, read_lock
+from lora_kit.schema import Base, Run
+
+CAUSAL = "AutoModelForCausalLM"
+_OPTION = "--base FOLDER_OR_ID"
+
+
+class FinishedRun:
+    """A finished run, or the folder of a PEFT adapter alone.
+
+    Files are compared with the hashes of run.lock.json, never by their place: a run that was moved
+    or copied with its project is the same run. What is expensive is read when it is asked for.
+
+    Attributes:
+        path: as it was named, for messages.
+        home: the run directory, also where RUN/adapter was named; else the adapter's folder.
+        folder: the adapter's folder.
+        run: the run file with absolute paths; None for an adapter alone.
+        lock: run.lock.json; empty where there is none.
+
+    Args:
+        path: a run directory, its adapter/, or any folder of a LoRA adapter.
+        base: a folder or Hub id in place of the base that the run names. Where the lock file has
+            hashes it must be the same base.
+        overrides: `key=value` settings of the run file.
+
+    Raises:
+        UserError: there is no finished run, or its files are damaged.
+    """
+
+    def __init__(
+        self, path: str | Path, base: str | None = None, overrides: Sequence[str] = ()
+    ) -> None:
+        self.path = str(path)
+        self.folder = adapter_folder(path)
+        self.home = _home(Path(path), self.folder)
+        file = self.home / "run.yaml"
+        self.run: Run | None = None
+        if file.is_file():
+            self.run = load_run(file, list(overrides), needs_sources=False)
+        self.lock = read_lock(self.home)
+        if base is not None and os.path.isdir(os.path.expanduser(base)):
+            base = os.path.abspath(os.path.expanduser(base))
+        self._given = base
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.home.resolve().name
+
+    def require_run(self) -> Run:
+        """The run file. Raises UserError for an adapter alone."""
+        if self.run is None:
+            raise UserError(f"{self.path}: an adapter without its run directory (run.yaml)")
+        return self.run
+
+    # ------------------------------------------------------------------ the adapter
+    @cached_property
+    def adapter(self) -> Adapter:
+        """Its files. Raises UserError if they are not as the run saved them."""
+        weights = self.folder / WEIGHTS
+        saved = self.lock.get("adapter", {}).get("sha256")
+        if saved is not None and weights.is_file() and file_hash(weights) != saved:
+            raise UserError(
+                f"{weights}: not as the run saved it: copy the run again, or train again"
+            )
+        return open_adapter(self.folder)
+
+    # ------------------------------------------------------------------ the task
+    @property
+    def auto(self) -> str:
+        """The class of transformers that loads the model."""
+        name = self._locked("auto", str) or CAUSAL
+        if not re.fullmatch(r"AutoModel\w*", name):
+            raise UserError(f"{self.home}/run.lock.json: auto: {name!r:.80} is no class of models")
+        return name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the training rows said about the model, such as `labels`."""
+        return self._locked("facts", dict) or {}
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Modules that the base has no weights for; they are in the adapter's files."""
+        return tuple(map(str, self._locked("fresh", list) or ()))
+
+    @property
+    def pooling(self) -> str | None:
+        """How a sequence classifier pools; None: as its class does."""
+        return self._locked("pooling", str)
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Names of the classes, in order; None for other tasks."""
+        labels = self.facts.get("labels")
+        return None if labels is None else [str(label) for label in labels]
+
+    def require_language_model(self, verb: str) -> None:
+        """Raises UserError if `verb`, which needs a model that generates text, does not apply."""
+        if self.auto != CAUSAL:
+            raise UserError(
+                f"{self.path}: {verb} applies to language models only, and this is an adapter for "
+                f"{self.auto}: use lora_kit.load, or lora-kit merge"
+            )
+
+    def _locked(self, key: str, kind: type) -> Any:
+        value = self.lock.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{self.home}/run.lock.json: {key}: changed by hand, or damaged")
+        return value
+
+    # ------------------------------------------------------------------ the base
+    @property
+    def hashes(self) -> dict[str, str]:
+        """{file: sha256} of the base that it was trained on; empty where that is not known."""
+        hashes = self.lock.get("base", {}).get("hashes") or {}
+        if not isinstance(hashes, dict):
+            raise UserError(f"{self.home}/run.lock.json: base.hashes: changed by hand, or damaged")
+        return hashes
+
+    @cached_property
+    def base(self) -> Base:
+        """The base, in the type and quantized as it was trained.
+
+        Raises:
+            UserError: none is named.
+        """
+        if self.run is not None:
+            named = self.run.base
+        else:
+            config, locked = read_config(self.folder), self.lock.get("base", {})
+            values = {key: locked[key] for key in ("dtype", "quantize") if key in locked}
+            values["model"] = self._given or config.get("base_model_name_or_path")
+            values["revision"] = config.get("revision")
+            if not values["model"]:
+                raise UserError(f"{self._base_key} names no base: name it with {_OPTION}")
+            try:
+                named = Base.model_validate(values)
+            except ValueError:
+                raise UserError(
+                    f"{self.home}: adapter_config.json or run.lock.json: the base they name is not "
+                    "usable"
+                ) from None
+        if self._given is not None:
+            named = named.model_copy(update={"model": self._given, "revision": None})
+        return named
+
+    @property
+    def peft_base(self) -> tuple[str | None, str | None]:
+        """The base as an adapter_config.json names it, so that PEFT alone finds it: a folder or Hub
+        id, and its revision; None where none is named."""
+        if self.run is None and self._given is None:
+            config = read_config(self.folder)
+            return config.get("base_model_name_or_path"), config.get("revision")
+        return str(nano.MODEL) if self.base.model == "nano" else self.base.model, self.base.revision
+
+    @cached_property
+    def pinned(self) -> Pinned:
+        """The base on this machine.
+
+        Raises:
+            UserError: it is not there, is quantized already, or is not the one it was trained on.
+        """
+        return self._pin(weights=True)
+
+    @cached_property
+    def located(self) -> Pinned:
+        """`pinned`, but the weights of a local folder are not compared, for whoever reads them all
+        anyway and compares them then, or does not need them."""
+        return self._pin(weights=not Path(self.base.model).is_dir())
+
+    def _pin(self, weights: bool) -> Pinned:
+        locked = self.lock.get("base", {})
+        if not locked and self.run:
+            what = "whether this is the base that it was trained on is not known"
+            print(f"warning: {self.path}: its run.lock.json is gone: {what}", file=sys.stderr)
+        try:
+            # A commit belongs to one repository.
+            lock = self.lock if locked.get("model") == self.base.model else None
+            found = pin(self.base, lock, weights)
+        except UserError as error:
+            why = str(error).removeprefix("base.model: ")
+            elsewhere = "" if self._given else "; if it is elsewhere, name it with " + _OPTION
+            raise UserError(f"{self._base_key}: {why}{elsewhere}") from None
+        if read_json(Path(found.folder) / "config.json").get("quantization_config"):
+            raise UserError(
+                f"{self._base_key}: {self.base.model}: its weights are already quantized: name the "
+                f"model that they were made from with {_OPTION}"
+            )
+        before = self.hashes or found.hashes
+        names = before.keys() | found.hashes.keys()
+        changed = [name for name in names if before.get(name) != found.hashes.get(name)]
+        if not weights:
+            changed = [name for name in changed if not name.endswith(".safetensors")]
+        if changed:
+            self.refuse_base(changed)
+        return found
+
+    @property
+    def _base_key(self) -> str:
+        """Where the base is named."""
+        if self._given is not None:
+            return "--base"
+        if self.run is not None:
+            return f"{self.home}/run.yaml: base.model"
+        return f"{self.folder}/adapter_config.json: base_model_name_or_path"
+
+    def refuse_base(self, files: Sequence[str]) -> None:
+        """Raises UserError: these files of the base are not those that it was trained on."""
+        raise UserError(
+            f"{self.path}: trained on another base than {self.base.model}: "
+            f"{', '.join(sorted(files))} {'differs' if len(files) == 1 else 'differ'}; an adapter "
+            f"only works on its own base: name that one with {_OPTION}"
+        )
+
+    # ------------------------------------------------------------------ the processor
+    @cached_property
+    def processor(self) -> Any:
+        """The tokenizer that it was trained with, chat template included; the base's, where the
+        adapter's folder has none."""
+        folder = str(self.folder)
+        if not any(self.folder.glob("tokenizer*")):
+            folder = self.located.folder
+        tokenizer = load_tokenizer(Pinned("", folder))
+        set_template(tokenizer, None)  # a template that loops is refused
+        return tokenizer
+
+
+def _home(path: Path, folder: Path) -> Path:
+    if (path / "run.yaml").is_file():
+        return path
+    # A run keeps its lock file beside adapter/; what was pulled or exported has its own inside, and
+    # may be in a working folder that holds some run.yaml.
+    own = (folder / "run.lock.json").is_file() or folder.name != "adapter"
+    return folder if own or not (folder.parent / "run.yaml").is_file() else folder.parent

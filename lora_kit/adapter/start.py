@@ -1,0 +1,43 @@
+"""The model as it was before its first training step: what a preference run is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lora_kit.adapter import files
+from lora_kit.schema import Adapter
+
+
+@contextmanager
+def as_at_start(model: Any, adapter: Adapter) -> Iterator[None]:
+    """Inside it a PEFT model computes what it did before its first step: the base, or the base with
+    the adapter that `adapter.start` names.
+
+    Args:
+        model: with the adapter that `adapter` describes, trained or not; its adapter may be
+            disabled.
+
+    Raises:
+        UserError: the adapter to start from is gone, or damaged.
+    """
+    if adapter.start is None:
+        with model.disable_adapter():
+            yield
+        return
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    disabled = any(layer.disable_adapters for layer in layers)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    kept = {name: tensor.detach().clone() for name, tensor in own.items()}
+    try:
+        set_peft_model_state_dict(model, files.open_adapter(adapter.start).tensors())
+        model.base_model.enable_adapter_layers()
+        yield
+    finally:
+        set_peft_model_state_dict(model, kept)
+        if disabled:
+            model.base_model.disable_adapter_layers()

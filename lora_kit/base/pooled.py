@@ -1,0 +1,151 @@
+"""A classifier for poolings that a family of transformers has none of: a body, a mean, a layer.
+
+Its folder is one of sentence-transformers (modules.json, 1_Pooling, 2_Dense), whose parts anybody
+can read: `AutoModel` loads the body, and the rest is a mean and a matrix.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from lora_kit.base.head import POOLING_MODES
+
+DENSE = "2_Dense"
+_MODULES = "sentence_transformers.models"  # the names that every version of it knows
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """One vector for each text.
+
+    Args:
+        hidden: (texts, tokens, width), of any floating type.
+        mask: (texts, tokens), 0 on padding, which is on the right; None: no padding.
+
+    Returns:
+        (texts, width) float32.
+    """
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], device=hidden.device)
+    if pooling == "cls":
+        return hidden[:, 0].float()
+    if pooling == "last":
+        last = mask.long().sum(1) - 1
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+    weights = mask[..., None].float()
+    return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+
+class PooledClassifier(nn.Module):
+    """`score(pool(encoder(text)))`.
+
+    What is asked of it that it does not have is asked of the encoder, as PEFT's models do: config,
+    device, embeddings, gradient checkpointing.
+
+    Args:
+        encoder: a model of `AutoModel`; its config has the label names.
+        pooling: `mean`, `cls` or `last`.
+    """
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, encoder: Any, pooling: str) -> None:
+        super().__init__()
+        config = encoder.config.get_text_config()
+        self.encoder = encoder
+        self.score = nn.Linear(config.hidden_size, encoder.config.num_labels)
+        self.pooling = pooling
+        nn.init.normal_(self.score.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(self.score.bias)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "encoder":  # not there yet
+                raise
+            return getattr(self.encoder, name)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **more: Any
+    ) -> SequenceClassifierOutput:
+        """input_ids, attention_mask: (texts, tokens) int64. `logits`: (texts, labels) float32."""
+        out = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **more)
+        pooled = pool(out.last_hidden_state, attention_mask, self.pooling)
+        return SequenceClassifierOutput(logits=self.score(pooled.to(self.score.weight.dtype)))
+
+
+def write_folder(folder: Path, model: PooledClassifier, guard: str | None, max_length: int) -> None:
+    """Write a merged classifier as a folder of sentence-transformers, without its tokenizer.
+
+    `AutoModel` and sentence-transformers load it; `SentenceTransformer(folder).encode(texts)` gives
+    the logits, and config.json the names of the labels.
+
+    Args:
+        guard: `guard_of` the base. A tensor of this name without values is added, so that
+            `AutoModelForSequenceClassification`, which would fill its own head with random numbers
+            and only warn, fails instead.
+        max_length: tokens of a text; longer ones are truncated.
+    """
+    tensors = dict(model.encoder.state_dict())
+    if guard:
+        tensors[guard] = torch.zeros(0)
+    model.encoder.save_pretrained(folder, state_dict=tensors)
+    width, labels = model.score.in_features, model.score.out_features
+    modes = {mode: name == model.pooling for name, mode in POOLING_MODES.items()}
+    _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes})
+    dense = {"in_features": width, "out_features": labels, "bias": True}
+    identity = {"activation_function": "torch.nn.modules.linear.Identity"}
+    _write(folder / DENSE / "config.json", dense | identity)
+    from safetensors.torch import save_file
+
+    score = {f"linear.{name}": value for name, value in model.score.state_dict().items()}
+    save_file(score, folder / DENSE / "model.safetensors", metadata={"format": "pt"})
+    parts = (("", "Transformer"), ("1_Pooling", "Pooling"), (DENSE, "Dense"))
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"{_MODULES}.{kind}"}
+        for number, (path, kind) in enumerate(parts)
+    ]
+    _write(folder / "modules.json", modules)
+    _write(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
+
+
+def guard_of(skeleton: Any) -> str | None:
+    """The weight of the last layer of transformers' own classifier of a family.
+
+    Args:
+        skeleton: that classifier, on the meta device; None: the family has none.
+    """
+    if skeleton is None:
+        return None
+    prefix = f"{skeleton.base_model_prefix}."
+    return [n for n, _ in skeleton.named_parameters() if not n.startswith(prefix)][-1]
+
+
+def read_folder(folder: Path, **options: Any) -> PooledClassifier:
+    """What `write_folder` wrote, by means of transformers alone; in evaluation mode.
+
+    Args:
+        options: arguments of `from_pretrained`, such as `dtype`.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    modes = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    pooling = next(name for name, mode in POOLING_MODES.items() if modes[mode])
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    encoder = AutoModel.from_pretrained(folder, **safe, **options)
+    model = PooledClassifier(encoder, pooling)
+    score = load_file(folder / DENSE / "model.safetensors")
+    model.score.load_state_dict({k.removeprefix("linear."): v for k, v in score.items()})
+    return model.eval()
+
+
+def _write(file: Path, values: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

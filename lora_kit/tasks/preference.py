@@ -1,0 +1,543 @@
+"""Preference tuning: of two completions of a prompt, the chosen one is made more likely than the
+rejected one, measured against the model before the training (DPO; Rafailov et al. 2023,
+arXiv:2305.18290).
+
+With c and r the log-probabilities of the two completions, summed over their tokens, and c', r'
+those under the reference, the model as it is before the first step, fresh adapter or
+`adapter.start`:
+
+    margin = beta * ((c - c') - (r - r'))        loss = -log sigmoid(margin)
+
+Loss is computed on the last assistant turn and its end-of-turn token. Nothing is cut off: a pair
+with a side longer than train.max_length is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from lora_kit.base.templates import set_template
+from lora_kit.data.census import NO_SUPERVISION
+from lora_kit.data.formats import Example, normalised, said
+from lora_kit.data.rows import Row, Rows
+from lora_kit.errors import CheckFailed, NotUsable
+from lora_kit.schema import Section, Train
+from lora_kit.tasks.batches import IGNORED, collator, in_one_row
+from lora_kit.tasks.causal import Text, chat_encoder
+from lora_kit.tasks.chat import Encoded
+from lora_kit.tasks.task import (
+    Batch,
+    Collate,
+    Contender,
+    Dropped,
+    Facts,
+    Processor,
+    Score,
+    Shown,
+    Task,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_kit.base.pin import Pinned
+    from lora_kit.schema import Run
+    from lora_kit.tasks.encode import Prepared
+
+SIDES = ("chosen", "rejected")
+_PAIRS_AT_ONCE = 4  # of the longest, in a pass without gradients
+_PROMPTS = 64  # held-out prompts that completions are generated for
+_ROOM = 32  # tokens that a generation may be longer than the longest completion of the rows
+_MOST_TOKENS = 512  # of a generation
+# When generations are called degenerate.
+_MORE_UNFINISHED = 0.2
+_TOO_SHORT = 0.5  # of the mean length of the chosen completions, and of the reference's
+REFERENCE = "reference"
+_VERSION = 1  # raised whenever the same model and rows give other references than before
+
+
+class PreferenceTrain(Train):
+    """`train:` of a preference run."""
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="How closely the model is held to the reference: higher, closer.",
+    )
+    loss_type: Literal["sigmoid"] = Field("sigmoid", description="sigmoid: DPO.")
+
+
+class Preference(Task):
+    """DPO on pairs of completions.
+
+    | it reads | columns | trained on |
+    |---|---|---|
+    | strings | `prompt`, `chosen`, `rejected` | both completions, each by the chat template |
+    | conversations | `prompt`, `chosen`, `rejected`, lists of turns | the last turn of each side |
+    | without `prompt` | `chosen`, `rejected` that both begin with it | the last turn of each side |
+
+    Scored on held-out pairs: `accuracy`, the share of pairs whose margin is above 0 (0 counts
+    half), and `margin`. The reference has 0.5 and 0 by definition. To imitate the chosen
+    completions without the rejected ones: `Conversations` in causal.py.
+
+    Rows: `chosen_input_ids`, `chosen_labels`, `rejected_input_ids`, `rejected_labels`: int32
+    (tokens,), a label of -100 without loss; `reference`: float64 (2,), c' and r', where a model has
+    been asked (`annotate`).
+    """
+
+    formats = ("preference",)
+    settings: Mapping[str, type[Section]] = {"train": PreferenceTrain}
+    unread = (
+        "data.supervise",
+        "data.packing",
+        "data.replay",
+        "data.labels",
+        "prove.shots",
+        "prove.metrics",
+        "prove.answers",
+    )
+    general = Text()
+    flat = True
+
+    # ------------------------------------------------------------------ examples
+    def key(self, example: Example) -> str:
+        sides = [*example.messages, *example.rejected[-1:]]
+        return normalised("\0".join(said(m) for m in sides if m["role"] != "system"))
+
+    def group(self, example: Example) -> str | None:
+        """Pairs of one prompt stay in the same split."""
+        return example.group or normalised(example.question)
+
+    def processor(self, pinned: Pinned, run: Run) -> Processor:
+        tokenizer = super().processor(pinned, run)
+        set_template(tokenizer, run.data.chat_template)
+        return tokenizer
+
+    # ------------------------------------------------------------------ rows
+    def encode(
+        self, examples: Sequence[Example], processor: Processor, facts: Facts, run: Run
+    ) -> Iterator[list[Row] | Dropped]:
+        encoder = chat_encoder(processor, "last", run.train.max_length)
+        chosen = encoder(list(examples))
+        rejected = encoder([dataclasses.replace(e, messages=e.rejected) for e in examples])
+        for example, one, other in zip(examples, chosen, rejected, strict=True):
+            yield _pair(example, one, other)
+
+    def tokens(self, rows: Rows) -> np.ndarray:
+        """int64 (rows,): of both sides."""
+        return rows.sizes("chosen_input_ids") + rows.sizes("rejected_input_ids")
+
+    def supervised(self, rows: Rows) -> int:
+        """Labels with a loss; the first token of a side is predicted from nothing."""
+        count = 0
+        for side in SIDES:
+            for labels, ends in rows.chunks(f"{side}_labels"):
+                firsts = labels[ends[:-1][np.diff(ends) > 0]]
+                count += int((labels != IGNORED).sum()) - int((firsts != IGNORED).sum())
+        return count
+
+    def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
+        """Adds `reference`, under the model as it is, by the arithmetic that the training uses.
+
+        It is kept under a key of everything that decides it; `train.beta` is not one of them.
+        """
+        import torch.distributed as dist
+
+        from lora_kit import cache
+
+        def compute(folder: Path) -> None:
+            np.save(folder / "reference.npy", self._log_probabilities(model, rows, processor))
+
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # All ranks compute together: none may wait for another one's file.
+            found = self._log_probabilities(model, rows, processor)
+        else:
+            folder = cache.prepared(_reference_key(model, rows, run), compute)
+            found = np.load(folder / "reference.npy")
+        return rows.with_column(REFERENCE, found)
+
+    # ------------------------------------------------------------------ training
+    def collate(self, processor: Processor, flat: bool = False) -> Collate:
+        """A batch has the pairs' sides in turn, chosen first: 2 * pairs rows, or documents of one
+        row. `counts`: how many labels each side has a loss for. `reference`: float64 (pairs, 2)."""
+        join = in_one_row if flat else collator(processor.pad_token_id)
+
+        def collate(rows: Sequence[Row]) -> Batch:
+            import torch
+
+            sides = [
+                {"input_ids": row[f"{side}_input_ids"], "labels": row[f"{side}_labels"]}
+                for row in rows
+                for side in SIDES
+            ]
+            batch: Batch = join(sides)
+            batch["counts"] = [int((side["labels"][1:] != IGNORED).sum()) for side in sides]
+            if flat:
+                batch["numbers"] = [int(row["row"]) for row in rows if "row" in row]
+            if REFERENCE in rows[0]:
+                references = np.stack([row[REFERENCE] for row in rows])
+                batch[REFERENCE] = torch.from_numpy(references)
+            return batch
+
+        return collate
+
+    def items(self, batch: Batch) -> int:
+        """Pairs."""
+        return len(batch["counts"]) // 2
+
+    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+        """-log sigmoid(margin), summed over the pairs of the batch, over the pairs of the step. A
+        plan counts what it costs before there is a reference."""
+        import torch
+
+        ratios = log_probabilities(model, batch)  # (pairs, 2)
+        if not ratios.is_meta:
+            ratios = ratios - batch[REFERENCE]
+        margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
+        losses = -torch.nn.functional.logsigmoid(margins)
+        total: torch.Tensor = losses.sum() / items
+        return total.float()
+
+    def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
+        """By pairs, ordered by length: a pair is never split."""
+        pairs = self.items(batch)
+        if pairs < 2:
+            return []
+        sizes = batch.get("documents")
+        if sizes is None:
+            mask = batch.get("attention_mask")
+            sizes = [batch["labels"].shape[1]] * 2 * pairs if mask is None else mask.sum(1).tolist()
+        longest = np.reshape(sizes, (pairs, 2)).max(1)
+        order = np.argsort(-longest, kind="stable").tolist()
+        return [(_some(batch, some), 1.0) for some in (order[: pairs // 2], order[pairs // 2 :])]
+
+    # ------------------------------------------------------------------ evaluation
+    def score(
+        self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
+    ) -> list[Score]:
+        """`accuracy` and `margin`. `model`: None is the reference itself."""
+        from lora_kit.adapter.start import as_at_start
+
+        margins = np.zeros(len(rows))
+        if model is not None:
+            if REFERENCE not in rows.columns:
+                with as_at_start(model, run.adapter):
+                    rows = self.annotate(rows, model, processor, run)
+            found = self._log_probabilities(model, rows, processor)
+            ratios = found - np.stack([rows.cell(REFERENCE, n) for n in range(len(rows))])
+            margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
+        right = (margins > 0) + (margins == 0) / 2
+        ones, units = np.ones(len(rows)), rows.column("unit")
+        return [
+            Score("accuracy", np.stack([right, ones], 1), units=units),
+            Score("margin", np.stack([margins, ones], 1), units=units),
+        ]
+
+    def rivals(
+        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+    ) -> list[Contender]:
+        """The reference; it is the base, unless the run starts from another adapter."""
+        if run.adapter.start is None:
+            return [Contender("base", contextlib.nullcontext)]
+        return [
+            Contender(REFERENCE, contextlib.nullcontext),
+            Contender("base", model.disable_adapter),
+        ]
+
+    def examine(
+        self,
+        model: Any,
+        data: Prepared,
+        scores: Mapping[str, list[Score]],
+        processor: Processor,
+        facts: Facts,
+        run: Run,
+    ) -> dict[str, Any]:
+        """`generation`: greedy completions of held-out prompts by the reference (`base`) and by the
+        adapted model.
+
+        `length`: tokens, the end-of-turn token not counted. `unfinished`: the share without that
+        token, within `room` tokens. `kl`: KL(adapted || reference) over the whole vocabulary, in
+        nats, at each token that the adapted model generates. `chosen_length`: of the chosen
+        completions.
+        """
+        from lora_kit.adapter.load import end_tokens
+        from lora_kit.adapter.start import as_at_start
+        from lora_kit.tasks.measure import generate_ids
+
+        prompts, completions = _prompts(data.eval, run.seed)
+        chosen_length = np.mean([len(tokens) - 1 for tokens in completions["chosen"]])
+        longest = max(len(completion) for some in completions.values() for completion in some)
+        room = min(_MOST_TOKENS, longest + _ROOM)
+        adapted = generate_ids(model, processor, prompts, room)
+        with as_at_start(model, run.adapter):
+            reference = generate_ids(model, processor, prompts, room)
+        ends = set(end_tokens(model, processor))
+        divergence = _divergence(model, run, processor.pad_token_id, prompts, adapted)
+        return {
+            "generation": {
+                "prompts": len(prompts),
+                "room": room,
+                "chosen_length": round(float(chosen_length), 2),
+                "length": _compared(_lengths(reference, ends), _lengths(adapted, ends), run.seed),
+                "unfinished": _compared(
+                    _unfinished(reference, ends), _unfinished(adapted, ends), run.seed
+                ),
+                "kl": _compared(divergence * [0.0, 1.0], divergence, run.seed),
+            }
+        }
+
+    def objection(self, report: dict[str, Any]) -> str | None:
+        """Accuracy alone is no verdict: also a model that only ever stops at once, or never, can
+        have all of it."""
+        if (report.get("verdict") or {}).get("general") == "forgot":
+            return "general text was forgotten"
+        generation = report.get("generation")
+        if not generation:
+            return None
+        unfinished, length = generation["unfinished"], generation["length"]
+        if unfinished["difference"] >= _MORE_UNFINISHED and unfinished["ci95"][0] > 0:
+            return (
+                f"{unfinished['adapted']:.0%} of its generations do not end, "
+                f"{unfinished['base']:.0%} of the reference's"
+            )
+        if length["adapted"] < _TOO_SHORT * min(length["base"], generation["chosen_length"]):
+            return (
+                f"its generations have {length['adapted']:.1f} tokens, the chosen completions "
+                f"{generation['chosen_length']:.1f}"
+            )
+        return None
+
+    # ------------------------------------------------------------------ for people
+    def show(self, row: Row, processor: Processor, facts: Facts) -> list[Shown]:
+        return [
+            Shown(
+                side,
+                row[f"{side}_input_ids"].tolist(),
+                [False, *(row[f"{side}_labels"][1:] != IGNORED).tolist()],
+            )
+            for side in SIDES
+        ]
+
+    def _log_probabilities(self, model: Any, rows: Rows, processor: Processor) -> np.ndarray:
+        """Of both completions of each pair, float64 (rows, 2). Rows are dealt out to the ranks if
+        there are several; every rank returns all of them."""
+        import torch
+        import torch.distributed as dist
+
+        from lora_kit.speed.fast import takes_flat
+        from lora_kit.tasks.measure import batches_of, rank_and_ranks
+
+        collate = self.collate(processor, flat=takes_flat(model))
+        sizes = 2 * np.maximum(rows.sizes("chosen_input_ids"), rows.sizes("rejected_input_ids"))
+        batches = batches_of(model, sizes, _PAIRS_AT_ONCE)
+        device = next(model.parameters()).device
+        rank, ranks = rank_and_ranks()
+        found = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            for turn in range(-(-len(batches) // ranks)):
+                mine = turn * ranks + rank
+                # Every rank runs as many passes as the others: a sharded model needs all of them.
+                numbers = batches[min(mine, len(batches) - 1)]
+                batch = collate([rows[n] for n in numbers])
+                moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+                each = log_probabilities(model, moved)
+                if mine < len(batches):
+                    found[numbers] = each
+        model.train(training)
+        if ranks > 1:
+            dist.all_reduce(found)
+        broken = (~torch.isfinite(found).all(1)).nonzero()
+        if len(broken):
+            raise CheckFailed(
+                f"the log-probabilities of pair {int(broken[0]) + 1} of {len(rows)} are not "
+                "finite: look for NaN or infinite weights in base or adapter"
+            )
+        return found.cpu().numpy()
+
+
+def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Of the completions of a batch's pairs, summed over their tokens: float64 (pairs, 2)."""
+    import torch
+
+    from lora_kit.speed.fast import label_nats
+
+    inputs = {k: v for k, v in batch.items() if k not in ("counts", REFERENCE)}
+    nats = label_nats(model, inputs).double()  # a sum of 500 nats has 4 decimal places in float32
+    sums = [side.sum() for side in nats.split(batch["counts"])]
+    return -torch.stack(sums).view(-1, 2)
+
+
+def _pair(
+    example: Example, chosen: Encoded | NotUsable, rejected: Encoded | NotUsable
+) -> list[Row] | Dropped:
+    """The row of a pair, or why it is dropped."""
+    if example.messages[:-1] != example.rejected[:-1]:
+        return Dropped("whose chosen and rejected sides have different prompts")
+    if said(example.messages[-1]) == said(example.rejected[-1]):
+        return Dropped("whose chosen and rejected completions are equal")
+    row: Row = {"end_markers": 0}
+    for side, found in zip(SIDES, (chosen, rejected), strict=True):
+        if isinstance(found, NotUsable):
+            return Dropped(found.reason, f"{side}: {found.detail}" if found.detail else side)
+        ids = np.array(found.ids, dtype=np.int32)
+        labels = np.full_like(ids, IGNORED)
+        for first, last in found.learned:
+            labels[first:last] = ids[first:last]
+        if not (labels[1:] != IGNORED).any():
+            return Dropped(NO_SUPERVISION, side)
+        row |= {f"{side}_input_ids": ids, f"{side}_labels": labels}
+        row["end_markers"] += found.answers
+    if np.array_equal(row["chosen_input_ids"], row["rejected_input_ids"]):
+        return Dropped("whose chosen and rejected completions are equal as tokens")
+    return [row]
+
+
+def _some(batch: Batch, pairs: list[int]) -> Batch:
+    """The batch of some of its pairs."""
+    import torch
+
+    sides = [2 * pair + side for pair in pairs for side in (0, 1)]
+    part: Batch = {"counts": [batch["counts"][side] for side in sides]}
+    if REFERENCE in batch:
+        part[REFERENCE] = batch[REFERENCE][pairs]
+    documents = batch.get("documents")
+    if documents is None:
+        names = [name for name in ("input_ids", "labels", "attention_mask") if name in batch]
+        mask = batch.get("attention_mask")
+        width = None if mask is None else int(mask[sides].sum(1).max())
+        return part | {name: batch[name][sides, :width] for name in names}
+    for name in ("input_ids", "labels", "position_ids"):
+        each = batch[name][0].split(documents)
+        part[name] = torch.cat([each[side] for side in sides])[None]
+    part["documents"] = [documents[side] for side in sides]
+    part["places"] = (part["labels"][0, 1:] != IGNORED).nonzero().squeeze(1)
+    return part
+
+
+def _reference_key(model: Any, rows: Rows, run: Run) -> str:
+    """A key of everything that decides the reference of rows."""
+    from lora_kit.speed.fast import takes_flat
+    from lora_kit.speed.prefix import described
+
+    columns = [f"{side}_{name}" for side in SIDES for name in ("input_ids", "labels")]
+    # A fresh adapter changes nothing, whatever its A is.
+    tensors = [
+        tensor
+        for tensor in model.state_dict(keep_vars=True).values()
+        if run.adapter.start is not None or not tensor.requires_grad
+    ]
+    about = {
+        "version": _VERSION,
+        "model": described(model, tensors),
+        "adapter": run.adapter.model_dump(mode="json"),
+        "speed": run.speed,
+        "flat": takes_flat(model),
+        "rows": rows.content(*columns).hex(),
+    }
+    text = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _prompts(rows: Rows, seed: int) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
+    """Different prompts of some rows, drawn with the seed, and the completions of their pairs by
+    side, as tokens."""
+    prompts: list[list[int]] = []
+    completions: dict[str, list[list[int]]] = {side: [] for side in SIDES}
+    known: set[tuple[int, ...]] = set()
+    for number in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        row = rows[number]
+        trained = [np.flatnonzero(row[f"{side}_labels"] != IGNORED) for side in SIDES]
+        prompt = row["chosen_input_ids"][: trained[0][0]].tolist()
+        if not prompt or tuple(prompt) in known:
+            continue
+        known.add(tuple(prompt))
+        prompts.append(prompt)
+        for side, places in zip(SIDES, trained, strict=True):
+            completions[side].append(row[f"{side}_input_ids"][places].tolist())
+        if len(prompts) == _PROMPTS:
+            break
+    return prompts, completions
+
+
+def _lengths(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
+    """Tokens without the one that ended them, and 1 for each: float64 (generations, 2)."""
+    lengths = [len(ids) - (ids[-1] in ends) if ids else 0 for ids in generated]
+    return np.stack([lengths, np.ones(len(lengths))], 1)
+
+
+def _unfinished(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
+    """1 for each that no such token ended, and 1 for each: float64 (generations, 2)."""
+    unfinished = [float(not ids or ids[-1] not in ends) for ids in generated]
+    return np.stack([unfinished, np.ones(len(unfinished))], 1)
+
+
+def _compared(base: np.ndarray, adapted: np.ndarray, seed: int) -> dict[str, Any]:
+    """Two means, sum of the first column by sum of the second, their difference and its interval.
+
+    Args:
+        base, adapted: float64 (units, 2), the second column the same in both.
+    """
+    from lora_kit.tasks.bootstrap import interval
+
+    change, size = adapted[:, 0] - base[:, 0], adapted[:, 1]
+    low, high = interval(change, size, seed)
+    return {
+        "base": round(float(base[:, 0].sum() / size.sum()), 4),
+        "adapted": round(float(adapted[:, 0].sum() / size.sum()), 4),
+        "difference": round(float(change.sum() / size.sum()), 4),
+        "ci95": [round(float(low), 4), round(float(high), 4)],
+    }
+
+
+def _divergence(
+    model: Any,
+    run: Run,
+    pad_id: int,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
+) -> np.ndarray:
+    """KL(adapted || reference) at each generated token, over the whole vocabulary, summed by
+    prompt; and how many tokens: float64 (prompts, 2)."""
+    import torch
+
+    from lora_kit.adapter.start import as_at_start
+    from lora_kit.tasks.measure import batches_of
+
+    device = next(model.parameters()).device
+    pad = collator(pad_id)
+    rows = [
+        {
+            "input_ids": np.array([*prompt, *ids]),
+            "labels": np.array([*[IGNORED] * len(prompt), *ids]),
+        }
+        for prompt, ids in zip(prompts, generated, strict=True)
+    ]
+    sums = np.zeros((len(rows), 2))
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        sizes = np.array([len(row["input_ids"]) for row in rows])
+        for numbers in batches_of(model, 2 * sizes, _PAIRS_AT_ONCE):
+            batch = {k: v.to(device) for k, v in pad([rows[n] for n in numbers]).items()}
+            row, place = (batch.pop("labels")[:, 1:] != IGNORED).nonzero().unbind(1)
+            adapted = model(**batch).logits[row, place].float().log_softmax(-1)
+            with as_at_start(model, run.adapter):
+                reference = model(**batch).logits[row, place].float().log_softmax(-1)
+            each = (adapted.exp() * (adapted - reference)).sum(-1)  # (tokens,)
+            of_row = row.cpu().numpy()
+            np.add.at(sums[:, 0], np.array(numbers)[of_row], each.double().cpu().numpy())
+            np.add.at(sums[:, 1], np.array(numbers)[of_row], 1.0)
+    model.train(training)
+    return sums

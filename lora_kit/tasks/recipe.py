@@ -1,0 +1,76 @@
+"""A recipe's file: its task, and the journey of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_kit.data.formats import FORMATS
+from lora_kit.errors import LoraKitError, UserError
+from lora_kit.run import nearest
+from lora_kit.tasks.task import Task
+from lora_kit.trust import check_own
+
+Main = Callable[..., dict[str, Any]]
+
+
+class Recipe(NamedTuple):
+    """What a recipe's file holds: `TASK` and `main(run, resume=False)`."""
+
+    task: Task
+    main: Main
+
+
+def load_recipe(file: Path) -> Recipe:
+    """Import a recipe's file. It is not registered as a module, so that two of one name do not
+    meet, and workers get its classes by value.
+
+    Raises:
+        UserError: it cannot be imported, defines no `TASK` or no `main(run, resume)`, or its task
+            reads a format that does not exist.
+    """
+    if not file.is_file():
+        raise UserError(f"recipe: {file}: no such file")
+    check_own(file)
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"recipe: {file}: not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except LoraKitError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        line = _line_in(error, file)
+        raise UserError(f"recipe: {file}{line}: cannot be imported: {reason}") from error
+    task, main = getattr(module, "TASK", None), getattr(module, "main", None)
+    problems = []
+    if not isinstance(task, Task):
+        problems.append("defines no TASK, an instance of lora_kit.Task")
+    elif unknown := [name for name in task.formats if name not in FORMATS]:
+        hint = nearest(str(unknown[0]), list(FORMATS))
+        known = ", ".join(FORMATS)
+        problems.append(f"TASK.formats: no format is called {unknown[0]!r}{hint} ({known})")
+    elif not task.formats:
+        problems.append(f"TASK.formats names no format ({', '.join(FORMATS)})")
+    if not callable(main):
+        problems.append("defines no main(run, resume)")
+    if problems or not isinstance(task, Task) or not callable(main):
+        raise UserError("\n".join(f"recipe: {file}: {problem}" for problem in problems))
+    return Recipe(task, main)
+
+
+def _line_in(error: Exception, file: Path) -> str:
+    """`:12`, the last line of the file that an error came from."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename) == file
+    ]
+    if isinstance(error, SyntaxError) and error.lineno:
+        lines.append(error.lineno)
+    return f":{lines[-1]}" if lines else ""

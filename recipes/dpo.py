@@ -1,0 +1,74 @@
+"""Direct preference optimization: the chosen completion of a pair becomes more likely than the
+rejected one, measured against the model before the training.
+
+    lora-kit train run.yaml train.beta=0.3
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/dpo.py run.yaml
+    python -c 'import lora_kit; lora_kit.train("run.yaml")'
+
+A row is a pair: `prompt`, `chosen` and `rejected`, as text or as turns. Loss is computed on the
+last assistant turn of each side. The log-probabilities of the model before the first step are
+computed once. To start from a model that was fine-tuned before, name it in `adapter.start`: it is
+the reference then. A pair with a side over `train.max_length` tokens is dropped, never cut.
+DPO: Rafailov et al. 2023 (arXiv:2305.18290).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_kit.launch import recipe_main
+from lora_kit.schema import Run
+from lora_kit.tasks.preference import Preference
+
+TASK = Preference()
+
+
+def main(run: Run, resume: bool = False) -> dict[str, Any]:
+    """Run the whole journey; returns what report.json holds."""
+    from lora_kit.train.journey import Journey
+    from lora_kit.train.strategies import choose
+
+    from lora_kit.adapter.attach import attach, describe
+    from lora_kit.base.pin import pin
+    from lora_kit.data.prepare import prepare
+    from lora_kit.plan import plan_training
+    from lora_kit.prove.compare import check_prove
+    from lora_kit.prove.finish import prove
+    from lora_kit.tasks.encode import encode
+    from lora_kit.train.save import save_run
+    from lora_kit.train.trainer import fit, make_trainer
+
+    with Journey(run, TASK, resume) as journey:
+        # 1. The base's files, and the data: read, checked, split, encoded.
+        pinned = pin(run.base, journey.lock)
+        processor = TASK.processor(pinned, run)
+        split = prepare(run.data, TASK, run.seed, journey.lock)
+        facts = TASK.facts(split.train, run)
+        data = encode(TASK, split, processor, facts, run)
+        check_prove(TASK, data, processor, run)
+
+        # 2. The run directory, a census of the rows and a sample.
+        journey.begin(pinned, data, processor)
+
+        # 3. What the run will need, and the batch and recomputation that fit.
+        plan = plan_training(run, TASK, pinned, processor, data, journey.say)
+
+        # 4. The base, frozen, in its type or quantized.
+        model, fresh = TASK.model(pinned, facts, run)
+
+        # 5. The adapter: what trains.
+        strategy = choose(run.train, run.adapter, model, fresh)
+        model = attach(model, strategy.adapter, fresh, run.seed)
+        journey.say(str(describe(model)))
+
+        # 6. Train; before the first step, the reference.
+        trainer = make_trainer(journey, model, fresh, processor, data, strategy, plan)
+        fit(trainer, resume)
+
+        # 7. Save, then compare with the reference.
+        save_run(trainer, processor, pinned)
+        return prove(trainer, data, processor, fresh)
+
+
+if __name__ == "__main__":
+    raise SystemExit(recipe_main(main))
