@@ -30,7 +30,9 @@ class At(TrainerCallback):
     def __init__(self, step: int, do: Any, begins: bool = False) -> None:
         self.step, self.do, self.begins = step, do, begins
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
         if self.begins and state.global_step == self.step - 1:
             self.do(model)
 
@@ -182,7 +184,10 @@ def test_a_signal_saves_and_stops(kind: str, tmp_path: Path) -> None:
     stop = StopSignal()
     callbacks = [At(2, lambda model: signal.raise_signal(signal.SIGTERM))]
     trainer = make(kind, tmp_path, stop, callbacks, max_steps=20)
-    with stop.listening(), pytest.raises(Interrupted, match="stopped after step 2, saved") as caught:
+    with (
+        stop.listening(),
+        pytest.raises(Interrupted, match="stopped after step 2, saved") as caught,
+    ):
         fit(trainer, resume=False)
     assert caught.value.exit_code == 143
     assert kept(tmp_path) == [2]
@@ -197,14 +202,14 @@ def test_stops_early_and_uses_the_best(kind: str, tmp_path: Path) -> None:
     trainer = make(kind, tmp_path, **settings, learning_rate=0.3, save_total_limit=1)
     fit(trainer, resume=False)
     curve = dict(enumerate(losses(trainer, "eval_loss"), start=1))
-    stop = next(step for step in range(2, 12) if curve[step] >= min(curve[n] for n in range(1, step)))
+    stop = next(
+        step for step in range(2, 12) if curve[step] >= min(curve[n] for n in range(1, step))
+    )
     best = min(curve, key=lambda step: curve[step])
     assert trainer.state.global_step == stop == max(curve)
     assert stopped_early(trainer.state, 1) and best_step(trainer.state) == best < stop
     assert kept(tmp_path) == sorted({best, stop})
-    saved = load_file(
-        tmp_path / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors"
-    )
+    saved = load_file(tmp_path / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
     short = {
         name.replace(".modules_to_save", "").replace(".default", ""): tensor
         for name, tensor in adapter(trainer).items()

@@ -30,28 +30,33 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def labelled(rows: list[tuple[list[int], list[int]]], units: list[int], sizes: list[int]) -> Any:
-    """`Labelled` rows of (ids, labels) in units of any order; `sizes`: bytes of each unit."""
+    """Rows of (ids, labels) in units of any order; `sizes`: bytes of each unit."""
     import numpy as np
 
-    from lora_kit.tasks.batches import IGNORED, LabelledWriter
+    from lora_kit.data.rows import Rows
 
-    writer = LabelledWriter()
-    for ids, labels in rows:
-        assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-        writer.add(ids, [(n, n + 1) for n, label in enumerate(labels) if label != IGNORED])
-    made = writer.finish()
-    made.units, made.unit_bytes = np.array(units), np.array(sizes)
-    return made
+    written: set[int] = set()
+    made = []
+    for (ids, labels), unit in zip(rows, units, strict=True):
+        size = 0 if unit in written else sizes[unit]  # in the unit's first row
+        written.add(unit)
+        tokens, targets = (np.array(some, np.int32) for some in (ids, labels))
+        made.append({"input_ids": tokens, "labels": targets, "bytes": size, "unit": unit})
+    return Rows.of(made)
 
 
-def prepared(run: Any, kind: Any = "chat") -> Any:
-    """What a run would learn from."""
-    from lora_kit.base.load import load_tokenizer
+def prepared(run: Any) -> Any:
+    """What a run of `cpt` or `sft` would be trained and evaluated on."""
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
+    from lora_kit.launch import load_recipe
+    from lora_kit.run import recipe_path
+    from lora_kit.tasks.encode import encode
 
-    tokenizer = load_tokenizer(pin(run.base))
-    return prepare(run.data, kind, tokenizer, run.train.max_length, run.seed)
+    task = load_recipe(recipe_path(run)).task
+    processor = task.processor(pin(run.base), run)
+    split = prepare(run.data, task, run.seed)
+    return encode(task, split, processor, task.facts(split.train, run), run)
 
 
 def folder_maker(folder: Path, base: Path) -> RunMaker:
