@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
         assert found[0] == found[1], name
     trained = [row for row in rows[broken] if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
-    for earlier, later in zip(trained[:-1], trained[1:], strict=True):
+    for earlier, later in itertools.pairwise(trained):
         assert earlier["tokens"] < later["tokens"]
         assert earlier["seconds"] < later["seconds"]
     assert second.guard.meter.tokens() == trained[-1]["tokens"]
@@ -401,5 +402,5 @@ def test_a_library_evaluation_that_is_nan_stops(tmp_path: Path) -> None:
 
     own = type(KINDS["a user's"].task)(Broken, TrainingArguments)  # type: ignore[call-arg]
     assert isinstance(own, Library)
-    with pytest.raises(CheckFailed, match="step 1: eval_loss is nan: look at data.eval"):
+    with pytest.raises(CheckFailed, match=r"step 1: eval_loss is nan: look at data\.eval"):
         fit(make("a user's", tmp_path, task=own, eval_steps=1), resume=False)

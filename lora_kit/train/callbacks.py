@@ -25,9 +25,9 @@ _NOT_KEPT = re.compile(r"epoch|step|(eval_)?num_tokens|eval_(\w+_)?(runtime|\w+_
 class Metrics(TrainerCallback):
     """One object a logged step in metrics.jsonl, written at once; only the first rank writes.
 
-    It holds loss, tokens and seconds, and every other number that the trainer logs, such as rewards;
-    null for one that is not finite. When a run is resumed, rows after the checkpoint's step are cut
-    off: those steps run again.
+    It holds loss, tokens and seconds, and every other number that the trainer logs, such as
+    rewards; null for one that is not finite. When a run is resumed, rows after the checkpoint's
+    step are cut off: those steps run again.
     """
 
     def __init__(self, path: Path) -> None:

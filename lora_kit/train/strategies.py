@@ -71,8 +71,8 @@ def _head_only(adapter: Adapter, fresh: Sequence[str]) -> Strategy:
             "train.trainable: head: adapter.start brings LoRA modules, which would not train: "
             "leave one of the two out"
         )
-    own = {"target_modules": NO_MODULE, "exclude_modules": None, "layers_to_transform": None}
-    own |= {"rank_pattern": {}, "alpha_pattern": {}}
+    own: dict[str, Any] = {"target_modules": NO_MODULE, "exclude_modules": None}
+    own |= {"layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
     return HeadOnly(adapter.model_copy(update=own))
 
 
