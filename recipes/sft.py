@@ -24,9 +24,6 @@ TASK = Conversations()
 
 def main(run: Run, resume: bool = False) -> dict[str, Any]:
     """Run the whole journey; returns what report.json holds."""
-    from lora_kit.train.journey import Journey
-    from lora_kit.train.strategies import choose
-
     from lora_kit.adapter.attach import attach, describe
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
@@ -34,7 +31,9 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.prove.compare import check_prove
     from lora_kit.prove.finish import prove
     from lora_kit.tasks.encode import encode
+    from lora_kit.train.journey import Journey
     from lora_kit.train.save import save_run
+    from lora_kit.train.strategies import choose
     from lora_kit.train.trainer import fit, make_trainer
 
     with Journey(run, TASK, resume) as journey:

@@ -8,8 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lora_kit.data.prepare import Kind, Prepared, prepare
-from lora_kit.schema import Data
+from lora_kit.data.prepare import prepare
+from lora_kit.data.rows import Rows
+from lora_kit.schema import Data, Run
+from lora_kit.tasks.batches import IGNORED
+from lora_kit.tasks.causal import Conversations, Text
+from lora_kit.tasks.encode import Prepared, encode
 
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
@@ -41,20 +45,71 @@ def put_texts(file: Path, parts: Iterable[str]) -> str:
     return str(file)
 
 
+def run_of(recipe: str = "sft", max_length: int = 512, seed: int = 0, **data: Any) -> Run:
+    """A run file with these settings of `data:`; one process prepares unless told."""
+    return Run.model_validate(
+        {
+            "recipe": recipe,
+            "name": "test",
+            "seed": seed,
+            "base": {"model": "nano"},
+            "data": Data(**{"train": "nano:topics", "workers": 1, **data}),
+            "train": {"max_length": max_length},
+        }
+    )
+
+
 def prepared(
     tokenizer: Any,
-    kind: Kind | None = "chat",
+    kind: str = "chat",
     *,
     max_length: int = 512,
     seed: int = 0,
     check: bool = True,
     **data: Any,
 ) -> Prepared:
-    """`prepare` with these settings of `data:`; one process unless told."""
-    return prepare(Data(**{"workers": 1, **data}), kind, tokenizer, max_length, seed, check)
+    """What a run of `cpt` (kind: text) or `sft` is trained and evaluated on."""
+    task = Text() if kind == "text" else Conversations()
+    run = run_of("cpt" if kind == "text" else "sft", max_length, seed, **data)
+    split = prepare(run.data, task, run.seed)
+    facts = task.facts(split.train, run)
+    return encode(task, split, tokenizer, facts, run, limits=check)
 
 
 def said(found: Prepared, use: str, tokenizer: Any) -> list[str]:
     """The rows of a use as text."""
-    rows = found.rows(use)
-    return [tokenizer.decode(rows[n]["input_ids"]) for n in range(len(rows))]
+    return [tokenizer.decode(row["input_ids"]) for row in found.rows(use)]
+
+
+def unit_bytes(rows: Rows) -> list[int]:
+    """The UTF-8 bytes that the labels of each unit spell."""
+    sizes = [0] * rows.units
+    for unit, size in zip(rows.column("unit").tolist(), rows.column("bytes").tolist(), strict=True):
+        sizes[unit] += size
+    return sizes
+
+
+def tokens(rows: Rows) -> int:
+    """How many there are, padding not counted."""
+    return int(rows.sizes("input_ids").sum())
+
+
+def supervised(rows: Rows) -> int:
+    """Labels that a loss is computed for."""
+    return Text().supervised(rows)
+
+
+def ids_of(rows: Rows) -> list[int]:
+    """The tokens of all rows, concatenated."""
+    return [token for row in rows for token in row["input_ids"].tolist()]
+
+
+def spans(*rows: tuple[list[int], list[tuple[int, int]]]) -> Rows:
+    """Rows of tokens, of which spans (first, last + 1) are supervised, each a unit of its own."""
+    made = []
+    for number, (ids, supervised_spans) in enumerate(rows):
+        labels = [IGNORED] * len(ids)
+        for first, last in supervised_spans:
+            labels[first:last] = ids[first:last]
+        made.append({"input_ids": list(ids), "labels": labels, "unit": number, "bytes": 0})
+    return Rows.of(made)

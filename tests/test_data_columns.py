@@ -54,10 +54,10 @@ def test_what_an_error_suggests_tells_formats_apart() -> None:
             needed = {*FORMATS[first].needed, *FORMATS[second].needed}
             row = Row("f:1", dict.fromkeys(sorted(needed), "x"))
             try:
-                assert format_of(row, Columns()) in (first, second, "unpaired-preference")
+                assert format_of(row, Columns(), names) in (first, second, "unpaired-preference")
             except ValueError as error:
                 told = str(error).rpartition("{")[2].partition(":")[0]
-                assert format_of(row, Columns({told: told})) in (
+                assert format_of(row, Columns({told: told}), names) in (
                     first,
                     second,
                     "unpaired-preference",

@@ -17,7 +17,7 @@ from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, texts
 from processes import until
 
-from lora_kit.data import encode, readers, table
+from lora_kit.data import readers, table, workers
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 
@@ -40,8 +40,13 @@ def use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def hashes(cache: Path) -> dict[str, str]:
-    (kept,) = [folder for folder in cache.iterdir() if folder.is_dir()]
-    return {file.name: file_hash(file) for file in sorted(kept.iterdir())}
+    kept = sorted(folder for folder in cache.iterdir() if folder.is_dir())
+    assert len(kept) == 2  # the split, and the encoded rows
+    return {
+        f"{folder.name}/{file.name}": file_hash(file)
+        for folder in kept
+        for file in sorted(folder.iterdir())
+    }
 
 
 def test_any_number_of_workers_writes_the_same_bytes(
@@ -61,14 +66,14 @@ def test_any_number_of_workers_writes_the_same_bytes(
         "eval": 0.1,
         "general": put_texts(tmp_path / "general.txt", texts(120, seed=2)),
         "replay": 0.1,
-        "against": put(tmp_path / "against.jsonl", [{"q": r["prompt"]} for r in rows[:50]]),
+        "decontaminate": put(tmp_path / "benchmark.jsonl", [{"q": r["prompt"]} for r in rows[:50]]),
     }
     batches = 439 // 20 + 150 // 20 + 120 // 20
-    assert batches >= encode.FEWEST_FOR_WORKERS
+    assert batches >= workers.FEWEST_FOR_WORKERS
     found = []
-    for workers in (1, 2, 3):
-        folder = use_cache(tmp_path / f"cache-{workers}", monkeypatch)
-        census = prepared(tokenizer, check=False, workers=workers, **data).census
+    for count in (1, 2, 3):
+        folder = use_cache(tmp_path / f"cache-{count}", monkeypatch)
+        census = prepared(tokenizer, check=False, workers=count, **data).census
         found.append(hashes(folder))
     assert found[0] == found[1] == found[2]
     assert 0 < census.compared <= 60 and census.duplicates["exact"] == 30
@@ -106,23 +111,15 @@ def test_few_rows_are_encoded_in_this_process(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "loky", None)  # importing it would fail
-    train = put(tmp_path / "a.jsonl", chats(20 * (encode.FEWEST_FOR_WORKERS - 1), 3))
+    train = put(tmp_path / "a.jsonl", chats(20 * (workers.FEWEST_FOR_WORKERS - 1), 3))
     assert len(prepared(tokenizer, train=train, workers=4).eval) == 14
 
 
-PREPARES_AND_IS_KILLED = """
-import os, psutil, sys, types
-from transformers import AutoTokenizer
-from lora_kit.data import encode, readers
-from lora_kit.data.formats import Columns
-readers.BATCH_ROWS = 1
-rows = [{"prompt": f"a {n}", "completion": "b"} for n in range(encode.FEWEST_FOR_WORKERS)]
-batches = readers._batches("rows", "{}/{}", enumerate(rows, 1))
-work = [(0, batch, "prompt-completion") for batch in batches]
-settings = encode.Settings(Columns(), "assistant", 64, 0, False)
-sample = types.SimpleNamespace(below=0)
-parts = encode.encode_all(work, AutoTokenizer.from_pretrained(sys.argv[1]), settings, sample, 2)
-next(parts)
+WORKS_AND_IS_KILLED = """
+import os, psutil, sys
+from lora_kit.data import workers
+results = workers.in_order(str, range(workers.FEWEST_FOR_WORKERS), 2)
+next(results)
 print(*[p.pid for p in psutil.Process().children() if "LokyProcess" in " ".join(p.cmdline())])
 sys.stdout.flush()
 os.kill(os.getpid(), 9)
@@ -130,10 +127,9 @@ os.kill(os.getpid(), 9)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel of Linux for it")
-def test_workers_end_with_a_killed_parent(tmp_path: Path, tokenizer: Any) -> None:
+def test_workers_end_with_a_killed_parent() -> None:
     """They would wait for ever, and `lora-kit train` with them: it awaits its whole group."""
-    tokenizer.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", PREPARES_AND_IS_KILLED, str(tmp_path)]
+    command = [sys.executable, "-c", WORKS_AND_IS_KILLED]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         workers = [int(pid) for pid in process.stdout.readline().split()]

@@ -32,12 +32,12 @@ HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 def one(values: Values, **columns: Any) -> Example:
     told = Columns(**columns)
     row = Row("f:1", values)
-    return to_example(row, format_of(row, told), told)
+    return to_example(row, format_of(row, told, list(FORMATS)), told)
 
 
 def turns(values: Values, **columns: Any) -> list[tuple[str, str]]:
     example = one(values, **columns)
-    assert (example.place, example.text) == ("f:1", None)
+    assert example.place == "f:1"
     return [(m["role"], m["content"]) for m in example.messages]
 
 
@@ -107,7 +107,7 @@ CLOSE = ("prompt-completion", "messages", "sharegpt", "preference", "unpaired-pr
 def test_the_columns_name_the_format(name: str, values: Values, expected: Any) -> None:
     if isinstance(expected, tuple):
         expected = list(zip(("user", "assistant"), expected, strict=True))
-    assert format_of(Row("f:1", values), Columns()) == name
+    assert format_of(Row("f:1", values), Columns(), list(FORMATS)) == name
     assert turns(values) == expected
     example = one(values)
     # What stands between prompt and answer where there is no chat template.

@@ -71,7 +71,9 @@ def test_a_system_prompt_hides_no_leak(tmp_path: Path, tokenizer: Any) -> None:
     both = put(tmp_path / "both.jsonl", rows + others)
     assert leaks(tokenizer, train=train, eval=both)["exact"] == 60
     other, same = put(tmp_path / "other.jsonl", others), put(tmp_path / "same.jsonl", rows)
-    found = prepared(tokenizer, check=False, train=train, eval=other, against=same).census.leaks
+    found = prepared(
+        tokenizer, check=False, train=train, eval=other, decontaminate=same
+    ).census.leaks
     assert found[f"data.decontaminate: {same}"]["exact"] == 60
 
 
@@ -136,7 +138,7 @@ def test_benchmarks_of_any_columns_are_searched(tmp_path: Path, tokenizer: Any) 
         tokenizer,
         train=put(tmp_path / "train.jsonl", train),
         eval=0.01,
-        against=put(tmp_path / "benchmark.jsonl", rows),
+        decontaminate=put(tmp_path / "benchmark.jsonl", rows),
     )
     assert found["rows"] == 100
     assert 28 <= found["exact"] <= 30  # a few questions may be held out
@@ -149,10 +151,10 @@ def test_a_clean_benchmark_is_clean_whatever_it_holds(tmp_path: Path, tokenizer:
     rows += [{"id": 1, "answer": 2}, {"id": None, "item": ""}, {"item": {"stem": "  ?"}}]
     against = put(tmp_path / "benchmark.jsonl", rows)
     train = put(tmp_path / "train.jsonl", chats(100))
-    found = leaks(tokenizer, train=train, against=against)
+    found = leaks(tokenizer, train=train, decontaminate=against)
     assert (found["rows"], found["exact"], found["near"]) == (53, 0, 0)
     documents = put_texts(tmp_path / "train.txt", texts(100))
-    found = leaks(tokenizer, kind="text", train=documents, against=against)
+    found = leaks(tokenizer, kind="text", train=documents, decontaminate=against)
     assert (found["rows"], found["exact"], found["near"]) == (53, 0, 0)
 
 
@@ -165,7 +167,7 @@ def test_a_benchmark_of_documents_is_searched_in_text(tmp_path: Path, tokenizer:
         check=False,
         train=put_texts(tmp_path / "train.txt", train),
         eval=put_texts(tmp_path / "eval.txt", texts(20, 40, seed=1)),
-        against=put(tmp_path / "benchmark.jsonl", [*against, {"passage": "short"}]),
+        decontaminate=put(tmp_path / "benchmark.jsonl", [*against, {"passage": "short"}]),
     ).census
     found = census.leaks[f"data.decontaminate: {tmp_path}/benchmark.jsonl"]
     assert (found["rows"], found["exact"], found["near"]) == (7, 5, 1)
@@ -175,11 +177,11 @@ def test_rows_that_are_held_out_are_no_leak(tmp_path: Path, tokenizer: Any) -> N
     """A benchmark must not stand in what is learned from; that it is judged does no harm."""
     train = put(tmp_path / "train.jsonl", chats(40))
     whole = leaks(tokenizer, train=train, eval=0.5,
-                  against=put(tmp_path / "b.jsonl", benchmark(chats(40))))  # fmt: skip
+                  decontaminate=put(tmp_path / "b.jsonl", benchmark(chats(40))))  # fmt: skip
     assert whole["exact"] == 20
 
 
-@pytest.mark.parametrize("what", ["eval", "against"])
+@pytest.mark.parametrize("what", ["eval", "decontaminate"])
 def test_a_file_on_both_sides_is_refused(tmp_path: Path, tokenizer: Any, what: str) -> None:
     train = put(tmp_path / "train.jsonl", chats(40))
     with pytest.raises(UserError, match=rf"data\.{what}: .*is learned from as well"):

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer
-from prepared import chats, prepared, put, put_texts, texts
+from prepared import chats, prepared, put, put_texts, texts, tokens
 
-from lora_kit.data.prepare import Prepared
 from lora_kit.errors import UserError
+from lora_kit.tasks.encode import Prepared
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def tokens_of(found: Prepared) -> dict[str, tuple[int, int]]:
     """{file: (tokens to train on, of the longest row)}."""
     rows = found.rows("train")
     counts: dict[str, tuple[int, int]] = {}
-    for file, length in zip(rows.files.tolist(), rows.lengths.tolist(), strict=True):
+    for file, length in zip(
+        rows.column("file").tolist(), rows.sizes("input_ids").tolist(), strict=True
+    ):
         total, longest = counts.get(found.names[file][0], (0, 0))
         counts[found.names[file][0]] = total + length, max(longest, length)
     return counts
@@ -72,9 +74,9 @@ def test_fractions_are_shares_of_the_tokens(
     assert count.unused > 0 and count.rows_kept == len(found.train)
     # As much as possible: of one source every row.
     read = {s["source"]: 0 for s in sources}
-    for file in found.train.files.tolist():
+    for file in found.train.column("file").tolist():
         read[found.names[file][0]] += 1
-    held = [found.names[file][0] for file in found.eval.files.tolist()]
+    held = [found.names[file][0] for file in found.eval.column("file").tolist()]
     assert any(read[name] + held.count(name) == 300 for name in read)
 
 
@@ -87,8 +89,8 @@ def test_another_seed_mixes_other_rows(tmp_path: Path, plain: Any) -> None:
 
     def chosen(seed: int, sources: Any) -> set[int]:
         found = prepared(plain, train=sources, eval=eval_, seed=seed)
-        of_b = [found.names[f][0].endswith("b.jsonl") for f in found.train.files]
-        return {int(n) for n, b in zip(found.train.numbers, of_b, strict=True) if b}
+        of_b = [found.names[f][0].endswith("b.jsonl") for f in found.train.column("file")]
+        return {int(n) for n, b in zip(found.train.column("number"), of_b, strict=True) if b}
 
     first = chosen(0, train)
     assert 20 <= len(first) <= 30 and first != chosen(1, train)
@@ -103,8 +105,12 @@ def test_duplicates_are_not_mixed_in_before_others(tmp_path: Path, plain: Any) -
         {"source": put(tmp_path / "b.jsonl", [*rows, *rows, *chats(300, seed=2)]), "fraction": 0.5},
     ]
     found = prepared(plain, train=train, eval=put(tmp_path / "e.jsonl", chats(9, seed=3)))
-    of_b = [int(n) for f, n in zip(found.train.files, found.train.numbers, strict=True)
-            if found.names[f][0].endswith("b.jsonl")]  # fmt: skip
+    files, numbers = found.train.column("file"), found.train.column("number")
+    of_b = [
+        int(number)
+        for file, number in zip(files, numbers, strict=True)
+        if found.names[file][0].endswith("b.jsonl")
+    ]
     assert 15 <= sum(n <= 100 for n in of_b) <= 35  # a quarter of the 100 rows taken
 
 
@@ -121,10 +127,10 @@ def test_replay_is_a_share_of_the_tokens_and_nothing_judged(
     )
     found = prepared(tokenizer, kind, train=train, general=general, replay=share, packing="none")
     check_shares(found, {general: share})
-    assert found.general is not None and len(found.general.unit_bytes) >= 20
-    of_general = [found.names[f][0] == general for f in found.train.files]
-    replayed = {int(n) for n, g in zip(found.train.numbers, of_general, strict=True) if g}
-    judged = set(found.general.numbers.tolist())
+    assert found.general is not None and found.general.units >= 20
+    of_general = [found.names[f][0] == general for f in found.train.column("file")]
+    replayed = {int(n) for n, g in zip(found.train.column("number"), of_general, strict=True) if g}
+    judged = set(found.general.column("number").tolist())
     assert replayed and judged and not replayed & judged
     (note,) = [note for note in found.census.notes if "replay" in note]
     assert note.startswith(f"replay: {len(replayed)} general rows (")
@@ -137,8 +143,8 @@ def test_replay_adds_to_running_text(tmp_path: Path, plain: Any) -> None:
     train = put_texts(tmp_path / "a.txt", texts(90))
     without = prepared(plain, "text", train=train, general=general)
     found = prepared(plain, "text", train=train, general=general, replay=0.2)
-    more = found.rows("train").tokens - without.rows("train").tokens
-    assert abs(more - 0.2 * found.rows("train").tokens) <= 60
+    more = tokens(found.rows("train")) - tokens(without.rows("train"))
+    assert abs(more - 0.2 * tokens(found.rows("train"))) <= 60
     assert found.general is not None and without.general is not None
     assert len(found.general) < len(without.general)
 
@@ -151,7 +157,7 @@ def test_general_rows_that_repeat_each_other_are_judged_or_replayed(
     train = put(tmp_path / "a.jsonl", chats(60))
     found = prepared(plain, train=train, general=general, replay=0.3)
     assert found.general is not None
-    of_general = [found.names[f][0] == general for f in found.train.files]
+    of_general = [found.names[f][0] == general for f in found.train.column("file")]
     replayed = [row["input_ids"].tolist()[:-1] for n, row in enumerate(map(
         found.train.__getitem__, range(len(found.train)))) if of_general[n]]  # fmt: skip
     judged = [found.general[n]["input_ids"].tolist()[1:] for n in range(len(found.general))]
@@ -177,7 +183,7 @@ def test_a_fraction_of_nothing_is_a_mistake(tmp_path: Path, plain: Any) -> None:
         {"source": put(tmp_path / "a.jsonl", chats(100)), "fraction": 0.5},
         {"source": empty, "fraction": 0.5},
     ]
-    with pytest.raises(UserError, match=r"b\.jsonl: no rows left to learn from, but it has a frac"):
+    with pytest.raises(UserError, match=r"b\.jsonl: no rows left to train on, but it has a frac"):
         prepared(plain, train=train)
 
 

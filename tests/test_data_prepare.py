@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHATML, make_tokenizer
-from prepared import chats, prepared, put, put_texts, said, texts
+from prepared import chats, prepared, put, put_texts, run_of, said, supervised, texts
 
+from lora_kit.base.pin import Pinned
 from lora_kit.base.templates import set_template
-from lora_kit.data import prepare as module
-from lora_kit.data.prepare import Prepared
+from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.schema import Data
-from lora_kit.tasks.batches import IGNORED, Labelled
+from lora_kit.tasks import encode as module
+from lora_kit.tasks.batches import IGNORED
+from lora_kit.tasks.causal import Conversations
+from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.packing import Packed
 
 
@@ -44,13 +47,11 @@ def rows(count: int = 60) -> list[dict[str, Any]]:
 
 def result(found: Prepared) -> str:
     """All that a run gets, as text: equal for equal runs."""
-    parts: list[Any] = [found.kind, type(found.train).__name__, found.census.to_json()]
+    parts: list[Any] = [found.facts, type(found.train).__name__, found.census.to_json()]
     for use in ("train", "eval", "general"):
-        labelled = getattr(found, use) and found.rows(use)
-        if labelled:
+        if getattr(found, use):
             parts += [
-                [labelled[n]["input_ids"].tolist(), labelled[n]["labels"].tolist()]
-                for n in range(len(labelled))
+                [row["input_ids"].tolist(), row["labels"].tolist()] for row in found.rows(use)
             ]
     return json.dumps(parts)
 
@@ -65,7 +66,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "eval": ({"eval": 0.1}, {"eval": 0.4}),
     "general": ({}, {"general": "general"}),
     "replay": ({"general": "general"}, {"general": "general", "replay": 0.2}),
-    "against": ({}, {"against": "more"}),
+    "decontaminate": ({}, {"decontaminate": "more"}),
     "columns": ({}, {"columns": {"completion": "other"}}),
     "labels": ({"train": "labelled"}, {"train": "labelled", "labels": ["spam"]}),
     "chat_template": ({}, {"chat_template": "alpaca"}),
@@ -108,7 +109,7 @@ def test_every_key_of_data_is_tried() -> None:
     assert CHANGES.keys() | {"limits", "workers"} == Data.model_fields.keys()
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"max_length": 60}, {"kind": None}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"max_length": 60}])
 def test_other_settings_of_a_run_are_part_of_the_key(
     tmp_path: Path, tokenizer: Any, change: dict[str, Any]
 ) -> None:
@@ -121,13 +122,13 @@ def test_limits_and_workers_prepare_nothing_again(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = []
-    original = module.encode_all
+    original = module.in_order
 
     def spy(*args: Any) -> Any:
         workers.append(args[-1])
         return original(*args)
 
-    monkeypatch.setattr(module, "encode_all", spy)
+    monkeypatch.setattr(module, "in_order", spy)
     before = of_settings(tmp_path, tokenizer, {"workers": 2})
     after = of_settings(
         tmp_path, tokenizer, {"workers": 3, "limits": {"dropped": 0.02}}, check=True
@@ -155,8 +156,10 @@ def test_the_same_is_prepared_to_the_same_bytes_and_only_once(
     assert again.names == first.names
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "other"))
     assert not of_settings(tmp_path, tokenizer, settings).cached
-    (one,), (other,) = hashes(cache), hashes(tmp_path / "other")
-    assert one == other and len(one) == 8  # three of two files each, meta.json, the seal
+    kept = hashes(cache)
+    assert kept == hashes(tmp_path / "other")
+    # Two tables of examples, the split, meta.json, the seal; three of rows, the census, the seal.
+    assert sorted(map(len, kept)) == [5, 5]
 
 
 def test_a_changed_file_is_prepared_again_and_a_damaged_cache_too(
@@ -164,12 +167,13 @@ def test_a_changed_file_is_prepared_again_and_a_damaged_cache_too(
 ) -> None:
     train = put(tmp_path / "a.jsonl", chats(30))
     first = result(prepared(tokenizer, train=train))
-    (kept,) = [folder for folder in cache.iterdir() if folder.is_dir()]
-    data = bytearray((kept / "train.bin").read_bytes())
-    data[5] ^= 1
-    (kept / "train.bin").write_bytes(data)
-    mended = prepared(tokenizer, train=train)
-    assert not mended.cached and result(mended) == first
+    for name in ("train.arrow", "train.examples"):
+        (file,) = cache.glob(f"*/{name}")
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        repaired = prepared(tokenizer, train=train)
+        assert repaired.cached == (name == "train.examples") and result(repaired) == first
     put(tmp_path / "a.jsonl", [*chats(29), {"prompt": "another", "completion": "row"}])
     assert not prepared(tokenizer, train=train).cached
 
@@ -193,7 +197,6 @@ def test_a_source_that_is_no_use_leaves_the_cache_empty(
         ("text", "general", "running", False),
         ("text", "general", "documents", True),
         ("text", "general", "none", False),
-        (None, "rows", "documents", True),
     ],
 )
 def test_rows_are_packed_as_asked(
@@ -201,22 +204,22 @@ def test_rows_are_packed_as_asked(
 ) -> None:
     source = files(tmp_path)[train]
     found = prepared(tokenizer, kind, train=source, packing=packing, eval=0.2)
-    assert isinstance(found.train, Packed) == packed and isinstance(found.eval, Labelled)
+    assert isinstance(found.train, Packed) == packed and isinstance(found.eval, Rows)
     assert ("packing: " in "\n".join(found.summary())) == packed
     inside = found.rows("train")
     learned = int((np.concatenate([found.train[n]["labels"] for n in range(len(found.train))])
                    != IGNORED).sum())  # fmt: skip
     if packed:
-        assert learned == inside.supervised_tokens and len(found.train) < len(inside)
+        assert learned == supervised(inside) and len(found.train) < len(inside)
     running = packing == "running" or (kind == "text" and packing is None)
-    assert (inside.lengths[:-1] == 512).all() == running
-    assert len(found.eval.unit_bytes) == (24 if train == "general" else 12)
+    assert (inside.sizes("input_ids")[:-1] == 512).all() == running
+    assert found.eval.units == (24 if train == "general" else 12)
 
 
 def test_conversations_are_never_running_text(tmp_path: Path, tokenizer: Any) -> None:
-    for kind in ("chat", None):
-        with pytest.raises(UserError, match=r"data\.packing: running: for text; conversations"):
-            prepared(tokenizer, kind, train=put(tmp_path / "a.jsonl", chats(9)), packing="running")
+    run = run_of(train=put(tmp_path / "a.jsonl", chats(9)), packing="running")
+    with pytest.raises(UserError, match=r"data\.packing: running: for text; conversations"):
+        Conversations().processor(Pinned("", str(tmp_path)), run)
 
 
 def test_places_lead_back_to_the_file(tmp_path: Path, tokenizer: Any) -> None:

@@ -25,7 +25,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines(found: Any, use: str) -> set[int]:
-    return set(found.rows(use).numbers.tolist())
+    return set(found.rows(use).column("number").tolist())
 
 
 def test_a_share_and_a_source_of_its_own(tmp_path: Path, tokenizer: Any) -> None:
@@ -89,9 +89,8 @@ def test_documents_of_text_files_are_no_group(tmp_path: Path, tokenizer: Any) ->
     table = put(tmp_path / "a.jsonl", rows)
     documents = put_texts(tmp_path / "b.txt", texts(45, seed=1))
     found = prepared(tokenizer, "text", train=[table, documents], eval=0.2, group="book")
-    held = [
-        (found.names[f][0], n) for f, n in zip(found.eval.files, found.eval.numbers, strict=True)
-    ]
+    files, numbers = found.eval.column("file").tolist(), found.eval.column("number").tolist()
+    held = [(found.names[f][0], n) for f, n in zip(files, numbers, strict=True)]
     assert 8 <= sum(name == documents for name, _ in held) <= 10
     books = {(n - 1) % 5 for name, n in held if name == table}
     assert len(held) == 10 * len(books) + sum(name == documents for name, _ in held)
@@ -154,12 +153,16 @@ def test_a_file_of_labels_that_holds_none_is_a_mistake(
 @pytest.mark.parametrize(
     ("settings", "wanted", "words"),
     [
-        ({"train": "text"}, "chat", "text without an answer (columns: text): use `recipe: cpt`"),
-        ({"train": "rows"}, "text", "a question and answer, not text: use `recipe: sft`"),
-        ({"train": "rows", "eval": "text"}, "chat", "use `recipe: cpt`"),
-        ({"train": ["rows", "text"]}, None, "use `recipe: cpt`"),
+        (
+            {"train": "text"},
+            "chat",
+            "these columns (text) are text, and this recipe reads text+",
+        ),
+        ({"train": "rows"}, "text", "such as `recipe: sft`, or rename them"),
+        ({"train": "rows", "eval": "text"}, "chat", "such as `recipe: cpt`, or rename them"),
+        ({"train": ["rows", "text"]}, "chat", "such as `recipe: cpt`, or rename them"),
         ({"train": "text", "general": "rows"}, "text", "data.general: text is expected"),
-        ({"train": "blank"}, None, "data.train: no rows left; left out: 3 empty (first: "),
+        ({"train": "blank"}, "text", "data.train: no rows left; left out: 3 empty (first: "),
         ({"train": "text", "eval": "blank"}, "text", "data.eval: no rows left; left out: 3 empty"),
         ({"train": "text", "general": "blank"}, "text", "data.general: no rows left"),
         ({"train": "text", "general": "text"}, "text", "data.general: no rows left"),
@@ -188,11 +191,6 @@ def test_what_leaves_nothing_to_learn_or_judge_is_refused(
     with pytest.raises(UserError) as caught:
         prepared(tokenizer, wanted, **{key: named(value) for key, value in settings.items()})
     assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_without_a_wish_the_kind_is_what_is_there(tmp_path: Path, tokenizer: Any) -> None:
-    assert prepared(tokenizer, None, train=put(tmp_path / "a.jsonl", chats(9))).kind == "chat"
-    assert prepared(tokenizer, None, train=put_texts(tmp_path / "a.txt", texts(20))).kind == "text"
 
 
 def test_renamed_columns_leave_text_as_it_is(tmp_path: Path, tokenizer: Any) -> None:

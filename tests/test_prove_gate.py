@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from reports import classifier, preferences, scored
 
 from lora_kit.prove.gate import held

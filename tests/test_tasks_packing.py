@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import spans, supervised
 
+from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
-from lora_kit.tasks.batches import IGNORED, Labelled, LabelledWriter, collator, real_tokens
+from lora_kit.tasks.batches import IGNORED, collator, real_tokens
 from lora_kit.tasks.packing import Packed, check_isolation, first_fit_decreasing
 
 PAD = 1
@@ -82,14 +84,11 @@ def test_a_document_longer_than_a_row_is_refused() -> None:
         first_fit_decreasing([3, 9], 8)
 
 
-def documents(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Labelled:
-    """Documents of random tokens; the first three of each are not learned from, if it has more."""
+def documents(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Rows:
+    """Documents of random tokens; the first three of each have no loss, if it has more."""
     random = np.random.default_rng(seed)
-    writer = LabelledWriter()
-    for length in lengths:
-        first = 3 if length > 3 else 0
-        writer.add(random.integers(4, 400, length), [(first, length)])
-    return writer.finish()
+    drawn = [random.integers(4, 400, length).tolist() for length in lengths]
+    return spans(*((ids, [(3 if len(ids) > 3 else 0, len(ids))]) for ids in drawn))
 
 
 def test_a_packed_row_is_its_documents_one_after_the_other() -> None:
@@ -111,7 +110,7 @@ def test_a_packed_row_is_its_documents_one_after_the_other() -> None:
     assert packed.fill == sum(LENGTHS) / (ROOM * len(packed))
     learned = sum(int((row["labels"][1:] != IGNORED).sum()) for row in map(packed.__getitem__,
                   range(len(packed))))  # fmt: skip
-    assert learned == rows.supervised_tokens
+    assert learned == supervised(rows)
 
 
 def test_rows_are_not_changed_by_packing_them() -> None:
@@ -142,7 +141,7 @@ def places(packed: Packed) -> dict[int, tuple[int, slice]]:
     for row, inside in enumerate(packed.bins):
         start = 0
         for document in inside:
-            end = start + int(packed.rows.lengths[document])
+            end = start + int(packed.sizes[document])
             found[document] = row, slice(start, end)
             start = end
     return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 from processes import run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,6 +19,7 @@ from lora_kit.base.pin import pin
 from lora_kit.errors import RunFileError
 from lora_kit.run import load_run
 from lora_kit.schema import Adapter, Base, Data, Run, Ship, Train
+from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.train import arguments
 from lora_kit.train.arguments import check_installed, training_arguments
 
@@ -185,11 +186,11 @@ def test_base(base: Path, tmp_path: Path) -> None:
         pin(Base(model=str(base), revision="main"))
 
 
-def rows_of(file: Path, **changes: Any) -> tuple[list[str], ...]:
+def rows_of(file: Path, task: Any = None, **changes: Any) -> tuple[list[str], ...]:
     """What is said in the rows to learn from, to judge by, and of general text."""
     run = load_run(file, [f"{key}={value}" for key, value in changes.items()])
     tokenizer = load_tokenizer(pin(run.base))
-    data = prepared(run)
+    data = prepared(run, task or Text())
     parts = (data.train, data.eval, data.general or ())
     return tuple([tokenizer.decode(row["input_ids"]) for row in part] for part in parts)
 
@@ -211,7 +212,7 @@ def test_data(run_file: Any, work: Path, plain_base: Path) -> None:
     )
     columns = {"prompt": "q", "completion": "a"}
     file = run_file("sft", **{"data.train": "named.jsonl", "data.columns": columns})
-    said = "".join(key for part in rows_of(file) for key in part)
+    said = "".join(key for part in rows_of(file, Conversations()) for key in part)
     assert "ask 0<|im_end|>" in said and "say 0<|im_end|>" in said
     # A template for a base without one stands beside the adapter.
     file = run_file("sft", **{"base.model": str(plain_base), **ONE_STEP})
@@ -224,7 +225,7 @@ def test_data(run_file: Any, work: Path, plain_base: Path) -> None:
 
 
 def test_max_length(run_file: Any, base: Path) -> None:
-    rows = prepared(load_run(run_file("cpt", **{"train.max_length": 24}))).train
+    rows = prepared(load_run(run_file("cpt", **{"train.max_length": 24})), Text()).train
     assert set(rows.sizes("input_ids")[:-1]) == {24}
 
 

@@ -1,16 +1,23 @@
-"""Small runs, trained for real in the test's process."""
+"""Small runs, trained for real in the test's process.
+
+Most tests only look at a finished run: they take `cpt_run` or `sft_run` of conftest.py, which are
+trained once, and change what `copied` gives.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import RunMaker
 
 import lora_kit
+from lora_kit.data.rows import Rows
 
 # Loud enough that the adapter changes what the model says, not only its digits.
 LOUD = {"train.learning_rate": 3e-2, "train.max_steps": 8, "train.lr_scheduler_type": "constant"}
@@ -23,40 +30,46 @@ def finish(run_file: RunMaker, recipe: str = "cpt", **changes: Any) -> Path:
     return (file.parent / "runs" / changes.get("name", "test")).resolve()
 
 
+def finish_in(folder: Path, base: Path, recipe: str = "cpt", **changes: Any) -> Path:
+    """`finish` for a fixture that outlives a test, in a working folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return finish(folder_maker(folder, base), recipe, **changes)
+
+
+def copied(run: Path, folder: Path) -> Path:
+    """A copy of a run in a new folder, with its data, to be changed; returns its directory."""
+    shutil.copytree(run.parents[1], folder / "copied")
+    return folder / "copied" / "runs" / run.name
+
+
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads(file.read_text(encoding="utf-8"))
     change(values)
     file.write_text(json.dumps(values), encoding="utf-8")
 
 
-def labelled(rows: list[tuple[list[int], list[int]]], units: list[int], sizes: list[int]) -> Any:
+def labelled(rows: list[tuple[list[int], list[int]]], units: list[int], sizes: list[int]) -> Rows:
     """Rows of (ids, labels) in units of any order; `sizes`: bytes of each unit."""
-    import numpy as np
-
-    from lora_kit.data.rows import Rows
-
-    written: set[int] = set()
-    made = []
-    for (ids, labels), unit in zip(rows, units, strict=True):
-        size = 0 if unit in written else sizes[unit]  # in the unit's first row
-        written.add(unit)
-        tokens, targets = (np.array(some, np.int32) for some in (ids, labels))
-        made.append({"input_ids": tokens, "labels": targets, "bytes": size, "unit": unit})
-    return Rows.of(made)
+    first = {unit: units.index(unit) for unit in units}
+    return Rows.of(
+        {
+            "input_ids": ids,
+            "labels": labels,
+            "unit": unit,
+            "bytes": sizes[unit] if first[unit] == number else 0,
+        }
+        for number, ((ids, labels), unit) in enumerate(zip(rows, units, strict=True))
+    )
 
 
-def prepared(run: Any) -> Any:
-    """What a run of `cpt` or `sft` would be trained and evaluated on."""
+def prepared(run: Any, task: Any = None) -> Any:
+    """What a run is trained on; by default one of `sft`."""
     from lora_kit.base.pin import pin
-    from lora_kit.data.prepare import prepare
-    from lora_kit.launch import load_recipe
-    from lora_kit.run import recipe_path
-    from lora_kit.tasks.encode import encode
+    from lora_kit.tasks.causal import Conversations
+    from lora_kit.tasks.encode import rows_of
 
-    task = load_recipe(recipe_path(run)).task
-    processor = task.processor(pin(run.base), run)
-    split = prepare(run.data, task, run.seed)
-    return encode(task, split, processor, task.facts(split.train, run), run)
+    return rows_of(task or Conversations(), run, pin(run.base), limits=False)[1]
 
 
 def folder_maker(folder: Path, base: Path) -> RunMaker:

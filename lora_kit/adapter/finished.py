@@ -22,6 +22,8 @@ from lora_kit.schema import Base, Run
 
 CAUSAL = "AutoModelForCausalLM"
 _OPTION = "--base FOLDER_OR_ID"
+# Files that hold a tokenizer's tokens, of any kind.
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 
 
 class FinishedRun:
@@ -34,7 +36,6 @@ class FinishedRun:
         path: as it was named, for messages.
         home: the run directory, also where RUN/adapter was named; else the adapter's folder.
         folder: the adapter's folder.
-        run: the run file with absolute paths; None for an adapter alone.
         lock: run.lock.json; empty where there is none.
 
     Args:
@@ -53,10 +54,7 @@ class FinishedRun:
         self.path = str(path)
         self.folder = adapter_folder(path)
         self.home = _home(Path(path), self.folder)
-        file = self.home / "run.yaml"
-        self.run: Run | None = None
-        if file.is_file():
-            self.run = load_run(file, list(overrides), needs_sources=False)
+        self._overrides = list(overrides)
         self.lock = read_lock(self.home)
         if base is not None and os.path.isdir(os.path.expanduser(base)):
             base = os.path.abspath(os.path.expanduser(base))
@@ -66,6 +64,14 @@ class FinishedRun:
     def name(self) -> str:
         """The name of its folder."""
         return self.home.resolve().name
+
+    @cached_property
+    def run(self) -> Run | None:
+        """The run file with absolute paths; None for an adapter alone."""
+        file = self.home / "run.yaml"
+        if not file.is_file():
+            return None
+        return load_run(file, self._overrides, needs_sources=False)
 
     def require_run(self) -> Run:
         """The run file. Raises UserError for an adapter alone."""
@@ -234,6 +240,14 @@ class FinishedRun:
         )
 
     # ------------------------------------------------------------------ the processor
+    @property
+    def has_processor(self) -> bool:
+        """Whether adapter or base has one; a model that is given token ids needs none."""
+        if any(self.folder.glob("tokenizer*")):
+            return True
+        base = Path(self.located.folder)
+        return any(file for pattern in _TOKENIZER for file in base.glob(pattern))
+
     @cached_property
     def processor(self) -> Any:
         """The tokenizer that it was trained with, chat template included; the base's, where the

@@ -258,6 +258,9 @@ class Conversations(Causal):
     general = Text()
     chat = True
 
+    def packing(self, run: Run) -> str:
+        return run.data.packing or "none"
+
     def notes(self, formats: set[str]) -> list[str]:
         if "preference" not in formats:
             return []

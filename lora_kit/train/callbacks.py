@@ -7,6 +7,7 @@ import math
 import re
 import resource
 import sys
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ class Metrics(TrainerCallback):
 
 def _number(value: Any) -> float | None:
     """A logged value as JSON has it."""
-    whole = isinstance(value, (int, float)) and math.isfinite(value)
-    return value if whole else None
+    if not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

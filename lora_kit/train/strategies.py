@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_kit.adapter.attach import NO_MODULE
 from lora_kit.adapter.audit import Groups
 from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Train
-
-# PEFT's own name for an adapter of no module; it takes no empty list of target modules.
-NO_MODULE = "dummy-target-modules"
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,8 @@ def make_trainer(
         flat = _quicken(journey, model, arguments.device, processor, data)
     if chosen:
         recompute(model, chosen.recomputed)
+    if type(task).annotate is not Task.annotate and not getattr(model, "is_quantized", False):
+        model.to(arguments.device)
     train: Any = task.annotate(data.train, model, processor, run)
     held_out = task.annotate(data.eval, model, processor, run) if run.train.eval_steps else None
     options = task.options(processor, data.facts, run)
