@@ -117,8 +117,6 @@ class Journey:
         for name in ("kind", "joiner"):  # of a language model's data: where verbs look for them
             if name in data.facts:
                 entries[name] = data.facts[name]
-        if pooling := getattr(run.base, "pooling", None):
-            entries["pooling"] = pooling
         return entries
 
     def _sample(self, data: Prepared, processor: Processor) -> str:

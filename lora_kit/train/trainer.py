@@ -67,6 +67,8 @@ def make_trainer(
     """
     task, run, directory = journey.task, journey.run, journey.directory
     directory.lock(fresh=list(fresh))
+    if pooling := getattr(model, "pooling", None):
+        directory.lock(pooling=pooling)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
     needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
