@@ -108,7 +108,7 @@ class Journey:
         """What the lock file keeps of recipe and data, so that no later verb has to run the
         recipe."""
         run, file = self.run, recipe_path(self.run)
-        entries = {
+        return {
             "recipe": {"name": Path(run.recipe).stem, "sha256": file_hash(file)},
             "auto": self.task.auto,
             # Of a language model's data, by their old names.
@@ -116,8 +116,6 @@ class Journey:
             "facts": data.facts,
             "commits": data.commits,
         }
-        pooling = getattr(run.base, "pooling", None)
-        return entries if pooling is None else {**entries, "pooling": pooling}
 
     def _sample(self, data: Prepared, processor: Processor) -> str:
         """The beginning of the first training row."""

@@ -66,6 +66,8 @@ def make_trainer(
             not keep packed documents apart.
     """
     task, run, directory = journey.task, journey.run, journey.directory
+    if fresh:
+        directory.lock(fresh=list(fresh), pooling=getattr(model, "pooling", None))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
     needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
