@@ -71,7 +71,9 @@ def test_a_system_prompt_hides_no_leak(tmp_path: Path, tokenizer: Any) -> None:
     both = put(tmp_path / "both.jsonl", rows + others)
     assert leaks(tokenizer, train=train, eval=both)["exact"] == 60
     other, same = put(tmp_path / "other.jsonl", others), put(tmp_path / "same.jsonl", rows)
-    found = prepared(tokenizer, check=False, train=train, eval=other, decontaminate=same).census.leaks
+    found = prepared(
+        tokenizer, check=False, train=train, eval=other, decontaminate=same
+    ).census.leaks
     assert found[f"data.decontaminate: {same}"]["exact"] == 60
 
 

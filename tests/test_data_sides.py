@@ -153,7 +153,11 @@ def test_a_file_of_labels_that_holds_none_is_a_mistake(
 @pytest.mark.parametrize(
     ("settings", "wanted", "words"),
     [
-        ({"train": "text"}, "chat", "these columns (text) are text, and this recipe reads text+label;"),
+        (
+            {"train": "text"},
+            "chat",
+            "these columns (text) are text, and this recipe reads text+",
+        ),
         ({"train": "rows"}, "text", "such as `recipe: sft`, or rename them"),
         ({"train": "rows", "eval": "text"}, "chat", "such as `recipe: cpt`, or rename them"),
         ({"train": ["rows", "text"]}, "chat", "such as `recipe: cpt`, or rename them"),

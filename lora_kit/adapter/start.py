@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_kit.adapter import files
+from lora_kit.errors import UserError
 from lora_kit.schema import Adapter
 
 
@@ -34,7 +35,11 @@ def as_at_start(model: Any, adapter: Adapter) -> Iterator[None]:
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     kept = {name: tensor.detach().clone() for name, tensor in own.items()}
     try:
-        set_peft_model_state_dict(model, files.open_adapter(adapter.start).tensors())
+        started = files.open_adapter(adapter.start).tensors()
+    except UserError as error:
+        raise UserError(f"adapter.start: {error}") from None
+    try:
+        set_peft_model_state_dict(model, started)
         model.base_model.enable_adapter_layers()
         yield
     finally:

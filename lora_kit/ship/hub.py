@@ -110,7 +110,9 @@ def make_plan(
     _check_finite(adapter)
     # That only this machine should know, should a tokenizer's settings or template tell.
     named = [str(config.get("base_model_name_or_path")), *(lock.get("data") or {})]
-    named += [*_texts(run.run and run.run.model_dump()), str(Path.cwd()), str(home.resolve())]
+    named += [str(Path.cwd()), str(home.resolve())]
+    with suppress(UserError):  # a run file that cannot be read has nothing to tell
+        named += _texts(run.run and run.run.model_dump())
     private = {path for path in named if re.match("/[^/]+/", path)}
     base = _public_base(str(config.get("base_model_name_or_path") or LOCAL), lock)
     config["base_model_name_or_path"] = None if base == LOCAL else base

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ from lora_kit.base.templates import set_template
 from lora_kit.data.census import NO_SUPERVISION
 from lora_kit.data.formats import Example, normalised, said
 from lora_kit.data.rows import Row, Rows
-from lora_kit.errors import CheckFailed, NotUsable
+from lora_kit.errors import CheckFailed, NotUsable, UserError
 from lora_kit.schema import Section, Train
 from lora_kit.tasks.batches import IGNORED, collator, in_one_row
 from lora_kit.tasks.causal import Text, chat_encoder
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_kit.base.pin import Pinned
+    from lora_kit.data.examples import Examples
     from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
 
@@ -62,6 +64,7 @@ _MOST_TOKENS = 512  # of a generation
 _MORE_UNFINISHED = 0.2
 _TOO_SHORT = 0.5  # of the mean length of the chosen completions, and of the reference's
 REFERENCE = "reference"
+_SHARDING = ("FSDP", "DEEPSPEED")  # as accelerate calls them in the environment
 _VERSION = 1  # raised whenever the same model and rows give other references than before
 
 
@@ -122,6 +125,9 @@ class Preference(Task):
         set_template(tokenizer, run.data.chat_template)
         return tokenizer
 
+    def facts(self, train: Examples, run: Run) -> Facts:
+        return {"kind": "chat", "joiner": next(iter(train)).joiner}
+
     # ------------------------------------------------------------------ rows
     def encode(
         self, examples: Sequence[Example], processor: Processor, facts: Facts, run: Run
@@ -149,10 +155,19 @@ class Preference(Task):
         """Adds `reference`, under the model as it is, by the arithmetic that the training uses.
 
         It is kept under a key of everything that decides it; `train.beta` is not one of them.
+
+        Raises:
+            UserError: the base is sharded.
         """
         import torch.distributed as dist
 
         from lora_kit import cache
+
+        if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in _SHARDING):
+            raise UserError(
+                "preference tuning needs the whole base in each process: use --accelerate "
+                "multi_gpu, or base.quantize=nf4, instead of FSDP or DeepSpeed"
+            )
 
         def compute(folder: Path) -> None:
             np.save(folder / "reference.npy", self._log_probabilities(model, rows, processor))
