@@ -17,6 +17,7 @@ EXPECTED = {
     "llama-3.1-8b-qlora": ("meta-llama/Llama-3.1-8B", "nf4"),
     "llama-3.3-70b-fsdp-qlora": ("meta-llama/Llama-3.3-70B-Instruct", "nf4"),
     "nano-cpt": ("nano", "nf4"),
+    "nano-dpo": ("nano", "none"),
     "nano-sft": ("nano", "none"),
     "qwen3-0.6b-sft": ("Qwen/Qwen3-0.6B", "none"),
     "qwen3-8b-qlora": ("Qwen/Qwen3-8B", "nf4"),
@@ -29,6 +30,7 @@ def load(config: Path, folder: Path) -> Run:
     copy = folder / "run.yaml"
     copy.write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (folder / "texts").mkdir()
     return load_run(copy)
 
