@@ -194,6 +194,22 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def cpt_run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `cpt`. Change nothing in it: `trained.copied` gives a copy."""
+    from trained import finish_in
+
+    return finish_in(tmp_path_factory.mktemp("cpt_run"), base)
+
+
+@pytest.fixture(scope="session")
+def sft_run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of `sft`."""
+    from trained import finish_in
+
+    return finish_in(tmp_path_factory.mktemp("sft_run"), base, "sft")
+
+
 RunMaker = Callable[..., Path]
 
 

@@ -230,7 +230,7 @@ def preferences() -> dict[str, Any]:
     return minimal() | {
         "verdict": {"domain": "no different", "general": "forgot"},
         "domain": {
-            **{"documents": 120, "rival": "base"},
+            **{"documents": 120, "rival": "reference"},
             "accuracy": scored(0.5, 1.0, 0.5, 0.5),
             "margin": scored(0.0, 14.31, 13.6, 15.1),
             "objection": "general text got worse (3.142 to 16.700 nats per token) and completions "
@@ -242,13 +242,14 @@ def preferences() -> dict[str, Any]:
             "bits_per_byte": scored(1.31, 6.96, 5.0, 6.25, "lower"),
         },
         "generation": {
+            **{"documents": 64, "rival": "reference", "chosen_length": 21.4, "room": 64},
             "length": scored(22.6, 1.0, -23.5, -19.8),
             "unfinished": scored(0.08, 0.0, -0.13, -0.03, "lower"),
-            "kl": scored(0.0, 64.2, 58.0, 70.1, "lower"),
+            "kl": scored(0.0, 6.42, 5.8, 7.01, "lower"),
         },
         "contenders": {
             "adapted": {"accuracy": 1.0, "margin": 14.31},
-            "base": {"accuracy": 0.5, "margin": 0.0},
+            "reference": {"accuracy": 0.5, "margin": 0.0},
         },
         "samples": [],
         "not_measured": [],

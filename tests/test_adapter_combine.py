@@ -18,6 +18,7 @@ import lora_kit
 from lora_kit.adapter import extract
 from lora_kit.adapter.combine import combine
 from lora_kit.adapter.files import open_adapter
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.cli import app
 from lora_kit.errors import UserError
 
@@ -81,7 +82,9 @@ def test_each_method_is_pefts(
 ) -> None:
     from peft import PeftModel
 
-    made = combine(pair, tmp_path / "out", method, WEIGHTS, density=0.3, seed=3)
+    made = combine(
+        [*map(FinishedRun, pair)], tmp_path / "out", method, WEIGHTS, density=0.3, seed=3
+    )
     model, wanted = of_peft(base, pair, PEFTS[method], monkeypatch)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert len(wanted) == 4 and len(tensors) == 8
@@ -110,16 +113,16 @@ def test_another_rank_blocks_and_embeddings_change_nothing_else(
         return {a: tensors[b] @ tensors[a] for a, b in zip(halves[::2], halves[1::2], strict=True)}
 
     for kind in ("linear", "ties"):
-        combine(pair, tmp_path / f"{kind}-whole", kind, WEIGHTS, rank=4)
-    combine(pair, tmp_path / "svd", "svd", WEIGHTS)
+        combine([*map(FinishedRun, pair)], tmp_path / f"{kind}-whole", kind, WEIGHTS, rank=4)
+    combine([*map(FinishedRun, pair)], tmp_path / "svd", "svd", WEIGHTS)
     monkeypatch.setattr(extract, "_BLOCK", 1000)
-    combine(pair, tmp_path / "ties-blocks", "ties", WEIGHTS)
+    combine([*map(FinishedRun, pair)], tmp_path / "ties-blocks", "ties", WEIGHTS)
     for one, other in (("linear-whole", "svd"), ("ties-whole", "ties-blocks")):
         first, second = updates(tmp_path / one), updates(tmp_path / other)
         assert first.keys() == second.keys() and len(first) == 5
         for module, update in first.items():
             assert (update - second[module]).abs().max() <= 1e-4 * update.abs().max()
-    made = combine(pair, tmp_path / "sum")
+    made = combine([*map(FinishedRun, pair)], tmp_path / "sum")
     assert made["rank"] == 8 and made["weights"] == [0.5, 0.5]
     parts = [open_adapter(folder) for folder in pair]
     whole = open_adapter(tmp_path / "sum")
@@ -153,7 +156,7 @@ def test_mistakes_are_named_and_leave_nothing(base: Path, pair: list[Path], tmp_
     ]
     for paths, settings, words in cases:
         with pytest.raises(UserError, match="(?s)" + words):
-            combine(paths, tmp_path / "out", **settings)
+            combine([*map(FinishedRun, paths)], tmp_path / "out", **settings)
     assert not list(tmp_path.glob("*out*"))
     done = CliRunner().invoke(app, ["combine", *map(str, pair), "--out", "x", "--weights", "1;2"])
     assert isinstance(done.exception, UserError)
@@ -223,5 +226,5 @@ def test_weights_that_changed_since_training_are_refused(runs: list[Path], tmp_p
     for words, changes in cases.items():
         lock.write_text(json.dumps({**json.loads(before), **changes}))
         with pytest.raises(UserError, match=words):
-            combine(runs, tmp_path / "out")
+            combine([*map(FinishedRun, runs)], tmp_path / "out")
         lock.write_text(before)

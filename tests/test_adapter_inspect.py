@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from trained import edit
 
 from lora_kit.adapter.files import Update
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.inspect import compared, difference, figures, inspect
 from lora_kit.errors import UserError
 
@@ -133,7 +134,7 @@ def test_a_known_rotation(rotation: float, cosine: float, apart: float) -> None:
 def test_the_difference_of_two_is_that_of_their_matrices(made: Maker) -> None:
     (one, first), (two, second) = made("a", 0), made("b", 1, r=6, use_rslora=True)
     ours, theirs = deltas(one), deltas(two)
-    found = difference(first, second)
+    found = difference(FinishedRun(first), FinishedRun(second))
     assert found["same_base"] and not found["same"]
     for module in found["modules"]:
         a, b = (whole[module["module"]].astype(float) for whole in (ours, theirs))
@@ -146,16 +147,16 @@ def test_the_difference_of_two_is_that_of_their_matrices(made: Maker) -> None:
 
 def test_an_adapter_is_the_same_as_itself_and_not_as_a_changed_one(made: Maker) -> None:
     _, first = made()
-    found = difference(first, first)
+    found = difference(FinishedRun(first), FinishedRun(first))
     assert found["same"] and found["whole"]["difference"] == 0
     assert all(module["cosine"] == pytest.approx(1) for module in found["modules"])
     second = shutil.copytree(first, first.parent / "b")
     edit(second / "adapter_config.json", lambda c: c.update(lora_alpha=24))
-    found = difference(first, second)
+    found = difference(FinishedRun(first), FinishedRun(second))
     assert not found["same"] and found["whole"]["relative"] == pytest.approx(0.5)
     edit(second / "adapter_config.json", lambda c: c.update(base_model_name_or_path="other/base"))
     rewrite(second, lambda t: [t.pop(n) for n in list(t) if "layers.1" in n])
-    found = difference(first, second)
+    found = difference(FinishedRun(first), FinishedRun(second))
     assert not found["same_base"] and found["bases"][1]["model"] == "other/base"
     assert len(found["only_first"]) == 4 and not found["only_second"]
 
@@ -176,7 +177,7 @@ def test_bfloat16_zeros_and_values_that_are_not_finite(made: Maker) -> None:
     found = {one["module"].rpartition(".")[2]: one for one in figures(folder)[:4]}
     assert found["q_proj"]["norm"] == found["q_proj"]["effective_rank"] == 0
     assert found["k_proj"]["norm"] is found["k_proj"]["effective_rank"] is None
-    odd = {line["what"] for line in inspect(folder)["loaders"]}
+    odd = {line["what"] for line in inspect(FinishedRun(folder))["loaders"]}
     assert {"values that are not finite", "an update of zeros"} <= odd
     with pytest.raises(UserError, match="not finite"):
-        difference(folder, folder)
+        difference(FinishedRun(folder), FinishedRun(folder))

@@ -13,6 +13,7 @@ from test_adapter_inspect import WEIGHTS, Maker, made, rewrite  # noqa: F401 - a
 from test_cli import Shell, run  # noqa: F401 - a fixture
 from trained import edit, finish
 
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.inspect import figures, inspect
 from lora_kit.errors import UserError
 
@@ -50,7 +51,7 @@ def test_broken_files_and_pickles_are_refused(made: Maker) -> None:
 
     def refusal() -> str:
         with pytest.raises(UserError) as raised:
-            inspect(folder)
+            inspect(FinishedRun(folder))
         assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
         return str(raised.value)
 
@@ -97,14 +98,14 @@ OWN = "a start from the base's own weights"
     ],
 )
 def test_what_a_loader_trips_over(made: Maker, config: Any, who: list[str], what: str) -> None:
-    plain = {line["what"] for line in inspect(made()[1])["loaders"]}
+    plain = {line["what"] for line in inspect(FinishedRun(made()[1]))["loaders"]}
     assert plain == {"a base named by its folder", "no tokenizer", PART}
     if "modules_to_save" in config:  # the tiny base has neither
         _, folder = made("b")
         edit(folder / "adapter_config.json", lambda c: c.update(config))
     else:
         _, folder = made("b", **config)
-    found = inspect(folder)
+    found = inspect(FinishedRun(folder))
     lines = [line for line in found["loaders"] if line["what"] not in plain]
     assert [(line["what"], line["who"]) for line in lines] == [(what, one) for one in who]
     beside = {"trainable_token_indices": "trainable_tokens_delta", "use_dora": "magnitude_vector"}
@@ -123,7 +124,7 @@ def test_where_the_base_is(made: Maker) -> None:
     ):
         values = {"base_model_name_or_path": model, "revision": revision}
         edit(folder / "adapter_config.json", lambda c, v=values: c.update(v))
-        found = [line["what"] for line in inspect(folder)["loaders"]]
+        found = [line["what"] for line in inspect(FinishedRun(folder))["loaders"]]
         assert found == [PART, *[what] * bool(what)]
 
 

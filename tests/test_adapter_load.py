@@ -17,6 +17,7 @@ from trained import edit, finish, folder_maker
 import lora_kit
 from lora_kit.adapter.attach import put_on
 from lora_kit.adapter.files import open_adapter
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import end_tokens
 from lora_kit.errors import UserError
 from lora_kit.prove.show import say
@@ -58,8 +59,8 @@ def test_load_gives_model_and_tokenizer_ready_to_answer(run: Path, base: Path) -
         plain = logits(model)
     assert (adapted - plain).abs().max() > 0.1
     # `base` is the base, and without it the adapter answers.
-    assert say(run, "What is 3?", base=True, max_new_tokens=8) != say(
-        run, "What is 3?", base=False, max_new_tokens=8
+    assert say(FinishedRun(run), "What is 3?", base=True, max_new_tokens=8) != say(
+        FinishedRun(run), "What is 3?", base=False, max_new_tokens=8
     )
 
 
@@ -105,11 +106,13 @@ def test_another_base_is_refused(run_file: RunMaker, tmp_path: Path) -> None:
     run = finish(run_file, **{"base.model": str(own), "train.max_steps": 1})
     lora_kit.load(run)
     edit(own / "config.json", lambda c: c.update(rms_norm_eps=1e-2))
-    with pytest.raises(UserError, match=r"config\.json changed since") as raised:
+    with pytest.raises(UserError, match=r"another base .*: config\.json differs") as raised:
         lora_kit.load(run)
     assert str(run) in str(raised.value) and str(own) in str(raised.value)
     shutil.rmtree(own)
-    with pytest.raises(UserError, match=r"base\.model: .*no such folder"):
+    with pytest.raises(
+        UserError, match=r"run\.yaml: base\.model: .*no such folder.* --base FOLDER"
+    ):
         lora_kit.load(run)
 
 
@@ -177,7 +180,10 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(run: Path, base: Path, w
     whole, own = lora_kit.load(run)
     assert torch.equal(logits(model), logits(whole))
     assert tokenizer.get_vocab() == own.get_vocab()
-    answers = {say(sent, "What is 3?", base=plain, max_new_tokens=8) for plain in (True, False)}
+    answers = {
+        say(FinishedRun(sent), "What is 3?", base=plain, max_new_tokens=8)
+        for plain in (True, False)
+    }
     assert len(answers) == 2
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 from conftest import RunMaker, make_tokenizer, sentences
+from prepared import prepared, said
 
-from lora_kit.data.prepare import prepare
 from lora_kit.data.readers import FEWEST_DOCUMENTS
 from lora_kit.data.sources import open_sources
 from lora_kit.errors import UserError
 from lora_kit.run import load_run
-from lora_kit.schema import Data
 
 STORY = [f"{line[:-1]}, and that is the {n}th thing." for n, line in enumerate(sentences(12))]
 
@@ -203,9 +202,9 @@ def test_files_without_text_are_dropped_and_counted(tmp_path: Path, documents: i
         put(tmp_path, f"docs/b{number}.md", "\n".join(sentences(40, seed=number)))
     scan = put(tmp_path, "docs/a.pdf", pdf("", ""))
     bare = put(tmp_path, "docs/c.html", "<html><body><script>draw()</script></body></html>")
-    data = Data(train=str(tmp_path / "docs"), eval=0.3, workers=1)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
-    found = prepare(data, "text", tokenizer, 64, seed=0, limits=False)
+    docs = str(tmp_path / "docs")
+    found = prepared(tokenizer, "text", train=docs, eval=0.3, max_length=64, check=False)
     [(reason, lost)] = found.census.to_json()["train"]["dropped"].items()
     assert (reason, lost["rows"] if isinstance(lost, dict) else lost) == ("empty", 2)
     assert scan in str(found.census.lines()) and bare not in str(found.census.lines())
@@ -216,11 +215,9 @@ def test_a_page_is_what_a_run_learns_from(run_file: RunMaker, work: Path) -> Non
     put(work, "site/oven.pdf", pdf("A stone oven."))
     run = load_run(run_file("cpt", **{"data.train": "site", "data.eval": 0.2}))
     tokenizer: Any = make_tokenizer(work / "tokenizer")
-    found = prepare(run.data, "text", tokenizer, 128, run.seed)
-    learned = "".join(
-        tokenizer.decode(found.train[n]["input_ids"]) for n in range(len(found.train))
-    )
-    judged = "".join(tokenizer.decode(found.eval[n]["input_ids"]) for n in range(len(found.eval)))
+    train = run.data.train
+    found = prepared(tokenizer, "text", train=train, eval=0.2, max_length=128, seed=run.seed)
+    learned, judged = ("".join(said(found, use, tokenizer)) for use in ("train", "eval"))
     assert "wizards" in learned and "wizards" in judged
     assert "stone oven" in learned + judged
     assert "Navigation" not in learned + judged and "scripted" not in learned + judged

@@ -12,12 +12,12 @@ import pytest
 from conftest import make_tokenizer
 from hub import OLDER, SHA, Hub, client, serving
 from hub_sets import Repos, make_sets, put
+from prepared import prepared
 
 from lora_kit.data import hub as data_hub
-from lora_kit.data.prepare import prepare
 from lora_kit.data.sources import open_sources
 from lora_kit.errors import UserError
-from lora_kit.schema import Data, Source
+from lora_kit.schema import Source
 
 # Opens every list of sources in WANTED, or says why not; with rows and their places.
 OPEN = """
@@ -198,15 +198,14 @@ def test_two_splits_to_learn_from_and_to_judge_by(
     offline: None, found: list[Any], tmp_path: Path
 ) -> None:
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
-    data = Data(
-        train=Source(source="org/set"), eval=Source(source="org/set", split="test"), workers=1
-    )
-    prepared = prepare(data, "text", tokenizer, 64, seed=0)
+    held_out = Source(source="org/set", split="test")
+    train = Source(source="org/set")
+    made = prepared(tokenizer, "text", train=train, eval=held_out, max_length=64)
     names = ["org/set[train]", "org/set[test]"]
-    assert list(prepared.hashes) == names
-    assert list(prepared.hashes.values()) == [f["digest"] for f in found[:2]]
-    assert (prepared.census.train.rows_kept, prepared.census.eval.rows_kept) == (2, 1)
-    assert prepared.place(prepared.eval, 0).endswith("test [1].jsonl:1")
+    assert list(made.hashes) == names
+    assert list(made.hashes.values()) == [f["digest"] for f in found[:2]]
+    assert (made.census.train.rows_kept, made.census.eval.rows_kept) == (2, 1)
+    assert made.place(made.eval, 0).endswith("test [1].jsonl:1")
 
 
 def test_a_branch_that_moved_and_a_commit_that_is_kept(tmp_path: Path, repos: Repos) -> None:

@@ -156,7 +156,7 @@ def test_a_file_of_labels_that_holds_none_is_a_mistake(
         (
             {"train": "text"},
             "chat",
-            "these columns (text) are text, and this recipe reads text+label;",
+            "these columns (text) are text, and this recipe reads text+",
         ),
         ({"train": "rows"}, "text", "such as `recipe: sft`, or rename them"),
         ({"train": "rows", "eval": "text"}, "chat", "such as `recipe: cpt`, or rename them"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer, sentences
+from prepared import prepared
 
 from lora_kit.data import readers
 from lora_kit.data.prepare import prepare
@@ -18,6 +19,7 @@ from lora_kit.data.readers import FEWEST_DOCUMENTS, Opened, Row
 from lora_kit.data.sources import check_apart, open_sources
 from lora_kit.errors import UserError
 from lora_kit.schema import EMBEDDED, Data, Source
+from lora_kit.tasks.causal import Text
 
 
 def put(folder: Path, name: str, content: str | bytes) -> str:
@@ -154,10 +156,9 @@ def test_an_empty_file_is_refused(
 ) -> None:
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
     file = put(tmp_path, f"a{kind}{'.gz' if content else ''}", content)
-    words = f"{file}: empty: there is nothing to learn from"
     with pytest.raises(UserError) as caught:
-        prepare(Data(train=file), None, make_tokenizer(tmp_path / "tokenizer"), 64, seed=0)
-    assert str(caught.value) == words
+        prepare(Data(train=file), Text(), seed=0)
+    assert str(caught.value) == f"{file}: empty: there is nothing to train on"
 
 
 def test_sources_that_are_not_there_are_refused(tmp_path: Path) -> None:
@@ -206,11 +207,11 @@ def test_a_file_that_becomes_another_kind_is_prepared_again(
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     lines = "\n".join(json.dumps({"text": s}) for s in random.Random(0).sample(sentences(99), 60))
     file = Path(put(tmp_path, "docs/a.jsonl", lines))
-    data = Data(train=str(file.parent), eval=0.4)
-    assert not prepare(data, "text", tokenizer, 64, seed=0).cached
-    assert prepare(data, "text", tokenizer, 64, seed=0).cached
+    data: dict[str, Any] = {"train": str(file.parent), "eval": 0.4, "max_length": 64}
+    assert not prepared(tokenizer, "text", **data).cached
+    assert prepared(tokenizer, "text", **data).cached
     file.rename(file.with_suffix(".txt"))
-    again = prepare(data, "text", tokenizer, 64, seed=0)
+    again = prepared(tokenizer, "text", **data)
     assert not again.cached
     assert again.names[0][0].endswith("a.txt")
 

@@ -104,10 +104,12 @@ def test_running_text_loses_and_doubles_no_token(tmp_path: Path, tokenizer: Any,
 def test_a_row_of_running_text_stands_where_its_first_token_does(
     tmp_path: Path, plain: Any
 ) -> None:
-    rows = train(documents(plain, ["the fox", "a dog", "an oven"]), plain, "running", 2)
-    lengths = [len(closed(plain, text)) for text in ("the fox", "a dog", "an oven")]
-    lines = np.repeat([1, 2, 3], lengths)
-    assert rows.column("number").tolist() == lines[::2][: len(rows)].tolist()
+    texts = ["the fox", "a dog in a stone oven", "an oven"] * 3
+    rows = train(documents(plain, texts), plain, "running", 8)
+    lengths = [len(closed(plain, text)) for text in texts]
+    lines = np.repeat(np.arange(1, 10), lengths)
+    assert len(rows) > 2
+    assert rows.column("number").tolist() == lines[::8][: len(rows)].tolist()
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -100,7 +100,7 @@ def test_the_comparison_is_the_reports() -> None:
     loss = report["domain"]["loss"]
     row = f"| held out of the data | {report['domain']['documents']} | loss | {loss['base']:.4f} "
     assert row + f"| {loss['adapted']:.4f} | {loss['difference']:+.4f} |" in card.text
-    assert "- domain: " in card.text and "better than the base on text it never saw" in card.text
+    assert "- domain: " in card.text and "better than the base on held-out data" in card.text
     worse = copy.deepcopy(report)
     worse["verdict"]["general"] = "forgot"
     assert "general text got worse: the adapter forgets" in made(report=worse).text

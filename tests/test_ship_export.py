@@ -14,6 +14,7 @@ from conftest import make_base
 from test_cli import Shell, run  # noqa: F401 - a fixture
 from trained import finish, folder_maker
 
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.ship import export as module
 from lora_kit.ship.export import OTHER_ARITHMETIC, ROUGH_GELU, ROUNDED, SAME_ARITHMETIC, export
@@ -51,7 +52,9 @@ def told(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.reload, "reloaded", listening)
-        found = export(trained, "portable", tmp_path_factory.mktemp("told") / "deep" / "out")
+        found = export(
+            FinishedRun(trained), "portable", tmp_path_factory.mktemp("told") / "deep" / "out"
+        )
     return found, answers[0]
 
 
@@ -133,9 +136,11 @@ def test_rounding_hides_no_wrong_scale(
     wrong = pytest.raises(CheckFailed, match=r"scale were (0\.[5-8]|1\.[1-4])\d+ times")
     with wrong if by != 1 else contextlib.nullcontext():
         if to == "logits":
-            merge(in_bfloat16, tmp_path / "out", verify="logits")
+            merge(FinishedRun(in_bfloat16), tmp_path / "out", verify="logits")
         else:
-            export(in_bfloat16, to.split()[0], tmp_path / "out", (*to.split(), None)[1])
+            export(
+                FinishedRun(in_bfloat16), to.split()[0], tmp_path / "out", (*to.split(), None)[1]
+            )
     assert (tmp_path / "out").exists() == (by == 1)
 
 
@@ -149,7 +154,7 @@ def test_a_template_that_refuses_a_turn_is_compared_where_it_does_not(
     compared = module._compared
     monkeypatch.setattr(module, "_compared", lambda *a: told.append(a[1]) or compared(*a))
     for to in ("portable", "gguf"):
-        export(run, to, tmp_path / to)
+        export(FinishedRun(run), to, tmp_path / to)
     assert [[bool(ids) for ids in truth.conversations] for truth in told] == [[True, False]] * 2
 
 
@@ -162,9 +167,9 @@ def test_an_adapter_of_tied_ends_names_its_base(
     base = make_base(tmp_path / "base", TEMPLATE)
     head = {"adapter.target_modules": ["lm_head", "v_proj"]}
     run = finish(folder_maker(tmp_path, base), "sft", **head)
-    alone = export(run, "gguf", tmp_path / "alone", what="adapter")
+    alone = export(FinishedRun(run), "gguf", tmp_path / "alone", what="adapter")
     assert f"lora-kit export {run} --to gguf --what base" in alone["notes"][0]
-    export(run, "gguf", tmp_path / "whole", what="base")
+    export(FinishedRun(run), "gguf", tmp_path / "whole", what="base")
     (file,) = (tmp_path / "whole").glob("*.gguf")
     assert "output.weight" in [tensor.name for tensor in GGUFReader(file).tensors]
 
@@ -174,7 +179,7 @@ def test_a_form_that_says_something_else_is_not_there(
 ) -> None:
     scaled(monkeypatch, 1.1)
     with pytest.raises(CheckFailed, match="log-probabilities differ by") as raised:
-        export(trained, "gguf", tmp_path / "deep" / "out", what="adapter")
+        export(FinishedRun(trained), "gguf", tmp_path / "deep" / "out", what="adapter")
     assert raised.value.exit_code == 1 and "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
 
@@ -208,7 +213,7 @@ def test_each_thing_that_is_compared_counts(
     change(answer)
     monkeypatch.setattr(module.reload, "reloaded", lambda *_: answer)
     with pytest.raises(CheckFailed, match=words):
-        export(trained, "portable", tmp_path / "out")
+        export(FinishedRun(trained), "portable", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -218,11 +223,11 @@ def test_llama_cpp_may_begin_a_bare_text_in_its_own_way(
     answer = json.loads(told[1])
     answer["texts"][0].insert(0, 1)
     monkeypatch.setattr(module.llama_cpp, "run", lambda *_, **__: answer)
-    found = export(trained, "gguf", tmp_path / "out", what="adapter")
+    found = export(FinishedRun(trained), "gguf", tmp_path / "out", what="adapter")
     assert found["notes"] == ["it splits texts without a template into other tokens"]
     answer["conversations"][0].insert(0, 1)
     with pytest.raises(CheckFailed, match=r"splits texts .* another template"):
-        export(trained, "gguf", tmp_path / "other", what="adapter")
+        export(FinishedRun(trained), "gguf", tmp_path / "other", what="adapter")
 
 
 def test_gelu_in_llama_cpp_is_rougher() -> None:
@@ -244,7 +249,7 @@ def test_without_mlx_it_is_written_and_said_not_to_have_run(
     assert "not run here" in done.err and (out / "adapters.safetensors").is_file()
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
     with pytest.raises(UserError, match=r"lora-kit\[llamacpp\]"):
-        export(trained, "gguf", tmp_path / "other")
+        export(FinishedRun(trained), "gguf", tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from test_cli import Shell, run  # noqa: F401 - a fixture
 from trained import finish, folder_maker
 
 import lora_kit
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.inspect import figures
-from lora_kit.adapter.load import load_run_tokenizer, open_run
 from lora_kit.base.load import load_base
 from lora_kit.base.pin import pin
 from lora_kit.base.tensors import stored_in
@@ -47,12 +47,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def found(trained: Path) -> dict[str, Any]:
-    return fidelity(trained)
+    return fidelity(FinishedRun(trained))
 
 
 @pytest.fixture(scope="module")
 def rows(trained: Path) -> Any:
-    return prepared_again(trained, open_run(trained), load_run_tokenizer(trained)).eval
+    return prepared_again(FinishedRun(trained)).eval
 
 
 def loss(model: Any, rows: Any) -> float:
@@ -65,7 +65,7 @@ def test_the_error_is_that_of_the_files_through_bitsandbytes(
 ) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    settings = open_run(trained).base
+    settings = FinishedRun(trained).base
     pinned = pin(settings)
     stored, held = stored_in(Path(pinned.folder)), load_base(settings, pinned)
     norms = {one["module"]: one["norm"] for one in figures(trained)}
@@ -93,7 +93,7 @@ def test_the_losses_are_those_of_the_models_that_merge_writes(
     with model.disable_adapter():
         assert loss(model, rows) > found["loss"] + 0.2  # a loud one
     for into in room.INTO:
-        folder = merge(trained, tmp_path / into, into=into).out
+        folder = merge(FinishedRun(trained), tmp_path / into, into=into).out
         merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         assert found[into]["loss"] == pytest.approx(loss(merged, rows), rel=1e-6)
         same = room._measured(model, merged, rows, tokenizer.pad_token_id)
@@ -162,7 +162,7 @@ def test_the_advice(
 def test_a_run_that_was_not_quantized_has_no_choice(run_file: RunMaker, run: Shell) -> None:
     home = finish(run_file, **{"train.max_steps": 1})
     with pytest.raises(UserError, match=r"base\.quantize is none: only for .* nf4"):
-        fidelity(home)
+        fidelity(FinishedRun(home))
     done = run("check", str(home), "--fidelity")
     assert (done.code, len(done.errors)) == (2, 1)
     done = run("check", str(home / "adapter"), "--fidelity")
@@ -176,14 +176,16 @@ def test_what_is_advised_can_be_exported(
     from lora_kit.ship import gguf
     from lora_kit.ship.export import export
 
-    found = export(trained, "gguf", tmp_path / "gguf", "f32", into="dequantized")["reloaded"]
+    found = export(FinishedRun(trained), "gguf", tmp_path / "gguf", "f32", into="dequantized")[
+        "reloaded"
+    ]
     assert found["max_difference"] <= 1e-3 < 0.1 < found["adapter_effect"]
     with pytest.raises(UserError, match="only where a merged model is written"):
-        export(trained, "portable", tmp_path / "no", into="dequantized")
+        export(FinishedRun(trained), "portable", tmp_path / "no", into="dequantized")
 
     def into_the_other(*arguments: Any, into: str, **options: Any) -> Any:
         return merge(*arguments, **options)
 
     monkeypatch.setattr(gguf, "merge", into_the_other)
     with pytest.raises(CheckFailed, match="log-probabilities differ"):
-        export(trained, "gguf", tmp_path / "other", "f32", into="dequantized")
+        export(FinishedRun(trained), "gguf", tmp_path / "other", "f32", into="dequantized")

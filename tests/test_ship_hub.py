@@ -16,6 +16,7 @@ from hub_commands import Done, commands
 from hub_writing import TOKEN, Trouble, WritableHub, writable
 from trained import edit, finish, folder_maker
 
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.ship.hub import make_plan
 
 # In the data: one with the shape of a token, one without.
@@ -100,7 +101,7 @@ def done(hub: WritableHub, run: Path, place: Path) -> dict[str, Done]:
     # What an earlier push left, with --with-samples and --merged, beside what is somebody's own.
     old = {name: b"{}" for name in (*STALE, "theirs.txt", "a/config.json")}
     hub.make("me/stale", private=True, files=old)
-    content = make_plan(run, "me/rows").files
+    content = make_plan(FinishedRun(run), "me/rows").files
     held = {n: c.read_bytes() if isinstance(c, Path) else c for n, c in content.items()}
     hub.make("me/rows", private=True, files={**held, "report.html": b"rows of the data"})
     again = [f"push {run} {name}" for name in hub.troubles]

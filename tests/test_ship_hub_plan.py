@@ -15,6 +15,7 @@ from test_ship_hub_pull import CONFIG, weights
 from trained import edit
 from typer.testing import CliRunner
 
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.cli import app
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.hashes import file_hash
@@ -64,7 +65,7 @@ def texts(plan: Plan) -> dict[str, str]:
 
 
 def test_a_local_base_and_local_data_are_hashes_alone(run: Path) -> None:
-    plan = make_plan(run, "me/test")
+    plan = make_plan(FinishedRun(run), "me/test")
     found = texts(plan)
     assert set(found) == {
         *("README.md", "adapter_config.json", "chat_template.jinja", "report.json"),
@@ -85,17 +86,17 @@ def test_a_local_base_and_local_data_are_hashes_alone(run: Path) -> None:
     edit(
         run / "adapter/adapter_config.json", lambda v: v.update(base_model_name_or_path=str(MODEL))
     )
-    config = json.loads(texts(make_plan(run, "me/test"))["adapter_config.json"])
+    config = json.loads(texts(make_plan(FinishedRun(run), "me/test"))["adapter_config.json"])
     assert config["base_model_name_or_path"] == "nano"
 
 
 def test_rows_of_the_data_leave_only_when_asked(run: Path) -> None:
     [sample, *_] = full()["samples"]
-    without = texts(make_plan(run, "me/test"))
+    without = texts(make_plan(FinishedRun(run), "me/test"))
     report = json.loads(without["report.json"])
     assert "samples" not in report and report["domain"] == full()["domain"]
     assert sample["expected"] not in "".join(without.values())
-    found = texts(make_plan(run, "me/test", with_samples=True))
+    found = texts(make_plan(FinishedRun(run), "me/test", with_samples=True))
     assert json.loads(found["report.json"])["samples"][0]["expected"] == sample["expected"]
     page = "<p>base</p><p>data: a.jsonl</p><a href='https://x.org/a/b'>x</a>"
     assert found["report.html"] == page
@@ -110,11 +111,11 @@ def test_a_merged_model_goes_up_instead(run: Path, tmp_path: Path) -> None:
         if record is not None:
             put(merged, merge__json=record)
         with pytest.raises(UserError, match=r"merged: not what `lora-kit merge` made of .*test"):
-            make_plan(run, "me/test", merged=merged)
+            make_plan(FinishedRun(run), "me/test", merged=merged)
     saved = {"sha256": file_hash(run / "adapter/adapter_model.safetensors")}
     put(merged, merge__json={"adapter": saved, "base": {"model": "secret-project"}})
     put(merged, NOTICE=b"of the base", LICENCE__txt=b"a", **{"COPYING": b"b"})
-    plan = make_plan(run, "me/test", merged=merged)
+    plan = make_plan(FinishedRun(run), "me/test", merged=merged)
     found = texts(plan)
     assert set(plan.files) == {*found, "model.safetensors"}
     assert json.loads(found["merge.json"]) == {"adapter": saved, "base": {"model": LOCAL}}
@@ -126,27 +127,27 @@ def test_a_merged_model_goes_up_instead(run: Path, tmp_path: Path) -> None:
     assert "base_model_relation: merge" in found["README.md"]
     (merged / "tokenizer_config.json").symlink_to("{}etc/passwd".format("/"))
     with pytest.raises(UserError, match="a link to somewhere else"):
-        make_plan(run, "me/test", merged=merged)
+        make_plan(FinishedRun(run), "me/test", merged=merged)
     with pytest.raises(UserError, match=r"model\.safetensors: missing"):
-        make_plan(run, "me/test", merged=tmp_path / "nowhere")
+        make_plan(FinishedRun(run), "me/test", merged=tmp_path / "nowhere")
 
 
 def test_a_base_whose_terms_ask_for_it_gets_a_notice(run: Path) -> None:
     edit(run / "run.lock.json", lambda v: v["base"].update(licence="llama3.2", revision=SHA))
     named = {"base_model_name_or_path": "meta-llama/Llama-3.2-1B", "revision": SHA}
     edit(run / "adapter/adapter_config.json", lambda v: v.update(named))
-    plan = make_plan(run, "me/test")
+    plan = make_plan(FinishedRun(run), "me/test")
     assert texts(plan)["NOTICE"].startswith("Llama 3.2 is licensed under the Llama 3.2 Community")
     assert "warning: Llama 3.2's terms ask for a name that begins with Llama" in str(plan)
     (run / "adapter/LICENSE").write_text("LLAMA 3.2 COMMUNITY ... LlamaUseReport@meta.com")
-    plan = make_plan(run, "me/Llama-test")
+    plan = make_plan(FinishedRun(run), "me/Llama-test")
     # What the base came with goes along; ours stands below it, once.
     ours = texts(plan)["NOTICE"]
     (run / "adapter/NOTICE").write_text("Copyright Some Lab\n")
-    plan = make_plan(run, "me/Llama-test")
+    plan = make_plan(FinishedRun(run), "me/Llama-test")
     assert texts(plan)["NOTICE"] == f"Copyright Some Lab\n\n{ours}"
     (run / "adapter/NOTICE").write_text(texts(plan)["NOTICE"])
-    assert texts(make_plan(run, "me/Llama-test"))["NOTICE"] == texts(plan)["NOTICE"]
+    assert texts(make_plan(FinishedRun(run), "me/Llama-test"))["NOTICE"] == texts(plan)["NOTICE"]
     assert "LICENSE" in plan.files and "terms ask" not in str(plan)
 
 
@@ -161,7 +162,7 @@ def test_paths_with_spaces_and_quotes_do_not_leave(run: Path, home: str) -> None
     said = [f"with compare {home}/runs/test", "see https://x.org/a/b, 3 / 4"]
     edit(run / "report.json", lambda v: v.update(not_measured=said))
     put(run, report__html=f"<p>{escape(home)}/my rows.jsonl</p><p>{escape(home)}/base</p>")
-    found = texts(make_plan(run, "me/test", with_samples=True))
+    found = texts(make_plan(FinishedRun(run), "me/test", with_samples=True))
     for name, text in found.items():
         assert not re.search("jane|my runs|srv", text), name
     assert found["report.html"] == "<p>my rows.jsonl</p><p>base</p>"
@@ -175,12 +176,12 @@ def test_rows_are_not_rewritten(run: Path) -> None:
         (run / "report.html").write_text(f"<p>{text}</p>")
 
     put_rows("#!/usr/bin/python -m a")
-    found = texts(make_plan(run, "me/test", with_samples=True))
+    found = texts(make_plan(FinishedRun(run), "me/test", with_samples=True))
     assert found["report.html"] == "<p>#!/usr/bin/python -m a</p>"
     assert "#!/usr/bin/python -m a" in found["report.json"]
     put_rows(f"{HOME}/x")
     with pytest.raises(UserError, match=r"report\.json:\d+: a home folder"):
-        make_plan(run, "me/test", with_samples=True)
+        make_plan(FinishedRun(run), "me/test", with_samples=True)
 
 
 def test_an_adapter_that_is_not_finite_stays(run: Path) -> None:
@@ -188,7 +189,7 @@ def test_an_adapter_that_is_not_finite_stays(run: Path) -> None:
     file.write_bytes(weights()[:-4] + struct.pack("<f", float("inf")))
     edit(run / "run.lock.json", lambda v: v["adapter"].update(sha256=file_hash(file)))
     with pytest.raises(CheckFailed, match=r"q_proj\.lora_B\.weight is NaN or infinite"):
-        make_plan(run, "me/test")
+        make_plan(FinishedRun(run), "me/test")
 
 
 def test_a_secret_stops_it_before_anything_is_shown(
@@ -206,12 +207,12 @@ def test_a_secret_stops_it_before_anything_is_shown(
 def test_a_run_that_is_damaged_or_not_finished_is_refused(run: Path, tmp_path: Path) -> None:
     (run / "adapter/adapter_model.safetensors").write_bytes(weights()[:-1] + b"\1")
     with pytest.raises(UserError, match="not as the run saved it"):
-        make_plan(run, "me/test")
+        make_plan(FinishedRun(run), "me/test")
     (run / "adapter/adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="missing"):
-        make_plan(run, "me/test")
+        make_plan(FinishedRun(run), "me/test")
     with pytest.raises(UserError, match="neither a run directory nor an adapter"):
-        make_plan(tmp_path / "nothing", "me/test")
+        make_plan(FinishedRun(tmp_path / "nothing"), "me/test")
     for repo in ("test", "me/te st", "../test", "me/a/b", "me/{{x}}"):
         with pytest.raises(UserError, match="not a name on the Hub"):
-            make_plan(run, repo)
+            make_plan(FinishedRun(run), repo)

@@ -13,6 +13,7 @@ from trained import edit, finish
 from typer.testing import CliRunner
 
 import lora_kit
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.cli import app
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.hashes import file_hash
@@ -69,7 +70,7 @@ def test_merged_is_base_plus_adapter(
     base = make_base(tmp_path / "base", tie_word_embeddings=tied)
     changes = {f"adapter.{key}": value for key, value in adapter.items()}
     run = finish(run_file, **PLAIN, **changes, **{"base.model": str(base)})
-    merged = merge(run, tmp_path / "deep" / "merged", verify="logits")
+    merged = merge(FinishedRun(run), tmp_path / "deep" / "merged", verify="logits")
 
     model, tokenizer = lora_kit.load(run)
     again, others = alone(merged.out)
@@ -93,7 +94,7 @@ def test_an_adapter_on_one_of_two_tied_matrices_parts_them(
 ) -> None:
     targets: dict[str, Any] = {"adapter.target_modules": [target, "q_proj"]}
     run = finish(run_file, **PLAIN, **targets)
-    merged = merge(run, tmp_path / "merged", verify="logits")
+    merged = merge(FinishedRun(run), tmp_path / "merged", verify="logits")
     difference, effect = compared(merged)
     assert difference <= FLOAT32_TOLERANCE < 0.1 < effect
     model, tokenizer = alone(merged.out)
@@ -107,14 +108,14 @@ def test_a_4_bit_run_merges_into_the_16_bit_base_within_rounding(
     run_file: RunMaker, tmp_path: Path, base: Path
 ) -> None:
     run = finish(run_file, **{"base.dtype": "bfloat16", "base.quantize": "nf4"})
-    merged = merge(run, tmp_path / "merged", verify="logits")
+    merged = merge(FinishedRun(run), tmp_path / "merged", verify="logits")
     difference, effect = compared(merged)
     assert 0 < difference <= ROUNDING_SHARE * effect
     model, tokenizer = alone(merged.out, "bfloat16")
     assert getattr(model.config, "quantization_config", None) is None
     # The unquantized base with the adapter is what it equals, up to 8 bits of mantissa.
     plain, _ = lora_kit.load(run, quantize="none", dtype="float32")
-    exact = merge(run, tmp_path / "exact", dtype="float32", verify="logits")
+    exact = merge(FinishedRun(run), tmp_path / "exact", dtype="float32", verify="logits")
     assert compared(exact)[0] <= FLOAT32_TOLERANCE
     sharp, _ = alone(exact.out)
     assert next(sharp.parameters()).dtype == torch.float32
@@ -137,7 +138,7 @@ def test_the_merged_folder_answers_and_stops(run_file: RunMaker, tmp_path: Path)
         base / "generation_config.json",
         lambda c: c.update(eos_token_id=[0, 5], temperature=0.6, top_p=0.9, do_sample=False),
     )
-    merged = merge(run, tmp_path / "merged")
+    merged = merge(FinishedRun(run), tmp_path / "merged")
     model, tokenizer = alone(merged.out)
     _, own = lora_kit.load(run)
     assert tokenizer.chat_template == own.chat_template is not None
@@ -196,7 +197,7 @@ def test_a_merge_that_is_wrong_leaves_nothing(
             Weights, "_halves", lambda *a, by=factor: tuple(half * by for half in right(*a))
         )
         with pytest.raises(CheckFailed, match=words) as raised:
-            merge(run, tmp_path / "deep" / "er" / "merged", verify="logits")
+            merge(FinishedRun(run), tmp_path / "deep" / "er" / "merged", verify="logits")
         assert raised.value.exit_code == 1 and "\n" not in str(raised.value)
         assert sorted(tmp_path.rglob("*")) == before
     monkeypatch.setattr(Weights, "_halves", right)
@@ -216,7 +217,7 @@ def test_a_merge_that_is_wrong_leaves_nothing(
 
     monkeypatch.setattr(room, "_reread", spoil)
     with pytest.raises(CheckFailed, match="not what was written"):
-        merge(run, tmp_path / "merged")
+        merge(FinishedRun(run), tmp_path / "merged")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -232,12 +233,12 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
         (tmp_path / "file" / "merged", "cannot be made|cannot be written"),
     ):
         with pytest.raises(UserError, match=words) as raised:
-            merge(run, out)
+            merge(FinishedRun(run), out)
         assert str(out) in str(raised.value) and "\n" not in str(raised.value)
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(UserError, match="float8"):
-        merge(run, tmp_path / "merged", dtype="float8")
+        merge(FinishedRun(run), tmp_path / "merged", dtype="float8")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"0 MiB free on its disk, \d+ MiB are needed"):
-        merge(run, tmp_path / "deep" / "merged")
+        merge(FinishedRun(run), tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()

@@ -12,6 +12,7 @@ import torch
 from conftest import make_tokenizer
 from safetensors.torch import load_file
 
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import UserError
 from lora_kit.ship.merge import Merged, merge
@@ -80,7 +81,7 @@ def check(peft: Any, folder: Path, dtype: str = "float32") -> Merged:
     """Merge; the model that transformers loads says what PEFT's says, and the adapter matters."""
     from transformers import AutoModelForCausalLM
 
-    merged = merge(folder / "adapter", folder / "merged", dtype)
+    merged = merge(FinishedRun(folder / "adapter"), folder / "merged", dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         merged.out, dtype=getattr(torch, dtype), output_loading_info=True
     )
@@ -172,10 +173,12 @@ def test_large_matrices_are_merged_in_blocks_of_rows(
 ) -> None:
     kind, shape, settings = CASES[name]
     adapted(causal(kind, **shape), tmp_path, **settings)
-    whole = load_file(merge(tmp_path / "adapter", tmp_path / "whole").out / "model.safetensors")
+    whole = load_file(
+        merge(FinishedRun(tmp_path / "adapter"), tmp_path / "whole").out / "model.safetensors"
+    )
     # Blocks of 64 rows, pieces that end within a row, and a buffer that fills in between.
     monkeypatch.setattr("lora_kit.base.tensors.PIECE", 4096)
-    merged = merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = merge(FinishedRun(tmp_path / "adapter"), tmp_path / "merged")
     parts = load_file(merged.out / "model.safetensors")
     for tensor, wanted in whole.items():
         torch.testing.assert_close(parts[tensor], wanted, rtol=1e-6, atol=1e-6)
@@ -231,7 +234,7 @@ def test_a_base_with_other_experts_is_refused(tmp_path: Path) -> None:
         more = {"num_experts": experts, "num_local_experts": experts}
         causal("Qwen3Moe", **{**shape, **more}).save_pretrained(tmp_path / "base")
         with pytest.raises(UserError, match=r"not as many experts|no such weight"):
-            merge(tmp_path / "adapter", tmp_path / "merged")
+            merge(FinishedRun(tmp_path / "adapter"), tmp_path / "merged")
 
 
 def test_gpt2_as_it_lies_on_the_hub_has_no_prefix(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_ship_merge_peft import adapted, causal
 from trained import edit
 
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.tensors import INDEX
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.hashes import file_hash
@@ -61,7 +62,7 @@ def tensors(file: Path, change: Any) -> None:
 def refused(place: Path, words: str, kind: type[Exception] = UserError, **settings: Any) -> str:
     before = sorted(place.rglob("*"))
     with pytest.raises(kind, match=words) as raised:
-        merge(place / "run", place / "deep" / "merged", **settings)
+        merge(FinishedRun(place / "run"), place / "deep" / "merged", **settings)
     assert sorted(place.rglob("*")) == before  # not even the folder above
     assert all(0 < len(line) < 400 for line in str(raised.value).splitlines())
     return str(raised.value)
@@ -72,7 +73,7 @@ def forget_hashes(place: Path) -> None:
 
 
 def test_a_run_merges_with_its_hashes_checked_on_the_way(place: Path) -> None:
-    merged = merge(place / "run", place / "deep" / "merged")
+    merged = merge(FinishedRun(place / "run"), place / "deep" / "merged")
     assert merged.changed == 14 and merged.peak_rss_mib > 100
     assert (merged.max_logit_difference, merged.adapter_effect) == (None, None)
     assert [file.name for file in (place / "deep").iterdir()] == ["merged"]
@@ -84,13 +85,13 @@ def test_another_base_is_seen_while_it_is_read(place: Path, which: int) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    text = refused(place, "changed since; an adapter is only worth something on its own base")
+    text = refused(place, "differs; an adapter only works on its own base")
     assert file.name in text and "\n" not in text
 
 
 def test_another_configuration_is_another_base(place: Path) -> None:
     edit(place / "base" / "config.json", lambda c: c.update(rms_norm_eps=0.1))
-    assert "config.json changed since" in refused(place, "trained on another")
+    assert "config.json differs" in refused(place, "trained on another")
 
 
 def test_an_adapter_that_was_damaged(place: Path) -> None:
@@ -171,7 +172,7 @@ def test_a_base_that_is_quantized_broken_or_gone(place: Path) -> None:
     refused(place, "missing: copy the model again")
     shard.write_bytes(content)
     edit(place / "base" / "config.json", lambda c: c.update(quantization_config={}))
-    merge(place / "run", place / "fine")
+    merge(FinishedRun(place / "run"), place / "fine")
     edit(
         place / "base" / "config.json",
         lambda c: c.update(quantization_config={"quant_method": "gptq"}),
@@ -218,7 +219,9 @@ def test_dequantized_is_what_the_adapter_saw_in_training(place: Path) -> None:
         lambda c: c.update(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
     )
     edit(place / "run" / "run.lock.json", lambda c: c.pop("adapter"))
-    merged = merge(place / "run", place / "merged", into="dequantized", verify="logits")
+    merged = merge(
+        FinishedRun(place / "run"), place / "merged", into="dequantized", verify="logits"
+    )
     assert merged.max_logit_difference is not None and merged.adapter_effect is not None
     assert merged.max_logit_difference <= 1e-4 * max(1, merged.adapter_effect)
     ours: dict[str, Any] = {}
@@ -239,6 +242,7 @@ KILLS = """
 import os, random, signal, sys
 from pathlib import Path
 from lora_kit.folders import new_folder
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.ship.merge import merge
 from transformers import AutoTokenizer
 run, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -258,8 +262,9 @@ def merged(last=0):
         if frame.f_code is code:
             begin = begin or calls
     try:
+        opened = FinishedRun(run)
         sys.setprofile(count)
-        merge(run, out)
+        merge(opened, out)
         sys.setprofile(None)
         counted.write_text(f"{begin} {calls}")
         os._exit(0)

@@ -11,6 +11,7 @@ from conftest import RunMaker, make_tokenizer
 from families import FAMILIES, byte_level
 from trained import finish
 
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.templates import render
 from lora_kit.errors import UserError
 from lora_kit.ship.llama_cpp import run
@@ -108,7 +109,7 @@ def test_a_run_becomes_a_folder_for_ollama(run_file: RunMaker, tmp_path: Path) -
     out: dict[str, Path] = {what: tmp_path / what for what in ("adapter", "merged")}
     for what, folder in out.items():
         folder.mkdir()
-        export_ollama(trained, folder, "f32", what)  # type: ignore[arg-type]
+        export_ollama(FinishedRun(trained), folder, "f32", what)  # type: ignore[arg-type]
     text = (out["adapter"] / "Modelfile").read_text(encoding="utf-8")
     assert text.startswith('FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{- $before')
     assert "PARAMETER num_ctx 256\n" in text

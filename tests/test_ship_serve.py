@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 import lora_kit
 from lora_kit import nano
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.load import load_tokenizer
 from lora_kit.base.pin import pin
 from lora_kit.cli import app
@@ -245,7 +246,7 @@ def test_the_base_is_written_once(
     monkeypatch.setattr("lora_kit.ship.serve.open_server", start_with)
     monkeypatch.delattr("lora_kit.ship.serve.write_model")
     with pytest.raises(UserError, match=r"started with \d+ bytes"):
-        serve([home / "scaled"], port=0, kind="f32")
+        serve([*map(FinishedRun, [home / "scaled"])], port=0, kind="f32")
 
 
 def test_a_stopped_server_leaves_nothing(served: Served, home: Path) -> None:
@@ -282,7 +283,7 @@ def test_addresses_that_are_refused(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"{port}.*in use.*--port"):
-            serve([home / "scaled"], port=port)
+            serve([*map(FinishedRun, [home / "scaled"])], port=port)
 
 
 def test_runs_that_cannot_be_served_together(
@@ -298,11 +299,11 @@ def test_runs_that_cannot_be_served_together(
     tokenizer.chat_template = "{% for n in range(10 ** 9) %}{{ messages }}{% endfor %}"
     tokenizer.save_pretrained(hostile)
     with pytest.raises(UserError, match="template"):
-        serve([hostile], port=0)
+        serve([*map(FinishedRun, [hostile])], port=0)
     with pytest.raises(UserError, match="lora-kit merge"):
-        serve([home / "scaled", dora], port=0)
+        serve([*map(FinishedRun, [home / "scaled", dora])], port=0)
     with pytest.raises(UserError, match=rf"other.* {base}.*scaled on nano"):
-        serve([home / "scaled", other], port=0)
+        serve([*map(FinishedRun, [home / "scaled", other])], port=0)
     with pytest.raises(UserError, match="`scaled` is taken"):
-        serve([home / "scaled", home / "scaled"], port=0)
+        serve([*map(FinishedRun, [home / "scaled", home / "scaled"])], port=0)
     assert sorted(cache.iterdir()) == kept

@@ -19,6 +19,7 @@ from trained import edit
 
 import lora_kit
 from lora_kit.adapter.files import open_adapter
+from lora_kit.adapter.finished import FinishedRun
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.run import shipped
 from lora_kit.schema import Adapter, Ship
@@ -101,7 +102,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_said_of_each_target(qwen: Path, tmp_path: Path, name: str) -> None:
     config, tripping = ODD[name]
     after = loud(qwen, tmp_path / "a", **config)
-    found = {target: check(tmp_path / "a", target) for target in TARGETS}
+    found = {target: check(FinishedRun(tmp_path / "a"), target) for target in TARGETS}
     # MLX takes no adapter of PEFT as it lies; whether there is a form of it for MLX, the fix says.
     said = {target for target, one in found.items() if not one["loads"]}
     assert said | {"mlx"} == tripping | {"mlx"}
@@ -115,7 +116,7 @@ def test_what_is_said_of_each_target(qwen: Path, tmp_path: Path, name: str) -> N
     # Where the fix is a portable adapter, that one loads.
     for target in said - {"mlx"}:
         if all("--to portable" in p["fix"] for p in found[target]["problems"]):
-            assert check(portable(tmp_path / "a"), target)["loads"]
+            assert check(FinishedRun(portable(tmp_path / "a")), target)["loads"]
             (tmp_path / "a-portable").rename(tmp_path / target)
 
 
@@ -133,7 +134,7 @@ def test_llama_cpp_does_what_is_said(qwen: Path, tmp_path: Path, name: str) -> N
         apart = difference(model, qwen / "base.gguf", [tmp_path / "a.gguf"], tokens=2)
     except CheckFailed:
         apart = 99.0
-    assert check(tmp_path / "a", "llama.cpp")["loads"] == ("llama.cpp" not in tripping)
+    assert check(FinishedRun(tmp_path / "a"), "llama.cpp")["loads"] == ("llama.cpp" not in tripping)
     assert apart > 0.05 if "llama.cpp" in tripping else apart < 1e-3
 
 
@@ -154,7 +155,7 @@ def test_one_of_two_tied_matrices_alone(tmp_path: Path, module: str) -> None:
         adapters = [tmp_path / "a.gguf"]
         difference(PeftModel.from_pretrained(plain, str(folder)), tmp_path / "base.gguf", adapters)
     for target in ("llama.cpp", "ollama", "mlx"):
-        (problem,) = check(folder, target)["problems"]
+        (problem,) = check(FinishedRun(folder), target)["problems"]
         assert "one matrix in this base" in problem["what"] and "--to mlx" not in problem["fix"]
 
 
@@ -167,7 +168,11 @@ def test_values_that_are_not_finite_load_nowhere(base: Path, tmp_path: Path) -> 
     tensors[min(tensors)][0, 0] = float("nan")
     save_file(tensors, weights)
     for target in TARGETS:
-        (problem,) = [p for p in check(tmp_path / "a", target)["problems"] if "finite" in p["what"]]
+        (problem,) = [
+            p
+            for p in check(FinishedRun(tmp_path / "a"), target)["problems"]
+            if "finite" in p["what"]
+        ]
         assert problem["where"] == str(weights)
     assert check_settings(Adapter(start=str(tmp_path / "a")), "transformers")
 
@@ -177,7 +182,7 @@ def test_ranks_of_vllm(base: Path, tmp_path: Path) -> None:
         settings = Adapter(r=rank)
         assert bool(check_settings(settings, "vllm")) == (rank > 512)
         loud(base, tmp_path / str(rank), r=rank, least=0.01)
-        problems = check(tmp_path / str(rank), "vllm")["problems"]
+        problems = check(FinishedRun(tmp_path / str(rank)), "vllm")["problems"]
         assert bool(problems) == (rank > 16)
         assert not wanted or f"--max-lora-rank {wanted}" in problems[0]["fix"]
     assert "lora-kit merge" in problems[0]["fix"]
@@ -197,7 +202,7 @@ def test_the_verb_tells_and_ends_with_its_code(run: Shell, base: Path, tmp_path:
     command = line.rpartition(": ")[2].split()
     assert command[:2] == ["lora-kit", "export"] and command[2] == folder
     done = run("check", folder, "--target", "sglang", "--json")
-    assert done.code == 1 and json.loads(done.out) == check(folder, "sglang")
+    assert done.code == 1 and json.loads(done.out) == check(FinishedRun(folder), "sglang")
     for arguments in ([folder], [folder, "--target", "vlm"], [str(base), "--target", "vllm"]):
         done = run("check", *arguments)
         assert done.code == 2 and len(done.err.splitlines()) == 1

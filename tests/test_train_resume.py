@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import make_base
 from processes import adapter_hash
+from trained import folder_maker
 
 import lora_kit as package
 from lora_kit.errors import CheckFailed, UserError
@@ -29,16 +30,34 @@ class Crash(Progress):
             raise ZeroDivisionError
 
 
-@pytest.fixture
-def crashed(run_file: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of 8 steps that broke off in the seventh, with checkpoints of steps 4 and 6."""
-    file = run_file("cpt", **{"train.max_steps": 8, "train.save_steps": 2})
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `kept`: the working folder of the two runs below."""
+    folder = tmp_path_factory.mktemp("resume")
+    work = folder / "work"
+    work.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        changes = {"train.max_steps": 8, "train.save_steps": 2}
+        file = folder_maker(work, base)("cpt", **changes)
+        package.train(file, "name=straight")
         patch.setattr(module, "Progress", Crash)
         with pytest.raises(ZeroDivisionError):
             package.train(file)
-    assert kept() == [4, 6]
-    return file
+        assert kept() == [4, 6]
+    work.rename(folder / "kept")
+    return folder
+
+
+@pytest.fixture
+def crashed(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run file of runs/test, of 8 steps, that broke off in the seventh, with checkpoints of
+    steps 4 and 6; runs/straight is the same, unbroken. Always in the same place, as a run knows
+    where its data lie."""
+    shutil.rmtree(trained / "work", ignore_errors=True)
+    shutil.copytree(trained / "kept", trained / "work")
+    monkeypatch.chdir(trained / "work")
+    return trained / "work" / "run.yaml"
 
 
 def kept() -> list[int]:
@@ -116,7 +135,6 @@ def test_refuses_another_number_of_processes(
 
 
 def test_goes_on_where_only_the_writing_differs(crashed: Path) -> None:
-    package.train(crashed, "name=straight")
     report = package.train(crashed, "train.logging_steps=2", "train.save_steps=3", resume=True)
     assert report["training"]["steps"] == 8
     assert adapter_hash() == adapter_hash("runs/straight")
@@ -130,7 +148,7 @@ def test_goes_on_where_only_the_writing_differs(crashed: Path) -> None:
         package.train(crashed, resume=True)
 
 
-def test_nothing_to_continue(run_file: Any, crashed: Path) -> None:
+def test_nothing_to_continue(crashed: Path) -> None:
     with pytest.raises(UserError, match="no such run to continue"):
         package.train(crashed, "name=another", resume=True)
     assert not Path("runs/another").exists()
@@ -180,7 +198,6 @@ def test_damaged_checkpoint_is_not_used(
     crashed: Path, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     damage(how, CHECKPOINTS / "checkpoint-6")
-    package.train(crashed, "name=straight")
     capsys.readouterr()
     package.train(crashed, resume=True)
     said = capsys.readouterr().err
@@ -216,7 +233,7 @@ def test_stopped_after_the_last_step(run_file: Any, monkeypatch: pytest.MonkeyPa
     file = run_file()
     package.train(file, "name=straight")
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.compare_model", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file)
     report = package.train(file, resume=True)

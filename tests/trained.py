@@ -1,13 +1,19 @@
-"""Small runs, trained for real in the test's process."""
+"""Small runs, trained for real in the test's process.
+
+Most tests only look at a finished run: they take `cpt_run` or `sft_run` of conftest.py, which are
+trained once, and change what `copied` gives.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import RunMaker
 
 import lora_kit
@@ -22,6 +28,19 @@ def finish(run_file: RunMaker, recipe: str = "cpt", **changes: Any) -> Path:
     file = run_file(recipe, **{**LOUD, **changes})
     lora_kit.train(file)
     return (file.parent / "runs" / changes.get("name", "test")).resolve()
+
+
+def finish_in(folder: Path, base: Path, recipe: str = "cpt", **changes: Any) -> Path:
+    """`finish` for a fixture that outlives a test, in a working folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return finish(folder_maker(folder, base), recipe, **changes)
+
+
+def copied(run: Path, folder: Path) -> Path:
+    """A copy of a run in a new folder, with its data, to be changed; returns its directory."""
+    shutil.copytree(run.parents[1], folder / "copied")
+    return folder / "copied" / "runs" / run.name
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:

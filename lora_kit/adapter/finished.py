@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_kit import nano
 from lora_kit.adapter.files import WEIGHTS, Adapter, adapter_folder, open_adapter, read_config
+from lora_kit.base.head import CAUSAL, Head
 from lora_kit.base.load import load_tokenizer
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.base.templates import set_template
@@ -20,8 +21,9 @@ from lora_kit.hashes import file_hash
 from lora_kit.run import load_run, read_json, read_lock
 from lora_kit.schema import Base, Run
 
-CAUSAL = "AutoModelForCausalLM"
 _OPTION = "--base FOLDER_OR_ID"
+# Files that hold a tokenizer's tokens, of any kind.
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 
 
 class FinishedRun:
@@ -34,7 +36,6 @@ class FinishedRun:
         path: as it was named, for messages.
         home: the run directory, also where RUN/adapter was named; else the adapter's folder.
         folder: the adapter's folder.
-        run: the run file with absolute paths; None for an adapter alone.
         lock: run.lock.json; empty where there is none.
 
     Args:
@@ -53,10 +54,7 @@ class FinishedRun:
         self.path = str(path)
         self.folder = adapter_folder(path)
         self.home = _home(Path(path), self.folder)
-        file = self.home / "run.yaml"
-        self.run: Run | None = None
-        if file.is_file():
-            self.run = load_run(file, list(overrides), needs_sources=False)
+        self._overrides = list(overrides)
         self.lock = read_lock(self.home)
         if base is not None and os.path.isdir(os.path.expanduser(base)):
             base = os.path.abspath(os.path.expanduser(base))
@@ -66,6 +64,14 @@ class FinishedRun:
     def name(self) -> str:
         """The name of its folder."""
         return self.home.resolve().name
+
+    @cached_property
+    def run(self) -> Run | None:
+        """The run file with absolute paths; None for an adapter alone."""
+        file = self.home / "run.yaml"
+        if not file.is_file():
+            return None
+        return load_run(file, self._overrides, needs_sources=False)
 
     def require_run(self) -> Run:
         """The run file. Raises UserError for an adapter alone."""
@@ -86,13 +92,20 @@ class FinishedRun:
         return open_adapter(self.folder)
 
     # ------------------------------------------------------------------ the task
+    @cached_property
+    def head(self) -> Head:
+        """How the base becomes the model: by the lock file, or by what is beside the adapter."""
+        name = self._locked("auto", str)
+        if name is None:
+            return Head.beside(self.folder) or Head()
+        if not re.fullmatch(r"AutoModel\w*", name):
+            raise UserError(f"{self.home}/run.lock.json: auto: {name!r:.80} is no class of models")
+        return Head(name, tuple(self.labels or ()), self.pooling)
+
     @property
     def auto(self) -> str:
         """The class of transformers that loads the model."""
-        name = self._locked("auto", str) or CAUSAL
-        if not re.fullmatch(r"AutoModel\w*", name):
-            raise UserError(f"{self.home}/run.lock.json: auto: {name!r:.80} is no class of models")
-        return name
+        return self.head.auto
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -234,6 +247,14 @@ class FinishedRun:
         )
 
     # ------------------------------------------------------------------ the processor
+    @property
+    def has_processor(self) -> bool:
+        """Whether adapter or base has one; a model that is given token ids needs none."""
+        if any(self.folder.glob("tokenizer*")):
+            return True
+        base = Path(self.located.folder)
+        return any(file for pattern in _TOKENIZER for file in base.glob(pattern))
+
     @cached_property
     def processor(self) -> Any:
         """The tokenizer that it was trained with, chat template included; the base's, where the
@@ -241,7 +262,7 @@ class FinishedRun:
         folder = str(self.folder)
         if not any(self.folder.glob("tokenizer*")):
             folder = self.located.folder
-        tokenizer = load_tokenizer(Pinned("", folder))
+        tokenizer = load_tokenizer(Pinned("", folder), generates=self.auto == CAUSAL)
         set_template(tokenizer, None)  # a template that loops is refused
         return tokenizer
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 _HASHED = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
 # Only the top folder is read; `consolidated` are the same weights once more, in Mistral's layout.
 _NOT_READ = ["*/*", "consolidated*.safetensors"]
+# As repositories of weights that are quantized already are named.
+_QUANTIZED_NAME = re.compile(r"(?i)[-_.]([48]-?bit|int[48]|fp8|gptq|awq|gguf)\b")
+_QUANTIZED = "its weights are already quantized: name the original model"
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,27 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
 
     wanted = _FILES + [_WEIGHTS] * weights
     named: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": _NOT_READ}
+    suspect = bool(_QUANTIZED_NAME.search(model))
+    if weights and suspect and _is_quantized(model, revision):  # before gigabytes are fetched
+        raise UserError(f"base.model: {model}: {_QUANTIZED}")
     try:
         return Path(snapshot_download(model, revision=revision, **named))
     except (OSError, ValueError) as error:
         said = hub_errors.problem(error, model, revision, "model")
+        if suspect and "hf download" in said:
+            said = _QUANTIZED
         raise UserError(f"base.model: {model}: {said}") from None
+
+
+def _is_quantized(model: str, revision: str | None) -> bool:
+    """Whether its config.json says that its weights are; False where that cannot be fetched."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def licence_of(card: Path) -> str | None:

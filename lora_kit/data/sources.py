@@ -107,7 +107,7 @@ def _open(source: Source, commits: dict[str, str]) -> Opened:
 
 def _check_not_empty(name: str, files: Iterable[Path]) -> None:
     if all(file.stat().st_size == 0 for file in files):
-        raise UserError(f"{name}: empty: there is nothing to learn from")
+        raise UserError(f"{name}: empty: there is nothing to train on")
 
 
 def _open_nano(source: Source) -> Opened:

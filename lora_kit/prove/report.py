@@ -47,14 +47,14 @@ UNITS = {
     "bits_per_byte": "bits per byte",
     "margin": "",
     "length": "tokens",
-    "kl": "nats",
+    "kl": "nats per token",
 }
 _SHOWN_IN_TABLES_ONLY = ("bits_per_byte",)  # the loss in another unit: it has no verdict of its own
 _WORDS = {
     "better": "better than the base on held-out data",
     "worse": "worse than the base: negative transfer. Do not ship it",
     "no different": "no different from the base: the training bought nothing",
-    "too little data": "not evaluated: fewer than 20 held-out documents",
+    "too little data": "not evaluated: fewer than 20 held-out documents or rows",
     "kept": "general text is predicted as well as by the base",
     "forgot": "general text got worse: the adapter forgets",
 }
@@ -183,12 +183,22 @@ def _domain(report: dict[str, Any]) -> Finding:
     word = report["verdict"]["domain"]
     sentence = in_words(word, "domain", report["domain"].get("rival", "base"))
     found = _finding("domain", name, score, word, sentence)
-    blind = report["prompt_use"] and report["prompt_use"]["blind"]
-    if objection := report["domain"].get("objection"):
-        return found._replace(sentence=objection)
-    if blind and word == "no different" and found.gain[1] > 0:
+    if not _withheld(report):
+        return found
+    if (report["prompt_use"] or {}).get("blind"):
         return found._replace(sentence=_BLIND)
-    return found
+    return found._replace(sentence=f"scored better, but {report['domain']['objection']}")
+
+
+def _withheld(report: dict[str, Any]) -> bool:
+    """Whether the score alone would be better, and the verdict is not, for another reason."""
+    name, score = decided_by(report)
+    blind = (report["prompt_use"] or {}).get("blind")
+    if report["verdict"]["domain"] != "no different" or not score["ci95"]:
+        return False
+    if not (blind or report["domain"].get("objection")):
+        return False
+    return _gain(name, score, "")[1] > 0
 
 
 def _general(report: dict[str, Any]) -> Finding:
@@ -318,7 +328,7 @@ def units_of(report: Mapping[str, Any]) -> str:
 def _headline(report: dict[str, Any]) -> str:
     word, rival = report["verdict"]["domain"], report["domain"].get("rival", "base")
     name = "its base" if rival == "base" else contender(rival)
-    if report["domain"].get("objection") and word != "worse":
+    if _withheld(report):
         return f"not better than {name}"
     return {
         "better": f"better than {name} on held-out data",

@@ -62,7 +62,7 @@ def decided_by(report: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The score that decides `verdict.domain`, and its figures: the one that `domain.decided_by`
     names, a score of the domain or one of `metrics`; else the first of the domain."""
     scores = compared_scores(report["domain"])
-    name = report["domain"].get("decided_by") or next(iter(scores))
+    name = report["domain"].get("decided_by") or next(iter(scores), "loss")
     return name, {**(report.get("metrics") or {}), **scores}[name]
 
 

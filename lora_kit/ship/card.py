@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lora_kit.adapter.loaders import VLLM_RANKS, vllm_rank
 from lora_kit.base.pin import licence_of
 from lora_kit.errors import UserError, harmless
+from lora_kit.prove.scores import compared_scores
 
 # A base that only whoever trained on it has; no name on the Hub, which somebody could take.
 LOCAL = "a local folder"
@@ -93,6 +94,7 @@ def make_card(
             **{"base": base, "local": base == LOCAL, "merged": merged, "licence": licence},
             **{"data": data, "terms": terms, "warnings": warnings},
             findings=in_lines(report) if report else [],
+            scores_of=compared_scores,
             on_hub=on_hub,
             revision=revision if re.fullmatch("[0-9a-f]{40}", str(revision)) else None,
             vllm_rank=None if lost or max(ranks) > VLLM_RANKS[-1] else vllm_rank(max(ranks)),
@@ -182,7 +184,8 @@ def _licence_of(name: str, commit: str) -> str | None:
 
 def _result(name: str, data: dict[str, Any], domain: dict[str, Any]) -> dict[str, Any]:
     where = {"type": data["set"], "name": f"{data['set']}, held out", "revision": data["commit"]}
-    metrics = [{"type": m, "value": domain[m]["adapted"]} for m in ("loss", "bits_per_byte")]
+    scores = compared_scores(domain)
+    metrics = [{"type": name, "value": found["adapted"]} for name, found in scores.items()]
     task = {"type": "text-generation"}
     return {"name": name, "results": [{"task": task, "dataset": where, "metrics": metrics}]}
 

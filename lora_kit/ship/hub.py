@@ -47,6 +47,7 @@ _PULLED = re.compile(
 _FIGURES = (
     *("verdict", "domain", "general", "few_shot", "scratch", "prompt_use", "metrics", "harness"),
     *("not_measured", "overfitting", "audit", "training", "memory", "gate", "layers"),
+    *("contenders", "classes", "generation"),
 )
 # From where an absolute path begins to its last slash; names may hold spaces and quotes. In a
 # sentence it has two names at least, so that neither `3 / 4` nor `and/or` is one.
@@ -109,7 +110,9 @@ def make_plan(
     _check_finite(adapter)
     # That only this machine should know, should a tokenizer's settings or template tell.
     named = [str(config.get("base_model_name_or_path")), *(lock.get("data") or {})]
-    named += [*_texts(run.run and run.run.model_dump()), str(Path.cwd()), str(home.resolve())]
+    named += [str(Path.cwd()), str(home.resolve())]
+    with suppress(UserError):  # a run file that cannot be read has nothing to tell
+        named += _texts(run.run and run.run.model_dump())
     private = {path for path in named if re.match("/[^/]+/", path)}
     base = _public_base(str(config.get("base_model_name_or_path") or LOCAL), lock)
     config["base_model_name_or_path"] = None if base == LOCAL else base

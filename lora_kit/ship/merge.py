@@ -98,7 +98,7 @@ def merge(
         raise UserError(f"{run.path}: not trained on nf4 ({trained.quantize}): leave --into out")
     adapter, pinned = run.adapter, run.located
     folder, config = Path(pinned.folder), unquantized_config(pinned)
-    tokenizer = run.processor
+    tokenizer = run.processor if run.has_processor else None
     weights = Weights(adapter, stored_in(folder), config, base.dtype)
     if into == "dequantized":
         weights.quantize(folder, trained.dtype)
@@ -154,15 +154,19 @@ def _settle(
         folder / "generation_config.json",
         {key: value for key, value in known.items() if key not in left_out and value is not None},
     )
-    tokenizer.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def generation(base: Path, tokenizer: Any) -> dict[str, Any]:
-    """A model folder's generation settings; they end at all of `end_tokens`."""
+    """A model folder's generation settings; they end at all of `end_tokens`, without a tokenizer
+    where the base ends."""
     config = read_json(base / "config.json")
     known = {**(config.get("text_config") or {}), **config}
-    ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id")}
+    ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     found = ids | read_json(base / "generation_config.json")
+    if tokenizer is None:
+        return found
     ends = end_tokens(SimpleNamespace(generation_config=SimpleNamespace(**found)), tokenizer)
     return {**found, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
 
@@ -192,14 +196,19 @@ def _compare(
     from peft.helpers import rescale_adapter_scale
     from transformers import AutoModelForCausalLM
 
+    model = load_base(base, run.pinned, quantize=quantize)
+    if run.has_processor:
+        tokens = len(run.processor)
+    else:
+        tokens = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(0, len(run.processor), (1, PROBE_TOKENS), generator=generator)
+    probe = torch.randint(0, tokens, (1, PROBE_TOKENS), generator=generator)
 
     @torch.inference_mode()
     def logits(of: Any) -> Any:
         return of(input_ids=probe).logits.float()
 
-    model = put_on(load_base(base, run.pinned, quantize=quantize), run.adapter)
+    model = put_on(model, run.adapter)
     wanted = logits(model)
     with model.disable_adapter():
         effect = (logits(model) - wanted).abs().max().item()

@@ -72,7 +72,7 @@ def counted(base: Score, adapted: Score) -> np.ndarray:
     """bool (units,): the units in which at least one of two models has something to count."""
     if base.value is ratio and adapted.value is ratio:
         return (base.sums[:, 1] > 0) | (adapted.sums[:, 1] > 0)
-    return base.sums.any(1) | adapted.sums.any(1)
+    return np.any(base.sums, axis=1) | np.any(adapted.sums, axis=1)
 
 
 def verdict(found: Mapping[str, Any], units: int) -> str:

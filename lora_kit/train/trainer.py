@@ -66,6 +66,9 @@ def make_trainer(
             not keep packed documents apart.
     """
     task, run, directory = journey.task, journey.run, journey.directory
+    directory.lock(fresh=list(fresh))
+    if pooling := getattr(model, "pooling", None):
+        directory.lock(pooling=pooling)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
     needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
@@ -87,7 +90,7 @@ def make_trainer(
         flat = _quicken(journey, model, processor, data)
     if chosen:
         recompute(model, chosen.recomputed)
-    train = task.annotate(data.train, model, processor, run)
+    train: Any = task.annotate(data.train, model, processor, run)
     held_out = task.annotate(data.eval, model, processor, run) if run.train.eval_steps else None
     options = task.options(processor, data.facts, run)
     if own_loss:
