@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 VOCABULARY, LONGEST = 32_000, 4096
 # hidden size, layers, intermediate size; heads of 64, embeddings tied.
