@@ -273,7 +273,7 @@ def _without_other_keys(values: dict[str, Any]) -> dict[str, Any]:
     known = {
         name: {k: v for k, v in _section(values, name).items() if k in kind.model_fields}
         for name, kind in SECTIONS.items()
-        if isinstance(values.get(name), dict)
+        if name in ("base", "data", "train") and isinstance(values.get(name), dict)
     }
     return {**values, **known}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_kit import nano
 from lora_kit.adapter.files import WEIGHTS, Adapter, adapter_folder, open_adapter, read_config
+from lora_kit.base.head import CAUSAL, Head
 from lora_kit.base.load import load_tokenizer
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.base.templates import set_template
@@ -20,7 +21,6 @@ from lora_kit.hashes import file_hash
 from lora_kit.run import load_run, read_json, read_lock
 from lora_kit.schema import Base, Run
 
-CAUSAL = "AutoModelForCausalLM"
 _OPTION = "--base FOLDER_OR_ID"
 # Files that hold a tokenizer's tokens, of any kind.
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model")
@@ -92,13 +92,20 @@ class FinishedRun:
         return open_adapter(self.folder)
 
     # ------------------------------------------------------------------ the task
+    @cached_property
+    def head(self) -> Head:
+        """How the base becomes the model: by the lock file, or by what is beside the adapter."""
+        name = self._locked("auto", str)
+        if name is None:
+            return Head.beside(self.folder) or Head()
+        if not re.fullmatch(r"AutoModel\w*", name):
+            raise UserError(f"{self.home}/run.lock.json: auto: {name!r:.80} is no class of models")
+        return Head(name, tuple(self.labels or ()), self.pooling)
+
     @property
     def auto(self) -> str:
         """The class of transformers that loads the model."""
-        name = self._locked("auto", str) or CAUSAL
-        if not re.fullmatch(r"AutoModel\w*", name):
-            raise UserError(f"{self.home}/run.lock.json: auto: {name!r:.80} is no class of models")
-        return name
+        return self.head.auto
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -255,7 +262,7 @@ class FinishedRun:
         folder = str(self.folder)
         if not any(self.folder.glob("tokenizer*")):
             folder = self.located.folder
-        tokenizer = load_tokenizer(Pinned("", folder))
+        tokenizer = load_tokenizer(Pinned("", folder), generates=self.auto == CAUSAL)
         set_template(tokenizer, None)  # a template that loops is refused
         return tokenizer
 

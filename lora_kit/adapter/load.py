@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_kit.adapter.attach import put_on
-from lora_kit.adapter.finished import CAUSAL, FinishedRun
-from lora_kit.base.load import gpu_is_used, load_base, quiet_libraries
+from lora_kit.adapter.finished import FinishedRun
+from lora_kit.base.head import CAUSAL, load_with_head
+from lora_kit.base.load import gpu_is_used, quiet_libraries
 from lora_kit.base.templates import render
 from lora_kit.errors import NotUsable, UserError
 from lora_kit.schema import Base
@@ -47,7 +48,8 @@ def load_model(
     """`load` for a run that is open."""
     quiet_libraries()
     base = changed_base(run.base, quantize=quantize, dtype=dtype)
-    model = load_base(base, run.pinned)
+    # The seed of the run: for what its base has no weights for, with the adapter switched off.
+    model, _ = load_with_head(base, run.pinned, run.head, int(run.lock.get("seed") or 0))
     if gpu_is_used() and base.quantize == "none":
         model = model.to("cuda")
     processor = run.processor

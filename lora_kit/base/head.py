@@ -358,7 +358,7 @@ def _without_pooler(config: Any) -> dict[str, Any]:
     from transformers import AutoModel
 
     found = AutoModel._model_mapping[type(config)]
-    body = found[0] if isinstance(found, tuple) else found
+    body: Any = found[0] if isinstance(found, tuple) else found
     takes_it = "add_pooling_layer" in inspect.signature(body).parameters
     return {"add_pooling_layer": False} if takes_it else {}
 

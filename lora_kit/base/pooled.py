@@ -32,6 +32,8 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch
     """
     if mask is None:
         mask = torch.ones(hidden.shape[:2], device=hidden.device)
+    if mask.dim() == 4:  # as a memory plan has it, which knows no content
+        mask = mask[:, 0, 0]
     if pooling == "cls":
         return hidden[:, 0].float()
     if pooling == "last":

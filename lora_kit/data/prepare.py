@@ -107,7 +107,7 @@ def prepare(data: Data, task: Reads, seed: int, lock: dict[str, Any] | None = No
         check_apart(opened["train"], opened.get(use, []), use)
     columns = Columns(
         {str(ours): theirs for ours, theirs in data.columns.items()},
-        _labels(data.labels),
+        label_names(data.labels),
         data.group,
     )
     settings = Settings(columns, seed, questions="decontaminate" in opened)
@@ -163,7 +163,7 @@ def _load(folder: Path, key: str) -> Split:
     )
 
 
-def _labels(labels: str | list[str] | None) -> tuple[str, ...]:
+def label_names(labels: str | list[str] | None) -> tuple[str, ...]:
     """The names of `data.labels`: listed, or in a file, a JSON list or a name a line."""
     if labels is None or isinstance(labels, list):
         return tuple(labels or ())

@@ -261,7 +261,7 @@ class Conversations(Causal):
     def packing(self, run: Run) -> str:
         return run.data.packing or "none"
 
-    def notes(self, formats: set[str]) -> list[str]:
+    def notes(self, formats: set[str], facts: Facts) -> list[str]:
         if "preference" not in formats:
             return []
         return ["preference rows: only the chosen completions are trained on"]

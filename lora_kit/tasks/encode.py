@@ -272,7 +272,7 @@ class _Encoding:
     def run(self, folder: Path) -> None:
         self.started = True
         self.census = Census.from_json(self.split.census.to_json())
-        self.census.notes += self.task.notes(set(self.split.formats))
+        self.census.notes += self.task.notes(set(self.split.formats), self.facts)
         sides = self._encode(folder)
         rows = {use: side.writer.close() for use, side in sides.items()}
         for use in ("train", "eval", "general"):

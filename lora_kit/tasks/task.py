@@ -152,8 +152,8 @@ class Task:
         """
         return {}
 
-    def notes(self, formats: set[str]) -> list[str]:
-        """What a person should know of how rows of these formats are used."""
+    def notes(self, formats: set[str], facts: Facts) -> list[str]:
+        """What a person should know of how rows of these formats are used, and of `facts`."""
         return []
 
     # ------------------------------------------------------------------ rows
@@ -201,9 +201,11 @@ class Task:
     def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
         """The frozen base, and the names of its fresh modules: those that the base's files have no
         weights for, such as a new head. Fresh modules are trained and saved whole, without LoRA."""
-        from lora_kit.base.load import load_base
+        from lora_kit.base.load import check_causal, load_base
 
-        return load_base(run.base, pinned), ()
+        model = load_base(run.base, pinned)
+        check_causal(model, pinned)
+        return model, ()
 
     def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
         """`model` as shapes alone, on torch's meta device, in the type that is computed in: what

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_kit.adapter.files import WEIGHTS
+from lora_kit.base.head import CAUSAL, Head
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed
 from lora_kit.hashes import file_hash
+from lora_kit.run import read_lock
 from lora_kit.tasks.task import Processor
 from lora_kit.train.directory import is_first_rank
 
@@ -42,6 +44,9 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
         for name in ("README.md", "training_args.bin"):
             (partial / name).unlink(missing_ok=True)
         _name_base(partial / "adapter_config.json", pinned)
+        head = Head.of(read_lock(directory.path))
+        if head.auto != CAUSAL:
+            head.write(partial)
         processor.save_pretrained(str(partial))
         _check_finite(partial / WEIGHTS)
         trainer.guard.audit.check_saved(partial / WEIGHTS)
@@ -64,6 +69,10 @@ def _name_base(config: Path, pinned: Pinned) -> None:
     on_hub = pinned.revision is not None
     values["base_model_name_or_path"] = pinned.model if on_hub else pinned.folder
     values["revision"] = pinned.revision
+    mapping = values.get("auto_mapping") or {}
+    if not str(mapping.get("parent_library")).startswith("transformers"):
+        # PEFT's loader imports the class of the base, and ours is none that it may import.
+        values["auto_mapping"] = None
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,134 @@
+"""Logistic regression on frozen features: what a classifier reaches without an adapter.
+
+At five rows a class a probe on the mean of a sentence encoder's tokens is as good as LoRA
+(banking77, MiniLM: 0.801 and 0.804), so an adapter is judged against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+# Of the L2 penalty, for features whose mean square is 1; the strongest first.
+_STRENGTHS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+_FOLDS = 5
+_MOST_COMPARED = 1_000  # rows by which a strength is chosen
+_MOST_FITTED = 10_000
+_ITERATIONS = 100
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted logistic regression.
+
+    Attributes:
+        weight: float32 (classes, width + 1), the bias last; of features less `center`, over
+            `scale`.
+        accuracy: by cross-validation on the rows that it was fitted to.
+        strength: of the penalty, chosen by it.
+    """
+
+    weight: np.ndarray
+    center: np.ndarray
+    scale: float
+    accuracy: float
+    strength: float
+
+    def classes(self, features: np.ndarray) -> np.ndarray:
+        """(rows, width) -> int64 (rows,): the most probable classes."""
+        shifted = (features - self.center) / self.scale
+        found: np.ndarray = (shifted @ self.weight[:, :-1].T + self.weight[:, -1]).argmax(1)
+        return found
+
+
+def draw(rows: int, seed: int) -> np.ndarray:
+    """The numbers of the rows that a probe is fitted to: all, or 10,000 of them."""
+    order = np.random.default_rng(seed).permutation(rows)
+    return np.sort(order[:_MOST_FITTED])
+
+
+def fit(features: np.ndarray, classes: np.ndarray, count: int, seed: int) -> Probe:
+    """Fit by L-BFGS: minimise the mean cross entropy + strength / 2 · ||W||².
+
+    Of the strengths whose accuracy in cross-validation is within a standard error of the best one,
+    the largest is taken (Hastie, Tibshirani and Friedman 2009, section 7.10).
+
+    Args:
+        features: (rows, width). classes: int64 (rows,), each below `count`.
+        seed: of the rows that are compared, 1,000 at most.
+    """
+    import torch
+
+    center = features.mean(0)
+    scale = float(np.sqrt(np.square(features - center).mean())) or 1.0
+    x = torch.from_numpy((features - center) / scale).float()
+    y = torch.from_numpy(classes)
+    hits = np.zeros(len(_STRENGTHS))
+    some = np.random.default_rng(seed).permutation(len(classes))[:_MOST_COMPARED]
+    for held_out in _folds(classes[some]):
+        rest, held = some[~held_out], some[held_out]
+        for number, weight in enumerate(_path(x[rest], y[rest], count, _STRENGTHS)):
+            hits[number] += int((_logits(x[held], weight).argmax(1) == y[held]).sum())
+    shares = hits / len(some)
+    best = shares.max()
+    enough = best - np.sqrt(best * (1 - best) / len(some))
+    chosen = int(np.argmax(shares >= enough))
+    *_, weight = _path(x, y, count, _STRENGTHS[: chosen + 1])
+    return Probe(weight.numpy(), center, scale, float(shares[chosen]), float(_STRENGTHS[chosen]))
+
+
+def _folds(classes: np.ndarray) -> Iterator[np.ndarray]:
+    """bool (rows,), the held-out part of each fold: the rows of a class are dealt out in turn."""
+    order = np.argsort(classes, kind="stable")
+    fold = np.empty(len(classes), dtype=np.int64)
+    fold[order] = np.arange(len(classes)) % _FOLDS
+    for number in range(min(_FOLDS, len(classes))):
+        yield fold == number
+
+
+def _path(
+    x: torch.Tensor, y: torch.Tensor, count: int, strengths: Sequence[float]
+) -> Iterator[torch.Tensor]:
+    """For each strength the weights that minimise the loss, (count, width + 1), each found from
+    those before it."""
+    import torch
+
+    weight = torch.zeros(count, x.shape[1] + 1)
+    for strength in strengths:
+        weight = weight.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [weight], max_iter=_ITERATIONS, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+        )
+        with torch.enable_grad():
+            optimizer.step(partial(_loss, optimizer, x, y, weight, strength))
+        weight = weight.detach()
+        yield weight
+
+
+def _loss(
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    strength: float,
+) -> torch.Tensor:
+    """The loss (), with its gradient in `weight`."""
+    import torch
+
+    optimizer.zero_grad()
+    loss = torch.nn.functional.cross_entropy(_logits(x, weight), y)
+    loss = loss + strength / 2 * weight[:, :-1].square().sum()
+    loss.backward()
+    return loss
+
+
+def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(rows, width) -> (rows, classes)"""
+    return x @ weight[:, :-1].T + weight[:, -1]

@@ -1,0 +1,365 @@
+"""Sequence classification: one class for a text.
+
+The class is predicted from one vector, which `base.pooling` makes of the text's tokens. Encoders
+(BERT) and decoders (Llama) are trained alike; what the base's files have no weights for, the head
+at least, is trained whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from lora_kit.base.head import SEQUENCE, Head, Pooling
+from lora_kit.data.examples import Examples
+from lora_kit.data.formats import Example
+from lora_kit.data.prepare import label_names
+from lora_kit.data.rows import Row, Rows
+from lora_kit.errors import CheckFailed, UserError
+from lora_kit.schema import Base
+from lora_kit.tasks import probe
+from lora_kit.tasks.task import (
+    Batch,
+    Collate,
+    Contender,
+    Dropped,
+    Facts,
+    Processor,
+    Score,
+    Shown,
+    Task,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_kit.base.pin import Pinned
+    from lora_kit.schema import Run
+    from lora_kit.tasks.encode import Prepared
+
+SCORES = ("accuracy", "macro_f1")
+_ROWS_AT_ONCE = 32
+_NAMED = 3  # labels of a note
+
+
+class SequenceBase(Base):
+    pooling: Pooling | None = Field(
+        None,
+        description="The vector that stands for a text: the mean of its tokens', the first token's "
+        "(cls) or the last one's. null: mean where the base is a sentence-transformers model with "
+        "mean pooling, else the architecture's own.",
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A classifier that is no model: what a rival yields to be scored.
+
+    Attributes:
+        classes: rows -> int64 (rows,), the classes that it predicts.
+    """
+
+    classes: Callable[[Rows], np.ndarray]
+
+
+class Classification(Task):
+    """One of several classes for a text.
+
+    Rows: `input_ids`, int32 (tokens,), special tokens included; `labels`, the number of the class
+    in the order of `facts["labels"]`, which `data.labels` decides, else the alphabet. A text over
+    `train.max_length` tokens is truncated.
+
+    Loss: cross entropy. Scores: `accuracy` and `macro_f1`, the mean over the classes that occur in
+    the held-out rows. Rivals: the most frequent class, and logistic regression on the mean of the
+    frozen base's last hidden states.
+    """
+
+    formats = ("text-label",)
+    settings = {"base": SequenceBase}  # noqa: RUF012 - read only
+    auto = SEQUENCE
+    unread = (
+        "data.chat_template",
+        "data.general",
+        "data.packing",
+        "data.replay",
+        "data.supervise",
+        "prove.answers",
+        "prove.harness",
+        "prove.shots",
+        "ship.target",
+    )
+
+    # ------------------------------------------------------------------ examples and rows
+    def processor(self, pinned: Pinned, run: Run) -> Processor:
+        from lora_kit.base.load import load_tokenizer
+
+        return load_tokenizer(pinned, generates=False)
+
+    def facts(self, train: Examples, run: Run) -> Facts:
+        """`labels`: the names of the classes in order; `rows`: the training rows of each."""
+        counts = train.labels
+        labels = label_names(run.data.labels) or tuple(counts)
+        if len(set(labels)) < len(labels):
+            raise UserError("data.labels: a name is there twice")
+        if len(counts) < 2:
+            only = f", {next(iter(counts))!r:.60}" if counts else ""
+            raise UserError(
+                f"data.train: {len(counts)} class in all rows{only}: a classifier needs two or more"
+            )
+        return {"labels": list(labels), "rows": [counts.get(label, 0) for label in labels]}
+
+    def notes(self, formats: set[str], facts: Facts) -> list[str]:
+        notes = []
+        counts = dict(zip(facts["labels"], facts["rows"], strict=True))
+        for rows, what in ((0, "no training row"), (1, "one training row")):
+            names = [label for label, count in counts.items() if count == rows]
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                which = f"{', '.join(names[:_NAMED])}{more}"
+                verb = "class has" if len(names) == 1 else "classes have"
+                notes.append(f"{len(names)} {verb} {what}: {which}")
+        return notes
+
+    def encode(
+        self, examples: Sequence[Example], processor: Processor, facts: Facts, run: Run
+    ) -> Iterator[list[Row] | Dropped]:
+        numbers = {label: number for number, label in enumerate(facts["labels"])}
+        length = run.train.max_length
+        texts = [example.text or "" for example in examples]
+        encoded = processor(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        for example, ids in zip(examples, encoded, strict=True):
+            if not ids:
+                yield Dropped("of no token that the tokenizer knows")
+                continue
+            cut = ""
+            if len(ids) > length:  # the special tokens at its end are kept
+                cut = f"cut to train.max_length ({length} tokens)"
+                ids = processor(example.text, truncation=True, max_length=length)["input_ids"]
+            row = {
+                "input_ids": np.array(ids, dtype=np.int32),
+                "labels": numbers[str(example.label)],
+                "truncated": cut,
+            }
+            yield [row]
+
+    # ------------------------------------------------------------------ model
+    def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
+        from lora_kit.base.head import load_with_head
+
+        return load_with_head(run.base, pinned, self.head(facts, run), run.seed)
+
+    def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
+        from lora_kit.base.head import with_head_on_meta
+
+        return with_head_on_meta(run.base, pinned, self.head(facts, run))
+
+    def head(self, facts: Facts, run: Run) -> Head:
+        return Head(self.auto, tuple(facts["labels"]), getattr(run.base, "pooling", None))
+
+    # ------------------------------------------------------------------ training
+    def collate(self, processor: Processor, flat: bool = False) -> Collate:
+        return _Collate(processor.pad_token_id)
+
+    def items(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+        """Cross entropy in nats, of logits in float32.
+
+        Not transformers' own: that is a mean over the micro-batch, whose gradients add up to N
+        times as much in N accumulation steps (transformers#47688).
+        """
+        import torch
+
+        logits = model(**_inputs(batch)).logits.float()
+        nats = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
+        return nats / items
+
+    def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
+        rows = len(batch["labels"])
+        if rows < 2:
+            return []
+        lengths = batch["attention_mask"].sum(1)
+        order = lengths.argsort(descending=True, stable=True)  # less of each half is padding
+        parts = []
+        for side in (order[: rows // 2], order[rows // 2 :]):
+            width = int(lengths[side].max())
+            part = {name: values[side][:, :width] for name, values in _inputs(batch).items()}
+            parts.append(({**part, "labels": batch["labels"][side]}, 1.0))
+        return parts
+
+    # ------------------------------------------------------------------ evaluation
+    def score(
+        self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
+    ) -> list[Score]:
+        count = len(facts["labels"])
+        if isinstance(model, Rule):
+            predicted = model.classes(rows)
+        else:
+            predicted = self._each(model, _logits, rows, processor).argmax(1)
+        true, units = rows.column("labels"), rows.column("unit")
+        hit = predicted == true
+        hits = np.zeros((rows.units, 2))
+        np.add.at(hits, units, np.stack([hit, np.ones(len(true))], axis=1))
+        by_class = np.zeros((rows.units, 3, count))  # hits, predicted, true
+        np.add.at(by_class[:, 0], (units, true), hit)
+        np.add.at(by_class[:, 1], (units, predicted), 1)
+        np.add.at(by_class[:, 2], (units, true), 1)
+        confusion = np.zeros((count, count), dtype=np.int64)
+        np.add.at(confusion, (true, predicted), 1)
+        about = {"labels": facts["labels"], "confusion": confusion.tolist()}
+        return [
+            Score("accuracy", hits, about=about),
+            Score("macro_f1", by_class.reshape(rows.units, -1), value=macro_f1),
+        ]
+
+    def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
+        unknown = [name for name in run.prove.metrics if name not in SCORES]
+        return [
+            f"prove.metrics: {name}: a classifier has {' and '.join(SCORES)}" for name in unknown
+        ]
+
+    def rivals(
+        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+    ) -> list[Contender]:
+        """The most frequent class and the linear probe, the better one first, by its accuracy in
+        cross-validation on training rows."""
+        rows = data.rows("train")
+        rows = rows.select(probe.draw(len(rows), run.seed))
+        classes = rows.column("labels")
+        counts = np.bincount(classes, minlength=len(facts["labels"]))
+        most = int(counts.argmax())
+
+        @contextlib.contextmanager
+        def linear_probe() -> Iterator[Rule]:
+            with model.disable_adapter():
+                yield Rule(lambda some: fitted.classes(self._features(model, some, processor)))
+
+        with model.disable_adapter():
+            features = self._features(model, rows, processor)
+        fitted = probe.fit(features, classes, len(counts), run.seed)
+        majority = Rule(lambda some: np.full(len(some), most))
+        found = [
+            Contender("linear_probe", linear_probe),
+            Contender("majority", lambda: contextlib.nullcontext(majority)),
+        ]
+        return found if fitted.accuracy >= counts.max() / len(rows) else found[::-1]
+
+    def _features(self, model: Any, rows: Rows, processor: Processor) -> np.ndarray:
+        """The mean of the last hidden states of each text, float32 (rows, width)."""
+        return self._each(model, _mean_of_body, rows, processor)
+
+    def _each(
+        self,
+        model: Any,
+        of: Callable[[Any, Batch], torch.Tensor],
+        rows: Rows,
+        processor: Processor,
+    ) -> np.ndarray:
+        """What a function gives for each row, float32 (rows, width). Rows are dealt out to the
+        ranks if there are several; every rank returns all of them.
+
+        Args:
+            of: model and batch -> (rows of the batch, width).
+
+        Raises:
+            CheckFailed: a value is NaN or infinite.
+        """
+        import torch
+        import torch.distributed as dist
+
+        from lora_kit.tasks.measure import batches_of, rank_and_ranks
+
+        collate = self.collate(processor)
+        batches = batches_of(model, rows.sizes("input_ids"), _ROWS_AT_ONCE)
+        device = next(model.parameters()).device
+        rank, ranks = rank_and_ranks()
+        found: torch.Tensor | None = None
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            for turn in range(-(-len(batches) // ranks)):
+                mine = turn * ranks + rank
+                # Every rank runs as many passes as the others: a sharded model needs all of them.
+                numbers = batches[min(mine, len(batches) - 1)]
+                batch = collate([rows[n] for n in numbers])
+                values = of(model, {k: v.to(device) for k, v in batch.items()}).float()
+                if found is None:
+                    found = torch.zeros(len(rows), values.shape[1], device=device)
+                if mine < len(batches):
+                    found[numbers] = values
+        model.train(training)
+        assert found is not None  # there is a row
+        if ranks > 1:
+            dist.all_reduce(found)
+        broken = (~torch.isfinite(found).all(1)).nonzero()
+        if len(broken):
+            raise CheckFailed(
+                f"the output of row {int(broken[0]) + 1} of {len(rows)} is not finite: look for "
+                "NaN or infinite weights in base or adapter"
+            )
+        return found.cpu().numpy()
+
+    # ------------------------------------------------------------------ for people
+    def show(self, row: Row, processor: Processor, facts: Facts) -> list[Shown]:
+        ids = row["input_ids"].tolist()
+        return [
+            Shown("text", ids, [False] * len(ids)),
+            Shown("label", text=facts["labels"][row["labels"]]),
+        ]
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """Pads on the right to the longest row: `input_ids` and `attention_mask`, int64 (rows,
+    longest); `labels`, int64 (rows,)."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        import torch
+
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        ids = torch.full((len(rows), int(lengths.max())), self.pad_id)
+        for number, row in enumerate(rows):
+            ids[number, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
+        return {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+            "labels": torch.tensor([int(row["labels"]) for row in rows]),
+        }
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def _logits(model: Any, batch: Batch) -> torch.Tensor:
+    logits: torch.Tensor = model(**_inputs(batch)).logits
+    return logits
+
+
+def _mean_of_body(model: Any, batch: Batch) -> torch.Tensor:
+    """(rows, width) float32"""
+    from lora_kit.base.pooled import pool
+
+    body = model.get_base_model().base_model
+    if body.config.is_encoder_decoder:
+        body = body.get_encoder()
+    hidden = body(**_inputs(batch)).last_hidden_state
+    return pool(hidden, batch["attention_mask"], "mean")
+
+
+def macro_f1(sums: np.ndarray) -> np.ndarray:
+    """The mean F1 of the classes that occur, each 2 · hits / (predicted + true). Sums of hits,
+    predicted and true rows of each class, (..., 3 · classes) -> (...)"""
+    hits, predicted, true = np.split(sums, 3, axis=-1)
+    occurs = true > 0
+    f1 = np.where(occurs, 2 * hits / np.maximum(predicted + true, 1), 0.0)
+    mean: np.ndarray = f1.sum(-1) / np.maximum(occurs.sum(-1), 1)
+    return mean
