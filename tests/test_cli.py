@@ -12,8 +12,8 @@ import processes
 import pytest
 
 from lora_kit import __version__, cli
-from lora_kit.run import load_run, recipe_path, shipped
-from lora_kit.schema import SHIPPED_RECIPES, Run
+from lora_kit.run import load_run, recipe_path, shipped, shipped_recipes
+from lora_kit.schema import Run
 
 VERBS = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "huggingface_hub")
@@ -243,7 +243,7 @@ def test_doctor_tells_versions_devices_and_memory(
     assert "not installed: no-such-tool, for its use: its install" in done.out
 
 
-@pytest.mark.parametrize("recipe", SHIPPED_RECIPES)
+@pytest.mark.parametrize("recipe", shipped_recipes())
 def test_copy_gives_a_recipe_and_a_run_file_that_work_and_overwrites_neither(
     run: Shell, work: Path, recipe: str
 ) -> None:

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import RunMaker, make_base, sentences
-from trained import finish, folder_maker, labelled
+from trained import copied, finish, finish_in, labelled, on_own_base
 
 import lora_kit
+from lora_kit.data.census import Census
+from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed, UserError
-from lora_kit.prove.compare import HeldOut, check_prove, compare_model
-from lora_kit.schema import Prove
+from lora_kit.prove.compare import check_prove, evaluate
+from lora_kit.schema import Prove, Run
+from lora_kit.tasks.answers import question
 from lora_kit.tasks.batches import IGNORED
+from lora_kit.tasks.causal import Conversations, Text
+from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.measure import generate
 
 FIGURES = ("verdict", "domain", "general", "few_shot", "metrics", "samples")
 
 
 @pytest.fixture(scope="module")
-def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with general text; the tests leave it as they found it."""
-    folder, before = tmp_path_factory.mktemp("compared"), Path.cwd()
+    folder = tmp_path_factory.mktemp("compared")
     (folder / "general.jsonl").write_text(
         "\n".join(json.dumps({"text": s}) for s in sentences(30, seed=9)), encoding="utf-8"
     )
-    yield finish(folder_maker(folder, base), **{"data.general": "general.jsonl"})
-    os.chdir(before)
+    return finish_in(folder, base, **{"data.general": "general.jsonl"})
+
+
+def data_of(rows: Rows, kind: str = "text") -> Prepared:
+    """Rows to train on and to evaluate on."""
+    return Prepared(rows, rows, None, {"kind": kind, "joiner": ""}, Census(), {}, [], False)
+
+
+def run_with(prove: Prove, recipe: str = "cpt") -> Run:
+    values = {"recipe": recipe, "name": "test", "base": {"model": "nano"}}
+    return Run.model_validate({**values, "data": {"train": "nano:topics"}, "prove": prove})
 
 
 def test_compare_finds_what_the_report_says_twice(run: Path) -> None:
@@ -60,17 +72,17 @@ def test_other_data_are_refused_and_named(run: Path, what: str) -> None:
     assert what in str(raised.value) and str(run) in str(raised.value)
 
 
-def test_another_base_is_refused_and_named(run_file: RunMaker, tmp_path: Path) -> None:
-    own = make_base(tmp_path / "own")
-    finished = finish(run_file, **{"base.model": str(own), "train.max_steps": 1})
+def test_another_base_is_refused_and_named(cpt_run: Path, base: Path, tmp_path: Path) -> None:
+    own, finished = tmp_path / "own", copied(cpt_run, tmp_path)
+    on_own_base(finished, base, own)
     make_base(own, initializer_range=0.03)
-    with pytest.raises(UserError, match=r"model\.safetensors.* changed since") as raised:
+    with pytest.raises(UserError, match=r"trained on another base than") as raised:
         lora_kit.compare(finished)
     assert str(finished) in str(raised.value) and str(own) in str(raised.value)
 
 
 def test_what_is_no_finished_run_is_refused(run: Path, work: Path, base: Path) -> None:
-    with pytest.raises(UserError, match=r"run\.yaml is missing"):
+    with pytest.raises(UserError, match=r"neither a run directory nor an adapter"):
         lora_kit.compare(work / "nowhere")
     unfinished = work / "unfinished"
     unfinished.mkdir()
@@ -115,8 +127,8 @@ def test_the_base_with_examples_is_the_base_given_longer_rows(run: Path) -> None
     model, tokenizer = lora_kit.load(run)
     rows = labelled([([0, 5, 6] * 42, [0, 5, 6] * 42)] * 20, list(range(20)), [2] * 20)
     model.config.max_position_embeddings = 127
-    judged = HeldOut("text", rows, None, rows)
-    assert compare_model(model, tokenizer, judged, Prove())["few_shot"] is None
+    report = evaluate(Text(), model, data_of(rows), tokenizer, run_with(Prove()))
+    assert report["few_shot"] is None
 
 
 def test_only_what_is_measured_may_change(run: Path) -> None:
@@ -173,12 +185,10 @@ def test_a_model_from_scratch_stands_beside_it(
 def test_rows_of_one_token_are_not_judged(run: Path) -> None:
     model, tokenizer = lora_kit.load(run)
     short = labelled([([5], [5])] * 20, list(range(20)), [1] * 20)
-    judged = HeldOut("text", short, None, short)
     with pytest.raises(UserError, match=r"data\.eval: no row has two tokens"):
-        check_prove(Prove(), judged, tokenizer, "assistant")
+        check_prove(Text(), data_of(short), tokenizer, run_with(Prove()))
     mixed = labelled([([5], [5])] * 5 + [([5, 6], [5, 6])] * 20, list(range(25)), [1] * 25)
-    judged = HeldOut("text", mixed, None, mixed)
-    report = compare_model(model, tokenizer, judged, Prove())
+    report = evaluate(Text(), model, data_of(mixed), tokenizer, run_with(Prove()))
     assert report["domain"]["documents"] == 20 and len(report["samples"]) == 6
 
 
@@ -189,7 +199,6 @@ def test_scores_come_with_the_base_and_the_base_with_examples(
     model, tokenizer = lora_kit.load(run)
     rows = [([n, n, n + 50], [IGNORED, IGNORED, n + 50]) for n in range(300, 340)]
     made = labelled(rows, list(range(40)), [3] * 40)
-    judged = HeldOut("chat", made, None, made)
 
     def answers(model: Any, tokenizer: Any, prompts: Any, most: int, **_: Any) -> list[str]:
         off = any(getattr(module, "_disable_adapters", False) for module in model.modules())
@@ -199,9 +208,10 @@ def test_scores_come_with_the_base_and_the_base_with_examples(
         right = [tokenizer.decode([prompt[-1] + 50]) for prompt in prompts]
         return [word if knows else "" for word, knows in zip(right, known, strict=True)]
 
-    monkeypatch.setattr("lora_kit.prove.compare.generate", answers)
+    monkeypatch.setattr("lora_kit.tasks.answers.generate", answers)
     prove = Prove(metrics=["accuracy", "f1"], answers=30, shots=2)
-    report = compare_model(model, tokenizer, judged, prove)
+    sft = Conversations()
+    report = evaluate(sft, model, data_of(made, "chat"), tokenizer, run_with(prove, "sft"))
     for name in prove.metrics:
         found = report["metrics"][name]
         assert found["rows"] == 30 and 0.2 < found["few_shot"] < 0.8
@@ -210,21 +220,22 @@ def test_scores_come_with_the_base_and_the_base_with_examples(
     assert report["few_shot"]["shots"] == 2 and report["few_shot"]["tokens"] == 6
 
 
-def test_what_the_model_answers_is_scored(run_file: RunMaker) -> None:
+def test_what_the_model_answers_is_scored(sft_run: Path, tmp_path: Path) -> None:
     metrics = ["exact_match", "f1", "rouge_l"]
-    finished = finish(run_file, "sft", **{"prove.metrics": metrics, "prove.answers": 21})
-    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
-    assert list(report["metrics"]) == metrics == list(report["verdict"])[-3:]
+    changes = [f"prove.metrics=[{', '.join(metrics)}]", "prove.answers=21"]
+    report = lora_kit.compare(copied(sft_run, tmp_path), changes)
+    assert list(report["metrics"]) == metrics
+    assert metrics == [name for name in report["verdict"] if name in metrics]
     assert all(figures["rows"] == 21 for figures in report["metrics"].values())
     assert "What is" in report["samples"][0]["prompt"] and report["samples"][0]["expected"]
 
 
 def test_an_answer_is_asked_for_with_the_tokens_of_training() -> None:
     rows = labelled([([1, 2, 3, 4, 5], [IGNORED, 2, IGNORED, 4, 5])], [0], [2])
-    assert HeldOut("chat", rows, None, rows).question(0) == ([1, 2, 3], [4, 5])
-    assert HeldOut("text", rows, None, rows).question(0) == ([1, 2, 3], [4, 5])
+    assert question(rows[0], chat=True) == ([1, 2, 3], [4, 5])
+    assert question(rows[0], chat=False) == ([1, 2, 3], [4, 5])
     whole = labelled([([1, 2, 3, 4], [1, 2, 3, 4])], [0], [2])
-    assert HeldOut("chat", whole, None, whole).question(0) == ([1, 2], [3, 4])
+    assert question(whole[0], chat=True) == ([1, 2], [3, 4])
 
 
 def test_nothing_is_asked_beyond_the_positions_of_the_base(run_file: RunMaker, work: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from lora_kit.adapter.attach import attach
 from lora_kit.schema import Adapter
 from lora_kit.speed import fast, memory
-from lora_kit.speed.memory import Choice, Machine, Work, choose, count, recompute, rows_on_meta
+from lora_kit.speed.memory import Choice, Machine, Work, choose, on_meta, recompute
 from lora_kit.tasks.batches import collators
 
 
@@ -29,7 +30,23 @@ def llama(device: str, **adapter: Any) -> Any:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.requires_grad_(False)
+    model.config.use_cache = False
     return attach(model, Adapter(r=4, **adapter), (), 0).train()
+
+
+def rows_on_meta(rows: list[list[int]], flat: bool) -> dict[str, Any]:
+    """A micro-batch without content: the lengths of the documents in each row."""
+    made = []
+    for documents in rows:
+        ids = np.arange(sum(documents)) % 96
+        positions = np.concatenate([np.arange(length) for length in documents])
+        row = {"input_ids": ids, "labels": ids.copy()}
+        made.append(row if len(documents) == 1 else {**row, "position_ids": positions})
+    return on_meta(collators(0)(flat)(made))
+
+
+def count(model: Any, batch: dict[str, Any]) -> Work:
+    return memory.count(model, batch, lambda model, batch: model(**batch).loss)
 
 
 def on_cpu(batch: dict[str, Any]) -> dict[str, Any]:

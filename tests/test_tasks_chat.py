@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from families import CHATML, FAMILIES, HERMES, LLAMA31, QWEN3, ZEPHYR, byte_level
+from prepared import spans
 
 from lora_kit.base.templates import prompt_text
 from lora_kit.data.formats import Example, Message
@@ -83,15 +84,15 @@ def test_prompt_and_learned_tokens_are_the_text_trained_on(tokenizer: Any, name:
 
 
 def test_the_end_marker_is_learned_where_it_pads_as_well(tokenizer: Any) -> None:
-    from lora_kit.tasks.batches import IGNORED, LabelledWriter, collator
+    from lora_kit.tasks.batches import IGNORED, collator
 
     tokenizer.chat_template, pad = ZEPHYR, tokenizer.pad_token
     tokenizer.pad_token = tokenizer.eos_token
-    writer = LabelledWriter()
-    for found in (encode(tokenizer, chat("q", "the fox")), encode(tokenizer, chat("q", "a"))):
-        assert isinstance(found, Encoded)
-        writer.add(found.ids, found.learned)
-    batch = collator(tokenizer.pad_token_id)(list(writer.finish()))
+    encoded = [encode(tokenizer, chat("q", answer)) for answer in ("the fox", "a")]
+    assert all(isinstance(found, Encoded) for found in encoded)
+    batch = collator(tokenizer.pad_token_id)(
+        list(spans(*((found.ids, found.learned) for found in encoded)))
+    )
     tokenizer.pad_token = pad
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         kept = labels != IGNORED

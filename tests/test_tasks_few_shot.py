@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer
 from families import FAMILIES
+from prepared import supervised, unit_bytes
 from trained import labelled
 
 from lora_kit.base.load import load_tokenizer
@@ -41,8 +42,8 @@ def test_labels_units_and_bytes_stay() -> None:
     assert longer[0]["labels"].tolist() == [IGNORED] * 4 + [10, 11, 12]
     assert longer[1]["labels"].tolist() == [IGNORED] * 5 + [21, 22, IGNORED]
     assert set(longer[2]["labels"].tolist()) == {IGNORED}
-    assert longer.supervised_tokens == judged.supervised_tokens == 5
-    assert longer.units.tolist() == [0, 1, 1] and longer.unit_bytes.tolist() == [9, 5]
+    assert supervised(longer) == supervised(judged) == 5
+    assert longer.column("unit").tolist() == [0, 1, 1] and unit_bytes(longer) == [9, 5]
 
 
 def test_without_an_opening_nothing_is_taken_away() -> None:

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer, sentences
+from prepared import prepared
 from trained import labelled as make_labelled
 
 from lora_kit.adapter.load import end_tokens
 from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import Pinned
 from lora_kit.base.templates import context_token
-from lora_kit.data.prepare import prepare
+from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed
-from lora_kit.schema import Base, Data
+from lora_kit.schema import Base
 from lora_kit.tasks import measure as module
-from lora_kit.tasks.batches import IGNORED, Labelled
+from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.measure import generate, measure
 
 
@@ -42,7 +43,7 @@ def tokenizer(base: Path) -> Any:
 
 
 @pytest.fixture
-def labelled() -> Labelled:
+def labelled() -> Rows:
     """Seven rows of 1 to 60 tokens in four units, out of order, partly ignored."""
     random = np.random.default_rng(0)
     rows = []
@@ -52,10 +53,10 @@ def labelled() -> Labelled:
     return make_labelled(rows, [3, 0, 2, 0, 1, 3, 1], [10, 20, 30, 40])
 
 
-def naive(model: Any, labelled: Labelled) -> tuple[np.ndarray, np.ndarray]:
+def naive(model: Any, labelled: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Row by row, label by label, in float64."""
     nats, tokens = np.zeros(4), np.zeros(4)
-    for row, unit in zip(labelled, labelled.units, strict=True):
+    for row, unit in zip(labelled, labelled.column("unit"), strict=True):
         ids = torch.as_tensor(row["input_ids"])
         with torch.no_grad():
             chances = model(ids[None]).logits[0].double().log_softmax(-1)
@@ -69,7 +70,7 @@ def naive(model: Any, labelled: Labelled) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("rows_at_once", [1, 2, 8, 100])
 @pytest.mark.parametrize("logits", [1, 2**28])
 def test_measure_equals_a_plain_loop(
-    model: Any, labelled: Labelled, rows_at_once: int, logits: int, monkeypatch: pytest.MonkeyPatch
+    model: Any, labelled: Rows, rows_at_once: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
     model.train()
@@ -82,12 +83,12 @@ def test_measure_equals_a_plain_loop(
     assert found.bytes.tolist() == [10, 20, 30, 40]
 
 
-def test_some_rows_are_measured_alone(model: Any, labelled: Labelled) -> None:
+def test_some_rows_are_measured_alone(model: Any, labelled: Rows) -> None:
     rows = np.array([5, 1])  # of units 3 and 0
-    found = measure(model, labelled, pad_id=1, rows=rows)
+    found = measure(model, labelled, pad_id=1, numbers=rows)
     _, tokens = naive(model, labelled)
     assert found.tokens[[1, 2]].tolist() == [0, 0] and found.tokens[0] < tokens[0]
-    alone = measure(model, labelled, pad_id=1, rows=rows[:1])
+    alone = measure(model, labelled, pad_id=1, numbers=rows[:1])
     assert alone.tokens.tolist() == [0, 0, 0, found.tokens[3]]
     assert alone.nats[3] == pytest.approx(found.nats[3], rel=1e-5)
 
@@ -95,7 +96,7 @@ def test_some_rows_are_measured_alone(model: Any, labelled: Labelled) -> None:
 @pytest.mark.parametrize(("rows_at_once", "logits"), [(3, 2**28), (100, 400 * 130)])
 def test_a_batch_is_no_larger_than_what_it_is_allowed(
     model: Any,
-    labelled: Labelled,
+    labelled: Rows,
     rows_at_once: int,
     logits: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -111,7 +112,7 @@ def test_a_batch_is_no_larger_than_what_it_is_allowed(
     assert all(rows * width <= min(rows_at_once * 60, logits // 400) for rows, width in shapes)
 
 
-def test_broken_weights_are_no_loss(base: Path, labelled: Labelled) -> None:
+def test_broken_weights_are_no_loss(base: Path, labelled: Rows) -> None:
     broken = load_base(Base(model=str(base), dtype="float32"), Pinned("x", str(base)))
     with torch.no_grad():
         broken.get_input_embeddings().weight[labelled[1]["input_ids"][3]] = float("nan")
@@ -126,8 +127,8 @@ def test_bits_per_byte_by_hand(model: Any, tmp_path: Path, bos: bool) -> None:
     text = "the quick brown föx 🦊 jumps over the lazy dog."
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
     (tmp_path / "other.jsonl").write_text('{"text": "a text to learn from"}')
-    data = Data(train=str(tmp_path / "other.jsonl"), eval=str(tmp_path / "rows.jsonl"))
-    whole = prepare(data, "text", tokenizer, 512, 0).eval
+    data = {"train": str(tmp_path / "other.jsonl"), "eval": str(tmp_path / "rows.jsonl")}
+    whole = prepared(tokenizer, "text", **data).eval
     assert len(whole) == 1
     ids = whole[0]["input_ids"].tolist()
     assert ids[0] == (2 if bos else 0) and tokenizer.decode(ids[1:]) == text
@@ -139,7 +140,7 @@ def test_bits_per_byte_by_hand(model: Any, tmp_path: Path, bos: bool) -> None:
     assert found.tokens.tolist() == [len(ids) - 1]
     assert found.nats[0] / np.log(2) / 50 == pytest.approx(nats / np.log(2) / 50, rel=1e-5)
     # In windows every token is scored once all the same.
-    cut = prepare(data, "text", tokenizer, 8, 0).eval
+    cut = prepared(tokenizer, "text", max_length=8, **data).eval
     assert len(cut) > 2 and measure(model, cut, pad_id=1).tokens.tolist() == found.tokens.tolist()
 
 

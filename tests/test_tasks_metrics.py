@@ -140,16 +140,16 @@ def test_accuracy_wants_classes() -> None:
 
 def test_all_that_is_wrong_with_the_names_is_said_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        check_names(["f1", "exact_macth", "./none.py", "f1"], "chat")
+        check_names(["f1", "exact_macth", "./none.py", "f1"], True)
     lines = str(caught.value).splitlines()
     assert lines[0] == "prove.metrics: f1: named 2 times"
     assert lines[1].endswith("did you mean `exact_match`?") and "--trust-remote-code" in lines[1]
     assert lines[2].startswith("prove.metrics: ./none.py: no metric's script there")
     assert len(lines) == 3
-    check_names(list(metrics.OWN), "chat")
-    check_names([], "text")
+    check_names(list(metrics.OWN), True)
+    check_names([], False)
     with pytest.raises(UserError, match="text has none"):
-        check_names(["f1"], "text")
+        check_names(["f1"], False)
 
 
 SCRIPT = """
@@ -189,7 +189,7 @@ def test_a_metric_of_the_evaluate_library_is_taken_row_by_row(
     script: Callable[..., str], result: str
 ) -> None:
     path = script("lengths", result)
-    check_names([path, f"{path}/lengths.py"], "chat")
+    check_names([path, f"{path}/lengths.py"], True)
     assert score(path, ["ab", "a", "东京"], ["cd", "cd", "ab"]).tolist() == [1, 0, 1]
 
 
@@ -207,5 +207,5 @@ def test_a_metric_that_does_not_fit_is_one_line(
     script: Callable[..., str], name: str, result: str, kind: str, said: str
 ) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        check_names([script(name, result, kind)], "chat")
+        check_names([script(name, result, kind)], True)
     assert len(str(caught.value).splitlines()) == 1

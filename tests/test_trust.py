@@ -130,16 +130,16 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", ["bleu", "someone/metric"])
 def test_a_metric_of_the_hub_waits_for_the_word(hub: list[str], name: str) -> None:
     with pytest.raises(UserError, match="add --trust-remote-code"):
-        metrics.check_names([name], "chat")
+        metrics.check_names([name], True)
     assert not hub
     trust.say(True)
     with pytest.raises(UserError, match="none of this name on the Hub"):
-        metrics.check_names([name], "chat")
+        metrics.check_names([name], True)
     assert hub
     # What is said counts for one command.
     trust.say(False)
     with pytest.raises(UserError, match="add --trust-remote-code"):
-        metrics.check_names([name], "chat")
+        metrics.check_names([name], True)
 
 
 def test_the_flag_says_it_and_an_inherited_yes_does_not(
@@ -238,7 +238,7 @@ def test_no_recipe_metric_or_task_of_it_runs(
         start(_with(run_file(), recipe=str(recipe)))
     for metric in (pulled / "made", pulled / "made" / "made.py"):
         with pytest.raises(UserError, match="was pulled, and is not run"):
-            metrics.check_names([str(metric)], "chat")
+            metrics.check_names([str(metric)], True)
     with pytest.raises(UserError, match="was pulled, and is not run"):
         harness.check_tasks([named])
     assert not canary.exists() and not hub

@@ -32,13 +32,12 @@ class Losses:
 
     def scores(self) -> list[Score]:
         """Nats per token and bits per byte; units without a label, or without text, are dropped."""
-        units = np.flatnonzero((self.tokens > 0) & (self.bytes > 0))
-        nats, tokens, size = self.nats[units], self.tokens[units], self.bytes[units]
-        bits = nats / np.log(2)
-        return [
-            Score("loss", np.stack([nats, tokens], axis=1), better="lower", units=units),
-            Score("bits_per_byte", np.stack([bits, size], axis=1), better="lower", units=units),
-        ]
+        some = np.flatnonzero(self.tokens > 0)
+        sums = np.stack([self.nats[some], self.tokens[some]], axis=1)
+        loss = Score("loss", sums, better="lower", units=some)
+        some = np.flatnonzero((self.tokens > 0) & (self.bytes > 0))
+        sums = np.stack([self.nats[some] / np.log(2), self.bytes[some]], axis=1)
+        return [loss, Score("bits_per_byte", sums, better="lower", units=some)]
 
 
 def measure(
