@@ -82,7 +82,7 @@ def compare(
         raise UserError(f"{', '.join(strange)}: a finished run takes other prove.* keys only")
     finished = FinishedRun(run, base, overrides)
     task = task_of(finished)
-    opened = finished.require_run()
+    opened = finished.run_of(task)
     before = read_json(finished.home / "report.json")
     processor, data = prepared_again(finished, task)
     check_prove(task, data, processor, opened)
@@ -140,7 +140,7 @@ def task_of(finished: FinishedRun) -> Task:
 def prepared_again(finished: FinishedRun, task: Task) -> tuple[Processor, Prepared]:
     """Processor and rows of a finished run. Raises UserError if its data changed since."""
     # What the limits allow was decided when the run was trained.
-    run, lock = finished.require_run(), finished.lock
+    run, lock = finished.run_of(task), finished.lock
     _, data = rows_of(task, run, finished.located, lock, limits=False)
     # By content, not by name: a run and its data may have been moved.
     recorded = lock.get("data", {}).values()
