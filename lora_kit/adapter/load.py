@@ -48,8 +48,7 @@ def load_model(
     """`load` for a run that is open."""
     quiet_libraries()
     base = changed_base(run.base, quantize=quantize, dtype=dtype)
-    # The seed of the run: for what its base has no weights for, with the adapter switched off.
-    model, _ = load_with_head(base, run.pinned, run.head, int(run.lock.get("seed") or 0))
+    model = base_model(run, base)
     if gpu_is_used() and base.quantize == "none":
         model = model.to("cuda")
     processor = run.processor
@@ -59,6 +58,18 @@ def load_model(
         model.generation_config.eos_token_id = end_tokens(model, processor)
         model.generation_config.pad_token_id = processor.pad_token_id
     return model, processor
+
+
+def base_model(run: FinishedRun, base: Base, quantize: str | None = None) -> Any:
+    """The model that the adapter is put on.
+
+    Args:
+        base: the run's, or one of another dtype or quantization.
+        quantize: see `load_base`.
+    """
+    # The seed of the run: for what its base has no weights for, with the adapter switched off.
+    seed = int(run.lock.get("seed") or 0)
+    return load_with_head(base, run.pinned, run.head, seed, quantize)[0]
 
 
 def changed_base(base: Base, **changes: str | None) -> Base:

@@ -80,14 +80,23 @@ def tensor_of(module: str, tensors: Mapping[str, Stored], kind: str = "weight") 
     raise UserError(f"{module}: the base has no such {kind}; is it the adapter's own base?")
 
 
-def plan(adapter: Adapter, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Plan:
+def plan(
+    adapter: Adapter,
+    tensors: Mapping[str, Stored],
+    config: Mapping[str, Any],
+    head: Mapping[str, tuple[int, ...]] | None = None,
+) -> Plan:
     """What a merge does to the base's `tensors`, whose config.json is `config`.
+
+    Args:
+        head: {name: shape} of the parameters that the adapter may bring whole, in place of the
+            base's or in addition to them; None: a language model, which has none.
 
     Raises:
         UserError: a module that the base lacks, a shape that does not fit, or what cannot be
             merged; all of them, a line each.
     """
-    planner = _Planner(adapter, tensors, config)
+    planner = _Planner(adapter, tensors, config, head)
     init = str(adapter.config.get("init_lora_weights")).lower()
     if init.startswith(_TAKES_FROM_BASE):
         planner.problems.append(f"init_lora_weights: {init}: convert it with PEFT to plain LoRA")
@@ -115,19 +124,26 @@ def plan(adapter: Adapter, tensors: Mapping[str, Stored], config: Mapping[str, A
 
 class _Planner:
     def __init__(
-        self, adapter: Adapter, tensors: Mapping[str, Stored], config: Mapping[str, Any]
+        self,
+        adapter: Adapter,
+        tensors: Mapping[str, Stored],
+        config: Mapping[str, Any],
+        head: Mapping[str, tuple[int, ...]] | None,
     ) -> None:
         self.adapter, self.tensors, self.config = adapter, tensors, config
+        self.brought = head or {}
         self.problems: list[str] = []
         self.changes: dict[str, Change] = {}
         self.special: dict[str, dict[str, Stored]] = defaultdict(dict)
         self.own: dict[str, Stored] = {}  # whole tensors of the adapter, by the base's names
         last = {name.split(".")[-2]: name for name in tensors if name.endswith(".weight")}
         self.embeddings = next((last[n] for n in _EMBEDDINGS if n in last), "")
-        head = next((last[n] for n in _HEADS if n in last), "")
+        vocabulary = next((last[n] for n in _HEADS if n in last), "")
         flags = [c.get("tie_word_embeddings") for c in (config, config.get("text_config") or {})]
-        self.tied = any(flags) if any(f is not None for f in flags) else not head
-        self.head = head or ("embed_out" if "embed_in" in last else "lm_head") + ".weight"
+        self.tied = any(flags) if any(f is not None for f in flags) else not vocabulary
+        if head is not None:  # it has no language-model head
+            self.tied = False
+        self.head = vocabulary or ("embed_out" if "embed_in" in last else "lm_head") + ".weight"
 
     def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -157,6 +173,12 @@ class _Planner:
 
     def whole(self, name: str, tensor: Stored) -> None:
         module, _, kind = re.sub(_WRAPPERS, "", name).rpartition(".")
+        if (shape := self.brought.get(f"{module}.{kind}")) is not None:
+            if tensor.shape != shape:
+                raise UserError(f"{name} is {tensor.shape}, and {shape} by its labels and base")
+            self.own[f"{module}.{kind}"] = tensor
+            self.changes[f"{module}.{kind}"] = Change(tensor)
+            return
         found = self.locate(module, kind)
         ends = found in (self.embeddings, self.head)  # these may have more rows, or fewer
         there = self.source(found).shape

@@ -7,6 +7,7 @@ can read: `AutoModel` loads the body, and the rest is a mean and a matrix.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,32 +83,29 @@ class PooledClassifier(nn.Module):
         return SequenceClassifierOutput(logits=self.score(pooled.to(self.score.weight.dtype)))
 
 
-def write_folder(folder: Path, model: PooledClassifier, guard: str | None, max_length: int) -> None:
-    """Write a merged classifier as a folder of sentence-transformers, without its tokenizer.
+def write_parts(
+    folder: Path, score: Mapping[str, torch.Tensor], pooling: str, max_length: int
+) -> None:
+    """Make the folder of a body, as transformers saves it, one of sentence-transformers: add the
+    pooling and the head.
 
     `AutoModel` and sentence-transformers load it; `SentenceTransformer(folder).encode(texts)` gives
-    the logits, and config.json the names of the labels.
+    the logits.
 
     Args:
-        guard: `guard_of` the base. A tensor of this name without values is added, so that
-            `AutoModelForSequenceClassification`, which would fill its own head with random numbers
-            and only warn, fails instead.
+        score: `weight` (labels, width) and `bias` (labels,) of the head.
         max_length: tokens of a text; longer ones are truncated.
     """
-    tensors = dict(model.encoder.state_dict())
-    if guard:
-        tensors[guard] = torch.zeros(0)
-    model.encoder.save_pretrained(folder, state_dict=tensors)
-    width, labels = model.score.in_features, model.score.out_features
-    modes = {mode: name == model.pooling for name, mode in POOLING_MODES.items()}
+    from safetensors.torch import save_file
+
+    labels, width = score["weight"].shape
+    modes = {mode: name == pooling for name, mode in POOLING_MODES.items()}
     _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes})
     dense = {"in_features": width, "out_features": labels, "bias": True}
     identity = {"activation_function": "torch.nn.modules.linear.Identity"}
     _write(folder / DENSE / "config.json", dense | identity)
-    from safetensors.torch import save_file
-
-    score = {f"linear.{name}": value for name, value in model.score.state_dict().items()}
-    save_file(score, folder / DENSE / "model.safetensors", metadata={"format": "pt"})
+    tensors = {f"linear.{name}": value for name, value in score.items()}
+    save_file(tensors, folder / DENSE / "model.safetensors", metadata={"format": "pt"})
     parts = (("", "Transformer"), ("1_Pooling", "Pooling"), (DENSE, "Dense"))
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"{_MODULES}.{kind}"}
@@ -118,7 +116,9 @@ def write_folder(folder: Path, model: PooledClassifier, guard: str | None, max_l
 
 
 def guard_of(skeleton: Any) -> str | None:
-    """The weight of the last layer of transformers' own classifier of a family.
+    """The weight of the last layer of transformers' own classifier of a family. A tensor of this
+    name without values in the folder of a body alone makes `AutoModelForSequenceClassification`
+    fail, which would fill its own head with random numbers and only warn.
 
     Args:
         skeleton: that classifier, on the meta device; None: the family has none.
@@ -130,7 +130,7 @@ def guard_of(skeleton: Any) -> str | None:
 
 
 def read_folder(folder: Path, **options: Any) -> PooledClassifier:
-    """What `write_folder` wrote, by means of transformers alone; in evaluation mode.
+    """A body with what `write_parts` added, by means of transformers alone; in evaluation mode.
 
     Args:
         options: arguments of `from_pretrained`, such as `dtype`.

@@ -88,10 +88,10 @@ def export(
     """
     out = Path(out)
     refuse_existing(out)
+    run.require_language_model(f"export --to {to}")
     stored, part = _settled(to, kind, what)
     if into != "base" and "merged" not in (to, part):
         raise UserError(f"--into {into}: only where a merged model is written: leave it out")
-    run.require_language_model(f"export --to {to}")
     adapter, tokenizer, folder = run.adapter, run.processor, Path(run.pinned.folder)
     config = read_json(folder / "config.json")
     # `merge` asks for its own room.

@@ -10,6 +10,7 @@ import math
 import resource
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,15 +19,17 @@ from typing import Any, Literal
 from lora_kit.adapter.attach import put_on
 from lora_kit.adapter.files import WEIGHTS, write_json
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.adapter.load import changed_base, end_tokens
+from lora_kit.adapter.load import base_model, changed_base, end_tokens
 from lora_kit.adapter.names import Plan
-from lora_kit.base.load import load_base, unquantized_config
+from lora_kit.base.head import CAUSAL
+from lora_kit.base.load import unquantized_config
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
 from lora_kit.run import read_json
 from lora_kit.schema import Base
+from lora_kit.ship.layout import Layout, layout
 from lora_kit.ship.weights import Weights
 
 PROBE_TOKENS = 64
@@ -96,20 +99,28 @@ def merge(
     known = run.run is not None or "quantize" in run.lock.get("base", {})
     if into == "dequantized" and known and trained.quantize != "nf4":
         raise UserError(f"{run.path}: not trained on nf4 ({trained.quantize}): leave --into out")
-    adapter, pinned = run.adapter, run.located
+    pinned = run.located
     folder, config = Path(pinned.folder), unquantized_config(pinned)
     tokenizer = run.processor if run.has_processor else None
-    weights = Weights(adapter, stored_in(folder), config, base.dtype)
+    form = layout(run, stored_in(folder))
+    rest = (form.head, form.unused, form.guard)
+    weights = Weights(form.adapter, form.tensors, config, base.dtype, *rest)
     if into == "dequantized":
-        weights.quantize(folder, trained.dtype)
+        weights.quantize(*form.on_meta(folder), trained.dtype)
     legal = [file for pattern in _LEGAL for file in folder.glob(pattern) if file.is_file()]
     with new_folder(out, weights.bytes + _BESIDE) as made:
         weights.write(made, run.hashes, run.refuse_base)
-        _settle(made, folder, config, weights.plan, base.dtype, tokenizer)
+        form.settle(config)
+        _settle(made, config, weights.plan, base.dtype)
+        form.write_parts(made, _longest(run, config))
+        if run.auto == CAUSAL:
+            _settle_generation(made, folder, tokenizer)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(made))
         # Of which run this is: `push --merged` asks.
         name = pinned.model if pinned.revision else Path(pinned.model).name
         origin = {"model": name, "revision": pinned.revision, "hashes": run.hashes or pinned.hashes}
-        digest = {"sha256": file_hash(adapter.folder / WEIGHTS)}
+        digest = {"sha256": file_hash(run.folder / WEIGHTS)}
         record = {"adapter": digest, "base": origin, "into": into, "dtype": base.dtype}
         write_json(made / RECORD, record)
         for file in legal:
@@ -117,11 +128,11 @@ def merge(
         compared: tuple[Any, Any, Any] = (None, None, None)
         if verify == "logits":
             quantize = "nf4" if into == "dequantized" else "none"
-            compared = _compare(run, made, out, base, quantize)
+            compared = _compare(run, form, made, out, base, quantize)
     return Merged(
         out,
         *compared,
-        len(weights.plan.changes),
+        weights.changed,
         sum(map(weights.copied, weights.entries)),
         time.perf_counter() - started,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -129,15 +140,8 @@ def merge(
     )
 
 
-def _settle(
-    folder: Path, base: Path, config: dict[str, Any], merge: Plan, dtype: str, tokenizer: Any
-) -> None:
-    """Write what stands beside the weights: configuration, tokenizer, and where generation ends, so
-    that whoever loads the folder stops where an answer ends, without knowing the template.
-
-    Bases come with sampling settings and sampling off; transformers ignores them until it saves,
-    and then it refuses.
-    """
+def _settle(folder: Path, config: dict[str, Any], merge: Plan, dtype: str) -> None:
+    """Write config.json."""
     text = config.get("text_config") or {}
     for part in (config, text):
         part.pop("_name_or_path", None)  # a path of this machine
@@ -148,14 +152,28 @@ def _settle(
         if merge.parted and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
+
+
+def _settle_generation(folder: Path, base: Path, tokenizer: Any) -> None:
+    """Write where generation ends, so that whoever loads the folder stops at the end of a turn
+    without knowing the template.
+
+    Bases come with sampling settings and sampling off; transformers ignores them until it saves,
+    and then it refuses.
+    """
     known = generation(base, tokenizer)
     left_out = () if known.get("do_sample") else _SAMPLING
     write_json(
         folder / "generation_config.json",
         {key: value for key, value in known.items() if key not in left_out and value is not None},
     )
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+
+
+def _longest(run: FinishedRun, config: dict[str, Any]) -> int:
+    """Tokens of a text that a classifier was trained on at most."""
+    if run.run is not None:
+        return run.run.train.max_length
+    return int((config.get("text_config") or config).get("max_position_embeddings") or 512)
 
 
 def generation(base: Path, tokenizer: Any) -> dict[str, Any]:
@@ -187,16 +205,15 @@ def seen_scale(
 
 
 def _compare(
-    run: FinishedRun, folder: Path, out: Path, base: Base, quantize: str
+    run: FinishedRun, form: Layout, folder: Path, out: Path, base: Base, quantize: str
 ) -> tuple[float, float, float]:
     """Largest difference of logits between merged and base with adapter, the adapter's own effect,
     and the share of equal greedy tokens. Raises CheckFailed if they differ by more than rounding.
     """
     import torch
     from peft.helpers import rescale_adapter_scale
-    from transformers import AutoModelForCausalLM
 
-    model = load_base(base, run.pinned, quantize=quantize)
+    model = base_model(run, base, quantize)
     if run.has_processor:
         tokens = len(run.processor)
     else:
@@ -212,12 +229,11 @@ def _compare(
     wanted = logits(model)
     with model.disable_adapter():
         effect = (logits(model) - wanted).abs().max().item()
-    with rescale_adapter_scale(model, 1 - LESS):
+    with rescale_adapter_scale(model, 1 - LESS) if form.adapter.halves else nullcontext():
         own = wanted - logits(model)
     del model
     gc.collect()
-    settings: Any = {"dtype": base.dtype, "trust_remote_code": False}
-    got = logits(AutoModelForCausalLM.from_pretrained(folder, **settings).eval())
+    got = logits(form.load(folder, base.dtype))
     difference = (got - wanted).abs().max().item()
     limit = FLOAT32_TOLERANCE if base.dtype == "float32" else ROUNDING_SHARE * effect
     along, whole = ((got - wanted) * own).sum().item(), own.square().sum().item()

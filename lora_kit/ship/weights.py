@@ -12,7 +12,7 @@ import mmap
 import os
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import lru_cache, partial
@@ -46,15 +46,33 @@ class Weights:
 
     Attributes:
         entries: {tensor: (dtype, shape)} of what is written, `bytes` in all.
+
+    Args:
+        tensors: of the base's files, by the names that the merged model has.
+        dtype: of what is written, `bfloat16` or `float32`.
+        head: see `adapter.names.plan`.
+        unused: tensors of the base's files that the merged model does not have.
+        guard: the name of a tensor without values that is written as well.
     """
 
     def __init__(
-        self, adapter: Adapter, tensors: dict[str, Stored], config: dict[str, Any], dtype: str
+        self,
+        adapter: Adapter,
+        tensors: dict[str, Stored],
+        config: dict[str, Any],
+        dtype: str,
+        head: Mapping[str, tuple[int, ...]] | None = None,
+        unused: Sequence[Stored] = (),
+        guard: str | None = None,
     ) -> None:
         import torch
 
-        self.adapter, self.tensors = adapter, tensors
-        self.plan = plan(adapter, tensors, config)
+        self.adapter, self.tensors, self.unused = adapter, tensors, unused
+        self.plan = plan(adapter, tensors, config, head)
+        self.changed = len(self.plan.changes)
+        if guard is not None:
+            first = next(iter(tensors.values()))
+            self.plan.changes[guard] = Change(Stored(guard, "F32", (0,), first.file, 0, 0))
         self.linear: set[str] = set()  # what goes through NF4 first, in the type of the training
         self.trained_in = torch.float32
         self.shards: dict[Path, list[str]] = {}
@@ -86,21 +104,22 @@ class Weights:
         untouched = name not in self.plan.changes and name not in self.linear
         return untouched and there is not None and there.dtype == same
 
-    def quantize(self, folder: Path, dtype: str) -> None:
-        """Let all weights that bitsandbytes would quantize go through NF4 first."""
+    def quantize(self, model: Any, left_out: Sequence[str], dtype: str) -> None:
+        """Let all weights that bitsandbytes would quantize go through NF4 first.
+
+        Args:
+            model: the base as shapes alone.
+            left_out: modules that are not quantized.
+            dtype: that it was trained in.
+        """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.quantizers.base import get_keys_to_not_convert
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        left_out = get_keys_to_not_convert(model)
         for name, module in model.named_modules():
             if type(module).__name__ == "Conv1D":
-                raise UserError(f"{folder}: {config.model_type}: merge it into the base instead")
-            if type(module) is torch.nn.Linear and should_convert_module(name, left_out):
+                kind = model.config.model_type
+                raise UserError(f"{kind}: not merged into NF4 weights: merge it into the base")
+            if type(module) is torch.nn.Linear and should_convert_module(name, list(left_out)):
                 self.linear.add(tensor_of(name, self.tensors))
         self.trained_in = getattr(torch, dtype)
 
@@ -141,8 +160,14 @@ class Weights:
     def _pieces(self, file: Path) -> list[_Piece]:
         """All bytes of a base file, in order; of a tensor whole rows, if it changes."""
         tensors = [self.tensors[name] for name in self.shards[file] if name in self.tensors]
+        unused = [tensor for tensor in self.unused if tensor.file == file]
+        tensors = sorted([*tensors, *unused], key=lambda tensor: tensor.offset)
         pieces = [_Piece(None, at, size) for at, size in _cut(0, tensors[0].offset, room.PIECE)]
         for tensor in tensors:
+            if tensor in unused:  # read for the file's hash alone
+                cut = _cut(tensor.offset, tensor.offset + tensor.size, room.PIECE)
+                pieces += [_Piece(None, at, size) for at, size in cut]
+                continue
             step = room.PIECE if self.copied(tensor.name) else _step(tensor) * _row(tensor)
             cut = _cut(tensor.offset, tensor.offset + tensor.size, step)
             pieces += [_Piece(tensor, at, size) for at, size in cut]

@@ -208,7 +208,7 @@ class Text(Causal):
                 continue
             stream = np.concatenate([begin, tokens]).astype(np.int32)
             size = len((example.text or "").encode())
-            rows = []
+            rows: list[Row] = []
             for window in _windows(stream, run.train.max_length):
                 first = not rows
                 rows.append(
@@ -254,7 +254,7 @@ class Conversations(Causal):
     end-of-text token as they are, or is given `data.chat_template`.
     """
 
-    formats = tuple(name for name in FORMATS if name != "text")
+    formats = tuple(name for name, known in FORMATS.items() if known.recipe == "sft")
     general = Text()
     chat = True
 

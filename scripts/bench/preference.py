@@ -105,7 +105,7 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
 
     import yaml
 
-    import lora_kit
+    from lora_kit.launch import train
 
     values = {
         "recipe": "dpo",
@@ -129,7 +129,7 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
     }
     os.chdir(asked.folder)
     Path("run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    lora_kit.train("run.yaml")
+    train("run.yaml")
     metrics = Path("runs", str(values["name"]), "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in metrics.splitlines()]
     found = result([0.0, *(row["seconds"] for row in rows if "loss" in row)], asked.batch)
