@@ -23,7 +23,7 @@ FLOORS = (
     {"prove"},
     {"ship"},
     {"plan", "launch", "preview"},
-    {"demo", "doctor"},
+    {"demo", "doctor", "recipe"},
     {"cli"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

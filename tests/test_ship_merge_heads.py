@@ -14,6 +14,7 @@ from trained import edit
 from typer.testing import CliRunner
 
 import lora_kit
+from lora_kit.adapter import inspect
 from lora_kit.adapter.attach import attach
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.head import SEQUENCE, Head, load_with_head
@@ -23,19 +24,19 @@ from lora_kit.cli import app
 from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Base
 from lora_kit.ship.merge import merge
+from lora_kit.ship.targets import check
+from lora_kit.train.strategies import NO_MODULE
 
 LABELS = ("card", "cash", "rate")
 
 
-def adapted(
-    folder: Path, base: Path, pooling: str | None = None, labels: tuple[str, ...] = LABELS
-) -> Path:
+def adapted(folder: Path, base: Path, pooling: str | None = None, **adapter: Any) -> Path:
     """The folder of an adapter on a base, with other values in all that trains; as `train` writes
     it, without its run."""
     settings = Base(model=str(base), dtype="float32")
-    head = Head(SEQUENCE, labels, pooling)
+    head = Head(SEQUENCE, LABELS, pooling)
     model, fresh = load_with_head(settings, Pinned("x", str(base)), head, seed=0)
-    model = attach(model, Adapter(r=4), fresh, 0)
+    model = attach(model, Adapter(r=4, **adapter), fresh, 0)
     torch.manual_seed(7)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -179,6 +180,21 @@ def test_an_adapter_that_lacks_its_head_is_refused(tmp_path: Path) -> None:
         merge(FinishedRun(run), tmp_path / "merged")
     with pytest.raises(UserError, match=r"does not fit the base: .*classifier\.bias"):
         lora_kit.load(run)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_a_head_alone_is_loaded_inspected_and_merged(
+    pooling: str | None, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `train.trainable: head` leaves one."""
+    base = make_body(work / "base")
+    run = adapted(work / "adapter", base, pooling, target_modules=NO_MODULE)
+    merged = merge(FinishedRun(run), work / "merged", dtype="float32", verify="logits")
+    assert merged.max_logit_difference is not None and merged.adapter_effect is not None
+    assert merged.max_logit_difference <= 1e-5 < 0.01 < merged.adapter_effect
+    assert not check(FinishedRun(run), "vllm")["loads"]
+    inspect.show(inspect.inspect(FinishedRun(run)))
+    assert "modules_to_save" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pooling", [None, "mean"])

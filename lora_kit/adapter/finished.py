@@ -18,7 +18,7 @@ from lora_kit.base.pin import Pinned, pin
 from lora_kit.base.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-from lora_kit.run import load_run, read_json, read_lock
+from lora_kit.run import Keys, load_run, read_json, read_lock
 from lora_kit.schema import Base, Run
 
 _OPTION = "--base FOLDER_OR_ID"
@@ -78,6 +78,12 @@ class FinishedRun:
         if self.run is None:
             raise UserError(f"{self.path}: an adapter without its run directory (run.yaml)")
         return self.run
+
+    def run_of(self, task: Keys) -> Run:
+        """`require_run` with the keys that only its task knows."""
+        self.require_run()
+        file = self.home / "run.yaml"
+        return load_run(file, self._overrides, needs_sources=False, task_of=lambda _: task)
 
     # ------------------------------------------------------------------ the adapter
     @cached_property

@@ -184,7 +184,8 @@ def show(found: dict[str, Any]) -> None:
     for file in sorted(file for file in base["hashes"] if file.endswith(".safetensors")):
         _say(f"weights: {file}, sha256 {base['hashes'][file]}")
     _say(f"task: {found['task_type']}, on {words}")
-    _say(f"{name}: r {found['r']}, lora_alpha {found['lora_alpha']}, scale {scales}")
+    if modules:
+        _say(f"{name}: r {found['r']}, lora_alpha {found['lora_alpha']}, scale {scales}")
 
     def cells(group: list[dict[str, Any]]) -> list[Any]:
         known = [module for module in group if module["norm"] is not None]
@@ -194,7 +195,8 @@ def show(found: dict[str, Any]) -> None:
         numbers = (math.hypot(*norms), min(norms), max(norms), rank)
         return [len(group), ranks, *map(_text, numbers)]
 
-    table(["modules", "r", "norm", "least", "most", "effective rank"], modules, cells)
+    if modules:  # else it is a head alone
+        table(["modules", "r", "norm", "least", "most", "effective rank"], modules, cells)
     _some("learned nothing, dW is 0", [m["module"] for m in modules if m["norm"] == 0])
     _some("not finite", [m["module"] for m in modules if m["norm"] is None])
     _some("beside the updates", [f"{name} {shape}" for name, shape in found["others"].items()])

@@ -82,7 +82,7 @@ def compare(
         raise UserError(f"{', '.join(strange)}: a finished run takes other prove.* keys only")
     finished = FinishedRun(run, base, overrides)
     task = task_of(finished)
-    opened = finished.require_run()
+    opened = finished.run_of(task)
     before = read_json(finished.home / "report.json")
     processor, data = prepared_again(finished, task)
     check_prove(task, data, processor, opened)
@@ -140,7 +140,7 @@ def task_of(finished: FinishedRun) -> Task:
 def prepared_again(finished: FinishedRun, task: Task) -> tuple[Processor, Prepared]:
     """Processor and rows of a finished run. Raises UserError if its data changed since."""
     # What the limits allow was decided when the run was trained.
-    run, lock = finished.require_run(), finished.lock
+    run, lock = finished.run_of(task), finished.lock
     _, data = rows_of(task, run, finished.located, lock, limits=False)
     # By content, not by name: a run and its data may have been moved.
     recorded = lock.get("data", {}).values()
@@ -173,6 +173,27 @@ def evaluate(
         What report.json holds of an evaluation, and `adapter_effect`: the largest difference that
         the adapter makes to a unit's part of the first score; None where the base is no contender.
     """
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _evaluated(task, model, data, processor, run, fresh, generates)
+    finally:
+        model.train(training)
+
+
+def _evaluated(
+    task: Task,
+    model: Any,
+    data: Prepared,
+    processor: Processor,
+    run: Run,
+    fresh: Sequence[str],
+    generates: bool,
+) -> dict[str, Any]:
+    """`evaluate` of a model that is in evaluation mode, without gradients."""
     facts, seed = data.facts, run.seed
     if not generates:
         run = _without_metrics(run)

@@ -90,7 +90,7 @@ def _problems(run: FinishedRun, target: str) -> list[tuple[str, dict[str, str]]]
     """Each with how it is mended."""
     adapter = open_adapter(run.folder)
     config = str(adapter.folder / "adapter_config.json")
-    rank = max(adapter.rank_and_scale(module)[0] for module in adapter.halves)
+    rank = max((adapter.rank_and_scale(module)[0] for module in adapter.halves), default=1)
     tied = _tied(run)
     found: list[tuple[str, dict[str, str]]] = [
         (one.mend, _problem(one, f"{config}: {one.key}", _fix(one.mend, target, run, rank)))

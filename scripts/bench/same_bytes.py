@@ -104,7 +104,7 @@ def lora_kit(checkout: Path, folder: Path, arguments: list[str], interrupt: bool
 
 def train(name: str, checkout: Path, data: Path, folder: Path) -> Result:
     """Train a case in `folder`, which is made; its adapter and metrics are left there."""
-    shutil.copytree(data, folder)
+    shutil.copytree(data, folder, copy_function=os.link)
     case, run = CASES[name], Path("runs", name)
     interrupted = case.get("interrupted", False)
     started = time.monotonic()
@@ -217,8 +217,7 @@ def main() -> int:
             parser.error(f"{checkout}: no checkout: lora_kit/ is missing")
     work = Path(tempfile.mkdtemp(prefix="same_bytes-"))
     data, keep = work / "data", arguments.keep or work / "keep"
-    data.mkdir()
-    write_data(data)
+    write_data(data, old)
     environment = environment_key(old)
 
     def both(name: str) -> tuple[Result, Result]:
