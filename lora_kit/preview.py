@@ -30,6 +30,7 @@ TOKENS_OF_A_TERMINAL = 512
 # A page begins with this; a file that does not is somebody else's, and is not overwritten.
 MARK = "<!doctype html>\n<!-- lora-kit preview -->\n"
 _TEMPLATE = Path(__file__).with_name("preview.html.jinja")
+_CHARACTERS = 6  # of text for a token, where text is shown that is no tokens
 _LONGEST_CHARACTER = 8  # tokens; four for its bytes, and a token may end one and begin another
 _BROKEN = "\ufffd"
 # Styles of a terminal.
@@ -132,7 +133,9 @@ def samples(
 def _shown(processor: Processor, sequence: Shown, most_tokens: int) -> list[Piece]:
     """The pieces of a sequence."""
     if not sequence.ids:
-        return [Piece(harmless(sequence.text), ())]
+        text = harmless(sequence.text)
+        most = most_tokens * _CHARACTERS
+        return [Piece(text if len(text) <= most else f"{text[:most]} … and more", ())]
     tokenizer = getattr(processor, "tokenizer", processor)
     ids, trained = list(sequence.ids), list(sequence.trained) or [False] * len(sequence.ids)
     length, half = len(ids), most_tokens // 2

@@ -32,9 +32,9 @@ _OBJECTS = (
 )
 # The keys of `data:` that name sources.
 SOURCE_KEYS = ("train", "eval", "general", "decontaminate")
-# The classes of sections inside others.
-_INNER = {"data.limits": schema.Limits, "prove.gate": schema.Gate}
 Models = Mapping[str, type[Section]]  # section -> its class, as `data.limits`
+# The classes of sections inside others.
+_INNER: Models = {"data.limits": schema.Limits, "prove.gate": schema.Gate}
 _PROGRAMS = ("metrics", "harness")  # keys of `prove:` that may name some
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = {

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import RunMaker
 from test_adapter_inspect import WEIGHTS, Maker, made, rewrite  # noqa: F401 - a fixture
 from test_cli import Shell, run  # noqa: F401 - a fixture
-from trained import edit, finish
+from trained import copied, edit
 
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.inspect import figures, inspect
@@ -131,8 +131,8 @@ def test_where_the_base_is(made: Maker) -> None:
 # --- The verb
 
 
-def test_the_verb_on_a_run_and_its_adapter(run: Shell, run_file: RunMaker) -> None:
-    home = finish(run_file, "cpt", **{"train.max_steps": 2})
+def test_the_verb_on_a_run_and_its_adapter(run: Shell, cpt_run: Path, tmp_path: Path) -> None:
+    home = copied(cpt_run, tmp_path)
     found = json.loads(run("inspect", str(home), "--json").out)
     digest = found["base"]["hashes"]["model.safetensors"]
     inside = json.loads(run("inspect", str(home / "adapter"), "--json").out)

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunMaker, make_base
 from test_adapter_inspect import Maker, made  # noqa: F401 - a fixture
-from trained import edit, finish, folder_maker
+from trained import edit, on_own_base
 
 import lora_kit
 from lora_kit.adapter.attach import put_on
@@ -30,17 +29,10 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS).logits.float()
 
 
-@pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.getbasetemp())
-        return finish(folder_maker(tmp_path_factory.mktemp("trained"), base), "sft")
-
-
 @pytest.fixture
-def run(trained: Path, work: Path) -> Path:
+def run(sft_run: Path, work: Path) -> Path:
     """A copy, to be changed."""
-    return Path(shutil.copytree(trained, work / "run"))
+    return Path(shutil.copytree(sft_run, work / "run"))
 
 
 def test_load_gives_model_and_tokenizer_ready_to_answer(run: Path, base: Path) -> None:
@@ -101,9 +93,9 @@ def test_other_words_are_refused(run: Path, wrong: dict[str, str]) -> None:
     assert ("nf4" if key == "quantize" else "bfloat16") in str(raised.value)
 
 
-def test_another_base_is_refused(run_file: RunMaker, tmp_path: Path) -> None:
-    own = make_base(tmp_path / "own")
-    run = finish(run_file, **{"base.model": str(own), "train.max_steps": 1})
+def test_another_base_is_refused(run: Path, base: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    on_own_base(run, base, own)
     lora_kit.load(run)
     edit(own / "config.json", lambda c: c.update(rms_norm_eps=1e-2))
     with pytest.raises(UserError, match=r"another base .*: config\.json differs") as raised:

@@ -77,6 +77,7 @@ def test_it_is_off_here_and_in_children(
     assert done.stdout.split() == [here, child], done.stderr
 
 
+@pytest.mark.slow
 def test_a_trainer_of_trl_sends_nothing(base: Path, tmp_path: Path) -> None:
     with hub.serving({}, {}) as served:
         environment = without_switches(hub.settings(served.url, tmp_path / "home"))

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from prepared import chats, prepared, put, put_texts
 
 from lora_kit import preview
-from lora_kit.data.prepare import Prepared
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, harmless
 from lora_kit.schema import Run
+from lora_kit.tasks.causal import Conversations, Text
+from lora_kit.tasks.encode import Prepared
 
+CHAT = Conversations()
 HOSTILE = "\x1b[31mred\x07 \u202eback \x85 <b>\r\n\ttab \udcff"
 
 
@@ -70,7 +72,7 @@ def test_the_pieces_of_a_text_are_its_tokens_and_spell_it(tokenizer: Any, text: 
     ids = tokenizer(text, add_special_tokens=False).input_ids
     found = all_pieces(tokenizer, ids)
     assert [n for piece in found for n in piece.ids] == ids
-    assert "".join(piece.text for piece in found) == preview.harmless(text)
+    assert "".join(piece.text for piece in found) == harmless(text)
 
 
 def test_only_the_tokens_of_one_character_are_put_together(tokenizer: Any) -> None:
@@ -108,11 +110,11 @@ def test_the_middle_of_a_row_begins_as_it_is_written(tokenizer: Any) -> None:
 
 
 def test_nothing_harmful_is_left_of_a_text() -> None:
-    assert preview.harmless(HOSTILE) == (
+    assert harmless(HOSTILE) == (
         "⟨U+001B⟩[31mred⟨U+0007⟩ ⟨U+202E⟩back ⟨U+0085⟩ <b>⟨U+000D⟩\n\ttab ⟨U+DCFF⟩"
     )
     for kept in ("日本語 العربية café 👨‍👩‍👧", "no-break\u00a0space", "می\u200cخواهم"):
-        assert preview.harmless(kept) == kept
+        assert harmless(kept) == kept
 
 
 # --- Samples
@@ -125,7 +127,7 @@ def test_samples_show_what_the_labels_say(
     source = put(tmp_path / "rows.jsonl", chats(30))
     found = prepared(tokenizer, train=source, packing=packing, max_length=256)
     rows = found.rows("train")
-    shown = preview.samples(found, tokenizer, "train", len(rows), 256)
+    shown = preview.samples(CHAT, found, tokenizer, "train", len(rows), 256)
     assert len(shown) == len(rows) == 27
     assert sum(s.learned for s in shown) == found.census.train.supervised_tokens
     assert sum(s.tokens for s in shown) == found.census.train.tokens
@@ -141,7 +143,7 @@ def test_the_first_token_of_running_text_is_not_learned_from(
 ) -> None:
     source = put_texts(tmp_path / "text.txt", sentences(60))
     found = prepared(tokenizer, "text", train=source, max_length=64)
-    for sample in preview.samples(found, tokenizer, "train", 5, 64):
+    for sample in preview.samples(Text(), found, tokenizer, "train", 5, 64):
         assert [piece.learned for piece in sample.pieces] == [
             False,
             *[True] * (len(sample.pieces) - 1),
@@ -152,17 +154,17 @@ def test_the_first_token_of_running_text_is_not_learned_from(
 def test_samples_are_evenly_apart_from_the_first_to_the_last(
     tokenizer: Any, found: Prepared
 ) -> None:
-    numbers = [s.number for s in preview.samples(found, tokenizer, "train", 3, 512)]
+    numbers = [s.number for s in preview.samples(CHAT, found, tokenizer, "train", 3, 512)]
     last = len(found.rows("train"))
     assert numbers == [1, round((last - 1) / 2) + 1, last]
-    assert preview.samples(found, tokenizer, "train", 0, 512) == []
-    everything = preview.samples(found, tokenizer, "eval", 500, 512)
+    assert preview.samples(CHAT, found, tokenizer, "train", 0, 512) == []
+    everything = preview.samples(CHAT, found, tokenizer, "eval", 500, 512)
     assert [s.number for s in everything] == list(range(1, len(found.eval) + 1))
 
 
 def test_of_a_long_row_both_ends_are_shown(tokenizer: Any, found: Prepared) -> None:
-    (whole,) = preview.samples(found, tokenizer, "train", 1, 512)
-    (short,) = preview.samples(found, tokenizer, "train", 1, 20)
+    (whole,) = preview.samples(CHAT, found, tokenizer, "train", 1, 512)
+    (short,) = preview.samples(CHAT, found, tokenizer, "train", 1, 20)
     gap = [n for n, piece in enumerate(short.pieces) if not piece.ids]
     assert len(gap) == 1
     before, after = short.pieces[: gap[0]], short.pieces[gap[0] + 1 :]
@@ -175,7 +177,7 @@ def test_of_a_long_row_both_ends_are_shown(tokenizer: Any, found: Prepared) -> N
 
 def test_a_split_that_is_not_there_is_named(tokenizer: Any, found: Prepared) -> None:
     with pytest.raises(UserError, match=r"--split general: the run file names no data\.general"):
-        preview.samples(found, tokenizer, "general", 3, 512)
+        preview.samples(CHAT, found, tokenizer, "general", 3, 512)
 
 
 # --- The terminal
@@ -193,7 +195,7 @@ def test_without_colours_brackets_say_what_is_learned(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    preview.show(found, tokenizer, "train", 3)
+    preview.show(CHAT, found, tokenizer, "train", 3)
     out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     summary, _, shown = out.partition("\n⟦learned from⟧ and not learned from\n")
     assert [line for line in summary.splitlines() if line in found.summary()] == found.summary()
@@ -212,9 +214,9 @@ def test_on_a_terminal_colours_say_it(
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
-    preview.show(found, tokenizer, "eval", 1)
+    preview.show(CHAT, found, tokenizer, "eval", 1)
     out = capsys.readouterr().out
-    (sample,) = preview.samples(found, tokenizer, "eval", 1, 512)
+    (sample,) = preview.samples(CHAT, found, tokenizer, "eval", 1, 512)
     green = "".join(re.findall(r"\x1b\[1(?:;4)?;32m(.*?)\x1b\[0m", out))
     learned = "".join(piece.text for piece in sample.pieces if piece.learned)
     assert green == "judged" + learned and learned.endswith("<|im_end|>")
@@ -226,7 +228,7 @@ def test_what_would_steer_the_terminal_does_not_reach_it(
 ) -> None:
     rows = [{"prompt": f"{p} {HOSTILE[:-1]}", "completion": p} for p in sentences(30)]
     found = prepared(tokenizer, train=put(tmp_path / "a\x1b[2J.jsonl", rows))
-    preview.show(found, tokenizer, "train", 2)
+    preview.show(CHAT, found, tokenizer, "train", 2)
     out = capsys.readouterr().out
     assert not set(out) & set("\x1b\x07\u202e\x85\r")
     assert "a⟨U+001B⟩[2J.jsonl:" in out and "⟨U+202E⟩back" in out
@@ -246,7 +248,7 @@ def test_packing_is_told(
     source = put_texts(tmp_path / "text.txt", sentences(60))
     found = prepared(tokenizer, kind, train=source, max_length=64, **settings_)
     run = run_of(recipe="cpt", data={"train": "x", **settings_}, train={"max_length": 64})
-    told = preview.to_json(run, found, ["why"])
+    told = preview.to_json(Text(), run, found, ["why"])
     assert told["packing"]["mode"] == mode and told["packing"]["rows"] == len(found.train)
     tokens = sum(len(found.train[n]["input_ids"]) for n in range(len(found.train)))
     fill = None if mode == "none" else round(tokens / (64 * len(found.train)), 4)
@@ -259,7 +261,7 @@ def test_no_model_is_loaded_for_it(run_file: Callable[..., Path]) -> None:
     # transformers' tokenizers bring torch themselves; of ours, nothing asks for it.
     code = """
 import sys
-import lora_kit.preview, lora_kit.data.prepare
+import lora_kit.preview, lora_kit.data.prepare, lora_kit.tasks.encode
 print([m for m in ("torch", "transformers") if m in sys.modules])
 from lora_kit import cli
 try:

@@ -15,10 +15,12 @@ from conftest import CHATML, make_tokenizer, sentences
 from prepared import prepared, put
 
 from lora_kit import preview
-from lora_kit.data.prepare import Prepared
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, harmless
 from lora_kit.schema import Run
+from lora_kit.tasks.causal import Conversations
+from lora_kit.tasks.encode import Prepared
 
+CHAT = Conversations()
 # Whatever of these ran, or was taken for a tag, would change the title.
 EVIL = (
     "<script>document.title='ran'</script>",
@@ -66,7 +68,7 @@ def page(found: Prepared, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
     run = run_of()
     problems = found.census.problems(run.data.limits)
     assert len(problems) == 1 and "exact_leaks" in problems[0]
-    preview.write_page(file, run, found, tokenizer, problems)
+    preview.write_page(file, CHAT, run, found, tokenizer, problems)
     return file
 
 
@@ -121,7 +123,7 @@ def test_the_size_of_a_page_is_bounded(
     found = prepared(tokenizer, train=put(tmp_path / "rows.jsonl", rows), max_length=4096)
     monkeypatch.setattr(preview, "SAMPLES_OF_A_PAGE", 3)
     monkeypatch.setattr(preview, "TOKENS_OF_A_PAGE", 100)
-    text = preview.page(run_of(), found, tokenizer, [])
+    text = preview.page(CHAT, run_of(), found, tokenizer, [])
     assert text.count("<article>") == 6 and text.count('title="token ') <= 600
     assert text.count("tokens not shown") == 6
     assert "Of a sample over 100 tokens the beginning and the end are shown." in text
@@ -138,16 +140,16 @@ def test_a_page_replaces_only_a_page(
     before = sorted(work.iterdir())
     for name in ("mine.html", "bytes.html", "folder", "link.html"):
         with pytest.raises(UserError, match=f"--html {name}: exists and is no page of preview"):
-            preview.write_page(Path(name), run_of(), found, tokenizer, [])
+            preview.write_page(Path(name), CHAT, run_of(), found, tokenizer, [])
     with pytest.raises(UserError, match="there is no folder nowhere"):
-        preview.write_page(Path("nowhere/x.html"), run_of(), found, tokenizer, [])
+        preview.write_page(Path("nowhere/x.html"), CHAT, run_of(), found, tokenizer, [])
     with pytest.raises(UserError, match="cannot be written"):
-        preview.write_page(Path("x" * 250), run_of(), found, tokenizer, [])
+        preview.write_page(Path("x" * 250), CHAT, run_of(), found, tokenizer, [])
     assert sorted(work.iterdir()) == before
     assert (work / "mine.html").read_text(encoding="utf-8") == "<!doctype html>\n<p>mine"
 
     (work / "old.html").write_text(preview.MARK + "old", encoding="utf-8")
-    preview.write_page(Path("old.html"), run_of(), found, tokenizer, ["why"])
+    preview.write_page(Path("old.html"), CHAT, run_of(), found, tokenizer, ["why"])
     assert "<li>why</li>" in (work / "old.html").read_text(encoding="utf-8")
     assert sorted(work.iterdir()) == sorted([*before, work / "old.html"])
 
@@ -162,7 +164,7 @@ def test_a_page_that_fails_leaves_the_old_one(
     file.write_text(preview.MARK + "old", encoding="utf-8")
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
-        preview.write_page(file, run_of(), found, tokenizer, [])
+        preview.write_page(file, CHAT, run_of(), found, tokenizer, [])
     assert [f.read_text(encoding="utf-8") for f in work.iterdir()] == [preview.MARK + "old"]
 
 
@@ -202,7 +204,7 @@ def test_figures_and_samples_are_those_of_the_census(
     ]
     text = opened.value("document.body.innerText")
     assert "A run would stop here." in text and "raise data.limits.exact_leaks" in text
-    assert "dropped: with a null `prompt`" in text and f"{preview.harmless(NAME)}:71" in text
+    assert "dropped: with a null `prompt`" in text and f"{harmless(NAME)}:71" in text
     bars = opened.value(
         "[...document.querySelectorAll('svg')].map(s => [...s.querySelectorAll('rect title')]"
         ".reduce((sum, t) => sum + parseInt(t.textContent), 0))"
@@ -211,7 +213,7 @@ def test_figures_and_samples_are_those_of_the_census(
     samples = opened.value("[...document.querySelectorAll('section')].map(s => s.dataset.use)")
     assert samples == ["train", "eval", "general"]
     for use in samples:
-        shown = preview.samples(found, tokenizer, use, 50, 800)
+        shown = preview.samples(CHAT, found, tokenizer, use, 50, 800)
         articles = f"[...document.querySelectorAll('section[data-use={use}] article')]"
         texts = opened.value(f"{articles}.map(a => a.querySelector('pre').textContent)")
         assert texts == ["".join(p.text for p in s.pieces).replace("\n", "↵\n") for s in shown]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import RunMaker, make_base, sentences
-from trained import finish, folder_maker, labelled
+from trained import copied, finish, finish_in, labelled, on_own_base
 
 import lora_kit
 from lora_kit.data.census import Census
@@ -28,14 +26,13 @@ FIGURES = ("verdict", "domain", "general", "few_shot", "metrics", "samples")
 
 
 @pytest.fixture(scope="module")
-def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with general text; the tests leave it as they found it."""
-    folder, before = tmp_path_factory.mktemp("compared"), Path.cwd()
+    folder = tmp_path_factory.mktemp("compared")
     (folder / "general.jsonl").write_text(
         "\n".join(json.dumps({"text": s}) for s in sentences(30, seed=9)), encoding="utf-8"
     )
-    yield finish(folder_maker(folder, base), **{"data.general": "general.jsonl"})
-    os.chdir(before)
+    return finish_in(folder, base, **{"data.general": "general.jsonl"})
 
 
 def data_of(rows: Rows, kind: str = "text") -> Prepared:
@@ -75,9 +72,9 @@ def test_other_data_are_refused_and_named(run: Path, what: str) -> None:
     assert what in str(raised.value) and str(run) in str(raised.value)
 
 
-def test_another_base_is_refused_and_named(run_file: RunMaker, tmp_path: Path) -> None:
-    own = make_base(tmp_path / "own")
-    finished = finish(run_file, **{"base.model": str(own), "train.max_steps": 1})
+def test_another_base_is_refused_and_named(cpt_run: Path, base: Path, tmp_path: Path) -> None:
+    own, finished = tmp_path / "own", copied(cpt_run, tmp_path)
+    on_own_base(finished, base, own)
     make_base(own, initializer_range=0.03)
     with pytest.raises(UserError, match=r"trained on another base than") as raised:
         lora_kit.compare(finished)
@@ -223,10 +220,10 @@ def test_scores_come_with_the_base_and_the_base_with_examples(
     assert report["few_shot"]["shots"] == 2 and report["few_shot"]["tokens"] == 6
 
 
-def test_what_the_model_answers_is_scored(run_file: RunMaker) -> None:
+def test_what_the_model_answers_is_scored(sft_run: Path, tmp_path: Path) -> None:
     metrics = ["exact_match", "f1", "rouge_l"]
-    finished = finish(run_file, "sft", **{"prove.metrics": metrics, "prove.answers": 21})
-    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    changes = [f"prove.metrics=[{', '.join(metrics)}]", "prove.answers=21"]
+    report = lora_kit.compare(copied(sft_run, tmp_path), changes)
     assert list(report["metrics"]) == metrics
     assert metrics == [name for name in report["verdict"] if name in metrics]
     assert all(figures["rows"] == 21 for figures in report["metrics"].values())

@@ -19,7 +19,8 @@ from lora_kit.errors import UserError
 from lora_kit.prove import self_test as module
 from lora_kit.prove.self_test import choose, compare_steps, load_model, one_step, self_test
 from lora_kit.run import load_run
-from lora_kit.train.trainer import LoraTrainer
+from lora_kit.tasks.causal import Causal, Conversations, Text
+from lora_kit.train.guards import Guards
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -42,7 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the two processes, which take seconds."""
-    monkeypatch.setattr(module, "_two_processes", lambda run, start: None)
+    monkeypatch.setattr(module, "_two_processes", lambda start: None)
 
 
 def no_processes(config: str) -> None:
@@ -51,7 +52,9 @@ def no_processes(config: str) -> None:
 
 def found_in(file: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, bool | None]]:
     """What the self-test says, and each comparison's outcome."""
-    found = self_test(load_run(file, overrides), no_processes)
+    run = load_run(file, overrides)
+    task = Text() if run.recipe == "cpt" else Conversations()
+    found = self_test(run, task, no_processes)
     return found, {one["name"]: one["passed"] for one in found["comparisons"]}
 
 
@@ -122,25 +125,24 @@ def averaged(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None,
 def test_a_loss_averaged_by_pass_is_found(
     run_file: Any, alone: None, monkeypatch: pytest.MonkeyPatch, recipe: str, dtype: str
 ) -> None:
-    monkeypatch.setattr(LoraTrainer, "compute_loss", averaged)
+    monkeypatch.setattr(Guards, "compute_loss", averaged)
     found, passed = found_in(run_file(recipe), f"base.dtype={dtype}")
     assert passed == {**CLEAN, "accumulation": False}
     assert "the means of the passes are averaged" in found["comparisons"][0]["note"]
 
 
-def spoiled(change: Callable[[dict[str, Any], int], None]) -> Callable[[int], Any]:
-    """A collator whose batches are changed."""
-    whole = module.collator
+def spoiled(change: Callable[[dict[str, Any], int], None]) -> Callable[..., Any]:
+    """`Causal.collate`, whose batches are changed."""
 
-    def make(pad_id: int) -> Any:
-        def collate(rows: Any) -> dict[str, Any]:
-            batch = whole(pad_id)(rows)
-            change(batch, pad_id)
+    def collate(self: Causal, processor: Any, flat: bool = False) -> Any:
+        def changed(rows: Any) -> dict[str, Any]:
+            batch = module.collators(processor.pad_token_id)(flat)(rows)
+            change(batch, processor.pad_token_id)
             return batch
 
-        return collate
+        return changed
 
-    return make
+    return collate
 
 
 def without_positions(batch: dict[str, Any], pad_id: int) -> None:
@@ -178,7 +180,7 @@ def test_a_collator_gone_wrong_is_found(
     note: str,
     dtype: str,
 ) -> None:
-    monkeypatch.setattr(module, "collator", spoiled(change))
+    monkeypatch.setattr(Causal, "collate", spoiled(change))
     found, passed = found_in(run_file("sft"), f"base.dtype={dtype}")
     assert passed[name] is False
     (said,) = (one["note"] for one in found["comparisons"] if one["name"] == name)
@@ -207,14 +209,14 @@ def test_summed_gradients_of_two_processes_are_found(run_file: Any) -> None:
         def start(config: str) -> None:
             assert config == "cpu_2proc"
             told = json.loads(os.environ[module.STEP_VARIABLE])
-            batch = choose(run)
-            step = one_step(run, load_model(run, batch.pinned), batch, batch.rows, (8, 1))
+            batch = choose(run, Conversations())
+            step = one_step(run, load_model(run, batch), batch, batch.rows, (8, 1))
             np.savez(told["file"], loss=step.loss, gradient=step.gradient * scale)
 
         return start
 
-    assert self_test(run, two(1.0))["comparisons"][-1]["passed"] is True
-    last = self_test(run, two(2.0))["comparisons"][-1]
+    assert self_test(run, Conversations(), two(1.0))["comparisons"][-1]["passed"] is True
+    last = self_test(run, Conversations(), two(2.0))["comparisons"][-1]
     assert (last["name"], last["passed"]) == ("processes", False)
     assert last["gradient_difference"] == pytest.approx(1.0)
     assert last["note"].startswith("gradients are summed")
@@ -223,7 +225,7 @@ def test_summed_gradients_of_two_processes_are_found(run_file: Any) -> None:
 def test_one_gpu_is_not_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "gpu_is_used", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert module._two_processes(None, no_processes) is None  # type: ignore[arg-type]
+    assert module._two_processes(no_processes) is None
 
 
 def test_what_is_not_a_number_does_not_pass() -> None:
@@ -240,7 +242,7 @@ def test_rows_differ_where_all_answers_are_short(run_file: Any, work: Path, coun
     (work / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rows = [{"prompt": f"Is {n}{n} even?", "completion": "no"} for n in range(50, 80)]
     (work / "held.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    batch = choose(load_run(file))
+    batch = choose(load_run(file), Conversations())
     assert len(batch.rows) == 8
     assert len({int((row["labels"][1:] != -100).sum()) for row in list(batch.rows)}) >= 2
 
@@ -272,7 +274,7 @@ def test_a_table_and_an_exit_code(
     assert ended.value.code == 0
     assert out.count("  pass") == 4 and "FAIL" not in out and "not checked" in out
     assert max(map(len, out.splitlines()[2:])) <= 80
-    monkeypatch.setattr(LoraTrainer, "compute_loss", averaged)
+    monkeypatch.setattr(Guards, "compute_loss", averaged)
     with pytest.raises(SystemExit) as ended:
         main()
     printed = capsys.readouterr()

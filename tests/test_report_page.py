@@ -1,8 +1,9 @@
-"""What a browser makes of report.html: nothing runs, nothing is asked for, it fits every sheet."""
+"""report.html in a browser: nothing runs, nothing is requested, it fits every width."""
 
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,17 @@ from typing import Any
 
 import pytest
 from browser import Browser, browser
-from reports import full, layers, metrics, minimal, put_run, worse
+from reports import (
+    classifier,
+    full,
+    language_model,
+    layers,
+    metrics,
+    minimal,
+    preferences,
+    put_run,
+    worse,
+)
 
 # Whatever of these ran, or was taken for a tag, would change the title.
 EVIL = (
@@ -20,7 +31,6 @@ EVIL = (
     "<img src='http://evil.invalid/x.png'><title>ran</title>{{ 7 * 7 }}{% raw %}",
     "\x1b]0;ran\x07\x1b[31mred\u202eback\u2066\u2028\x00",
 )
-PAGES = ("full", "worse", "minimal", "long")
 
 
 def hostile() -> dict[str, Any]:
@@ -35,6 +45,11 @@ def hostile() -> dict[str, Any]:
     report["audit"]["checks"][0]["found"] = report["gate"]["failed"][0] = EVIL[4] + "x" * 200
     for module in report["layers"][:3]:
         module["module"] += EVIL[1]
+    classes = classifier(13)["classes"]
+    names = [EVIL[n % len(EVIL)] + f"{'c' * 40}{n}" for n in range(13)]
+    figures = dict(zip(names, classes["per_class"].values(), strict=True))
+    report["classes"] = classes | {"labels": names, "per_class": figures}
+    report["domain"]["objection"] = EVIL[0] + long[:300]
     return report
 
 
@@ -44,6 +59,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     reports = {
         **{"full": full(), "worse": worse(), "minimal": minimal(), "hostile": hostile()},
         "long": minimal("no different") | {"layers": layers(80)},
+        **{"now": language_model(), "classes": classifier(), "two": classifier(2)},
+        "pairs": preferences(),
     }
     rows = {"full": metrics(), "hostile": metrics(), "long": metrics(3000)}
     return {name: put_run(folder / name, r, rows.get(name))[0] for name, r in reports.items()}
@@ -74,7 +91,8 @@ def test_nothing_runs_and_nothing_is_asked_for(opened: Browser, pages: dict[str,
 
 
 def words(name: str) -> str:
-    return {"worse": "worse", "long": "no different"}.get(name, "better")
+    same = ("long", "classes", "two", "pairs")
+    return "worse" if name == "worse" else "no different" if name in same else "better"
 
 
 def test_hostile_text_is_read_as_it_is(opened: Browser, pages: dict[str, Path]) -> None:
@@ -137,9 +155,9 @@ def contrast(ink: str, ground: str) -> float:
 def test_charts_are_drawn_inside_their_boxes_and_named(
     opened: Browser, pages: dict[str, Path]
 ) -> None:
-    for width in (360, 1000):
+    for width, name in itertools.product((360, 1000), ("pairs", "classes", "full")):
         opened.resize(width)
-        opened.open(pages["full"])
+        opened.open(pages[name])
         # Marks, intervals, cells and squares lie within the page.
         outside = opened.value(
             "[...document.querySelectorAll('figure svg *')].map(e => e.getBoundingClientRect())"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import make_base
 from test_cli import Shell, run  # noqa: F401 - a fixture
-from trained import finish, folder_maker
+from trained import finish_in
 
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.errors import CheckFailed, UserError
@@ -35,10 +35,8 @@ TEMPLATE = (
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of rsLoRA with patterns, in float32."""
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        base = make_base(folder / "base", TEMPLATE)
-        return finish(folder_maker(folder, base), "sft", **ODD, **{"train.max_steps": 12})
+    base = make_base(folder / "base", TEMPLATE)
+    return finish_in(folder, base, "sft", **ODD, **{"train.max_steps": 12})
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +111,11 @@ def scaled(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
 
 @pytest.fixture(scope="module")
 def in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder := tmp_path_factory.mktemp("bfloat16"))
-        base = make_base(folder / "base", TEMPLATE)
-        # Not so loud that another scale would say nearly the same.
-        mild = {"base.dtype": "bfloat16", "train.max_steps": 12, "train.learning_rate": 3e-3}
-        return finish(folder_maker(folder, base), "sft", **mild)
+    folder = tmp_path_factory.mktemp("bfloat16")
+    base = make_base(folder / "base", TEMPLATE)
+    # Not so loud that another scale would say nearly the same.
+    mild = {"base.dtype": "bfloat16", "train.max_steps": 12, "train.learning_rate": 3e-3}
+    return finish_in(folder, base, "sft", **mild)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +163,7 @@ def test_an_adapter_of_tied_ends_names_its_base(
     monkeypatch.chdir(tmp_path)
     base = make_base(tmp_path / "base", TEMPLATE)
     head = {"adapter.target_modules": ["lm_head", "v_proj"]}
-    run = finish(folder_maker(tmp_path, base), "sft", **head)
+    run = finish_in(tmp_path, base, "sft", **head)
     alone = export(FinishedRun(run), "gguf", tmp_path / "alone", what="adapter")
     assert f"lora-kit export {run} --to gguf --what base" in alone["notes"][0]
     export(FinishedRun(run), "gguf", tmp_path / "whole", what="base")

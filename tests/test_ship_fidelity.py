@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import RunMaker, make_base
+from conftest import make_base
 from safetensors.torch import load_file, save_file
 from test_cli import Shell, run  # noqa: F401 - a fixture
-from trained import finish, folder_maker
+from trained import finish_in
 
 import lora_kit
 from lora_kit.adapter.finished import FinishedRun
@@ -32,17 +30,15 @@ from lora_kit.tasks.measure import measure
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on NF4 in bfloat16, of a base whose weights are large enough to have an error."""
-    here = os.getcwd()
     folder = tmp_path_factory.mktemp("nf4")
     base = make_base(folder / "base", initializer_range=0.2)
     weights = load_file(base / "model.safetensors")  # in 16 bits, as bases come
     weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     nf4 = {"base.dtype": "bfloat16", "base.quantize": "nf4", "adapter.use_rslora": True}
-    yield finish(folder_maker(folder, base), "cpt", **nf4)
-    os.chdir(here)
+    return finish_in(folder, base, **nf4)
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +155,12 @@ def test_the_advice(
     assert advice["command"] == f"lora-kit merge 'runs/a b' --into {into} --out merged"
 
 
-def test_a_run_that_was_not_quantized_has_no_choice(run_file: RunMaker, run: Shell) -> None:
-    home = finish(run_file, **{"train.max_steps": 1})
+def test_a_run_that_was_not_quantized_has_no_choice(cpt_run: Path, run: Shell) -> None:
     with pytest.raises(UserError, match=r"base\.quantize is none: only for .* nf4"):
-        fidelity(FinishedRun(home))
-    done = run("check", str(home), "--fidelity")
+        fidelity(FinishedRun(cpt_run))
+    done = run("check", str(cpt_run), "--fidelity")
     assert (done.code, len(done.errors)) == (2, 1)
-    done = run("check", str(home / "adapter"), "--fidelity")
+    done = run("check", str(cpt_run / "adapter"), "--fidelity")
     assert (done.code, len(done.errors)) == (2, 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunMaker, make_base
-from trained import edit, finish
+from trained import copied, edit, finish, on_own_base
 from typer.testing import CliRunner
 
 import lora_kit
@@ -126,13 +126,14 @@ def test_a_4_bit_run_merges_into_the_16_bit_base_within_rounding(
 
 
 @pytest.fixture
-def run(run_file: RunMaker) -> Path:
-    return finish(run_file, "sft", **PLAIN)
+def run(sft_run: Path) -> Path:
+    return sft_run
 
 
-def test_the_merged_folder_answers_and_stops(run_file: RunMaker, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "own")
-    run = finish(run_file, "sft", **PLAIN, **{"base.model": str(base)})
+def test_the_merged_folder_answers_and_stops(sft_run: Path, base: Path, tmp_path: Path) -> None:
+    run = copied(sft_run, tmp_path)
+    on_own_base(run, base, tmp_path / "own")
+    base = tmp_path / "own"
     # A base as they come: end tokens in a list, sampling settings with sampling off.
     edit(
         base / "generation_config.json",

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RunMaker, make_tokenizer
+from conftest import make_tokenizer
 from families import FAMILIES, byte_level
-from trained import finish
 
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.templates import render
@@ -100,16 +99,15 @@ def test_what_changes_or_is_left_out_is_said(
     assert "stays today's" in said and "takes no system turn" in said
 
 
-def test_a_run_becomes_a_folder_for_ollama(run_file: RunMaker, tmp_path: Path) -> None:
+def test_a_run_becomes_a_folder_for_ollama(sft_run: Path, tmp_path: Path) -> None:
     import torch
 
     import lora_kit
 
-    trained = finish(run_file, "sft")
     out: dict[str, Path] = {what: tmp_path / what for what in ("adapter", "merged")}
     for what, folder in out.items():
         folder.mkdir()
-        export_ollama(FinishedRun(trained), folder, "f32", what)  # type: ignore[arg-type]
+        export_ollama(FinishedRun(sft_run), folder, "f32", what)  # type: ignore[arg-type]
     text = (out["adapter"] / "Modelfile").read_text(encoding="utf-8")
     assert text.startswith('FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{- $before')
     assert "PARAMETER num_ctx 256\n" in text
@@ -118,7 +116,7 @@ def test_a_run_becomes_a_folder_for_ollama(run_file: RunMaker, tmp_path: Path) -
     assert merged == text.replace("base.gguf\nADAPTER ./adapter.gguf", "merged.gguf")
     assert sorted(p.name for p in out["merged"].iterdir()) == ["Modelfile", "merged.gguf"]
 
-    model, tokenizer = lora_kit.load(trained)
+    model, tokenizer = lora_kit.load(sft_run)
     ids = tokenizer("the quick brown fox").input_ids
     options: Any = {"do_sample": False, "max_new_tokens": 20}
     with torch.inference_mode():

@@ -18,6 +18,7 @@ from lora_kit.adapter import attach as adapter_room
 from lora_kit.errors import CheckFailed, Interrupted
 from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import Progress
+from lora_kit.train.guards import Guards
 
 RUN = Path("runs/test")
 
@@ -127,7 +128,7 @@ def test_a_b_of_zeros_in_memory(run_file: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_shard_lost_in_saving(run_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module.LoraTrainer.save_model
+    real = Guards.save_model
 
     def save_model(self: Any, folder: str, **options: Any) -> None:
         real(self, folder, **options)
@@ -136,7 +137,7 @@ def test_a_shard_lost_in_saving(run_file: Any, monkeypatch: pytest.MonkeyPatch) 
         next(w for name, w in weights.items() if "lora_B" in name)[16:] = 0
         save_file(weights, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(module.LoraTrainer, "save_model", save_model)
+    monkeypatch.setattr(Guards, "save_model", save_model)
     with pytest.raises(CheckFailed, match=r"has only a part .*accelerate#4206"):
         finish(run_file)
     assert failed() == ["saved"]
@@ -211,7 +212,7 @@ def test_no_false_alarm_where_a_run_goes_on(run_file: Any, monkeypatch: pytest.M
         with pytest.raises(Interrupted):
             package.train(file)
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.compare_model", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file, resume=True)
     package.train(file, resume=True)

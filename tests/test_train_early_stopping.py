@@ -17,6 +17,7 @@ from lora_kit.run import load_run
 from lora_kit.tasks.batches import IGNORED
 from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import Progress, read_metrics
+from lora_kit.train.guards import Guards, best_step, stopped_early
 
 # A dozen short rows again and again: learned by heart, and the held-out ones get worse.
 OVERFIT = {
@@ -69,14 +70,20 @@ def expected_stop(curve: dict[int, float], patience: int) -> tuple[int, int]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The trainers that were made."""
     trainers: list[Any] = []
-    real = module.LoraTrainer.__init__
+    real = Guards.__init__
 
     def remembered(self: Any, *args: Any, **options: Any) -> None:
         trainers.append(self)
         real(self, *args, **options)
 
-    monkeypatch.setattr(module.LoraTrainer, "__init__", remembered)
+    monkeypatch.setattr(Guards, "__init__", remembered)
     return trainers
+
+
+def outcome(trainer: Any) -> tuple[int | None, bool]:
+    """The best step, and whether the run stopped early."""
+    patience = trainer.guard.run.train.early_stopping_patience
+    return best_step(trainer.state), stopped_early(trainer.state, patience)
 
 
 def test_the_best_is_kept_and_used(whole: Path) -> None:
@@ -101,13 +108,12 @@ def test_the_last_one_where_it_is_asked_for(
     run = Path("runs/test")
     assert kept(run) == kept(whole / run)
     assert adapter_hash() == weights(whole / run, 40)
-    assert seen[0].best_step == kept(run)[0]
-    assert not seen[0].stopped_early
+    assert outcome(seen[0]) == (kept(run)[0], False)
 
 
 def test_no_evaluation_no_best(run_file: RunMaker, seen: list[Any]) -> None:
     package.train(run_file())
-    assert seen[0].best_step is None and not seen[0].stopped_early
+    assert outcome(seen[0]) == (None, False)
     assert kept(Path("runs/test")) == [4]
 
 
@@ -126,7 +132,7 @@ def test_stops_when_patience_runs_out(
     assert list(losses(run)) == list(range(4, stop + 4, 4))
     assert {best, stop} <= set(kept(run)) and max(kept(run)) == stop < 40
     assert adapter_hash() == weights(run, best) == weights(whole / run, best)
-    assert (seen[0].best_step, seen[0].stopped_early) == (best, True)
+    assert outcome(seen[0]) == (best, True)
 
 
 class Crash(Progress):
@@ -150,7 +156,7 @@ def test_continued_is_uninterrupted(
         with pytest.raises(ZeroDivisionError):
             package.train(file, PATIENCE)
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.compare_model", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file, PATIENCE, resume=True)
     package.train(file, PATIENCE, resume=True)
@@ -158,8 +164,7 @@ def test_continued_is_uninterrupted(
     assert adapter_hash() == adapter_hash(straight)
     assert (losses(run), kept(run)) == (losses(straight), kept(straight))
     for trainer in (seen[0], *seen[2:]):
-        assert (trainer.state.global_step, trainer.best_step) == (stop, best)
-        assert trainer.stopped_early
+        assert (trainer.state.global_step, outcome(trainer)) == (stop, (best, True))
 
 
 def test_continued_after_the_last_step_takes_no_other(
@@ -170,7 +175,7 @@ def test_continued_after_the_last_step_takes_no_other(
     file = run_file("cpt", **changes)
     package.train(file, "name=straight")
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.compare_model", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file)
     package.train(file, resume=True)
@@ -183,7 +188,7 @@ def test_the_best_checkpoint_is_damaged(
 ) -> None:
     file = run_file("cpt", **OVERFIT)
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.compare_model", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file)
     best = kept(Path("runs/test"))[0]
@@ -231,14 +236,14 @@ def test_nothing_to_judge_by(run_file: RunMaker, monkeypatch: pytest.MonkeyPatch
         inputs.pop("places", None)
         return inputs
 
-    real = module.LoraTrainer.evaluate
+    real = Guards.evaluate
 
     def evaluate(self: Any, *args: Any, **options: Any) -> Any:
         self._prepare_inputs = without_labels.__get__(self)
         return real(self, *args, **options)
 
-    monkeypatch.setattr(module.LoraTrainer, "evaluate", evaluate)
-    with pytest.raises(CheckFailed, match="step 2: eval_loss is nan over 0 held-out tokens"):
+    monkeypatch.setattr(Guards, "evaluate", evaluate)
+    with pytest.raises(CheckFailed, match="step 2: eval_loss is nan over 0 held-out labels"):
         package.train(run_file(), "train.eval_steps=2")
 
 

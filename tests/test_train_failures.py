@@ -12,6 +12,7 @@ import torch
 from conftest import make_base, make_tokenizer
 from processes import adapter_hash
 from safetensors.torch import load_file, save_file
+from trained import finish_in
 
 import lora_kit as package
 from lora_kit.errors import CheckFailed, UserError
@@ -112,9 +113,16 @@ def test_checkpointing_changes_no_number(run_file: Any) -> None:
     assert adapter_hash("runs/with") == adapter_hash("runs/without")
 
 
-def test_start_begins_with_that_adapter(run_file: Any) -> None:
+@pytest.fixture(scope="module")
+def first(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose adapter is another than that of the run file."""
+    changes = {"adapter.target_modules": ["q_proj"], "train.learning_rate": 1e-2}
+    return finish_in(tmp_path_factory.mktemp("first"), base, **changes)
+
+
+def test_start_begins_with_that_adapter(run_file: Any, work: Path, first: Path) -> None:
     """Continued pre-training, then fine-tuning on top; at a learning rate of 0 nothing moves."""
-    package.train(run_file("cpt", **{"adapter.target_modules": ["q_proj"]}), "name=first")
+    shutil.copytree(first, work / "runs" / "first")
     file = run_file("sft", **{"adapter": {"start": "runs/first"}, "train.weight_decay": 0.0})
     with pytest.raises(CheckFailed, match="the adapter did not move"):
         package.train(file, "name=still", "train.learning_rate=0")
@@ -126,8 +134,8 @@ def test_start_begins_with_that_adapter(run_file: Any) -> None:
     assert report["training"]["trainable_parameters"] == count
 
 
-def test_start_refuses_the_adapter_of_another_base(run_file: Any, work: Path) -> None:
-    package.train(run_file("cpt", **{"adapter.target_modules": ["q_proj"]}), "name=first")
+def test_start_refuses_the_adapter_of_another_base(run_file: Any, work: Path, first: Path) -> None:
+    shutil.copytree(first, work / "runs" / "first")
     twin = make_base(work / "twin", initializer_range=0.03)  # the same shapes
     deeper = make_base(work / "deeper", num_hidden_layers=3)
     wider = make_base(work / "wider", hidden_size=128)

@@ -19,6 +19,7 @@ from trained import labelled
 import lora_kit as package
 from lora_kit.errors import RunFileError, UserError
 from lora_kit.schema import Run
+from lora_kit.tasks.causal import Text
 from lora_kit.tasks.packing import Packed
 from lora_kit.train import arguments
 from lora_kit.train.arguments import check_installed
@@ -135,10 +136,9 @@ def test_a_package_that_is_missing(run_file: RunMaker, monkeypatch: pytest.Monke
     check_installed(a_run(report_to=["tensorboard"]))
 
 
-def test_nobody_is_told_unasked(run_file: RunMaker) -> None:
+def test_nobody_is_told_unasked(cpt_run: Path) -> None:
     assert importlib.util.find_spec("tensorboardX")
-    package.train(run_file())
-    assert not Path("runs/test/tensorboard").exists()
+    assert not (cpt_run / "tensorboard").exists()
 
 
 def a_run(**train: Any) -> Run:
@@ -147,56 +147,56 @@ def a_run(**train: Any) -> Run:
 
 
 def rows_of(count: int, tokens: int) -> Any:
-    """Rows in which all tokens but the first are learned from."""
+    """Rows in which all tokens but the first are trained on."""
     ids = list(range(tokens + 1))
     rows = labelled([(ids, [-100, *ids[1:]])] * count, list(range(count)), [1] * count)
     return SimpleNamespace(train=rows, rows=lambda use: rows)
 
 
-# rows, tokens learned from in each, settings, parameters -> the words of the warnings
+# rows, labels in each, settings, parameters -> the words of the warnings
 LITTLE: dict[str, tuple[int, int, dict[str, Any], int, list[str]]] = {
     "a usual run": (2_000, 150, {"num_train_epochs": 3.0}, 42_000_000, []),
     "a small one": (100, 150, {"num_train_epochs": 3.0}, 42_000_000, []),
     "few rows": (
         *(20, 150, {"num_train_epochs": 3.0}, 42_000_000),
-        ["9,000 tokens to learn from (3,000 in 3.0 passes) for 42,000,000 trainable parameters"],
+        ["9,000 labels to train on (3,000 in 3.0 epochs) for 42,000,000 trainable parameters"],
     ),
-    "many passes": (
+    "many steps": (
         *(64, 150, {"max_steps": 160}, 40_000),  # of 8 rows
-        ["20.0 passes over 9,600 tokens: beyond about 10 rows are learned by heart; lower "
+        ["20.0 epochs over 9,600 labels: beyond about 10 rows are learned by heart; lower "
          "train.max_steps"],
     ),
     "many epochs": (64, 9, {"num_train_epochs": 11.0}, 40_000, ["lower train.num_train_epochs"]),
     "as many as are fine": (64, 9, {"num_train_epochs": 10.0}, 40_000, []),
     "watched": (64, 9, {"num_train_epochs": 11.0, "eval_steps": 5}, 40_000, []),
-    "both": (4, 5, {"max_steps": 8}, 400_000, ["320 tokens to learn from", "16.0 passes over 20"]),
+    "both": (4, 5, {"max_steps": 8}, 400_000, ["320 labels to train on", "16.0 epochs over 20"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", LITTLE)
 def test_too_little(case: str) -> None:
     count, tokens, train, parameters, words = LITTLE[case]
-    said = too_little(a_run(**train), rows_of(count, tokens), parameters)
+    said = too_little(Text(), a_run(**train), rows_of(count, tokens), parameters)
     assert len(said) == len(words)
     for line, word in zip(said, words, strict=True):
         assert line.startswith("warning: ") and word in line and "\n" not in line
 
 
 def test_packed_rows_are_fewer() -> None:
-    """A pass is a pass over the documents, however many lie in a row."""
+    """An epoch is one over the documents, however many are in a row."""
     data = rows_of(64, 9)
     packed = Packed(data.train, room=100)
     assert len(packed) == 7
     both = SimpleNamespace(train=packed, rows=data.rows)
-    (line,) = too_little(a_run(max_steps=20), both, 1)
-    assert f"{20 * 8 / 7:.1f} passes over {64 * 9} tokens" in line
+    (line,) = too_little(Text(), a_run(max_steps=20), both, 1)
+    assert f"{20 * 8 / 7:.1f} epochs over {64 * 9} labels" in line
     assert np.isclose(float(line.split()[1]), 20 * 8 / 7, atol=0.05)
 
 
 def test_said_before_the_start(run_file: RunMaker, capfd: Any) -> None:
     package.train(run_file("cpt", **{"train.max_steps": 40, "train.logging_steps": 40}))
     lines = capfd.readouterr().err.splitlines()
-    (at,) = [n for n, line in enumerate(lines) if "passes over" in line]
+    (at,) = [n for n, line in enumerate(lines) if "epochs over" in line]
     assert at < next(n for n, line in enumerate(lines) if line.startswith("step "))
 
 

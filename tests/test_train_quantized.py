@@ -10,8 +10,8 @@ import torch
 from conftest import sentences
 
 import lora_kit as package
-from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import read_metrics
+from lora_kit.train.guards import Guards
 
 
 def packed(model: Any) -> dict[str, torch.Tensor]:
@@ -34,7 +34,7 @@ def test_trains_and_fits_the_plain_base(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     seen: list[dict[str, torch.Tensor]] = []
-    real = module.LoraTrainer.train
+    real = Guards.train
 
     def train(self: Any, *args: Any, **options: Any) -> Any:
         seen.append(packed(self.model))
@@ -42,7 +42,7 @@ def test_trains_and_fits_the_plain_base(
         seen.append(packed(self.model))
         return result
 
-    monkeypatch.setattr(module.LoraTrainer, "train", train)
+    monkeypatch.setattr(Guards, "train", train)
     file = run_file("cpt", **{"base.quantize": kind, "train.max_steps": 12, "adapter.r": 8})
     report = package.train(file)
 

@@ -19,6 +19,7 @@ from lora_kit.base.pin import pin
 from lora_kit.errors import RunFileError
 from lora_kit.run import load_run
 from lora_kit.schema import Adapter, Base, Data, Run, Ship, Train
+from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.train import arguments
 from lora_kit.train.arguments import check_installed, training_arguments
 
@@ -52,6 +53,8 @@ OWN_TRAIN = {
     "save_total_limit": "test_train_resume.py",
     "early_stopping_patience": "test_train_early_stopping.py",
     "load_best_model_at_end": "test_train_early_stopping.py",
+    "trainable": "test_train_strategies.py",
+    "top_layers": "test_train_strategies.py",
 }
 # key -> another value, and what an attached model then shows: ranks, scales and so on, by module.
 ADAPTER: dict[str, Any] = {
@@ -72,7 +75,16 @@ OTHERS = {
     Data: {
         *("train", "eval", "general", "columns", "chat_template"),  # below
         # tests/test_data_prepare.py
-        *("replay", "against", "labels", "supervise", "packing", "group", "limits", "workers"),
+        *(
+            "replay",
+            "decontaminate",
+            "labels",
+            "supervise",
+            "packing",
+            "group",
+            "limits",
+            "workers",
+        ),
     },
     Run: {
         *("recipe", "name", "seed", "base", "adapter", "data", "train", "prove", "ship"),
@@ -174,11 +186,11 @@ def test_base(base: Path, tmp_path: Path) -> None:
         pin(Base(model=str(base), revision="main"))
 
 
-def rows_of(file: Path, kind: Any = "text", **changes: Any) -> tuple[list[str], ...]:
+def rows_of(file: Path, task: Any = None, **changes: Any) -> tuple[list[str], ...]:
     """What is said in the rows to learn from, to judge by, and of general text."""
     run = load_run(file, [f"{key}={value}" for key, value in changes.items()])
     tokenizer = load_tokenizer(pin(run.base))
-    data = prepared(run, kind)
+    data = prepared(run, task or Text())
     parts = (data.train, data.eval, data.general or ())
     return tuple([tokenizer.decode(row["input_ids"]) for row in part] for part in parts)
 
@@ -200,7 +212,7 @@ def test_data(run_file: Any, work: Path, plain_base: Path) -> None:
     )
     columns = {"prompt": "q", "completion": "a"}
     file = run_file("sft", **{"data.train": "named.jsonl", "data.columns": columns})
-    said = "".join(key for part in rows_of(file, "chat") for key in part)
+    said = "".join(key for part in rows_of(file, Conversations()) for key in part)
     assert "ask 0<|im_end|>" in said and "say 0<|im_end|>" in said
     # A template for a base without one stands beside the adapter.
     file = run_file("sft", **{"base.model": str(plain_base), **ONE_STEP})
@@ -213,8 +225,8 @@ def test_data(run_file: Any, work: Path, plain_base: Path) -> None:
 
 
 def test_max_length(run_file: Any, base: Path) -> None:
-    rows = prepared(load_run(run_file("cpt", **{"train.max_length": 24})), "text").train
-    assert set(rows.lengths[:-1]) == {24}
+    rows = prepared(load_run(run_file("cpt", **{"train.max_length": 24})), Text()).train
+    assert set(rows.sizes("input_ids")[:-1]) == {24}
 
 
 def test_top(run_file: Any) -> None:

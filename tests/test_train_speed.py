@@ -10,6 +10,7 @@ import pytest
 import torch
 from processes import lora_kit
 from trained import prepared
+from transformers import Trainer
 
 import lora_kit as package
 from lora_kit.errors import UserError
@@ -148,7 +149,7 @@ class SmallMemory:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.sizes: list[int] = []
-        plain = module.Trainer.training_step
+        plain = Trainer.training_step
 
         def step(trainer: Any, model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
             size = inputs["input_ids"].numel()
@@ -161,7 +162,7 @@ class SmallMemory:
             self.sizes.append(size)
             return loss
 
-        monkeypatch.setattr(module.Trainer, "training_step", step)
+        monkeypatch.setattr(Trainer, "training_step", step)
 
 
 @pytest.mark.parametrize("speed", ["auto", "plain"])
@@ -212,7 +213,7 @@ def test_another_error_is_no_lack_of_memory(run_file: Any, monkeypatch: pytest.M
     def broken(*_: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(module.Trainer, "training_step", broken)
+    monkeypatch.setattr(Trainer, "training_step", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         package.train(run_file("sft"))
 

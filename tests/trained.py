@@ -43,6 +43,14 @@ def copied(run: Path, folder: Path) -> Path:
     return folder / "copied" / "runs" / run.name
 
 
+def on_own_base(run: Path, base: Path, own: Path) -> None:
+    """Let a copied run be one of a copy of its base, `own`, that may be changed."""
+    shutil.copytree(base, own)
+    for name in ("run.yaml", "run.lock.json", "adapter/adapter_config.json"):
+        text = (run / name).read_text(encoding="utf-8")
+        (run / name).write_text(text.replace(str(base), str(own)), encoding="utf-8")
+
+
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads(file.read_text(encoding="utf-8"))
     change(values)

@@ -16,6 +16,8 @@ from lora_kit.schema import Adapter
 
 # Fields of `adapter:` that are not PEFT's.
 OWN_FIELDS = {"start"}
+# PEFT's own name for LoRA on no module, where a new head trains alone; it takes no empty list.
+NO_MODULE = "dummy-target-modules"
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class Attached:
     def __str__(self) -> str:
         names = ", ".join(f"{count} {name}" for name, count in self.modules.items())
         share = self.trainable / self.total
-        lines = [
-            f"adapter on {names}: {self.trainable:,} parameters train, {share:.2%} of all",
-            f"they adapt {self.coverage}",
-        ]
+        train = f"{self.trainable:,} parameters train, {share:.2%} of all"
+        lines = [f"no LoRA: {train}"]
+        if self.modules:
+            lines = [f"adapter on {names}: {train}", f"they adapt {self.coverage}"]
         if self.whole:
             lines.append(f"new layers, trained whole: {', '.join(self.whole)}")
         lines += [
@@ -196,10 +198,11 @@ def _settings(found: files.Adapter) -> dict[str, Any]:
     # Only these change the base's weights when an adapter is put on it.
     values["init_lora_weights"] = start if start.startswith(("pissa", "olora")) else True
     patterns = ("target_modules", "exclude_modules")
-    matched = any(isinstance(values.get(key), str) for key in patterns)
-    if found.halves and (matched or values.get("layers_pattern")):
+    if any(isinstance(values.get(key), str) for key in patterns) or values.get("layers_pattern"):
         inside = tuple(p.rpartition(".")[0] for p in values.get("target_parameters") or [])
-        named = [m for m in found.halves if not m.removesuffix(".base_layer").endswith(inside)]
+        named: Any = [m for m in found.halves if not m.removesuffix(".base_layer").endswith(inside)]
+        if not found.halves:
+            named = NO_MODULE
         others = ("exclude_modules", "layers_to_transform", "layers_pattern")
         values |= dict.fromkeys(others) | {"target_modules": named}
     return values

@@ -194,7 +194,7 @@ def open_adapter(path: str | Path) -> Adapter:
             halves[half[1]][half[2]] = tensors[name]
         elif ".original_module." not in name:  # PEFT's copy of the base's own
             others[name.replace(".modules_to_save.", ".")] = tensors[name]
-    if not halves and not (others and config.get("modules_to_save")):  # a head alone
+    if not halves and not (others and config.get("modules_to_save")):  # a head alone needs none
         raise UserError(f"{file}: it holds no lora_A and lora_B: save the adapter again")
     adapter = Adapter(folder, config, dict(halves), others)
     try:

@@ -263,12 +263,13 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
             raise NotUsable(f"without the group `{columns.group}`")
         group = str(row.columns[columns.group])
     if format_name == "text":
-        text = _text(values, "text")
-        if not text.strip():
+        running = _text(values, "text")
+        if not running.strip():
             raise NotUsable("empty")
-        return Example(row.place, text=text, group=group)
+        return Example(row.place, text=running, group=group)
     tools = _tools(values.get("tools"))
-    text = label = None
+    text: str | None = None
+    label: str | None = None
     rejected: list[Message] = []
     match format_name:
         case "messages" | "sharegpt":

@@ -40,7 +40,7 @@ USES = ("train", "eval", "general")
 _SECONDS_BETWEEN_LINES = 15
 # Other versions of these can read other examples from the same files.
 _LIBRARIES = ("lora-kit", "rensa", "trafilatura", "pypdf")
-_TEXT = ("text",)  # what data.general holds
+_TEXT: tuple[str, ...] = ("text",)  # what data.general holds
 
 
 @dataclass

@@ -25,7 +25,8 @@ BLOCK_BYTES = 2048
 class Reads(Protocol):
     """What a task tells about the rows that it reads (see `tasks.task.Task`)."""
 
-    formats: tuple[str, ...]
+    @property
+    def formats(self) -> tuple[str, ...]: ...
 
     def key(self, example: Example) -> str: ...
 

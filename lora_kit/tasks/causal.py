@@ -208,7 +208,7 @@ class Text(Causal):
                 continue
             stream = np.concatenate([begin, tokens]).astype(np.int32)
             size = len((example.text or "").encode())
-            rows = []
+            rows: list[Row] = []
             for window in _windows(stream, run.train.max_length):
                 first = not rows
                 rows.append(

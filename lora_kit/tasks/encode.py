@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -395,7 +395,7 @@ class _Encoding:
             count.end_markers_supervised = int(rows.column("end_markers").sum())
 
 
-def _written(file: Path, rows: Iterator[Row] | Rows) -> Rows:
+def _written(file: Path, rows: Iterable[Row]) -> Rows:
     """Rows in a file; those that name no unit are one each."""
     writer = RowsWriter(file)
     count = 0

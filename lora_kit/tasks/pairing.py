@@ -57,7 +57,8 @@ def pairs(questions: list[Question]) -> tuple[Rows, Rows]:
     >>> [row["input_ids"].tolist() for row in other]
     [[4, 9], [4, 9], [1, 2, 8]]
     """
-    own, other = [], []
+    own: list[Row] = []
+    other: list[Row] = []
     longest = max(len(prompt + answer) for prompt, answer in questions)
     for n, (prompt, answer) in enumerate(questions):
         following = [*questions[n + 1 :], *questions[:n]]

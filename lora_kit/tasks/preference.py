@@ -97,7 +97,7 @@ class Preference(Task):
     been asked (`annotate`).
     """
 
-    formats = ("preference",)
+    formats: tuple[str, ...] = ("preference",)
     settings: Mapping[str, type[Section]] = {"train": PreferenceTrain}
     unread = (
         "data.supervise",

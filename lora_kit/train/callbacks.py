@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import resource
 import sys
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,19 @@ from transformers import TrainerCallback
 from lora_kit.base.load import gpu_is_used
 from lora_kit.folders import write_whole
 
-_COLUMNS = (
-    *("loss", "eval_loss", "learning_rate", "grad_norm"),
-    *("tokens", "tokens_per_second", "seconds"),
-)
+_FIRST = ("loss", "eval_loss", "learning_rate", "grad_norm")
+_LAST = ("tokens", "tokens_per_second", "seconds")
+# Of what a trainer logs: which step it is, how long an evaluation took, and TRL's own count of
+# tokens, which begins anew when a run is resumed.
+_NOT_KEPT = re.compile(r"epoch|step|(eval_)?num_tokens|eval_(\w+_)?(runtime|\w+_per_second)")
 
 
 class Metrics(TrainerCallback):
     """One object a logged step in metrics.jsonl, written at once; only the first rank writes.
 
-    When a run is resumed, rows after the checkpoint's step are cut off: those steps run again.
+    It holds loss, tokens and seconds, and every other number that the trainer logs, such as
+    rewards; null for one that is not finite. When a run is resumed, rows after the checkpoint's
+    step are cut off: those steps run again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,11 +42,20 @@ class Metrics(TrainerCallback):
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        row = {name: logs[name] for name in _COLUMNS if name in logs}
-        if not state.is_world_process_zero or not ({"loss", "eval_loss"} & row.keys()):
+        if not state.is_world_process_zero or not ({"loss", "eval_loss"} & logs.keys()):
             return
+        others = [name for name in logs if name not in _FIRST + _LAST]
+        kept = [name for name in others if not _NOT_KEPT.fullmatch(name)]
+        row = {name: _number(logs[name]) for name in (*_FIRST, *kept, *_LAST) if name in logs}
         with self.path.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps({"step": state.global_step, **row}) + "\n")
+
+
+def _number(value: Any) -> float | None:
+    """A logged value as JSON has it."""
+    if not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -78,6 +78,7 @@ class Guards(Trainer):
         options: of the trainer.
     """
 
+    model: Any  # is always given
     guard: Guard
     _step: int  # of GRPO and RLOO: which of their sampled batches is in turn
     _buffered_inputs: Any

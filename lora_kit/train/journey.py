@@ -108,18 +108,20 @@ class Journey:
         """What the lock file keeps of recipe and data, so that no later verb has to run the
         recipe."""
         run, file = self.run, recipe_path(self.run)
-        return {
+        entries: dict[str, Any] = {
             "recipe": {"name": Path(run.recipe).stem, "sha256": file_hash(file)},
             "auto": self.task.auto,
-            # Of a language model's data, by their old names.
-            **{name: data.facts[name] for name in ("kind", "joiner") if name in data.facts},
             "facts": data.facts,
             "commits": data.commits,
         }
+        for name in ("kind", "joiner"):  # of a language model's data: where verbs look for them
+            if name in data.facts:
+                entries[name] = data.facts[name]
+        return entries
 
     def _sample(self, data: Prepared, processor: Processor) -> str:
         """The beginning of the first training row."""
         shown = self.task.show(data.rows("train")[0], processor, data.facts)[0]
-        tokenizer = getattr(processor, "tokenizer", processor)
+        tokenizer: Any = getattr(processor, "tokenizer", processor)
         text: str = shown.text or tokenizer.decode(shown.ids[:_SAMPLE_TOKENS])
         return text

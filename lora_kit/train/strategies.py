@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_kit.adapter.attach import NO_MODULE
 from lora_kit.adapter.audit import Groups
 from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Train
-
-# PEFT's own name for an adapter of no module; it takes no empty list of target modules.
-NO_MODULE = "dummy-target-modules"
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ def _head_only(adapter: Adapter, fresh: Sequence[str]) -> Strategy:
             "train.trainable: head: adapter.start brings LoRA modules, which would not train: "
             "leave one of the two out"
         )
-    own = {"target_modules": NO_MODULE, "exclude_modules": None, "layers_to_transform": None}
-    own |= {"rank_pattern": {}, "alpha_pattern": {}}
+    own: dict[str, Any] = {"target_modules": NO_MODULE, "exclude_modules": None}
+    own |= {"layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
     return HeadOnly(adapter.model_copy(update=own))
 
 

@@ -66,8 +66,9 @@ def make_trainer(
             not keep packed documents apart.
     """
     task, run, directory = journey.task, journey.run, journey.directory
-    if fresh:
-        directory.lock(fresh=list(fresh), pooling=getattr(model, "pooling", None))
+    directory.lock(fresh=list(fresh))
+    if pooling := getattr(model, "pooling", None):
+        directory.lock(pooling=pooling)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
     needed = checkpoint.checkpoint_bytes(trainable, keep, run.train.optim)
@@ -81,14 +82,15 @@ def make_trainer(
     trainer_class, arguments_class = task.classes()
     arguments = training_arguments(run, directory.checkpoints, planned, arguments_class)
     own_loss = has_own_loss(task)
+    if own_loss and not (_sharded() or getattr(model, "is_quantized", False)):
+        # Where it is going to run is where quick paths are tried and references are computed.
+        model.to(arguments.device)
     flat = False
     if own_loss and run.speed == "auto":  # a library's trainer changes the model's forward itself
-        flat = _quicken(journey, model, arguments.device, processor, data)
+        flat = _quicken(journey, model, processor, data)
     if chosen:
         recompute(model, chosen.recomputed)
-    if type(task).annotate is not Task.annotate and not getattr(model, "is_quantized", False):
-        model.to(arguments.device)
-    train = task.annotate(data.train, model, processor, run)
+    train: Any = task.annotate(data.train, model, processor, run)
     held_out = task.annotate(data.eval, model, processor, run) if run.train.eval_steps else None
     options = task.options(processor, data.facts, run)
     if own_loss:
@@ -138,17 +140,17 @@ def _passes(arguments: Any, rows: int) -> float:
     return float(arguments.max_steps * step / rows)
 
 
-def _quicken(
-    journey: Journey, model: Any, device: Any, processor: Processor, data: Prepared
-) -> bool:
+def _sharded() -> bool:
+    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
+def _quicken(journey: Journey, model: Any, processor: Processor, data: Prepared) -> bool:
     """Put the quick paths in, and report what stays plain. Returns whether rows come without
     padding."""
     task, run = journey.task, journey.run
-    if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
+    if _sharded():
         journey.say("speed: the base is sharded: transformers' own path")
         return False
-    if not getattr(model, "is_quantized", False):
-        model.to(device)  # where it is going to run is where the paths are tried
     if task.flat:
         plain = make_fast(model, documents_loss(model, collators(0)))
     else:

@@ -4,11 +4,11 @@
     python scripts/bench/preference.py pairs.jsonl --rounds 3 --steps 12 --batch 2
 
 Both train from the same seeded weights (a Llama of 40M parameters, bf16) on the same texts: r = 16
-on all linear layers, the same batch and learning rate, no chat template. TRL: weights in bf16 without
-autocast over them, no checkpointing, the reference precomputed, freed memory kept (mallopt). The
-seconds are those between the ends of steps, from the fourth step on; computing the reference is not
-in them, on either side. Rows are prompt, chosen and rejected; those that would be cut or dropped by
-one of both (over --length tokens) are left out before.
+on all linear layers, the same batch and learning rate, no chat template. TRL: weights in bf16
+without autocast over them, no checkpointing, the reference precomputed, freed memory kept
+(mallopt). The seconds are those between the ends of steps, from the fourth step on; computing the
+reference is in neither figure. Rows are prompt, chosen and rejected; those over --length tokens,
+which TRL would cut and lora_kit would drop, are skipped.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
 
     import yaml
 
-    import lora_kit
+    from lora_kit.launch import train
 
     values = {
         "recipe": "dpo",
@@ -129,7 +129,7 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
     }
     os.chdir(asked.folder)
     Path("run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    lora_kit.train("run.yaml")
+    train("run.yaml")
     metrics = Path("runs", str(values["name"]), "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in metrics.splitlines()]
     found = result([0.0, *(row["seconds"] for row in rows if "loss" in row)], asked.batch)

@@ -25,7 +25,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lora_kit.schema import Run
+
+if TYPE_CHECKING:
+    from lora_kit.tasks.encode import Prepared
 
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}"
@@ -100,54 +105,71 @@ def trl_seconds(file: Path, workers: int, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def _label(batch: Any) -> Any:
-    """A batch's tokens and the spans that are learned, as arrays."""
-    import numpy as np
+class Label:
+    """Tokens and labels of the rows of a batch, as arrays; nothing is counted or compared."""
 
-    from lora_kit.data import encode
-    from lora_kit.data.formats import Columns, to_example
+    def __init__(self, run: Run) -> None:
+        self.run, self.tokenizer = run, tokenizer()
 
-    assert encode._encoder is not None
-    examples = [to_example(row, "messages", Columns()) for row in batch.parsed()]
-    found = [row for row in encode._encoder.chat(examples) if isinstance(row, encode.Encoded)]
-    ids = itertools.chain.from_iterable(row.ids for row in found)
-    return np.fromiter(ids, np.int32), [row.learned for row in found]
+    def __call__(self, batch: Any) -> Any:
+        import numpy as np
+
+        from lora_kit.data.formats import Columns, to_example
+        from lora_kit.tasks.causal import Conversations
+
+        examples = [to_example(row, "messages", Columns()) for row in batch.parsed()]
+        encoded = Conversations().encode(examples, self.tokenizer, {"kind": "chat"}, self.run)
+        rows = [row for found in encoded if isinstance(found, list) for row in found]
+        return [np.concatenate([row[name] for row in rows]) for name in ("input_ids", "labels")]
+
+
+def run_of(file: Path, workers: int) -> Run:
+    return Run.model_validate(
+        {
+            "recipe": "sft",
+            "name": "prepare",
+            "base": {"model": "nano"},
+            "data": {"train": str(file), "workers": workers},
+            "train": {"max_length": MAX_LENGTH},
+        }
+    )
 
 
 def label_seconds(file: Path, workers: int) -> float:
     """Tokenizing and labelling alone, into one file of tokens."""
-    from loky import ProcessPoolExecutor
-
-    from lora_kit.data import encode
-    from lora_kit.data.formats import Columns
     from lora_kit.data.readers import table
+    from lora_kit.data.workers import in_order, stop
 
+    stop()  # as the first start pays for its processes
     started = time.perf_counter()
-    settings = encode.Settings(Columns(), "assistant", MAX_LENGTH, 0, False)
-    pool = ProcessPoolExecutor(
-        workers,
-        initializer=encode._start_worker,
-        initargs=(tokenizer(), settings, os.getpid()),
-        env=encode._WORKER_ENVIRONMENT,
-    )
     with file.with_suffix(".bin").open("wb") as out:
-        for ids, _ in pool.map(_label, table(file)):
+        for ids, _ in in_order(Label(run_of(file, workers)), table(file), workers):
             out.write(ids.tobytes())
     seconds = time.perf_counter() - started
-    pool.shutdown(kill_workers=True)
+    stop()
     return seconds
 
 
 def prepare_seconds(file: Path, workers: int) -> float:
-    from lora_kit.data.prepare import prepare
-    from lora_kit.schema import Data
+    from lora_kit.data.workers import stop
 
+    stop()
     started = time.perf_counter()
-    data = Data(train=str(file), workers=workers)
-    prepared = prepare(data, "chat", tokenizer(), MAX_LENGTH, 0)
+    prepared = prepared_rows(file, workers)
     for row in (0, len(prepared.train) - 1):
         prepared.train[row]
     return time.perf_counter() - started
+
+
+def prepared_rows(file: Path, workers: int) -> Prepared:
+    """What `sft` is trained on: read, checked, split and encoded."""
+    from lora_kit.data.prepare import prepare
+    from lora_kit.tasks.causal import Conversations
+    from lora_kit.tasks.encode import encode
+
+    run, task = run_of(file, workers), Conversations()
+    split = prepare(run.data, task, run.seed)
+    return encode(task, split, tokenizer(), task.facts(split.train, run), run)
 
 
 def race(count: int, workers: int, rounds: int, folder: Path) -> dict[str, Any]:
@@ -189,9 +211,6 @@ def anonymous_mib() -> float:
 
 
 def memory(gib: float, workers: int, folder: Path) -> dict[str, Any]:
-    from lora_kit.data.prepare import prepare
-    from lora_kit.schema import Data
-
     file = folder / "rows.jsonl"
     # In a process of its own, whose memory is not counted.
     context = multiprocessing.get_context("spawn")
@@ -207,12 +226,12 @@ def memory(gib: float, workers: int, folder: Path) -> dict[str, Any]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    prepared = prepare(Data(train=str(file), workers=workers), "chat", tokenizer(), MAX_LENGTH, 0)
+    prepared = prepared_rows(file, workers)
     made = time.perf_counter() - started
-    tokens = sum(len(prepared.train[row]["input_ids"]) for row in range(len(prepared.train)))
+    tokens = sum(len(row["input_ids"]) for row in prepared.train)
     ended.set()
     watcher.join()
-    assert tokens == prepared.rows("train").tokens
+    assert tokens == prepared.census.train.tokens
     return {
         "gib": gib,
         "rows": prepared.census.to_json()["rows_read"],

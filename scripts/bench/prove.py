@@ -51,7 +51,10 @@ def judged(run: Path) -> tuple[Any, Any, Any, Any]:
 
     finished = FinishedRun(run)
     model, tokenizer = load_model(finished)
-    return model, tokenizer, prepared_again(finished), finished.require_run()
+    from lora_kit.tasks.causal import Conversations
+
+    _, data = prepared_again(finished, Conversations())
+    return model, tokenizer, data, finished.require_run()
 
 
 def intervals(run: Path) -> None:
@@ -93,9 +96,11 @@ def intervals(run: Path) -> None:
 
 def throughput(run: Path, rounds: int) -> None:
     from lora_kit.schema import Run
+    from lora_kit.tasks.causal import Conversations
     from lora_kit.tasks.measure import measure
     from lora_kit.train.directory import RunDirectory
-    from lora_kit.train.interrupt import StopSignal
+    from lora_kit.train.journey import Journey
+    from lora_kit.train.strategies import Strategy
     from lora_kit.train.trainer import make_trainer
 
     model, tokenizer, data, opened = judged(run)
@@ -104,9 +109,11 @@ def throughput(run: Path, rounds: int) -> None:
     values = opened.model_dump()
     values["train"] |= {"eval_steps": 1}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            Run(**values), RunDirectory(Path(folder)), StopSignal(), model, tokenizer, data
-        )
+        journey = Journey(Run(**values), Conversations())
+        journey.directory = RunDirectory(Path(folder))
+        strategy = Strategy(opened.adapter)
+        trainer = make_trainer(journey, model, (), tokenizer, data, strategy)
+        tokens = int(data.eval.sizes("input_ids").sum())
         times: dict[str, list[float]] = {"measure": [], "evaluate": []}
         for _ in range(rounds + 1):  # the first one warms up
             for name in times:
@@ -117,10 +124,10 @@ def throughput(run: Path, rounds: int) -> None:
                 else:
                     theirs = trainer.evaluate()["eval_loss"]
                 times[name].append(time.perf_counter() - started)
-    print(f"loss: measure {loss:.5f}, evaluate {theirs:.5f}; {data.eval.tokens:,} tokens")
+    print(f"loss: measure {loss:.5f}, evaluate {theirs:.5f}; {tokens:,} tokens")
     for name, taken in times.items():
         middle = statistics.median(taken[1:])
-        print(f"{name:9} {data.eval.tokens / middle:9,.0f} tokens/s ({middle:.2f} s)")
+        print(f"{name:9} {tokens / middle:9,.0f} tokens/s ({middle:.2f} s)")
 
 
 def share(folder: Path) -> None:

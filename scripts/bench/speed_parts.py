@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 VOCABULARY, LONGEST = 32_000, 4096
 # hidden size, layers, intermediate size; heads of 64, embeddings tied.
@@ -62,15 +61,12 @@ def weights(shape: str, folder: Path) -> None:
 
 def rows(run_file: Path, out: Path) -> None:
     """Write the rows of a run, in the order of its data set, as `input_ids` and `labels`."""
-    from lora_kit.base.load import load_tokenizer
     from lora_kit.base.pin import pin
-    from lora_kit.data.prepare import prepare
-    from lora_kit.run import load_run
+    from lora_kit.launch import read_run
+    from lora_kit.tasks.encode import rows_of
 
-    run = load_run(run_file)
-    tokenizer = load_tokenizer(pin(run.base))
-    kind: Any = {"cpt": "text", "sft": "chat"}[run.recipe]
-    train = prepare(run.data, kind, tokenizer, run.train.max_length, run.seed).train
+    run, recipe = read_run(run_file, [])
+    train = rows_of(recipe.task, run, pin(run.base))[1].train
     with out.open("w", encoding="utf-8") as opened:
         for number in range(len(train)):
             row = train[number]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from conftest import sentences
 
 import lora_kit
 from lora_kit.run import load_run, shipped
 from lora_kit.schema import Run
+from lora_kit.tasks.recipe import load_recipe
 from lora_kit.train.arguments import check_installed, training_arguments
 
 CONFIGS = sorted((shipped("recipes") / "configs").rglob("*.yaml"))
@@ -17,6 +20,7 @@ EXPECTED = {
     "llama-3.1-8b-qlora": ("meta-llama/Llama-3.1-8B", "nf4"),
     "llama-3.3-70b-fsdp-qlora": ("meta-llama/Llama-3.3-70B-Instruct", "nf4"),
     "nano-cpt": ("nano", "nf4"),
+    "nano-dpo": ("nano", "none"),
     "nano-sft": ("nano", "none"),
     "qwen3-0.6b-sft": ("Qwen/Qwen3-0.6B", "none"),
     "qwen3-8b-qlora": ("Qwen/Qwen3-8B", "nf4"),
@@ -29,8 +33,13 @@ def load(config: Path, folder: Path) -> Run:
     copy = folder / "run.yaml"
     copy.write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    pairs = [
+        {"prompt": f"What does {word} do?", "chosen": f"{word}.", "rejected": f"It is {word}."}
+        for word in sentences(60)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
     (folder / "texts").mkdir()
-    return load_run(copy)
+    return load_run(copy, task_of=lambda file: load_recipe(file).task)
 
 
 def test_all_are_here() -> None:
@@ -49,11 +58,15 @@ def test_is_valid_and_says_how_to_start_it(config: Path, tmp_path: Path) -> None
     assert re.search(r"#   lora-kit (train|copy) ", "\n".join(header))
 
 
-@pytest.mark.parametrize("name", ["nano-cpt", "nano-sft"])
+@pytest.mark.parametrize("name", ["nano-cpt", "nano-dpo", "nano-sft"])
 def test_nano_runs(name: str, work: Path) -> None:
     config = shipped("recipes") / "configs" / f"{name}.yaml"
+    if name == "nano-dpo":  # whose data are the user's own
+        load(config, work)
+        config = work / "run.yaml"
     # float32: many CPUs compute bfloat16 ten times slower.
     changes = ("base.dtype=float32", "train.max_steps=2", "train.logging_steps=1")
+    changes += ("data.eval=0.4",) if name == "nano-dpo" else ()
     report = lora_kit.train(config, *changes)
     assert report["training"]["steps"] == 2
     assert report["domain"]["documents"] >= 20

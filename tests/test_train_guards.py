@@ -1,0 +1,406 @@
+"""Each guard on trainers of many kinds: transformers' own, TRL's, and one that a test defines."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from guarded import KINDS, Library, Penalized, halves_of, make
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainingArguments
+
+from lora_kit.errors import CheckFailed, Interrupted, UserError
+from lora_kit.hashes import file_hash
+from lora_kit.train.callbacks import read_metrics
+from lora_kit.train.checkpoint import read_seal
+from lora_kit.train.guards import Guards, best_step, guarded, stopped_early
+from lora_kit.train.interrupt import StopSignal
+from lora_kit.train.trainer import fit
+
+any_trainer = pytest.mark.parametrize("kind", KINDS)
+
+
+class At(TrainerCallback):
+    """Does something at the end, or the beginning, of a step."""
+
+    def __init__(self, step: int, do: Any, begins: bool = False) -> None:
+        self.step, self.do, self.begins = step, do, begins
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        if self.begins and state.global_step == self.step - 1:
+            self.do(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not self.begins and state.global_step == self.step:
+            self.do(model)
+
+
+def crash(model: Any) -> None:
+    raise ZeroDivisionError
+
+
+def adapter(trainer: Any) -> dict[str, torch.Tensor]:
+    named = trainer.model.named_parameters()
+    return {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(found.name[11:]) for found in (folder / "checkpoints").glob("checkpoint-*"))
+
+
+def weights(folder: Path, step: int) -> str:
+    return file_hash(folder / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors")
+
+
+def losses(trainer: Any, key: str = "loss") -> list[float]:
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+# ------------------------------------------------------------------ the same training
+# The plain loss of the two kinds that are left out is another one.
+@pytest.mark.parametrize("kind", ["language model", "SFT", "DPO", "GRPO", "a user's"])
+def test_guarded_is_plain(kind: str, tmp_path: Path) -> None:
+    plain = make(kind, tmp_path / "plain", guards=False)
+    plain.train()
+    trainer = make(kind, tmp_path / "guarded")
+    fit(trainer, resume=False)
+    assert losses(trainer) == losses(plain)
+    assert same(adapter(trainer), adapter(plain))
+
+
+@any_trainer
+def test_evaluating_changes_nothing(kind: str, tmp_path: Path) -> None:
+    without = make(kind, tmp_path / "without")
+    fit(without, resume=False)
+    watched = make(kind, tmp_path / "with", eval_steps=1, load_best_model_at_end=False)
+    fit(watched, resume=False)
+    assert len(losses(watched, "eval_loss")) == 4
+    assert same(adapter(watched), adapter(without))
+
+
+# ------------------------------------------------------------------ NaN
+@any_trainer
+def test_nan_stops_before_the_weights(kind: str, tmp_path: Path) -> None:
+    trainer = make(kind, tmp_path, save_steps=1)
+    first = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    first.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == 2 else grad)
+    with pytest.raises(CheckFailed, match="step 3: the loss or its gradient is not finite"):
+        fit(trainer, resume=False)
+    assert all(bool(tensor.isfinite().all()) for tensor in adapter(trainer).values())
+    assert kept(tmp_path) == [1, 2]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@any_trainer
+def test_overflown_weights_are_not_sealed(kind: str, tmp_path: Path) -> None:
+    def overflow(model: Any) -> None:
+        next(p for n, p in model.named_parameters() if "lora_A" in n).data[0, 0] = math.inf
+
+    callbacks = [At(2, overflow)]
+    trainer = make(kind, tmp_path, callbacks=callbacks, save_steps=1, save_total_limit=1)
+    with pytest.raises(CheckFailed, match="step 2: the adapter's weights are not finite"):
+        fit(trainer, resume=False)
+    assert kept(tmp_path) == [1]
+    read_seal(tmp_path / "checkpoints" / "checkpoint-1")
+
+
+# ------------------------------------------------------------------ checkpoints
+@any_trainer
+def test_checkpoints_are_sealed_and_rotated(kind: str, tmp_path: Path) -> None:
+    trainer = make(kind, tmp_path, save_steps=1, save_total_limit=2)
+    fit(trainer, resume=False)
+    assert kept(tmp_path) == [3, 4]
+    for step in (3, 4):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        sealed = read_seal(folder)
+        assert (sealed.step, sealed.tokens > 0, sealed.seconds > 0) == (step, True, True)
+        names = {file.name for file in folder.iterdir()}
+        assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth"} <= names
+        assert not {"training_args.bin", "README.md"} & names
+        state = (folder / "trainer_state.json").read_text(encoding="utf-8")
+        assert str(tmp_path) not in state  # a run may be moved
+    beside = {file.name for file in (tmp_path / "checkpoints").iterdir()}
+    assert "README.md" not in beside
+    (folder / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"optimizer\.pt is not as it was saved"):
+        read_seal(folder)
+
+
+@any_trainer
+def test_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
+    """Broken off in the fourth step. GRPO had sampled for the third and fourth together. Tokens
+    and seconds go on in metrics.jsonl."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    fit(make(kind, straight, save_steps=1, eval_steps=2), resume=False)
+    first = make(kind, broken, callbacks=[At(4, crash, begins=True)], save_steps=1, eval_steps=2)
+    with pytest.raises(ZeroDivisionError):
+        fit(first, resume=False)
+    assert kept(broken)[-1] == 3
+    second = make(kind, broken, save_steps=1, eval_steps=2)
+    fit(second, resume=True)
+    assert weights(broken, 4) == weights(straight, 4)
+    rows = {run: read_metrics(run / "metrics.jsonl") for run in (straight, broken)}
+    for name in ("step", "loss", "eval_loss", "tokens"):
+        found = [[row.get(name) for row in rows[run]] for run in (straight, broken)]
+        assert found[0] == found[1], name
+    trained = [row for row in rows[broken] if "loss" in row]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4]
+    for earlier, later in itertools.pairwise(trained):
+        assert earlier["tokens"] < later["tokens"]
+        assert earlier["seconds"] < later["seconds"]
+    assert second.guard.meter.tokens() == trained[-1]["tokens"]
+    # After its last step a run takes no other one.
+    third = make(kind, broken, save_steps=1, eval_steps=2)
+    fit(third, resume=True)
+    assert third.state.global_step == 4
+    assert same(adapter(third), adapter(second))
+
+
+def test_metrics_hold_what_the_trainer_logs(tmp_path: Path) -> None:
+    trainer = make("GRPO", tmp_path, max_steps=2, eval_steps=1, beta=0.1)
+    fit(trainer, resume=False)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    trained = [row for row in rows if "loss" in row]
+    assert all({"kl", "learning_rate", "grad_norm"} <= row.keys() for row in trained)
+    assert "reward" in trained[0]  # sampled for two steps
+    evaluated = [row for row in rows if "eval_loss" in row]
+    assert all("eval_reward" in row and "eval_runtime" not in row for row in evaluated)
+    assert "num_tokens" not in trained[0]  # TRL's own count, which begins anew when resumed
+
+
+# ------------------------------------------------------------------ signals
+@any_trainer
+def test_a_signal_saves_and_stops(kind: str, tmp_path: Path) -> None:
+    stop = StopSignal()
+    callbacks = [At(2, lambda model: signal.raise_signal(signal.SIGTERM))]
+    trainer = make(kind, tmp_path, stop, callbacks, max_steps=20)
+    with (
+        stop.listening(),
+        pytest.raises(Interrupted, match="stopped after step 2, saved") as caught,
+    ):
+        fit(trainer, resume=False)
+    assert caught.value.exit_code == 143
+    assert kept(tmp_path) == [2]
+    read_seal(tmp_path / "checkpoints" / "checkpoint-2")
+
+
+# ------------------------------------------------------------------ best step, early stopping
+@any_trainer
+def test_stops_early_and_uses_the_best(kind: str, tmp_path: Path) -> None:
+    """At a rate that is far too high the loss does not go on falling."""
+    settings = {"max_steps": 12, "eval_steps": 1, "early_stopping_patience": 1}
+    trainer = make(kind, tmp_path, **settings, learning_rate=0.3, save_total_limit=1)
+    fit(trainer, resume=False)
+    curve = dict(enumerate(losses(trainer, "eval_loss"), start=1))
+    stop = next(
+        step for step in range(2, 12) if curve[step] >= min(curve[n] for n in range(1, step))
+    )
+    best = min(curve, key=lambda step: curve[step])
+    assert trainer.state.global_step == stop == max(curve)
+    assert stopped_early(trainer.state, 1) and best_step(trainer.state) == best < stop
+    assert kept(tmp_path) == sorted({best, stop})
+    saved = load_file(tmp_path / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    short = {
+        name.replace(".modules_to_save", "").replace(".default", ""): tensor
+        for name, tensor in adapter(trainer).items()
+    }
+    assert same(saved, short)
+
+
+# ------------------------------------------------------------------ audit
+@any_trainer
+def test_the_audit_finds_nothing_wrong(kind: str, tmp_path: Path) -> None:
+    trainer = make(kind, tmp_path, max_steps=3)
+    fit(trainer, resume=False)
+    assert trainer.guard.audit.problems == []
+    names = [check["name"] for check in trainer.guard.audit.checks if check["passed"]]
+    assert names == ["coverage", "gradients", "moved", "lora_B", "frozen"]
+
+
+@any_trainer
+def test_the_audit_finds_a_dead_group(kind: str, tmp_path: Path) -> None:
+    """No gradient goes below the second layer. The layer above learns, and the loss falls, so that
+    only the groups show it."""
+    groups = {
+        f"layer {layer}": lambda name, layer=layer: f"layers.{layer}." in name and "lora_" in name
+        for layer in (0, 1)
+    }
+    groups["head"] = lambda name: ".modules_to_save." in name
+    if not KINDS[kind].labels:
+        del groups["head"]
+    model = KINDS[kind].model()
+    lowest = next(m for name, m in model.named_modules() if name.endswith("layers.0"))
+    lowest.register_forward_hook(lambda module, given, out: out.detach())
+    with pytest.raises(CheckFailed, match="no gradient reaches the layer 0: it is frozen"):
+        fit(make(kind, tmp_path, model=model, groups=groups), resume=False)
+
+
+@any_trainer
+def test_the_audit_finds_a_frozen_part_that_moves(kind: str, tmp_path: Path) -> None:
+    def move(model: Any) -> None:
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if "embed_tokens.weight" in n)[5, 5] += 1e-6
+
+    trainer = make(kind, tmp_path, callbacks=[At(2, move)], max_steps=3)
+    fit(trainer, resume=False)
+    (problem,) = trainer.guard.audit.problems
+    assert "embed_tokens.weight changed while it trained" in problem["what"]
+
+
+@any_trainer
+def test_the_audit_refuses_what_trains_unasked(kind: str, tmp_path: Path) -> None:
+    model = KINDS[kind].model()
+    norm = next(p for name, p in model.named_parameters() if name.endswith("model.norm.weight"))
+    norm.requires_grad_(True)
+    with pytest.raises(CheckFailed, match=r"model\.norm\.weight: trains, and is no part of the"):
+        make(kind, tmp_path, model=model)
+
+
+def test_a_live_head_hides_no_dead_adapter(tmp_path: Path) -> None:
+    model = KINDS["classifier"].model()
+    score = next(m for name, m in model.named_modules() if name.endswith("score"))
+    score.register_forward_pre_hook(lambda module, given: (given[0].detach(),))
+    with pytest.raises(CheckFailed, match="no gradient reaches the adapter: "):
+        fit(make("classifier", tmp_path, model=model), resume=False)
+
+
+def test_a_head_that_does_not_move(tmp_path: Path) -> None:
+    trainer = make("classifier", tmp_path, max_steps=3)
+    trainer.create_optimizer()
+    head = next(p for n, p in trainer.model.named_parameters() if ".modules_to_save." in n)
+    for group in trainer.optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p is not head]
+    fit(trainer, resume=False)
+    (problem,) = trainer.guard.audit.problems
+    assert problem["what"] == "the head did not move"
+
+
+# ------------------------------------------------------------------ out of memory
+class Small(TrainerCallback):
+    """No batch of more than `most` rows has room. The lower layer's backward pass fails, when the
+    upper one's gradients are already there."""
+
+    def __init__(self, model: Any, most: int) -> None:
+        self.most = most
+        self.rows = 0
+        self.hits = 0
+        model.register_forward_pre_hook(self.look, with_kwargs=True)
+        lowest = next(m for name, m in model.named_modules() if name.endswith("layers.0"))
+        lowest.register_forward_hook(self.watch)
+
+    def look(self, module: Any, args: Any, given: dict[str, Any]) -> None:
+        self.rows = len(given["input_ids"])
+
+    def watch(self, module: Any, given: Any, out: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and out.requires_grad and self.rows > self.most:
+            out.register_hook(self.fail)
+
+    def fail(self, grad: torch.Tensor) -> None:
+        self.hits += 1
+        raise torch.OutOfMemoryError("out of memory")
+
+
+class Gradients(TrainerCallback):
+    """What the optimizer gets, in each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.seen.append(torch.cat([p.grad.flatten().clone() for p in trained]))
+
+
+# Without clipping, which would hide a wrong factor, as Adam does.
+UNCLIPPED = {"max_steps": 2, "max_grad_norm": 0.0, "per_device_train_batch_size": 4}
+
+
+def run_in_parts(
+    kind: str, folder: Path, most: int | None, **options: Any
+) -> tuple[Guards, torch.Tensor, int]:
+    model, gradients = KINDS[kind].model(), Gradients()
+    small = Small(model, most) if most else None
+    trainer = make(kind, folder, callbacks=[gradients], model=model, **UNCLIPPED, **options)
+    fit(trainer, resume=False)
+    return trainer, torch.stack(gradients.seen), small.hits if small else 0
+
+
+@any_trainer
+def test_halves_give_the_same_losses_and_gradients(kind: str, tmp_path: Path) -> None:
+    pairs = 2 if kind == "DPO" else 1  # rows of the model for one of the data
+    whole, expected, _ = run_in_parts(kind, tmp_path / "whole", None)
+    parts, found, hits = run_in_parts(kind, tmp_path / "parts", 2 * pairs)
+    assert (hits, parts.guard.halving.times) == (1, 1)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert parts.guard.meter.tokens() == whole.guard.meter.tokens()
+
+
+def test_quarters_after_a_second_time(tmp_path: Path) -> None:
+    _, expected, _ = run_in_parts("language model", tmp_path / "whole", None)
+    parts, found, hits = run_in_parts("language model", tmp_path / "parts", 1)
+    assert (hits, parts.guard.halving.times) == (3, 2)  # the whole, and each half
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@any_trainer
+def test_what_cannot_be_halved_ends_in_advice(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="out of memory, the micro-batch halved 2 times: lower"):
+        run_in_parts(kind, tmp_path, 0.5)  # type: ignore[arg-type]
+
+
+def test_pairs_are_not_rows(tmp_path: Path) -> None:
+    """Cut by rows, a batch of pairs has other pairs, and another loss: how a batch is halved is
+    the task's affair, and without its help nothing is."""
+
+    class ByRows(type(KINDS["DPO"].task)):  # type: ignore[misc]
+        def halve(self, batch: Any) -> Any:
+            return halves_of(batch, len(batch["input_ids"]), mean=True)
+
+    class NoHalves(type(KINDS["DPO"].task)):  # type: ignore[misc]
+        def halve(self, batch: Any) -> Any:
+            return []
+
+    classes = KINDS["DPO"].task.classes()
+    _, expected, _ = run_in_parts("DPO", tmp_path / "whole", None)
+    _, found, _ = run_in_parts("DPO", tmp_path / "rows", 4, task=ByRows(*classes))
+    assert (found - expected).norm() > 0.1 * expected.norm()
+    with pytest.raises(UserError, match="out of memory, the micro-batch halved 0 times"):
+        run_in_parts("DPO", tmp_path / "none", 4, task=NoHalves(*classes))
+
+
+def test_other_errors_are_not_caught(tmp_path: Path) -> None:
+    model = KINDS["language model"].model()
+    model.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("another one")))
+    with pytest.raises(RuntimeError, match="another one"):
+        fit(make("language model", tmp_path, model=model), resume=False)
+
+
+# ------------------------------------------------------------------ the class itself
+def test_guards_come_before_the_trainers_class() -> None:
+    made = guarded(Penalized)
+    assert made.__name__ == "GuardedPenalized"
+    assert made.__mro__[1:3] == (Guards, Penalized)
+
+
+def test_a_library_evaluation_that_is_nan_stops(tmp_path: Path) -> None:
+    class Broken(Penalized):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+            found = super().compute_loss(model, inputs, *args, **options)
+            return found if model.training else (found[0] * math.nan, found[1])
+
+    own = type(KINDS["a user's"].task)(Broken, TrainingArguments)  # type: ignore[call-arg]
+    assert isinstance(own, Library)
+    with pytest.raises(CheckFailed, match=r"step 1: eval_loss is nan: look at data\.eval"):
+        fit(make("a user's", tmp_path, task=own, eval_steps=1), resume=False)
