@@ -10,6 +10,7 @@ from conftest import RunMaker
 from processes import adapter_hash
 
 import lora_kit as package
+from lora_kit.hashes import file_hash
 from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import read_seal
@@ -65,4 +66,6 @@ def test_trl_trains_what_ours_trains(run_file: RunMaker, recipe: Path) -> None:
     read_seal(Path("runs/theirs/checkpoints/checkpoint-4"))
     lock = json.loads(Path("runs/theirs/run.lock.json").read_text(encoding="utf-8"))
     assert lock["adapter"]["sha256"] == adapter_hash("runs/theirs")
-    assert lock["recipe"]["name"] == "by_trl"
+    assert lock["recipe"] == {"name": "by_trl", "sha256": file_hash(recipe)}
+    assert (lock["auto"], lock["fresh"]) == ("AutoModelForCausalLM", [])
+    assert lock["facts"] == {"kind": "chat", "joiner": lock["joiner"]}
