@@ -31,8 +31,6 @@ CONFIGS = {
     "zero3": 2,
 }
 METRICS = Path("runs/test/metrics.jsonl")
-# Of a recipe that does not get far.
-TASK = 'class Own(Task):\n    formats = ("text",)\n\nTASK = Own()\n\n'
 
 
 def steps() -> list[int]:
@@ -211,8 +209,8 @@ def test_ended_process_that_nobody_reaps_is_not_awaited() -> None:
 
 def test_second_signal_kills(run_file: Any, work: Path) -> None:
     (work / "deaf.py").write_text(
-        "import signal, sys, time\nfrom lora_kit.recipe import Task, recipe_main\n\n"
-        f"{TASK}"
+        "import signal, sys, time\nfrom lora_kit.launch import recipe_main\n"
+        "from lora_kit.tasks.causal import Text\nTASK = Text()\n\n"
         "def main(run, resume=False):\n"
         "    signal.signal(signal.SIGTERM, lambda *_: open('heard', 'w').close())\n"
         "    open('ready', 'w').close()\n    time.sleep(3600)\n\n"
@@ -229,8 +227,8 @@ def test_second_signal_kills(run_file: Any, work: Path) -> None:
 
 def test_worker_that_dies_without_a_word(run_file: Any, work: Path) -> None:
     (work / "mine.py").write_text(
-        "import os, sys\nfrom lora_kit.recipe import Task, recipe_main\n\n"
-        f"{TASK}"
+        "import os, sys\nfrom lora_kit.launch import recipe_main\n"
+        "from lora_kit.tasks.causal import Text\nTASK = Text()\n\n"
         "def main(run, resume=False):\n    os.kill(os.getpid(), 9)\n\n"
         'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n'
     )

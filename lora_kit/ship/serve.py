@@ -90,7 +90,8 @@ def serve(
             print(f"{pinned.model}: written as {kind} GGUF, once", file=sys.stderr, flush=True)
             write_model(folder, out / "base.gguf", kind, untie=untie, tokenizer=tokenizer)
 
-        base = prepared(key_of("gguf", _FORMAT, kind, untie, pinned.hashes, identity(tokenizer)), build)
+        key = key_of("gguf", _FORMAT, kind, untie, pinned.hashes, identity(tokenizer))
+        base = prepared(key, build)
         front.engine, front.chats = str(temporary / "llama.sock"), bool(tokenizer.chat_template)
         exact, verbosity = kind == "f32", 3 if os.environ.get("LORA_KIT_DEBUG") else -1
         # At neither verbosity it logs what is said.
