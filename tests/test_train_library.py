@@ -10,23 +10,29 @@ from conftest import RunMaker
 from processes import adapter_hash
 
 import lora_kit as package
+from lora_kit.hashes import file_hash
 from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import read_seal
 
 TASK = '''
+class Keys(Train):
+    """`train:` with a key of SFTConfig: the rows are tokenized already."""
+
+    dataset_kwargs: dict[str, bool] = {"skip_prepare_dataset": True}
+
+
 class ByTrl(Conversations):
     """Conversations that TRL trains on."""
 
     loss = Task.loss  # left to the trainer
     flat = False
+    settings = {"train": Keys}
 
     def classes(self):
         from trl import SFTConfig, SFTTrainer
 
-        rows = dataclasses.field(default_factory=lambda: {"skip_prepare_dataset": True})
-        fields = [("dataset_kwargs", dict, rows)]
-        return SFTTrainer, dataclasses.make_dataclass("Arguments", fields, bases=(SFTConfig,))
+        return SFTTrainer, SFTConfig
 
     def collate(self, processor, flat=False):
         return None
@@ -43,7 +49,8 @@ def recipe(work: Path) -> Path:
     text = (shipped("recipes") / "sft.py").read_text(encoding="utf-8")
     assert text.count("\nTASK = Conversations()\n") == 1
     text = text.replace("\nTASK = Conversations()\n", TASK)
-    imports = "import dataclasses\nfrom lora_kit.tasks.task import Task\nfrom typing import Any\n"
+    imports = "from lora_kit.schema import Train\nfrom lora_kit.tasks.task import Task\n"
+    imports += "from typing import Any\n"
     file.write_text(text.replace("from typing import Any\n", imports), encoding="utf-8")
     return file
 
@@ -65,4 +72,6 @@ def test_trl_trains_what_ours_trains(run_file: RunMaker, recipe: Path) -> None:
     read_seal(Path("runs/theirs/checkpoints/checkpoint-4"))
     lock = json.loads(Path("runs/theirs/run.lock.json").read_text(encoding="utf-8"))
     assert lock["adapter"]["sha256"] == adapter_hash("runs/theirs")
-    assert lock["recipe"]["name"] == "by_trl"
+    assert lock["recipe"] == {"name": "by_trl", "sha256": file_hash(recipe)}
+    assert (lock["auto"], lock["fresh"]) == ("AutoModelForCausalLM", [])
+    assert lock["facts"] == {"kind": "chat", "joiner": lock["joiner"]}
