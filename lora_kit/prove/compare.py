@@ -206,7 +206,7 @@ def _evaluated(
         scores[contender.name] = _score(task, contender, model, data.eval, processor, facts, run)
     report: dict[str, Any] = {"verdict": {}, **dict.fromkeys(_ABSENT), "not_measured": []}
     named = set(run.prove.metrics)
-    own = [score for score in scores["adapted"] if score.name not in named]
+    own = _plain(scores["adapted"], named)
     report["domain"] = against(rival.name, _plain(scores[rival.name], named), own, seed)
     report["contenders"] = {name: values(found) for name, found in scores.items()}
     report["classes"] = classes(scores["adapted"])
@@ -277,7 +277,8 @@ def _score(
 
 
 def _plain(scores: Sequence[Score], named: set[str]) -> list[Score]:
-    return [score for score in scores if score.name not in named]
+    """The scores that `prove.metrics` does not name; all of them, if it names all."""
+    return [score for score in scores if score.name not in named] or list(scores)
 
 
 def _metrics(
