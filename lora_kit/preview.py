@@ -132,12 +132,13 @@ def samples(
 
 def _shown(processor: Processor, sequence: Shown, most_tokens: int) -> list[Piece]:
     """The pieces of a sequence."""
-    if not sequence.ids:
+    if not len(sequence.ids):
         text = harmless(sequence.text)
         most = most_tokens * _CHARACTERS
         return [Piece(text if len(text) <= most else f"{text[:most]} … and more", ())]
     tokenizer = getattr(processor, "tokenizer", processor)
-    ids, trained = list(sequence.ids), list(sequence.trained) or [False] * len(sequence.ids)
+    ids = np.asarray(sequence.ids).tolist()
+    trained = list(sequence.trained) or [False] * len(ids)
     length, half = len(ids), most_tokens // 2
     if length <= most_tokens:
         return list(pieces(tokenizer, ids, trained, 0, length))

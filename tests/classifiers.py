@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
-from conftest import make_tokenizer
+from conftest import WORDS, make_tokenizer
 
 # transformers' class of the body, and what its config has besides SHAPE. Widths of 64: NF4
 # quantizes in blocks of 64.
@@ -24,6 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": LLAMA | {"head_dim": 16},
     "GPT2": {"eos_token_id": 0, "bos_token_id": 0},
 }
+OTHERS = {"Mixtral": LLAMA | {"num_local_experts": 4}}  # not made for classification here
 
 
 def make_body(folder: Path, family: str = "Bert", kind: str = "Model", **config: Any) -> Path:
@@ -39,8 +42,60 @@ def make_body(folder: Path, family: str = "Bert", kind: str = "Model", **config:
     shape = {} if family == "DistilBert" else SHAPE
     if family == "DistilBert":
         shape = {"vocab_size": 400, "max_position_embeddings": 130, "pad_token_id": 1}
-    values = {"initializer_range": 0.1, **shape, **FAMILIES[family], **config}
+    values = {"initializer_range": 0.1, **shape, **(FAMILIES | OTHERS)[family], **config}
     torch.manual_seed(0)
     made = getattr(transformers, f"{family}Config")(**values)
     getattr(transformers, f"{family}{kind}")(made).save_pretrained(folder)
     return folder
+
+
+SIGNS = {"animals": ["fox", "dog", "jack"], "food": ["bread", "brew", "oven"], "time": ["morning"]}
+
+
+def texts(rows: int, seed: int = 0, labels: tuple[str, ...] = tuple(SIGNS)) -> list[dict[str, str]]:
+    """Texts of eight words, different ones; a sign in each tells its label, but for one in eight,
+    so that no classifier has all of them right."""
+    chooser = random.Random(seed)
+    signs = [word for some in SIGNS.values() for word in some]
+    plain = [word for word in WORDS if word not in signs]
+    found = []
+    for number in range(rows):
+        label = labels[number % len(labels)]
+        words = [*chooser.choices(plain, k=7), f"{number}"]
+        sign = label if number % 8 else labels[(number // 8) % len(labels)]
+        words.insert(chooser.randrange(8), chooser.choice(SIGNS[sign]))
+        found.append({"text": " ".join(words), "label": label})
+    return found
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def classify_file(folder: Path, base: Path, **changes: Any) -> Path:
+    """run.yaml of a `classify` run with 120 rows of three labels; dotted keys replace settings."""
+    write_rows(folder / "rows.jsonl", texts(120))
+    values: dict[str, Any] = {
+        "recipe": "classify",
+        "name": "test",
+        "base": {"model": str(base), "dtype": "float32"},
+        "adapter": {"r": 4, "lora_alpha": 8},
+        "data": {"train": "rows.jsonl", "eval": 0.4},
+        "train": {
+            "max_steps": 4,
+            "max_length": 64,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+        },
+    }
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    file = folder / "run.yaml"
+    file.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+    return file

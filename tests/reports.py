@@ -242,7 +242,7 @@ def preferences() -> dict[str, Any]:
             "bits_per_byte": scored(1.31, 6.96, 5.0, 6.25, "lower"),
         },
         "generation": {
-            **{"documents": 64, "rival": "reference", "chosen_length": 21.4, "room": 64},
+            **{"prompts": 64, "chosen_length": 21.4, "room": 64},
             "length": scored(22.6, 1.0, -23.5, -19.8),
             "unfinished": scored(0.08, 0.0, -0.13, -0.03, "lower"),
             "kl": scored(0.0, 6.42, 5.8, 7.01, "lower"),

@@ -216,7 +216,7 @@ def test_nothing_moves_at_a_rate_of_zero() -> None:
 def test_an_adapter_that_changes_nothing() -> None:
     audit = trained(adapted("llama", {}))
     audit.effect(0.0)
-    assert audit.problems[0]["what"] == "the adapter changes no loss"
+    assert audit.problems[0]["what"] == "the adapter changes no score"
 
 
 @pytest.mark.parametrize("module", ["lm_head", "layers.1.self_attn.q_proj"])

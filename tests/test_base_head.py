@@ -10,9 +10,10 @@ import pytest
 import torch
 from classifiers import FAMILIES, make_body
 
-from lora_kit.adapter.attach import attach, describe, put_on
+from lora_kit.adapter.attach import _freeze_statistics, attach, describe, put_on
 from lora_kit.adapter.files import open_adapter
-from lora_kit.base.head import SEQUENCE, Head, load_with_head
+from lora_kit.base.head import SEQUENCE, Head, load_with_head, with_head_on_meta
+from lora_kit.base.load import check_causal, load_base
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Base
@@ -191,29 +192,85 @@ def test_poolings_and_heads_that_make_no_sense_are_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["Bert", "Llama"])
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_an_own_pooling_is_adapted_saved_and_written(
+def test_an_own_pooling_is_adapted_and_comes_again(
     family: str, quantize: str, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    from lora_kit.base.pooled import guard_of, read_folder, write_folder
-
     folder = make_body(tmp_path / "base", family)
     model, fresh = loaded(folder, "mean", quantize=quantize)
     model = trained(attach(model, Adapter(r=4), fresh, 0))
     wanted = logits(model)
     model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"auto_mapping": None}))  # as `save_run` leaves it
     again = put_on(loaded(folder, "mean", quantize=quantize)[0], open_adapter(tmp_path / "adapter"))
     assert torch.equal(logits(again), wanted)
-    if quantize == "none":
-        own = loaded(folder)[0]
-        merged = tmp_path / "merged"
-        write_folder(merged, model.merge_and_unload(), guard_of(own), max_length=64)
-        assert (logits(read_folder(merged)) - wanted).abs().max() < 1e-5
-        assert json.loads((merged / "config.json").read_text())["id2label"]["2"] == "rate"
-        assert not list(merged.rglob("*.py"))
-        with pytest.raises(RuntimeError, match=r"size|mismatch"):
-            AutoModelForSequenceClassification.from_pretrained(merged)
+
+
+def test_shapes_alone_are_those_of_the_loaded_model(tmp_path: Path) -> None:
+    for family, kind, pooling in (
+        ("Bert", "Model", None),
+        ("Bert", "ForMaskedLM", None),  # without a pooling layer
+        ("Llama", "ForCausalLM", "mean"),
+        ("ModernBert", "Model", "mean"),
+    ):
+        folder = make_body(tmp_path / f"{family}{kind}{pooling}", family, kind)
+        model, fresh = loaded(folder, pooling, dtype="bfloat16")
+        base = Base(model=str(folder), dtype="bfloat16")
+        head = Head(SEQUENCE, LABELS, pooling)
+        shapes, planned = with_head_on_meta(base, Pinned("x", str(folder)), head)
+        assert planned == fresh
+        found = {n: (p.shape, p.dtype) for n, p in shapes.named_parameters()}
+        assert found == {n: (p.shape, p.dtype) for n, p in model.named_parameters()}
+
+
+def test_batch_norm_stays_as_it_is_in_training() -> None:
+    layer = torch.nn.BatchNorm1d(3)
+    holder = torch.nn.Sequential(layer, torch.nn.Linear(3, 3)).eval()
+    _freeze_statistics(holder)
+    holder.train()
+    assert holder.training and not layer.training
+    before = layer.running_mean.clone()  # type: ignore[union-attr]
+    holder(torch.ones(4, 3))
+    assert torch.equal(layer.running_mean, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_encoder_is_no_causal_model(family: str, dtype: str, tmp_path: Path) -> None:
+    # Initialised as narrowly as transformers does: the smallest leak there is.
+    kind = {"Bert": "LMHeadModel"}.get(family, "ForCausalLM")
+    folder = make_body(tmp_path, family, kind, initializer_range=0.02)
+    base, pinned = Base(model=str(folder), dtype=dtype), Pinned("x", str(folder))
+    model = load_base(base, pinned)
+    with pytest.raises(UserError, match=r"^base.model: x: \w+ is not causal: ") as raised:
+        check_causal(model, pinned)
+    assert "\n" not in str(raised.value)
+
+
+DECODERS = [
+    ("Llama", "float32", "none"),
+    ("Llama", "bfloat16", "nf4"),
+    ("Llama", "bfloat16", "int8"),
+    ("GPT2", "bfloat16", "none"),
+    ("Mixtral", "bfloat16", "none"),
+    ("Bert", "float32", "none"),  # with a decoder's attention
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "quantize"), DECODERS)
+def test_decoders_are_causal_and_checking_them_draws_no_random_number(
+    family: str, dtype: str, quantize: str, tmp_path: Path
+) -> None:
+    kind = {"GPT2": "LMHeadModel", "Bert": "LMHeadModel"}.get(family, "ForCausalLM")
+    more = {"is_decoder": True} if family == "Bert" else {}
+    folder = make_body(tmp_path, family, kind, **more)
+    pinned = Pinned("x", str(folder))
+    model = load_base(Base(model=str(folder), dtype=dtype, quantize=quantize), pinned)
+    state = torch.get_rng_state()
+    check_causal(model, pinned)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_a_head_is_described_in_the_lock_and_beside_the_adapter(tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def data(script: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    folder.mkdir()
-    script.write_data(folder)
+    script.write_data(folder, BENCH.parent.parent)
     return folder
 
 

@@ -89,6 +89,48 @@ def test_evaluating_changes_nothing(kind: str, tmp_path: Path) -> None:
     assert same(adapter(watched), adapter(without))
 
 
+# ------------------------------------------------------------------ a task's own loss
+own_loss = pytest.mark.parametrize("kind", ["language model", "classifier"])
+
+
+@own_loss
+@pytest.mark.parametrize("cut", [(4, 2), (1, 8)])
+def test_the_step_does_not_depend_on_how_it_is_cut(
+    kind: str, cut: tuple[int, int], tmp_path: Path
+) -> None:
+    def trained(rows: int, steps: int) -> tuple[list[float], torch.Tensor]:
+        gradients = Gradients()
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        settings = {**UNCLIPPED, **sizes}
+        trainer = make(kind, tmp_path / str(rows), callbacks=[gradients], **settings)
+        fit(trainer, resume=False)
+        return losses(trainer), torch.stack(gradients.seen)
+
+    expected, gradient = trained(8, 1)
+    found, other = trained(*cut)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@own_loss
+def test_evaluation_is_the_mean_over_all_labels(kind: str, tmp_path: Path) -> None:
+    """Computed here row by row; in batches of 3 the last one is short."""
+    trainers = [
+        make(kind, tmp_path / str(size), eval_steps=4, per_device_eval_batch_size=size)
+        for size in (8, 3, 1)
+    ]
+    guard, rows = trainers[0].guard, trainers[0].eval_dataset
+    total, items = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            batch = trainers[0].data_collator([row])
+            total += float(guard.task.loss(trainers[0].model.eval(), batch, 1, guard.run))
+            items += int(guard.task.items(batch))
+    for trainer in trainers:
+        found = trainer.evaluate()["eval_loss"]
+        assert found == pytest.approx(total / items, rel=1e-6)
+
+
 # ------------------------------------------------------------------ NaN
 @any_trainer
 def test_nan_stops_before_the_weights(kind: str, tmp_path: Path) -> None:

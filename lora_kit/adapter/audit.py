@@ -65,8 +65,8 @@ _PROBLEMS = {
         "update accelerate, and save again from the last checkpoint (--resume)",
     ),
     "effect": (
-        "changes no loss",
-        "its update is zero, or it is switched off when the model is judged",
+        "changes no score",
+        "its update is zero, or it is switched off when the model is evaluated",
         "look at its norms with lora-kit inspect, and train again",
     ),
 }
@@ -274,10 +274,17 @@ class Audit:
         counts = [f"{complete[kind]} of {count} {kind}" for kind, count in checked.items()]
         self._judge("saved", lost, f"{', '.join(counts)} are complete in {weights.name}")
 
-    def effect(self, most: float) -> None:
-        """Whether the adapter changes what the model says; `most` is the largest difference, in
-        nats, that it makes to the loss of a unit."""
-        found = f"it changes the summed loss of a unit by {most:.3g} nats at most"
+    def effect(self, most: float | None) -> None:
+        """Whether the adapter changes what the model computes.
+
+        Args:
+            most: the largest difference that it makes to a unit's part of the first score (of a
+                loss, in nats); None: the base has no score, because its head is new.
+        """
+        if most is None:
+            self._check("effect", None, "the base has a new head: there is nothing to compare with")
+            return
+        found = f"it changes a unit's part of the first score by {most:.3g} at most"
         self._check("effect", most > 0, found)
         if most == 0 and not self._explained:
             self._problem("effect", "the adapter")

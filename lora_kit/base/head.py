@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_kit.base.load import (
+    base_on_meta,
     check_whole,
     from_files,
     frozen,
@@ -223,6 +224,8 @@ def with_head_on_meta(base: Base, pinned: Pinned, head: Head) -> tuple[Any, tupl
     import torch
     from transformers import AutoModel
 
+    if head.auto == CAUSAL:
+        return base_on_meta(base, pinned), ()
     way = _way(pinned, head)
     dtype = getattr(torch, base.dtype)
     with torch.device("meta"):

@@ -8,6 +8,7 @@ that does not fit is dropped, counted and placed.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Format:
     Attributes:
         needed: the columns it needs. optional: those it may have besides.
         joiner: what is between prompt and completion where a base has no chat template.
-        recipe: a shipped recipe that reads it, for messages.
+        recipe: a shipped recipe that reads it, for messages; "" where there is none.
         other_names: {column: another name that is taken for it where it is missing}.
     """
 
@@ -52,6 +53,9 @@ class Format:
 FORMATS = {
     "text": Format(("text",), joiner="", recipe="cpt"),
     "text-label": Format(("text", "label"), ("system",), other_names={"label": "category"}),
+    "sentence-pair": Format(
+        ("sentence1", "sentence2", "score"), recipe="", other_names={"score": "label"}
+    ),
     "messages": Format(("messages",), ("tools", "system"), joiner=""),
     "sharegpt": Format(("conversations",), ("tools", "system"), joiner=""),
     "prompt-completion": Format(("prompt", "completion"), ("system", "tools"), joiner=""),
@@ -70,11 +74,13 @@ class Example:
 
     Attributes:
         place: file:line of the row.
-        text: of a text, or of a text with a label.
+        text: of a text, or of a text with a label; of a pair of sentences the first one.
         messages: a conversation that ends with an assistant's turn; of a preference the one with
-            the chosen completion, of a text with a label the text and the label.
+            the chosen completion, of a text with a label the text and the label, of a pair of
+            sentences both.
         rejected: of a preference, the conversation with the rejected completion.
         joiner: what is between prompt and completion where a base has no chat template.
+        label: of a text, its class; of a pair of sentences, its score in digits.
         joins: this part of a text goes on where the example before it in its batch ended.
     """
 
@@ -176,10 +182,10 @@ def format_of(row: Row, columns: Columns, formats: Sequence[str]) -> str:
     rename = f"rename them, for example data.columns: {{{_suggested(values, formats)}}}"
     if fitting:
         other = FORMATS[fitting[0]]
+        such = f", such as `recipe: {other.recipe}`" if other.recipe else ""
         raise UserError(
             f"{row.place}: these columns ({have}) are {'+'.join(other.needed)}, and this recipe "
-            f"reads {wanted}: use a recipe that reads them, such as `recipe: {other.recipe}`, or "
-            f"{rename}"
+            f"reads {wanted}: use a recipe that reads them{such}, or {rename}"
         )
     raise UserError(f"{row.place}: the columns ({have}) fit no format ({wanted}): {rename}")
 
@@ -279,6 +285,9 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
         case "text-label":
             label, text = _label(values["label"], columns.labels), _text(values, "text")
             messages = _pair(text, label)
+        case "sentence-pair":
+            label, text = _score(values["score"]), _text(values, "sentence1")
+            messages = _pair(text, _text(values, "sentence2"))
         case "preference":
             messages, rejected = _preference(values)
         case "prompt-completion":
@@ -413,6 +422,16 @@ def _label(value: Any, labels: tuple[str, ...]) -> str:
     if not value.strip():
         raise NotUsable("with an empty `label`")
     return _clean(value, "`label`")
+
+
+def _score(value: Any) -> str:
+    number = not isinstance(value, bool) and isinstance(value, (int, float, str))
+    try:
+        if number and math.isfinite(float(value)):
+            return str(value)
+    except ValueError:
+        pass
+    raise NotUsable("whose `score` is not a number", f"it is {shown(value)}")
 
 
 def _tagged(values: dict[str, Any], labels: tuple[str, ...]) -> list[Message]:

@@ -173,6 +173,27 @@ def evaluate(
         What report.json holds of an evaluation, and `adapter_effect`: the largest difference that
         the adapter makes to a unit's part of the first score; None where the base is no contender.
     """
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _evaluated(task, model, data, processor, run, fresh, generates)
+    finally:
+        model.train(training)
+
+
+def _evaluated(
+    task: Task,
+    model: Any,
+    data: Prepared,
+    processor: Processor,
+    run: Run,
+    fresh: Sequence[str],
+    generates: bool,
+) -> dict[str, Any]:
+    """`evaluate` of a model that is in evaluation mode, without gradients."""
     facts, seed = data.facts, run.seed
     if not generates:
         run = _without_metrics(run)
@@ -224,8 +245,8 @@ def evaluate(
             if word.get(part) == "better":
                 word[part] = "no different"
     effect = None
-    if rival.name == "base":
-        change = scores["adapted"][0].sums[:, 0] - scores["base"][0].sums[:, 0]
+    if not fresh:
+        change = scores["adapted"][0].sums[:, 0] - scores[rival.name][0].sums[:, 0]
         effect = float(np.abs(change).max())
     return report | {"adapter_effect": effect}
 

@@ -44,7 +44,9 @@ def prove(
     if (run.prove.harness and not alone) or (run.prove.metrics and sharded):
         why = f"on several processes: measure it in one, with lora-kit compare {directory.path}"
         report["not_measured"].append(why)
-    guard.audit.effect(report.pop("adapter_effect"))
+    effect = report.pop("adapter_effect")
+    if effect is not None:
+        guard.audit.effect(effect)
     report["audit"] = guard.audit.report()
     patience = run.train.early_stopping_patience
     report["overfitting"] |= {

@@ -103,6 +103,7 @@ def self_test(run: Run, task: Task, in_two_processes: Callable[[str], None]) -> 
     # First, while this process holds no model: two more of them have to fit.
     two = _two_processes(in_two_processes)
     model = load_model(run, batch)
+    batch = annotated(run, model, batch)
     padded = one_step(run, model, batch, batch.rows, (ROWS, 1))
     accumulated = one_step(run, model, batch, batch.rows, (1, ROWS))
     full = packed = quick = None
@@ -136,7 +137,9 @@ def one_rank(run: Run, task: Task) -> dict[str, Any]:
     """What each of the two processes does: half of the rows, in one micro-batch."""
     told = json.loads(os.environ[STEP_VARIABLE])
     batch = choose(run, task)
-    step = one_step(run, load_model(run, batch), batch, batch.rows, (ROWS // 2, 1))
+    model = load_model(run, batch)
+    batch = annotated(run, model, batch)
+    step = one_step(run, model, batch, batch.rows, (ROWS // 2, 1))
     if is_first_rank():
         np.savez(told["file"], **step._asdict())
     return {"loss": step.loss}
@@ -254,6 +257,11 @@ def load_model(run: Run, batch: Batch) -> Any:
     return model
 
 
+def annotated(run: Run, model: Any, batch: Batch) -> Batch:
+    """With the columns that a model has to compute, such as the reference of a preference."""
+    return batch._replace(rows=batch.task.annotate(batch.rows, model, batch.processor, run))
+
+
 def one_step(
     run: Run,
     model: Any,
@@ -320,7 +328,7 @@ def each_alone(run: Run, model: Any, batch: Batch) -> Step:
     task, device = batch.task, next(model.parameters()).device
     collate = task.collate(batch.processor)
     assert collate is not None
-    rows = [task.annotate(batch.rows, model, batch.processor, run)[n] for n in range(ROWS)]
+    rows = list(batch.rows)
     items = sum(int(task.items(collate([row]))) for row in rows)
     model.zero_grad()
     loss = 0.0

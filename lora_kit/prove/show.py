@@ -62,7 +62,7 @@ def comparison(report: dict[str, Any], title: str = "") -> None:
     generated = report.get("generation") or {}
     for name, found in compared_scores(generated).items():
         row = f"generated, {name}" + (f" ({UNITS[name]})" if UNITS.get(name) else "")
-        add(row, generated.get("documents", report["domain"]["documents"]), found)
+        add(row, generated.get("prompts", report["domain"]["documents"]), found)
     console.print(table)
     _contenders(report, console)
     if report.get("classes"):

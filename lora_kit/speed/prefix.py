@@ -51,7 +51,8 @@ def first_trained_layer(model: Any) -> int:
     train, or anything else that is neither in a layer nor in the head alone."""
     layers = decoder_layers(model)
     whole = causal_model(model)
-    place = {id(p): len(layers) for p in whole.get_output_embeddings().parameters()}
+    head = whole.get_output_embeddings()  # a classifier's is none of a language model
+    place = {id(p): len(layers) for p in head.parameters()} if head is not None else {}
     place |= {id(p): 0 for p in whole.get_input_embeddings().parameters()}
     for number, layer in reversed(list(enumerate(layers))):
         place |= {id(p): number for p in layer.parameters()}

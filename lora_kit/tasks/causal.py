@@ -254,7 +254,7 @@ class Conversations(Causal):
     end-of-text token as they are, or is given `data.chat_template`.
     """
 
-    formats = tuple(name for name in FORMATS if name != "text")
+    formats = tuple(name for name, known in FORMATS.items() if known.recipe == "sft")
     general = Text()
     chat = True
 

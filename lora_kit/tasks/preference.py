@@ -71,12 +71,15 @@ _VERSION = 1  # raised whenever the same model and rows give other references th
 class PreferenceTrain(Train):
     """`train:` of a preference run."""
 
-    beta: float = Field(
-        0.1,
-        gt=0,
-        description="How closely the model is held to the reference: higher, closer.",
+    learning_rate: float = Field(
+        2e-5, ge=0, description="Peak; about a tenth of that for supervised fine-tuning."
     )
-    loss_type: Literal["sigmoid"] = Field("sigmoid", description="sigmoid: DPO.")
+    beta: float = Field(
+        0.1, gt=0, description="How closely the model is held to the reference: higher, closer."
+    )
+    loss_type: Literal["sigmoid"] = Field(
+        "sigmoid", description="sigmoid: DPO's, -log sigmoid(margin)."
+    )
 
 
 class Preference(Task):

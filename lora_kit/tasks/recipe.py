@@ -50,7 +50,7 @@ def load_recipe(file: Path) -> Recipe:
     task, main = getattr(module, "TASK", None), getattr(module, "main", None)
     problems = []
     if not isinstance(task, Task):
-        problems.append("defines no TASK, an instance of lora_kit.Task")
+        problems.append("defines no TASK, an instance of lora_kit.recipe.Task")
     elif unknown := [name for name in task.formats if name not in FORMATS]:
         hint = nearest(str(unknown[0]), list(FORMATS))
         known = ", ".join(FORMATS)

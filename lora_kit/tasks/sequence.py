@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from lora_kit.base.head import SEQUENCE, Head, Pooling
+from lora_kit.base.head import SEQUENCE, Pooling
 from lora_kit.data.examples import Examples
 from lora_kit.data.formats import Example
 from lora_kit.data.prepare import label_names
@@ -38,7 +38,6 @@ from lora_kit.tasks.task import (
 if TYPE_CHECKING:
     import torch
 
-    from lora_kit.base.pin import Pinned
     from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
 
@@ -95,11 +94,6 @@ class Classification(Task):
     )
 
     # ------------------------------------------------------------------ examples and rows
-    def processor(self, pinned: Pinned, run: Run) -> Processor:
-        from lora_kit.base.load import load_tokenizer
-
-        return load_tokenizer(pinned, generates=False)
-
     def facts(self, train: Examples, run: Run) -> Facts:
         """`labels`: the names of the classes in order; `rows`: the training rows of each."""
         counts = train.labels
@@ -147,26 +141,9 @@ class Classification(Task):
             }
             yield [row]
 
-    # ------------------------------------------------------------------ model
-    def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
-        from lora_kit.base.head import load_with_head
-
-        return load_with_head(run.base, pinned, self.head(facts, run), run.seed)
-
-    def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
-        from lora_kit.base.head import with_head_on_meta
-
-        return with_head_on_meta(run.base, pinned, self.head(facts, run))
-
-    def head(self, facts: Facts, run: Run) -> Head:
-        return Head(self.auto, tuple(facts["labels"]), getattr(run.base, "pooling", None))
-
     # ------------------------------------------------------------------ training
     def collate(self, processor: Processor, flat: bool = False) -> Collate:
         return _Collate(processor.pad_token_id)
-
-    def items(self, batch: Batch) -> int:
-        return len(batch["labels"])
 
     def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
         """Cross entropy in nats, of logits in float32.
@@ -248,7 +225,7 @@ class Classification(Task):
             Contender("linear_probe", linear_probe),
             Contender("majority", lambda: contextlib.nullcontext(majority)),
         ]
-        return found if fitted.accuracy >= counts.max() / len(rows) else found[::-1]
+        return found if fitted.accuracy > counts.max() / len(rows) else found[::-1]
 
     def _features(self, model: Any, rows: Rows, processor: Processor) -> np.ndarray:
         """The mean of the last hidden states of each text, float32 (rows, width)."""

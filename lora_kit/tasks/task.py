@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainingArguments
 
+    from lora_kit.base.head import Head
     from lora_kit.base.pin import Pinned
     from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
@@ -140,9 +141,10 @@ class Task:
 
     def processor(self, pinned: Pinned, run: Run) -> Processor:
         """The base's tokenizer or processor, found without loading the model."""
+        from lora_kit.base.head import CAUSAL
         from lora_kit.base.load import load_tokenizer
 
-        return load_tokenizer(pinned)
+        return load_tokenizer(pinned, generates=self.auto == CAUSAL)
 
     def facts(self, train: Examples, run: Run) -> Facts:
         """What the training examples say about the model: label names and the like, as plain JSON.
@@ -200,19 +202,27 @@ class Task:
     # ------------------------------------------------------------------ model
     def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
         """The frozen base, and the names of its fresh modules: those that the base's files have no
-        weights for, such as a new head. Fresh modules are trained and saved whole, without LoRA."""
-        from lora_kit.base.load import check_causal, load_base
+        weights for, such as a new head. Fresh modules are trained and saved whole, without LoRA.
+        The outputs of a head are named by `facts["labels"]`."""
+        from lora_kit.base.head import CAUSAL, load_with_head
+        from lora_kit.base.load import check_causal
 
-        model = load_base(run.base, pinned)
-        check_causal(model, pinned)
-        return model, ()
+        model, fresh = load_with_head(run.base, pinned, self._head(facts, run), run.seed)
+        if self.auto == CAUSAL:
+            check_causal(model, pinned)
+        return model, fresh
 
     def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
         """`model` as shapes alone, on torch's meta device, in the type that is computed in: what
         memory and time are planned with."""
-        from lora_kit.base.load import base_on_meta
+        from lora_kit.base.head import with_head_on_meta
 
-        return base_on_meta(run.base, pinned), ()
+        return with_head_on_meta(run.base, pinned, self._head(facts, run))
+
+    def _head(self, facts: Facts, run: Run) -> Head:
+        from lora_kit.base.head import Head
+
+        return Head(self.auto, tuple(facts.get("labels", ())), getattr(run.base, "pooling", None))
 
     # ------------------------------------------------------------------ training
     def classes(self) -> tuple[type[Trainer], type[TrainingArguments]]:
@@ -230,8 +240,9 @@ class Task:
         raise NotImplementedError
 
     def items(self, batch: Batch) -> Any:
-        """What the loss of a batch is divided by: labels, texts, pairs. An int or a tensor ()."""
-        raise NotImplementedError
+        """What the loss of a batch is divided by, an int or a tensor (): labels, pairs, or its
+        rows."""
+        return len(next(iter(batch.values())))
 
     def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
         """The loss of a micro-batch, () float32: a sum over it, divided by the `items` of the whole
@@ -256,8 +267,9 @@ class Task:
     def score(
         self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
     ) -> list[Score]:
-        """Figures of a model on rows, the deciding one first. Only `model(**batch)` and, where
-        there is one, `model.generate` are called."""
+        """Figures of a model on rows, the deciding one first; rows of the same `unit` count as one.
+        The model is in evaluation mode, without gradients. Only `model(**batch)` and, where there
+        is one, `model.generate` are called."""
         raise NotImplementedError
 
     def rivals(

@@ -1,10 +1,11 @@
-"""The data of same_bytes.py: small files of random words, always the same ones."""
+"""What the run files of same_bytes.py name: small files of random words, and a base."""
 
 from __future__ import annotations
 
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,14 @@ SENTENCE = (
 WORDS = SENTENCE.split()
 
 
-def write_data(folder: Path) -> None:
-    """Every file that the cases name. A new one comes last, so that the others keep their words."""
+def write_data(folder: Path, checkout: Path) -> None:
+    """All of it. A new file comes last, so that the others keep their words.
+
+    The words are the same in each call; the base `bare` is the embedded one of a checkout without
+    its chat template.
+    """
+    embedded, template = checkout / "lora_kit" / "nano" / "model", "chat_template.jinja"
+    shutil.copytree(embedded, folder / "bare", ignore=shutil.ignore_patterns(template))
     chooser = random.Random(0)
 
     def words(least: int, most: int) -> str:

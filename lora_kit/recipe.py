@@ -1,0 +1,44 @@
+"""What a recipe of your own is made of: `import lora_kit.recipe as kit`.
+
+recipes/README.md explains the contract, with an example. The steps of a journey, in their order:
+`Journey`, `pin`, `prepare`, `encode`, `check_prove`, `plan_training`, `choose`, `attach`,
+`make_trainer`, `fit`, `save_run`, `prove`; and `recipe_main`, which accelerate's processes call.
+"""
+
+from __future__ import annotations
+
+from lora_kit.adapter.attach import attach, describe
+from lora_kit.base.pin import pin
+from lora_kit.data.prepare import prepare
+from lora_kit.launch import recipe_main
+from lora_kit.plan import plan_training
+from lora_kit.prove.compare import check_prove
+from lora_kit.prove.finish import prove
+from lora_kit.tasks.encode import encode
+from lora_kit.tasks.task import Contender, Dropped, Score, Shown, Task
+from lora_kit.train.journey import Journey
+from lora_kit.train.save import save_run
+from lora_kit.train.strategies import choose
+from lora_kit.train.trainer import fit, make_trainer
+
+__all__ = [
+    "Contender",
+    "Dropped",
+    "Journey",
+    "Score",
+    "Shown",
+    "Task",
+    "attach",
+    "check_prove",
+    "choose",
+    "describe",
+    "encode",
+    "fit",
+    "make_trainer",
+    "pin",
+    "plan_training",
+    "prepare",
+    "prove",
+    "recipe_main",
+    "save_run",
+]

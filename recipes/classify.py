@@ -1,0 +1,72 @@
+"""Text classification: an encoder or a decoder is trained to name the class of a text.
+
+    lora-kit train run.yaml base.pooling=mean
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/classify.py run.yaml
+    python -c 'import lora_kit; lora_kit.train("run.yaml")'
+
+A row is a `text` and its `label`. The base gets a head for the labels of the training rows; layers
+that it has no weights for are trained whole, the others through LoRA. The result is compared with
+the most frequent class and with logistic regression on the frozen base, which few rows a class
+often do not beat. A text over `train.max_length` tokens is truncated.
+Pooling: Reimers and Gurevych 2019 (arXiv:1908.10084); LoRA: Hu et al. 2021 (arXiv:2106.09685).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_kit.launch import recipe_main
+from lora_kit.schema import Run
+from lora_kit.tasks.sequence import Classification
+
+TASK = Classification()
+
+
+def main(run: Run, resume: bool = False) -> dict[str, Any]:
+    """Run the whole journey; returns what report.json holds."""
+    from lora_kit.adapter.attach import attach, describe
+    from lora_kit.base.pin import pin
+    from lora_kit.data.prepare import prepare
+    from lora_kit.plan import plan_training
+    from lora_kit.prove.compare import check_prove
+    from lora_kit.prove.finish import prove
+    from lora_kit.tasks.encode import encode
+    from lora_kit.train.journey import Journey
+    from lora_kit.train.save import save_run
+    from lora_kit.train.strategies import choose
+    from lora_kit.train.trainer import fit, make_trainer
+
+    with Journey(run, TASK, resume) as journey:
+        # 1. The base's files, and the data: read, checked, split, encoded.
+        pinned = pin(run.base, journey.lock)
+        processor = TASK.processor(pinned, run)
+        split = prepare(run.data, TASK, run.seed, journey.lock)
+        facts = TASK.facts(split.train, run)
+        data = encode(TASK, split, processor, facts, run)
+        check_prove(TASK, data, processor, run)
+
+        # 2. The run directory, a census of the rows and a sample.
+        journey.begin(pinned, data, processor)
+
+        # 3. What the run will need, and the batch and recomputation that fit.
+        plan = plan_training(run, TASK, pinned, processor, data, journey.say)
+
+        # 4. The base, frozen, in its type or quantized, and a new head.
+        model, fresh = TASK.model(pinned, facts, run)
+
+        # 5. What trains: the adapter and the head.
+        strategy = choose(run.train, run.adapter, model, fresh)
+        model = attach(model, strategy.adapter, fresh, run.seed)
+        journey.say(str(describe(model)))
+
+        # 6. Train.
+        trainer = make_trainer(journey, model, fresh, processor, data, strategy, plan)
+        fit(trainer, resume)
+
+        # 7. Save, then compare with the best classifier that needs no adapter.
+        save_run(trainer, processor, pinned)
+        return prove(trainer, data, processor, fresh)
+
+
+if __name__ == "__main__":
+    raise SystemExit(recipe_main(main))
