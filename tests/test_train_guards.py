@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import signal
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import KINDS, Library, Penalized, halves_of, make
+from guarded import KINDS, Library, Penalized, halves_of, make, tokenizer
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
+from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import read_seal
 from lora_kit.train.guards import Guards, best_step, guarded, stopped_early
 from lora_kit.train.interrupt import StopSignal
+from lora_kit.train.save import save_run
 from lora_kit.train.trainer import fit
 
 any_trainer = pytest.mark.parametrize("kind", KINDS)
@@ -207,6 +210,21 @@ def test_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
     fit(third, resume=True)
     assert third.state.global_step == 4
     assert same(adapter(third), adapter(second))
+
+
+def test_the_adapter_is_saved_without_its_reference(tmp_path: Path) -> None:
+    """TRL's DPOTrainer keeps the adapter of the beginning as a second one, `ref`."""
+    trainer = make("DPO", tmp_path, max_steps=1)
+    fit(trainer, resume=False)
+    assert (tmp_path / "checkpoints" / "checkpoint-1" / "ref").is_dir()
+    save_run(trainer, tokenizer(), Pinned("owner/base", str(tmp_path), "a" * 40))
+    saved = tmp_path / "adapter"
+    assert not [path for path in saved.iterdir() if path.is_dir()]
+    assert not {"training_args.bin", "README.md"} & {path.name for path in saved.iterdir()}
+    config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "a" * 40)
+    assert trainer.guard.audit.checks[-1]["name"] == "saved"
+    assert trainer.guard.audit.checks[-1]["passed"]
 
 
 def test_metrics_hold_what_the_trainer_logs(tmp_path: Path) -> None:
