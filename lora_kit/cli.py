@@ -534,7 +534,9 @@ def copy(
     known = [*recipes, *sorted(configs)]
     if name not in known:
         raise UserError(f"nothing is called `{name}`{nearest(name, known)} ({', '.join(known)})")
-    config = configs[f"nano-{name}" if name in recipes else name]
+    config = configs.get(name) or configs.get(f"nano-{name}")
+    if config is None:  # a recipe that the embedded model cannot run
+        config = next(c for c in configs.values() if f"\nrecipe: {name}\n" in c.read_text("utf-8"))
     text = config.read_text(encoding="utf-8")
     recipe = next(r for r in recipes if f"\nrecipe: {r}\n" in text)
     files = (folder / f"{recipe}.py", folder / "run.yaml")
@@ -565,9 +567,11 @@ def schema(
 
     Example: lora-kit schema > run.schema.json
     """
-    from lora_kit.run import recipe_file, schema_of
+    from lora_kit.run import check_recipe, recipe_file, schema_of
     from lora_kit.tasks.recipe import load_recipe
 
+    if recipe:
+        check_recipe(recipe)
     task = load_recipe(recipe_file(recipe)).task if recipe else None
     print(json.dumps(schema_of(task), indent=2))
 

@@ -493,6 +493,12 @@ def _missing_sources(values: dict[str, Any]) -> list[str]:
     return problems
 
 
+def check_recipe(name: str) -> None:
+    """Raises UserError: no recipe has this name, or no file."""
+    if problems := _missing_recipe({"recipe": name}):
+        raise UserError(problems[0])
+
+
 def _missing_recipe(values: dict[str, Any]) -> list[str]:
     recipe = values.get("recipe")
     names = shipped_recipes()

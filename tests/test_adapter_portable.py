@@ -83,7 +83,7 @@ def portable(folder: Path) -> Path:
 def test_it_says_the_same_in_peft(untied: Path, tmp_path: Path, config: Any) -> None:
     wanted = loud(untied, tmp_path / "a", **config)
     out = portable(tmp_path / "a")
-    assert (in_peft(untied, out) - wanted).abs().max() <= 1e-6 * max(1, wanted.abs().max())
+    assert (in_peft(untied, out) - wanted).abs().max() <= 2e-6 * max(1, wanted.abs().max())
     known = json.loads((out / "adapter_config.json").read_text())
     assert known["r"] == known["lora_alpha"] and isinstance(known["target_modules"], list)
     assert known.keys() == {

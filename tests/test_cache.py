@@ -18,6 +18,7 @@ from processes import LIMIT_S, run, until
 
 from lora_kit import cache
 from lora_kit.errors import UserError
+from lora_kit.tasks.encode import identity
 
 KEY = "0123abc"
 
@@ -225,20 +226,20 @@ def test_a_key_is_of_all_that_decides_and_of_nothing_else(tmp_path: Path) -> Non
         return make_tokenizer(tmp_path / name, **settings)
 
     first = tokenizer("a")
-    key = cache.key_of({"seed": 0}, "chat", first)
-    assert key == cache.key_of({"seed": 0}, "chat", tokenizer("b"))
+    key = cache.key_of({"seed": 0}, "chat", identity(first))
+    assert key == cache.key_of({"seed": 0}, "chat", identity(tokenizer("b")))
     first(["long enough", "x"], padding=True, truncation=True, max_length=4)
-    assert key == cache.key_of({"seed": 0}, "chat", first)  # it was used, and is the same
+    assert key == cache.key_of({"seed": 0}, "chat", identity(first))  # it was used, and is the same
     others = [
-        cache.key_of({"seed": 1}, "chat", first),
-        cache.key_of({"seed": 0}, "text", first),
-        cache.key_of({"seed": 0}, "chat", tokenizer("c", chat_template=CHATML)),
-        cache.key_of({"seed": 0}, "chat", tokenizer("d", bos=True)),
+        cache.key_of({"seed": 1}, "chat", identity(first)),
+        cache.key_of({"seed": 0}, "text", identity(first)),
+        cache.key_of({"seed": 0}, "chat", identity(tokenizer("c", chat_template=CHATML))),
+        cache.key_of({"seed": 0}, "chat", identity(tokenizer("d", bos=True))),
     ]
     first.eos_token = "<|im_end|>"
-    others.append(cache.key_of({"seed": 0}, "chat", first))
+    others.append(cache.key_of({"seed": 0}, "chat", identity(first)))
     first.eos_token = "<eos>"
     first.add_tokens(["more"])
-    others.append(cache.key_of({"seed": 0}, "chat", first))
+    others.append(cache.key_of({"seed": 0}, "chat", identity(first)))
     assert len({key, *others}) == 7
     assert json.dumps(key).strip('"').isalnum() and len(key) == 32

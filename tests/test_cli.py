@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import processes
 import pytest
 
 from lora_kit import __version__, cli
-from lora_kit.run import load_run, recipe_path, shipped, shipped_recipes
+from lora_kit.launch import read_run
+from lora_kit.run import recipe_path, shipped, shipped_recipes
 from lora_kit.schema import Run
 
 VERBS = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
@@ -108,17 +110,16 @@ def test_without_a_verb_comes_the_help(run: Shell) -> None:
         ("preview gone.yaml --json", "gone.yaml: cannot be read (No such file or directory)"),
         ("preview gone.yaml --samples -1", "'--samples'"),
         ("preview gone.yaml --split test", "'--split'"),
-        ("compare gone", "gone: no run directory (run.yaml is missing)"),
-        ("compare gone --json", "gone: no run directory (run.yaml is missing)"),
+        ("compare gone", "gone: neither a run directory nor an adapter folder"),
+        ("compare gone --json", "gone: neither a run directory nor an adapter folder"),
         ("generate gone hello", "gone: neither a run directory nor an adapter folder"),
         ("generate gone", "Missing argument 'prompt'."),
         ("merge gone --out merged", "gone: neither a run directory nor an adapter folder"),
         ("merge gone", "Missing option '--out'."),
         ("merge gone --out merged --dtype float16", "'float16' is not one of 'bfloat16', 'fl"),
-        ("merge gone --out there", "there exists: name another folder with --out"),
         ("copy spt folder", "nothing is called `spt`; did you mean `sft`?"),
         ("copy sft file.txt", "file.txt: cannot be written (File exists)"),
-        ("schema more", "unexpected extra argument"),
+        ("schema more", 'no recipe is called "more"'),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_2(
@@ -209,8 +210,9 @@ def test_preview_writes_a_page_and_never_over_something_else(
 def test_preview_of_a_recipe_of_ones_own_takes_what_is_there(
     run: Shell, run_file: Callable[..., Path], work: Path
 ) -> None:
-    (work / "own.py").write_text("def main(run, resume): ...", encoding="utf-8")
     for recipe, kind in (("cpt", "text"), ("sft", "chat")):
+        own = (shipped("recipes") / f"{recipe}.py").read_text(encoding="utf-8")
+        (work / "own.py").write_text(own, encoding="utf-8")
         done = run("preview", str(run_file(recipe)), "recipe=own.py", "--json")
         assert json.loads(done.out)["kind"] == kind
 
@@ -251,12 +253,15 @@ def test_copy_gives_a_recipe_and_a_run_file_that_work_and_overwrites_neither(
     assert done.code == 0 and "lora-kit train a/mine/run.yaml" in done.out
     folder = work / "a" / "mine"
     assert sorted(p.name for p in folder.iterdir()) == sorted(["run.yaml", f"{recipe}.py"])
-    copied = load_run(folder / "run.yaml")
+    put_data(folder)
+    copied, _ = read_run(folder / "run.yaml", [])
     assert recipe_path(copied) == folder / f"{recipe}.py"
     assert copied.name == f"my-{recipe}"
     text = (folder / "run.yaml").read_text(encoding="utf-8")
     assert "recipes/configs" not in text and "lora-kit train run.yaml" in text
 
+    shutil.rmtree(folder)
+    folder.mkdir()
     for kept in (f"{recipe}.py", "run.yaml"):
         for file in folder.iterdir():
             file.unlink()
@@ -268,15 +273,21 @@ def test_copy_gives_a_recipe_and_a_run_file_that_work_and_overwrites_neither(
         ]
 
 
+def put_data(folder: Path) -> None:
+    """What run files of one's own data name."""
+    for name in ("data.jsonl", "pairs.jsonl", "train.csv"):
+        (folder / name).touch()
+    (folder / "texts").mkdir()
+
+
 CONFIGS = sorted(file.stem for file in (shipped("recipes") / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_copy_gives_any_shipped_run_file(run: Shell, work: Path, name: str) -> None:
     assert run("copy", name, "mine").code == 0
-    (work / "mine" / "data.jsonl").touch()
-    (work / "mine" / "texts").mkdir()
-    copied = load_run(work / "mine" / "run.yaml")
+    put_data(work / "mine")
+    copied, _ = read_run(work / "mine" / "run.yaml", [])
     assert copied.name == f"my-{name}"
     assert recipe_path(copied).parent == work / "mine"
     header = (work / "mine" / "run.yaml").read_text(encoding="utf-8").split("recipe:")[0]
@@ -285,11 +296,10 @@ def test_copy_gives_any_shipped_run_file(run: Shell, work: Path, name: str) -> N
 
 
 def test_a_copied_recipe_runs_as_the_shipped_one(run: Shell, work: Path) -> None:
-    from lora_kit.launch import load_recipe
-
     run("copy", "cpt", ".")
-    copied = load_run(work / "run.yaml")
+    copied, recipe = read_run(work / "run.yaml", [])
     config = shipped("recipes") / "configs" / "nano-cpt.yaml"
     same = {"name": "my-cpt", "recipe": str(work / "cpt.py")}
-    assert copied == load_run(config).model_copy(update=same)
-    assert callable(load_recipe(recipe_path(copied)))
+    shipped_one, _ = read_run(config, [])
+    assert copied.model_dump() == {**shipped_one.model_dump(), **same}
+    assert callable(recipe.main)

@@ -89,7 +89,7 @@ REFUSED = [
     ({"source": "org/yaml"}, ["holds no rows that can be found"]),
     ({"source": "org/zipped"}, ["a.jsonl.zst: of no known kind"]),
     ({"source": "org/nothing"}, ["holds no rows that can be found"]),
-    ({"source": "org/empty"}, ["org/empty[train]: empty: there is nothing to learn from"]),
+    ({"source": "org/empty"}, ["org/empty[train]: empty: there is nothing to train on"]),
     ([{"source": "org/set"}] * 2, ["org/set[train]: named twice: leave one out"]),
 ]
 

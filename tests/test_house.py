@@ -31,7 +31,10 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 PUBLIC = FLOOR_OF["launch"]
 # Libraries that only some rooms import.
 LIBRARIES = {
-    "peft": ("lora_kit.adapter", "lora_kit.ship", "lora_kit.speed.linear"),
+    "peft": (
+        *("lora_kit.adapter", "lora_kit.ship", "lora_kit.speed.linear"),
+        *("lora_kit.run", "lora_kit.train.arguments"),  # the fields of LoraConfig
+    ),
     "trl": ("lora_kit.tasks",),
 }
 # Files of tasks/ that hold a kind of work; what they share is in the others.

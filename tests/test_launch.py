@@ -209,7 +209,8 @@ def test_ended_process_that_nobody_reaps_is_not_awaited() -> None:
 
 def test_second_signal_kills(run_file: Any, work: Path) -> None:
     (work / "deaf.py").write_text(
-        "import signal, sys, time\nfrom lora_kit.launch import recipe_main\n\n"
+        "import signal, sys, time\nfrom lora_kit.launch import recipe_main\n"
+        "from lora_kit.tasks.causal import Text\nTASK = Text()\n\n"
         "def main(run, resume=False):\n"
         "    signal.signal(signal.SIGTERM, lambda *_: open('heard', 'w').close())\n"
         "    open('ready', 'w').close()\n    time.sleep(3600)\n\n"
@@ -226,13 +227,14 @@ def test_second_signal_kills(run_file: Any, work: Path) -> None:
 
 def test_worker_that_dies_without_a_word(run_file: Any, work: Path) -> None:
     (work / "mine.py").write_text(
-        "import os, sys\nfrom lora_kit.launch import recipe_main\n\n"
+        "import os, sys\nfrom lora_kit.launch import recipe_main\n"
+        "from lora_kit.tasks.causal import Text\nTASK = Text()\n\n"
         "def main(run, resume=False):\n    os.kill(os.getpid(), 9)\n\n"
         'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n'
     )
     code, said = lora_kit("train", run_file(), "recipe=mine.py")
     assert code == 1
-    assert "error: the training process ended without a word" in said
+    assert "error: the training process exited without reporting an error" in said
 
 
 def test_a_gpu_config_without_a_gpu_is_refused(

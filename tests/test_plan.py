@@ -13,13 +13,14 @@ import pytest
 from conftest import RunMaker
 
 from lora_kit import cli, plan
-from lora_kit.base.load import load_base, load_tokenizer
-from lora_kit.base.pin import pin
-from lora_kit.data.prepare import prepare
+from lora_kit.base.load import load_base
+from lora_kit.base.pin import Pinned, pin
 from lora_kit.errors import UserError
 from lora_kit.run import load_run
 from lora_kit.speed import attention, memory
 from lora_kit.speed.memory import Choice, Machine, Work
+from lora_kit.tasks.causal import Conversations, Text
+from lora_kit.tasks.encode import rows_of
 
 ROOM = 1 << 40
 NOTHING = Work(0, 0, 0, {})
@@ -29,10 +30,14 @@ CAUSES = ("adapter", "gradients", "optimizer", "activations", "logits", "buffers
 def planned(run_file: RunMaker, recipe: str = "cpt", **changes: Any) -> Any:
     """The plan of a run file."""
     run = load_run(run_file(recipe, **changes))
+    return plan.plan_run(run, *parts_of(run))
+
+
+def parts_of(run: Any) -> tuple[Any, Any, Any, Any]:
+    """Task, base, tokenizer and rows of a run."""
+    task = Text() if run.recipe == "cpt" else Conversations()
     pinned = pin(run.base)
-    tokenizer = load_tokenizer(pinned)
-    data = prepare(run.data, None, tokenizer, run.train.max_length, run.seed)
-    return plan.plan_run(run, pinned.folder, data)
+    return task, pinned, *rows_of(task, run, pinned, limits=False)
 
 
 @pytest.fixture
@@ -110,10 +115,11 @@ def test_a_base_that_cannot_be_counted_says_so(run_file: RunMaker, room: Any) ->
     with pytest.raises(plan.Uncountable, match=r"unknown: cannot be planned for: .*never_heard_of"):
         planned(run_file, **{"base.model": str(folder.resolve())})
     run = load_run(run_file())
-    data = prepare(run.data, None, load_tokenizer(pin(run.base)), 128, run.seed)
+    task, pinned, tokenizer, data = parts_of(run)
     said: list[str] = []
-    assert plan.plan_training(run, str(folder), data, said.append) is None
-    found = plan.plan_training(run, pin(run.base).folder, data, said.append)
+    unknown = Pinned("", str(folder))
+    assert plan.plan_training(run, task, unknown, tokenizer, data, said.append) is None
+    found = plan.plan_training(run, task, pinned, tokenizer, data, said.append)
     assert found is not None and found.why in said[1]
     assert said[0].startswith("no plan, the batch is as written") and len(said) == 2
 
@@ -136,7 +142,8 @@ def test_an_architecture_that_the_quick_paths_do_not_know_is_planned_by_the_plai
 def test_bytes_of_the_base_are_those_of_the_loaded_one(run_file: RunMaker, quantize: str) -> None:
     changes = {"base.dtype": "bfloat16", "base.quantize": quantize}
     run = load_run(run_file(**changes))
-    _, held, file, merged = plan._on_meta(run, str(pin(run.base).folder))
+    task, pinned, _, data = parts_of(run)
+    _, held, file, merged = plan._on_meta(run, task, pinned, data)
     loaded: dict[int, int] = {}
 
     def add(x: Any) -> None:

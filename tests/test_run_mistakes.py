@@ -171,7 +171,7 @@ def test_a_key_that_is_not_read_says_where_to_look(folder: Path, key: str, words
         ("data.train", "x" * 5000, "no such file or folder"),
         ("data.train", '"a\\0b"', "no such file or folder"),
         ("recipe", "mine.py", "no such file"),
-        ("recipe", "dpo", "no recipe is called"),
+        ("recipe", "ppo", "no recipe is called"),
     ],
 )
 def test_what_is_named_must_be_there(folder: Path, key: str, value: str, words: str) -> None:

@@ -26,6 +26,7 @@ from lora_kit.prove.compare import prepared_again
 from lora_kit.ship import fidelity as room
 from lora_kit.ship.fidelity import fidelity
 from lora_kit.ship.merge import merge
+from lora_kit.tasks.causal import Text
 from lora_kit.tasks.measure import measure
 
 
@@ -48,7 +49,7 @@ def found(trained: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def rows(trained: Path) -> Any:
-    return prepared_again(FinishedRun(trained)).eval
+    return prepared_again(FinishedRun(trained), Text())[1].eval
 
 
 def loss(model: Any, rows: Any) -> float:
@@ -103,11 +104,11 @@ def test_the_divergence_by_hand(trained: Path, rows: Any) -> None:
     other, _ = lora_kit.load(trained, quantize="none")
     sums = room._measured(model, other, rows, tokenizer.pad_token_id)
     apart = np.zeros(sums.shape[1])
-    for n in range(len(rows.lengths)):
+    for n in range(len(rows)):
         ids = torch.as_tensor(rows[n]["input_ids"])[None].long()
         with torch.inference_mode():
             p, q = (m(ids).logits[0, :-1].double().log_softmax(-1) for m in (model, other))
-        apart[rows.units[n]] += float((p.exp() * (p - q)).sum())
+        apart[rows.cell("unit", n)] += float((p.exp() * (p - q)).sum())
     assert np.allclose(sums[2], apart, rtol=0.05) and apart.min() > 0
 
 
@@ -156,7 +157,7 @@ def test_the_advice(
 
 
 def test_a_run_that_was_not_quantized_has_no_choice(cpt_run: Path, run: Shell) -> None:
-    with pytest.raises(UserError, match=r"base\.quantize is none: only for .* nf4"):
+    with pytest.raises(UserError, match=r"base\.quantize is none: only an adapter trained on nf4"):
         fidelity(FinishedRun(cpt_run))
     done = run("check", str(cpt_run), "--fidelity")
     assert (done.code, len(done.errors)) == (2, 1)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import lora_kit
 from lora_kit.adapter import inspect
-from lora_kit.adapter.attach import attach
+from lora_kit.adapter.attach import NO_MODULE, attach
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.head import SEQUENCE, Head, load_with_head
 from lora_kit.base.pin import Pinned
@@ -25,7 +25,6 @@ from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Base
 from lora_kit.ship.merge import merge
 from lora_kit.ship.targets import check
-from lora_kit.train.strategies import NO_MODULE
 
 LABELS = ("card", "cash", "rate")
 

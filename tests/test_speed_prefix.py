@@ -77,7 +77,8 @@ def data(count: int = 7, seed: int = 0) -> Any:
 
 
 def keep(prefix: Prefix, rows: Any, passes: float) -> str:
-    return prefix.keep(rows.lengths, content_hash(rows), passes)
+    lengths = rows.lengths if isinstance(rows, Packed) else rows.sizes("input_ids")
+    return prefix.keep(lengths, content_hash(rows), passes)
 
 
 class Calls:

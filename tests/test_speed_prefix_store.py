@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_speed_prefix import Calls, adapted, base, data, keep, root, same, step, train
 
+from lora_kit.data.rows import Rows
 from lora_kit.speed import prefix as module
 from lora_kit.speed.prefix import STATES, Prefix, Store
 from lora_kit.tasks.packing import Packed
@@ -46,9 +47,9 @@ def test_the_key_is_of_all_that_decides_the_states(root: Path) -> None:
             model.get_parameter(name).view(-1)[7] += 1e-6
         return adapted(model=model)
 
-    longer, changed = data(8), data()
-    changed.ids = changed.ids.copy()
-    changed.ids[3] += 1
+    longer, whole = data(8), list(data())
+    whole[0]["input_ids"][3] += 1
+    changed = Rows.of(whole)
     others: dict[str, tuple[Any, Any]] = {
         "a layer": (with_weight("model.layers.1.mlp.up_proj.weight"), rows),
         "an embedding": (with_weight("model.embed_tokens.weight"), rows),

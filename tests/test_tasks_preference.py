@@ -299,7 +299,7 @@ def test_the_loss_begins_at_log_2(
 ) -> None:
     """Whichever pairs are in a batch, the reference was computed by the same arithmetic."""
     wanted = Base(model=str(base), dtype=kind[0], quantize=kind[1])
-    model = attach(load_base(wanted, pin(wanted)), Adapter(r=4), seed=0)
+    model = attach(load_base(wanted, pin(wanted)), Adapter(r=4), (), seed=0)
     tokenizer, run = tokenizer_of(base), run_of()
     if fast:
         quick(model)

@@ -153,7 +153,9 @@ def test_losses_are_those_of_trl(run_file: Any, tmp_path: Path) -> None:
             disable_tqdm=True,
             **{name: getattr(run.train, name) for name in names},
         ),
-        train_dataset=Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows]),
+        train_dataset=Dataset.from_list(
+            [{name: row[name].tolist() for name in ("input_ids", "labels")} for row in rows]
+        ),
         processing_class=tokenizer,
     )
     theirs.train()

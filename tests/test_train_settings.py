@@ -244,7 +244,7 @@ def test_top(run_file: Any) -> None:
     assert training_arguments(load_run(file, ["seed=3"]), Path("x")).data_seed == 3
     package.train(file, "name=deep/er", "seed=3")
     assert json.loads(Path("runs/deep/er/run.lock.json").read_text())["seed"] == 3
-    with pytest.raises(ValueError, match="use `recipe: cpt`"):
+    with pytest.raises(ValueError, match="such as `recipe: cpt`"):
         package.train(file, "recipe=sft", "name=sft")
 
 

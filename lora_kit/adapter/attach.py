@@ -205,8 +205,7 @@ def _settings(found: files.Adapter) -> dict[str, Any]:
     # Only these change the base's weights when an adapter is put on it.
     values["init_lora_weights"] = start if start.startswith(("pissa", "olora")) else True
     patterns = ("target_modules", "exclude_modules")
-    matched = any(isinstance(values.get(key), str) for key in patterns)
-    if found.halves and (matched or values.get("layers_pattern")):
+    if any(isinstance(values.get(key), str) for key in patterns) or values.get("layers_pattern"):
         inside = tuple(p.rpartition(".")[0] for p in values.get("target_parameters") or [])
         named: Any = [m for m in found.halves if not m.removesuffix(".base_layer").endswith(inside)]
         if not found.halves:

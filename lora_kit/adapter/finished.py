@@ -231,6 +231,7 @@ class FinishedRun:
         changed = [name for name in names if before.get(name) != found.hashes.get(name)]
         if not weights:
             changed = [name for name in changed if not name.endswith(".safetensors")]
+            return self.pinned if changed else found  # which names all files that differ
         if changed:
             self.refuse_base(changed)
         return found

@@ -245,8 +245,8 @@ def _evaluated(
             if word.get(part) == "better":
                 word[part] = "no different"
     effect = None
-    if rival.name == "base":
-        change = scores["adapted"][0].sums[:, 0] - scores["base"][0].sums[:, 0]
+    if not fresh:
+        change = scores["adapted"][0].sums[:, 0] - scores[rival.name][0].sums[:, 0]
         effect = float(np.abs(change).max())
     return report | {"adapter_effect": effect}
 

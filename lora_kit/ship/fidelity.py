@@ -80,10 +80,10 @@ def fidelity(run: FinishedRun) -> dict[str, Any]:
             "kl": float(apart.sum() / size.sum()),
         }
     low, high = interval((sums["base"][1] - sums["dequantized"][1])[judged], size, opened.seed)
-    return {"run": run.path, **found, **_advice(run, found, low, high)}
+    return {"run": run.path, **found, **_advice(run.path, found, low, high)}
 
 
-def _advice(run: FinishedRun, found: dict[str, Any], low: float, high: float) -> dict[str, str]:
+def _advice(run: str, found: dict[str, Any], low: float, high: float) -> dict[str, str]:
     """`low` and `high`: the interval of the base's loss over the dequantized one's."""
     apart = found["base"]["loss"] - found["dequantized"]["loss"]
     kept = found["dequantized"]["difference"]
@@ -100,7 +100,7 @@ def _advice(run: FinishedRun, found: dict[str, Any], low: float, high: float) ->
     return {
         "recommended": into,
         "why": words,
-        "command": f"lora-kit merge {shlex.quote(run.path)} --into {into} --out merged",
+        "command": f"lora-kit merge {shlex.quote(run)} --into {into} --out merged",
     }
 
 

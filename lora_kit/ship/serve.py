@@ -33,6 +33,7 @@ from lora_kit.cache import key_of, prepared
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.ship.gguf import Kind, needs_untied, open_source, write_adapter, write_model
 from lora_kit.ship.llama_cpp import ALIAS, need_llama_cpp, open_server
+from lora_kit.tasks.encode import identity
 from lora_kit.train.interrupt import StopSignal
 
 SLOTS = 4  # answers that are made at the same time; others wait
@@ -89,7 +90,8 @@ def serve(
             print(f"{pinned.model}: written as {kind} GGUF, once", file=sys.stderr, flush=True)
             write_model(folder, out / "base.gguf", kind, untie=untie, tokenizer=tokenizer)
 
-        base = prepared(key_of("gguf", _FORMAT, kind, untie, pinned.hashes, tokenizer), build)
+        key = key_of("gguf", _FORMAT, kind, untie, pinned.hashes, identity(tokenizer))
+        base = prepared(key, build)
         front.engine, front.chats = str(temporary / "llama.sock"), bool(tokenizer.chat_template)
         exact, verbosity = kind == "f32", 3 if os.environ.get("LORA_KIT_DEBUG") else -1
         # At neither verbosity it logs what is said.
@@ -128,7 +130,7 @@ def adapters_by_name(runs: Sequence[FinishedRun]) -> dict[str, Adapter | None]:
         if (run.hashes or run.pinned.hashes) != pinned.hashes:
             both = f"on {run.base.model}, and {first.path} on {pinned.model}"
             problems.append(f"{run.path}: trained {both}, which are not the same: serve them apart")
-        elif key_of(run.processor) != key_of(first.processor):
+        elif identity(run.processor) != identity(first.processor):
             why = f"has other tokens or another chat template than {first.path}"
             problems.append(f"{run.path}: {why}, and llama.cpp takes one: serve them apart")
         if name in models:

@@ -225,7 +225,7 @@ class Classification(Task):
             Contender("linear_probe", linear_probe),
             Contender("majority", lambda: contextlib.nullcontext(majority)),
         ]
-        return found if fitted.accuracy >= counts.max() / len(rows) else found[::-1]
+        return found if fitted.accuracy > counts.max() / len(rows) else found[::-1]
 
     def _features(self, model: Any, rows: Rows, processor: Processor) -> np.ndarray:
         """The mean of the last hidden states of each text, float32 (rows, width)."""

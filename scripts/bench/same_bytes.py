@@ -42,7 +42,7 @@ LORA_KIT = [sys.executable, "-c", "from lora_kit.cli import main; main()"]
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
 OF_THE_SCRIPT = ("accelerate", "after", "interrupted")  # keys of a case that no run file has
 WEIGHTS, METRICS, RESULT = "adapter_model.safetensors", "metrics.jsonl", "result.json"
-LIMIT_S = 1200  # of one command; generous, because other programs may use the machine as well
+LIMIT_S = 3600  # of one command; a busy machine takes ten times as long
 # {section: keys} of every run file, and {case: its dotted keys}
 COMMON, CASES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")).values()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared import tokens
 from trained import prepared
 
 import lora_kit as package
@@ -62,7 +63,7 @@ def test_recipe_leaves_a_whole_run(
         assert report[part]["documents"] == documents
         for measure in ("loss", "bits_per_byte"):
             figures = report[part][measure]
-            assert figures.keys() == {"base", "adapted", "difference", "ci95"}
+            assert figures.keys() == {"base", "adapted", "difference", "ci95", "better", "changed"}
             low, high = figures["ci95"]
             assert low <= figures["difference"] <= high
     epochs = report["training"].pop("epochs")
@@ -99,8 +100,8 @@ def test_tokens_count_no_padding(run_file: Any) -> None:
     report = package.train(file)
     run = load_run(file)
     rows = prepared(run).train
-    assert len(set(rows.lengths)) > 1
-    assert report["training"]["tokens"] == rows.tokens
+    assert len(set(rows.sizes("input_ids"))) > 1
+    assert report["training"]["tokens"] == tokens(rows)
 
 
 def test_own_recipe_by_path(run_file: Any, work: Path) -> None:
