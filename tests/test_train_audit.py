@@ -20,6 +20,8 @@ from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import Progress
 from lora_kit.train.guards import Guards
 
+pytestmark = pytest.mark.slow
+
 RUN = Path("runs/test")
 
 

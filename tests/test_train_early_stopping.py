@@ -19,6 +19,8 @@ from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import Progress, read_metrics
 from lora_kit.train.guards import Guards, best_step, stopped_early
 
+pytestmark = pytest.mark.slow
+
 # A dozen short rows again and again: learned by heart, and the held-out ones get worse.
 OVERFIT = {
     "data.eval": 0.8,

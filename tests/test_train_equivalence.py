@@ -19,6 +19,8 @@ from lora_kit.errors import Interrupted
 from lora_kit.run import load_run, shipped
 from lora_kit.train.callbacks import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 def losses(run: str = "runs/test", key: str = "loss") -> list[float]:
     return [row[key] for row in read_metrics(Path(run) / "metrics.jsonl") if key in row]

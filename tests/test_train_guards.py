@@ -22,6 +22,8 @@ from lora_kit.train.guards import Guards, best_step, guarded, stopped_early
 from lora_kit.train.interrupt import StopSignal
 from lora_kit.train.trainer import fit
 
+pytestmark = pytest.mark.slow
+
 any_trainer = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -69,6 +71,7 @@ def losses(trainer: Any, key: str = "loss") -> list[float]:
 
 # ------------------------------------------------------------------ the same training
 # The plain loss of the two kinds that are left out is another one.
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", ["language model", "SFT", "DPO", "GRPO", "a user's"])
 def test_guarded_is_plain(kind: str, tmp_path: Path) -> None:
     plain = make(kind, tmp_path / "plain", guards=False)
