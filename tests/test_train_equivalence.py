@@ -65,6 +65,8 @@ def test_two_processes_are_two_accumulation_steps(run_file: Any) -> None:
     assert [row.get("tokens") for row in together] == [row.get("tokens") for row in alone]
     assert (len(alone), len(evals[0])) == (20, 2)
     two = json.loads(Path("runs/two/report.json").read_text())
+    assert two["audit"]["problems"] == []
+    assert all(check["passed"] is True for check in two["audit"]["checks"])
     assert two["training"]["world_size"] == 2
     assert two["training"]["tokens"] == one["training"]["tokens"]
     assert two["domain"]["documents"] == one["domain"]["documents"] == 12
