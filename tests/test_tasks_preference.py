@@ -401,6 +401,11 @@ def test_generations_are_measured_against_the_reference(base: Path) -> None:
     assert 0 < found["length"]["adapted"] <= found["room"]
     assert found["kl"]["base"] == 0 and found["kl"]["adapted"] > 0
     assert found["kl"]["ci95"][0] > 0
+    directions = {"length": "higher", "unfinished": "lower", "kl": "lower"}
+    for name, better in directions.items():
+        assert found[name]["better"] == better
+        assert found[name]["ci95"] == [round(bound, 4) for bound in found[name]["ci95"]]
+    assert found["kl"]["changed"] == 6
     fresh = adapted(base, loud=False)
     same = TASK.examine(fresh, data, {}, tokenizer, {}, run)["generation"]
     for name in ("length", "unfinished", "kl"):
