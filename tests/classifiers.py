@@ -49,11 +49,11 @@ def make_body(folder: Path, family: str = "Bert", kind: str = "Model", **config:
     return folder
 
 
-SIGNS = {"animals": ["fox", "dog", "jack"], "food": ["bread", "brew", "oven"], "time": ["morning"]}
+SIGNS = {"animals": ["fox", "dog"], "food": ["bread", "brew"], "time": ["morning", "while"]}
 
 
 def texts(rows: int, seed: int = 0, labels: tuple[str, ...] = tuple(SIGNS)) -> list[dict[str, str]]:
-    """Texts of eight words, different ones; a sign in each tells its label, but for one in eight,
+    """Different texts of seven words. Two signs in each tell its label, but for one text in eight,
     so that no classifier has all of them right."""
     chooser = random.Random(seed)
     signs = [word for some in SIGNS.values() for word in some]
@@ -61,9 +61,10 @@ def texts(rows: int, seed: int = 0, labels: tuple[str, ...] = tuple(SIGNS)) -> l
     found = []
     for number in range(rows):
         label = labels[number % len(labels)]
-        words = [*chooser.choices(plain, k=7), f"{number}"]
-        sign = label if number % 8 else labels[(number // 8) % len(labels)]
-        words.insert(chooser.randrange(8), chooser.choice(SIGNS[sign]))
+        sign = SIGNS[label if number % 8 else labels[(number // 8) % len(labels)]]
+        words = [*chooser.choices(plain, k=4), *chooser.choices(sign, k=2)]
+        chooser.shuffle(words)
+        words.append(f"{number}")
         found.append({"text": " ".join(words), "label": label})
     return found
 
@@ -73,8 +74,8 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def classify_file(folder: Path, base: Path, **changes: Any) -> Path:
-    """run.yaml of a `classify` run with 120 rows of three labels; dotted keys replace settings."""
-    write_rows(folder / "rows.jsonl", texts(120))
+    """run.yaml of a `classify` run with 160 rows of three labels; dotted keys replace settings."""
+    write_rows(folder / "rows.jsonl", texts(160))
     values: dict[str, Any] = {
         "recipe": "classify",
         "name": "test",
