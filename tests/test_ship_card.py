@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from reports import classifier, full
+from reports import full
 
 from lora_kit.errors import UserError
 from lora_kit.ship import card as module
@@ -237,54 +237,3 @@ def test_a_sets_licence_is_read_from_the_cache(
         assert module._licence_of("org/set", SHA) == licence
     assert module._licence_of("org/other", SHA) is None
     assert module._licence_of("no//id", SHA) is None
-
-
-# ------------------------------------------------------------------ other tasks
-CLASSIFIER: dict[str, Any] = {
-    **LOCK,
-    "data": {"org/set[train]": "d1"},
-    "auto": "AutoModelForSequenceClassification",
-    "recipe": {"name": "classify", "sha256": "d3"},
-    "facts": {"labels": ["card", "<b>cash</b>"], "rows": [7, 9]},
-}
-del CLASSIFIER["kind"]
-
-
-def test_a_classifier_is_no_text_generation() -> None:
-    card = made(lock=CLASSIFIER, report=classifier(), config={"modules_to_save": ["classifier"]})
-    values = front(card)
-    assert values["pipeline_tag"] == "text-classification"
-    [index] = values["model-index"]
-    [result] = index["results"]
-    assert result["task"] == {"type": "text-classification"}
-    assert result["metrics"][0] == {"type": "accuracy", "value": 0.804}
-    for line in (
-        "- way: text classification (classify)\n",
-        "- 2 classes, in order: `card`, `<b>cash</b>`\n",
-        'model, tokenizer = lora_kit.load("my-sft")\n',
-        "truncation=True, max_length=256)",
-    ):
-        assert line in card.text, line
-    for other in ("CausalLM", "vllm", "lora-kit generate", "nats per token", "Loss on held-out"):
-        assert other not in card.text, other
-    local = made(LOCAL, lock=CLASSIFIER).text
-    assert 'lora_kit.load("my-sft", base="...")\n' in local
-    merged = made(lock=CLASSIFIER, merged=True).text
-    assert 'pipeline("text-classification", model="me/my-sft")\n' in merged
-    assert not re.search("CausalLM|vllm|lora_kit.load", merged)
-
-
-def test_a_class_of_models_that_is_not_known_is_tagged_as_nothing() -> None:
-    card = made(lock={**CLASSIFIER, "auto": "AutoModelForTokenClassification"}, report=classifier())
-    assert "pipeline_tag" not in front(card) and "model-index" not in front(card)
-    assert "CausalLM" not in card.text and "vllm" not in card.text
-
-
-def test_the_way_of_training_is_the_recipes() -> None:
-    assert "- way: instruction tuning (sft)\n" in made().text
-    assert front(made())["pipeline_tag"] == "text-generation"
-    pairs = made(lock={**LOCK, "recipe": {"name": "dpo"}}).text
-    assert "- way: preference tuning (dpo)\n" in pairs
-    own = made(lock={**LOCK, "recipe": {"name": "my<b>.py"}}).text
-    assert "- way: my\\<b\\>.py\n" in own
-    assert "- way: not known\n" in make_card("me/x", CONFIG, {}, {}).text

@@ -13,18 +13,18 @@ from lora_kit.base.pin import licence_of
 from lora_kit.errors import UserError, harmless
 from lora_kit.prove.scores import compared_scores
 
+# The Hub's names of what a model is for.
+_PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
+_WAYS = {
+    "sft": "instruction tuning (sft)",
+    "cpt": "continued pretraining (cpt)",
+    "dpo": "preference optimization (dpo)",
+    "classify": "classification (classify)",
+}
 # A base that only whoever trained on it has; no name on the Hub, which somebody could take.
 LOCAL = "a local folder"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-# The Hub's names of tasks, by the class of transformers that loads the model.
-_TASKS = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
-_WAYS = {
-    "cpt": "continued pretraining (cpt)",
-    "sft": "instruction tuning (sft)",
-    "dpo": "preference tuning (dpo)",
-    "classify": "text classification (classify)",
-}
 # What the terms of a set's licence ask, by the part of its id.
 _LIMITS = {
     "nc": "forbids commercial use",
@@ -60,6 +60,8 @@ def make_card(
     *,
     merged: bool = False,
     has_licence: bool = False,
+    auto: str = CAUSAL,
+    pooled: bool = False,
 ) -> Card:
     """Write the card. What stands in the files may come from a stranger, and is escaped.
 
@@ -68,6 +70,8 @@ def make_card(
         config: adapter_config.json; its base is a Hub id, `nano`, or none: LOCAL.
         lock, report: without paths and samples; empty where there are none.
         has_licence: whether the base's licence text goes along.
+        auto: the class of transformers that loads the model.
+        pooled: whether a merged model is a folder of sentence-transformers.
 
     Raises:
         UserError: lock file or report are not as they were written.
@@ -79,8 +83,6 @@ def make_card(
     base, revision = config.get("base_model_name_or_path") or LOCAL, config.get("revision")
     name = repo.partition("/")[2]
     licence = (lock.get("base") or {}).get("licence") or "unknown"
-    auto = lock.get("auto") or CAUSAL
-    task = _TASKS.get(auto)
     lost = config.get("use_dora") or config.get("modules_to_save")
     ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
     try:
@@ -93,25 +95,25 @@ def make_card(
             "base_model_relation": "merge" if merged else "adapter",
             "library_name": "transformers" if merged else "peft",
             "license": licence if re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", licence) else "other",
-            **({"pipeline_tag": task} if task else {}),
+            **({"pipeline_tag": _PIPELINES[auto]} if auto in _PIPELINES else {}),
             "tags": ["lora", "lora-kit"],
             **({"datasets": sets} if sets else {}),
         }
         # A result is filed under the name of a data set: right if all text came from one.
-        one_set = len(sets) == 1 and all(one["set"] for one in data)
-        if task and one_set and report.get("domain"):
-            front["model-index"] = [_result(name, task, data[0], report["domain"])]
+        if len(sets) == 1 and all(one["set"] for one in data) and report.get("domain"):
+            front["model-index"] = [_result(name, data[0], report["domain"], auto)]
         body = _render(
             **{"repo": repo, "name": name, "config": config, "lock": lock, "report": report},
             **{"base": base, "local": base == LOCAL, "merged": merged, "licence": licence},
             **{"data": data, "terms": terms, "warnings": warnings},
             findings=in_lines(report) if report else [],
             scores_of=compared_scores,
-            on_hub=on_hub,
             generates=auto == CAUSAL,
-            classifies=auto == SEQUENCE,
-            labels=[str(label) for label in (lock.get("facts") or {}).get("labels") or ()],
+            auto=auto,
+            pooled=pooled,
             way=_way(lock),
+            labels=(lock.get("facts") or {}).get("labels") or [],
+            on_hub=on_hub,
             revision=revision if re.fullmatch("[0-9a-f]{40}", str(revision)) else None,
             vllm_rank=None if lost or max(ranks) > VLLM_RANKS[-1] else vllm_rank(max(ranks)),
         )
@@ -199,19 +201,18 @@ def _licence_of(name: str, commit: str) -> str | None:
 
 
 def _way(lock: dict[str, Any]) -> str:
-    """How it was trained, by the recipe's name; locks of older versions have the rows' kind only."""
-    kind = {"chat": "sft", "text": "cpt"}.get(lock.get("kind") or "")
-    recipe = (lock.get("recipe") or {}).get("name") or kind
-    return _WAYS.get(recipe, recipe or "not known")
+    """What was done, by the name of the recipe; an older lock file has the kind of the rows."""
+    recipe = (lock.get("recipe") or {}).get("name")
+    recipe = recipe or {"chat": "sft", "text": "cpt"}.get(str(lock.get("kind")), "not known")
+    return _WAYS.get(recipe, recipe)
 
 
-def _result(name: str, task: str, data: dict[str, Any], domain: dict[str, Any]) -> dict[str, Any]:
-    """An entry of `model-index`; `task` is one of the Hub's."""
+def _result(name: str, data: dict[str, Any], domain: dict[str, Any], auto: str) -> dict[str, Any]:
     where = {"type": data["set"], "name": f"{data['set']}, held out", "revision": data["commit"]}
     scores = compared_scores(domain)
     metrics = [{"type": name, "value": found["adapted"]} for name, found in scores.items()]
-    result = {"task": {"type": task}, "dataset": where, "metrics": metrics}
-    return {"name": name, "results": [result]}
+    task = {"type": _PIPELINES.get(auto, "other")}
+    return {"name": name, "results": [{"task": task, "dataset": where, "metrics": metrics}]}
 
 
 def _render(**values: Any) -> str:
