@@ -199,7 +199,7 @@ def _licence_of(name: str, commit: str) -> str | None:
 
 
 def _way(lock: dict[str, Any]) -> str:
-    """How it was trained, by the recipe's name; locks of older versions have the rows' kind only."""
+    """How it was trained: by the recipe, in locks of older versions by the kind of the rows."""
     kind = {"chat": "sft", "text": "cpt"}.get(lock.get("kind") or "")
     recipe = (lock.get("recipe") or {}).get("name") or kind
     return _WAYS.get(recipe, recipe or "not known")
