@@ -15,7 +15,7 @@ from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
 from lora_kit.prove.compare import check_prove, evaluate
 from lora_kit.prove.gate import held
-from lora_kit.schema import Gate, Prove, Run
+from lora_kit.schema import Gate, Run
 from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.preference import Preference

@@ -270,8 +270,8 @@ class Task:
     def score(
         self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
     ) -> list[Score]:
-        """Figures of a model on rows: those of `scores`, then those of `prove.metrics` that are none
-        of them. The first one decides unless `prove.metrics` is set, whose first name then does.
+        """Figures of a model on rows: those of `scores`, then those of `prove.metrics` that are
+        none of them. The first one decides, or the first of `prove.metrics` if that is set.
         Rows of the same `unit` count as one.
         The model is in evaluation mode, without gradients. Only `model(**batch)` and, where there
         is one, `model.generate` are called."""
