@@ -148,7 +148,15 @@ def test_load_and_merge_never_run_it(
     assert code == 2 and "similarity.py: no such file" in said
 
 
-GOOD = "import lora_kit.recipe as kit\n\n\nclass Own(kit.Task):\n    formats = ('text',)\n\n\n"
+GOOD = """import lora_kit.recipe as kit
+
+
+class Own(kit.Task):
+    formats, scores = ('text',), ('loss',)
+
+
+"""
+TEXT, LOSS = "('text',)", "('loss',)"
 MAIN = "\n\ndef main(run, resume=False): ...\n"
 
 
@@ -165,7 +173,8 @@ MAIN = "\n\ndef main(run, resume=False): ...\n"
             f"{GOOD.replace('text', 'txt')}TASK = Own(){MAIN}",
             "no format is called 'txt'; did you mean `text`?",
         ),
-        (f"{GOOD.replace(chr(39) + 'text' + chr(39) + ',', '')}TASK = Own(){MAIN}", "names no"),
+        (f"{GOOD.replace(TEXT, '()')}TASK = Own(){MAIN}", "TASK.formats names no format"),
+        (f"{GOOD.replace(LOSS, '()')}TASK = Own(){MAIN}", "TASK.scores names none of the scores"),
     ],
 )
 def test_a_broken_recipe_is_one_line(
