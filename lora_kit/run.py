@@ -172,9 +172,9 @@ def load_run(
     values = _read(path)
     problems = _programs(values) if trust.pulled(path) else []
     problems += [problem for item in overrides if (problem := _override(values, item))]
-    if not needs_sources:  # written by a version that called it so
+    if not needs_sources or (path.parent / "run.lock.json").is_file():
         data = _section(values, "data")
-        if "against" in data:
+        if "against" in data:  # in a run directory, written by a version that called it so
             values["data"] = {k: v for k, v in data.items() if k != "against"}
             values["data"].setdefault("decontaminate", data["against"])
     values, relative = _absolute(values, path.resolve().parent)

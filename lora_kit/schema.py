@@ -273,7 +273,9 @@ class Gate(Section):
         None, gt=0, description="The adapted model's loss on the domain at most, in nats per token."
     )
     metrics: dict[str, float] = Field(
-        default_factory=dict, description="The adapted model's score at least: {exact_match: 0.8}."
+        default_factory=dict,
+        description="Bounds of the adapted model's scores, by name: {exact_match: 0.8}: at least, "
+        "and at most where lower is better.",
     )
 
 
@@ -289,7 +291,8 @@ class Prove(Section):
     metrics: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         description="Scores of the answers that are generated: exact_match, f1, accuracy, rouge_l, "
-        "or a metric of the evaluate library by name or path, whose code runs here. []: none.",
+        "or a metric of the evaluate library by name or path, whose code runs here; of a "
+        "classifier accuracy and macro_f1. The first one decides. []: the task's own score does.",
     )
     answers: Positive = Field(
         200, description="Held-out rows that are answered for the metrics, at most."

@@ -5,7 +5,7 @@
 #   ./scripts/test.sh tests/test_run.py -k override     any other arguments go to pytest
 . "$(dirname "$0")/environment.sh" test
 export HF_HUB_OFFLINE=1
-tier="not slow and not gpu"
+tier="(quick or not slow) and not gpu"
 if [ "${1:-}" = --all ]; then
   tier="not gpu"
   shift

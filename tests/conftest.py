@@ -4,7 +4,8 @@ A test is in the quick tier (`./scripts/test.sh`) unless it, or its module, is m
 
 - `slow`: only `./scripts/test.sh --all` runs it. Mark what takes more than about two seconds on a
   quiet core: whole trainings, other than one journey for each kind of trainer, and processes that
-  import torch. Whole modules: `pytestmark = pytest.mark.slow`.
+  import torch. Whole modules: `pytestmark = pytest.mark.slow`; a test in one that is quick all the
+  same: `quick`.
 - `gpu`: needs a GPU and is in no tier: `./scripts/test.sh -m gpu`.
 
 Where the variable CI is set nothing may be skipped: a skip is a failure.

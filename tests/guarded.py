@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -31,6 +34,7 @@ from lora_kit.train.callbacks import Metrics
 from lora_kit.train.directory import RunDirectory
 from lora_kit.train.guards import Guards, guarded
 from lora_kit.train.interrupt import StopSignal
+from lora_kit.train.trainer import fit
 
 SIZES = {
     "vocab_size": 400,
@@ -195,6 +199,28 @@ class GrpoTrain(Train):
     steps_per_generation: int = 4  # two optimizer steps from one sampling
 
 
+# ------------------------------------------------------------------ what happens in a step
+class At(TrainerCallback):
+    """Does something at the end, or the beginning, of a step."""
+
+    def __init__(self, step: int, do: Any, begins: bool = False) -> None:
+        self.step, self.do, self.begins = step, do, begins
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        if self.begins and state.global_step == self.step - 1:
+            self.do(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not self.begins and state.global_step == self.step:
+            self.do(model)
+
+
+def crash(model: Any) -> None:
+    raise ZeroDivisionError
+
+
 # ------------------------------------------------------------------ kinds
 def tokenized() -> list[dict[str, Any]]:
     encoded = [tokenizer()(text)["input_ids"] for text in texts()]
@@ -302,3 +328,17 @@ def make(
     return guarded(trainer_class)(
         task, run, directory, stop or StopSignal(), groups or task.groups(fresh), **options
     )
+
+
+def main(kind: str, folder: str, stops: str) -> None:
+    """Train as one of several ranks; with `stops` break off in that step, then go on."""
+    settings: dict[str, Any] = {"save_steps": 1, "eval_steps": 2}
+    if stops:
+        broken = [At(int(stops), crash, begins=True)]
+        with contextlib.suppress(ZeroDivisionError):
+            fit(make(kind, Path(folder), callbacks=broken, **settings), resume=False)
+    fit(make(kind, Path(folder), **settings), resume=bool(stops))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

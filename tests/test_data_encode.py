@@ -49,6 +49,7 @@ def hashes(cache: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_printed_command_is_the_one_that_runs(
     assert environment["LORA_KIT_WORLD_SIZE"] == "1"
 
 
+@pytest.mark.slow
 def test_fewer_processes_than_asked_for(run_file: Any, work: Path) -> None:
     (work / "mine.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\n"
@@ -119,6 +120,7 @@ def test_fewer_processes_than_asked_for(run_file: Any, work: Path) -> None:
     assert not Path("runs").exists()  # the mended command finds the place free
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "number", "expected"),
     [
@@ -153,6 +155,7 @@ def test_signal_saves_and_leaves_no_process(
     assert Path("runs/test/report.json").is_file()
 
 
+@pytest.mark.slow
 def test_signal_before_training_leaves_nothing(run_file: Any, work: Path) -> None:
     file = long_run(run_file)
     process = processes.start([*processes.LORA_KIT, "train", str(file), "--accelerate", "cpu"])
@@ -164,6 +167,7 @@ def test_signal_before_training_leaves_nothing(run_file: Any, work: Path) -> Non
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu", "cpu_2proc"])
 def test_killed_launcher_takes_its_workers_along(run_file: Any, work: Path, config: str) -> None:
     file = long_run(run_file)
@@ -174,6 +178,7 @@ def test_killed_launcher_takes_its_workers_along(run_file: Any, work: Path, conf
     assert (next(Path("runs/test/checkpoints").iterdir()) / "seal.json").is_file()
 
 
+@pytest.mark.slow
 def test_mistake_comes_through_as_one_line(run_file: Any, work: Path) -> None:
     file = run_file("cpt", **{"adapter.target_modules": ["q_prj"]})
     code, said = lora_kit("train", file, "--accelerate", "cpu_2proc")
@@ -186,6 +191,7 @@ def test_mistake_comes_through_as_one_line(run_file: Any, work: Path) -> None:
     assert not left_over(str(work))
 
 
+@pytest.mark.slow
 def test_mistake_of_one_rank_ends_the_others(run_file: Any, work: Path) -> None:
     """The first rank alone makes the run directory: the other one must not wait for it."""
     file = run_file()
@@ -207,6 +213,7 @@ def test_ended_process_that_nobody_reaps_is_not_awaited() -> None:
     child.communicate()
 
 
+@pytest.mark.slow
 def test_second_signal_kills(run_file: Any, work: Path) -> None:
     (work / "deaf.py").write_text(
         "import signal, sys, time\nfrom lora_kit.launch import recipe_main\n"
@@ -225,6 +232,7 @@ def test_second_signal_kills(run_file: Any, work: Path) -> None:
     assert not left_over(str(work))
 
 
+@pytest.mark.slow
 def test_worker_that_dies_without_a_word(run_file: Any, work: Path) -> None:
     (work / "mine.py").write_text(
         "import os, sys\nfrom lora_kit.launch import recipe_main\n"

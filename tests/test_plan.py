@@ -200,6 +200,7 @@ def test_judging_while_it_trains_is_counted(run_file: RunMaker, room: Any) -> No
 # --- What is chosen
 
 
+@pytest.mark.slow
 def test_less_memory_means_smaller_passes_of_the_same_step_then_recomputation(
     run_file: RunMaker, room: Any
 ) -> None:
@@ -220,6 +221,7 @@ def test_less_memory_means_smaller_passes_of_the_same_step_then_recomputation(
     assert seen[-1] == (1, 2) and seen[0] != seen[-1]
 
 
+@pytest.mark.slow
 def test_nothing_fits_and_what_it_names_does(run_file: RunMaker, room: Any) -> None:
     changes = {"train.max_length": 256}
     one = {"train.per_device_train_batch_size": 1, "train.gradient_checkpointing": True}

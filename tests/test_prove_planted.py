@@ -21,6 +21,8 @@ from lora_kit import nano
 from lora_kit.errors import CheckFailed
 from lora_kit.tasks.pairing import pairs
 
+pytestmark = pytest.mark.slow
+
 NANO = {
     "base": {"model": "nano", "dtype": "float32"},  # bfloat16 is ten times slower on many CPUs
     "adapter": {"r": 8, "lora_alpha": 16},

@@ -22,6 +22,8 @@ from lora_kit.run import load_run
 from lora_kit.tasks.causal import Causal, Conversations, Text
 from lora_kit.train.guards import Guards
 
+pytestmark = pytest.mark.slow
+
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -105,6 +105,59 @@ def test_a_written_run_reads_back_equal_and_can_be_changed(folder: Path) -> None
         assert written[section].keys() == model.model_fields.keys()
 
 
+def test_a_written_run_has_absolute_paths_only_where_the_user_wrote_them(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = work / "project"
+    for folder in ("base", "metric", "runs/start", "far/deep"):
+        (project / folder).mkdir(parents=True)
+    for file in ("a.txt", "b.txt", "names.txt", "own.py", "far/c.txt"):
+        (project / file).write_text("x", encoding="utf-8")
+    (project / "link").symlink_to(project / "far" / "deep")
+    text = (
+        "recipe: own.py\nname: some/test\nbase: {model: base}\nadapter: {start: runs/start}\n"
+        f"data: {{train: [a.txt, '*.txt', {{source: {project}/b.txt}}, link/../c.txt], "
+        "eval: nano:topics, general: owner/set, labels: names.txt}\n"
+        "prove: {metrics: [f1, ./metric]}"
+    )
+    file = write(project, text)
+    monkeypatch.chdir(project)
+    run = load_run(file)
+    made = run.directory / "run.yaml"
+    made.parent.mkdir(parents=True)
+    write_run(run, made)
+    values = yaml.safe_load(made.read_text(encoding="utf-8"))
+    up = "../../.."
+    assert (values["recipe"], values["base"]["model"]) == (f"{up}/own.py", f"{up}/base")
+    assert values["adapter"]["start"] == "../../start"
+    sources = [one if isinstance(one, str) else one["source"] for one in values["data"]["train"]]
+    # Of a path that goes up from what a link leads to, only the absolute form is certain.
+    up_a_link = f"{project}/link/../c.txt"
+    assert sources == [f"{up}/a.txt", f"{up}/*.txt", f"{project}/b.txt", up_a_link]
+    assert values["data"]["eval"] == "nano:topics" and values["data"]["general"] == "owner/set"
+    assert values["data"]["labels"] == f"{up}/names.txt"
+    assert values["prove"]["metrics"] == ["f1", f"{up}/metric"]
+    assert load_run(made) == run
+
+    project.rename(work / "moved")
+    monkeypatch.chdir(work)
+    moved = load_run("moved/runs/some/test/run.yaml", needs_sources=False)
+    assert (moved.recipe, moved.base.model) == (f"{work}/moved/own.py", f"{work}/moved/base")
+    assert moved.adapter.start == f"{work}/moved/runs/start"
+    assert moved.data.labels == f"{work}/moved/names.txt"
+
+
+def test_a_relative_base_that_is_gone_is_named_by_its_whole_path(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the run.yaml of a run has it; `some/model` would be an id on the Hub."""
+    (work / "runs" / "test").mkdir(parents=True)
+    file = write(work / "runs" / "test", GOOD.replace("some/model", "../../base"))
+    (work / "elsewhere").mkdir()
+    monkeypatch.chdir(work / "elsewhere")
+    assert load_run(file, needs_sources=False).base.model == str(work / "base")
+
+
 def test_a_section_without_keys_takes_its_defaults(folder: Path) -> None:
     assert load_run(write(folder, GOOD + "train:\nadapter:\n")).train == Train()
 

@@ -20,6 +20,8 @@ from lora_kit.ship import export as module
 from lora_kit.ship.export import OTHER_ARITHMETIC, ROUGH_GELU, ROUNDED, SAME_ARITHMETIC, export
 from lora_kit.ship.merge import merge
 
+pytestmark = pytest.mark.slow
+
 ODD = {
     "adapter.use_rslora": True,
     "adapter.alpha_pattern": {"q_proj": 3},

@@ -29,6 +29,8 @@ from lora_kit.ship.merge import merge
 from lora_kit.tasks.causal import Text
 from lora_kit.tasks.measure import measure
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,6 +19,8 @@ from trained import edit, finish, folder_maker
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.ship.hub import make_plan
 
+pytestmark = pytest.mark.slow
+
 # In the data: one with the shape of a token, one without.
 IN_DATA = ("hf_" + "DataCanary0" * 3, "zebracanary")
 IN_NOTES = "notescanary-77"

@@ -23,6 +23,7 @@ from lora_kit.base.pooled import read_folder
 from lora_kit.cli import app
 from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Base
+from lora_kit.ship.hub import make_plan
 from lora_kit.ship.merge import merge
 from lora_kit.ship.targets import check
 
@@ -208,6 +209,35 @@ def test_nf4_classifiers_merge_into_what_they_were_trained_on(
     merged = merge(FinishedRun(run), tmp_path / "merged", into="dequantized", verify="logits")
     assert merged.max_logit_difference is not None and merged.adapter_effect is not None
     assert merged.max_logit_difference <= 1e-4 * max(1, merged.adapter_effect)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_a_classifier_is_pushed_with_a_card_that_loads_it(
+    pooling: str | None, tmp_path: Path
+) -> None:
+    base = make_body(tmp_path / "base")
+    run = FinishedRun(adapted(tmp_path / "adapter", base, pooling))
+    lock = {"auto": SEQUENCE, "facts": {"labels": list(LABELS)}, "recipe": {"name": "classify"}}
+    (run.folder / "run.lock.json").write_text(json.dumps({**lock, "pooling": pooling}))
+    run = FinishedRun(run.folder)
+    plan = make_plan(run, "me/test")
+    assert {"adapter_model.safetensors", "head.json", "run.lock.json"} <= plan.files.keys()
+    assert "pipeline_tag: text-classification" in plan.card.text
+    assert "way: classification (classify)" in plan.card.text
+    assert "labels: card, cash, rate" in plan.card.text
+    assert 'lora_kit.load("test", base="FOLDER")' in plan.card.text
+    assert "lora-kit generate" not in plan.card.text
+
+    merge(run, tmp_path / "merged")
+    plan = make_plan(run, "me/test", merged=tmp_path / "merged")
+    own = {"modules.json", "1_Pooling/config.json", "2_Dense/config.json"}
+    own |= {"2_Dense/model.safetensors", "sentence_bert_config.json"}
+    assert own & plan.files.keys() == (own if pooling else set())
+    loads = "SentenceTransformer" if pooling else "AutoModelForSequenceClassification.from_pretr"
+    assert f"{loads}" in plan.card.text and "CausalLM" not in plan.card.text
+    for name, content in plan.files.items():
+        if isinstance(content, Path) and name != "README.md":
+            assert content.read_bytes() == (tmp_path / "merged" / name).read_bytes()
 
 
 VERBS = [

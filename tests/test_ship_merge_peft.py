@@ -17,6 +17,8 @@ from lora_kit.base.tensors import stored_in
 from lora_kit.errors import UserError
 from lora_kit.ship.merge import Merged, merge
 
+pytestmark = pytest.mark.slow
+
 SIZES: dict[str, Any] = {
     "vocab_size": 416,
     "hidden_size": 64,

@@ -294,6 +294,7 @@ print(kept, whole, begin, end)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_20_moments_it_never_looks_finished(place: Path) -> None:
     (place / "out").mkdir()
     done = run([sys.executable, "-c", KILLS, place / "run", place / "out" / "merged"])

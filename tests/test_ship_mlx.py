@@ -16,6 +16,8 @@ from lora_kit.adapter.files import open_adapter
 from lora_kit.errors import UserError
 from lora_kit.ship.mlx import write_mlx
 
+pytestmark = pytest.mark.slow
+
 IDS = list(range(4, 60, 3))
 # PEFT's shapes: A (r, in), B (out, r); a rank for each, and a scale.
 CONFIG = {

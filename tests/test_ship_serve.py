@@ -34,6 +34,8 @@ from lora_kit.errors import UserError
 from lora_kit.schema import Base
 from lora_kit.ship.serve import serve
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["The function returns a list of", "import os", "for name in", "Return the"]
 TURNS: Any = [{"role": "user", "content": "What does `sorted` return?"}]
 TOKENS = 24

@@ -319,22 +319,22 @@ def test_the_reference_is_computed_once_and_not_again_for_another_beta(
     calls: list[int] = []
     model.base_model.model.register_forward_pre_hook(lambda *_: calls.append(1))
 
-    def passes(model: Any, rows: Rows, run: Any) -> int:
+    def computes(model: Any, rows: Rows, run: Any) -> bool:
         calls.clear()
         assert TASK.annotate(rows, model, tokenizer, run)[0]["reference"].shape == (2,)
-        return len(calls)
+        return bool(calls)
 
-    assert passes(model, rows, run_of()) == 1
-    assert passes(model, rows, run_of(**{"train.beta": 0.3})) == 0
+    assert computes(model, rows, run_of())
+    assert not computes(model, rows, run_of(**{"train.beta": 0.3}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name:  # a fresh adapter of another seed
                 parameter.normal_()
-    assert passes(model, rows, run_of()) == 0
-    assert passes(model, rows.select([1, 0]), run_of()) == 1
+    assert not computes(model, rows, run_of())
+    assert computes(model, rows.select([1, 0]), run_of())
     with torch.no_grad():
         model.get_input_embeddings().weight[7] += 1e-3
-    assert passes(model, rows, run_of()) == 1
+    assert computes(model, rows, run_of())
 
 
 def test_the_reference_of_a_started_run_is_the_adapter_that_it_started_from(
@@ -401,6 +401,11 @@ def test_generations_are_measured_against_the_reference(base: Path) -> None:
     assert 0 < found["length"]["adapted"] <= found["room"]
     assert found["kl"]["base"] == 0 and found["kl"]["adapted"] > 0
     assert found["kl"]["ci95"][0] > 0
+    directions = {"length": "higher", "unfinished": "lower", "kl": "lower"}
+    for name, better in directions.items():
+        assert found[name]["better"] == better
+        assert found[name]["ci95"] == [round(bound, 4) for bound in found[name]["ci95"]]
+    assert found["kl"]["changed"] == 6
     fresh = adapted(base, loud=False)
     same = TASK.examine(fresh, data, {}, tokenizer, {}, run)["generation"]
     for name in ("length", "unfinished", "kl"):

@@ -19,6 +19,8 @@ from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import Progress, read_metrics
 from lora_kit.train.guards import Guards, best_step, stopped_early
 
+pytestmark = pytest.mark.slow
+
 # A dozen short rows again and again: learned by heart, and the held-out ones get worse.
 OVERFIT = {
     "data.eval": 0.8,
@@ -249,8 +251,13 @@ def test_nothing_to_judge_by(run_file: RunMaker, monkeypatch: pytest.MonkeyPatch
 
 def test_disk_for_the_best_one_too(run_file: RunMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(module, "check_room", lambda where, needed, _: asked.append(needed))
-    package.train(run_file(), "name=without")
-    package.train(run_file(), "name=with", "train.eval_steps=4")
-    package.train(run_file(), "name=three", "train.save_total_limit=3")
+
+    def full(where: Path, needed: int, _: str) -> None:
+        asked.append(needed)
+        raise UserError("full")
+
+    monkeypatch.setattr(module, "check_room", full)
+    for changes in ([], ["train.eval_steps=4"], ["train.save_total_limit=3"]):
+        with pytest.raises(UserError, match="full"):
+            package.train(run_file(), *changes)
     assert asked[0] < asked[1] == asked[2]

@@ -19,6 +19,8 @@ from lora_kit.errors import Interrupted
 from lora_kit.run import load_run, shipped
 from lora_kit.train.callbacks import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 def losses(run: str = "runs/test", key: str = "loss") -> list[float]:
     return [row[key] for row in read_metrics(Path(run) / "metrics.jsonl") if key in row]
@@ -63,6 +65,8 @@ def test_two_processes_are_two_accumulation_steps(run_file: Any) -> None:
     assert [row.get("tokens") for row in together] == [row.get("tokens") for row in alone]
     assert (len(alone), len(evals[0])) == (20, 2)
     two = json.loads(Path("runs/two/report.json").read_text())
+    assert two["audit"]["problems"] == []
+    assert all(check["passed"] is True for check in two["audit"]["checks"])
     assert two["training"]["world_size"] == 2
     assert two["training"]["tokens"] == one["training"]["tokens"]
     assert two["domain"]["documents"] == one["domain"]["documents"] == 12

@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from guarded import KINDS, Library, Penalized, halves_of, make
+from guarded import KINDS, At, Library, Penalized, crash, halves_of, make, tokenizer
+from processes import finish, start
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
+from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.hashes import file_hash
+from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import read_seal
 from lora_kit.train.guards import Guards, best_step, guarded, stopped_early
 from lora_kit.train.interrupt import StopSignal
+from lora_kit.train.save import save_run
 from lora_kit.train.trainer import fit
 
-any_trainer = pytest.mark.parametrize("kind", KINDS)
 
-
-class At(TrainerCallback):
-    """Does something at the end, or the beginning, of a step."""
-
-    def __init__(self, step: int, do: Any, begins: bool = False) -> None:
-        self.step, self.do, self.begins = step, do, begins
-
-    def on_step_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-    ) -> None:
-        if self.begins and state.global_step == self.step - 1:
-            self.do(model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if not self.begins and state.global_step == self.step:
-            self.do(model)
-
-
-def crash(model: Any) -> None:
-    raise ZeroDivisionError
+def any_trainer(test: Any) -> Any:
+    """A column of the grid: the same test for each kind."""
+    return pytest.mark.slow(pytest.mark.parametrize("kind", KINDS)(test))
 
 
 def adapter(trainer: Any) -> dict[str, torch.Tensor]:
@@ -93,6 +81,7 @@ def test_evaluating_changes_nothing(kind: str, tmp_path: Path) -> None:
 own_loss = pytest.mark.parametrize("kind", ["language model", "classifier"])
 
 
+@pytest.mark.slow
 @own_loss
 @pytest.mark.parametrize("cut", [(4, 2), (1, 8)])
 def test_the_step_does_not_depend_on_how_it_is_cut(
@@ -209,6 +198,23 @@ def test_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
     assert same(adapter(third), adapter(second))
 
 
+@pytest.mark.slow
+def test_the_adapter_is_saved_without_its_reference(tmp_path: Path) -> None:
+    """TRL's DPOTrainer keeps the adapter of the beginning as a second one, `ref`."""
+    trainer = make("DPO", tmp_path, max_steps=1)
+    fit(trainer, resume=False)
+    assert (tmp_path / "checkpoints" / "checkpoint-1" / "ref").is_dir()
+    save_run(trainer, tokenizer(), Pinned("owner/base", str(tmp_path), "a" * 40))
+    saved = tmp_path / "adapter"
+    assert not [path for path in saved.iterdir() if path.is_dir()]
+    assert not {"training_args.bin", "README.md"} & {path.name for path in saved.iterdir()}
+    config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "a" * 40)
+    assert trainer.guard.audit.checks[-1]["name"] == "saved"
+    assert trainer.guard.audit.checks[-1]["passed"]
+
+
+@pytest.mark.slow
 def test_metrics_hold_what_the_trainer_logs(tmp_path: Path) -> None:
     trainer = make("GRPO", tmp_path, max_steps=2, eval_steps=1, beta=0.1)
     fit(trainer, resume=False)
@@ -219,6 +225,25 @@ def test_metrics_hold_what_the_trainer_logs(tmp_path: Path) -> None:
     evaluated = [row for row in rows if "eval_loss" in row]
     assert all("eval_reward" in row and "eval_runtime" not in row for row in evaluated)
     assert "num_tokens" not in trained[0]  # TRL's own count, which begins anew when resumed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["DPO", "GRPO"])
+def test_two_ranks_resume_exactly(kind: str, tmp_path: Path) -> None:
+    """Each rank takes up its own random numbers, and what it had sampled."""
+    config = shipped("accelerate_configs") / "cpu_2proc.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    file = Path(__file__).with_name("guarded.py")
+    for name, stops in (("straight", ""), ("broken", "4")):
+        code, errors = finish(start([*launch, str(file), kind, str(tmp_path / name), stops]))
+        assert code == 0, errors
+    names = {path.name for path in (tmp_path / "broken" / "checkpoints" / "checkpoint-3").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
+    assert ({"rollout_0.pt", "rollout_1.pt"} <= names) == (kind == "GRPO")
+    assert weights(tmp_path / "broken", 4) == weights(tmp_path / "straight", 4)
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "broken")]
+    for key in ("step", "loss", "eval_loss", "tokens"):
+        assert [row.get(key) for row in rows[0]] == [row.get(key) for row in rows[1]]
 
 
 # ------------------------------------------------------------------ signals
@@ -261,7 +286,7 @@ def test_stops_early_and_uses_the_best(kind: str, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ audit
-@any_trainer
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_audit_finds_nothing_wrong(kind: str, tmp_path: Path) -> None:
     trainer = make(kind, tmp_path, max_steps=3)
     fit(trainer, resume=False)
@@ -389,6 +414,7 @@ def test_halves_give_the_same_losses_and_gradients(kind: str, tmp_path: Path) ->
     assert parts.guard.meter.tokens() == whole.guard.meter.tokens()
 
 
+@pytest.mark.slow
 def test_quarters_after_a_second_time(tmp_path: Path) -> None:
     _, expected, _ = run_in_parts("language model", tmp_path / "whole", None)
     parts, found, hits = run_in_parts("language model", tmp_path / "parts", 1)
@@ -402,6 +428,7 @@ def test_what_cannot_be_halved_ends_in_advice(kind: str, tmp_path: Path) -> None
         run_in_parts(kind, tmp_path, 0.5)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_pairs_are_not_rows(tmp_path: Path) -> None:
     """Cut by rows, a batch of pairs has other pairs, and another loss: how a batch is halved is
     the task's affair, and without its help nothing is."""

@@ -15,6 +15,7 @@ from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.checkpoint import read_seal
 
+pytestmark = pytest.mark.slow
 TASK = '''
 class Keys(Train):
     """`train:` with a key of SFTConfig: the rows are tokenized already."""

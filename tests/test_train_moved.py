@@ -18,6 +18,8 @@ import lora_kit
 from lora_kit.errors import UserError
 from lora_kit.train import trainer as module
 
+pytestmark = pytest.mark.slow
+
 HALF = Path("runs/half")
 
 

@@ -13,6 +13,8 @@ import lora_kit as package
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.guards import Guards
 
+pytestmark = pytest.mark.slow
+
 
 def packed(model: Any) -> dict[str, torch.Tensor]:
     """The base's tensors as they are stored, and the scales that unpack 4 bits."""

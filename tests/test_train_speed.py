@@ -21,6 +21,8 @@ from lora_kit.tasks.packing import Packed
 from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 def losses(run: str, key: str = "loss") -> list[float]:
     return [row[key] for row in read_metrics(Path(f"runs/{run}/metrics.jsonl")) if key in row]

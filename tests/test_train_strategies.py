@@ -62,6 +62,7 @@ def test_top_layers_hold_the_adapter() -> None:
     assert strategy.groups(groups) == groups
 
 
+@pytest.mark.slow
 def test_top_layers_are_layers_to_transform(run_file: RunMaker) -> None:
     file = run_file("sft")
     package.train(file, "name=top", "train.top_layers=1")

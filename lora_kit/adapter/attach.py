@@ -51,6 +51,13 @@ class Attached:
         return "\n".join(lines)
 
 
+def config_class() -> type[Any]:
+    """The installed `peft.LoraConfig`."""
+    from peft import LoraConfig
+
+    return LoraConfig
+
+
 def lora_config(adapter: Adapter, generates: bool = True, whole: Sequence[str] = ()) -> Any:
     """The `peft.LoraConfig` that `adapter:` describes.
 

@@ -40,14 +40,21 @@ def check_prove(task: Task, data: Prepared, processor: Processor, run: Run) -> N
             does not fit these rows.
     """
     problems = task.check(data, processor, data.facts, run)
-    gate, named = run.prove.gate, set(run.prove.metrics)
+    gate = run.prove.gate
     if run.prove.harness:
         try:
             check_tasks(run.prove.harness)
         except UserError as error:
             problems.append(str(error))
-    if gate and task.general is not None and (unknown := sorted(gate.metrics.keys() - named)):
-        problems.append(f"prove.gate.metrics: {', '.join(unknown)}: not in prove.metrics")
+    if gate:
+        known = [*task.scores, *_further(task, run)]
+        unknown = ", ".join(name for name in gate.metrics if name not in known)
+        if unknown:
+            why = f"no score of this task, and not in prove.metrics (known: {', '.join(known)})"
+            problems.append(f"prove.gate.metrics: {unknown}: {why}")
+        if gate.loss is not None and "loss" not in task.scores:
+            why = f"this task has no score of that name (known: {', '.join(task.scores)})"
+            problems.append(f"prove.gate.loss: {why}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -167,7 +174,8 @@ def evaluate(
     Args:
         fresh: names of modules that the base has no weights for; with them the base is no
             contender, and the best rival that needs no adapter takes its place.
-        generates: whether the model may generate: for `prove.metrics`, and samples.
+        generates: whether the model may generate: for the metrics of `prove.metrics` that are no
+            scores of the task's own, and samples.
 
     Returns:
         What report.json holds of an evaluation, and `adapter_effect`: the largest difference that
@@ -196,7 +204,7 @@ def _evaluated(
     """`evaluate` of a model that is in evaluation mode, without gradients."""
     facts, seed = data.facts, run.seed
     if not generates:
-        run = _without_metrics(run)
+        run = _without_further(task, run)
     contenders = task.rivals(model, data, processor, facts, run)
     if not fresh and not any(c.name == "base" for c in contenders):
         contenders = [Contender("base", model.disable_adapter), *contenders]
@@ -205,25 +213,27 @@ def _evaluated(
     for contender in contenders:
         scores[contender.name] = _score(task, contender, model, data.eval, processor, facts, run)
     report: dict[str, Any] = {"verdict": {}, **dict.fromkeys(_ABSENT), "not_measured": []}
-    named = set(run.prove.metrics)
-    own = _plain(scores["adapted"], named)
-    report["domain"] = against(rival.name, _plain(scores[rival.name], named), own, seed)
+    further = _further(task, run)
+    own = _own(scores["adapted"], further)
+    report["domain"] = against(rival.name, _own(scores[rival.name], further), own, seed)
     report["contenders"] = {name: values(found) for name, found in scores.items()}
     report["classes"] = classes(scores["adapted"])
-    if named:
-        report["metrics"] = _metrics(run.prove.metrics, scores, rival.name, seed)
+    if further:
+        report["metrics"] = _metrics(further, scores, rival.name, seed)
     word: dict[str, str] = report["verdict"]
     for name, found in (report["metrics"] or {}).items():
         word[name] = verdict(found, found["rows"])
-    deciding = run.prove.metrics[0] if named else own[0].name
-    if named:
+    deciding = own[0].name
+    if run.prove.metrics:
+        deciding = run.prove.metrics[0]
         report["domain"]["decided_by"] = deciding
+    if deciding in further:
         word["domain"] = word[deciding]
     else:
         word["domain"] = verdict(report["domain"][deciding], report["domain"]["documents"])
     for contender in contenders[1:]:
         if contender.rows is not None:  # the same base, prompted otherwise
-            found = against(contender.name, _plain(scores[contender.name], named), own, seed)
+            found = against(contender.name, _own(scores[contender.name], further), own, seed)
             report[contender.name] = {**contender.about, **found}
             word[contender.name] = verdict(found[own[0].name], found["documents"])
     report |= _general(task, model, data, processor, run)
@@ -276,15 +286,20 @@ def _score(
         return task.score(inside, rows, processor, facts, run)
 
 
-def _plain(scores: Sequence[Score], named: set[str]) -> list[Score]:
-    """The scores that `prove.metrics` does not name; all of them, if it names all."""
-    return [score for score in scores if score.name not in named] or list(scores)
+def _further(task: Task, run: Run) -> list[str]:
+    """`prove.metrics` without the scores that the task has anyway."""
+    return [name for name in run.prove.metrics if name not in task.scores]
+
+
+def _own(scores: Sequence[Score], further: Sequence[str]) -> list[Score]:
+    """The scores that the task has anyway."""
+    return [score for score in scores if score.name not in further]
 
 
 def _metrics(
     names: Sequence[str], scores: Mapping[str, Sequence[Score]], rival: str, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """`prove.metrics` of the rival, of the base with examples, and of the adapted model."""
+    """Further metrics of the rival, of the base with examples, and of the adapted model."""
     found = {}
     by_name = {who: {score.name: score for score in each} for who, each in scores.items()}
     for name in names:
@@ -305,7 +320,7 @@ def _general(
     """How base and adapted model score on general text."""
     if task.general is None or data.general is None:
         return {"general": None}
-    run = _without_metrics(run)
+    run = _without_further(task.general, run)
     args = (data.general, processor, data.facts, run)
     adapted = task.general.score(model, *args)
     with model.disable_adapter():
@@ -324,7 +339,7 @@ def _gap(
 ) -> dict[str, Any]:
     """How much more the adapter gained on training rows than on held-out ones, by the first
     score."""
-    run = _without_metrics(run)
+    run = _without_further(task, run)
     rows = data.rows("train")
     drawn = np.random.default_rng(run.seed).permutation(len(rows))[: min(len(data.eval), _GAP_ROWS)]
     some = rows.select(drawn)
@@ -342,8 +357,10 @@ def _first(part: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(found for found in part.values() if isinstance(found, dict))
 
 
-def _without_metrics(run: Run) -> Run:
-    prove = run.prove.model_copy(update={"metrics": []})
+def _without_further(task: Task, run: Run) -> Run:
+    """The run without the metrics that a model has to generate for."""
+    own = [name for name in run.prove.metrics if name in task.scores]
+    prove = run.prove.model_copy(update={"metrics": own})
     return run.model_copy(update={"prove": prove})
 
 

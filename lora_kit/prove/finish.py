@@ -35,13 +35,15 @@ def prove(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     model: Any = trainer.model_wrapped if sharded else trainer.model
     general = f" and {data.general.units} general ones" if data.general else ""
-    directory.say(f"evaluating on {data.eval.units} held-out documents{general}")
+    units = "documents" if "loss" in guard.task.scores else "rows"
+    directory.say(f"evaluating on {data.eval.units} held-out {units}{general}")
     # A sharded model would have to generate on all ranks in step: it does not generate.
     report = evaluate(guard.task, model, data, processor, run, fresh, generates=not sharded)
     alone = trainer.accelerator.num_processes == 1
     if run.prove.harness and alone:
         measure_tasks(report, model, processor, run.prove.harness)
-    if (run.prove.harness and not alone) or (run.prove.metrics and sharded):
+    further = set(run.prove.metrics) - set(guard.task.scores)
+    if (run.prove.harness and not alone) or (further and sharded):
         why = f"on several processes: measure it in one, with lora-kit compare {directory.path}"
         report["not_measured"].append(why)
     effect = report.pop("adapter_effect")

@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_kit.adapter.loaders import VLLM_RANKS, vllm_rank
+from lora_kit.base.head import CAUSAL, SEQUENCE
 from lora_kit.base.pin import licence_of
 from lora_kit.errors import UserError, harmless
 from lora_kit.prove.scores import compared_scores
 
+# The Hub's names of what a model is for.
+_PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
+_WAYS = {
+    "sft": "instruction tuning (sft)",
+    "cpt": "continued pretraining (cpt)",
+    "dpo": "preference optimization (dpo)",
+    "classify": "classification (classify)",
+}
 # A base that only whoever trained on it has; no name on the Hub, which somebody could take.
 LOCAL = "a local folder"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -51,6 +60,8 @@ def make_card(
     *,
     merged: bool = False,
     has_licence: bool = False,
+    auto: str = CAUSAL,
+    pooled: bool = False,
 ) -> Card:
     """Write the card. What stands in the files may come from a stranger, and is escaped.
 
@@ -59,6 +70,8 @@ def make_card(
         config: adapter_config.json; its base is a Hub id, `nano`, or none: LOCAL.
         lock, report: without paths and samples; empty where there are none.
         has_licence: whether the base's licence text goes along.
+        auto: the class of transformers that loads the model.
+        pooled: whether a merged model is a folder of sentence-transformers.
 
     Raises:
         UserError: lock file or report are not as they were written.
@@ -82,19 +95,24 @@ def make_card(
             "base_model_relation": "merge" if merged else "adapter",
             "library_name": "transformers" if merged else "peft",
             "license": licence if re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", licence) else "other",
-            "pipeline_tag": "text-generation",
+            **({"pipeline_tag": _PIPELINES[auto]} if auto in _PIPELINES else {}),
             "tags": ["lora", "lora-kit"],
             **({"datasets": sets} if sets else {}),
         }
         # A result is filed under the name of a data set: right if all text came from one.
         if len(sets) == 1 and all(one["set"] for one in data) and report.get("domain"):
-            front["model-index"] = [_result(name, data[0], report["domain"])]
+            front["model-index"] = [_result(name, data[0], report["domain"], auto)]
         body = _render(
             **{"repo": repo, "name": name, "config": config, "lock": lock, "report": report},
             **{"base": base, "local": base == LOCAL, "merged": merged, "licence": licence},
             **{"data": data, "terms": terms, "warnings": warnings},
             findings=in_lines(report) if report else [],
             scores_of=compared_scores,
+            generates=auto == CAUSAL,
+            auto=auto,
+            pooled=pooled,
+            way=_way(lock),
+            labels=(lock.get("facts") or {}).get("labels") or [],
             on_hub=on_hub,
             revision=revision if re.fullmatch("[0-9a-f]{40}", str(revision)) else None,
             vllm_rank=None if lost or max(ranks) > VLLM_RANKS[-1] else vllm_rank(max(ranks)),
@@ -182,11 +200,18 @@ def _licence_of(name: str, commit: str) -> str | None:
     return value if value != "unknown" else None
 
 
-def _result(name: str, data: dict[str, Any], domain: dict[str, Any]) -> dict[str, Any]:
+def _way(lock: dict[str, Any]) -> str:
+    """What was done, by the name of the recipe; an older lock file has the kind of the rows."""
+    recipe = (lock.get("recipe") or {}).get("name")
+    recipe = recipe or {"chat": "sft", "text": "cpt"}.get(str(lock.get("kind")), "not known")
+    return _WAYS.get(recipe, recipe)
+
+
+def _result(name: str, data: dict[str, Any], domain: dict[str, Any], auto: str) -> dict[str, Any]:
     where = {"type": data["set"], "name": f"{data['set']}, held out", "revision": data["commit"]}
     scores = compared_scores(domain)
     metrics = [{"type": name, "value": found["adapted"]} for name, found in scores.items()]
-    task = {"type": "text-generation"}
+    task = {"type": _PIPELINES.get(auto, "other")}
     return {"name": name, "results": [{"task": task, "dataset": where, "metrics": metrics}]}
 
 

@@ -30,10 +30,14 @@ from lora_kit.ship.secrets import refuse_secrets
 from lora_kit.trust import PULLED
 
 _LEGAL = r"(?:LICEN[CS]E|USE_POLICY|COPYING|NOTICE)[\w-]*(?:\.txt|\.md)?"
+# Of a folder of sentence-transformers.
+_PARTS = r"(?:modules|sentence_bert_config|1_Pooling/config|2_Dense/config)\.json"
+_PARTS += r"|2_Dense/model\.safetensors"
 # What goes up, of the folder of the weights; README.md, the lock file and the report are made.
 _PUSHED = re.compile(
     r"(?:adapter_)?model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|(?:(?:generation_)?config|tokenizer(?:_config)?|special_tokens_map|added_tokens|vocab)\.json"
+    rf"|head\.json|{_PARTS}"
     rf"|chat_template\.jinja|(?:merges|vocab)\.txt|(?:tokenizer|spiece)\.model|{_LEGAL}"
 )
 # What is made here; of it and the others, what the next push does not mean is taken away.
@@ -41,7 +45,7 @@ _MADE = {"adapter_config.json", RECORD, "report.html", "report.json", "run.lock.
 # What comes down: neither pickles nor code.
 _PULLED = re.compile(
     r"[\w.-]+\.(?:safetensors|json|jinja)|(?:merges|vocab)\.txt|(?:tokenizer|spiece)\.model"
-    rf"|README\.md|{_LEGAL}"
+    rf"|README\.md|{_LEGAL}|{_PARTS}"
 )
 # What report.json has without the rows of the data.
 _FIGURES = (
@@ -120,10 +124,12 @@ def make_plan(
     # Rows stay as they are, or do not go.
     figures = _no_paths({k: v for k, v in report.items() if k in _FIGURES})
     report = {**report, **figures} if with_samples else figures
+    inside = folder.rglob("*") if merged else folder.iterdir()
+    there = {file.relative_to(folder).as_posix(): file for file in sorted(inside)}
     files: dict[str, bytes | Path] = {
-        file.name: file.resolve()
-        for file in sorted(folder.iterdir())
-        if _PUSHED.fullmatch(file.name) and file.is_file()
+        name: file.resolve()
+        for name, file in there.items()
+        if _PUSHED.fullmatch(name) and file.is_file()
     }
     if merged:
         if any((folder / name).is_symlink() for name in files):
@@ -142,7 +148,16 @@ def make_plan(
     else:
         made = {"adapter_config.json": config}
     has_licence = any(re.fullmatch(f"(?!NOTICE){_LEGAL}", name) for name in files)
-    card = make_card(repo, config, lock, report, merged=bool(merged), has_licence=has_licence)
+    card = make_card(
+        repo,
+        config,
+        lock,
+        report,
+        merged=bool(merged),
+        has_licence=has_licence,
+        auto=run.auto,
+        pooled="modules.json" in files,
+    )
     files["README.md"] = card.text.encode()
     if card.notice:
         # Below the base's own.

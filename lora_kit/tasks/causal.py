@@ -56,6 +56,7 @@ class Causal(Task):
         chat: rows are conversations: a prompt, and a completion that it is followed by.
     """
 
+    scores = ("loss", "bits_per_byte")
     flat = True
     chat = False
 

@@ -101,6 +101,7 @@ class Preference(Task):
     """
 
     formats: tuple[str, ...] = ("preference",)
+    scores = ("accuracy", "margin")
     settings: Mapping[str, type[Section]] = {"train": PreferenceTrain}
     unread = (
         "data.supervise",
@@ -290,6 +291,7 @@ class Preference(Task):
         """
         from lora_kit.adapter.load import end_tokens
         from lora_kit.adapter.start import as_at_start
+        from lora_kit.tasks.bootstrap import compared
         from lora_kit.tasks.measure import generate_ids
 
         prompts, completions = _prompts(data.eval, run.seed)
@@ -301,18 +303,19 @@ class Preference(Task):
             reference = generate_ids(model, processor, prompts, room)
         ends = set(end_tokens(model, processor))
         divergence = _divergence(model, run, processor.pad_token_id, prompts, adapted)
-        return {
-            "generation": {
-                "prompts": len(prompts),
-                "room": room,
-                "chosen_length": round(float(chosen_length), 2),
-                "length": _compared(_lengths(reference, ends), _lengths(adapted, ends), run.seed),
-                "unfinished": _compared(
-                    _unfinished(reference, ends), _unfinished(adapted, ends), run.seed
-                ),
-                "kl": _compared(divergence * [0.0, 1.0], divergence, run.seed),
-            }
+        found: dict[str, Any] = {
+            "prompts": len(prompts),
+            "room": room,
+            "chosen_length": round(float(chosen_length), 2),
         }
+        for name, better, before, after in (
+            ("length", "higher", _lengths(reference, ends), _lengths(adapted, ends)),
+            ("unfinished", "lower", _unfinished(reference, ends), _unfinished(adapted, ends)),
+            ("kl", "lower", divergence * [0.0, 1.0], divergence),
+        ):
+            base = Score(name, before, better=better)
+            found[name] = compared(base, Score(name, after, better=better), run.seed)
+        return {"generation": found}
 
     def objection(self, report: dict[str, Any]) -> str | None:
         """Accuracy alone is no verdict: also a model that only ever stops at once, or never, can
@@ -499,24 +502,6 @@ def _unfinished(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarra
     """1 for each that no such token ended, and 1 for each: float64 (generations, 2)."""
     unfinished = [float(not ids or ids[-1] not in ends) for ids in generated]
     return np.stack([unfinished, np.ones(len(unfinished))], 1)
-
-
-def _compared(base: np.ndarray, adapted: np.ndarray, seed: int) -> dict[str, Any]:
-    """Two means, sum of the first column by sum of the second, their difference and its interval.
-
-    Args:
-        base, adapted: float64 (units, 2), the second column the same in both.
-    """
-    from lora_kit.tasks.bootstrap import interval
-
-    change, size = adapted[:, 0] - base[:, 0], adapted[:, 1]
-    low, high = interval(change, size, seed)
-    return {
-        "base": round(float(base[:, 0].sum() / size.sum()), 4),
-        "adapted": round(float(adapted[:, 0].sum() / size.sum()), 4),
-        "difference": round(float(change.sum() / size.sum()), 4),
-        "ci95": [round(float(low), 4), round(float(high), 4)],
-    }
 
 
 def _divergence(

@@ -30,7 +30,7 @@ def load_recipe(file: Path) -> Recipe:
 
     Raises:
         UserError: it cannot be imported, defines no `TASK` or no `main(run, resume)`, or its task
-            reads a format that does not exist.
+            reads a format that does not exist, or names no score.
     """
     if not file.is_file():
         raise UserError(f"recipe: {file}: no such file")
@@ -57,6 +57,8 @@ def load_recipe(file: Path) -> Recipe:
         problems.append(f"TASK.formats: no format is called {unknown[0]!r}{hint} ({known})")
     elif not task.formats:
         problems.append(f"TASK.formats names no format ({', '.join(FORMATS)})")
+    elif not task.scores:
+        problems.append("TASK.scores names none of the scores that TASK.score returns")
     if not callable(main):
         problems.append("defines no main(run, resume)")
     if problems or not isinstance(task, Task) or not callable(main):

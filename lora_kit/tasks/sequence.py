@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
 
-SCORES = ("accuracy", "macro_f1")
 _ROWS_AT_ONCE = 32
 _NAMED = 3  # labels of a note
 
@@ -79,6 +78,7 @@ class Classification(Task):
     """
 
     formats = ("text-label",)
+    scores = ("accuracy", "macro_f1")
     settings = {"base": SequenceBase}  # noqa: RUF012 - read only
     auto = SEQUENCE
     unread = (
@@ -196,10 +196,9 @@ class Classification(Task):
         ]
 
     def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
-        unknown = [name for name in run.prove.metrics if name not in SCORES]
-        return [
-            f"prove.metrics: {name}: a classifier has {' and '.join(SCORES)}" for name in unknown
-        ]
+        unknown = [name for name in run.prove.metrics if name not in self.scores]
+        known = " and ".join(self.scores)
+        return [f"prove.metrics: {name}: a classifier has {known}" for name in unknown]
 
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run

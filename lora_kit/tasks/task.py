@@ -115,6 +115,8 @@ class Task:
 
     Attributes:
         formats: row formats of `data.formats.FORMATS` that it reads.
+        scores: names of the scores that `score` returns for every run, the deciding one first. It
+            may return others, those of `prove.metrics`, after them.
         settings: {section: pydantic class}: sections of the run file with this task's own keys,
             each derived from the section's class in `schema`.
         unread: keys such as `data.packing` that this task does not read; setting one is an error.
@@ -124,6 +126,7 @@ class Task:
     """
 
     formats: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
     settings: Mapping[str, type[Section]] = {}
     unread: tuple[str, ...] = ()
     auto = "AutoModelForCausalLM"
@@ -267,7 +270,9 @@ class Task:
     def score(
         self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
     ) -> list[Score]:
-        """Figures of a model on rows, the deciding one first; rows of the same `unit` count as one.
+        """Figures of a model on rows: those of `scores`, then those of `prove.metrics` that are
+        none of them. The first one decides, or the first of `prove.metrics` if that is set.
+        Rows of the same `unit` count as one.
         The model is in evaluation mode, without gradients. Only `model(**batch)` and, where there
         is one, `model.generate` are called."""
         raise NotImplementedError

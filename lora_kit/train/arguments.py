@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lora_kit.adapter.attach import OWN_FIELDS as ADAPTER_OWN_FIELDS
+from lora_kit.adapter.attach import OWN_FIELDS as OWN_ADAPTER_FIELDS
+from lora_kit.adapter.attach import config_class
 from lora_kit.base.load import gpu_is_used
 from lora_kit.errors import RunFileError
 from lora_kit.schema import Run, Train
@@ -94,12 +95,11 @@ def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = 
         RunFileError: a field is unknown to the installed version, or of another type there; or
             what `train.report_to` names is not installed.
     """
-    from peft import LoraConfig
     from transformers import TrainingArguments
 
     problems = []
     for section, upstream, own in (
-        ("adapter", LoraConfig, ADAPTER_OWN_FIELDS),
+        ("adapter", config_class(), OWN_ADAPTER_FIELDS),
         ("train", arguments_class or TrainingArguments, _NOT_UPSTREAM),
     ):
         hints = typing.get_type_hints(upstream)

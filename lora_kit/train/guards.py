@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from lora_kit.adapter.audit import Audit, Groups
@@ -385,5 +386,6 @@ def resume_from(trainer: Guards, found: checkpoint.Checkpoint) -> None:
     trainer.guard.meter.resume(found)
     file = found.folder / _ROLLOUT.format(rank=trainer.args.process_index)
     if file.is_file():
-        sampled = torch.load(file, map_location=trainer.args.device, weights_only=True)
-        trainer._step, trainer._buffered_inputs = sampled["step"], sampled["inputs"]
+        sampled = torch.load(file, map_location="cpu", weights_only=True)
+        trainer._step = sampled["step"]
+        trainer._buffered_inputs = send_to_device(sampled["inputs"], trainer.args.device)

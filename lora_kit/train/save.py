@@ -43,6 +43,8 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
         # PEFT's card is an empty form with this machine's paths; the other holds them as well.
         for name in ("README.md", "training_args.bin"):
             (partial / name).unlink(missing_ok=True)
+        for other in list(partial.glob("*/adapter_config.json")):
+            shutil.rmtree(other.parent)  # the reference of a preference trainer
         _name_base(partial / "adapter_config.json", pinned)
         head = Head.of(read_lock(directory.path))
         if head.auto != CAUSAL:

@@ -60,6 +60,7 @@ def test_is_valid_and_says_how_to_start_it(config: Path, tmp_path: Path) -> None
     assert re.search(r"#   lora-kit (train|copy) ", "\n".join(header))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano-cpt", "nano-dpo", "nano-sft"])
 def test_nano_runs(name: str, work: Path) -> None:
     config = shipped("recipes") / "configs" / f"{name}.yaml"

@@ -1,0 +1,137 @@
+"""Which score decides, which ones a gate may hold, and that a score of the task stays its own."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_kit.data.census import Census
+from lora_kit.data.rows import Rows
+from lora_kit.errors import UserError
+from lora_kit.prove.compare import check_prove, evaluate
+from lora_kit.prove.gate import held
+from lora_kit.schema import Gate, Run
+from lora_kit.tasks.causal import Conversations, Text
+from lora_kit.tasks.encode import Prepared
+from lora_kit.tasks.preference import Preference
+from lora_kit.tasks.sequence import Classification
+from lora_kit.tasks.task import Contender, Score, Task
+
+ROWS = Rows.of({"input_ids": [5, 6], "unit": unit} for unit in range(40))
+
+
+def run_with(recipe: str = "classify", **prove: Any) -> Run:
+    values = {"recipe": recipe, "name": "test", "base": {"model": "nano"}}
+    return Run.model_validate({**values, "data": {"train": "nano:topics"}, "prove": prove})
+
+
+class Model(torch.nn.Linear):
+    def disable_adapter(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+
+class Two(Task):
+    """Scores two ways: the adapted model is better in the first alone. Any other metric that is
+    named is generated for, and is 1 for the adapted model."""
+
+    scores = ("accuracy", "macro_f1")
+
+    def score(self, model: Any, rows: Rows, processor: Any, facts: Any, run: Run) -> list[Score]:
+        adapted = isinstance(model, torch.nn.Module)
+        every = np.arange(len(rows))
+        values = {"accuracy": every % 10 < (9 if adapted else 2), "macro_f1": every % 2 == 0}
+        for name in run.prove.metrics:
+            values.setdefault(name, np.full(len(rows), adapted))
+        return [
+            Score(name, np.stack([hits, np.ones(len(rows))], axis=1).astype(float))
+            for name, hits in values.items()
+        ]
+
+    def rivals(self, *_: Any) -> list[Contender]:
+        return [Contender("majority", lambda: contextlib.nullcontext("majority"))]
+
+
+def evaluated(generates: bool = True, **prove: Any) -> dict[str, Any]:
+    data = Prepared(ROWS, ROWS, None, {}, Census(), {}, [], False)
+    return evaluate(Two(), Model(1, 1), data, None, run_with(**prove), ("score",), generates)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "word"),
+    [
+        (["accuracy", "macro_f1"], "better"),
+        (["macro_f1", "accuracy"], "no different"),
+        (["macro_f1"], "no different"),
+        (["accuracy"], "better"),
+    ],
+)
+def test_naming_a_score_of_the_task_only_chooses_what_decides(
+    metrics: list[str], word: str
+) -> None:
+    plain, report = evaluated(), evaluated(metrics=metrics)
+    assert "decided_by" not in plain["domain"] and plain["metrics"] is None
+    assert report["domain"].pop("decided_by") == metrics[0]
+    assert report["verdict"].pop("domain") == word
+    assert plain["verdict"].pop("domain") == "better"
+    assert report == plain
+
+
+def test_other_metrics_are_reported_apart() -> None:
+    report = evaluated(metrics=["macro_f1", "f1"])
+    assert list(report["metrics"]) == ["f1"] and report["metrics"]["f1"]["adapted"] == 1
+    assert {"accuracy", "macro_f1"} <= report["domain"].keys() and "f1" not in report["domain"]
+    assert report["verdict"]["domain"] == "no different" and report["verdict"]["f1"] == "better"
+    gate = Gate(domain=None, general=None, metrics={"macro_f1": 0.6, "f1": 0.9})
+    assert held(report, gate)["failed"] == ["macro_f1: 0.5 (asked for: 0.6 at least)"]
+
+
+def test_what_a_sharded_model_cannot_generate_for_does_not_decide() -> None:
+    report = evaluated(generates=False, metrics=["f1", "macro_f1"])
+    assert report["metrics"] is None and report["domain"]["decided_by"] == "macro_f1"
+
+
+# ------------------------------------------------------------------ what a gate may hold
+def checked(task: Task, **prove: Any) -> None:
+    labels = [-100, 6]
+    rows = Rows.of(
+        {"input_ids": [5, 6], "labels": labels, "unit": unit, "bytes": 1} for unit in range(3)
+    )
+    data: Any = SimpleNamespace(eval=rows, facts={})
+    processor: Any = SimpleNamespace(decode=lambda ids, **_: "word")
+    check_prove(task, data, processor, run_with("sft", **prove))
+
+
+@pytest.mark.parametrize(
+    ("task", "known"),
+    [
+        (Classification(), "accuracy, macro_f1"),
+        (Preference(), "accuracy, margin"),
+        (Text(), "loss, bits_per_byte"),
+        (Conversations(), "loss, bits_per_byte"),
+    ],
+)
+def test_a_gate_holds_scores_of_the_task_and_no_others(task: Task, known: str) -> None:
+    checked(task, gate={"metrics": dict.fromkeys(known.split(", "), 0.5)})
+    with pytest.raises(UserError) as raised:
+        checked(task, gate={"metrics": {known.split(", ")[0]: 0.5, "bleu": 0.5, "wer": 1}})
+    assert str(raised.value) == (
+        "prove.gate.metrics: bleu, wer: no score of this task, and not in prove.metrics "
+        f"(known: {known})"
+    )
+
+
+def test_a_gate_holds_metrics_that_are_named() -> None:
+    checked(Conversations(), metrics=["f1"], gate={"metrics": {"f1": 0.5, "loss": 2}})
+    with pytest.raises(UserError, match=r"rouge_l: .* \(known: loss, bits_per_byte, f1\)$"):
+        checked(Conversations(), metrics=["f1"], gate={"metrics": {"rouge_l": 0.5}})
+
+
+def test_a_bound_of_a_loss_is_for_tasks_that_have_one() -> None:
+    checked(Text(), gate={"loss": 2.0})
+    with pytest.raises(UserError, match=r"^prove\.gate\.loss: .* \(known: accuracy, macro_f1\)$"):
+        checked(Classification(), gate={"loss": 2.0})

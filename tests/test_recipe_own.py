@@ -1,0 +1,213 @@
+"""The recipe that recipes/README.md prints, outside the package: every verb that makes sense."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import lora_kit
+
+from lora_kit.errors import RunFileError
+from lora_kit.launch import read_run
+from lora_kit.run import shipped
+
+WORDS = [a + b for a in "bdfgklmnpr" for b in "aeiou"]
+LINES_OF_THE_EXAMPLE = 80
+
+
+def printed(kind: str) -> str:
+    """The first block of a kind in recipes/README.md."""
+    text = (shipped("recipes") / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL)
+    assert found
+    return found.group(1)
+
+
+def make_encoder(folder: Path) -> None:
+    """A BERT that was never trained, of the vocabulary WORDS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {token: number for number, token in enumerate([*special, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(
+        vocab_size=len(vocabulary), intermediate_size=64, initializer_range=0.3, **sizes
+    )
+    BertModel(config).save_pretrained(folder)
+
+
+def write_pairs(file: Path, count: int) -> None:
+    """Pairs of sentences, each in one of two languages: the score is about 1 in the first one and
+    about 0 in the second."""
+    chooser = random.Random(0)
+    rows = []
+    for number in range(count):
+        language = WORDS[: len(WORDS) // 2] if number % 2 else WORDS[len(WORDS) // 2 :]
+        first, second = (" ".join(chooser.sample(language, 4)) for _ in range(2))
+        score = number % 2 + chooser.uniform(-0.1, 0.1)
+        rows.append({"sentence1": first, "sentence2": second, "score": score})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README prints, data and a base."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "similarity.py").write_text(printed("python"), encoding="utf-8")
+    run = printed("yaml").replace("sentence-transformers/all-MiniLM-L6-v2", "base")
+    (folder / "run.yaml").write_text(run, encoding="utf-8")
+    make_encoder(folder / "base")
+    write_pairs(folder / "pairs.jsonl", 400)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        code, said = lora_kit(
+            "train", "run.yaml", "train.learning_rate=1e-2", "train.num_train_epochs=6"
+        )
+    assert code == 0, said
+    return home / "runs" / "similarity"
+
+
+def test_the_example_is_short() -> None:
+    assert len(printed("python").splitlines()) <= LINES_OF_THE_EXAMPLE
+
+
+def test_it_trains_and_is_judged_against_the_mean(trained: Path) -> None:
+    report = json.loads((trained / "report.json").read_text(encoding="utf-8"))
+    assert report["domain"]["rival"] == "mean"
+    assert set(report["contenders"]) == {"adapted", "mean"}
+    found = report["domain"]["squared_error"]
+    assert found["adapted"] == report["contenders"]["adapted"]["squared_error"]
+    assert report["verdict"]["domain"] == "better" and found["ci95"][1] < 0
+    lock = json.loads((trained / "run.lock.json").read_text(encoding="utf-8"))
+    assert lock["auto"] == "AutoModelForSequenceClassification"
+    assert lock["recipe"]["name"] == "similarity" and len(lock["recipe"]["sha256"]) == 64
+    assert lock["facts"]["labels"] == ["score"] and lock["fresh"]
+
+
+@pytest.mark.slow
+def test_every_verb_that_makes_sense_takes_it(
+    trained: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    for verb in (
+        ["preview", "run.yaml", "--json"],
+        ["plan", "run.yaml"],
+        ["compare", "runs/similarity"],
+        ["inspect", "runs/similarity"],
+        ["doctor", "--loss", "run.yaml"],
+    ):
+        code, said = lora_kit(*verb)
+        assert code == 0, said
+    code, said = lora_kit("generate", "runs/similarity", "hello")
+    assert code == 2 and "generate applies to language models only" in said
+
+
+def test_load_and_merge_never_run_it(
+    trained: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    import lora_kit as package
+
+    moved = tmp_path / "moved"
+    shutil.copytree(home, moved)
+    monkeypatch.chdir(moved)
+    (moved / "similarity.py").unlink()
+    model, tokenizer = package.load("runs/similarity")
+    code, said = lora_kit("merge", "runs/similarity", "--out", "merged")
+    assert code == 0, said
+    merged = AutoModelForSequenceClassification.from_pretrained(moved / "merged").eval()
+    batch = tokenizer(["ba de fi"], ["ko lu"], return_tensors="pt")
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert (model(**inputs).logits - merged(**inputs).logits).abs().max() < 1e-5
+    code, said = lora_kit("compare", "runs/similarity")
+    assert code == 2 and "similarity.py: no such file" in said
+
+
+GOOD = """import lora_kit.recipe as kit
+
+
+class Own(kit.Task):
+    formats, scores = ('text',), ('loss',)
+
+
+"""
+TEXT, LOSS = "('text',)", "('loss',)"
+MAIN = "\n\ndef main(run, resume=False): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import no_such_library\n", "own.py:1: cannot be imported: ModuleNotFoundError"),
+        ("def main(:\n", "own.py:1: cannot be imported: SyntaxError"),
+        (f"{GOOD}1 / 0\n", "own.py:8: cannot be imported: ZeroDivisionError"),
+        (MAIN, "own.py: defines no TASK, an instance of lora_kit.recipe.Task"),
+        (f"{GOOD}TASK = Own{MAIN}", "own.py: defines no TASK, an instance"),
+        (f"{GOOD}TASK = Own()\n", "own.py: defines no main(run, resume)"),
+        (
+            f"{GOOD.replace('text', 'txt')}TASK = Own(){MAIN}",
+            "no format is called 'txt'; did you mean `text`?",
+        ),
+        (f"{GOOD.replace(TEXT, '()')}TASK = Own(){MAIN}", "TASK.formats names no format"),
+        (f"{GOOD.replace(LOSS, '()')}TASK = Own(){MAIN}", "TASK.scores names none of the scores"),
+    ],
+)
+def test_a_broken_recipe_is_one_line(
+    broken: Callable[[str], Path], source: str, words: str
+) -> None:
+    with pytest.raises(RunFileError) as caught:
+        read_run(broken(source), [])
+    (line,) = caught.value.problems
+    assert words in line and "\n" not in line
+
+
+@pytest.fixture
+def broken(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """A run file whose recipe is a source, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(source: str) -> Path:
+        shutil.copy(home / "pairs.jsonl", tmp_path)
+        run = (home / "run.yaml").read_text(encoding="utf-8").replace("similarity.py", "own.py")
+        run = run.replace("model: base", f"model: {home / 'base'}")
+        (tmp_path / "run.yaml").write_text(run, encoding="utf-8")
+        (tmp_path / "own.py").write_text(source, encoding="utf-8")
+        return tmp_path / "run.yaml"
+
+    return make
+
+
+@pytest.mark.parametrize("verb", ["train", "preview"])
+def test_a_broken_recipe_ends_with_2_and_leaves_nothing(
+    broken: Callable[[str], Path], verb: str, tmp_path: Path
+) -> None:
+    broken("import no_such_library\n")
+    before = sorted(tmp_path.iterdir())
+    code, said = lora_kit(verb, "run.yaml")
+    assert code == 2 and said.count("ModuleNotFoundError") == 1 and "Traceback" not in said
+    assert sorted(p for p in tmp_path.iterdir() if p.name != "__pycache__") == before
