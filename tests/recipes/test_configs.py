@@ -19,6 +19,7 @@ CONFIGS = sorted((shipped("recipes") / "configs").rglob("*.yaml"))
 EXPECTED = {
     "llama-3.1-8b-qlora": ("meta-llama/Llama-3.1-8B", "nf4"),
     "llama-3.3-70b-fsdp-qlora": ("meta-llama/Llama-3.3-70B-Instruct", "nf4"),
+    "minilm-classify": ("sentence-transformers/all-MiniLM-L6-v2", "none"),
     "nano-cpt": ("nano", "nf4"),
     "nano-dpo": ("nano", "none"),
     "nano-sft": ("nano", "none"),
@@ -38,6 +39,7 @@ def load(config: Path, folder: Path) -> Run:
         for word in sentences(60)
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    (folder / "train.csv").write_text("text,category\na,b\n", encoding="utf-8")
     (folder / "texts").mkdir()
     return load_run(copy, task_of=lambda file: load_recipe(file).task)
 
