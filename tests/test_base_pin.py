@@ -232,3 +232,20 @@ def test_nothing_in_the_folder_runs(
     # The canary does sing where pickles are read.
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert canary.exists()
+
+
+def test_of_a_repository_the_top_folder_is_read_and_how_it_pools() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    from lora_kit.base.pin import _FILES, _NOT_READ, _WEIGHTS
+
+    there = [
+        *("config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "README.md"),
+        *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+        *("onnx/config.json", "openvino/a.txt", "1x/config.json", "1_Pooling/model.safetensors"),
+        *("consolidated.safetensors", "pytorch_model.bin", "model.py"),
+    ]
+    chosen = filter_repo_objects(
+        there, allow_patterns=[*_FILES, _WEIGHTS], ignore_patterns=_NOT_READ
+    )
+    assert list(chosen) == [*there[:5], "1_Pooling/config.json"]

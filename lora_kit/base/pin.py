@@ -19,8 +19,9 @@ from lora_kit.schema import Base
 _WEIGHTS = "*.safetensors"
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 _HASHED = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
-# Only the top folder is read; `consolidated` are the same weights once more, in Mistral's layout.
-_NOT_READ = ["*/*", "consolidated*.safetensors"]
+# Only the top folder is read, and 1_Pooling/config.json, sentence-transformers' pooling;
+# `consolidated` are the same weights once more, in Mistral's layout.
+_NOT_READ = ["[!1]*/*", "1[!_]*/*", "*/*.safetensors", "consolidated*.safetensors"]
 # As repositories of weights that are quantized already are named.
 _QUANTIZED_NAME = re.compile(r"(?i)[-_.]([48]-?bit|int[48]|fp8|gptq|awq|gguf)\b")
 _QUANTIZED = "its weights are already quantized: name the original model"

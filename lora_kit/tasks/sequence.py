@@ -327,8 +327,13 @@ def _mean_of_body(model: Any, batch: Batch) -> torch.Tensor:
     body = model.get_base_model().base_model
     if body.config.is_encoder_decoder:
         body = body.get_encoder()
-    hidden = body(**_inputs(batch)).last_hidden_state
-    return pool(hidden, batch["attention_mask"], "mean")
+    found: list[Any] = []
+    hook = body.register_forward_hook(lambda module, given, out: found.append(out))
+    try:
+        model(**_inputs(batch))  # the whole of it: a part alone of a sharded model does not run
+    finally:
+        hook.remove()
+    return pool(found[0].last_hidden_state, batch["attention_mask"], "mean")
 
 
 def macro_f1(sums: np.ndarray) -> np.ndarray:

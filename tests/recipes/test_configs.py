@@ -39,7 +39,7 @@ def load(config: Path, folder: Path) -> Run:
         for word in sentences(60)
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
-    (folder / "train.csv").write_text("text,category\na,b\n", encoding="utf-8")
+    (folder / "rows.csv").write_text("text,label\na,b\n", encoding="utf-8")
     (folder / "texts").mkdir()
     return load_run(copy, task_of=lambda file: load_recipe(file).task)
 
