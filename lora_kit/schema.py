@@ -29,7 +29,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Column = Literal[
     "text", "label", "messages", "conversations", "tools", "system", "prompt", "completion",
     "instruction", "input", "context", "output", "response", "question", "answer", "tokens", "tags",
-    "chosen", "rejected",
+    "chosen", "rejected", "sentence1", "sentence2", "score",
 ]  # fmt: skip
 
 

@@ -275,7 +275,7 @@ def test_copy_gives_a_recipe_and_a_run_file_that_work_and_overwrites_neither(
 
 def put_data(folder: Path) -> None:
     """What run files of one's own data name."""
-    for name in ("data.jsonl", "pairs.jsonl", "train.csv"):
+    for name in ("data.jsonl", "pairs.jsonl", "rows.csv"):
         (folder / name).touch()
     (folder / "texts").mkdir()
 

@@ -68,7 +68,7 @@ def test_what_an_error_suggests_tells_formats_apart() -> None:
     ("values", "words"),
     [
         ({}, "the columns (none) fit no format"),
-        ({"a": "x"}, "the columns (a) fit no format (text; text+label; messages; conv"),
+        ({"a": "x"}, "the columns (a) fit no format (text; text+label; sentence1+sentence2"),
         ({"document": "x", "summary": "x"}, "data.columns: {prompt: YOURS, completion: YOURS}"),
         ({"context": "x", "question": "x", "answers": {}}, "data.columns: {answer: YOURS}"),
         ({"tokens": ["x"], "ner_tags": ["O"]}, "data.columns: {tags: YOURS}"),

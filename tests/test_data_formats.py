@@ -86,6 +86,8 @@ CASES: list[tuple[str, Values, Any]] = [
     ("sharegpt", {"conversations": [{"from": "system", "value": "S"}, HUMAN, GPT]}, SQA),
     ("sharegpt", {"conversations": [ASK, ANSWER]}, QA),
     ("text-label", {"text": "Q", "label": "A"}, QA),
+    ("sentence-pair", {"sentence1": "Q", "sentence2": "A", "score": 0.5}, QA),
+    ("sentence-pair", {"sentence1": "Q", "sentence2": "A", "score": "4"}, QA),
     ("tokens-tags", {"tokens": ["a", "b", "c"], "tags": ["B-X", "I-X", "O"]}, ("a b c", "X: a b")),
     ("tokens-tags", {"tokens": ["a", "b"], "tags": ["B-X", "B-X"]}, ("a b", "X: a\nX: b")),
     ("tokens-tags", {"tokens": ["a", "b"], "tags": ["B-X", "B-Y"]}, ("a b", "X: a\nY: b")),
@@ -112,7 +114,8 @@ def test_the_columns_name_the_format(name: str, values: Values, expected: Any) -
     example = one(values)
     # What stands between prompt and answer where there is no chat template.
     assert example.joiner == ("" if name in CLOSE else "\n\n")
-    assert example.label == (values["label"] if name == "text-label" else None)
+    label = {"text-label": "label", "sentence-pair": "score"}.get(name)
+    assert example.label == (str(values[label]) if label else None)
     if "system" in FORMATS[name].optional and expected[0][0] != "system":
         for nothing in (None, "", " "):
             assert turns(values | {"system": nothing}) == expected
@@ -122,6 +125,14 @@ def test_the_columns_name_the_format(name: str, values: Values, expected: Any) -
 def test_every_format_has_a_case_and_the_run_file_knows_its_columns() -> None:
     assert {name for name, *_ in CASES} | {"text"} == set(FORMATS)
     assert set(get_args(Column)) == {c for f in FORMATS.values() for c in (*f.needed, *f.optional)}
+
+
+@pytest.mark.parametrize("score", ["high", True, None, [1], "nan", "inf", ""])
+def test_the_score_of_a_pair_is_a_number(score: Any) -> None:
+    assert dropped({"sentence1": "Q", "sentence2": "A", "score": score})[0] in (
+        "whose `score` is not a number",
+        "with a null `score`",
+    )
 
 
 def test_a_text_is_kept_as_it_is() -> None:

@@ -136,7 +136,7 @@ def test_only_what_is_measured_may_change(run: Path) -> None:
         lora_kit.compare(run, ["train.max_steps=3", "prove.shots=1"])
     with pytest.raises(UserError, match=r"prove\.shotz: unknown key; did you mean `shots`"):
         lora_kit.compare(run, ["prove.shotz=3"])
-    with pytest.raises(UserError, match=r"prove\.metrics: metrics score answers, and text has"):
+    with pytest.raises(UserError, match=r"prove\.metrics: recipe cpt does not read it"):
         lora_kit.compare(run, ["prove.metrics=[f1]"])
     with pytest.raises(UserError, match=r"prove\.gate\.metrics: f1: .* not in prove\.metrics"):
         lora_kit.compare(run, ["prove.gate.metrics.f1=0.5"])
