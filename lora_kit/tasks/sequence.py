@@ -211,24 +211,18 @@ class Classification(Task):
         counts = np.bincount(classes, minlength=len(facts["labels"]))
         most = int(counts.argmax())
 
-        @contextlib.contextmanager
-        def linear_probe() -> Iterator[Rule]:
+        def features(some: Rows) -> np.ndarray:
             with model.disable_adapter():
-                yield Rule(lambda some: fitted.classes(self._features(model, some, processor)))
+                return self._each(model, _mean_of_body, some, processor)
 
-        with model.disable_adapter():
-            features = self._features(model, rows, processor)
-        fitted = probe.fit(features, classes, len(counts), run.seed)
+        fitted = probe.fit(features(rows), classes, len(counts), run.seed)
+        regression = Rule(lambda some: fitted.classes(features(some)))
         majority = Rule(lambda some: np.full(len(some), most))
         found = [
-            Contender("linear_probe", linear_probe),
+            Contender("linear_probe", lambda: contextlib.nullcontext(regression)),
             Contender("majority", lambda: contextlib.nullcontext(majority)),
         ]
         return found if fitted.accuracy > counts.max() / len(rows) else found[::-1]
-
-    def _features(self, model: Any, rows: Rows, processor: Processor) -> np.ndarray:
-        """The mean of the last hidden states of each text, float32 (rows, width)."""
-        return self._each(model, _mean_of_body, rows, processor)
 
     def _each(
         self,
@@ -321,7 +315,7 @@ def _logits(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def _mean_of_body(model: Any, batch: Batch) -> torch.Tensor:
-    """(rows, width) float32"""
+    """The mean of the last hidden states of each text: float32 (rows, width)."""
     from lora_kit.base.pooled import pool
 
     body = model.get_base_model().base_model
