@@ -406,6 +406,8 @@ def test_generations_are_measured_against_the_reference(base: Path) -> None:
         assert found[name]["better"] == better
         assert found[name]["ci95"] == [round(bound, 4) for bound in found[name]["ci95"]]
     assert found["kl"]["changed"] == 6
+    few = run_of(**{"prove.answers": 2})
+    assert TASK.examine(model, data, {}, tokenizer, {}, few)["generation"]["prompts"] == 2
     fresh = adapted(base, loud=False)
     same = TASK.examine(fresh, data, {}, tokenizer, {}, run)["generation"]
     for name in ("length", "unfinished", "kl"):

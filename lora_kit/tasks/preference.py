@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 SIDES = ("chosen", "rejected")
 _PAIRS_AT_ONCE = 4  # of the longest, in a pass without gradients
-_PROMPTS = 64  # held-out prompts that completions are generated for
+_PROMPTS = 64  # held-out prompts that completions are generated for, and prove.answers at most
 _ROOM = 32  # tokens that a generation may be longer than the longest completion of the rows
 _MOST_TOKENS = 512  # of a generation
 # When generations are called degenerate.
@@ -110,7 +110,6 @@ class Preference(Task):
         "data.labels",
         "prove.shots",
         "prove.metrics",
-        "prove.answers",
     )
     general = Text()
     flat = True
@@ -294,7 +293,8 @@ class Preference(Task):
         from lora_kit.tasks.bootstrap import compared
         from lora_kit.tasks.measure import generate_ids
 
-        prompts, completions = _prompts(data.eval, run.seed)
+        most = min(_PROMPTS, run.prove.answers)
+        prompts, completions = _prompts(data.eval, most, run.seed)
         chosen_length = np.mean([len(tokens) - 1 for tokens in completions["chosen"]])
         longest = max(len(completion) for some in completions.values() for completion in some)
         room = min(_MOST_TOKENS, longest + _ROOM)
@@ -471,9 +471,11 @@ def _reference_key(model: Any, rows: Rows, run: Run) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _prompts(rows: Rows, seed: int) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
-    """Different prompts of some rows, drawn with the seed, and the completions of their pairs by
-    side, as tokens."""
+def _prompts(
+    rows: Rows, most: int, seed: int
+) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
+    """So many different prompts at most, drawn with the seed, and the completions of their pairs
+    by side, as tokens."""
     prompts: list[list[int]] = []
     completions: dict[str, list[list[int]]] = {side: [] for side in SIDES}
     known: set[tuple[int, ...]] = set()
@@ -487,7 +489,7 @@ def _prompts(rows: Rows, seed: int) -> tuple[list[list[int]], dict[str, list[lis
         prompts.append(prompt)
         for side, places in zip(SIDES, trained, strict=True):
             completions[side].append(row[f"{side}_input_ids"][places].tolist())
-        if len(prompts) == _PROMPTS:
+        if len(prompts) == most:
             break
     return prompts, completions
 
