@@ -118,6 +118,7 @@ def test_a_moved_run_works_with_every_verb(verb: str, name: str, run: Path) -> N
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 def test_a_moved_run_is_compared_with_its_moved_data(run: Path) -> None:
     before = json.loads((run / "report.json").read_text(encoding="utf-8"))
     done = said("compare", run, "--json")
@@ -130,6 +131,7 @@ def test_a_moved_run_is_compared_with_its_moved_data(run: Path) -> None:
     assert "rows.jsonl changed since" in refusal("compare", run)
 
 
+@pytest.mark.slow
 def test_a_base_in_another_place_is_named_with_base(run: Path, work: Path) -> None:
     wanted = logits(lora_kit.load(run)[0])
     elsewhere = (run.parents[1] / "base").rename(work / "elsewhere")
@@ -158,6 +160,7 @@ def test_a_base_in_another_place_is_named_with_base(run: Path, work: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_by_its_files(run: Path, work: Path) -> None:
     other = make_base(work / "other", initializer_range=0.03)
     for verb in (["merge", run, "--out", "out"], ["generate", run, "Hello"], ["compare", run]):

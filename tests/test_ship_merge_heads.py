@@ -72,13 +72,16 @@ def alone(folder: Path) -> Any:
     return model.eval()
 
 
-CASES = [
-    *((family, "Model", None) for family in FAMILIES),
+QUICK = [
     ("Bert", "ForMaskedLM", None),  # a prefix, a head to be dropped, and no pooling layer
-    ("Roberta", "ForMaskedLM", None),
     ("Llama", "ForCausalLM", None),
+]
+SLOW = [
+    *((family, "Model", None) for family in FAMILIES),
+    ("Roberta", "ForMaskedLM", None),
     ("ModernBert", "Model", "mean"),
 ]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @pytest.mark.parametrize(("family", "kind", "pooling"), CASES)
