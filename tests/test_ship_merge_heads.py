@@ -105,6 +105,7 @@ def test_merged_is_base_plus_adapter_with_its_head(
     assert not (merged.out / "generation_config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Bert", "Llama", "GPT2"])
 @pytest.mark.parametrize("kind", ["Model", "head"])
 def test_an_own_pooling_becomes_a_folder_of_sentence_transformers(
