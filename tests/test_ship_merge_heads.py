@@ -81,6 +81,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind", "pooling"), CASES)
 def test_merged_is_base_plus_adapter_with_its_head(
     family: str, kind: str, pooling: str | None, tmp_path: Path
