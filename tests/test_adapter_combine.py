@@ -180,6 +180,7 @@ def monkeypatch_module() -> Any:
         yield patch
 
 
+@pytest.mark.slow
 def test_all_methods_are_measured_and_the_best_is_written(runs: list[Path], tmp_path: Path) -> None:
     names, out = [str(run) for run in runs], tmp_path / "out"
     on = ["--on", names[0], "--on", names[1]]

@@ -39,6 +39,7 @@ def model():
     return AutoModelForCausalLM.from_pretrained(nano.MODEL)
 
 
+@pytest.mark.slow
 def test_importing_nano_loads_no_library_and_reads_no_text():
     code = (
         "import sys, lora_kit.nano as nano\n"
@@ -244,6 +245,7 @@ def test_the_chat_template_writes_chatml(tokenizer, script):
     assert asked == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 def test_the_model_predicts_docstrings_it_never_saw(script, model, tokenizer):
     encoded = script.encode_all(tokenizer, nano.general()[:20])
     assert script.bits_per_byte(model, encoded) < 1.75

@@ -257,6 +257,7 @@ def test_packing_is_told(
     assert told["tokens"] == found.census.to_json()["tokens"]
 
 
+@pytest.mark.slow
 def test_no_model_is_loaded_for_it(run_file: Callable[..., Path]) -> None:
     # transformers' tokenizers bring torch themselves; of ours, nothing asks for it.
     code = """

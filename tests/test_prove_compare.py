@@ -91,6 +91,7 @@ def test_what_is_no_finished_run_is_refused(run: Path, work: Path, base: Path) -
         lora_kit.compare(unfinished)
 
 
+@pytest.mark.slow
 def test_a_run_that_learned_nothing_is_no_different(run_file: RunMaker) -> None:
     changes = {"train.learning_rate": 0.0, "prove.metrics": ["f1"], "prove.shots": 0}
     with pytest.raises(CheckFailed, match="did not move"):
@@ -238,6 +239,7 @@ def test_an_answer_is_asked_for_with_the_tokens_of_training() -> None:
     assert question(whole[0], chat=True) == ([1, 2], [3, 4])
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_beyond_the_positions_of_the_base(run_file: RunMaker, work: Path) -> None:
     """Learned positions have an end: rows as long as all of them, and rows that leave little."""
     import torch

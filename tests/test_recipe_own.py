@@ -94,6 +94,7 @@ def test_the_example_is_short() -> None:
     assert len(printed("python").splitlines()) <= LINES_OF_THE_EXAMPLE
 
 
+@pytest.mark.slow
 def test_it_trains_and_is_judged_against_the_mean(trained: Path) -> None:
     report = json.loads((trained / "report.json").read_text(encoding="utf-8"))
     assert report["domain"]["rival"] == "mean"
@@ -125,6 +126,7 @@ def test_every_verb_that_makes_sense_takes_it(
     assert code == 2 and "generate applies to language models only" in said
 
 
+@pytest.mark.slow
 def test_load_and_merge_never_run_it(
     trained: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

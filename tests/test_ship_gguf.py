@@ -52,6 +52,7 @@ def _adapted(folder: Path, family: str, **config: Any) -> tuple[Any, Any, Any]:
     return peft, open_adapter(folder / "adapter"), open_source(folder / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of tied ends
 @pytest.mark.parametrize(
     ("family", "kind"),

@@ -19,6 +19,8 @@ from lora_kit.errors import CheckFailed, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.ship.merge import FLOAT32_TOLERANCE, ROUNDING_SHARE, Merged, merge
 
+pytestmark = pytest.mark.slow
+
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew"
 # Full precision at every step: what is compared is the merge, not the run's type.
 PLAIN = {"base.dtype": "float32"}
@@ -130,6 +132,7 @@ def run(sft_run: Path) -> Path:
     return sft_run
 
 
+@pytest.mark.quick
 def test_the_merged_folder_answers_and_stops(sft_run: Path, base: Path, tmp_path: Path) -> None:
     run = copied(sft_run, tmp_path)
     on_own_base(run, base, tmp_path / "own")
@@ -171,6 +174,7 @@ def test_the_merged_folder_answers_and_stops(sft_run: Path, base: Path, tmp_path
     assert not any(str(base) in f.read_text("latin-1") for f in merged.out.glob("*.json"))
 
 
+@pytest.mark.quick
 def test_the_command_prints_what_it_measured(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     command = ["merge", str(run), "--out", str(out), "--json", "--verify", "logits"]

@@ -84,6 +84,7 @@ SLOW = [
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind", "pooling"), CASES)
 def test_merged_is_base_plus_adapter_with_its_head(
     family: str, kind: str, pooling: str | None, tmp_path: Path
@@ -108,6 +109,7 @@ def test_merged_is_base_plus_adapter_with_its_head(
     assert not (merged.out / "generation_config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Bert", "Llama", "GPT2"])
 @pytest.mark.parametrize("kind", ["Model", "head"])
 def test_an_own_pooling_becomes_a_folder_of_sentence_transformers(

@@ -99,6 +99,7 @@ def test_what_changes_or_is_left_out_is_said(
     assert "stays today's" in said and "takes no system turn" in said
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_folder_for_ollama(sft_run: Path, tmp_path: Path) -> None:
     import torch
 

@@ -120,6 +120,7 @@ def test_what_is_said_of_each_target(qwen: Path, tmp_path: Path, name: str) -> N
             (tmp_path / "a-portable").rename(tmp_path / target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_LLAMA_CPP)
 def test_llama_cpp_does_what_is_said(qwen: Path, tmp_path: Path, name: str) -> None:
     from peft import PeftModel
@@ -138,6 +139,7 @@ def test_llama_cpp_does_what_is_said(qwen: Path, tmp_path: Path, name: str) -> N
     assert apart > 0.05 if "llama.cpp" in tripping else apart < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
 def test_one_of_two_tied_matrices_alone(tmp_path: Path, module: str) -> None:
     from peft import PeftModel

@@ -43,6 +43,7 @@ pytest.importorskip("another_one")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ci", "tier", "expected"),
     [

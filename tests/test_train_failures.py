@@ -106,6 +106,7 @@ def test_no_rows_left(run_file: Any, work: Path) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_number(run_file: Any) -> None:
     file = run_file()
     package.train(file, "name=with", "train.gradient_checkpointing=true")
@@ -120,6 +121,7 @@ def first(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish_in(tmp_path_factory.mktemp("first"), base, **changes)
 
 
+@pytest.mark.slow
 def test_start_begins_with_that_adapter(run_file: Any, work: Path, first: Path) -> None:
     """Continued pre-training, then fine-tuning on top; at a learning rate of 0 nothing moves."""
     shutil.copytree(first, work / "runs" / "first")
@@ -134,6 +136,7 @@ def test_start_begins_with_that_adapter(run_file: Any, work: Path, first: Path) 
     assert report["training"]["trainable_parameters"] == count
 
 
+@pytest.mark.slow
 def test_start_refuses_the_adapter_of_another_base(run_file: Any, work: Path, first: Path) -> None:
     shutil.copytree(first, work / "runs" / "first")
     twin = make_base(work / "twin", initializer_range=0.03)  # the same shapes

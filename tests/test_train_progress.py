@@ -93,6 +93,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_tensorboard(run_file: RunMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures are those of metrics.jsonl; the files lie in the run and name no other place."""
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
@@ -193,6 +194,7 @@ def test_packed_rows_are_fewer() -> None:
     assert np.isclose(float(line.split()[1]), 20 * 8 / 7, atol=0.05)
 
 
+@pytest.mark.slow
 def test_said_before_the_start(run_file: RunMaker, capfd: Any) -> None:
     package.train(run_file("cpt", **{"train.max_steps": 40, "train.logging_steps": 40}))
     lines = capfd.readouterr().err.splitlines()
@@ -200,6 +202,7 @@ def test_said_before_the_start(run_file: RunMaker, capfd: Any) -> None:
     assert at < next(n for n, line in enumerate(lines) if line.startswith("step "))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "most"),
     [({}, 256), ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 512)],

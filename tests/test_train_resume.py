@@ -18,6 +18,8 @@ from lora_kit.errors import CheckFailed, UserError
 from lora_kit.train import trainer as module
 from lora_kit.train.callbacks import Progress, read_metrics
 
+pytestmark = pytest.mark.slow
+
 RUN = Path("runs/test")
 CHECKPOINTS = RUN / "checkpoints"
 
@@ -134,6 +136,7 @@ def test_refuses_another_number_of_processes(
         package.train(crashed, resume=True)
 
 
+@pytest.mark.quick
 def test_goes_on_where_only_the_writing_differs(crashed: Path) -> None:
     report = package.train(crashed, "train.logging_steps=2", "train.save_steps=3", resume=True)
     assert report["training"]["steps"] == 8

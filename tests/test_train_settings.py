@@ -195,6 +195,7 @@ def rows_of(file: Path, task: Any = None, **changes: Any) -> tuple[list[str], ..
     return tuple([tokenizer.decode(row["input_ids"]) for row in part] for part in parts)
 
 
+@pytest.mark.slow
 def test_data(run_file: Any, work: Path, plain_base: Path) -> None:
     (work / "more.txt").write_text("<|endoftext|>".join(f"row {n}" for n in range(25)))
     whole = {"data.packing": "none"}
@@ -229,6 +230,7 @@ def test_max_length(run_file: Any, base: Path) -> None:
     assert set(rows.sizes("input_ids")[:-1]) == {24}
 
 
+@pytest.mark.slow
 def test_top(run_file: Any) -> None:
     """seed: the split and the adapter's A; name: the folder; recipe: which journey."""
     file = run_file("cpt", **ONE_STEP)
@@ -248,6 +250,7 @@ def test_top(run_file: Any) -> None:
         package.train(file, "recipe=sft", "name=sft")
 
 
+@pytest.mark.slow
 def test_eval_save_and_workers_act(run_file: Any) -> None:
     from lora_kit.train.callbacks import read_metrics
 

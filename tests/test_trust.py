@@ -183,6 +183,7 @@ def test_a_task_of_the_harness_cannot_ask_the_hub_for_a_metric(
     assert not hub
 
 
+@pytest.mark.slow
 def test_a_library_does_not_fetch_compiled_code(work: Path) -> None:
     """bitsandbytes takes the package `kernels`, where it is, when it is imported."""
     (work / "kernels.py").write_text("def get_kernel(*a, **k):\n    open('canary', 'w').close()\n")

@@ -125,6 +125,7 @@ def test_verbs_that_do_not_apply_say_so_in_one_line(finished: Path) -> None:
     assert result.exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -152,6 +153,7 @@ def test_encoders_and_decoders_end_as_models_that_transformers_loads(
         assert (model(**batch).logits - ours(**batch).logits).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_accumulation_changes_nothing(quantize: str, bert: Path, work: Path) -> None:
     found = []

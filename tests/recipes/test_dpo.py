@@ -81,6 +81,7 @@ class Crash(Progress):
             raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same(pairs_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also its reference: it is of the model before the first step, not of the checkpoint."""
     train(pairs_file, "name=straight", "train.save_steps=4")
