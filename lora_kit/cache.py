@@ -27,7 +27,7 @@ from lora_kit.hashes import file_hash
 
 CACHE_VARIABLE = "LORA_KIT_CACHE"
 # Raised whenever the same input gives other files than before.
-VERSION = 6
+VERSION = 7
 DAYS_KEPT = 30
 _SEAL = "seal.json"
 

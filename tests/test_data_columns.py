@@ -88,6 +88,8 @@ def test_columns_of_no_format_are_refused_with_what_helps(values: Any, words: st
 def test_columns_that_the_run_file_names_must_be_there() -> None:
     line = refused({"text": "x", "id": 1}, renames={"text": "b"})
     assert line == "f:1: data.columns names `b`; the columns are: text, id"
+    line = refused({"text": "x", "id": 1}, renames={"prompt": "text"})
+    assert line.startswith("f:1: the columns (text, id; by data.columns: id, prompt) fit no format")
     line = refused({"text": "x", "id": 1}, group="user")
     assert line == "f:1: data.group names `user`; the columns are: text, id"
 
@@ -119,7 +121,7 @@ def test_labels_are_names_or_the_numbers_of_names() -> None:
         assert dropped({"text": "x", "label": value}, labels=("bad", "good")) == reason
     for value in (True, 1.0, ["good"], {"a": 1}):
         reason, _ = dropped({"text": "x", "label": value}, labels=("bad", "good"))
-        assert reason == "whose `label` is neither a name nor a number"
+        assert reason == "whose `label` is neither text nor a whole number"
     assert dropped({"text": "x", "label": " "}) == ("with an empty `label`", "")
 
 

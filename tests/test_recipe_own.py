@@ -213,3 +213,20 @@ def test_a_broken_recipe_ends_with_2_and_leaves_nothing(
     code, said = lora_kit(verb, "run.yaml")
     assert code == 2 and said.count("ModuleNotFoundError") == 1 and "Traceback" not in said
     assert sorted(p for p in tmp_path.iterdir() if p.name != "__pycache__") == before
+
+
+def test_scores_of_pairs_are_no_classes(home: Path, tmp_path: Path) -> None:
+    """Held-out rows have other scores than training rows, and no score must stay in training."""
+    from lora_kit.base.pin import pin
+    from lora_kit.tasks.encode import rows_of
+
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    lines = (home / "pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(lines[100:130]), encoding="utf-8")
+    text = (home / "run.yaml").read_text(encoding="utf-8").replace("eval: 0.1", "eval: eval.jsonl")
+    (tmp_path / "run.yaml").write_text(
+        text.replace("similarity.py", str(home / "similarity.py")), encoding="utf-8"
+    )
+    run, recipe = read_run(tmp_path / "run.yaml", [f"base.model={home / 'base'}"])
+    _, data = rows_of(recipe.task, run, pin(run.base))
+    assert len(data.eval) == 30

@@ -42,9 +42,9 @@ def made(folder: Path, family: str = "Bert", **changes: Any) -> tuple[Any, ...]:
 
 
 # ------------------------------------------------------------------ labels
-def facts(labels: dict[str, int], names: Any = None) -> dict[str, Any]:
+def facts(labels: dict[str, int], names: Any = None, left_out: str = "") -> dict[str, Any]:
     run: Any = SimpleNamespace(data=SimpleNamespace(labels=names))
-    train: Any = SimpleNamespace(labels=labels)
+    train: Any = SimpleNamespace(labels=labels, left_out=left_out)
     return TASK.facts(train, run)
 
 
@@ -57,15 +57,40 @@ def test_labels_are_in_alphabetical_order_or_in_that_of_the_run_file() -> None:
 
 
 def test_one_class_is_refused_and_few_rows_are_reported() -> None:
-    with pytest.raises(UserError, match="1 class in all rows, 'a': a classifier needs two or more"):
+    one = "1 class in the rows, 'a': a classifier needs two or more"
+    with pytest.raises(UserError, match=f"{one}$"):
         facts({"a": 9})
-    with pytest.raises(UserError, match="a name is there twice"):
-        facts({"a": 1, "b": 2}, ["a", "b", "a"])
+    with pytest.raises(UserError, match=f"{one}; left out: 7 with a null `label`"):
+        facts({"a": 9}, left_out="7 with a null `label`")
     found = facts(dict.fromkeys("abcde", 1) | {"f": 2}, list("abcdefg"))
     assert TASK.notes(set(), found) == [
         "1 class has no training row: g",
         "5 classes have one training row: a, b, c and 2 more",
     ]
+
+
+def test_names_of_labels_are_not_empty_and_differ_by_more_than_white_space() -> None:
+    twice = "the label 'a' is there twice, or with space around it"
+    for names in (["a", "b", "a"], ["a", "b", "a "]):
+        with pytest.raises(UserError, match=rf"data\.labels: {twice}"):
+            facts({"a": 1, "b": 2}, names)
+    with pytest.raises(UserError, match=rf"data\.train: {twice}"):
+        facts({" a": 1, "a": 2})
+    with pytest.raises(UserError, match=r"data\.labels: a name of a label is empty"):
+        facts({"a": 1, "b": 2}, ["a", "b", " "])
+
+
+def test_a_held_out_label_that_no_training_row_has_is_counted(tmp_path: Path) -> None:
+    """As where each class has one row, or all rows of one are near each other."""
+    run = opened(classify_file(tmp_path, make_body(tmp_path / "base")))
+    rows = [row | {"label": f"class {number}"} for number, row in enumerate(texts(60))]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    words = r"data\.eval: no rows left; left out: 24 whose label no training row has \(first: "
+    with pytest.raises(UserError, match=words):
+        rows_of(TASK, run, pin(run.base))
+    write_rows(tmp_path / "rows.jsonl", rows[:50] + texts(60)[50:])
+    with pytest.raises(UserError, match=r"\d of 60 rows .* whose label no training row has"):
+        rows_of(TASK, run, pin(run.base))
 
 
 def test_a_class_with_one_row_is_trained_on(tmp_path: Path) -> None:

@@ -101,12 +101,14 @@ class Examples:
         path: of the Arrow stream. files: of each record batch, the number of its file.
         places: name and style of each file.
         chosen: bool (examples,): those that iterating gives.
+        left_out: why rows that were read are no examples, for messages; "": all of them are.
     """
 
     path: Path
     files: list[int]
     places: list[tuple[str, str]]
     chosen: np.ndarray
+    left_out: str = ""
 
     def __iter__(self) -> Iterator[Example]:
         start = 0

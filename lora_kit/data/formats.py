@@ -178,6 +178,8 @@ def format_of(row: Row, columns: Columns, formats: Sequence[str]) -> str:
             f"{row.place}: the columns ({have}) fit more than one format ({', '.join(mine)}): "
             f"say which is meant, for example data.columns: {{{example}: {example}}}"
         )
+    if values.keys() != row.columns.keys():
+        have += f"; by data.columns: {_listed(values)}"
     wanted = "; ".join("+".join(FORMATS[name].needed) for name in formats)
     rename = f"rename them, for example data.columns: {{{_suggested(values, formats)}}}"
     if fitting:
@@ -412,7 +414,7 @@ def _preferred(values: dict[str, Any]) -> list[Message]:
 def _label(value: Any, labels: tuple[str, ...]) -> str:
     found = f"it is {shown(value)}"
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise NotUsable("whose `label` is neither a name nor a number", found)
+        raise NotUsable("whose `label` is neither text nor a whole number", found)
     if isinstance(value, int) and not labels:
         raise NotUsable("whose `label` is a number without a name", f"{found}: name data.labels")
     if value not in labels and _NUMBER.fullmatch(str(value)) and int(value) < len(labels):

@@ -75,7 +75,8 @@ class Split:
     @property
     def train(self) -> Examples:
         """The examples that may be trained on."""
-        return replace(self.tables["train"], chosen=self.sides["train", "train"])
+        chosen, left_out = self.sides["train", "train"], self.census.train.left_out()
+        return replace(self.tables["train"], chosen=chosen, left_out=left_out)
 
 
 def prepare(data: Data, task: Reads, seed: int, lock: dict[str, Any] | None = None) -> Split:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from lora_kit.data.census import Count
 from lora_kit.data.duplicates import UNSIGNED, hashed, ranks, sign
 from lora_kit.data.examples import to_batch
-from lora_kit.data.formats import Columns, Example, normalised, to_example
+from lora_kit.data.formats import FORMATS, Columns, Example, normalised, to_example
 from lora_kit.data.readers import Batch, Row
 from lora_kit.errors import NotUsable
 
@@ -102,6 +102,7 @@ class Reader:
         order = ranks(np.array(keys, dtype=np.uint64), self.settings.seed)
         signed_rows = np.flatnonzero(order < np.uint64(work.sampled_below))
         questions, signed_questions = [0] * len(keys), UNSIGNED
+        classes = "label" in FORMATS[work.format].needed  # a score of a pair of sentences is none
         if self.settings.questions:
             asked = [normalised(example.question) for example in examples]
             questions = [hashed(text) for text in asked]
@@ -114,7 +115,7 @@ class Reader:
                 "keys": keys,
                 "questions": questions,
                 "groups": [self._group(example, plain) for example in examples],
-                "labels": [example.label for example in examples],
+                "labels": [example.label if classes else None for example in examples],
                 "joins": [example.joins for example in examples],
             },
             signed_rows=signed_rows,

@@ -97,13 +97,15 @@ class Classification(Task):
     def facts(self, train: Examples, run: Run) -> Facts:
         """`labels`: the names of the classes in order; `rows`: the training rows of each."""
         counts = train.labels
-        labels = label_names(run.data.labels) or tuple(counts)
-        if len(set(labels)) < len(labels):
-            raise UserError("data.labels: a name is there twice")
+        named = label_names(run.data.labels)
+        labels = named or tuple(counts)
+        _check_names(labels, "data.labels" if named else "data.train")
         if len(counts) < 2:
             only = f", {next(iter(counts))!r:.60}" if counts else ""
+            lost = f"; left out: {train.left_out}" if train.left_out else ""
             raise UserError(
-                f"data.train: {len(counts)} class in all rows{only}: a classifier needs two or more"
+                f"data.train: {len(counts)} class in the rows{only}: a classifier needs two or "
+                f"more{lost}"
             )
         return {"labels": list(labels), "rows": [counts.get(label, 0) for label in labels]}
 
@@ -130,13 +132,16 @@ class Classification(Task):
             if not ids:
                 yield Dropped("of no token that the tokenizer knows")
                 continue
+            if example.label not in numbers:  # a held-out row
+                yield Dropped("whose label no training row has")
+                continue
             cut = ""
             if len(ids) > length:  # the special tokens at its end are kept
                 cut = f"cut to train.max_length ({length} tokens)"
                 ids = processor(example.text, truncation=True, max_length=length)["input_ids"]
             row = {
                 "input_ids": np.array(ids, dtype=np.int32),
-                "labels": numbers[str(example.label)],
+                "labels": numbers[example.label],
                 "truncated": cut,
             }
             yield [row]
@@ -303,6 +308,21 @@ class _Collate:
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
             "labels": torch.tensor([int(row["labels"]) for row in rows]),
         }
+
+
+def _check_names(labels: Sequence[str], key: str) -> None:
+    """Raises UserError if a class has no name, or that of another one but for space around it."""
+    known: set[str] = set()
+    for label in labels:
+        name = label.strip()
+        if not name:
+            raise UserError(f"{key}: a name of a label is empty")
+        if name in known:
+            raise UserError(
+                f"{key}: the label {name!r:.60} is there twice, or with space around it: use one "
+                "spelling"
+            )
+        known.add(name)
 
 
 def _inputs(batch: Batch) -> Batch:
