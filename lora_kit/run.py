@@ -524,14 +524,19 @@ def _programs(values: dict[str, Any]) -> list[str]:
 
 
 def _twice_decided(values: dict[str, Any]) -> list[str]:
-    """Keys of the adapter that `adapter.start` decides; their defaults may stand there, as they do
-    in a resolved run file."""
+    """Keys of the adapter that `adapter.start` or `train.trainable` decides; their defaults may
+    stand there, as they do in a resolved run file."""
     adapter, fields = _section(values, "adapter"), Adapter.model_fields
+    if adapter.get("start"):
+        why = "taken over from adapter.start"
+    elif _section(values, "train").get("trainable") == "head":
+        why = "train.trainable: head trains without LoRA"
+    else:
+        return []
     return sorted(
-        f"adapter.{key}: taken over from adapter.start; leave it out"
+        f"adapter.{key}: {why}; leave it out"
         for key in fields.keys() & adapter.keys() - {"start"}
-        if adapter.get("start")
-        and adapter[key] != fields[key].get_default(call_default_factory=True)
+        if adapter[key] != fields[key].get_default(call_default_factory=True)
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from classifiers import FAMILIES, make_body
+from conftest import make_tokenizer
+from tokenizers import processors
 
 from lora_kit.adapter.attach import _freeze_statistics, attach, describe, put_on
 from lora_kit.adapter.files import open_adapter
@@ -283,3 +285,32 @@ def test_a_head_is_described_in_the_lock_and_beside_the_adapter(tmp_path: Path) 
     (tmp_path / "head.json").write_text("{}")
     with pytest.raises(UserError, match=r"head\.json: damaged"):
         Head.beside(tmp_path)
+
+
+def test_a_model_of_pictures_does_not_classify_texts(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    folder = tmp_path / "base"
+    make_tokenizer(folder)
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32}
+    ViTModel(ViTConfig(intermediate_size=64, **small)).save_pretrained(folder)
+    for pooling in (None, "mean"):
+        with pytest.raises(UserError, match="vit takes pixel_values, not text: take another base"):
+            loaded(folder, pooling)
+
+
+def test_an_encoder_decoder_needs_a_tokenizer_that_ends_the_text(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path / "base"
+    backend = make_tokenizer(folder).backend_tokenizer
+    small = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    special = {"pad_token_id": 1, "eos_token_id": 0, "decoder_start_token_id": 1}
+    config = T5Config(vocab_size=400, **small, **special)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"t5 classifies at the end-of-text token .*does not add"):
+        loaded(folder)
+    ends = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 0)])
+    backend.post_processor = ends
+    backend.save(str(folder / "tokenizer.json"))
+    assert loaded(folder)[0].pooling == "last"

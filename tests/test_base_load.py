@@ -174,7 +174,7 @@ def _encoder(folder: Path) -> None:
         (_a_list, "not a JSON object"),
         (_wrong_value, "cannot be loaded"),
         (_quantized, r"already quantized \(gptq\)"),
-        (_encoder, "cannot be loaded"),
+        (_encoder, "has no AutoModelForCausalLM of a T5Config: take another base"),
         (_outside, "a file outside of its folder"),
         (_kernel, "attn_implementation of its config.json is code"),
     ],

@@ -15,12 +15,13 @@ from lora_kit.data.census import Census
 from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.prove.compare import check_prove, evaluate
-from lora_kit.schema import Prove, Run
+from lora_kit.schema import Gate, Prove, Run
 from lora_kit.tasks.answers import question
 from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.measure import generate
+from lora_kit.tasks.preference import Preference
 
 FIGURES = ("verdict", "domain", "general", "few_shot", "metrics", "samples")
 
@@ -191,6 +192,18 @@ def test_rows_of_one_token_are_not_judged(run: Path) -> None:
     mixed = labelled([([5], [5])] * 5 + [([5, 6], [5, 6])] * 20, list(range(25)), [1] * 25)
     report = evaluate(Text(), model, data_of(mixed), tokenizer, run_with(Prove()))
     assert report["domain"]["documents"] == 20 and len(report["samples"]) == 6
+
+
+def test_a_gate_on_examples_that_are_not_measured_is_refused_before_training(run: Path) -> None:
+    _, tokenizer = lora_kit.load(run)
+    rows = data_of(labelled([([5, 6], [5, 6])] * 20, list(range(20)), [1] * 20))
+    gate = {"gate": Gate(few_shot="better")}
+    check_prove(Text(), rows, tokenizer, run_with(Prove(**gate)))
+    words = r"prove\.gate\.few_shot: not measured with"
+    with pytest.raises(UserError, match=f"{words} prove.shots: 0: leave it out"):
+        check_prove(Text(), rows, tokenizer, run_with(Prove(shots=0, **gate)))
+    with pytest.raises(UserError, match=f"{words} this recipe"):
+        check_prove(Preference(), rows, tokenizer, run_with(Prove(**gate)))
 
 
 def test_scores_come_with_the_base_and_the_base_with_examples(

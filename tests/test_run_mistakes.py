@@ -52,6 +52,15 @@ def refused(folder: Path, text: str) -> str:
     return str(caught.value)
 
 
+def test_what_a_head_alone_does_not_read_is_refused(folder: Path) -> None:
+    head = "train.trainable=head"
+    assert problems(folder, head, "adapter.r=4", "adapter.use_dora=true", "adapter.start=null") == [
+        f"adapter.{key}: train.trainable: head trains without LoRA; leave it out"
+        for key in ("r", "use_dora")
+    ]
+    assert load_run(write(folder, GOOD), [head, "adapter.r=16"]).adapter.r == 16
+
+
 def test_every_mistake_is_reported_at_once_with_key_value_and_nearest_name(folder: Path) -> None:
     text = """
 recipe: spt

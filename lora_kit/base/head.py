@@ -286,6 +286,12 @@ def _way(pinned: Pinned, head: Head) -> _Way:
         raise unusable(pinned, "cannot be loaded", error) from None
     pooling, own = head.pooling, True
     if head.auto == SEQUENCE:
+        takes = getattr(_body_of(config), "main_input_name", "input_ids")
+        if takes != "input_ids":
+            raise UserError(
+                f"base.model: {folder}: {config.model_type} takes {takes}, not text: take another "
+                "base"
+            )
         pooling, own = settle(head.pooling, folder, config, shapes)
     elif shapes is None:
         raise UserError(
@@ -293,9 +299,16 @@ def _way(pinned: Pinned, head: Head) -> _Way:
             "take another base"
         )
     if own and pooling == "last":
-        # The head looks for the last token that is none of padding.
-        padding = load_tokenizer(pinned, generates=False).pad_token_id
-        config.get_text_config().pad_token_id = padding
+        # The head looks for the last token that is none of padding; that of an encoder-decoder for
+        # the end-of-text token.
+        tokenizer = load_tokenizer(pinned, generates=False)
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        end = config.get_text_config().eos_token_id
+        if config.is_encoder_decoder and tokenizer("a")["input_ids"][-1] != end:
+            raise UserError(
+                f"base.model: {folder}: {config.model_type} classifies at the end-of-text token "
+                f"({end}), which the tokenizer does not add: let its tokenizer.json add it"
+            )
     layers = head_layers(shapes) if own else []
     return _Way(config, stored_labels, auto, pooling, own, tuple(layers))
 
@@ -356,13 +369,17 @@ def head_layers(skeleton: Any) -> list[str]:
     ]
 
 
-def _without_pooler(config: Any) -> dict[str, Any]:
-    """The argument with which a body is built without its pooling layer, where it takes one."""
+def _body_of(config: Any) -> Any:
+    """The class of a base's body; None: transformers has none."""
     from transformers import AutoModel
 
-    found = AutoModel._model_mapping[type(config)]
-    body: Any = found[0] if isinstance(found, tuple) else found
-    takes_it = "add_pooling_layer" in inspect.signature(body).parameters
+    found = AutoModel._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _without_pooler(config: Any) -> dict[str, Any]:
+    """The argument with which a body is built without its pooling layer, where it takes one."""
+    takes_it = "add_pooling_layer" in inspect.signature(_body_of(config)).parameters
     return {"add_pooling_layer": False} if takes_it else {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ def unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
     if isinstance(error, LoraKitError):
         return error  # a signal, which arrives anywhere
     reason = " ".join(str(error).split())[:240] or type(error).__name__
+    if kinds := re.search(r"configuration class <class '.*\.(\w+)'> .*: (AutoModel\w*)\.", reason):
+        reason = f"transformers has no {kinds[2]} of a {kinds[1]}: take another base"
     if "trust_remote_code" in reason:
         reason = "it needs code from its folder (auto_map), and that is never run: take another"
     return UserError(f"base.model: {pinned.folder}: {what}: {reason}")
@@ -238,6 +241,7 @@ def check_whole(pinned: Pinned, missing: list[str]) -> None:
         raise UserError(
             f"base.model: {pinned.folder}: weights are missing: {', '.join(missing[:3])}"
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            + ": fetch the base again, or take another"
         )
 
 

@@ -52,6 +52,9 @@ def check_prove(task: Task, data: Prepared, processor: Processor, run: Run) -> N
         if unknown:
             why = f"no score of this task, and not in prove.metrics (known: {', '.join(known)})"
             problems.append(f"prove.gate.metrics: {unknown}: {why}")
+        if gate.few_shot and (run.prove.shots == 0 or "prove.shots" in task.unread):
+            why = "this recipe" if run.prove.shots else "prove.shots: 0"
+            problems.append(f"prove.gate.few_shot: not measured with {why}: leave it out")
         if gate.loss is not None and "loss" not in task.scores:
             why = f"this task has no score of that name (known: {', '.join(task.scores)})"
             problems.append(f"prove.gate.loss: {why}")

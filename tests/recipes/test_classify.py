@@ -179,7 +179,7 @@ def test_accumulation_changes_nothing(quantize: str, bert: Path, work: Path) -> 
 
 
 def test_a_head_alone_is_trained_and_loaded(bert: Path, work: Path) -> None:
-    lora_kit.train(classify_file(work, bert, **HARD, **{"train.trainable": "head"}))
+    lora_kit.train(classify_file(work, bert, **HARD, **{"train.trainable": "head", "adapter": {}}))
     tensors = load_file("runs/test/adapter/adapter_model.safetensors")
     assert sorted(tensors) == ["base_model.model.score.bias", "base_model.model.score.weight"]
     model, _ = lora_kit.load("runs/test")
