@@ -44,7 +44,7 @@ def code_of(something: object) -> str:
     files = set()
     for kind in type(something).__mro__:
         with contextlib.suppress(OSError, TypeError):  # built in
-            files.add(inspect.getsourcefile(kind) or "")
+            files.add(vars(kind).get("__file__") or inspect.getsourcefile(kind) or "")
     digests = [file_hash(Path(file)) for file in sorted(files) if file and Path(file).is_file()]
     return hashlib.sha256(repr([type(something).__qualname__, digests]).encode()).hexdigest()
 

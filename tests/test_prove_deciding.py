@@ -95,6 +95,40 @@ def test_what_a_sharded_model_cannot_generate_for_does_not_decide() -> None:
     assert report["metrics"] is None and report["domain"]["decided_by"] == "macro_f1"
 
 
+# ------------------------------------------------------------------ a task that breaks the contract
+def test_scores_of_other_names_are_refused() -> None:
+    data = Prepared(ROWS, ROWS, None, {}, Census(), {}, [], False)
+    given = (Model(1, 1), data, None, run_with(), ("score",))
+    task = Two()
+    for names in (("macro_f1", "accuracy"), ("accuracy", "f1"), ("accuracy", "macro_f1", "f1")):
+        task.scores = names  # type: ignore[assignment]
+        words = rf"TASK\.score: gives accuracy, macro_f1; TASK\.scores: {', '.join(names)}"
+        with pytest.raises(UserError, match=words):
+            evaluate(task, *given)
+
+
+def test_what_is_no_list_of_scores_is_refused() -> None:
+    data = Prepared(ROWS, ROWS, None, {}, Census(), {}, [], False)
+    task = Two()
+    task.score = lambda *_: None  # type: ignore[assignment, method-assign, return-value]
+    with pytest.raises(UserError, match=r"TASK\.score: gives none; TASK\.scores: accuracy"):
+        evaluate(task, Model(1, 1), data, None, run_with(), ("score",))
+
+
+def test_a_new_head_without_a_rival_is_refused() -> None:
+    data = Prepared(ROWS, ROWS, None, {}, Census(), {}, [], False)
+    task = Two()
+    task.rivals = lambda *_: []  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"TASK\.rivals: none"):
+        evaluate(task, Model(1, 1), data, None, run_with(), ("score",))
+
+
+@pytest.mark.parametrize("wrong", [{"better": "less"}, {"sums": np.ones(3)}])
+def test_a_score_that_would_be_misread_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"TASK\.score: loss: sums of the shape \(units, k\)"):
+        Score("loss", **{"sums": np.ones((3, 2)), **wrong})
+
+
 # ------------------------------------------------------------------ what a gate may hold
 def checked(task: Task, **prove: Any) -> None:
     labels = [-100, 6]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import lora_kit
 
-from lora_kit.errors import RunFileError
+from lora_kit.errors import RunFileError, UserError
 from lora_kit.launch import read_run
 from lora_kit.run import shipped
 
@@ -177,6 +177,8 @@ MAIN = "\n\ndef main(run, resume=False): ...\n"
         ),
         (f"{GOOD.replace(TEXT, '()')}TASK = Own(){MAIN}", "TASK.formats names no format"),
         (f"{GOOD.replace(LOSS, '()')}TASK = Own(){MAIN}", "TASK.scores names none of the scores"),
+        (f"{GOOD.replace(LOSS, 'None')}TASK = Own(){MAIN}", "TASK.scores is not a tuple of names"),
+        (f"{GOOD.replace(TEXT, TEXT[1:7])}TASK = Own(){MAIN}", "TASK.formats is not a tuple of"),
     ],
 )
 def test_a_broken_recipe_is_one_line(
@@ -230,3 +232,59 @@ def test_scores_of_pairs_are_no_classes(home: Path, tmp_path: Path) -> None:
     run, recipe = read_run(tmp_path / "run.yaml", [f"base.model={home / 'base'}"])
     _, data = rows_of(recipe.task, run, pin(run.base))
     assert len(data.eval) == 30
+
+
+def test_rows_are_made_anew_once_the_recipe_was_changed(home: Path, tmp_path: Path) -> None:
+    """As where `encode` was corrected after a preview."""
+    from lora_kit.base.pin import pin
+    from lora_kit.tasks.encode import rows_of
+
+    own, run_file = tmp_path / "similarity.py", tmp_path / "run.yaml"
+    shutil.copy(home / "pairs.jsonl", tmp_path)
+    shutil.copy(home / "run.yaml", run_file)
+    source = (home / "similarity.py").read_text(encoding="utf-8")
+    found = []
+    for changed in (source, source.replace("float(example.label)}]", "-float(example.label)}]")):
+        own.write_text(changed, encoding="utf-8")
+        run, recipe = read_run(run_file, [f"base.model={home / 'base'}"])
+        _, data = rows_of(recipe.task, run, pin(run.base))
+        found.append(data.rows("train").column("labels"))
+    assert found[1].tolist() == (-found[0]).tolist()
+
+
+ROW = '{"input_ids": encoded["input_ids"], "labels": float(example.label)}'
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (f"[{ROW}]", "None", r"pairs\.jsonl:1: a list of rows, not NoneType"),
+        (f"[{ROW}]", ROW, r"pairs\.jsonl:1: a list of rows, not dict"),
+        ("in examples:", "in examples[1:]:", r"\d+ examples, and rows or Dropped for \d+"),
+        (f"[{ROW}]", f'[{ROW} if "a" in pair[0] else {{"labels": 1.0}}]', "rows must all have the same col"),
+        ('encoded["input_ids"], "l', 'example.label, "l', "rows that TASK.tokens cannot count"),
+    ],
+)
+def test_rows_that_encode_must_not_give_are_one_line(
+    before: str, after: str, words: str, home: Path, broken: Callable[[str], Path]
+) -> None:
+    from lora_kit.base.pin import pin
+    from lora_kit.tasks.encode import rows_of
+
+    source = (home / "similarity.py").read_text(encoding="utf-8")
+    assert before in source
+    run, recipe = read_run(broken(source.replace(before, after)), [])
+    with pytest.raises(UserError, match=words) as raised:
+        rows_of(recipe.task, run, pin(run.base))
+    assert str(raised.value).startswith("TASK.encode: ") and "\n" not in str(raised.value)
+
+
+def test_a_new_head_needs_rivals_before_it_trains(
+    home: Path, broken: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import lora_kit as package
+
+    source = (home / "similarity.py").read_text(encoding="utf-8").replace("def rivals", "def other")
+    with pytest.raises(UserError, match=r"TASK\.rivals: none, and an untrained head is no rival"):
+        package.train(broken(source))
+    assert not (tmp_path / "runs" / "similarity").exists()

@@ -211,8 +211,15 @@ def _evaluated(
     contenders = task.rivals(model, data, processor, facts, run)
     if not fresh and not any(c.name == "base" for c in contenders):
         contenders = [Contender("base", model.disable_adapter), *contenders]
+    if not contenders:
+        raise UserError("TASK.rivals: none, and a base with a new head is no rival: name one")
     rival = contenders[0]
     scores = {"adapted": task.score(model, data.eval, processor, facts, run)}
+    given = scores["adapted"]
+    names = [score.name for score in given] if isinstance(given, list) else []
+    if names[: len(task.scores)] != list(task.scores):
+        asked = ", ".join(task.scores)
+        raise UserError(f"TASK.score: gives {', '.join(names) or 'none'}; TASK.scores: {asked}")
     for contender in contenders:
         scores[contender.name] = _score(task, contender, model, data.eval, processor, facts, run)
     report: dict[str, Any] = {"verdict": {}, **dict.fromkeys(_ABSENT), "not_measured": []}

@@ -205,13 +205,20 @@ class Encoder:
         counts: list[int] = []
         own_lengths: list[int] = []
         dropped, truncated = [], []
-        encoded = task.encode(examples, self.processor, self.facts, self._run)
+        encoded = list(task.encode(examples, self.processor, self.facts, self._run))
+        if len(encoded) != len(examples):
+            raise UserError(
+                f"TASK.encode: {len(examples)} examples, and rows or Dropped for {len(encoded)}"
+            )
         for n, (example, found) in enumerate(zip(examples, encoded, strict=True)):
             if isinstance(found, Dropped):
                 where = f"{example.place}: {found.detail}" if found.detail else example.place
                 dropped.append((n, found.reason, where))
                 counts.append(0)
                 continue
+            if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+                kind = type(found).__name__
+                raise UserError(f"TASK.encode: {example.place}: a list of rows, not {kind}")
             counts.append(len(found))
             for row in found:
                 if reason := row.get("truncated"):
@@ -222,11 +229,17 @@ class Encoder:
                 place = {"example": work.first + n, "file": work.file, "number": numbers[n]}
                 rows.append({**kept, **place})
         of_row = np.repeat(np.arange(len(examples)), counts)
-        batch = record_batch(rows) if rows else None
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise UserError("TASK.encode: rows must all have the same columns")
         lengths = np.zeros(len(examples), np.int64)
-        if batch is not None:
-            each = own_lengths or task.tokens(Rows(pa.Table.from_batches([batch])))
-            np.add.at(lengths, of_row, each)
+        try:
+            batch = record_batch(rows) if rows else None
+            if batch is not None:
+                each = own_lengths or task.tokens(Rows(pa.Table.from_batches([batch])))
+                np.add.at(lengths, of_row, each)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"TASK.encode: rows that TASK.tokens cannot count ({why})") from error
         return _Part(
             work.use, work.first, batch, np.array(counts, np.int32), lengths, dropped, truncated
         )

@@ -15,6 +15,7 @@ from lora_kit.tasks.task import Task
 from lora_kit.trust import check_own
 
 Main = Callable[..., dict[str, Any]]
+_TUPLES = ("formats", "scores", "unread")
 
 
 class Recipe(NamedTuple):
@@ -51,6 +52,8 @@ def load_recipe(file: Path) -> Recipe:
     problems = []
     if not isinstance(task, Task):
         problems.append("defines no TASK, an instance of lora_kit.recipe.Task")
+    elif wrong := [name for name in _TUPLES if not isinstance(getattr(task, name), (tuple, list))]:
+        problems += [f"TASK.{name} is not a tuple of names, as in ('text',)" for name in wrong]
     elif unknown := [name for name in task.formats if name not in FORMATS]:
         hint = nearest(str(unknown[0]), list(FORMATS))
         known = ", ".join(FORMATS)
@@ -63,6 +66,10 @@ def load_recipe(file: Path) -> Recipe:
         problems.append("defines no main(run, resume)")
     if problems or not isinstance(task, Task) or not callable(main):
         raise UserError("\n".join(f"recipe: {file}: {problem}" for problem in problems))
+    for kind in type(task).__mro__:
+        if kind.__module__ == module.__name__:
+            # Rows are kept under a hash of it, and `inspect` knows files of registered modules.
+            kind.__file__ = str(file)  # type: ignore[attr-defined]
     return Recipe(task, main)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from lora_kit.data.examples import Examples
 from lora_kit.data.formats import Example
 from lora_kit.data.rows import Row, Rows
+from lora_kit.errors import UserError
 from lora_kit.schema import Section
 
 if TYPE_CHECKING:
@@ -83,6 +84,13 @@ class Score:
     better: str = "higher"
     units: np.ndarray | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.sums.ndim != 2 or self.better not in ("lower", "higher"):
+            raise UserError(
+                f"TASK.score: {self.name}: sums of the shape (units, k) and better: lower or "
+                f"higher, not {self.sums.shape} and {self.better}"
+            )
 
     @property
     def figure(self) -> float:

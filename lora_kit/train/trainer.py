@@ -66,6 +66,10 @@ def make_trainer(
             not keep packed documents apart.
     """
     task, run, directory = journey.task, journey.run, journey.directory
+    if fresh and type(task).rivals is Task.rivals:
+        raise UserError(
+            "TASK.rivals: none, and an untrained head is no rival: see recipes/README.md"
+        )
     directory.lock(fresh=list(fresh))
     if pooling := getattr(model, "pooling", None):
         directory.lock(pooling=pooling)
