@@ -155,6 +155,7 @@ GOOD = """import lora_kit.recipe as kit
 
 class Own(kit.Task):
     formats, scores = ('text',), ('loss',)
+    encode = collate = score = show = lambda *_: None
 
 
 """
@@ -167,7 +168,7 @@ MAIN = "\n\ndef main(run, resume=False): ...\n"
     [
         ("import no_such_library\n", "own.py:1: cannot be imported: ModuleNotFoundError"),
         ("def main(:\n", "own.py:1: cannot be imported: SyntaxError"),
-        (f"{GOOD}1 / 0\n", "own.py:8: cannot be imported: ZeroDivisionError"),
+        (f"{GOOD}1 / 0\n", "own.py:9: cannot be imported: ZeroDivisionError"),
         (MAIN, "own.py: defines no TASK, an instance of lora_kit.recipe.Task"),
         (f"{GOOD}TASK = Own{MAIN}", "own.py: defines no TASK, an instance"),
         (f"{GOOD}TASK = Own()\n", "own.py: defines no main(run, resume)"),
@@ -177,6 +178,10 @@ MAIN = "\n\ndef main(run, resume=False): ...\n"
         ),
         (f"{GOOD.replace(TEXT, '()')}TASK = Own(){MAIN}", "TASK.formats names no format"),
         (f"{GOOD.replace(LOSS, '()')}TASK = Own(){MAIN}", "TASK.scores names none of the scores"),
+        (f"{GOOD}raise SystemExit(3)\n", "own.py:9: cannot be imported: SystemExit: 3"),
+        (f"{GOOD}TASK = Own()\nTASK.unread = ('train.x',){MAIN}", "run file has no 'train.x'"),
+        (f"{GOOD}TASK = Own()\nTASK.settings = {{'x': 1}}{MAIN}", "the run file has no 'x'"),
+        (f"{GOOD.replace('encode = ', '')}TASK = Own(){MAIN}", "TASK has no encode: see recipes/"),
         (f"{GOOD.replace(LOSS, 'None')}TASK = Own(){MAIN}", "TASK.scores is not a tuple of names"),
         (f"{GOOD.replace(TEXT, TEXT[1:7])}TASK = Own(){MAIN}", "TASK.formats is not a tuple of"),
     ],
@@ -261,7 +266,11 @@ ROW = '{"input_ids": encoded["input_ids"], "labels": float(example.label)}'
         (f"[{ROW}]", "None", r"pairs\.jsonl:1: a list of rows, not NoneType"),
         (f"[{ROW}]", ROW, r"pairs\.jsonl:1: a list of rows, not dict"),
         ("in examples:", "in examples[1:]:", r"\d+ examples, and rows or Dropped for \d+"),
-        (f"[{ROW}]", f'[{ROW} if "a" in pair[0] else {{"labels": 1.0}}]', "rows must all have the same col"),
+        (
+            f"[{ROW}]",
+            f'[{ROW} if "a" in pair[0] else {{"labels": 1.0}}]',
+            "rows must all have the same col",
+        ),
         ('encoded["input_ids"], "l', 'example.label, "l', "rows that TASK.tokens cannot count"),
     ],
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,10 @@ from lora_kit.adapter.load import end_tokens
 from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed
 from lora_kit.tasks.batches import IGNORED, collator
-from lora_kit.tasks.task import Score
+from lora_kit.tasks.task import Batch, Collate, Score
+
+if TYPE_CHECKING:
+    import torch
 
 # Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
 # of 152k. A single row may be longer.
@@ -106,6 +109,60 @@ def measure(
         )
     size = np.bincount(units_of, rows.column("bytes"), minlength=rows.units)
     return Losses(sums[0].numpy(), sums[1].numpy(), size.astype(np.float64))
+
+
+def each_row(
+    model: Any,
+    rows: Rows,
+    collate: Collate,
+    lengths: np.ndarray,
+    rows_at_once: int,
+    of: Callable[[Any, Batch], torch.Tensor],
+    what: str,
+) -> np.ndarray:
+    """What a function gives for each row, (rows, width) of its type. Rows are dealt out to the
+    ranks if there are several; every rank returns all of them.
+
+    Args:
+        lengths, rows_at_once: as in `batches_of`.
+        of: model and batch -> (rows of the batch, width).
+        what: of a row, for the message.
+
+    Raises:
+        CheckFailed: a value is NaN or infinite.
+    """
+    import torch
+    import torch.distributed as dist
+
+    batches = batches_of(model, lengths, rows_at_once)
+    device = next(model.parameters()).device
+    rank, ranks = rank_and_ranks()
+    found: Any = None
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for turn in range(-(-len(batches) // ranks)):
+            mine = turn * ranks + rank
+            # Every rank runs as many passes as the others: a sharded model needs all of them.
+            numbers = batches[min(mine, len(batches) - 1)]
+            batch = collate([rows[n] for n in numbers])
+            moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            values = of(model, moved)
+            if found is None:
+                found = values.new_zeros(len(rows), values.shape[1])
+            if mine < len(batches):
+                found[numbers] = values
+    model.train(training)
+    if ranks > 1:
+        dist.all_reduce(found)
+    broken = (~torch.isfinite(found).all(1)).nonzero()
+    if len(broken):
+        raise CheckFailed(
+            f"{what} {int(broken[0]) + 1} of {len(rows)} is not finite: look for NaN or infinite "
+            "weights in base or adapter"
+        )
+    array: np.ndarray = found.cpu().numpy()
+    return array
 
 
 def rank_and_ranks() -> tuple[int, int]:

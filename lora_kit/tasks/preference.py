@@ -30,7 +30,7 @@ from lora_kit.base.templates import set_template
 from lora_kit.data.census import NO_SUPERVISION
 from lora_kit.data.formats import Example, normalised, said
 from lora_kit.data.rows import Row, Rows
-from lora_kit.errors import CheckFailed, NotUsable, UserError
+from lora_kit.errors import NotUsable, UserError
 from lora_kit.schema import Section, Train
 from lora_kit.tasks.batches import IGNORED, collator, in_one_row
 from lora_kit.tasks.causal import Text, chat_encoder
@@ -350,42 +350,14 @@ class Preference(Task):
         ]
 
     def _log_probabilities(self, model: Any, rows: Rows, processor: Processor) -> np.ndarray:
-        """Of both completions of each pair, float64 (rows, 2). Rows are dealt out to the ranks if
-        there are several; every rank returns all of them."""
-        import torch
-        import torch.distributed as dist
-
+        """Of both completions of each pair, float64 (rows, 2), on every rank."""
         from lora_kit.speed.fast import takes_flat
-        from lora_kit.tasks.measure import batches_of, rank_and_ranks
+        from lora_kit.tasks.measure import each_row
 
         collate = self.collate(processor, flat=takes_flat(model))
         sizes = 2 * np.maximum(rows.sizes("chosen_input_ids"), rows.sizes("rejected_input_ids"))
-        batches = batches_of(model, sizes, _PAIRS_AT_ONCE)
-        device = next(model.parameters()).device
-        rank, ranks = rank_and_ranks()
-        found = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            for turn in range(-(-len(batches) // ranks)):
-                mine = turn * ranks + rank
-                # Every rank runs as many passes as the others: a sharded model needs all of them.
-                numbers = batches[min(mine, len(batches) - 1)]
-                batch = collate([rows[n] for n in numbers])
-                moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                each = log_probabilities(model, moved)
-                if mine < len(batches):
-                    found[numbers] = each
-        model.train(training)
-        if ranks > 1:
-            dist.all_reduce(found)
-        broken = (~torch.isfinite(found).all(1)).nonzero()
-        if len(broken):
-            raise CheckFailed(
-                f"the log-probabilities of pair {int(broken[0]) + 1} of {len(rows)} are not "
-                "finite: look for NaN or infinite weights in base or adapter"
-            )
-        return found.cpu().numpy()
+        what = "the log-probability of pair"
+        return each_row(model, rows, collate, sizes, _PAIRS_AT_ONCE, log_probabilities, what)
 
 
 def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 from lora_kit.data.formats import FORMATS
 from lora_kit.errors import LoraKitError, UserError
 from lora_kit.run import nearest
+from lora_kit.schema import SECTIONS
 from lora_kit.tasks.task import Task
 from lora_kit.trust import check_own
 
 Main = Callable[..., dict[str, Any]]
 _TUPLES = ("formats", "scores", "unread")
+_NEEDED = ("encode", "collate", "score", "show")
+_KEYS = {*SECTIONS, *(f"{name}.{key}" for name in SECTIONS for key in SECTIONS[name].model_fields)}
 
 
 class Recipe(NamedTuple):
@@ -44,7 +47,7 @@ def load_recipe(file: Path) -> Recipe:
         spec.loader.exec_module(module)
     except LoraKitError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         line = _line_in(error, file)
         raise UserError(f"recipe: {file}{line}: cannot be imported: {reason}") from error
@@ -62,6 +65,10 @@ def load_recipe(file: Path) -> Recipe:
         problems.append(f"TASK.formats names no format ({', '.join(FORMATS)})")
     elif not task.scores:
         problems.append("TASK.scores names none of the scores that TASK.score returns")
+    elif missing := [name for name in _NEEDED if getattr(type(task), name) is getattr(Task, name)]:
+        problems.append(f"TASK has no {', '.join(missing)}: see recipes/README.md")
+    elif odd := [key for key in (*task.unread, *task.settings) if key not in _KEYS]:
+        problems.append(f"TASK.unread and TASK.settings: the run file has no {odd[0]!r}")
     if not callable(main):
         problems.append("defines no main(run, resume)")
     if problems or not isinstance(task, Task) or not callable(main):
@@ -73,7 +80,7 @@ def load_recipe(file: Path) -> Recipe:
     return Recipe(task, main)
 
 
-def _line_in(error: Exception, file: Path) -> str:
+def _line_in(error: BaseException, file: Path) -> str:
     """`:12`, the last line of the file that an error came from."""
     lines = [
         frame.lineno

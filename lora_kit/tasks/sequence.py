@@ -20,7 +20,7 @@ from lora_kit.data.examples import Examples
 from lora_kit.data.formats import Example
 from lora_kit.data.prepare import label_names
 from lora_kit.data.rows import Row, Rows
-from lora_kit.errors import CheckFailed, UserError
+from lora_kit.errors import UserError
 from lora_kit.schema import Base
 from lora_kit.tasks import probe
 from lora_kit.tasks.task import (
@@ -236,49 +236,11 @@ class Classification(Task):
         rows: Rows,
         processor: Processor,
     ) -> np.ndarray:
-        """What a function gives for each row, float32 (rows, width). Rows are dealt out to the
-        ranks if there are several; every rank returns all of them.
+        """What a function gives for each row: see `each_row`."""
+        from lora_kit.tasks.measure import each_row
 
-        Args:
-            of: model and batch -> (rows of the batch, width).
-
-        Raises:
-            CheckFailed: a value is NaN or infinite.
-        """
-        import torch
-        import torch.distributed as dist
-
-        from lora_kit.tasks.measure import batches_of, rank_and_ranks
-
-        collate = self.collate(processor)
-        batches = batches_of(model, rows.sizes("input_ids"), _ROWS_AT_ONCE)
-        device = next(model.parameters()).device
-        rank, ranks = rank_and_ranks()
-        found: torch.Tensor | None = None
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            for turn in range(-(-len(batches) // ranks)):
-                mine = turn * ranks + rank
-                # Every rank runs as many passes as the others: a sharded model needs all of them.
-                numbers = batches[min(mine, len(batches) - 1)]
-                batch = collate([rows[n] for n in numbers])
-                values = of(model, {k: v.to(device) for k, v in batch.items()}).float()
-                if found is None:
-                    found = torch.zeros(len(rows), values.shape[1], device=device)
-                if mine < len(batches):
-                    found[numbers] = values
-        model.train(training)
-        assert found is not None  # there is a row
-        if ranks > 1:
-            dist.all_reduce(found)
-        broken = (~torch.isfinite(found).all(1)).nonzero()
-        if len(broken):
-            raise CheckFailed(
-                f"the output of row {int(broken[0]) + 1} of {len(rows)} is not finite: look for "
-                "NaN or infinite weights in base or adapter"
-            )
-        return found.cpu().numpy()
+        collate, lengths = self.collate(processor), rows.sizes("input_ids")
+        return each_row(model, rows, collate, lengths, _ROWS_AT_ONCE, of, "the output of row")
 
     # ------------------------------------------------------------------ for people
     def show(self, row: Row, processor: Processor, facts: Facts) -> list[Shown]:
@@ -330,7 +292,7 @@ def _inputs(batch: Batch) -> Batch:
 
 
 def _logits(model: Any, batch: Batch) -> torch.Tensor:
-    logits: torch.Tensor = model(**_inputs(batch)).logits
+    logits: torch.Tensor = model(**_inputs(batch)).logits.float()
     return logits
 
 
