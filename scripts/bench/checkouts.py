@@ -84,7 +84,7 @@ def run_file(work: str, base: Path, above: Path, asked: argparse.Namespace) -> P
         "name": "bench",
         "base.model": str(base),
         "base.dtype": asked.dtype,
-        "base.quantize": "nf4" if work == "nf4" else None,
+        "base.quantize": "nf4" if work == "nf4" else "none",
         "adapter.r": 16,
         "adapter.lora_alpha": 32,
         "data.train": str(asked.data.resolve()) if chat else "train.txt",
