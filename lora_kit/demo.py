@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import UserError
-from lora_kit.launch import prepare_process, start
+from lora_kit.launch import gpu_count, prepare_process, start
 from lora_kit.run import read_json, shipped
 
 CPT, SFT, MERGED = Path("runs/demo/cpt"), Path("runs/demo/sft"), Path("runs/demo/merged")
@@ -31,19 +31,24 @@ def run_demo() -> None:
         _remove_own(folder)
     configs = shipped("recipes") / "configs"
     started = time.monotonic()
-
-    _step(1, "Continued pre-training: nano reads Python's language reference (QLoRA, 4 bits)")
-    start(configs / "nano-cpt.yaml", ["name=demo/cpt"])
-
-    _step(2, "Instruction tuning, going on from that adapter: what does a function do?")
-    start(configs / "nano-sft.yaml", ["name=demo/sft", f"adapter.start={CPT}"])
-
-    _step(3, "Merge the adapter into the base, reload it from disk, compare the logits")
     prepare_process()
     from lora_kit.adapter.finished import FinishedRun
     from lora_kit.prove.show import comparison, printable
     from lora_kit.ship.merge import merge
+    from lora_kit.speed.runtime import float32_is_faster
 
+    options = []
+    if not gpu_count() and float32_is_faster():
+        print("This CPU has no instructions for bfloat16: the demo uses float32.", file=sys.stderr)
+        options = ["base.dtype=float32"]
+
+    _step(1, "Continued pre-training: nano reads Python's language reference (QLoRA, 4 bits)")
+    start(configs / "nano-cpt.yaml", ["name=demo/cpt", *options])
+
+    _step(2, "Instruction tuning, going on from that adapter: what does a function do?")
+    start(configs / "nano-sft.yaml", ["name=demo/sft", f"adapter.start={CPT}", *options])
+
+    _step(3, "Merge the adapter into the base, reload it from disk, compare the logits")
     merged = merge(FinishedRun(SFT), MERGED, verify="logits")
 
     _step(4, "Ask the merged model, loaded by transformers alone")

@@ -185,8 +185,8 @@ def start(
     if not resume:
         check_free(run)
     values = _check_devices(config)
-    if processes is None and accelerate is None and _gpus() > 1:
-        processes = _gpus()
+    if processes is None and accelerate is None and gpu_count() > 1:
+        processes = gpu_count()
     asked = processes or values["num_processes"]
     here = asked // values["num_machines"]
     cores = len(os.sched_getaffinity(0)) // max(1, here)
@@ -228,7 +228,7 @@ def accelerate_config(name: str | None) -> Path:
     """
     folder = shipped("accelerate_configs")
     if name is None:
-        name = {0: "cpu", 1: "single_gpu"}.get(_gpus(), "multi_gpu")
+        name = {0: "cpu", 1: "single_gpu"}.get(gpu_count(), "multi_gpu")
     if (folder / f"{name}.yaml").is_file():
         return folder / f"{name}.yaml"
     if Path(name).is_file():
@@ -250,10 +250,10 @@ def prepare_process() -> None:
 
 def _one_thread_of_many() -> bool:
     cores = len(os.sched_getaffinity(0))
-    return os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1 and not _gpus()
+    return os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1 and not gpu_count()
 
 
-def _gpus() -> int:
+def gpu_count() -> int:
     """How many GPUs may be used, asked of the driver, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -270,7 +270,7 @@ def _gpus() -> int:
 def _check_devices(config: Path) -> dict[str, Any]:
     """A config's values. Raises UserError if it wants a GPU or a package that is not there."""
     values = _read_config(config)
-    if not values.get("use_cpu") and _gpus() == 0:
+    if not values.get("use_cpu") and gpu_count() == 0:
         raise UserError(
             f"--accelerate {config.stem}: no GPU is visible: see `lora-kit doctor`, or leave it out"
         )

@@ -248,10 +248,10 @@ def test_worker_that_dies_without_a_word(run_file: Any, work: Path) -> None:
 def test_a_gpu_config_without_a_gpu_is_refused(
     run_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_kit.launch._gpus", lambda: 0)
+    monkeypatch.setattr("lora_kit.launch.gpu_count", lambda: 0)
     with pytest.raises(UserError, match="--accelerate single_gpu: no GPU is visible"):
         launch.start(run_file(), accelerate="single_gpu")
-    monkeypatch.setattr("lora_kit.launch._gpus", lambda: 2)
+    monkeypatch.setattr("lora_kit.launch.gpu_count", lambda: 2)
     with pytest.raises(UserError, match="--accelerate zero3 needs deepspeed"):
         launch.start(run_file(), accelerate="zero3")
     assert not Path("runs").exists()

@@ -3,13 +3,13 @@
     python scripts/bench/preference.py pairs.jsonl
     python scripts/bench/preference.py pairs.jsonl --rounds 3 --steps 12 --batch 2
 
-Both train from the same seeded weights (a Llama of 40M parameters, bf16) on the same texts: r = 16
-on all linear layers, the same batch and learning rate, no chat template. TRL: weights in bf16
-without autocast over them, no checkpointing, the reference precomputed, freed memory kept
-(mallopt). The seconds are those between the ends of steps, from the fourth step on; computing the
-reference is in neither figure. Where other programs use the machine, the pairs per second of CPU
-time say more. Rows are prompt, chosen and rejected; those over --length tokens, which TRL would
-cut and lora_kit would drop, are skipped.
+Both train from the same seeded weights (a Llama of 40M parameters) on the same texts: r = 16 on all
+linear layers, the same batch and learning rate, no chat template. TRL: weights in --dtype without
+autocast over them, no checkpointing, the reference precomputed, freed memory kept (mallopt). Both
+train one epoch on the same pairs, so that the work is the same whatever their order; the seconds
+are those of all steps, and computing the reference is in neither figure. Where other programs use
+the machine, the pairs per second of CPU time say more. Rows are prompt, chosen and rejected; those
+over --length tokens, which TRL would cut and lora_kit would drop, are skipped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
 HERE = Path(__file__).resolve().parent
-FIRST = 3  # steps that warm up
 
 
 def main() -> None:
@@ -42,6 +41,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512, help="tokens of a side at most")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        help="of the weights; float32 where the CPU has no bf16 instructions",
+    )
     parser.add_argument("--side", choices=("ours", "trl"), help="one measurement, in this process")
     parser.add_argument(
         "--folder", type=Path, help="of the base and the rows; made if it is missing"
@@ -91,9 +95,12 @@ def prepare(asked: argparse.Namespace) -> None:
         if max(size(row["prompt"] + row[side]) for side in ("chosen", "rejected"))
         < asked.length - 4
     )
-    chosen = itertools.islice(fitting, asked.batch * asked.steps + 40)
-    text = "".join(json.dumps(row) + "\n" for row in chosen)
-    (asked.folder / "pairs.jsonl").write_text(text, encoding="utf-8")
+    for name, count in (("pairs", asked.batch * asked.steps), ("eval", 4)):
+        some = list(itertools.islice(fitting, count))
+        if len(some) < count:
+            raise SystemExit(f"{asked.pairs}: too few pairs: lower --steps, or raise --length")
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (asked.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 class Clock(TrainerCallback):
@@ -109,8 +116,8 @@ class Clock(TrainerCallback):
 
 
 def result(batch: int, losses: list[float]) -> dict[str, Any]:
-    first, last = Clock.ends[FIRST], Clock.ends[-1]
-    pairs = batch * (len(Clock.ends) - 1 - FIRST)
+    first, last = Clock.ends[0], Clock.ends[-1]
+    pairs = batch * (len(Clock.ends) - 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "pairs_per_second": round(pairs / (last[0] - first[0]), 3),
@@ -130,11 +137,11 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
     values = {
         "recipe": "dpo",
         "name": f"ours-{time.time_ns()}",
-        "base": {"model": str(asked.folder / "base")},
+        "base": {"model": str(asked.folder / "base"), "dtype": asked.dtype},
         "adapter": {"r": 16, "lora_alpha": 32},
         "data": {
             "train": str(asked.folder / "pairs.jsonl"),
-            "eval": 0.1,
+            "eval": str(asked.folder / "eval.jsonl"),
             "limits": {"dropped": 1.0, "exact_leaks": 10**6, "near_leaks": 1.0},
         },
         "train": {
@@ -183,7 +190,7 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
             bf16=False,
             gradient_checkpointing=False,
             precompute_ref_log_probs=True,
-            model_init_kwargs={"dtype": "bfloat16"},
+            model_init_kwargs={"dtype": asked.dtype},
         ),
         train_dataset=Dataset.from_list(list(map(json.loads, lines))),
         peft_config=LoraConfig(
