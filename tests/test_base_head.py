@@ -295,7 +295,7 @@ def test_a_model_of_pictures_does_not_classify_texts(tmp_path: Path) -> None:
     small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32}
     ViTModel(ViTConfig(intermediate_size=64, **small)).save_pretrained(folder)
     for pooling in (None, "mean"):
-        with pytest.raises(UserError, match="vit takes pixel_values, not text: take another base"):
+        with pytest.raises(UserError, match="takes pixel_values, not text: take another base"):
             loaded(folder, pooling)
 
 

@@ -115,14 +115,6 @@ def test_what_is_no_list_of_scores_is_refused() -> None:
         evaluate(task, Model(1, 1), data, None, run_with(), ("score",))
 
 
-def test_a_new_head_without_a_rival_is_refused() -> None:
-    data = Prepared(ROWS, ROWS, None, {}, Census(), {}, [], False)
-    task = Two()
-    task.rivals = lambda *_: []  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"TASK\.rivals: none"):
-        evaluate(task, Model(1, 1), data, None, run_with(), ("score",))
-
-
 @pytest.mark.parametrize("wrong", [{"better": "less"}, {"sums": np.ones(3)}])
 def test_a_score_that_would_be_misread_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"TASK\.score: loss: sums of the shape \(units, k\)"):

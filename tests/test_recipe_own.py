@@ -179,8 +179,6 @@ MAIN = "\n\ndef main(run, resume=False): ...\n"
         (f"{GOOD.replace(TEXT, '()')}TASK = Own(){MAIN}", "TASK.formats names no format"),
         (f"{GOOD.replace(LOSS, '()')}TASK = Own(){MAIN}", "TASK.scores names none of the scores"),
         (f"{GOOD}raise SystemExit(3)\n", "own.py:9: cannot be imported: SystemExit: 3"),
-        (f"{GOOD}TASK = Own()\nTASK.unread = ('train.x',){MAIN}", "run file has no 'train.x'"),
-        (f"{GOOD}TASK = Own()\nTASK.settings = {{'x': 1}}{MAIN}", "the run file has no 'x'"),
         (f"{GOOD.replace('encode = ', '')}TASK = Own(){MAIN}", "TASK has no encode: see recipes/"),
         (f"{GOOD.replace(LOSS, 'None')}TASK = Own(){MAIN}", "TASK.scores is not a tuple of names"),
         (f"{GOOD.replace(TEXT, TEXT[1:7])}TASK = Own(){MAIN}", "TASK.formats is not a tuple of"),

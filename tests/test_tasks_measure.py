@@ -116,7 +116,7 @@ def test_broken_weights_are_no_loss(base: Path, labelled: Rows) -> None:
     broken = load_base(Base(model=str(base), dtype="float32"), Pinned("x", str(base)))
     with torch.no_grad():
         broken.get_input_embeddings().weight[labelled[1]["input_ids"][3]] = float("nan")
-    with pytest.raises(CheckFailed, match=r"held-out document \d of 4 is not finite"):
+    with pytest.raises(CheckFailed, match=r"held-out row 1 of 7 is not finite"):
         measure(broken, labelled, pad_id=1)
 
 

@@ -70,13 +70,13 @@ def test_one_class_is_refused_and_few_rows_are_reported() -> None:
 
 
 def test_names_of_labels_are_not_empty_and_differ_by_more_than_white_space() -> None:
-    twice = "the label 'a' is there twice, or with space around it"
+    twice = "the label 'a' is empty, or there twice but for space around it"
     for names in (["a", "b", "a"], ["a", "b", "a "]):
         with pytest.raises(UserError, match=rf"data\.labels: {twice}"):
             facts({"a": 1, "b": 2}, names)
     with pytest.raises(UserError, match=rf"data\.train: {twice}"):
         facts({" a": 1, "a": 2})
-    with pytest.raises(UserError, match=r"data\.labels: a name of a label is empty"):
+    with pytest.raises(UserError, match=r"data\.labels: the label '' is empty"):
         facts({"a": 1, "b": 2}, ["a", "b", " "])
 
 

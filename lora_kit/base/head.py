@@ -288,10 +288,7 @@ def _way(pinned: Pinned, head: Head) -> _Way:
     if head.auto == SEQUENCE:
         takes = getattr(_body_of(config), "main_input_name", "input_ids")
         if takes != "input_ids":
-            raise UserError(
-                f"base.model: {folder}: {config.model_type} takes {takes}, not text: take another "
-                "base"
-            )
+            raise UserError(f"base.model: {folder}: takes {takes}, not text: take another base")
         pooling, own = settle(head.pooling, folder, config, shapes)
     elif shapes is None:
         raise UserError(

@@ -211,8 +211,6 @@ def _evaluated(
     contenders = task.rivals(model, data, processor, facts, run)
     if not fresh and not any(c.name == "base" for c in contenders):
         contenders = [Contender("base", model.disable_adapter), *contenders]
-    if not contenders:
-        raise UserError("TASK.rivals: none, and a base with a new head is no rival: name one")
     rival = contenders[0]
     scores = {"adapted": task.score(model, data.eval, processor, facts, run)}
     given = scores["adapted"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_kit.adapter.load import end_tokens
-from lora_kit.data.rows import Rows
+from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import CheckFailed
 from lora_kit.tasks.batches import IGNORED, collator
 from lora_kit.tasks.task import Batch, Collate, Score
@@ -52,9 +52,6 @@ def measure(
 ) -> Losses:
     """The loss of every label, summed by unit.
 
-    Rows are sorted by length, so that little padding is computed, and dealt out to the ranks if
-    there are several; every rank returns the whole result.
-
     Args:
         model: a causal language model, on its device.
         rows_at_once: as many rows of the longest length as fit into memory together; fewer where
@@ -65,66 +62,50 @@ def measure(
         CheckFailed: a loss is NaN or infinite.
     """
     import torch
-    import torch.distributed as dist
 
-    collate = collator(pad_id)
-    device = next(model.parameters()).device
-    lengths, units_of = rows.sizes("input_ids"), rows.column("unit")
-    batches = batches_of(model, lengths, rows_at_once, numbers)
-    rank, ranks = rank_and_ranks()
-    sums = torch.zeros((2, rows.units), dtype=torch.float64)
     whole = getattr(model, "get_base_model", lambda: model)()
     trims = "logits_to_keep" in inspect.signature(whole.forward).parameters
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for turn in range(-(-len(batches) // ranks)):
-            mine = turn * ranks + rank
-            # Every rank runs as many passes as the others: a sharded model needs all of them.
-            batch_rows = batches[min(mine, len(batches) - 1)]
-            batch = collate([rows[n] for n in batch_rows])
-            labels = batch.pop("labels")
-            # Of what stands before every label no logits are needed.
-            learned = (labels[:, 1:] != IGNORED).any(0).nonzero()
-            first = int(learned[0]) if len(learned) else labels.shape[1] - 2
-            targets = labels[:, max(first, 0) + 1 :].to(device)
-            keep = targets.shape[1] + 1
-            some = {"logits_to_keep": keep} if trims else {}
-            logits = model(**{k: v.to(device) for k, v in batch.items()}, **some).logits
-            logits = logits[:, -keep:-1]
-            if mine < len(batches):
-                units = torch.from_numpy(units_of[batch_rows].astype(np.int64))
-                sums[0].index_add_(0, units, _row_nats(logits, targets).cpu())
-                sums[1].index_add_(0, units, (targets != IGNORED).sum(1).double().cpu())
-    model.train(training)
-    if ranks > 1:
-        shared = sums.to(device)
-        dist.all_reduce(shared)
-        sums = shared.cpu()
-    if not bool(torch.isfinite(sums).all()):
-        unit = int((~torch.isfinite(sums[0])).nonzero()[0])
-        raise CheckFailed(
-            f"the loss of held-out document {unit + 1} of {rows.units} is not finite"
-            ": look for NaN or infinite weights in base or adapter"
-        )
-    size = np.bincount(units_of, rows.column("bytes"), minlength=rows.units)
-    return Losses(sums[0].numpy(), sums[1].numpy(), size.astype(np.float64))
+
+    def nats_and_tokens(model: Any, batch: Batch) -> torch.Tensor:
+        labels = batch.pop("labels")
+        # Of what stands before every label no logits are needed.
+        learned = (labels[:, 1:] != IGNORED).any(0).nonzero()
+        first = int(learned[0]) if len(learned) else labels.shape[1] - 2
+        targets = labels[:, max(first, 0) + 1 :]
+        keep = targets.shape[1] + 1
+        some = {"logits_to_keep": keep} if trims else {}
+        logits = model(**batch, **some).logits[:, -keep:-1]
+        tokens = (targets != IGNORED).sum(1).double()
+        return torch.stack([_row_nats(logits, targets), tokens], dim=1)
+
+    lengths, units = rows.sizes("input_ids"), rows.column("unit")
+    what = "the loss of held-out row"
+    found = each_row(
+        model, rows, collator(pad_id), lengths, rows_at_once, nats_and_tokens, what, numbers
+    )
+    nats, tokens, size = (
+        np.bincount(units, values, minlength=rows.units).astype(np.float64)
+        for values in (*found.T, rows.column("bytes"))
+    )
+    return Losses(nats, tokens, size)
 
 
 def each_row(
     model: Any,
-    rows: Rows,
+    rows: Rows | Sequence[Row],
     collate: Collate,
     lengths: np.ndarray,
     rows_at_once: int,
     of: Callable[[Any, Batch], torch.Tensor],
     what: str,
+    numbers: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What a function gives for each row, (rows, width) of its type. Rows are dealt out to the
-    ranks if there are several; every rank returns all of them.
+    """What a function gives for each row, (rows, width) of its type. Rows are sorted by length, so
+    that little padding is computed, and dealt out to the ranks if there are several; every rank
+    returns all of them.
 
     Args:
-        lengths, rows_at_once: as in `batches_of`.
+        lengths, rows_at_once, numbers: as in `batches_of`; rows that are not wanted are zeros.
         of: model and batch -> (rows of the batch, width).
         what: of a row, for the message.
 
@@ -134,7 +115,7 @@ def each_row(
     import torch
     import torch.distributed as dist
 
-    batches = batches_of(model, lengths, rows_at_once)
+    batches = batches_of(model, lengths, rows_at_once, numbers)
     device = next(model.parameters()).device
     rank, ranks = rank_and_ranks()
     found: Any = None
@@ -144,14 +125,14 @@ def each_row(
         for turn in range(-(-len(batches) // ranks)):
             mine = turn * ranks + rank
             # Every rank runs as many passes as the others: a sharded model needs all of them.
-            numbers = batches[min(mine, len(batches) - 1)]
-            batch = collate([rows[n] for n in numbers])
+            some = batches[min(mine, len(batches) - 1)]
+            batch = collate([rows[n] for n in some])
             moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
             values = of(model, moved)
             if found is None:
                 found = values.new_zeros(len(rows), values.shape[1])
             if mine < len(batches):
-                found[numbers] = values
+                found[some] = values
     model.train(training)
     if ranks > 1:
         dist.all_reduce(found)

@@ -490,10 +490,17 @@ def _divergence(
     import torch
 
     from lora_kit.adapter.start import as_at_start
-    from lora_kit.tasks.measure import batches_of
+    from lora_kit.tasks.measure import each_row
 
-    device = next(model.parameters()).device
-    pad = collator(pad_id)
+    def divergence(model: Any, batch: Batch) -> torch.Tensor:
+        row, place = (batch.pop("labels")[:, 1:] != IGNORED).nonzero().unbind(1)
+        adapted = model(**batch).logits[row, place].float().log_softmax(-1)
+        with as_at_start(model, run.adapter):
+            reference = model(**batch).logits[row, place].float().log_softmax(-1)
+        each = (adapted.exp() * (adapted - reference)).sum(-1).double()  # (tokens,)
+        sums = each.new_zeros(len(batch["input_ids"]), 2)
+        return sums.index_add_(0, row, torch.stack([each, torch.ones_like(each)], dim=1))
+
     rows = [
         {
             "input_ids": np.array([*prompt, *ids]),
@@ -501,20 +508,6 @@ def _divergence(
         }
         for prompt, ids in zip(prompts, generated, strict=True)
     ]
-    sums = np.zeros((len(rows), 2))
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
-        sizes = np.array([len(row["input_ids"]) for row in rows])
-        for numbers in batches_of(model, 2 * sizes, _PAIRS_AT_ONCE):
-            batch = {k: v.to(device) for k, v in pad([rows[n] for n in numbers]).items()}
-            row, place = (batch.pop("labels")[:, 1:] != IGNORED).nonzero().unbind(1)
-            adapted = model(**batch).logits[row, place].float().log_softmax(-1)
-            with as_at_start(model, run.adapter):
-                reference = model(**batch).logits[row, place].float().log_softmax(-1)
-            each = (adapted.exp() * (adapted - reference)).sum(-1)  # (tokens,)
-            of_row = row.cpu().numpy()
-            np.add.at(sums[:, 0], np.array(numbers)[of_row], each.double().cpu().numpy())
-            np.add.at(sums[:, 1], np.array(numbers)[of_row], 1.0)
-    model.train(training)
-    return sums
+    sizes = 2 * np.array([len(row["input_ids"]) for row in rows])
+    what = "the divergence of generation"
+    return each_row(model, rows, collator(pad_id), sizes, _PAIRS_AT_ONCE, divergence, what)

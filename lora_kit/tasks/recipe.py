@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 from lora_kit.data.formats import FORMATS
 from lora_kit.errors import LoraKitError, UserError
 from lora_kit.run import nearest
-from lora_kit.schema import SECTIONS
 from lora_kit.tasks.task import Task
 from lora_kit.trust import check_own
 
 Main = Callable[..., dict[str, Any]]
 _TUPLES = ("formats", "scores", "unread")
 _NEEDED = ("encode", "collate", "score", "show")
-_KEYS = {*SECTIONS, *(f"{name}.{key}" for name in SECTIONS for key in SECTIONS[name].model_fields)}
 
 
 class Recipe(NamedTuple):
@@ -67,8 +65,6 @@ def load_recipe(file: Path) -> Recipe:
         problems.append("TASK.scores names none of the scores that TASK.score returns")
     elif missing := [name for name in _NEEDED if getattr(type(task), name) is getattr(Task, name)]:
         problems.append(f"TASK has no {', '.join(missing)}: see recipes/README.md")
-    elif odd := [key for key in (*task.unread, *task.settings) if key not in _KEYS]:
-        problems.append(f"TASK.unread and TASK.settings: the run file has no {odd[0]!r}")
     if not callable(main):
         problems.append("defines no main(run, resume)")
     if problems or not isinstance(task, Task) or not callable(main):

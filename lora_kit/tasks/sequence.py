@@ -8,6 +8,7 @@ at least, is trained whole.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -274,17 +275,12 @@ class _Collate:
 
 def _check_names(labels: Sequence[str], key: str) -> None:
     """Raises UserError if a class has no name, or that of another one but for space around it."""
-    known: set[str] = set()
-    for label in labels:
-        name = label.strip()
-        if not name:
-            raise UserError(f"{key}: a name of a label is empty")
-        if name in known:
+    counts = Counter(label.strip() for label in labels)
+    for name, count in counts.items():
+        if count > 1 or not name:
             raise UserError(
-                f"{key}: the label {name!r:.60} is there twice, or with space around it: use one "
-                "spelling"
+                f"{key}: the label {name!r:.60} is empty, or there twice but for space around it"
             )
-        known.add(name)
 
 
 def _inputs(batch: Batch) -> Batch:
