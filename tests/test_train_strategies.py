@@ -157,7 +157,7 @@ def test_mistakes_are_one_line(what: str) -> None:
 
 def test_head_and_layers_together(run_file: RunMaker) -> None:
     with pytest.raises(RunFileError) as caught:
-        load_run(run_file(), ["train.trainable=head", "train.top_layers=1"])
+        load_run(run_file(adapter={}), ["train.trainable=head", "train.top_layers=1"])
     (problem,) = caught.value.problems
     assert problem == (
         "train.top_layers: 1 is not usable: train.trainable: head trains no layer: leave one of "
@@ -168,5 +168,5 @@ def test_head_and_layers_together(run_file: RunMaker) -> None:
 def test_a_run_that_cannot_leaves_nothing_behind(run_file: RunMaker) -> None:
     for override in ("train.trainable=head", "train.top_layers=3"):
         with pytest.raises(UserError, match=r"train\.(trainable|top_layers): "):
-            package.train(run_file(), override)
+            package.train(run_file(adapter={}), override)
         assert not Path("runs").exists()
