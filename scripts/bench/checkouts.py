@@ -51,7 +51,7 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as made:
         base = Path(made, "base")
-        command = [sys.executable, HERE / "speed_parts.py", "weights", "40m", base]
+        command = [sys.executable, str(HERE / "speed_parts.py"), "weights", "40m", str(base)]
         subprocess.run(command, check=True)
         for work, _, side in itertools.product(asked.works, range(asked.rounds), sides):
             file = run_file(work, base, Path(made), asked)
