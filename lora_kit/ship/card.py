@@ -61,7 +61,8 @@ def make_card(
     merged: bool = False,
     has_licence: bool = False,
     auto: str = CAUSAL,
-    pooled: bool = False,
+    pooled: str | None = None,
+    chat: bool = False,
 ) -> Card:
     """Write the card. What stands in the files may come from a stranger, and is escaped.
 
@@ -71,7 +72,8 @@ def make_card(
         lock, report: without paths and samples; empty where there are none.
         has_licence: whether the base's licence text goes along.
         auto: the class of transformers that loads the model.
-        pooled: whether a merged model is a folder of sentence-transformers.
+        pooled: the pooling of a merged model whose head is a file of its own; None: it has none.
+        chat: whether it was trained on conversations, in the tokenizer's chat template.
 
     Raises:
         UserError: lock file or report are not as they were written.
@@ -109,6 +111,8 @@ def make_card(
             findings=in_lines(report) if report else [],
             scores_of=compared_scores,
             generates=auto == CAUSAL,
+            classifies=auto == SEQUENCE,
+            chat=chat,
             auto=auto,
             pooled=pooled,
             way=_way(lock),

@@ -17,6 +17,7 @@ from typing import Any
 
 from lora_kit.adapter.files import WEIGHTS, Adapter, open_adapter
 from lora_kit.adapter.finished import FinishedRun
+from lora_kit.base.head import pooling_of
 from lora_kit.base.tensors import INDEX, stored, stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder
@@ -156,7 +157,8 @@ def make_plan(
         merged=bool(merged),
         has_licence=has_licence,
         auto=run.auto,
-        pooled="modules.json" in files,
+        pooled=pooling_of(folder) if "modules.json" in files else None,
+        chat=lock.get("kind", "chat") == "chat" and "chat_template.jinja" in files,
     )
     files["README.md"] = card.text.encode()
     if card.notice:
