@@ -37,7 +37,7 @@ CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
 LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cpt": ("plain", {}),
     "sft": ("chat", {}),
-    "dpo": ("chat", {"data.train": "pairs.jsonl"}),
+    "dpo": ("chat", {"data.train": "pairs.jsonl", "train.learning_rate": 1e-2}),
 }
 TRAINED = {**CLASSIFIERS, **LANGUAGE_MODELS}
 # Those whose base others find on the Hub; of the others only whoever trained them has it.
@@ -93,7 +93,7 @@ def runs(place: Path, bases: dict[str, Path]) -> dict[str, Path]:
                 lora_kit.train(classify_file(folder, bases[base], **loud))
             else:
                 pairs = [
-                    {"prompt": f"What is {n}?", "chosen": f"fox {n}", "rejected": text}
+                    {"prompt": f"What is {n}?", "chosen": text, "rejected": f" {n}"}
                     for n, text in enumerate(sentences(60))
                 ]
                 (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))

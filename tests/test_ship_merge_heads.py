@@ -228,7 +228,7 @@ def test_a_classifier_is_pushed_with_a_card_that_loads_it(
     plan = make_plan(run, "me/test")
     assert {"adapter_model.safetensors", "head.json", "run.lock.json"} <= plan.files.keys()
     assert "pipeline_tag: text-classification" in plan.card.text
-    assert "way: classification (classify)" in plan.card.text
+    assert "method: classification (classify)" in plan.card.text
     assert "labels: card, cash, rate" in plan.card.text
     assert 'lora_kit.load("test", base="FOLDER")' in plan.card.text
     assert "lora-kit generate" not in plan.card.text
@@ -238,7 +238,7 @@ def test_a_classifier_is_pushed_with_a_card_that_loads_it(
     own = {"modules.json", "1_Pooling/config.json", "2_Dense/config.json"}
     own |= {"2_Dense/model.safetensors", "sentence_bert_config.json"}
     assert own & plan.files.keys() == (own if pooling else set())
-    loads = "SentenceTransformer" if pooling else "AutoModelForSequenceClassification.from_pretr"
+    loads = "AutoModel.from_pretr" if pooling else "AutoModelForSequenceClassification.from_pretr"
     assert f"{loads}" in plan.card.text and "CausalLM" not in plan.card.text
     for name, content in plan.files.items():
         if isinstance(content, Path) and name != "README.md":

@@ -91,11 +91,12 @@ def make_card(
         data, terms = _data(lock), _terms(licence, base)
         warnings = [*_asked(terms, name, has_licence), *_licence_warnings(licence, base, data)]
         on_hub = bool(HUB_ID.fullmatch(base))
+        library = "sentence-transformers" if pooled else "transformers" if merged else "peft"
         sets = list(dict.fromkeys(one["set"] for one in data if one["set"]))
         front: dict[str, Any] = {
             **({"base_model": base} if on_hub or base == "nano" else {}),
             "base_model_relation": "merge" if merged else "adapter",
-            "library_name": "transformers" if merged else "peft",
+            "library_name": library,
             "license": licence if re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", licence) else "other",
             **({"pipeline_tag": _PIPELINES[auto]} if auto in _PIPELINES else {}),
             "tags": ["lora", "lora-kit"],
@@ -161,7 +162,7 @@ def _asked(terms: Terms, name: str, has_licence: bool) -> list[str]:
     if terms.begins and not name.lower().startswith(terms.begins.lower()):
         found.append(f"{ask} for a name that begins with {terms.begins}: {terms.begins}-{name}")
     if terms.family and not has_licence:
-        found.append(f"{ask} that a copy of them goes along: lay it beside the weights as LICENSE")
+        found.append(f"{ask} for a copy of them: put it into the folder of the weights as LICENSE")
     return found
 
 
