@@ -94,7 +94,7 @@ def compare(
     processor, data = prepared_again(finished, task)
     check_prove(task, data, processor, opened)
     if scratch and "loss" not in task.scores:
-        raise UserError(f"{run}: --scratch applies to the loss on text only: to a run of cpt or sft")
+        raise UserError(f"{run}: --scratch applies to the loss on text only: to cpt or sft runs")
     model, processor = load_model(finished)
     report = evaluate(task, model, data, processor, opened, finished.fresh)
     del report["adapter_effect"]  # of a training's audit
