@@ -15,12 +15,6 @@ from lora_kit.prove.scores import compared_scores
 
 # The Hub's names of what a model is for.
 _PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
-_WAYS = {
-    "sft": "instruction tuning (sft)",
-    "cpt": "continued pretraining (cpt)",
-    "dpo": "preference optimization (dpo)",
-    "classify": "classification (classify)",
-}
 # A base that only whoever trained on it has; no name on the Hub, which somebody could take.
 LOCAL = "a local folder"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -111,13 +105,10 @@ def make_card(
             **{"data": data, "terms": terms, "warnings": warnings},
             findings=in_lines(report) if report else [],
             scores_of=compared_scores,
-            generates=auto == CAUSAL,
-            classifies=auto == SEQUENCE,
             chat=chat,
             auto=auto,
             pooled=pooled,
-            way=_way(lock),
-            labels=(lock.get("facts") or {}).get("labels") or [],
+            recipe=_recipe(lock),
             on_hub=on_hub,
             revision=revision if re.fullmatch("[0-9a-f]{40}", str(revision)) else None,
             vllm_rank=None if lost or max(ranks) > VLLM_RANKS[-1] else vllm_rank(max(ranks)),
@@ -205,11 +196,10 @@ def _licence_of(name: str, commit: str) -> str | None:
     return value if value != "unknown" else None
 
 
-def _way(lock: dict[str, Any]) -> str:
-    """What was done, by the name of the recipe; an older lock file has the kind of the rows."""
+def _recipe(lock: dict[str, Any]) -> str:
+    """The name of the recipe; an older lock file has the kind of the rows instead."""
     recipe = (lock.get("recipe") or {}).get("name")
-    recipe = recipe or {"chat": "sft", "text": "cpt"}.get(str(lock.get("kind")), "not known")
-    return _WAYS.get(recipe, recipe)
+    return recipe or {"chat": "sft", "text": "cpt"}.get(str(lock.get("kind")), "not known")
 
 
 def _result(name: str, data: dict[str, Any], domain: dict[str, Any], auto: str) -> dict[str, Any]:
