@@ -86,7 +86,8 @@ def _prepare() -> None:
 
 
 Into = Annotated[
-    Literal["base", "dequantized"], typer.Option(help="As it is, or as NF4 leaves it.")
+    Literal["base", "dequantized"],
+    typer.Option(help="The original weights, or the NF4-dequantized ones."),
 ]
 
 
@@ -107,7 +108,7 @@ def _top(
 
 @app.command()
 def demo() -> None:
-    """Run the whole journey on the embedded model: adapt, judge, merge, generate.
+    """Run every step on the embedded model: adapt, evaluate, merge, generate.
 
     Example: lora-kit demo
     """
@@ -127,7 +128,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Train a run file's adapter with `accelerate launch`, then judge it against the base.
+    """Train a run file's adapter with `accelerate launch`, then compare it with the base.
 
     Example: lora-kit train run.yaml train.max_steps=200 --accelerate cpu
     """
@@ -166,7 +167,7 @@ def preview(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page as well.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a run would learn from, token by token, and what would stop it; no model is loaded.
+    """Show what a run would train on, token by token, and what would stop it; no model is loaded.
 
     Example: lora-kit preview run.yaml --html preview.html
     """
@@ -203,7 +204,7 @@ def compare(
     base: BaseOption = None,
     gate: Annotated[bool, typer.Option("--gate", help="Exit 1 unless prove.gate holds.")] = False,
     scratch: Annotated[
-        bool, typer.Option("--scratch", help="Beside a model of its shape, trained from nothing.")
+        bool, typer.Option("--scratch", help="Also train a random model of its architecture.")
     ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -266,7 +267,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Write base + adapter as one model, tensor by tensor, in less than 1 GB of memory; every file
-    is read back before success is said.
+    is read back before success is reported.
 
     Example: lora-kit merge runs/demo/sft --out merged --verify logits
     """
@@ -281,8 +282,8 @@ def merge(
     if merged.max_logit_difference is not None:
         words += (
             f"\nlogits of merged and adapter differ by {merged.max_logit_difference:.2g} at most "
-            f"(the adapter's effect: {merged.adapter_effect:.2g}), greedy tokens agree at "
-            f"{merged.greedy_agreement:.0%}"
+            f"(the adapter's effect: {merged.adapter_effect:.2g}), the highest is the same "
+            f"at {merged.greedy_agreement:.0%} of positions"
         )
     _answer({**asdict(merged), "out": str(merged.out)}, as_json, words)
 
@@ -315,7 +316,7 @@ def push(
     done = plan.to_json() if dry_run else hub.push(plan, _say)
     words = f"{repo}: a dry run, nothing was uploaded"
     if not dry_run:
-        said = "uploaded" if done["committed"] else "holds exactly this already"
+        said = "uploaded" if done["committed"] else "is up to date already"
         words = f"{done['url']}: {said}, {done['visibility']}, commit {done['commit']}"
     _answer(done, as_json, words)
 
@@ -379,7 +380,9 @@ def combine(
     weights: Annotated[str | None, typer.Option(help="As 0.7,0.3; default: equal, sum 1.")] = None,
     rank: Annotated[int | None, typer.Option(help="Default: the largest; linear: the sum.")] = None,
     density: Annotated[float, typer.Option(help="Share that ties and dare keep.")] = 0.5,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what dare drops.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Random seed for DARE's drop mask.")
+    ] = 0,
     on: Annotated[list[Path] | None, typer.Option(help="A run to measure it on; repeat.")] = None,
     base: BaseOption = None,
     as_json: Json = False,
@@ -442,7 +445,7 @@ def export(
     into: Into = "base",
     as_json: Json = False,
 ) -> None:
-    """Write an adapter for another program, loaded there and compared before success is said.
+    """Write an adapter for another program, loaded there and compared before success is reported.
 
     Example: lora-kit export runs/demo/sft --to portable --out portable
     """
@@ -469,17 +472,17 @@ def check(
         str | None, typer.Option(help="vllm, sglang, llama.cpp, ollama, mlx, transformers.")
     ] = None,
     fidelity: Annotated[
-        bool, typer.Option("--fidelity", help="Of nf4: what merging loses.")
+        bool, typer.Option("--fidelity", help="For nf4: what merging loses.")
     ] = False,
     base: BaseOption = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a program would refuse or misread of an adapter, and how to mend it.
+    """Show what a runtime would reject or load incorrectly in an adapter, and how to fix it.
 
     Example: lora-kit check runs/demo/sft --target vllm
     """
     if fidelity and target:
-        raise UserError(f"--fidelity --target {target}: two questions: ask one at a time")
+        raise UserError(f"--fidelity --target {target}: use one of them at a time")
     if fidelity:
         _prepare()
         from lora_kit.ship import fidelity as view
@@ -505,7 +508,7 @@ def inspect(
     other: Annotated[Path | None, typer.Argument(help="A second, to compare with.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what an adapter holds, without its base: which layers learned, and who would trip.
+    """Show what is in an adapter, without its base: which layers changed, what cannot load it.
 
     Example: lora-kit inspect runs/demo/sft runs/demo/cpt
     """

@@ -71,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.server.asked.append(path)
         path = path.replace("/api/models/", "/api/")
+        if re.fullmatch(rf"/api/{_REPO}/tree/[^/]+/.+", path):  # no model here has folders to list
+            return self._error(404, "EntryNotFound")
         api = re.fullmatch(rf"/api/{_REPO}(?:/(revision|tree)/([^/]+))?", path)
         file = re.fullmatch(rf"/{_REPO}/resolve/([^/]+)/(.+)", path)
         model = (api or file or [None, ""])[1]

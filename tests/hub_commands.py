@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from hub import client
 from hub_writing import TOKEN, WritableHub
 
-# Runs every command of COMMANDS; `load` compares two runs' logits, `cut` takes the network away.
+# Runs every command of COMMANDS; `load` compares two runs' logits, `cut` takes the network away,
+# `cd` goes to a folder, `card` runs what a model card prints and compares it with the run's own.
 _SCRIPT = """
-import contextlib, io, json, os, sys
+import contextlib, io, json, os, sys, traceback
 from lora_kit import cli
 from lora_kit.ship import hub
 
@@ -25,6 +26,45 @@ def logits(run):
         with model.disable_adapter():
             return out, model(input_ids=torch.arange(5, 69)[None]).logits
 
+def typed(arguments):
+    # The exit code of a command of lora-kit.
+    sys.argv = ["lora-kit", *arguments]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return ended.code or 0
+    return 0
+
+def card(repo, run, base):
+    import re, torch, lora_kit
+    from huggingface_hub import hf_hub_download
+    from lora_kit.adapter.finished import FinishedRun
+    from lora_kit.prove.show import say
+
+    opened = FinishedRun(run, base)
+    with open(hf_hub_download(repo, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    [pull] = re.findall(r"^lora-kit (pull .*)$", text, re.M)
+    assert typed(pull.split()) == 0
+    blocks, found = [], {}
+    for code in re.findall(r"^```python\\n(.*?)^```$", text, re.M | re.S):
+        names, printed = {}, io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code.replace("FOLDER", base), names)
+        logits = names["logits"].tolist() if "logits" in names else None
+        blocks.append({"code": code, "printed": printed.getvalue().strip(), "logits": logits})
+    model, tokenizer = lora_kit.load(run, base=base)
+    if opened.labels:
+        batch = tokenizer(["a text"], return_tensors="pt")
+        with torch.inference_mode():
+            found["logits"] = model(**batch).logits.tolist()
+            with model.disable_adapter():
+                found["base"] = model(**batch).logits.tolist()
+    else:
+        prompt = "a question" if opened.lock["kind"] == "chat" else "The beginning of a text"
+        found["generated"] = say(opened, prompt, False, 64).strip()
+    return {**found, "blocks": blocks}
+
 for arguments in json.loads(os.environ["COMMANDS"]):
     out, err, code = io.StringIO(), io.StringIO(), 0
     if arguments[0] == "cut":
@@ -34,13 +74,20 @@ for arguments in json.loads(os.environ["COMMANDS"]):
         (one, base), (other, _) = map(logits, arguments[1:])
         found = [(one - other).abs().max().item(), (one - base).abs().max().item()]
         out.write(json.dumps(found))
+    elif arguments[0] == "cd":
+        os.chdir(arguments[1])
     else:
-        sys.argv = ["lora-kit", *arguments]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.main()
-            except SystemExit as ended:
-                code = ended.code or 0
+            if arguments[0] == "card":
+                try:
+                    with contextlib.redirect_stdout(err):
+                        found = card(*arguments[1:])
+                    out.write(json.dumps(found))
+                except Exception:
+                    traceback.print_exc()
+                    code = 1
+            else:
+                code = typed(arguments)
     print(json.dumps([code, out.getvalue(), err.getvalue()]))
 """
 

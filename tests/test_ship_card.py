@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from reports import full
 
+from lora_kit.base.head import SEQUENCE
 from lora_kit.errors import UserError
 from lora_kit.ship import card as module
 from lora_kit.ship.card import LOCAL, Card, make_card
@@ -65,6 +66,7 @@ def test_the_front_matter_is_the_hubs() -> None:
     assert "model-index" not in values
     merged = front(made(merged=True))
     assert (merged["base_model_relation"], merged["library_name"]) == ("merge", "transformers")
+    assert front(made(merged=True, pooled="mean"))["library_name"] == "sentence-transformers"
     assert "base_model" not in front(made(LOCAL)) and front(made("nano"))["base_model"] == "nano"
 
 
@@ -75,21 +77,27 @@ def test_the_body_says_base_data_and_how_to_load_it() -> None:
         f"- revision: `{SHA}`\n",
         "- sha256 of `a`: `b1`\n",
         "- adapter: rank 24, alpha 32, on `q_proj, v_proj`\n",
-        "`org/set[train]` at `c1`, sha256 of what was read `d1`, licence: mit\n",
-        "`local data 1`, sha256 of what was read `d2`, licence: not known\n",
+        "`org/set[train]` at `c1`, sha256 of the rows read `d1`, licence: mit\n",
+        "`local data 1`, sha256 of the rows read `d2`, licence: not known\n",
         f'base = AutoModelForCausalLM.from_pretrained("org/base", revision="{SHA}")\n',
         'model = PeftModel.from_pretrained(base, "me/my-sft")\n',
         f"vllm serve org/base --revision {SHA} --enable-lora --max-lora-rank 32 "
         "--lora-modules my-sft=me/my-sft\n",
         "lora-kit pull me/my-sft --out my-sft\n",
-        "No comparison with the base came with it: nothing is claimed.",
+        "It was not compared with its base: nothing is claimed about its quality.",
     ):
         assert line in text, line
     assert "vllm serve me/my-sft\n" in made(merged=True).text
     assert "vllm" not in made(config={"use_dora": True}).text
     for base in (LOCAL, "nano"):
         assert "vllm" not in made(base).text and "PeftModel" not in made(base).text
-    assert "by the hashes you can tell" in made(LOCAL).text
+    assert 'lora_kit.load("my-sft", base="FOLDER")\n' in made(LOCAL).text
+    assert 'lora_kit.load("my-sft")\n' in made("nano").text
+    odd = {**LOCK, "batch": {"rows_per_step": 16, "max_length": '64}\nprint("x")\n{'}}
+    code = made(lock=odd, auto=SEQUENCE).text.partition("```python")[2]
+    assert "max_length" not in code and 'print("x")' not in code
+    assert '"max_length": 256, ' in made(auto=SEQUENCE).text
+    assert "compare the hashes with those of your copy" in made(LOCAL).text
     empty = make_card("me/x", CONFIG, {}, {})
     assert front(empty)["license"] == "unknown"
 
@@ -98,7 +106,7 @@ def test_the_comparison_is_the_reports() -> None:
     report = full()
     card = made(report=report)
     loss = report["domain"]["loss"]
-    row = f"| held out of the data | {report['domain']['documents']} | loss | {loss['base']:.4f} "
+    row = f"| held-out data | {report['domain']['documents']} | loss | {loss['base']:.4f} "
     assert row + f"| {loss['adapted']:.4f} | {loss['difference']:+.4f} |" in card.text
     assert "- domain: " in card.text and "better than the base on held-out data" in card.text
     worse = copy.deepcopy(report)
@@ -160,7 +168,7 @@ def test_what_llamas_and_gemmas_terms_ask_for(
     assert (f"**Built with {built_with}**" in card.text) == bool(built_with)
     name = f"name that begins with {begins}: {begins}-my-sft"
     assert any(name in line for line in card.warnings) == bool(begins)
-    assert any("a copy of them goes along" in line for line in card.warnings)
+    assert any("for a copy of them" in line for line in card.warnings)
     right = made(base, licence, repo=f"me/{begins or 'X'}-my-sft", has_licence=True)
     assert not any("terms ask" in line for line in right.warnings)
     if licence:

@@ -156,7 +156,7 @@ def test_a_push_is_one_private_commit_of_what_is_needed(
     assert "me/first" in hub.private
     # The one that the Hub makes, and ours; the second push found nothing to do.
     assert hub.commits.count("me/first") == 2
-    assert "holds exactly this already" in done[f"push {run} me/first"].out
+    assert "is up to date already" in done[f"push {run} me/first"].out
     folder = hub.folder("me/first")
     assert {f.name for f in folder.iterdir()} == {*PUSHED, ".gitattributes"}
     weights = (run / "adapter/adapter_model.safetensors").read_bytes()
@@ -214,11 +214,11 @@ def test_a_commit_that_was_taken_is_not_made_again(
 ) -> None:
     for repo in ("me/taken", "me/cut", "me/busy", "me/limited"):
         pushed = done[f"push {run} {repo}"]
-        assert pushed.code == 0 and "tried again in" in pushed.err, (repo, pushed)
+        assert pushed.code == 0 and "retrying in" in pushed.err, (repo, pushed)
         assert hub.commits.count(repo) == 2, repo
         assert hub.heads[repo] in pushed.out
         assert {f.name for f in hub.folder(repo).iterdir()} == {*PUSHED, ".gitattributes"}
-    assert "answers 429: tried again in 1 s" in done[f"push {run} me/limited"].err
+    assert "answers 429: retrying in 1 s" in done[f"push {run} me/limited"].err
 
 
 def test_what_a_push_no_longer_means_is_taken_away(
@@ -226,10 +226,10 @@ def test_what_a_push_no_longer_means_is_taken_away(
 ) -> None:
     first = done[f"push {run} me/stale --json"]
     assert json.loads(first.out)["removed"] == list(STALE)
-    assert f"me/stale: taken away: {', '.join(STALE)}" in first.err
+    assert f"me/stale: removed: {', '.join(STALE)}" in first.err
     there = {str(f.relative_to(hub.folder("me/stale"))) for f in hub.folder("me/stale").rglob("*")}
     assert there == {*PUSHED, "theirs.txt", "a", "a/config.json"}
-    assert "holds exactly this already" in done[f"push {run} me/stale"].out
+    assert "is up to date already" in done[f"push {run} me/stale"].out
     assert hub.commits.count("me/stale") == 2
     # Nothing else was new.
     assert "uploaded" in done[f"push {run} me/rows"].out
@@ -247,8 +247,8 @@ def test_what_a_push_no_longer_means_is_taken_away(
         ("me/down", "answers 503: try again later"),
         ("me/out", "(401), or it is private: run `hf auth login`, or set HF_TOKEN"),
         ("me/wrong", "(401), or it is private: run `hf auth login`, or set HF_TOKEN"),
-        ("me/public", "is public already, and would stay so: add --public"),
-        ("me/private --public", "is private already, and would stay so: leave --public out"),
+        ("me/public", "already public, which a push does not change: add --public"),
+        ("me/private --public", "already private, which a push does not change: remove --public"),
         ("no-owner", "not a name on the Hub: write owner/name"),
         ("me/away", "http://127.0.0.1:9 cannot be reached"),
     ],

@@ -25,7 +25,7 @@ from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Base
 from lora_kit.ship.hub import make_plan
 from lora_kit.ship.merge import merge
-from lora_kit.ship.targets import check
+from lora_kit.ship.targets import TARGETS
 
 LABELS = ("card", "cash", "rate")
 
@@ -197,9 +197,10 @@ def test_a_head_alone_is_loaded_inspected_and_merged(
     merged = merge(FinishedRun(run), work / "merged", dtype="float32", verify="logits")
     assert merged.max_logit_difference is not None and merged.adapter_effect is not None
     assert merged.max_logit_difference <= 1e-5 < 0.01 < merged.adapter_effect
-    assert not check(FinishedRun(run), "vllm")["loads"]
     inspect.show(inspect.inspect(FinishedRun(run)))
-    assert "modules_to_save" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "modules_to_save" in shown and "labels: card, cash, rate\n" in shown
+    assert f"task: {SEQUENCE}, " in shown
 
 
 @pytest.mark.parametrize("pooling", [None, "mean"])
@@ -228,7 +229,7 @@ def test_a_classifier_is_pushed_with_a_card_that_loads_it(
     plan = make_plan(run, "me/test")
     assert {"adapter_model.safetensors", "head.json", "run.lock.json"} <= plan.files.keys()
     assert "pipeline_tag: text-classification" in plan.card.text
-    assert "way: classification (classify)" in plan.card.text
+    assert "method: classification (classify)" in plan.card.text
     assert "labels: card, cash, rate" in plan.card.text
     assert 'lora_kit.load("test", base="FOLDER")' in plan.card.text
     assert "lora-kit generate" not in plan.card.text
@@ -238,7 +239,7 @@ def test_a_classifier_is_pushed_with_a_card_that_loads_it(
     own = {"modules.json", "1_Pooling/config.json", "2_Dense/config.json"}
     own |= {"2_Dense/model.safetensors", "sentence_bert_config.json"}
     assert own & plan.files.keys() == (own if pooling else set())
-    loads = "SentenceTransformer" if pooling else "AutoModelForSequenceClassification.from_pretr"
+    loads = "AutoModel.from_pretr" if pooling else "AutoModelForSequenceClassification.from_pretr"
     assert f"{loads}" in plan.card.text and "CausalLM" not in plan.card.text
     for name, content in plan.files.items():
         if isinstance(content, Path) and name != "README.md":
@@ -250,6 +251,7 @@ VERBS = [
     ["export", "RUN", "--to", "merged", "--out", "out"],
     ["export", "RUN", "--to", "gguf", "--out", "out"],
     ["export", "RUN", "--to", "mlx", "--out", "out"],
+    *(["check", "RUN", "--target", target] for target in TARGETS),
     ["serve", "RUN", "--port", "0"],
     ["generate", "RUN", "Hello"],
 ]

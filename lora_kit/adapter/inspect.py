@@ -86,7 +86,8 @@ def inspect(run: FinishedRun) -> dict[str, Any]:
     """All that can be known of an adapter without its base.
 
     Returns:
-        `base`, with the hashes in the run's lock file; its settings; `norm`, of all updates
+        `base`, with the hashes in the run's lock file; `auto`, the class of transformers that loads
+        it, and its `labels`; its settings; `norm`, of all updates
         together; `modules` (see `figures`); `others`: the shapes of tensors beside the updates;
         `loaders`: what who would trip over.
 
@@ -99,6 +100,8 @@ def inspect(run: FinishedRun) -> dict[str, Any]:
     keys = ("task_type", "target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
     return {
         "adapter": run.path,
+        "auto": run.auto,
+        "labels": list(run.head.labels),
         "base": {**adapter.base, "hashes": run.hashes},
         **{key: adapter.config.get(key) for key in (*keys, "use_rslora", "use_dora")},
         "norm": None if None in norms else math.hypot(*norms),
@@ -183,7 +186,8 @@ def show(found: dict[str, Any]) -> None:
     _say(f"base: {base['model']}, revision {base['revision']}")
     for file in sorted(file for file in base["hashes"] if file.endswith(".safetensors")):
         _say(f"weights: {file}, sha256 {base['hashes'][file]}")
-    _say(f"task: {found['task_type']}, on {words}")
+    _say(f"task: {found['task_type'] or found['auto']}, on {words}")
+    _some("labels", found["labels"])
     if modules:
         _say(f"{name}: r {found['r']}, lora_alpha {found['lora_alpha']}, scale {scales}")
 

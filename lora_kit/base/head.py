@@ -115,7 +115,7 @@ def settle(pooling: str | None, folder: Path, config: Any, skeleton: Any) -> tup
     """
     own = None if skeleton is None else _own_pooling(config, skeleton)
     if pooling is None:
-        pooling = "mean" if _is_mean_pooled(folder) else own
+        pooling = "mean" if pooling_of(folder) == "mean" else own
     if pooling is None:
         raise UserError(
             f"base.model: {folder}: transformers has no classifier for {config.model_type}: "
@@ -148,13 +148,16 @@ def _own_pooling(config: Any, skeleton: Any) -> str:
     return "last" if last or config.is_encoder_decoder else "cls"
 
 
-def _is_mean_pooled(folder: Path) -> bool:
+def pooling_of(folder: Path) -> str | None:
+    """The pooling of a folder of sentence-transformers; None: it is no such folder, or has another
+    pooling than ours."""
     file = folder / "1_Pooling" / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        return bool(values.get("pooling_mode_mean_tokens") or values.get("pooling_mode") == "mean")
+        named = values.get("pooling_mode")
+        return next((n for n, m in POOLING_MODES.items() if values.get(m) or named == n), None)
     except (OSError, ValueError, AttributeError):
-        return False
+        return None
 
 
 def is_head(name: str, prefix: str) -> bool:

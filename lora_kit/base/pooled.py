@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lora_kit.base.head import POOLING_MODES
+from lora_kit.base.head import POOLING_MODES, pooling_of
 
 DENSE = "2_Dense"
 _MODULES = "sentence_transformers.models"  # the names that every version of it knows
@@ -138,11 +138,9 @@ def read_folder(folder: Path, **options: Any) -> PooledClassifier:
     from safetensors.torch import load_file
     from transformers import AutoModel
 
-    modes = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
-    pooling = next(name for name, mode in POOLING_MODES.items() if modes[mode])
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     encoder = AutoModel.from_pretrained(folder, **safe, **options)
-    model = PooledClassifier(encoder, pooling)
+    model = PooledClassifier(encoder, str(pooling_of(folder)))
     score = load_file(folder / DENSE / "model.safetensors")
     model.score.load_state_dict({k.removeprefix("linear."): v for k, v in score.items()})
     return model.eval()

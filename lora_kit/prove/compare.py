@@ -78,7 +78,7 @@ def compare(
         overrides: `prove.KEY=VALUE`, to measure more or something else than the run did.
         gate: hold the run to the default bounds of `prove.gate` if it names none.
         scratch: also train a randomly initialised model of the same architecture, on the same
-            budget (language models).
+            budget (recipes with the score `loss`).
         base: a folder or Hub id in place of the base that the run names.
 
     Returns:
@@ -96,8 +96,8 @@ def compare(
     before = read_json(finished.home / "report.json")
     processor, data = prepared_again(finished, task)
     check_prove(task, data, processor, opened)
-    if scratch and task.auto != "AutoModelForCausalLM":
-        raise UserError(f"{run}: --scratch applies to language models only")
+    if scratch and "loss" not in task.scores:
+        raise UserError(f"{run}: --scratch applies to the loss on text only: to cpt or sft runs")
     model, processor = load_model(finished)
     report = evaluate(task, model, data, processor, opened, finished.fresh)
     del report["adapter_effect"]  # of a training's audit

@@ -15,12 +15,6 @@ from lora_kit.prove.scores import compared_scores
 
 # The Hub's names of what a model is for.
 _PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
-_WAYS = {
-    "sft": "instruction tuning (sft)",
-    "cpt": "continued pretraining (cpt)",
-    "dpo": "preference optimization (dpo)",
-    "classify": "classification (classify)",
-}
 # A base that only whoever trained on it has; no name on the Hub, which somebody could take.
 LOCAL = "a local folder"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -61,7 +55,8 @@ def make_card(
     merged: bool = False,
     has_licence: bool = False,
     auto: str = CAUSAL,
-    pooled: bool = False,
+    pooled: str | None = None,
+    chat: bool = False,
 ) -> Card:
     """Write the card. What stands in the files may come from a stranger, and is escaped.
 
@@ -71,7 +66,8 @@ def make_card(
         lock, report: without paths and samples; empty where there are none.
         has_licence: whether the base's licence text goes along.
         auto: the class of transformers that loads the model.
-        pooled: whether a merged model is a folder of sentence-transformers.
+        pooled: the pooling of a merged model whose head is a file of its own; None: it has none.
+        chat: whether it was trained on conversations, in the tokenizer's chat template.
 
     Raises:
         UserError: lock file or report are not as they were written.
@@ -89,11 +85,12 @@ def make_card(
         data, terms = _data(lock), _terms(licence, base)
         warnings = [*_asked(terms, name, has_licence), *_licence_warnings(licence, base, data)]
         on_hub = bool(HUB_ID.fullmatch(base))
+        library = "sentence-transformers" if pooled else "transformers" if merged else "peft"
         sets = list(dict.fromkeys(one["set"] for one in data if one["set"]))
         front: dict[str, Any] = {
             **({"base_model": base} if on_hub or base == "nano" else {}),
             "base_model_relation": "merge" if merged else "adapter",
-            "library_name": "transformers" if merged else "peft",
+            "library_name": library,
             "license": licence if re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", licence) else "other",
             **({"pipeline_tag": _PIPELINES[auto]} if auto in _PIPELINES else {}),
             "tags": ["lora", "lora-kit"],
@@ -108,11 +105,10 @@ def make_card(
             **{"data": data, "terms": terms, "warnings": warnings},
             findings=in_lines(report) if report else [],
             scores_of=compared_scores,
-            generates=auto == CAUSAL,
+            chat=chat,
             auto=auto,
             pooled=pooled,
-            way=_way(lock),
-            labels=(lock.get("facts") or {}).get("labels") or [],
+            recipe=_recipe(lock),
             on_hub=on_hub,
             revision=revision if re.fullmatch("[0-9a-f]{40}", str(revision)) else None,
             vllm_rank=None if lost or max(ranks) > VLLM_RANKS[-1] else vllm_rank(max(ranks)),
@@ -157,7 +153,7 @@ def _asked(terms: Terms, name: str, has_licence: bool) -> list[str]:
     if terms.begins and not name.lower().startswith(terms.begins.lower()):
         found.append(f"{ask} for a name that begins with {terms.begins}: {terms.begins}-{name}")
     if terms.family and not has_licence:
-        found.append(f"{ask} that a copy of them goes along: lay it beside the weights as LICENSE")
+        found.append(f"{ask} for a copy of them: put it into the folder of the weights as LICENSE")
     return found
 
 
@@ -200,11 +196,10 @@ def _licence_of(name: str, commit: str) -> str | None:
     return value if value != "unknown" else None
 
 
-def _way(lock: dict[str, Any]) -> str:
-    """What was done, by the name of the recipe; an older lock file has the kind of the rows."""
+def _recipe(lock: dict[str, Any]) -> str:
+    """The name of the recipe; an older lock file has the kind of the rows instead."""
     recipe = (lock.get("recipe") or {}).get("name")
-    recipe = recipe or {"chat": "sft", "text": "cpt"}.get(str(lock.get("kind")), "not known")
-    return _WAYS.get(recipe, recipe)
+    return recipe or {"chat": "sft", "text": "cpt"}.get(str(lock.get("kind")), "not known")
 
 
 def _result(name: str, data: dict[str, Any], domain: dict[str, Any], auto: str) -> dict[str, Any]:

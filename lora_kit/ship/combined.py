@@ -43,7 +43,8 @@ def combine_and_measure(
         best of several methods was taken, it was chosen on these rows.
 
     Raises:
-        UserError: see `combine`; or a run is of another base, or its data changed.
+        UserError: see `combine`; or a run is of another base or not scored by loss, or its data
+            changed.
     """
     quiet_libraries()
     notes: list[str] = []
@@ -93,7 +94,10 @@ def _held_out(run: FinishedRun, adapters: Sequence[FinishedRun], notes: list[str
     opened = run.require_run()
     if run.hashes != (adapters[0].hashes or run.hashes):
         raise UserError(f"--on {run.path}: a run on another base than {adapters[0].path}")
-    _, prepared = prepared_again(run, task_of(run))
+    task = task_of(run)
+    if "loss" not in task.scores:
+        raise UserError(f"--on {run.path}: loss on text is compared: name a run of cpt or sft")
+    _, prepared = prepared_again(run, task)
     for one in adapters:
         shared = {*prepared.hashes.values()} & {*one.lock.get("data", {}).values()}
         if shared and one.lock.get("seed") != opened.seed:

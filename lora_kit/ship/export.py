@@ -91,7 +91,7 @@ def export(
     run.require_language_model(f"export --to {to}")
     stored, part = _settled(to, kind, what)
     if into != "base" and "merged" not in (to, part):
-        raise UserError(f"--into {into}: only where a merged model is written: leave it out")
+        raise UserError(f"--into {into}: only where a merged model is written: remove it")
     adapter, tokenizer, folder = run.adapter, run.processor, Path(run.pinned.folder)
     config = read_json(folder / "config.json")
     # `merge` asks for its own room.
@@ -133,7 +133,7 @@ def _settled(to: str, kind: str | None, what: str | None) -> tuple[Any, Any]:
         raise UserError(f"--to {to}: unknown{nearest(to, list(FORMS))}: one of {', '.join(FORMS)}")
     for flag, value, known in (("--type", kind, gguf.Kind), ("--what", what, gguf.What)):
         if value is not None and to not in ("gguf", "ollama"):
-            raise UserError(f"{flag} {value}: only for --to gguf and --to ollama: leave it out")
+            raise UserError(f"{flag} {value}: only for --to gguf and --to ollama: remove it")
         if value is not None and value not in get_args(known):
             raise UserError(f"{flag} {value}: one of {', '.join(get_args(known))}")
     if to not in ("gguf", "ollama"):
@@ -142,7 +142,7 @@ def _settled(to: str, kind: str | None, what: str | None) -> tuple[Any, Any]:
     what = what or ("merged" if to == "gguf" else "adapter")
     if (to, what) == ("gguf", "adapter"):
         if kind not in (None, "f32"):
-            raise UserError(f"--type {kind}: an adapter alone stays f32, it is small: leave it out")
+            raise UserError(f"--type {kind}: an adapter alone stays f32, it is small: remove it")
         return "f32", what
     return kind or "f16", what
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from lora_kit.adapter.files import WEIGHTS, Adapter, open_adapter
 from lora_kit.adapter.finished import FinishedRun
+from lora_kit.base.head import pooling_of
 from lora_kit.base.tensors import INDEX, stored, stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder
@@ -156,7 +157,8 @@ def make_plan(
         merged=bool(merged),
         has_licence=has_licence,
         auto=run.auto,
-        pooled="modules.json" in files,
+        pooled=pooling_of(folder) if "modules.json" in files else None,
+        chat=lock.get("kind", "chat") == "chat" and "chat_template.jinja" in files,
     )
     files["README.md"] = card.text.encode()
     if card.notice:
@@ -204,8 +206,10 @@ def push(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
 
     info = _patiently(head, repo, say)
     if bool(info.private) == plan.public:
-        now, fix = ("private", "leave --public out") if info.private else ("public", "add --public")
-        raise UserError(f"{repo}: is {now} already, and would stay so: {fix}, or name another")
+        now, fix = ("private", "remove --public") if info.private else ("public", "add --public")
+        raise UserError(
+            f"{repo}: already {now}, which a push does not change: {fix}, or name another"
+        )
     held, old = _patiently(lambda: compared(info.sha), repo, say)
     done = {**plan.to_json(), "url": f"{api.endpoint}/{repo}", "removed": old}
     if held:
@@ -223,7 +227,7 @@ def push(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
 
     done["commit"] = _patiently(commit, repo, say)
     if old:
-        say(f"{repo}: taken away: {', '.join(old)}")
+        say(f"{repo}: removed: {', '.join(old)}")
     return {**done, "committed": True}
 
 
@@ -413,5 +417,5 @@ def _patiently(
             if not passing or attempt == _TRIES - 1 or pause > _LONGEST_WAIT:
                 raise UserError(f"{repo}: {problem(error, repo, revision)}") from error
             why = f"the Hub answers {status}" if status else "the Hub cannot be reached"
-            say(f"{why}: tried again in {pause:g} s")
+            say(f"{why}: retrying in {pause:g} s")
             time.sleep(pause)

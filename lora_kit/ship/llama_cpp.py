@@ -94,7 +94,7 @@ def ask(module: str, request: dict[str, Any], who: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         raise CheckFailed(f"{who} gave no answer for {_SECONDS_TO_ANSWER:,} s") from None
     if child.returncode:
-        lines = child.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
+        lines = child.stderr.decode(errors="replace").strip().splitlines() or ["no error message"]
         # Below an assertion stands where it was; of Python's own traceback the last line counts.
         why = next((line for line in lines if "GGML_ASSERT" in line or " E " in line), lines[-1])
         raise CheckFailed(f"{who} ended ({child.returncode}): {why[:240]}")

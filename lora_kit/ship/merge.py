@@ -98,7 +98,7 @@ def merge(
     base = changed_base(trained, dtype=dtype)
     known = run.run is not None or "quantize" in run.lock.get("base", {})
     if into == "dequantized" and known and trained.quantize != "nf4":
-        raise UserError(f"{run.path}: not trained on nf4 ({trained.quantize}): leave --into out")
+        raise UserError(f"{run.path}: not trained on nf4 ({trained.quantize}): remove --into")
     pinned = run.located
     folder, config = Path(pinned.folder), unquantized_config(pinned)
     tokenizer = run.processor if run.has_processor else None

@@ -83,7 +83,7 @@ def go_template(tokenizer: Any) -> str:
             "roles decide: export it with --to gguf, whose template llama.cpp runs itself"
         )
     if "strftime_now" in tokenizer.chat_template:
-        print("the chat template writes the day: in Ollama it stays today's", file=sys.stderr)
+        print("the chat template writes the date: in Ollama it stays today's", file=sys.stderr)
     if ("", "system") not in known:
         print("the chat template takes no system turn: Ollama leaves it out", file=sys.stderr)
     # The token that Ollama puts before a prompt itself, as the tokenizer does.

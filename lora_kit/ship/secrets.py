@@ -70,7 +70,7 @@ def refuse_secrets(files: Mapping[str, bytes | Path], private: Iterable[str] = (
         more = f", and {len(found) - _LONGEST_SHOWN} more" if len(found) > _LONGEST_SHOWN else ""
         raise UserError(
             f"nothing was uploaded: {'; '.join(found[:_LONGEST_SHOWN])}{more}: take it out of the "
-            "file (what it is stays unsaid here), then push again"
+            "file (its value is not printed), then push again"
         )
 
 

@@ -49,12 +49,13 @@ def check(run: FinishedRun, target: str) -> dict[str, Any]:
         `fix` (the command) of each.
 
     Raises:
-        UserError: no such target, or see `open_adapter`.
+        UserError: no such target, not a language model's adapter, or see `open_adapter`.
     """
     if target not in _LOADERS:
         raise UserError(
             f"--target {target}: unknown{nearest(target, list(TARGETS))}: {', '.join(TARGETS)}"
         )
+    run.require_language_model(f"check --target {target}")
     problems = [problem for _, problem in _problems(run, target)]
     return {"target": target, "loads": not problems, "problems": problems}
 

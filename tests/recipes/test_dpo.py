@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from conftest import sentences
 from processes import adapter_hash
+from typer.testing import CliRunner
 
+from lora_kit.cli import app
 from lora_kit.errors import UserError
 from lora_kit.launch import train
 from lora_kit.train import trainer as module
@@ -71,6 +73,20 @@ def test_a_run_from_its_first_step_to_its_report(pairs_file: Path) -> None:
     lock = json.loads((RUN / "run.lock.json").read_text())
     assert lock["recipe"]["name"] == "dpo" and lock["auto"] == "AutoModelForCausalLM"
     assert lock["kind"] == "chat" and lock["finished"] is True
+
+
+@pytest.mark.slow
+def test_verbs_that_need_the_loss_of_a_text_say_so_in_one_line(pairs_file: Path) -> None:
+    train(pairs_file, "train.max_steps=1")
+    for words, verb in {
+        "--scratch": ["compare", str(RUN), "--scratch"],
+        f"--on {RUN}": ["combine", str(RUN), str(RUN), "--out", "out", "--on", str(RUN)],
+    }.items():
+        done = CliRunner().invoke(app, verb)
+        assert isinstance(done.exception, UserError), done.exception
+        said = str(done.exception)
+        assert words in said and "cpt or sft" in said and "\n" not in said
+    assert not Path("out").exists()
 
 
 class Crash(Progress):
