@@ -291,13 +291,13 @@ def _figures(name: str, score: dict[str, Any]) -> str:
 
 def ahead(report: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Contenders other than the rival that have a better deciding score than the adapted model:
-    (name, value), best first. No interval is known for them. Those with a verdict of their own
-    (few_shot, scratch) are not among them."""
+    (what a person calls it, value), best first. No interval is known for them. Those with a
+    verdict of their own (few_shot, scratch) are not among them."""
     name, score = decided_by(report)
     rival = report["domain"].get("rival", "base")
     sign = 1 if better(name, score) == "higher" else -1
     found = [
-        (other, values[name])
+        (contender(other), values[name])
         for other, values in (report.get("contenders") or {}).items()
         if other not in ("adapted", "base", rival, *report["verdict"])
         and name in values
@@ -341,9 +341,9 @@ def _headline(report: dict[str, Any]) -> str:
 def _buts(report: dict[str, Any], found: list[Finding]) -> list[str]:
     """What the headline must not hide."""
     buts = [_BUTS[one.part, one.word] for one in found if (one.part, one.word) in _BUTS]
-    if leading := ahead(report):
-        name, value = leading[0]
-        buts.append(f"{contender(name)} scored better ({value:.3f})")
+    for name, value in ahead(report)[:1]:
+        if not _withheld(report):  # for that reason
+            buts.append(f"{name} scored better ({value:.3f})")
     if worse := [one.part for one in found if one.word == "worse" and one.part not in PARTS]:
         buts.append(f"it is worse on {' and '.join(worse)}")
     return buts

@@ -203,8 +203,8 @@ class Classification(Task):
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
-        """The most frequent class and the linear probe, the better one first, by its accuracy in
-        cross-validation on training rows."""
+        """The most frequent class and the linear probe, the better one first, by the deciding score
+        in cross-validation on training rows."""
         rows = data.rows("train")
         rows = rows.select(probe.draw(len(rows), run.seed))
         classes = rows.column("labels")
@@ -222,7 +222,14 @@ class Classification(Task):
             Contender("linear_probe", lambda: contextlib.nullcontext(regression)),
             Contender("majority", lambda: contextlib.nullcontext(majority)),
         ]
-        return found if fitted.accuracy > counts.max() / len(rows) else found[::-1]
+        held_out = rows.select(fitted.compared)
+
+        def figure(predicted: np.ndarray) -> float:
+            scores = self.score(Rule(lambda _: predicted), held_out, processor, facts, run)
+            return next(score.figure for score in scores if score.name == self.deciding(run))
+
+        of_probe, of_majority = figure(fitted.predicted), figure(majority.classes(held_out))
+        return found if of_probe > of_majority else found[::-1]
 
     def _each(
         self,
