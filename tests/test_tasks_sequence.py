@@ -288,5 +288,5 @@ def test_only_its_own_scores_can_decide(tmp_path: Path) -> None:
     run: Any = SimpleNamespace(prove=SimpleNamespace(metrics=["macro_f1", "rouge_l"]))
     data: Any = None
     assert TASK.check(data, None, {}, run) == [
-        "prove.metrics: rouge_l: a classifier has accuracy and macro_f1"
+        "prove.metrics: rouge_l: the scores of this recipe are accuracy, macro_f1"
     ]

@@ -195,11 +195,6 @@ class Classification(Task):
             Score("macro_f1", by_class.reshape(rows.units, -1), value=macro_f1),
         ]
 
-    def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
-        unknown = [name for name in run.prove.metrics if name not in self.scores]
-        known = " and ".join(self.scores)
-        return [f"prove.metrics: {name}: a classifier has {known}" for name in unknown]
-
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:

@@ -291,8 +291,14 @@ class Task:
         return []
 
     def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
-        """What of `prove:` cannot be measured on these rows, a line each; asked before training."""
-        return []
+        """What of `prove:` cannot be measured on these rows, a line each; asked before training.
+        By default `prove.metrics` may name `scores` and no others."""
+        known = ", ".join(self.scores)
+        return [
+            f"prove.metrics: {name}: the scores of this recipe are {known}"
+            for name in run.prove.metrics
+            if name not in self.scores
+        ]
 
     def examine(
         self,
