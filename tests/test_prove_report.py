@@ -321,6 +321,15 @@ def test_scores_of_a_users_recipe_are_named_and_directed_by_it(tmp_path: Path) -
     assert "percent of the base" not in page.text
 
 
+def test_a_score_that_got_worse_on_training_rows_did_not_rise(tmp_path: Path) -> None:
+    report = classifier()
+    report["overfitting"] |= {"train_accuracy": {"base": 0.984, "adapted": 0.891}, "gap": -0.1}
+    assert (
+        "on training rows the accuracy fell by 0.093 (0.984 to 0.891), on held-out rows it changed "
+        "by +0.007: a gap of −0.100"
+    ) in page_of(tmp_path, report).text
+
+
 def test_what_trained_alone_is_named(tmp_path: Path) -> None:
     _, run = put_run(tmp_path, classifier())
     train = run.train.model_copy(update={"trainable": "head"})
