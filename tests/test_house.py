@@ -41,7 +41,7 @@ LIBRARIES = {
 TASKS = {"causal", "preference", "sequence"}
 FILES_TODAY = 120
 RECIPES_TODAY = 4
-LINES_OF_THE_PACKAGE = 17100  # of code
+LINES_OF_THE_PACKAGE = 17130  # of code
 LINES_OF_A_RECIPE = 80
 TOP_LEVEL = {
     *("lora_kit", "recipes", "tests", "scripts", "accelerate_configs"),

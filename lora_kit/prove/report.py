@@ -57,17 +57,12 @@ UNITS = {
 }
 _SHOWN_IN_TABLES_ONLY = ("bits_per_byte",)  # the loss in another unit: it has no verdict of its own
 _WORDS = {
-    "better": "better than the base on held-out data",
-    "worse": "worse than the base: negative transfer. Do not ship it",
-    "no different": "no different from the base: no gain was shown",
-    "too little data": "not evaluated: fewer than 20 held-out documents or rows",
-    "kept": "general text is predicted as well as by the base",
-    "forgot": "general text got worse: the adapter forgets",
-}
-_AGAINST_A_RIVAL = {
     "better": "better than {} on held-out data",
     "worse": "worse than {}: the adapter is not worth shipping",
     "no different": "no different from {}: no gain was shown",
+    "too little data": "not evaluated: fewer than 20 held-out documents or rows",
+    "kept": "general text is predicted as well as by the base",
+    "forgot": "general text got worse: the adapter forgets",
 }
 _BLIND = (
     "the loss fell, but the completions hardly depend on their prompts: the adapter was trained on "
@@ -131,10 +126,8 @@ def in_words(word: str, part: str = "domain", rival: str = "base") -> str:
     """
     if part in ("few_shot", "scratch"):
         rival = part
-    if word in ("kept", "forgot", "too little data") or (part == "domain" and rival == "base"):
-        return _WORDS[word]
-    if part == "domain":
-        return _AGAINST_A_RIVAL[word].format(contender(rival))
+    if part == "domain" or word in ("kept", "forgot", "too little data"):
+        return _WORDS[word].format(contender(rival))
     joined = {"better": "better than", "worse": "worse than", "no different": "no different from"}
     return f"{joined[word]} {contender(rival)}"
 
@@ -261,7 +254,11 @@ def _audit(audit: dict[str, Any] | None) -> Finding:
     problems = [f"{p['what']}. {p['cause']}. {p['fix']}" for p in audit["problems"]]
     failed = [check["found"] for check in audit["checks"] if check["passed"] is False]
     word = "failed" if problems or failed else "passed"
-    why = "; ".join(problems or failed or ["every check passed"])
+    left = [check["name"] for check in audit["checks"] if check["passed"] is None]
+    fine = (
+        f"every check passed but {', '.join(left)}: not checked" if left else "every check passed"
+    )
+    why = "; ".join(problems or failed or [fine])
     return Finding("audit", "Did it train", word, why)
 
 
