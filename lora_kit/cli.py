@@ -204,7 +204,10 @@ def compare(
     base: BaseOption = None,
     gate: Annotated[bool, typer.Option("--gate", help="Exit 1 unless prove.gate holds.")] = False,
     scratch: Annotated[
-        bool, typer.Option("--scratch", help="Also train a random model of its architecture.")
+        bool,
+        typer.Option(
+            "--scratch", help="Also train a randomly initialised model of the same architecture."
+        ),
     ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,

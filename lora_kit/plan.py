@@ -105,7 +105,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         rows = [*self.memory.items(), ("total", self.total)]
         rows += [("needed of it", self.needed)] if self.needed < self.total else []
-        rows += [("may be held", self.room)]
+        rows += [("available", self.room)]
         disk = ", ".join(f"{what} {n / _MIB:,.0f} MiB" for what, n in self.disk.items())
         lines = [f"{cause:>16} {n / _MIB:>10,.1f} MiB" for cause, n in rows]
         lines.append(
@@ -324,9 +324,10 @@ class _Planning:
 
     def _why(self, choice: Choice, total: int) -> str:
         rows, passes, again = asdict(choice).values()
-        what = f"{rows} row{'s' * (rows > 1)} a pass, {passes} pass{'es' * (passes > 1)} a step; "
+        what = f"{rows} row{'s' * (rows > 1)} a micro-batch, "
+        what += f"{passes} micro-batch{'es' * (passes > 1)} a step; "
         what += f"{again} of {self.layers} layers are" if again else "no layer is"
-        what += " computed again: "
+        what += " recomputed: "
         if (rows, again) != (self.own, self.forced):
             written = sum(self.memory(self.own, self.forced).values()) / _MIB
             what += f"the quickest that fits, as written it takes {written:,.0f} MiB"
@@ -334,7 +335,7 @@ class _Planning:
             what += f"as written (speed: plain){', too much' * (total > self.machine.room)}"
         else:
             what += "as written, it fits"
-        what += f"; {self.machine.room / _MIB:,.0f} MiB may be held"
+        what += f"; {self.machine.room / _MIB:,.0f} MiB are available"
         slower = self.machine.flops["float32"] / self.machine.flops[self.run.base.dtype]
         if slower > 1.1:
             what += f"; bfloat16 takes {slower:.1f} times as long as float32 on this processor: "
@@ -392,8 +393,8 @@ def _what_would_fit(here: _Planning) -> str:
     run, room = here.run, here.machine.limit
     least = sum(here.memory(1, here.layers).values())
     text = (
-        f"nothing fits: {least / _MIB:,.0f} MiB at least, with a row a pass and all layers "
-        f"computed again; {room / _MIB:,.0f} may be held, a margin of what is free is left: "
+        f"nothing fits: {least / _MIB:,.0f} MiB at least, with a row a micro-batch and all "
+        f"layers recomputed; {room / _MIB:,.0f} are available, without a margin of what is free: "
         f"{(least - room) / _MIB:,.1f} MiB too much; "
     )
     four: dict[str, Any] = {"base": {"quantize": "nf4"}} if run.base.quantize != "nf4" else {}

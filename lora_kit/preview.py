@@ -173,7 +173,7 @@ def to_json(task: Task, run: Run, prepared: Prepared, problems: list[str]) -> di
 
 def show(task: Task, prepared: Prepared, processor: Processor, use: str, count: int) -> None:
     """Print the census, the lengths of rows, and samples: in colours on a terminal that has some,
-    elsewhere what is learned from stands in ⟦ ⟧."""
+    elsewhere what is trained on stands in ⟦ ⟧."""
     from rich.console import Console
     from rich.text import Text
 
@@ -183,26 +183,29 @@ def show(task: Task, prepared: Prepared, processor: Processor, use: str, count: 
     for line in prepared.summary():
         console.print(harmless(line))
     console.print(f"\nlengths of {use} rows, in tokens:")
-    lengths = getattr(prepared.census, use).lengths
+    counted = getattr(prepared.census, use)
+    lengths = counted.lengths
     most = max(rows for _, rows in lengths)
     for up_to, rows in lengths:
         bar = "█" * round(40 * rows / max(1, most)) or ("▏" if rows else "")
         console.print(f"{'≤ ' + format(up_to, ','):>9} {bar} {rows:,}")
-    verb = "learned from" if use == "train" else "judged"
-    if found and coloured:
+    verb = "trained on" if use == "train" else "evaluated on"
+    if not counted.labels_are_tokens:
+        verb = ""
+    if found and coloured and verb:
         legend = Text("\n").append(verb, _LEARNED).append(" and ").append(f"not {verb}", _CONTEXT)
         console.print(legend)
-    elif found:
+    elif found and verb:
         console.print(f"\n⟦{verb}⟧ and not {verb}")
     for sample in found:
-        head = f"{sample.use} row {sample.number:,}, {sample.place}: {sample.tokens:,} tokens, "
-        head += f"{sample.learned:,} of them {verb}"
+        head = f"{sample.use} row {sample.number:,}, {sample.place}: {sample.tokens:,} tokens"
+        head += f", {sample.learned:,} of them {verb}" if verb else ""
         console.print(Text(f"\n{head}", "bold"))
         console.print(_drawn(sample, coloured))
 
 
 def _drawn(sample: Sample, coloured: bool) -> Any:
-    """A sample for a terminal: what is learned from in colour, or else in ⟦ ⟧; line ends are seen,
+    """A sample for a terminal: what is trained on in colour, or else in ⟦ ⟧; line ends are seen,
     and end lines."""
     from rich.text import Text
 

@@ -291,8 +291,9 @@ class Prove(Section):
     metrics: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         description="Scores of the answers that are generated: exact_match, f1, accuracy, rouge_l, "
-        "or a metric of the evaluate library by name or path, whose code runs here; of a "
-        "classifier accuracy and macro_f1. The first one decides. []: the task's own score does.",
+        "or a metric of the evaluate library by name or path, whose code runs here. classify: "
+        "accuracy, macro_f1; dpo: accuracy, margin. The first one decides. []: the first of the "
+        "task's own scores does.",
     )
     answers: Positive = Field(
         200, description="Held-out rows that are answered for the metrics, at most."

@@ -260,6 +260,23 @@ def preferences() -> dict[str, Any]:
     }
 
 
+def similarity() -> dict[str, Any]:
+    """A number for two sentences, by a recipe of a user's own: its names are not known here."""
+    return minimal() | {
+        "domain": {
+            **{"documents": 40, "rival": "mean"},
+            "squared_error": scored(0.255, 0.109, -0.182, -0.099, "lower"),
+        },
+        "contenders": {"adapted": {"squared_error": 0.109}, "mean": {"squared_error": 0.255}},
+        "samples": [],
+        "not_measured": [NO_LANGUAGE_MODEL],
+        "overfitting": {
+            "train_squared_error": {"base": 0.251, "adapted": 0.106},
+            **{"gap": -0.001, "best_step": None, "stopped_early": False},
+        },
+    }
+
+
 def metrics(steps: int = 300, every: int = 5) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl: a noisy loss that falls; held-out losses rise from step 200 on."""
     chooser = random.Random(0)
@@ -277,7 +294,8 @@ def metrics(steps: int = 300, every: int = 5) -> list[dict[str, Any]]:
 def put_run(
     folder: Path, report: dict[str, Any], rows: list[dict[str, Any]] | None = None
 ) -> tuple[Path, Run]:
-    """Write a finished run's directory with its page; `rows` are those of metrics.jsonl."""
+    """Write a finished run's directory with its page; `rows` are those of metrics.jsonl. A model
+    without a language-model head has one label a row, and no general text."""
     folder.mkdir(parents=True, exist_ok=True)
     count = {
         **{"rows_read": 1300, "rows_kept": 1272, "unused": 0, "dropped": {"too long": 28}},
@@ -289,6 +307,10 @@ def put_run(
         "duplicates": {"exact": 3, "near": 29},
         **{"held_out": True, "notes": [], "leaks_by_source": {}},
     }
+    if NO_LANGUAGE_MODEL in (report.get("not_measured") or []):
+        labelled = {**count, "supervised_tokens": count["samples"]}
+        nothing = dict.fromkeys(count, 0) | {"dropped": {}, "truncated": {}, "first": {}}
+        census |= {"train": labelled, "eval": labelled, "general": nothing}
     lock = {
         "base": {
             **{"model": "nano", "revision": None, "licence": "apache-2.0"},

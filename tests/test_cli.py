@@ -187,7 +187,7 @@ def test_preview_reports_what_train_would_refuse(
     assert (people.code, people.err) == (0, "")
     assert people.out.startswith("train: ") and people.out.count("⟦It is ") == 2
     judged = run("preview", str(file), "--split", "eval", "--samples", "1")
-    assert "⟦judged⟧" in judged.out and judged.out.count("⟦It is ") == 1
+    assert "⟦evaluated on⟧" in judged.out and judged.out.count("⟦It is ") == 1
     assert sorted(work.iterdir()) == before
 
 

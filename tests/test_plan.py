@@ -207,7 +207,9 @@ def test_less_memory_means_smaller_passes_of_the_same_step_then_recomputation(
     changes = {"train.per_device_train_batch_size": 8, "train.max_length": 64}
     whole = planned(run_file, **changes)
     assert whole.choice == Choice(8, 1, 0)
-    assert whole.why.startswith("8 rows a pass, 1 pass a step; no layer is computed again: as wri")
+    assert whole.why.startswith(
+        "8 rows a micro-batch, 1 micro-batch a step; no layer is recomputed: as wri"
+    )
     always = memory.unused_bytes(NOTHING)
     seen = []
     for share in (0.9, 0.5, 0.3, 0.125):

@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 from browser import Browser, browser
+from classifiers import classify_file, make_body
 from conftest import CHATML, make_tokenizer, sentences
 from prepared import prepared, put
 
 from lora_kit import preview
+from lora_kit.base.pin import pin
 from lora_kit.errors import UserError, harmless
+from lora_kit.run import load_run
 from lora_kit.schema import Run
 from lora_kit.tasks.causal import Conversations
-from lora_kit.tasks.encode import Prepared
+from lora_kit.tasks.encode import Prepared, rows_of
+from lora_kit.tasks.sequence import Classification
 
 CHAT = Conversations()
 # Whatever of these ran, or was taken for a tag, would change the title.
@@ -130,6 +134,26 @@ def test_the_size_of_a_page_is_bounded(
     assert "a run would start" in text
 
 
+@pytest.mark.parametrize("family", ["Bert", "Llama"])
+def test_a_classifier_has_labels_and_no_supervised_tokens(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = Classification()
+    run = load_run(
+        classify_file(tmp_path, make_body(tmp_path / "base", family)), task_of=lambda _: task
+    )
+    processor, data = rows_of(task, run, pin(run.base))
+    preview.write_page(tmp_path / "page.html", task, run, data, processor, [])
+    preview.show(task, data, processor, "train", 2)
+    text, shown = (tmp_path / "page.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    count = data.census.train
+    assert f"<td>labels</td>\n<td>{count.samples}</td>" in text
+    assert f"{count.tokens:,} tokens, one label a row; longest {count.longest}" in shown
+    for words in ("supervised", "end tokens", "trained on", "packing", "chat template"):
+        assert words not in text.split("</style>")[1] and words not in shown, words
+    assert "label: animals" in shown or "label: food" in shown or "label: time" in shown
+
+
 def test_a_page_replaces_only_a_page(
     found: Prepared, tokenizer: Any, page: Path, work: Path
 ) -> None:
@@ -199,7 +223,7 @@ def test_figures_and_samples_are_those_of_the_census(
     assert table["rows dropped"] == [str(sum(c.dropped.values())) for c in counts]
     assert table["rows dropped"][0] == "1"
     assert table["tokens"] == [f"{c.tokens:,}" for c in counts]
-    assert [cell.split()[0] for cell in table["learned from, or judged"]] == [
+    assert [cell.split()[0] for cell in table["supervised tokens"]] == [
         f"{c.supervised_tokens:,}" for c in counts
     ]
     text = opened.value("document.body.innerText")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,8 @@ from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
 from lora_kit.prove.compare import check_prove, evaluate
 from lora_kit.prove.gate import held
+from lora_kit.prove.report import in_lines
+from lora_kit.prove.scores import mean_score
 from lora_kit.schema import Gate, Run
 from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.tasks.encode import Prepared
@@ -78,6 +82,8 @@ def test_naming_a_score_of_the_task_only_chooses_what_decides(
     assert report["domain"].pop("decided_by") == metrics[0]
     assert report["verdict"].pop("domain") == word
     assert plain["verdict"].pop("domain") == "better"
+    assert report.pop("overfitting").keys() == {f"train_{metrics[0]}", "gap"}
+    assert plain.pop("overfitting").keys() == {"train_accuracy", "gap"}
     assert report == plain
 
 
@@ -119,6 +125,131 @@ def test_what_is_no_list_of_scores_is_refused() -> None:
 def test_a_score_that_would_be_misread_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"TASK\.score: loss: sums of the shape \(units, k\)"):
         Score("loss", **{"sums": np.ones((3, 2)), **wrong})
+
+
+# ------------------------------------------------------------------ what is compared with
+class Several(Task):
+    """Each contender, and the adapted model, has its own shares of right rows."""
+
+    scores = ("accuracy", "macro_f1")
+
+    def __init__(self, **shares: tuple[float, float]) -> None:
+        self.shares = shares
+
+    def score(self, model: Any, rows: Rows, processor: Any, facts: Any, run: Run) -> list[Score]:
+        shares = self.shares[model if isinstance(model, str) else "adapted"]
+        every = np.arange(len(rows)) / len(rows)
+        return [
+            Score(name, np.stack([every < share, np.ones(len(rows))], axis=1).astype(float))
+            for name, share in zip(self.scores, shares, strict=True)
+        ]
+
+    def rivals(self, *_: Any) -> list[Contender]:
+        names = [name for name in self.shares if name != "adapted"]
+        return [Contender(name, partial(contextlib.nullcontext, name)) for name in names]
+
+
+def verdict_of(task: Task, fresh: tuple[str, ...], **prove: Any) -> dict[str, Any]:
+    data = Prepared(ROWS, ROWS, None, {}, Census(), {}, [], False)
+    return evaluate(task, Model(1, 1), data, None, run_with(**prove), fresh)
+
+
+@pytest.mark.parametrize("fresh", [(), ("score",)])
+def test_nothing_is_better_while_a_contender_without_an_adapter_is_above(
+    fresh: tuple[str, ...],
+) -> None:
+    """The rival is chosen on training rows; on held-out ones another contender may be the best."""
+    shares = {"adapted": (0.9, 0.5), "majority": (0.2, 0.1), "linear_probe": (0.6, 0.8)}
+    if not fresh:
+        shares = {"base": (0.2, 0.1), **shares}
+    by_accuracy = verdict_of(Several(**shares), fresh)
+    assert by_accuracy["verdict"]["domain"] == "better"
+    assert "objection" not in by_accuracy["domain"]
+    by_f1 = verdict_of(Several(**shares), fresh, metrics=["macro_f1"])
+    assert by_f1["domain"]["macro_f1"]["ci95"][0] > 0  # than the rival
+    assert by_f1["verdict"]["domain"] == "no different"
+    assert by_f1["domain"]["objection"] == "a linear probe on frozen features reached 0.800"
+    (line, *_) = in_lines(by_f1)
+    assert line.endswith("scored better, but a linear probe on frozen features reached 0.800")
+    assert not held(by_f1, Gate(general=None))["passed"]
+
+
+class Alone(Two):
+    """Names no rival, or the base itself."""
+
+    def __init__(self, names_base: bool) -> None:
+        self.names_base = names_base
+
+    def score(self, model: Any, *given: Any) -> list[Score]:
+        return super().score("base" if model.off else model, *given)
+
+    def rivals(self, model: Any, *_: Any) -> list[Contender]:
+        return [Contender("base", model.disable_adapter)] if self.names_base else []
+
+
+class Switched(Model):
+    off = False
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:  # type: ignore[override]
+        self.off = True
+        yield
+        self.off = False
+
+
+@pytest.mark.parametrize("names_base", [False, True])
+def test_beating_a_random_head_is_never_better(names_base: bool) -> None:
+    data = Prepared(ROWS, ROWS, None, {}, Census(), {}, [], False)
+    for fresh, word in ((("score",), "no different"), ((), "better")):
+        task = Alone(names_base)
+        report = evaluate(task, Switched(1, 1), data, None, run_with(), fresh)
+        assert report["verdict"]["domain"] == word
+        assert report["domain"]["accuracy"]["ci95"][0] > 0
+        assert ("untrained head" in report["domain"].get("objection", "")) == bool(fresh)
+
+
+# ------------------------------------------------------------------ of a task that is there
+@pytest.mark.parametrize("task", [Classification(), Preference()])
+def test_any_score_of_a_task_may_decide_and_no_other(task: Task) -> None:
+    """`prove.metrics` is read by every task that has more than one score."""
+    assert "prove.metrics" not in task.unread
+    data: Any = None
+    for name in task.scores:
+        run = run_with(metrics=[name])
+        assert task.check(data, None, {}, run) == [] and task.deciding(run) == name
+    (problem,) = task.check(data, None, {}, run_with(metrics=[task.scores[1], "rouge_l"]))
+    assert problem.startswith("prove.metrics: rouge_l: ") and ", ".join(task.scores) in problem
+
+
+@pytest.mark.parametrize(("metrics", "word"), [([], "no different"), (["margin"], "better")])
+def test_a_margin_may_decide_a_preference(metrics: list[str], word: str) -> None:
+    """All pairs are of the same side as before, each further from the other; what speaks against a
+    perfect accuracy speaks against a margin as well."""
+
+    class Pairs(Preference):
+        general = None
+        forgot = False
+
+        def score(self, model: Any, rows: Rows, *_: Any) -> list[Score]:
+            adapted = isinstance(model, torch.nn.Module)
+            every = np.arange(len(rows))
+            right, margins = every % 2 == 0, adapted * (1 + every % 3)
+            return [mean_score("accuracy", right), mean_score("margin", margins)]
+
+        def examine(self, *_: Any) -> dict[str, Any]:
+            return {"generation": {"prompts": 4}} if self.forgot else {}
+
+        def objection(self, report: dict[str, Any]) -> str | None:
+            return "general text was forgotten" if report.get("generation") else None
+
+    task = Pairs()
+    report = verdict_of(task, (), metrics=metrics)
+    assert report["verdict"]["domain"] == word
+    assert report["overfitting"].keys() == {f"train_{[*metrics, 'accuracy'][0]}", "gap"}
+    first = "margin 0.000 -> 1.975" if metrics else "accuracy 0.500 -> 0.500"
+    assert in_lines(report)[0].startswith(f"domain: {first}")
+    task.forgot = True
+    assert verdict_of(task, (), metrics=metrics)["verdict"]["domain"] == "no different"
 
 
 # ------------------------------------------------------------------ what a gate may hold

@@ -126,6 +126,15 @@ def test_every_verb_that_makes_sense_takes_it(
     assert code == 2 and "generate applies to language models only" in said
 
 
+def test_a_score_that_it_does_not_have_is_reported_before_it_trains(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    code, said = lora_kit("train", "run.yaml", "name=other", "prove.metrics=[rouge_l]")
+    assert code == 2 and not Path("runs/other").exists()
+    assert "prove.metrics: rouge_l: the scores of this recipe are squared_error" in said
+
+
 @pytest.mark.slow
 def test_load_and_merge_never_run_it(
     trained: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

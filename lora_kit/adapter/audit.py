@@ -284,7 +284,7 @@ class Audit:
         if most is None:
             self._check("effect", None, "the base has a new head: there is nothing to compare with")
             return
-        found = f"it changes a unit's part of the first score by {most:.3g} at most"
+        found = f"the score of a held-out row or document changes by {most:.3g} at most"
         self._check("effect", most > 0, found)
         if most == 0 and not self._explained:
             self._problem("effect", "the adapter")

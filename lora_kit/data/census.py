@@ -45,6 +45,11 @@ class Count:
     longest: int = 0
     lengths: list[tuple[int, int]] = field(default_factory=list)
 
+    @property
+    def labels_are_tokens(self) -> bool:
+        """Whether labels are tokens; else each sample has one label, such as its class."""
+        return bool(self.end_markers_supervised) or self.supervised_tokens != self.samples
+
     def lose(self, reason: str, place: str, rows: int = 1, what: str = "dropped") -> None:
         """Count rows that are left out, or `truncated`; `place` is where the first one stands."""
         counts = getattr(self, what)
@@ -166,10 +171,13 @@ class Census:
             share = count.supervised_tokens / max(1, count.tokens)
             line = f"{name}: {count.rows_read:,} rows read, {count.rows_kept:,} kept"
             line += f", {count.unused:,} left over by fractions" if count.unused else ""
-            line += f"; {count.tokens:,} tokens, {count.supervised_tokens:,} ({share:.0%}) learned"
-            ends = f"{count.end_markers_supervised:,} end markers"
-            line += f" from, {ends}; longest {count.longest:,}"
-            lines.append(line if name == "train" else line.replace("learned from", "judged"))
+            line += f"; {count.tokens:,} tokens, "
+            if count.labels_are_tokens:
+                ends = f"{count.end_markers_supervised:,} end tokens among them"
+                line += f"{count.supervised_tokens:,} ({share:.0%}) supervised, {ends}"
+            else:
+                line += "one label a row"
+            lines.append(f"{line}; longest {count.longest:,}")
             for what in ("dropped", "truncated"):
                 for reason, number in getattr(count, what).items():
                     lines.append(f"  {what}: {number:,} {reason} (first: {count.first[reason]})")

@@ -17,8 +17,8 @@ from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.prove.gate import held
 from lora_kit.prove.harness import check_tasks, run_harness
-from lora_kit.prove.report import write_report
-from lora_kit.prove.scores import NO_LANGUAGE_MODEL, against, classes, values
+from lora_kit.prove.report import ahead, write_report
+from lora_kit.prove.scores import NO_LANGUAGE_MODEL, against, classes, decided_by, values
 from lora_kit.prove.scratch import against_scratch
 from lora_kit.run import read_json, recipe_path
 from lora_kit.schema import Gate, Run
@@ -209,8 +209,9 @@ def _evaluated(
     if not generates:
         run = _without_further(task, run)
     contenders = task.rivals(model, data, processor, facts, run)
-    if not fresh and not any(c.name == "base" for c in contenders):
-        contenders = [Contender("base", model.disable_adapter), *contenders]
+    base = Contender("base", model.disable_adapter)
+    if not contenders or (not fresh and not any(c.name == "base" for c in contenders)):
+        contenders = [base, *contenders]
     rival = contenders[0]
     scores = {"adapted": task.score(model, data.eval, processor, facts, run)}
     given = scores["adapted"]
@@ -222,8 +223,8 @@ def _evaluated(
         scores[contender.name] = _score(task, contender, model, data.eval, processor, facts, run)
     report: dict[str, Any] = {"verdict": {}, **dict.fromkeys(_ABSENT), "not_measured": []}
     further = _further(task, run)
-    own = _own(scores["adapted"], further)
-    report["domain"] = against(rival.name, _own(scores[rival.name], further), own, seed)
+    own = {name: _own(task, found, run) for name, found in scores.items()}
+    report["domain"] = against(rival.name, own[rival.name], own["adapted"], seed)
     report["contenders"] = {name: values(found) for name, found in scores.items()}
     report["classes"] = classes(scores["adapted"])
     if further:
@@ -231,32 +232,33 @@ def _evaluated(
     word: dict[str, str] = report["verdict"]
     for name, found in (report["metrics"] or {}).items():
         word[name] = verdict(found, found["rows"])
-    deciding = own[0].name
     if run.prove.metrics:
-        deciding = run.prove.metrics[0]
-        report["domain"]["decided_by"] = deciding
-    if deciding in further:
-        word["domain"] = word[deciding]
-    else:
-        word["domain"] = verdict(report["domain"][deciding], report["domain"]["documents"])
+        report["domain"]["decided_by"] = task.deciding(run)
+    deciding, found = decided_by(report)
+    word["domain"] = word.get(deciding) or verdict(found, report["domain"]["documents"])
     for contender in contenders[1:]:
         if contender.rows is not None:  # the same base, prompted otherwise
-            found = against(contender.name, _own(scores[contender.name], further), own, seed)
+            found = against(contender.name, own[contender.name], own["adapted"], seed)
             report[contender.name] = {**contender.about, **found}
-            word[contender.name] = verdict(found[own[0].name], found["documents"])
+            word[contender.name] = verdict(_first(found), found["documents"])
     report |= _general(task, model, data, processor, run)
     if report["general"]:
         first = _first(report["general"])
         word["general"] = retention(first, report["general"]["documents"])
     elif task.general is None:
         report["not_measured"].append(NO_LANGUAGE_MODEL)
-    report["overfitting"] = _gap(task, model, data, processor, run, scores, rival)
+    report["overfitting"] = _gap(task, model, data, processor, run, report["domain"], rival)
     if generates:
         more = task.examine(model, data, scores, processor, facts, run)
         report["not_measured"] += more.pop("not_measured", [])
         report |= more
     report.setdefault("samples", [])
     objection = task.objection(report)
+    if fresh and rival.enter == model.disable_adapter:
+        objection = "the rival is the base with an untrained head, which anything beats"
+    elif word["domain"] == "better" and (above := ahead(report)):
+        name, value = above[0]
+        objection = objection or f"{name} reached {value:.3f}"
     if objection:
         report["domain"]["objection"] = objection
         for part in ("domain", "few_shot"):
@@ -299,9 +301,10 @@ def _further(task: Task, run: Run) -> list[str]:
     return [name for name in run.prove.metrics if name not in task.scores]
 
 
-def _own(scores: Sequence[Score], further: Sequence[str]) -> list[Score]:
-    """The scores that the task has anyway."""
-    return [score for score in scores if score.name not in further]
+def _own(task: Task, scores: Sequence[Score], run: Run) -> list[Score]:
+    """The scores that the task has anyway, the deciding one first if it is among them."""
+    own = [score for score in scores if score.name not in _further(task, run)]
+    return sorted(own, key=lambda score: score.name != task.deciding(run))
 
 
 def _metrics(
@@ -342,18 +345,19 @@ def _gap(
     data: Prepared,
     processor: Processor,
     run: Run,
-    scores: Mapping[str, Sequence[Score]],
+    domain: Mapping[str, Any],
     rival: Contender,
 ) -> dict[str, Any]:
-    """How much more the adapter gained on training rows than on held-out ones, by the first
-    score."""
-    run = _without_further(task, run)
+    """How much more the adapter gained on training rows than on held-out ones, by the deciding
+    score; by the first of the task's own where the model would have to generate for that one."""
     rows = data.rows("train")
     drawn = np.random.default_rng(run.seed).permutation(len(rows))[: min(len(data.eval), _GAP_ROWS)]
     some = rows.select(drawn)
-    before = _score(task, rival, model, some, processor, data.facts, run)[0]
-    after = task.score(model, some, processor, data.facts, run)[0]
-    held_out = scores["adapted"][0].figure - scores[rival.name][0].figure
+    cheap = _without_further(task, run)
+    found = _score(task, rival, model, some, processor, data.facts, cheap)
+    before = _own(task, found, run)[0]
+    after = _own(task, task.score(model, some, processor, data.facts, cheap), run)[0]
+    held_out = domain[after.name]["difference"]
     trained = after.figure - before.figure
     gap = held_out - trained if after.better == "lower" else trained - held_out
     figures = {"base": round(before.figure, 4), "adapted": round(after.figure, 4)}

@@ -16,7 +16,13 @@ from lora_kit.errors import UserError
 from lora_kit.folders import write_whole
 from lora_kit.pages import render
 from lora_kit.prove.charts import confused, curves, forest, heat
-from lora_kit.prove.scores import better, compared_scores, decided_by, not_measured
+from lora_kit.prove.scores import (
+    NO_LANGUAGE_MODEL,
+    better,
+    compared_scores,
+    decided_by,
+    not_measured,
+)
 from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Run
 from lora_kit.tasks.bootstrap import verdict
@@ -35,7 +41,7 @@ PARTS = {
 _CONTENDERS = {
     "base": "the base",
     "few_shot": "the base with examples in its prompt",
-    "scratch": "a model of its shape trained from scratch",
+    "scratch": "a randomly initialised model trained on the same rows",
     "majority": "always predicting the most frequent class",
     "linear_probe": "a linear probe on frozen features",
     "zero_shot": "zero-shot classification by label names",
@@ -51,17 +57,12 @@ UNITS = {
 }
 _SHOWN_IN_TABLES_ONLY = ("bits_per_byte",)  # the loss in another unit: it has no verdict of its own
 _WORDS = {
-    "better": "better than the base on held-out data",
-    "worse": "worse than the base: negative transfer. Do not ship it",
-    "no different": "no different from the base: the training bought nothing",
+    "better": "better than {} on held-out data",
+    "worse": "worse than {}: the adapter is not worth shipping",
+    "no different": "no different from {}: no gain was shown",
     "too little data": "not evaluated: fewer than 20 held-out documents or rows",
     "kept": "general text is predicted as well as by the base",
     "forgot": "general text got worse: the adapter forgets",
-}
-_AGAINST_A_RIVAL = {
-    "better": "better than {} on held-out data",
-    "worse": "worse than {}: the adapter is not worth shipping",
-    "no different": "{} does as well: the adapter bought nothing",
 }
 _BLIND = (
     "the loss fell, but the completions hardly depend on their prompts: the adapter was trained on "
@@ -81,9 +82,9 @@ MOODS = {
 # What a headline must not hide: part and word of a finding.
 _BUTS = {
     ("general", "forgot"): "it forgets general text",
-    ("few_shot", "worse"): "examples in the prompt alone do more",
-    ("few_shot", "no different"): "examples in the prompt alone do as much",
-    ("scratch", "worse"): "training from scratch does more",
+    ("few_shot", "worse"): "it is worse than the base with examples in its prompt",
+    ("few_shot", "no different"): "it is no better than the base with examples in its prompt",
+    ("scratch", "worse"): "it is worse than a randomly initialised model trained on the same rows",
     ("gate", "failed"): "the gate failed",
     ("audit", "failed"): "a check of the training failed",
 }
@@ -125,17 +126,15 @@ def in_words(word: str, part: str = "domain", rival: str = "base") -> str:
     """
     if part in ("few_shot", "scratch"):
         rival = part
-    if word in ("kept", "forgot", "too little data") or (part == "domain" and rival == "base"):
-        return _WORDS[word]
-    if part == "domain":
-        return _AGAINST_A_RIVAL[word].format(contender(rival))
+    if part == "domain" or word in ("kept", "forgot", "too little data"):
+        return _WORDS[word].format(contender(rival))
     joined = {"better": "better than", "worse": "worse than", "no different": "no different from"}
     return f"{joined[word]} {contender(rival)}"
 
 
 def contender(name: str) -> str:
     """What a person calls a contender."""
-    return _CONTENDERS.get(name, name.replace("_", " "))
+    return _CONTENDERS.get(name, f"the contender {name}")
 
 
 def in_lines(report: dict[str, Any]) -> list[str]:
@@ -147,7 +146,8 @@ def in_lines(report: dict[str, Any]) -> list[str]:
 
 
 def findings(report: dict[str, Any]) -> list[Finding]:
-    """The results in the order of importance; what was not measured is one as well."""
+    """The results in the order of importance; what was not measured is one as well, unless it does
+    not apply to the task."""
     report = _filled(report)
     found = [_domain(report)]
     deciding, _ = decided_by(report)
@@ -155,7 +155,8 @@ def findings(report: dict[str, Any]) -> list[Finding]:
     for name, score in compared_scores(report["domain"]).items():
         if name != deciding and name not in _SHOWN_IN_TABLES_ONLY:
             found.append(_further(report, name, score, report["domain"]["documents"], rival))
-    found.append(_general(report))
+    if report["general"] or NO_LANGUAGE_MODEL not in (report["not_measured"] or []):
+        found.append(_general(report))
     for part in ("few_shot", "scratch"):
         if report[part]:
             name, score = next(iter(compared_scores(report[part]).items()))
@@ -253,7 +254,11 @@ def _audit(audit: dict[str, Any] | None) -> Finding:
     problems = [f"{p['what']}. {p['cause']}. {p['fix']}" for p in audit["problems"]]
     failed = [check["found"] for check in audit["checks"] if check["passed"] is False]
     word = "failed" if problems or failed else "passed"
-    why = "; ".join(problems or failed or ["every check passed that could be made"])
+    left = [check["name"] for check in audit["checks"] if check["passed"] is None]
+    fine = (
+        f"every check passed but {', '.join(left)}: not checked" if left else "every check passed"
+    )
+    why = "; ".join(problems or failed or [fine])
     return Finding("audit", "Did it train", word, why)
 
 
@@ -291,13 +296,13 @@ def _figures(name: str, score: dict[str, Any]) -> str:
 
 def ahead(report: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Contenders other than the rival that have a better deciding score than the adapted model:
-    (name, value), best first. No interval is known for them. Those with a verdict of their own
-    (few_shot, scratch) are not among them."""
+    (what a person calls it, value), best first. No interval is known for them. Those with a
+    verdict of their own (few_shot, scratch) are not among them."""
     name, score = decided_by(report)
     rival = report["domain"].get("rival", "base")
     sign = 1 if better(name, score) == "higher" else -1
     found = [
-        (other, values[name])
+        (contender(other), values[name])
         for other, values in (report.get("contenders") or {}).items()
         if other not in ("adapted", "base", rival, *report["verdict"])
         and name in values
@@ -339,11 +344,13 @@ def _headline(report: dict[str, Any]) -> str:
 
 
 def _buts(report: dict[str, Any], found: list[Finding]) -> list[str]:
-    """What the headline must not hide."""
+    """What the headline must not hide; the objection is there already."""
     buts = [_BUTS[one.part, one.word] for one in found if (one.part, one.word) in _BUTS]
-    if leading := ahead(report):
-        name, value = leading[0]
-        buts.append(f"{contender(name)} scored better ({value:.3f})")
+    if "general text" in report["domain"].get("objection", "").lower():
+        buts = [but for but in buts if but != _BUTS["general", "forgot"]]
+    for name, value in ahead(report)[:1]:
+        if not _withheld(report):  # for that reason
+            buts.append(f"{name} scored better ({value:.3f})")
     if worse := [one.part for one in found if one.word == "worse" and one.part not in PARTS]:
         buts.append(f"it is worse on {' and '.join(worse)}")
     return buts
@@ -357,7 +364,7 @@ def _filled(report: dict[str, Any]) -> dict[str, Any]:
 def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
     report, found = _filled(report), findings(report)
     over = report["overfitting"] or {}
-    fitted = next((name for name in over if name.startswith("train_")), "")
+    fitted = next((name[6:] for name in over if name.startswith("train_")), "")
     plots = {unit: [f for f in found if f.unit == unit] for unit in ("%", " points")}
     names, rows = contender_rows(report)
     word = report["verdict"]["domain"]
@@ -382,7 +389,8 @@ def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
         better=better,
         units=UNITS,
         counted=units_of(report),
-        fitted={"name": fitted.removeprefix("train_"), "score": over[fitted]} if fitted else None,
+        fitted={"name": fitted, "score": over[f"train_{fitted}"]} if fitted else None,
+        can_forget=any(one.part == "general" for one in found),
         why_no_general=not_measured(report, "general"),
         classes=confused(report["classes"]) if report["classes"] else None,
         plots=[(u, rows, forest([f.gain for f in rows])) for u, rows in plots.items() if rows],

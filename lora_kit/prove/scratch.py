@@ -1,4 +1,4 @@
-"""What the base's knowledge was worth: a model of its shape that starts from nothing."""
+"""What pretraining was worth: a randomly initialised model of the base's architecture."""
 
 from __future__ import annotations
 

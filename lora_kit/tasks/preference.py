@@ -103,14 +103,7 @@ class Preference(Task):
     formats: tuple[str, ...] = ("preference",)
     scores = ("accuracy", "margin")
     settings: Mapping[str, type[Section]] = {"train": PreferenceTrain}
-    unread = (
-        "data.supervise",
-        "data.packing",
-        "data.replay",
-        "data.labels",
-        "prove.shots",
-        "prove.metrics",
-    )
+    unread = ("data.supervise", "data.packing", "data.replay", "data.labels", "prove.shots")
     general = Text()
     flat = True
 

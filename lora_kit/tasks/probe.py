@@ -31,15 +31,17 @@ class Probe:
     Attributes:
         weight: float32 (classes, width + 1), the bias last; of features less `center`, over
             `scale`.
-        accuracy: by cross-validation on the rows that it was fitted to.
-        strength: of the penalty, chosen by it.
+        strength: of the penalty, chosen by cross-validation.
+        compared: int64 (some,): the numbers of the rows that were held out in it, each once.
+        predicted: int64 (some,): the class of each, by a probe that was not fitted to it.
     """
 
     weight: np.ndarray
     center: np.ndarray
     scale: float
-    accuracy: float
     strength: float
+    compared: np.ndarray
+    predicted: np.ndarray
 
     def classes(self, features: np.ndarray) -> np.ndarray:
         """(rows, width) -> int64 (rows,): the most probable classes."""
@@ -70,18 +72,19 @@ def fit(features: np.ndarray, classes: np.ndarray, count: int, seed: int) -> Pro
     scale = float(np.sqrt(np.square(features - center).mean())) or 1.0
     x = torch.from_numpy((features - center) / scale).float()
     y = torch.from_numpy(classes)
-    hits = np.zeros(len(_STRENGTHS))
     some = np.random.default_rng(seed).permutation(len(classes))[:_MOST_COMPARED]
+    predicted = np.zeros((len(_STRENGTHS), len(some)), dtype=np.int64)
     for held_out in _folds(classes[some]):
         rest, held = some[~held_out], some[held_out]
         for number, weight in enumerate(_path(x[rest], y[rest], count, _STRENGTHS)):
-            hits[number] += int((_logits(x[held], weight).argmax(1) == y[held]).sum())
-    shares = hits / len(some)
+            predicted[number, held_out] = _logits(x[held], weight).argmax(1).numpy()
+    shares = (predicted == classes[some]).mean(1)
     best = shares.max()
     enough = best - np.sqrt(best * (1 - best) / len(some))
     chosen = int(np.argmax(shares >= enough))
     *_, weight = _path(x, y, count, _STRENGTHS[: chosen + 1])
-    return Probe(weight.numpy(), center, scale, float(shares[chosen]), float(_STRENGTHS[chosen]))
+    strength = float(_STRENGTHS[chosen])
+    return Probe(weight.numpy(), center, scale, strength, some, predicted[chosen])
 
 
 def _folds(classes: np.ndarray) -> Iterator[np.ndarray]:

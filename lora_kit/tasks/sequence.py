@@ -201,16 +201,11 @@ class Classification(Task):
             Score("macro_f1", by_class.reshape(rows.units, -1), value=macro_f1),
         ]
 
-    def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
-        unknown = [name for name in run.prove.metrics if name not in self.scores]
-        known = " and ".join(self.scores)
-        return [f"prove.metrics: {name}: a classifier has {known}" for name in unknown]
-
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
-        """The most frequent class and the linear probe, the better one first, by its accuracy in
-        cross-validation on training rows."""
+        """The most frequent class and the linear probe, the better one first, by the deciding score
+        in cross-validation on training rows."""
         rows = data.rows("train")
         rows = rows.select(probe.draw(len(rows), run.seed))
         classes = rows.column("labels")
@@ -228,7 +223,14 @@ class Classification(Task):
             Contender("linear_probe", lambda: contextlib.nullcontext(regression)),
             Contender("majority", lambda: contextlib.nullcontext(majority)),
         ]
-        return found if fitted.accuracy > counts.max() / len(rows) else found[::-1]
+        held_out = rows.select(fitted.compared)
+
+        def figure(predicted: np.ndarray) -> float:
+            scores = self.score(Rule(lambda _: predicted), held_out, processor, facts, run)
+            return next(score.figure for score in scores if score.name == self.deciding(run))
+
+        of_probe, of_majority = figure(fitted.predicted), figure(majority.classes(held_out))
+        return found if of_probe > of_majority else found[::-1]
 
     def _each(
         self,

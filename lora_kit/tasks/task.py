@@ -285,17 +285,28 @@ class Task:
         is one, `model.generate` are called."""
         raise NotImplementedError
 
+    def deciding(self, run: Run) -> str:
+        """The score that decides the verdict: the first of `prove.metrics`, else of `scores`."""
+        return (run.prove.metrics or self.scores)[0]
+
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
         """What the adapted model is compared with, besides the base: a majority class, a linear
-        probe, examples in the prompt. Where the base has fresh modules the best of them is what the
-        verdict is against, chosen on training rows: the first of the list is the best one."""
+        probe, examples in the prompt. Where the base has fresh modules the best of them by the
+        `deciding` score is what the verdict is against, chosen on training rows: the first of the
+        list is the best one."""
         return []
 
     def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
-        """What of `prove:` cannot be measured on these rows, a line each; asked before training."""
-        return []
+        """What of `prove:` cannot be measured on these rows, a line each; asked before training.
+        By default `prove.metrics` may name `scores` and no others."""
+        known = ", ".join(self.scores)
+        return [
+            f"prove.metrics: {name}: the scores of this recipe are {known}"
+            for name in run.prove.metrics
+            if name not in self.scores
+        ]
 
     def examine(
         self,
