@@ -14,7 +14,7 @@ import lora_kit
 from lora_kit.data.census import Census
 from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed, UserError
-from lora_kit.prove.compare import check_prove, evaluate
+from lora_kit.prove.evaluate import check_prove, evaluate
 from lora_kit.schema import Gate, Prove, Run
 from lora_kit.tasks.answers import question
 from lora_kit.tasks.batches import IGNORED

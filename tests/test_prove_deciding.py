@@ -15,7 +15,7 @@ import torch
 from lora_kit.data.census import Census
 from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
-from lora_kit.prove.compare import check_prove, evaluate
+from lora_kit.prove.evaluate import check_prove, evaluate
 from lora_kit.prove.gate import held
 from lora_kit.prove.report import in_lines
 from lora_kit.prove.scores import mean_score

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_kit.adapter.inspect import figures
 from lora_kit.errors import CheckFailed
-from lora_kit.prove.compare import evaluate, measure_tasks
+from lora_kit.prove.evaluate import evaluate, measure_tasks
 from lora_kit.prove.gate import held
 from lora_kit.prove.report import in_lines, write_report
 from lora_kit.tasks.encode import Prepared
