@@ -93,7 +93,7 @@ def test_an_unknown_architecture_is_said_once_and_trains(
     ).save_pretrained(folder)
     package.train(run_file("sft", **{"base.model": str(folder)}))
     said = capfd.readouterr().err
-    assert said.count("speed: as transformers and PEFT have it: attention (not known here)") == 1
+    assert said.count("speed: standard path for attention (unsupported by this architecture)") == 1
     assert len(losses("test")) == 4
 
 
@@ -191,7 +191,7 @@ def test_a_batch_that_is_too_large_is_halved_and_the_step_stays_the_same(
 
 def test_padded_rows_are_computed_by_length(run_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the architecture wants padding: the same steps, with less of it."""
-    monkeypatch.setattr(module, "make_fast", lambda *_: {"attention": "not known here"})
+    monkeypatch.setattr(module, "make_fast", lambda *_: {"attention": "unsupported by this architecture"})
     words = " ".join(["bread"] * 120)
     rows = [{"prompt": "a", "completion": words if n % 4 == 0 else "b" + str(n)} for n in range(40)]
     limits = {"exact_leaks": 99, "near_leaks": 1.0}

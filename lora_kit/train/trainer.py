@@ -153,7 +153,7 @@ def _quicken(journey: Journey, model: Any, processor: Processor, data: Prepared)
     padding."""
     task, run = journey.task, journey.run
     if _sharded():
-        journey.say("speed: the base is sharded: transformers' own path")
+        journey.say("speed: standard path, since the base is sharded")
         return False
     if task.flat:
         plain = make_fast(model, documents_loss(model, collators(0)))
@@ -161,7 +161,7 @@ def _quicken(journey: Journey, model: Any, processor: Processor, data: Prepared)
         plain = make_fast(model, _rows_loss(task, run, model, processor, data), _FOR_ANY_MODEL)
     if plain:
         parts = "; ".join(f"{part} ({why})" for part, why in plain.items())
-        journey.say(f"speed: as transformers and PEFT have it: {parts}")
+        journey.say(f"speed: standard path for {parts}")
     return task.flat and "attention" not in plain
 
 
