@@ -137,9 +137,9 @@ ATTACKS: list[tuple[Any, str, set[str]]] = [
     (_symlink, "a link to somewhere else", set()),
     (_secret, "a link to somewhere else", set()),
     (_template, "chat template", NO_TEMPLATE),
-    (_endless, "still rendering", NO_TEMPLATE),
+    (_endless, "did not finish", NO_TEMPLATE),
     (_header, "a header of 4,611,686,018,427,387,904 bytes", set()),
-    (_twice, "stands twice", set()),
+    (_twice, "duplicate key", set()),
 ]
 
 

@@ -167,7 +167,7 @@ def test_a_base_that_is_quantized_broken_or_gone(place: Path) -> None:
     shard = sorted((place / "base").glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:-5])
-    refused(place, "damaged")
+    refused(place, "corrupt")
     shard.unlink()
     refused(place, "missing: copy the model again")
     shard.write_bytes(content)

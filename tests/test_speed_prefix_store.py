@@ -161,7 +161,9 @@ def test_a_full_disk_ends_the_keeping_not_the_run(
     monkeypatch.setattr(os, "pwritev", full)
     same(train(model, rows, prefix), expected)
     assert len(times) == 4
-    assert capsys.readouterr().err.count("stopped caching hidden states: No space left on device") == 1
+    assert (
+        capsys.readouterr().err.count("stopped caching hidden states: No space left on device") == 1
+    )
 
 
 def test_it_is_not_kept_where_it_is_too_large_or_of_no_use(

@@ -90,7 +90,7 @@ def test_existing_run_directory_is_not_touched(run_file: Any) -> None:
 def test_tokenizer_larger_than_the_embeddings(run_file: Any, work: Path) -> None:
     small = make_base(work / "small", vocab_size=300)
     make_tokenizer(small)
-    with pytest.raises(UserError, match="knows 400 tokens, the base has 300 embeddings"):
+    with pytest.raises(UserError, match="has 400 tokens, the base 300 embeddings"):
         package.train(run_file("cpt", **{"base.model": str(small)}))
     assert not Path("runs").exists()
 
@@ -100,7 +100,7 @@ def test_no_rows_left(run_file: Any, work: Path) -> None:
         package.train(run_file("sft", **{"train.max_length": 8}))
     rows = [{"prompt": f"question {n}", "completion": "  "} for n in range(30)]
     (work / "empty.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match="30 with an empty answer") as caught:
+    with pytest.raises(UserError, match="30 with an empty completion") as caught:
         package.train(run_file("sft", **{"data.train": "empty.jsonl"}))
     assert "empty.jsonl" in str(caught.value)
     assert not Path("runs").exists()

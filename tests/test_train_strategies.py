@@ -125,11 +125,11 @@ START = Adapter(start="runs/other")
 MISTAKES: dict[str, tuple[Train, Adapter, tuple[str, ...], str]] = {
     "head of a language model": (
         *(Train(trainable="head"), Adapter(), ()),
-        "train.trainable: head: the base has no new module",
+        "train.trainable: head: this task adds no new head",
     ),
     "head and start": (
         *(Train(trainable="head"), START, ("score",)),
-        "train.trainable: head: adapter.start brings LoRA modules",
+        "train.trainable: head: conflicts with adapter.start",
     ),
     "too many layers": (
         *(Train(top_layers=5), Adapter(), ()),
@@ -137,11 +137,11 @@ MISTAKES: dict[str, tuple[Train, Adapter, tuple[str, ...], str]] = {
     ),
     "layers twice": (
         *(Train(top_layers=1), Adapter(layers_to_transform=[0]), ()),
-        "train.top_layers: adapter.layers_to_transform names the layers already",
+        "train.top_layers: conflicts with adapter.layers_to_transform",
     ),
     "layers and start": (
         *(Train(top_layers=1), START, ()),
-        "train.top_layers: adapter.start brings its own layers",
+        "train.top_layers: conflicts with adapter.start",
     ),
 }
 
