@@ -12,7 +12,7 @@ from classifiers import FAMILIES, make_body
 from conftest import make_tokenizer
 from tokenizers import processors
 
-from lora_kit.adapter.attach import _freeze_statistics, attach, describe, put_on
+from lora_kit.adapter.attach import _freeze_statistics, attach, describe, load_adapter
 from lora_kit.adapter.files import open_adapter
 from lora_kit.base.head import SEQUENCE, Head, load_with_head, with_head_on_meta
 from lora_kit.base.load import check_causal, load_base
@@ -83,7 +83,7 @@ def test_a_new_head_is_trained_whole_and_comes_again_exactly(
     model.save_pretrained(tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["task_type"] is None
     again, _ = loaded(folder, quantize=quantize)
-    again = put_on(again, open_adapter(tmp_path / "adapter"))
+    again = load_adapter(again, open_adapter(tmp_path / "adapter"))
     assert torch.equal(logits(again), wanted)
     with again.disable_adapter():
         assert torch.equal(logits(again), before)  # the random head is that of the seed
@@ -188,7 +188,9 @@ def test_poolings_and_heads_that_make_no_sense_are_refused(tmp_path: Path) -> No
     headless = make_body(tmp_path / "base", "Bert", model_type="bert-generation")
     config = json.loads((headless / "config.json").read_text())
     (headless / "config.json").write_text(json.dumps(config | {"model_type": "bert-generation"}))
-    with pytest.raises(UserError, match=r"no classifier for bert-generation: set base\.pooling: mean"):
+    with pytest.raises(
+        UserError, match=r"no classifier for bert-generation: set base\.pooling: mean"
+    ):
         loaded(headless)
 
 
@@ -205,7 +207,9 @@ def test_an_own_pooling_is_adapted_and_comes_again(
     config = tmp_path / "adapter" / "adapter_config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"auto_mapping": None}))  # as `save_run` leaves it
-    again = put_on(loaded(folder, "mean", quantize=quantize)[0], open_adapter(tmp_path / "adapter"))
+    again = load_adapter(
+        loaded(folder, "mean", quantize=quantize)[0], open_adapter(tmp_path / "adapter")
+    )
     assert torch.equal(logits(again), wanted)
 
 

@@ -121,7 +121,7 @@ def test_fractions_are_given_to_all_of_a_list_and_are_one_together(tmp_path: Pat
     assert f"{b}: no fraction" in refused(Source(source=a, fraction=0.9), b)
     for wrong in ((0.5, 0.4), (0.5, 0.6), (0.9,)):
         line = refused(*share(*wrong))
-        assert f"these are {sum(wrong):g}: {a} {wrong[0]:g}" in line
+        assert f"not {sum(wrong):g}: {a} {wrong[0]:g}" in line
 
 
 def test_what_is_named_twice_is_refused(tmp_path: Path) -> None:

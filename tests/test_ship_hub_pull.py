@@ -202,7 +202,7 @@ def test_a_base_that_only_its_author_has_must_be_named(
 ) -> None:
     pulled = done[f"pull me/local --out {place}/local"]
     assert pulled.code == 0 and "base_model_name_or_path was a folder of its author" in pulled.err
-    with pytest.raises(UserError, match=r"base_model_name_or_path names no base"):
+    with pytest.raises(UserError, match=r"base_model_name_or_path: no base"):
         load(place / "local")
 
 

@@ -39,13 +39,13 @@ CAUSAL = "AutoModelForCausalLM"
 SEQUENCE = "AutoModelForSequenceClassification"
 HEAD_FILE = "head.json"  # in an adapter's folder; PEFT and transformers ignore it
 Pooling = Literal["mean", "cls", "last"]
-# Sentence-transformers' names of the poolings (1_Pooling/config.json).
+# sentence-transformers' names of the pooling modes (1_Pooling/config.json).
 POOLING_MODES = {
     "mean": "pooling_mode_mean_tokens",
     "cls": "pooling_mode_cls_token",
     "last": "pooling_mode_lasttoken",
 }
-# Decoders whose head is not called `score`, as it is in all others.
+# Decoders whose head is not named `score`.
 _OTHER_DECODERS = ("ctrl", "modernbert-decoder")
 
 

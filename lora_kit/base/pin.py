@@ -22,7 +22,7 @@ _HASHED = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
 # Only the top folder and sentence-transformers' 1_Pooling/config.json are read; `consolidated` is a
 # second copy of the weights, in Mistral's layout.
 _NOT_READ = ["[!1]*/*", "1[!_]*/*", "*/*.safetensors", "consolidated*.safetensors"]
-# As repositories of weights that are quantized already are named.
+# Names of repositories with quantized weights.
 _QUANTIZED_NAME = re.compile(r"(?i)[-_.]([48]-?bit|int[48]|fp8|gptq|awq|gguf)\b")
 _QUANTIZED = "its weights are already quantized: name the original model"
 

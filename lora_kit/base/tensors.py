@@ -28,7 +28,7 @@ _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 PIECE = 16 * 2**20
 PAGE = 4096
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
-# safetensors' name -> (torch's name, bytes of an element).
+# safetensors dtype -> (torch dtype, bytes per element).
 DTYPES = {
     **{"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2)},
     **{"BF16": ("bfloat16", 2), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1)},

@@ -20,7 +20,7 @@ _DECLARED = re.compile(
 )
 _WHOLE_PAGE = re.compile(r"<(?:!doctype|html|head|body)\b", re.IGNORECASE)
 _DECLARED_WITHIN = 4096  # bytes
-# What browsers read where a page declares the other (the Encoding Standard's labels).
+# Encodings that browsers use instead of the declared one (the Encoding Standard's labels).
 _BROWSER_ENCODINGS = {
     **{"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "utf-8": "utf-8-sig"},
     **{"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"},

@@ -20,12 +20,12 @@ from lora_kit.errors import NotUsable, UserError
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
-# The names of the roles: OpenAI's, which has a newer one for the system, and ShareGPT's.
+# Role names: OpenAI's (`developer` is its newer `system`) and ShareGPT's.
 _OPENAI = {"developer": "system", **{role: role for role in ROLES}}
 _SHAREGPT = _OPENAI | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-# Not the signs that mean something in formulas and code. A zero byte stands between turns.
+# Punctuation of prose, not of formulas and code. A NUL byte separates turns.
 _PUNCTUATION = {**dict.fromkeys(map(ord, ".,;:!?\"'`“”‘’„«»…"), " "), 0: " \0 "}
-# Left out as the format means it, and therefore no loss that a limit counts.
+# Dropped by design of the format, so not counted by data.limits.dropped.
 REJECTED = "with a rejected completion (`label` is false)"
 _TAG = re.compile(r"O|([BIESLU])-(\S+)")
 _NUMBER = re.compile("[0-9]{1,9}")

@@ -25,10 +25,10 @@ from lora_kit.hashes import cached_hash
 from lora_kit.run import nearest
 from lora_kit.schema import Source
 
-# What a set says of itself: configs, splits, names of classes.
+# Files with metadata: configs, splits, class names.
 _CARD = ["README.md", ".huggingface.yaml", "dataset_infos.json", ".gitattributes"]
 _FETCHED_AT_ONCE = 8
-# Settings of a config that say nothing about how a file is read.
+# Settings of a config that do not change how a file is read.
 _NOT_FOR_READING = {"name", "version", "data_dir", "data_files", "description", "features"}
 
 

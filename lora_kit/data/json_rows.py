@@ -18,7 +18,7 @@ from lora_kit.errors import UserError
 PIECE = 2**20  # characters
 _LONGEST = 2**26  # characters of one object; beyond, a syntax error is reported
 _BROKEN = re.compile("[\0\udc80-\udcff]")
-# What a file that is damaged, or a gzip file that is cut off, raises while it is read.
+# Errors of reading a corrupt file or a truncated gzip file.
 UNREADABLE = (OSError, EOFError, zlib.error)
 
 

@@ -16,7 +16,7 @@ from lora_kit.data.readers import OpenedSource
 from lora_kit.data.table import Table
 
 Place = Callable[[Table, int], str]
-# A text of a benchmark's row is looked for on its own if it has so many words.
+# Words from which a text field of a benchmark row is also matched on its own.
 FEWEST_WORDS = 6
 
 

@@ -43,7 +43,7 @@ TABLE_SUFFIXES = {
 }
 SUFFIXES = TEXT_SUFFIXES | TABLE_SUFFIXES
 _TAG = re.compile(r"O|[BIESLU]-\S+")
-# A batch is what one worker takes at a time: small, so that its tokens stay in the caches.
+# The unit of work of one worker: small, so that its tokens stay in the CPU caches.
 BATCH_ROWS = 256
 BATCH_BYTES = 2**20
 FEWEST_DOCUMENTS = 20

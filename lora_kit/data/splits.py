@@ -11,7 +11,7 @@ import numpy as np
 from lora_kit.data.duplicates import ranks
 from lora_kit.errors import UserError
 
-# Fewer held-out documents are measured, but not judged.
+# With fewer held-out documents, scores are reported without a verdict.
 FEWEST_TO_EVALUATE = 20
 
 

@@ -11,9 +11,9 @@ from lora_kit.data.duplicates import UNSIGNED, ranks
 from lora_kit.data.examples import ExamplesWriter
 from lora_kit.data.reading import ReadBatch
 
-# Rows with a signature, at most: 512 bytes each. Beyond, those of the lowest ranks are a sample.
+# Most rows with a signature (512 bytes each); beyond, the rows of lowest rank are a sample.
 LARGEST_SAMPLE = 150_000
-# Of each example: name, type.
+# Columns with one value per example, and their types.
 _COLUMNS = {
     "numbers": np.uint32,
     "files": np.int32,

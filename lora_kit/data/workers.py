@@ -18,7 +18,7 @@ from lora_kit.errors import CheckFailed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# With fewer batches than this, starting processes takes longer than the work.
+# With fewer batches, starting processes takes longer than the work.
 FEWEST_FOR_WORKERS = 8
 _WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",

@@ -20,7 +20,7 @@ _BLOCK = 256  # queries per block
 # oneDNN caches what it prepares for each shape, half a megabyte per shape: so block lengths are
 # multiples of this, and a row has one of sixteen lengths between powers of two.
 _MULTIPLE = 32
-# Probabilities take tokens / 2 values a token and head: kept up to here, about what a layer keeps.
+# Longest document whose probabilities are kept (tokens / 2 values per token and head).
 _KEPT = 1024
 _SLIDING = "sliding_attention"
 _KINDS = ("full_attention", _SLIDING)

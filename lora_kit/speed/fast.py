@@ -31,7 +31,7 @@ _GRADIENT_OFF = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
 _TOKENS = (75, 6)  # lengths of the two documents; up to _MOST for a model with a window
 _MOST = 512
 UNSUPPORTED = "unsupported by this architecture"
-# Of a batch without padding, for others than the model.
+# Keys of a batch without padding that are not the model's inputs.
 _NOT_MODEL_INPUTS = {"numbers", "places"}
 _IGNORED = -100  # torch's ignore_index
 
@@ -188,7 +188,7 @@ def _remove_loss(model: Any) -> None:
         _with_forward(whole, _without_padding, "attention")
 
 
-# In the order in which they are put in; the last two change the forward of the whole model.
+# In the order of installation; the last two replace the forward of the whole model.
 PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
     "linear": (linear.install, functools.partial(take_out, part="linear")),
     "norm": (norm.install, functools.partial(take_out, part="norm")),

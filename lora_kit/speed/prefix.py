@@ -24,9 +24,9 @@ import torch
 from lora_kit import cache
 
 STATES = "states.bin"
-# Raised whenever the same model and rows give another file than before.
+# Increased whenever the same model and rows give a different file.
 VERSION = 1
-# A file may take this share of what is free on its disk, and never more than so many bytes.
+# Largest file: this share of the free disk space, and this many bytes.
 SHARE_OF_FREE = 0.25
 MOST_BYTES = 64 << 30
 _CHECK_BYTES = 4

@@ -8,7 +8,7 @@ import sys
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-# The second is the most that older versions of glibc take.
+# The second is the largest that older versions of glibc accept.
 _KEEP_BYTES = (1 << 30, 1 << 25)
 
 

@@ -19,7 +19,7 @@ from lora_kit.schema import Run, Train
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# Fields of `train:` that are no field of TrainingArguments.
+# Fields of `train:` that TrainingArguments does not have.
 _NOT_UPSTREAM = {"trainable", "top_layers", "max_length", "early_stopping_patience"}
 # Fields that our own code reads: max_length truncates rows, save_total_limit limits sealed
 # checkpoints (the guards track the best); max_steps and eval_steps are translated below.

@@ -30,7 +30,7 @@ FREE_TO_CHANGE = {
     *("train.dataloader_num_workers", "train.per_device_eval_batch_size", "data.workers"),
     "train.load_best_model_at_end",  # to use the last adapter if the best checkpoint is corrupt
 }
-# Keys that name files of which the lock file has no hash.
+# Keys that name files without a hash in the lock file.
 _NOT_HASHED = ("recipe", "adapter.start", "data.labels")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")
 

@@ -37,7 +37,7 @@ from lora_kit.train.evaluation import check_finite, held_out_loss, own_random_nu
 from lora_kit.train.halving import Batch, Halving
 from lora_kit.train.interrupt import StopSignal
 
-# Written into each checkpoint; they hold this machine's paths, and nothing reads them.
+# Files in each checkpoint that contain local paths and that nothing reads.
 _UNUSED_FILES = ("training_args.bin", "README.md")
 _ROLLOUT = "rollout_{rank}.pt"  # sampled and not yet used completions (GRPO, RLOO)
 

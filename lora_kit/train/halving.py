@@ -14,7 +14,7 @@ _NO_MEMORY = (
     "out of memory, even with the micro-batch halved {times} times: lower train.max_length or "
     "adapter.r, set train.gradient_checkpointing=true, or base.quantize=nf4"
 )
-# What torch's CPU allocator and oneDNN say, which have no exception of their own.
+# Messages of torch's CPU allocator and oneDNN, which have no exception type of their own.
 _NO_MEMORY_TEXTS = ("DefaultCPUAllocator", "could not create a primitive")
 
 
