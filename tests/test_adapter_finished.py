@@ -221,6 +221,20 @@ def test_what_is_made_of_a_moved_run_names_its_base_where_it_is(run: Path, work:
     lora_kit.load(work / "both")
 
 
+def test_inspect_names_the_base_where_it_is(run: Path) -> None:
+    base = str(run.parents[1] / "base")
+    for named in (run, run / "adapter"):
+        found = json.loads(said("inspect", named, "--json").stdout)
+        assert (found["base"]["model"], found["base"]["revision"]) == (base, None)
+    found = json.loads(said("inspect", run, run, "--json").stdout)
+    assert found["same_base"] and [one["model"] for one in found["bases"]] == [base, base]
+    # A base of the Hub is named by its commit, which only the adapter and the lock file hold.
+    edit(run / "run.lock.json", lambda c: c["base"].update(model="org/base", revision="a" * 40))
+    named = {"base_model_name_or_path": "org/base", "revision": "a" * 40}
+    edit(run / "adapter" / "adapter_config.json", lambda c: c.update(named))
+    assert FinishedRun(run).peft_base == ("org/base", "a" * 40)
+
+
 def test_a_pushed_run_tells_no_path_of_this_machine(run: Path) -> None:
     template = run / "adapter" / "chat_template.jinja"
     template.write_text(template.read_text() + f"{{# {run.parents[1]}/rows.jsonl #}}")
