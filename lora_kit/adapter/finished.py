@@ -185,6 +185,11 @@ class FinishedRun:
         return named
 
     @property
+    def given(self) -> Pinned | None:
+        """The base that was named in place of the run's, compared with that one by its hashes."""
+        return None if self._given is None else self.pinned
+
+    @property
     def peft_base(self) -> tuple[str | None, str | None]:
         """The base as an adapter_config.json names it, so that PEFT alone finds it: a folder or Hub
         id, and its revision; None where none is named."""
