@@ -83,7 +83,7 @@ class Journey:
         Raises:
             UserError: it exists; or it is to be continued, and does not, is finished, or differs
                 in a key that decides the result; or the adapter to start from belongs to another
-                base; or rows are longer than the base's positions go.
+                base or other classes; or rows are longer than the base's positions go.
             CheckFailed: not as many processes run as were asked for.
         """
         run = self.run
@@ -92,7 +92,8 @@ class Journey:
         if self.resume:
             directory.check_same(self.directory, run, self.task, pinned, data.hashes)
         else:
-            directory.check_start(run, pinned)
+            labels = data.facts.get("labels", ())
+            directory.check_start(run.adapter, pinned, self.task.auto, labels)
         if is_first_rank():
             if self.resume:
                 directory.reopen(self.directory, run, pinned, data.hashes)
