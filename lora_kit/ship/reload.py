@@ -156,7 +156,7 @@ def _load_torch(folder: str, adapter: str | None) -> tuple[Callable[[], Any], An
 def _runs_mlx() -> bool:
     """pip installs mlx-lm without mlx on Linux, and mlx without the library that computes."""
     try:
-        import mlx.core
+        import mlx.core  # noqa: F401
         import mlx_lm  # noqa: F401
     except ImportError:
         return False

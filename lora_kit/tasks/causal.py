@@ -193,7 +193,10 @@ class Text(Causal):
     """
 
     formats = ("text",)
-    unread = ("data.chat_template", "data.supervise", "prove.metrics", "prove.answers")
+    unread = (
+        *("data.chat_template", "data.labels", "data.supervise"),
+        *("prove.metrics", "prove.answers"),
+    )
 
     def facts(self, train: Examples, run: Run) -> Facts:
         return {"kind": "text", "joiner": ""}

@@ -198,7 +198,10 @@ def test_a_run_starts_from_a_classifier_of_the_same_classes(
     assert report["contenders"]["adapted"]["accuracy"] == pytest.approx(before, abs=0.05)
     for changes, words in (
         ({"data.labels": LABELS[::-1]}, "its classes are animals, food, time, here they are time,"),
-        ({"data.labels": [*LABELS, "more"]}, r"its classes are .* time, more: name them .* data\.labels"),
+        (
+            {"data.labels": [*LABELS, "more"]},
+            r"its classes are .* time, more: name them .* data\.labels",
+        ),
     ):
         with pytest.raises(UserError, match=rf"adapter\.start: {finished}: {words}") as raised:
             lora_kit.train(classify_file(work, bert, name="other", **start, **changes))
