@@ -123,7 +123,7 @@ def test_every_verb_that_makes_sense_takes_it(
         code, said = lora_kit(*verb)
         assert code == 0, said
     code, said = lora_kit("generate", "runs/similarity", "hello")
-    assert code == 2 and "generate applies to language models only" in said
+    assert code == 2 and "generate needs a language model" in said
 
 
 def test_a_score_that_it_does_not_have_is_reported_before_it_trains(

@@ -93,7 +93,7 @@ class Classification(Task):
         _check_names(labels, "data.labels" if named else "data.train")
         if len(counts) < 2:
             only = f", {next(iter(counts))!r:.60}" if counts else ""
-            lost = f"; left out: {train.left_out}" if train.left_out else ""
+            lost = f"; dropped: {train.dropped}" if train.dropped else ""
             raise UserError(
                 f"data.train: {len(counts)} class in the rows{only}: a classifier needs two or "
                 f"more{lost}"

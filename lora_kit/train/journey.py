@@ -1,4 +1,4 @@
-"""What is around a recipe's steps: signals, the lock file of a run that goes on, its directory."""
+"""The context of a recipe's steps: signals, the run directory, the lock file on resume."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Journey:
     ...     journey.begin(pinned, data, processor)
 
     Inside the block SIGINT and SIGTERM are handled: `fit` saves and stops; elsewhere they raise
-    `Interrupted`. If the user's mistake comes to light before the first checkpoint, the run
-    directory is removed again, so that the corrected run finds its place free.
+    `Interrupted`. On a user error before the first checkpoint the run directory is removed, so that
+    the corrected run can use the same name.
 
     Attributes:
-        lock: run.lock.json of the run that is resumed; empty for a new one.
-        directory: the run's files.
-        stop: the signal that came.
+        lock: run.lock.json of the run to resume; empty for a new one.
+        directory: paths of the run's files.
+        stop: the received signal.
 
     Raises:
-        RunFileError: on entry, a key that the installed libraries do not take.
+        RunFileError: on entry, a key that the installed libraries do not support.
     """
 
     def __init__(self, run: Run, task: Task, resume: bool = False) -> None:
@@ -78,7 +78,7 @@ class Journey:
         self._listening.close()
 
     def begin(self, pinned: Pinned, data: Prepared, processor: Processor) -> None:
-        """Make the run directory, or open the one to continue; report what was read.
+        """Create the run directory, or open the one to resume; print the census and a sample.
 
         Raises:
             UserError: it exists; or it is to be continued, and does not, is finished, or differs
@@ -121,7 +121,7 @@ class Journey:
             "facts": data.facts,
             "commits": data.commits,
         }
-        for name in ("kind", "joiner"):  # of a language model's data: where verbs look for them
+        for name in ("kind", "joiner"):  # of causal tasks; verbs read them here
             if name in data.facts:
                 entries[name] = data.facts[name]
         return entries
