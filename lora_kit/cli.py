@@ -301,6 +301,7 @@ def push(
         bool, typer.Option("--with-samples", help="The report's rows of your data as well.")
     ] = False,
     merged: Annotated[Path | None, typer.Option(metavar="DIR", help="Its merged model.")] = None,
+    base: BaseOption = None,
     as_json: Json = False,
 ) -> None:
     """Upload a run's adapter with a model card, private unless told otherwise, in one commit.
@@ -312,9 +313,8 @@ def push(
     """
     from lora_kit.ship import hub
 
-    plan = hub.make_plan(
-        _opened(run), repo, public=public, with_samples=with_samples, merged=merged
-    )
+    opened = _opened(run, base)
+    plan = hub.make_plan(opened, repo, public=public, with_samples=with_samples, merged=merged)
     _say(str(plan))
     done = plan.to_json() if dry_run else hub.push(plan, _say)
     words = f"{repo}: a dry run, nothing was uploaded"

@@ -18,6 +18,8 @@ import lora_kit
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.cli import app
 from lora_kit.errors import UserError
+from lora_kit.ship.card import LOCAL
+from lora_kit.ship.hub import make_plan
 
 IDS = torch.arange(4, 60)[None]
 
@@ -219,6 +221,43 @@ def test_what_is_made_of_a_moved_run_names_its_base_where_it_is(run: Path, work:
     lock = json.loads((work / "both" / "run.lock.json").read_text(encoding="utf-8"))
     assert (config["base_model_name_or_path"], lock["base"]["model"]) == (base, base)
     lora_kit.load(work / "both")
+
+
+def test_inspect_names_the_base_where_it_is(run: Path) -> None:
+    base = str(run.parents[1] / "base")
+    for named in (run, run / "adapter"):
+        found = json.loads(said("inspect", named, "--json").stdout)
+        assert (found["base"]["model"], found["base"]["revision"]) == (base, None)
+    found = json.loads(said("inspect", run, run, "--json").stdout)
+    assert found["same_base"] and [one["model"] for one in found["bases"]] == [base, base]
+    # A base of the Hub is named by its commit, which only the adapter and the lock file hold.
+    edit(run / "run.lock.json", lambda c: c["base"].update(model="org/base", revision="a" * 40))
+    named = {"base_model_name_or_path": "org/base", "revision": "a" * 40}
+    edit(run / "adapter" / "adapter_config.json", lambda c: c.update(named))
+    assert FinishedRun(run).peft_base == ("org/base", "a" * 40)
+
+
+@pytest.mark.slow
+def test_a_push_names_the_base_that_base_names(
+    run: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained on a folder, which others know as a model of the Hub."""
+    sha = "5" * 40
+    snapshot = (run.parents[1] / "base").rename(work / sha)
+    monkeypatch.setattr("lora_kit.base.pin._from_hub", lambda *_: snapshot)
+    assert make_plan(FinishedRun(run), "me/test").base == LOCAL
+    plan = make_plan(FinishedRun(run, "org/base"), "me/test")
+    config, lock = (json.loads(plan.files[f"{n}.json"]) for n in ("adapter_config", "run.lock"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", sha)
+    assert (lock["base"]["model"], lock["base"]["revision"]) == ("org/base", sha)
+    assert "base_model: org/base\n" in plan.card.text and sha in plan.card.text
+    done = said("push", run, "me/test", "--dry-run", "--base", "org/base", "--json")
+    assert json.loads(done.stdout)["base"] == "org/base"
+    elsewhere = make_plan(FinishedRun(run, str(snapshot)), "me/test")
+    assert elsewhere.base == LOCAL and str(work) not in str(elsewhere.files["adapter_config.json"])
+    make_base(work / "other", initializer_range=0.03)
+    words = refusal("push", run, "me/test", "--dry-run", "--base", work / "other")
+    assert words.startswith(f"{run}: trained on another base than {work / 'other'}: ")
 
 
 def test_a_pushed_run_tells_no_path_of_this_machine(run: Path) -> None:

@@ -98,6 +98,8 @@ CASES: list[tuple[str, Values, Any]] = [
     ("preference", {"prompt": "Q", "chosen": [ANSWER], "rejected": [OTHER]}, QA),
     ("preference", {"prompt": [ASK], "chosen": [ANSWER], "rejected": [OTHER]}, QA),
     ("preference", {"prompt": "Q", "chosen": [ASK, ANSWER], "rejected": [ASK, OTHER]}, QA),
+    ("preference", {"prompt": [ASK], "chosen": [ASK, ANSWER], "rejected": [ASK, OTHER]}, QA),
+    ("preference", {"prompt": "", "chosen": [ASK, ANSWER], "rejected": [ASK, OTHER]}, QA),
     ("preference", {"chosen": [HUMAN, GPT], "rejected": [ASK, OTHER]}, QA),
     ("unpaired-preference", PAIR | {"label": True}, QA),
     ("unpaired-preference", {"prompt": [ASK], "completion": [ANSWER], "label": True}, QA),
@@ -125,6 +127,21 @@ def test_the_columns_name_the_format(name: str, values: Values, expected: Any) -
 def test_every_format_has_a_case_and_the_run_file_knows_its_columns() -> None:
     assert {name for name, *_ in CASES} | {"text"} == set(FORMATS)
     assert set(get_args(Column)) == {c for f in FORMATS.values() for c in (*f.needed, *f.optional)}
+
+
+def test_a_prompt_beside_turns_must_be_among_them() -> None:
+    """Sets name the first question, the last one, or all of the conversation so far."""
+    first, last = [ASK, ANSWER, {"role": "user", "content": "Why?"}], {"role": "user", "content": 0}
+    sides = {"chosen": [SYSTEM, *first, ANSWER], "rejected": [SYSTEM, *first, OTHER]}
+    for prompt in ("q", "Why", first, [SYSTEM, *first], None):
+        assert len(turns({"prompt": prompt, **sides})) == 5
+    for prompt in ("Where?", [{**ASK, "content": "Where?"}], [*first, ANSWER, ASK]):
+        found = dropped({"prompt": prompt, **sides})
+        assert found == ("whose `prompt` is not in the turns of `chosen`", found[1])
+    assert dropped({"prompt": [last], **sides})[0] == "with a turn whose `content` is not text"
+    other = {"chosen": [ASK, ANSWER], "rejected": [{**ASK, "content": "Where?"}, OTHER]}
+    found = dropped({"prompt": "Q", **other})
+    assert found[0] == "whose `prompt` is not in the turns of `rejected`"
 
 
 @pytest.mark.parametrize("score", ["high", True, None, [1], "nan", "inf", ""])

@@ -197,7 +197,7 @@ def test_rows_of_one_token_are_not_judged(run: Path) -> None:
 def test_a_gate_on_examples_that_are_not_measured_is_refused_before_training(run: Path) -> None:
     _, tokenizer = lora_kit.load(run)
     rows = data_of(labelled([([5, 6], [5, 6])] * 20, list(range(20)), [1] * 20))
-    gate = {"gate": Gate(few_shot="better")}
+    gate = {"gate": Gate(general=None, few_shot="better")}
     check_prove(Text(), rows, tokenizer, run_with(Prove(**gate)))
     words = r"prove\.gate\.few_shot: not measured with"
     with pytest.raises(UserError, match=f"{words} prove.shots: 0: leave it out"):

@@ -253,12 +253,12 @@ def test_a_margin_may_decide_a_preference(metrics: list[str], word: str) -> None
 
 
 # ------------------------------------------------------------------ what a gate may hold
-def checked(task: Task, **prove: Any) -> None:
+def checked(task: Task, general: bool = True, **prove: Any) -> None:
     labels = [-100, 6]
     rows = Rows.of(
         {"input_ids": [5, 6], "labels": labels, "unit": unit, "bytes": 1} for unit in range(3)
     )
-    data: Any = SimpleNamespace(eval=rows, facts={})
+    data: Any = SimpleNamespace(eval=rows, general=rows if general else None, facts={})
     processor: Any = SimpleNamespace(decode=lambda ids, **_: "word")
     check_prove(task, data, processor, run_with("sft", **prove))
 
@@ -292,3 +292,14 @@ def test_a_bound_of_a_loss_is_for_tasks_that_have_one() -> None:
     checked(Text(), gate={"loss": 2.0})
     with pytest.raises(UserError, match=r"^prove\.gate\.loss: .* \(known: accuracy, macro_f1\)$"):
         checked(Classification(), gate={"loss": 2.0})
+
+
+@pytest.mark.parametrize("task", [Text(), Conversations(), Preference()])
+def test_general_text_that_is_not_there_is_not_asked_for(task: Task) -> None:
+    words = r"^prove\.gate\.general: kept: not measured without data\.general: .* null$"
+    for gate in ({}, {"general": "kept"}):
+        checked(task, gate=gate)
+        with pytest.raises(UserError, match=words):
+            checked(task, general=False, gate=gate)
+    checked(task, general=False, gate={"general": None})
+    checked(Classification(), general=False, gate={})  # forgetting is not measured for it

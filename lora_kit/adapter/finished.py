@@ -185,10 +185,16 @@ class FinishedRun:
         return named
 
     @property
+    def given(self) -> Pinned | None:
+        """The base that was named in place of the run's, compared with that one by its hashes."""
+        return None if self._given is None else self.pinned
+
+    @property
     def peft_base(self) -> tuple[str | None, str | None]:
-        """The base for an adapter_config.json, as PEFT finds it: a folder or Hub id, and its
-        revision; None if not named."""
-        if self.run is None and self._given is None:
+        """The base as an adapter_config.json names it, so that PEFT alone finds it: a folder or Hub
+        id, and its revision; None where none is named."""
+        on_hub = self.lock.get("base", {}).get("revision")  # its commit is in the adapter's config
+        if self._given is None and (self.run is None or on_hub):
             config = read_config(self.folder)
             return config.get("base_model_name_or_path"), config.get("revision")
         return str(nano.MODEL) if self.base.model == "nano" else self.base.model, self.base.revision

@@ -101,13 +101,18 @@ def inspect(run: FinishedRun) -> dict[str, Any]:
         "adapter": run.path,
         "auto": run.auto,
         "labels": list(run.head.labels),
-        "base": {**adapter.base, "hashes": run.hashes},
+        "base": {**_base(run), "hashes": run.hashes},
         **{key: adapter.config.get(key) for key in (*keys, "use_rslora", "use_dora")},
         "norm": None if None in norms else math.hypot(*norms),
         "modules": modules,
         "others": {name: list(tensor.shape) for name, tensor in adapter.others.items()},
         "loaders": _issues(adapter, run.lock, modules),
     }
+
+
+def _base(run: FinishedRun) -> dict[str, str | None]:
+    model, revision = run.peft_base
+    return {"model": model, "revision": revision}
 
 
 def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
     }
     return {
         "adapters": [first.path, second.path],
-        "bases": [a.base, b.base],
+        "bases": [_base(first), _base(second)],
         "same_base": same_base,
         "same": not any(lists.values()) and not any(m["difference"] for m in modules),
         "whole": _together(modules),

@@ -389,7 +389,8 @@ def _prompted(values: dict[str, Any], answer: str) -> list[Message]:
 
 
 def _preference(values: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    """The conversations with the chosen and with the rejected completion."""
+    """The conversations with the chosen and with the rejected completion. Where their turns hold
+    the prompt, a `prompt` besides must be some of it: sets name the first question, or the last."""
     found = []
     for side in ("chosen", "rejected"):
         completion = values[side]
@@ -398,7 +399,14 @@ def _preference(values: dict[str, Any]) -> tuple[list[Message], list[Message]]:
             raise NotUsable(
                 "with a preference without a prompt", "name data.columns: {prompt: ...}"
             )
-        found.append(_turns(completion) if repeats_prompt else _prompted(values, side))
+        turns = _turns(completion) if repeats_prompt else _prompted(values, side)
+        if repeats_prompt and values.get("prompt") is not None:
+            asked = normalised(_conversation_text(_turns_of("user", values, "prompt")))
+            if asked not in normalised(_conversation_text(turns[:-1])):
+                raise NotUsable(
+                    f"whose `prompt` is not in the turns of `{side}`", short_repr(asked)
+                )
+        found.append(turns)
     return found[0], found[1]
 
 

@@ -37,6 +37,11 @@ def check_prove(task: Task, data: Prepared, processor: Processor, run: Run) -> N
         except UserError as error:
             problems.append(str(error))
     if gate:
+        if gate.general and task.general is not None and data.general is None:
+            problems.append(
+                f"prove.gate.general: {gate.general}: not measured without data.general: name "
+                "general text there, or set it to null"
+            )
         known = [*task.scores, *_further(task, run)]
         unknown = ", ".join(name for name in gate.metrics if name not in known)
         if unknown:

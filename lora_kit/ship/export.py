@@ -111,7 +111,8 @@ def export(
             ollama.export_ollama(run, partial, stored, part, into)
         truth = _truth(run, into, alone=part == "base")
         got = _consumed(to, part, run, partial, truth)
-        figures, notes = None, ["mlx-lm is not installed: written, checked, not run here"]
+        missing = "mlx-lm and mlx are not both installed: written, checked, not run here"
+        figures, notes = None, [f"{missing}: pip install 'lora-kit[mlx]'"]
         if got:
             gemma = "gemma" in str(config.get("model_type"))
             limits = _allowed(to, stored, run.base.dtype, gemma)

@@ -96,7 +96,8 @@ def make_plan(
     with_samples: bool = False,
     merged: str | Path | None = None,
 ) -> Plan:
-    """Everything that a push uploads, searched for secrets; no network is needed.
+    """Everything that a push uploads, searched for secrets; no network is needed, but for a base of
+    the Hub that is named in place of the run's.
 
     Raises:
         UserError: no finished run is there, its files are damaged, or hold what must stay here.
@@ -110,6 +111,10 @@ def make_plan(
     adapter, home, lock = run.adapter, run.home, run.lock
     folder = Path(merged) if merged else adapter.folder
     report, config = read_json(home / "report.json"), dict(adapter.config)
+    if given := run.given:
+        config |= {"base_model_name_or_path": given.model, "revision": given.revision}
+        known = {"model": given.model, "revision": given.revision}
+        lock = {**lock, "base": {**lock.get("base", {}), **known}}
     if merged:
         stored_in(folder)  # whole
     _check_finite(adapter)

@@ -6,7 +6,6 @@ its other end. llama.cpp has a process of its own, with the same answer (see `ll
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,22 +98,23 @@ def reloaded(
 
     Returns:
         "answers", "texts" and "conversations" as `llama_cpp.run` gives them, and "ends", the end
-        tokens it knows; None: mlx-lm is not installed here.
+        tokens it knows; None: mlx-lm, or the mlx that it needs, is not installed here.
 
     Raises:
         CheckFailed: it is not loaded.
     """
-    if consumer == "mlx" and importlib.util.find_spec("mlx_lm") is None:
-        return None
     request = {
         **{"consumer": consumer, "model": str(model), "adapter": adapter and str(adapter)},
         **{"prompts": [list(p) for p in prompts], "ends": ends and list(ends)},
     }
-    return ask("lora_kit.ship.reload", request, f"{adapter or model}: {consumer}")
+    answer = ask("lora_kit.ship.reload", request, f"{adapter or model}: {consumer}")
+    return answer or None
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    """`reloaded`, within the fresh process."""
+    """`reloaded`, within the fresh process; nothing without mlx-lm, where that is asked for."""
+    if request["consumer"] == "mlx" and not _runs_mlx():
+        return {}
     load = _load_mlx if request["consumer"] == "mlx" else _load_torch
     new_step, tokenizer, ends = load(request["model"], request["adapter"])
     answers = []
@@ -151,6 +151,16 @@ def _load_torch(folder: str, adapter: str | None) -> tuple[Callable[[], Any], An
         ends = known_ends if isinstance(known_ends, list) else [known_ends]
     model.eval()
     return lambda: torch_step(model), tokenizer, ends
+
+
+def _runs_mlx() -> bool:
+    """pip installs mlx-lm without mlx on Linux, and mlx without the library that computes."""
+    try:
+        import mlx.core  # noqa: F401
+        import mlx_lm  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _load_mlx(folder: str, adapter: str | None) -> tuple[Callable[[], Any], Any, list[int]]:

@@ -195,7 +195,10 @@ class Text(Causal):
     """
 
     formats = ("text",)
-    unread = ("data.chat_template", "data.supervise", "prove.metrics", "prove.answers")
+    unread = (
+        *("data.chat_template", "data.labels", "data.supervise"),
+        *("prove.metrics", "prove.answers"),
+    )
 
     def facts(self, train: Examples, run: Run) -> Facts:
         return {"kind": "text", "joiner": ""}
@@ -258,6 +261,7 @@ class Conversations(Causal):
     """
 
     formats = tuple(name for name, known in FORMATS.items() if known.recipe == "sft")
+    unread = ()
     general = Text()
     chat = True
 

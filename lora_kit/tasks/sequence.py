@@ -80,17 +80,7 @@ class Classification(Task):
     scores = ("accuracy", "macro_f1")
     settings = {"base": SequenceBase}  # noqa: RUF012 - read only
     auto = SEQUENCE
-    unread = (
-        "data.chat_template",
-        "data.general",
-        "data.packing",
-        "data.replay",
-        "data.supervise",
-        "prove.answers",
-        "prove.harness",
-        "prove.shots",
-        "ship.target",
-    )
+    unread = tuple(key for key in Task.unread if key != "data.labels")
 
     # ------------------------------------------------------------------ examples and rows
     def facts(self, train: Examples, run: Run) -> Facts:

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, UserError, redact
 from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, read_lock, write_run
-from lora_kit.schema import Run
+from lora_kit.schema import Adapter, Run
 from lora_kit.tasks.task import Task
 from lora_kit.train import checkpoint
 
@@ -174,15 +174,32 @@ def _with_commit(run: Run, pinned: Pinned) -> Run:
     return run.model_copy(update={"base": base})
 
 
-def check_start(run: Run, pinned: Pinned) -> None:
-    """Raises UserError if the start adapter belongs to another base: it would load into any base of
-    the same shapes."""
-    if not run.adapter.start:
+def check_start(adapter: Adapter, pinned: Pinned, auto: str, labels: Sequence[str]) -> None:
+    """Check that the adapter to start from is one of this base and of these classes: it fits any
+    base of the same shapes, and a head any classes of the same number.
+
+    Args:
+        auto: the class of transformers that loads the model. labels: its classes, in order.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not adapter.start:
         return
-    start = FinishedRun(run.adapter.start)
+    start = FinishedRun(adapter.start)
+    if start.auto != auto:
+        raise UserError(
+            f"adapter.start: {adapter.start}: an adapter for {start.auto}, and this recipe trains "
+            f"{auto}"
+        )
+    if (known := start.head.labels) != tuple(labels):
+        raise UserError(
+            f"adapter.start: {adapter.start}: its classes are {', '.join(known)}, here they are "
+            f"{', '.join(labels)}: name them as there, in that order, in data.labels"
+        )
     if start.hashes and start.hashes != pinned.hashes:
         raise UserError(
-            f"adapter.start: {run.adapter.start}: trained on another base "
+            f"adapter.start: {adapter.start}: trained on another base "
             f"({start.lock['base'].get('model')}), not on {pinned.model}"
         )
 

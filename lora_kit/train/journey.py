@@ -81,21 +81,26 @@ class Journey:
         """Create the run directory, or open the one to resume; print the census and a sample.
 
         Raises:
-            UserError: the directory exists; or, on resume, does not exist, is finished, or differs
-                in a key that affects the result; or the start adapter belongs to another base; or
-                train.max_length exceeds the base's positions.
-            CheckFailed: the number of processes is not the requested one.
+            UserError: it exists; or it is to be continued, and does not, is finished, or differs
+                in a key that decides the result; or the adapter to start from belongs to another
+                base or other classes; or rows are longer than the base's positions go.
+            CheckFailed: not as many processes run as were asked for.
         """
         run = self.run
         self.directory.check_world(directory.processes())
         check_length(pinned, run.train.max_length)
         if self.resume:
             directory.check_same(self.directory, run, self.task, pinned, data.hashes)
+            begun_with = (self.lock.get("recipe") or {}).get("sha256")
+            if run.recipe.endswith(".py") and begun_with not in (None, self._recipe()["sha256"]):
+                self.say(f"{run.recipe} changed since the run began: it continues with the new one")
         else:
-            directory.check_start(run, pinned)
+            labels = data.facts.get("labels", ())
+            directory.check_start(run.adapter, pinned, self.task.auto, labels)
         if is_first_rank():
             if self.resume:
                 directory.reopen(self.directory, run, pinned, data.hashes)
+                self.directory.lock(recipe=self._recipe())
             else:
                 directory.create(self.directory, run, pinned, data.hashes, self._entries(data))
                 self._begun = True
@@ -104,11 +109,14 @@ class Journey:
         self.say("\n".join(data.summary()))
         self.say(f"sample: {self._sample(data, processor)!r}")
 
+    def _recipe(self) -> dict[str, str]:
+        return {"name": Path(self.run.recipe).stem, "sha256": file_hash(recipe_path(self.run))}
+
     def _entries(self, data: Prepared) -> dict[str, Any]:
-        """Entries of the lock file about recipe and data; later verbs need not run the recipe."""
-        run, file = self.run, recipe_path(self.run)
+        """What the lock file keeps of recipe and data, so that no later verb has to run the
+        recipe."""
         entries: dict[str, Any] = {
-            "recipe": {"name": Path(run.recipe).stem, "sha256": file_hash(file)},
+            "recipe": self._recipe(),
             "auto": self.task.auto,
             "facts": data.facts,
             "commits": data.commits,

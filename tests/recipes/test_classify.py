@@ -186,6 +186,39 @@ def test_a_head_alone_is_trained_and_loaded(bert: Path, work: Path) -> None:
     assert torch.equal(model.score.weight, tensors["base_model.model.score.weight"])
 
 
+@pytest.mark.slow
+def test_a_run_starts_from_a_classifier_of_the_same_classes(
+    finished: Path, bert: Path, work: Path, tmp_path: Path
+) -> None:
+    """The rows of a head have no names: in another order they would stand for other classes."""
+    start = {"adapter": {"start": str(finished)}, "train.max_steps": 1}
+    before = report_of(finished)["contenders"]["adapted"]["accuracy"]
+    lora_kit.train(classify_file(work, bert, **start, **{"train.learning_rate": 1e-6}))
+    report = report_of(work / "runs" / "test")
+    assert report["contenders"]["adapted"]["accuracy"] == pytest.approx(before, abs=0.05)
+    for changes, words in (
+        ({"data.labels": LABELS[::-1]}, "its classes are animals, food, time, here they are time,"),
+        (
+            {"data.labels": [*LABELS, "more"]},
+            r"its classes are .* time, more: name them .* data\.labels",
+        ),
+    ):
+        with pytest.raises(UserError, match=rf"adapter\.start: {finished}: {words}") as raised:
+            lora_kit.train(classify_file(work, bert, name="other", **start, **changes))
+        assert "\n" not in str(raised.value)
+    assert [folder.name for folder in (work / "runs").iterdir()] == ["test"]
+
+
+def test_a_classifier_does_not_start_from_a_language_model(
+    cpt_run: Path, base: Path, work: Path
+) -> None:
+    file = classify_file(work, base, **{"adapter": {"start": str(cpt_run)}})
+    words = "an adapter for AutoModelForCausalLM, and this recipe trains AutoModelForSequenceClass"
+    with pytest.raises(UserError, match=words):
+        lora_kit.train(file)
+    assert not any((work / "runs").glob("*"))
+
+
 def _one_class(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         row["label"] = "food"
