@@ -302,7 +302,7 @@ def test_keys_of_the_task(tmp_path: Path) -> None:
     message = str(raised.value)
     assert "data.packing: recipe classify does not read it" in message
     assert "prove.shots: recipe classify does not read it" in message
-    assert 'base.pooling: "max" is not usable: one of mean, cls, last or null' in message
+    assert 'base.pooling: "max" is invalid: one of mean, cls, last or null' in message
     values = json.loads(classify_file(tmp_path, base, **{"base.pooling": "mean"}).read_text())
     file.write_text(json.dumps(values | {"recipe": "sft"}))
     with pytest.raises(RunFileError, match=r"base\.pooling"):
