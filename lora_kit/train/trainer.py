@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations import TensorBoardCallback
 
+from lora_kit.base.load import base_is_sharded
 from lora_kit.errors import Interrupted, UserError
 from lora_kit.folders import check_room
 from lora_kit.schema import Run
@@ -86,7 +86,7 @@ def make_trainer(
     trainer_class, arguments_class = task.classes()
     arguments = training_arguments(run, directory.checkpoints, planned, arguments_class)
     own_loss = has_own_loss(task)
-    if own_loss and not (_sharded() or getattr(model, "is_quantized", False)):
+    if own_loss and not (base_is_sharded() or getattr(model, "is_quantized", False)):
         # Where it is going to run is where quick paths are tried and references are computed.
         model.to(arguments.device)
     flat = False
@@ -144,15 +144,11 @@ def _passes(arguments: Any, rows: int) -> float:
     return float(arguments.max_steps * step / rows)
 
 
-def _sharded() -> bool:
-    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
-
-
 def _quicken(journey: Journey, model: Any, processor: Processor, data: Prepared) -> bool:
     """Put the quick paths in, and report what stays plain. Returns whether rows come without
     padding."""
     task, run = journey.task, journey.run
-    if _sharded():
+    if base_is_sharded():
         journey.say("speed: the base is sharded: transformers' own path")
         return False
     if task.flat:
