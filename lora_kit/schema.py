@@ -264,7 +264,9 @@ class Gate(Section):
         "better", description="The verdict on the domain, at least."
     )
     general: Literal["kept"] | None = Field(
-        "kept", description="The verdict on general text; not known does not hold."
+        "kept",
+        description="The verdict on general text, which needs data.general; null where there is "
+        "none. Not asked for where the model has no language-model head.",
     )
     few_shot: Literal["better", "no different"] | None = Field(
         None, description="The verdict against the base with prove.shots examples, at least."
