@@ -31,7 +31,7 @@ from lora_kit.data.rows import Row
 from lora_kit.errors import LoraKitError, UserError
 from lora_kit.schema import Run
 from lora_kit.speed import memory as costs
-from lora_kit.speed.memory import Choice, Machine, Work
+from lora_kit.speed.memory import Choice, Machine, PassCost
 from lora_kit.tasks.encode import Prepared, rows_of
 from lora_kit.tasks.task import Batch, Processor, Task
 from lora_kit.train.checkpoint import checkpoint_bytes
@@ -210,7 +210,7 @@ class _Planning:
         self.own = run.train.per_device_train_batch_size
         self.rows = self.own * run.train.gradient_accumulation_steps
         self.processes = PartialState(cpu=not gpu_is_used()).num_processes
-        self.works: dict[tuple[int, int], Work] = {}
+        self.works: dict[tuple[int, int], PassCost] = {}
         packed = data.train is not data.rows("train")
         self.tokens = data.train.lengths if packed else task.tokens(data.train)
         # What is trained on may be cut shorter than it is: `_what_would_fit` asks.
@@ -228,7 +228,7 @@ class _Planning:
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         return self.task.loss(model, batch, 1, self.run)
 
-    def work(self, micro: int, recomputed: int) -> Work:
+    def work(self, micro: int, recomputed: int) -> PassCost:
         """The largest pass of an epoch, its rows in a random order."""
         if (micro, recomputed) not in self.works:
             costs.recompute(self.model, recomputed)
@@ -242,7 +242,7 @@ class _Planning:
         return self.works[micro, recomputed]
 
     @cached_property
-    def judging(self) -> list[Work]:
+    def judging(self) -> list[PassCost]:
         """The largest batch of `train.eval_steps`."""
         train = self.run.train
         if not train.eval_steps:
@@ -277,7 +277,7 @@ class _Planning:
         if self.run.speed == "plain" or self.fits(self.own, self.forced):
             return Choice(self.own, self.rows // self.own, self.forced)
         again = range(self.forced, self.layers + 1)
-        return costs.choose(self.rows, self.own, again, self.fits, self.seconds)
+        return costs.choose_batch(self.rows, self.own, again, self.fits, self.seconds)
 
     def plan(self, choice: Choice) -> MemoryPlan:
         train, machine = self.run.train, self.machine

@@ -126,8 +126,8 @@ def test_another_rank_blocks_and_embeddings_change_nothing_else(
     assert made["rank"] == 8 and made["weights"] == [0.5, 0.5]
     parts = [open_adapter(folder) for folder in pair]
     whole = open_adapter(tmp_path / "sum")
-    assert "model.embed_tokens" in whole.halves
-    for module in whole.halves:
+    assert "model.embed_tokens" in whole.factors
+    for module in whole.factors:
         one, other, both = (adapter.update(module) for adapter in (*parts, whole))
         wanted = (one.scale * one.b @ one.a + other.scale * other.b @ other.a) / 2
         assert torch.allclose(both.b @ both.a, wanted, atol=1e-5) and both.scale == 1
@@ -144,7 +144,7 @@ def test_mistakes_are_named_and_leave_nothing(base: Path, pair: list[Path], tmp_
     dora = make(base, tmp_path / "dora", 1, target_modules=["up_proj"], use_dora=True)
     saved = make(base, tmp_path / "saved", 1, target_modules=["q_proj"], modules_to_save=["norm"])
     cases: list[tuple[list[Path], dict[str, Any], str]] = [
-        ([pair[0], other], {}, "its base is"),
+        ([pair[0], other], {}, "different bases or revisions"),
         ([pair[0], same_name], {}, "up_proj is"),
         ([pair[0], dora], {}, "use_dora"),
         ([pair[0], saved], {}, "modules_to_save"),
@@ -221,8 +221,8 @@ def test_weights_that_changed_since_training_are_refused(runs: list[Path], tmp_p
     lock = runs[1] / "run.lock.json"
     before = lock.read_text()
     cases = {
-        "its base is": {"base": {"hashes": {"config.json": "0"}}},
-        "not as the run saved it": {"adapter": {"sha256": "0"}},
+        "different bases or revisions": {"base": {"hashes": {"config.json": "0"}}},
+        "was changed since the run saved it": {"adapter": {"sha256": "0"}},
     }
     for words, changes in cases.items():
         lock.write_text(json.dumps({**json.loads(before), **changes}))

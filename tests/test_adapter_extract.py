@@ -139,7 +139,7 @@ def test_what_no_lora_can_carry_is_named(
     assert len(named) == 3 and found["modules"] == 14
     room.show(found)
     said = capsys.readouterr().out
-    assert "not carried: 1 model.norm.weight: a norm or bias, changed by 50.00%" in said
+    assert "not extracted: 1 model.norm.weight: a norm or bias, changed by at most 50.00%" in said
     assert "400 rows became 402" in said and "rank 4, 14 modules" in said
 
 
@@ -172,13 +172,13 @@ def test_mistakes_are_one_line(base: Path, tuned: Path, tmp_path: Path) -> None:
     cases = [
         (str(base), str(base), 1, "nothing changed since"),
         (str(base), name_of("norm", lambda t: t["model.norm.weight"].add_(1)), 1, "model.norm"),
-        (str(base), name_of("wider", wider), 2, "name the base that it was tuned from"),
-        (str(base), name_of("packed", packed), 2, "not quantized"),
+        (str(base), name_of("wider", wider), 2, "name the base that it was fine-tuned from"),
+        (str(base), name_of("packed", packed), 2, "name the unquantized model"),
         (
             str(base),
             name_of("nan", lambda t: t["model.layers.1.mlp.up_proj.weight"].fill_(float("nan"))),
             2,
-            "model.layers.1.mlp.up_proj.weight: values that are not finite",
+            "model.layers.1.mlp.up_proj.weight: NaN or infinite values",
         ),
         (name_of("gpt2", conv), str(tuned), 2, "transposed"),
         (str(base), str(tmp_path / "nowhere"), 2, "no such folder"),

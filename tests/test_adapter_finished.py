@@ -77,10 +77,10 @@ def test_one_object_opens_a_run_its_adapter_and_an_adapter_alone(run: Path, work
         assert opened.home.samefile(run) and opened.run is not None and opened.name == "test"
         assert opened.lock["seed"] == 0 and "model.safetensors" in opened.hashes
     assert alone.run is None and alone.lock == {} and alone.hashes == {} and alone.name == "sent"
-    with pytest.raises(UserError, match=r"sent: an adapter without its run directory"):
+    with pytest.raises(UserError, match=r"sent: no run directory \(run\.yaml\)"):
         alone.require_run()
     for opened in (whole, inside, alone):
-        assert opened.folder.name in ("adapter", "sent") and len(opened.adapter.halves) == 14
+        assert opened.folder.name in ("adapter", "sent") and len(opened.adapter.factors) == 14
         assert opened.base.model == str(run.parents[1] / "base")
         assert opened.processor.chat_template and opened.pinned.hashes["config.json"]
     # What the files of an older causal run do not say.
@@ -190,7 +190,7 @@ def test_an_adapter_whose_base_is_elsewhere_says_how_to_name_it(run: Path, work:
     assert "--base FOLDER_OR_ID" in words
 
     edit(config, lambda c: c.update(base_model_name_or_path=None))
-    assert "base_model_name_or_path names no base: name it with --base" in refusal(
+    assert "base_model_name_or_path: no base: name it with --base" in refusal(
         "merge", sent, "--out", "out"
     )
 
@@ -204,7 +204,7 @@ def test_an_adapter_whose_base_is_elsewhere_says_how_to_name_it(run: Path, work:
     edit(quantized / "config.json", lambda c: c.update(quantization_config=method))
     edit(config, lambda c: c.update(base_model_name_or_path=str(quantized)))
     words = refusal("merge", sent, "--out", "out")
-    assert f"{quantized}: its weights are already quantized: name the model that they were" in words
+    assert f"{quantized}: its weights are already quantized: name the original model" in words
     assert not (work / "out").exists()
 
     model, _ = lora_kit.load(sent, base=str(run.parents[1] / "base"), dtype="float32")

@@ -92,7 +92,7 @@ def test_it_says_the_same_in_peft(untied: Path, tmp_path: Path, config: Any) -> 
     }
     adapter = open_adapter(out)
     assert not adapter.others
-    assert {adapter.rank_and_scale(m) for m in adapter.halves} == {(known["r"], 1.0)}
+    assert {adapter.rank_and_scale(m) for m in adapter.factors} == {(known["r"], 1.0)}
     # And no path of this machine.
     assert known["base_model_name_or_path"] == untied.name
 

@@ -12,7 +12,7 @@ from classifiers import FAMILIES, make_body
 from conftest import make_tokenizer
 from tokenizers import processors
 
-from lora_kit.adapter.attach import _freeze_statistics, attach, describe, put_on
+from lora_kit.adapter.attach import _freeze_statistics, attach, describe, load_adapter
 from lora_kit.adapter.files import open_adapter
 from lora_kit.base.head import SEQUENCE, Head, load_with_head, with_head_on_meta
 from lora_kit.base.load import check_causal, load_base
@@ -83,7 +83,7 @@ def test_a_new_head_is_trained_whole_and_comes_again_exactly(
     model.save_pretrained(tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["task_type"] is None
     again, _ = loaded(folder, quantize=quantize)
-    again = put_on(again, open_adapter(tmp_path / "adapter"))
+    again = load_adapter(again, open_adapter(tmp_path / "adapter"))
     assert torch.equal(logits(again), wanted)
     with again.disable_adapter():
         assert torch.equal(logits(again), before)  # the random head is that of the seed
@@ -183,12 +183,14 @@ def test_a_folder_of_sentence_transformers_says_its_pooling(tmp_path: Path) -> N
 
 
 def test_poolings_and_heads_that_make_no_sense_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="decoder, whose first token sees nothing"):
+    with pytest.raises(UserError, match="decoder, whose first token does not see"):
         loaded(make_body(tmp_path / "llama", "Llama"), "cls")
     headless = make_body(tmp_path / "base", "Bert", model_type="bert-generation")
     config = json.loads((headless / "config.json").read_text())
     (headless / "config.json").write_text(json.dumps(config | {"model_type": "bert-generation"}))
-    with pytest.raises(UserError, match=r"no classifier for bert-generation: base\.pooling: mean"):
+    with pytest.raises(
+        UserError, match=r"no classifier for bert-generation: set base\.pooling: mean"
+    ):
         loaded(headless)
 
 
@@ -205,7 +207,9 @@ def test_an_own_pooling_is_adapted_and_comes_again(
     config = tmp_path / "adapter" / "adapter_config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"auto_mapping": None}))  # as `save_run` leaves it
-    again = put_on(loaded(folder, "mean", quantize=quantize)[0], open_adapter(tmp_path / "adapter"))
+    again = load_adapter(
+        loaded(folder, "mean", quantize=quantize)[0], open_adapter(tmp_path / "adapter")
+    )
     assert torch.equal(logits(again), wanted)
 
 
@@ -283,7 +287,7 @@ def test_a_head_is_described_in_the_lock_and_beside_the_adapter(tmp_path: Path) 
     head.write(tmp_path)
     assert Head.beside(tmp_path) == head
     (tmp_path / "head.json").write_text("{}")
-    with pytest.raises(UserError, match=r"head\.json: damaged"):
+    with pytest.raises(UserError, match=r"head\.json: corrupt"):
         Head.beside(tmp_path)
 
 
@@ -295,7 +299,9 @@ def test_a_model_of_pictures_does_not_classify_texts(tmp_path: Path) -> None:
     small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32}
     ViTModel(ViTConfig(intermediate_size=64, **small)).save_pretrained(folder)
     for pooling in (None, "mean"):
-        with pytest.raises(UserError, match="takes pixel_values, not text: take another base"):
+        with pytest.raises(
+            UserError, match="its input is pixel_values, not text: use another base"
+        ):
             loaded(folder, pooling)
 
 

@@ -166,17 +166,17 @@ def _encoder(folder: Path) -> None:
     ("damage", "words"),
     [
         (_missing, r"weights are missing: model.layers.1.mlp.down_proj.weight, .*up_proj"),
-        (_truncated, "or damaged"),
-        (_empty, "or damaged"),
+        (_truncated, "corrupt safetensors file"),
+        (_empty, "corrupt safetensors file"),
         (_other_shape, "cannot be loaded"),
         (_unknown_type, "cannot be loaded: .*no_such"),
         (_not_json, "not a JSON object"),
         (_a_list, "not a JSON object"),
         (_wrong_value, "cannot be loaded"),
         (_quantized, r"already quantized \(gptq\)"),
-        (_encoder, "has no AutoModelForCausalLM of a T5Config: take another base"),
+        (_encoder, "has no AutoModelForCausalLM for T5Config: use another base"),
         (_outside, "a file outside of its folder"),
-        (_kernel, "attn_implementation of its config.json is code"),
+        (_kernel, "attn_implementation names code"),
     ],
 )
 def test_a_broken_base_is_refused_in_one_line(
@@ -233,9 +233,9 @@ def _few_embeddings(folder: Path) -> None:
     [
         (_no_tokenizer, "no usable tokenizer"),
         (_broken_tokenizer, "no usable tokenizer"),
-        (_slow_tokenizer, "only a slow tokenizer|no usable tokenizer"),
+        (_slow_tokenizer, "no fast tokenizer|no usable tokenizer"),
         (_no_end, "no end-of-text token"),
-        (_few_embeddings, r"knows \d+ tokens, the base has 300 embeddings"),
+        (_few_embeddings, r"has \d+ tokens, the base 300 embeddings"),
         (_not_json, "no usable tokenizer|not a JSON object"),
     ],
 )

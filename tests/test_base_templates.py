@@ -74,7 +74,7 @@ def test_a_shipped_template_ends_a_turn_with_a_token_that_is_there(
     else:
         assert prompt.startswith(f"{begin}s\n\n### Instruction:\nq {{{{ x }}}}\n\n### Response:\na")
         assert prompt.endswith("### Instruction:\nq\n\n### Response:\n")
-    with pytest.raises(UserError, match=r"^data\.chat_template: .* a template of its own"):
+    with pytest.raises(UserError, match=r"^data\.chat_template: .* its own chat template"):
         set_template(tokenizer, name)
 
 
@@ -103,9 +103,9 @@ def test_a_template_that_does_not_come_to_an_end_is_stopped(
     tokenizer.chat_template = late
     check_template(tokenizer)
     monkeypatch.setattr(templates, "SECONDS_TO_RENDER", 0.05)
-    assert "still rendering after 0.05 s: it loops" in refused(tokenizer, SAID + body)
+    assert "did not finish in 0.05 s" in refused(tokenizer, SAID + body)
     tokenizer.chat_template = late
-    with pytest.raises(UserError, match="it loops"):
+    with pytest.raises(UserError, match="did not finish"):
         list(ChatEncoder(tokenizer, "assistant", 99)([Example("f:1", messages=tuple(TURNS))]))
 
 
@@ -134,7 +134,7 @@ def test_the_time_limit_leaves_the_alarm_as_it_was(tokenizer: Any) -> None:
     ],
 )
 def test_powers_cannot_be_interrupted_and_are_refused(tokenizer: Any, body: str) -> None:
-    assert refused(tokenizer, SAID + body).startswith("base: the chat template raises to a power")
+    assert refused(tokenizer, SAID + body).startswith("base: the chat template uses a power")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_what_a_template_must_not_do_is_refused_in_one_line(
     assert found.startswith("base: the chat template is not usable: ") and words in found
     # Where it does so for some rows alone, they are left out.
     tokenizer.chat_template = "{% if messages[0].content == 'Who?' %}" + body + "{% endif %}" + SAID
-    with pytest.raises(NotUsable, match=r"^that the chat template refuses$"):
+    with pytest.raises(NotUsable, match=r"^rejected by the chat template$"):
         render(tokenizer, TURNS)
 
 
@@ -192,7 +192,7 @@ def test_several_templates_are_too_many(tokenizer: Any) -> None:
     several = {"default": CHATML, "tool_use": CHATML}
     assert "several chat templates (default, tool_use)" in refused(tokenizer, several)
     tokenizer.chat_template = several
-    with pytest.raises(UserError, match="keep one of them"):
+    with pytest.raises(UserError, match="keep only one"):
         set_template(tokenizer, None)
 
 
@@ -220,7 +220,7 @@ def test_arguments_of_calls_are_objects_unless_the_template_wants_text(tokenizer
     turns = calling('{"a":1}')
     assert render(tokenizer, turns) == 'json {"a":1}json {"a":1}'
     assert turns == calling('{"a":1}')
-    with pytest.raises(NotUsable, match="refuses"):
+    with pytest.raises(NotUsable, match="rejected"):
         render(tokenizer, calling({"a": 1}))
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_kit.data.readers import is_table, table, text_batches
+from lora_kit.data.readers import is_table, table_batches, text_batches
 from lora_kit.errors import UserError
 
 ROWS = [{"text": f"word {n}", "label": "ä"} for n in range(9)]
@@ -24,7 +24,7 @@ def put(folder: Path, name: str, content: bytes) -> Path:
 
 
 def read(file: Path) -> None:
-    for batch in table(file) if is_table(file) else text_batches([file], whole=False):
+    for batch in table_batches(file) if is_table(file) else text_batches([file], whole=False):
         list(batch.parsed())
 
 
@@ -52,17 +52,17 @@ def as_arrow(opened: str) -> bytes:
     [
         ("a.txt", b"fine\rfine\nb\xe9d", ":3: not UTF-8: convert it"),
         ("a.txt", "text".encode("utf-16"), ":1: not UTF-8"),
-        ("a.csv", "text\nä".encode("utf-16-be"), ":1: holds a zero byte"),
-        ("a.bin", b"one\ntwo\0", ":2: holds a zero byte"),
+        ("a.csv", "text\nä".encode("utf-16-be"), ":1: contains a NUL byte"),
+        ("a.bin", b"one\ntwo\0", ":2: contains a NUL byte"),
         ("a.csv", b'a,b\n1,2\n"3\n4",5\n6', ":5: 1 values for 2 columns"),
         ("a.csv", b"a,b\n1,2,3\n", ":2: 3 values for 2 columns"),
         ("a.csv", b'a,b\n1,2\n3,"4\n\n', ":3: not readable as a table: unexpected end"),
         ("a.csv", b'a,b\n1,"2" 3\n', ":2: not readable as a table"),
         ("a.csv", b"text;label\na;b\n", ":1: one column, 'text;label': separate values with a"),
-        ("a.csv", b"a,a\n1,2\n", ":1: columns need names that differ"),
-        ("a.tsv", b"a\t\n1\t2\n", ":1: columns need names that differ"),
-        ("a.conll", b"word O\nword\n", ":2: a token and its tag are expected, not 'word\\n'"),
-        ("a.iob", b"word\tO\n\tO\n", ":2: a token and its tag are expected"),
+        ("a.csv", b"a,a\n1,2\n", ":1: empty or duplicate column names"),
+        ("a.tsv", b"a\t\n1\t2\n", ":1: empty or duplicate column names"),
+        ("a.conll", b"word O\nword\n", ":2: expected a token and its tag, not 'word\\n'"),
+        ("a.iob", b"word\tO\n\tO\n", ":2: expected a token and its tag"),
         ("a.parquet", b"PAR1 and no more", "[0]: not readable as parquet"),
         ("a.arrow", b"ARROW1 and no more", "[0]: not readable as arrow"),
         ("a.parquet.gz", b"text", "[0]: not readable as parquet"),
@@ -125,4 +125,4 @@ def test_tables_of_values_that_python_does_not_have_are_refused(tmp_path: Path) 
         pq.write_table(pa.table(columns), tmp_path / "a.parquet")
         refused(tmp_path / "a.parquet", words)
     pq.write_table(pa.table([pa.array(["a"])] * 2, ["text", "text"]), tmp_path / "a.parquet")
-    refused(tmp_path / "a.parquet", ": columns need names that differ")
+    refused(tmp_path / "a.parquet", ": duplicate column names")

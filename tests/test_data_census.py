@@ -11,7 +11,7 @@ from conftest import CHATML, make_tokenizer
 from prepared import chats, ids_of, prepared, put, put_texts, supervised, texts, tokens
 
 from lora_kit.data.census import Census, Count
-from lora_kit.data.formats import WORSE
+from lora_kit.data.formats import REJECTED
 from lora_kit.errors import UserError
 from lora_kit.schema import Limits
 from lora_kit.tasks.batches import IGNORED
@@ -112,7 +112,7 @@ def test_the_rows_of_every_use_add_up(
     assert both.samples_without_supervision == 1
     if "eval" not in change:
         # Leaks come first: two that cannot be encoded, too long or without supervision, are in it.
-        assert census.eval.dropped["that stand in data.train too"] == 4
+        assert census.eval.dropped["that are also in data.train"] == 4
         assert sum(census.eval.dropped.values()) == 8
 
 
@@ -187,7 +187,7 @@ def test_the_lines_say_how_many_why_and_where_first(tmp_path: Path, tokenizer: A
     census = prepared(tokenizer, check=False, **everything(tmp_path)).census
     text = "\n".join(census.lines())
     assert (
-        f"train: 149 rows read, {census.train.rows_kept} kept, {census.train.unused} left over"
+        f"train: 149 rows read, {census.train.rows_kept} kept, {census.train.unused} not needed"
         in (text)
     )
     assert f"  dropped: 1 with a null `messages` (first: {tmp_path}/a.jsonl:85)" in text
@@ -267,9 +267,11 @@ def test_all_that_is_exceeded_is_said_at_once() -> None:
 
 
 def test_the_worse_answers_of_a_preference_are_no_loss() -> None:
-    """Half of an unpaired set; left out and counted, but nothing to mend."""
+    """Half of an unpaired set; left out and counted, but nothing to fix."""
     census = Census(held_out=True)
-    census.train = Count(rows_read=20, rows_kept=10, dropped={WORSE: 10}, first={WORSE: "f:1"})
+    census.train = Count(
+        rows_read=20, rows_kept=10, dropped={REJECTED: 10}, first={REJECTED: "f:1"}
+    )
     assert census.problems(Limits()) == []
     census.train.dropped["empty"] = 2
     census.train.first["empty"] = "f:9"

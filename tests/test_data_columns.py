@@ -130,9 +130,9 @@ def test_tags_mark_entities_or_the_sentence_is_dropped() -> None:
     assert turns(TAGS, labels=("X",)) == turns(TAGS, labels=("O", "B-X", "I-X")) == expected
     assert turns(TAGS | {"tags": [0, 1]}, labels=("O", "B-X", "I-X")) == expected
     for tags, labels, reason, detail in (
-        (["O", "I-X"], (), "whose IOB tags jump", "token 2 has 'I-X' after no entity"),
-        (["B-Y", "I-X"], (), "whose IOB tags jump", "token 2 has 'I-X' after 'Y'"),
-        (["U-X", "I-X"], (), "whose IOB tags jump", "token 2 has 'I-X' after no entity"),
+        (["O", "I-X"], (), "with an invalid IOB sequence", "token 2 has 'I-X' after no entity"),
+        (["B-Y", "I-X"], (), "with an invalid IOB sequence", "token 2 has 'I-X' after 'Y'"),
+        (["U-X", "I-X"], (), "with an invalid IOB sequence", "token 2 has 'I-X' after no entity"),
         (["O", "X"], (), "with a tag that is not IOB", "token 2 has 'X'"),
         (["O", "B-"], (), "with a tag that is not IOB", "token 2 has 'B-'"),
         (["O", None], ("O",), "with a tag that is not IOB", "token 2 has None: name data.labels"),
@@ -146,7 +146,7 @@ def test_tags_mark_entities_or_the_sentence_is_dropped() -> None:
     for tokens in (["a", None], ["a", ""], "ab", [["a"], "b"]):
         reason, _ = dropped(TAGS | {"tokens": tokens})
         assert reason == "whose `tokens` are not a list of texts"
-    assert dropped({"tokens": [], "tags": []}) == ("with nothing asked", "")
+    assert dropped({"tokens": [], "tags": []}) == ("with an empty prompt", "")
 
 
 HALF = "bad \ud83d end"
@@ -170,20 +170,20 @@ def chat(**answer: Any) -> dict[str, Any]:
         ({"text": None}, "with a null `text`"),
         ({"text": 5}, "whose `text` is not text: it is 5"),
         ({"text": DEEP}, "whose `text` is not text: it is [[[[[[[...]]]]]]]"),
-        ({"text": HALF}, "with half a character: '\\ud83d' in `text`"),
-        ({"text": "a\0b"}, "with a zero byte: in `text`"),
-        ({"text": "x", "label": HALF}, "with half a character: '\\ud83d' in `label`"),
-        ({"text": " ", "label": "x"}, "with nothing asked"),
-        (ASKED | {"question": ""}, "with nothing asked"),
+        ({"text": HALF}, "with a lone surrogate: '\\ud83d' in `text`"),
+        ({"text": "a\0b"}, "with a NUL byte: in `text`"),
+        ({"text": "x", "label": HALF}, "with a lone surrogate: '\\ud83d' in `label`"),
+        ({"text": " ", "label": "x"}, "with an empty prompt"),
+        (ASKED | {"question": ""}, "with an empty prompt"),
         (ASKED | {"question": None}, "with a null `question`"),
         (ASKED | {"answer": 7}, "whose `answer` is not text: it is 7"),
         (ASKED | {"context": 0}, "whose `context` is not text: it is 0"),
         (ASKED | {"context": ["x", 1]}, "whose `context` is not text: it is ['x', 1]"),
-        (PAIR | {"completion": ["x"]}, "with a turn that is no object: turn 1"),
+        (PAIR | {"completion": ["x"]}, "with a turn that is not an object: turn 1"),
         (PAIR | {"prompt": 1}, "whose `prompt` is not text: it is 1"),
         (PAIR | {"system": False}, "whose `system` is not text: it is False"),
         (PAIR | {"label": "yes"}, "whose `label` is not true or false: it is 'yes'"),
-        (PAIR | {"label": False}, "that a preference calls the worse answer"),
+        (PAIR | {"label": False}, "with a rejected completion (`label` is false)"),
         (CHOSEN | {"rejected": None}, "with a null `rejected`"),
         (CHOSEN | {"rejected": 1}, "whose `rejected` is not text: it is 1"),
         (CHOSEN | {"rejected": []}, "whose turns are not a list: they are []"),
@@ -194,7 +194,7 @@ def chat(**answer: Any) -> dict[str, Any]:
         ({"messages": "x"}, "whose turns are not a list: they are 'x'"),
         ({"messages": []}, "whose turns are not a list: they are []"),
         ({"messages": {"a": 1}}, "whose turns are not a list: they are {'a': 1}"),
-        ({"messages": [ASK, "x"]}, "with a turn that is no object: turn 2"),
+        ({"messages": [ASK, "x"]}, "with a turn that is not an object: turn 2"),
         ({"messages": [ASK, {"content": "x"}]}, "with an unknown role: turn 2 has None"),
         (chat(role="human"), "with an unknown role: turn 2 has 'human'"),
         (chat(role=["x"]), "with an unknown role: turn 2 has ['x']"),
@@ -211,16 +211,16 @@ def chat(**answer: Any) -> dict[str, Any]:
             chat(content=[{"type": "x"}]),
             "with a turn whose `content` is not text: turn 2 has [{'type': 'x'}]",
         ),
-        (chat(content="\udc00"), "with half a character: '\\udc00' in turn 2"),
-        (chat(reasoning_content="\0"), "with a zero byte: in turn 2"),
+        (chat(content="\udc00"), "with a lone surrogate: '\\udc00' in turn 2"),
+        (chat(reasoning_content="\0"), "with a NUL byte: in turn 2"),
         (
             chat(role="user", tool_calls=[{}]),
-            "with a tool call that is not the assistant's: turn 2",
+            "with a tool call outside an assistant turn: turn 2",
         ),
         (chat(tool_calls="f"), "whose `tool_calls` are not a list of objects: turn 2"),
-        (chat(tool_calls=[{"f": HALF}]), "with half a character: '\\ud83d' in turn 2"),
-        (chat(tool_calls=[{"f": DEEP}]), "nested too deeply: in turn 2"),
-        (chat() | {"tools": [{HALF: 1}]}, "with half a character: '\\ud83d' in `tools`"),
+        (chat(tool_calls=[{"f": HALF}]), "with a lone surrogate: '\\ud83d' in turn 2"),
+        (chat(tool_calls=[{"f": DEEP}]), "with nesting too deep: in turn 2"),
+        (chat() | {"tools": [{HALF: 1}]}, "with a lone surrogate: '\\ud83d' in `tools`"),
         (chat() | {"tools": "[{"}, "whose `tools` are not JSON"),
         (chat() | {"tools": "[" * 100_000}, "whose `tools` are not JSON"),
         (chat() | {"tools": {"f": 1}}, "whose `tools` are not a list of objects"),

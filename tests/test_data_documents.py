@@ -145,13 +145,13 @@ def test_an_encoding_that_is_not_the_one_declared_is_refused(tmp_path: Path) -> 
     declared = page(["Brötchen"], '<meta charset="utf-8">').encode("latin-1")
     assert "a.html:1: not UTF-8: convert it" in refused(put(tmp_path, "a.html", declared))
     unknown = page(STORY, '<meta charset="x-none">')
-    assert "a.html: no text can be read from it (unknown encoding: x-none" in refused(
+    assert "a.html: cannot extract text (unknown encoding: x-none" in refused(
         put(tmp_path, "a.html", unknown)
     )
     no_text = page(STORY, '<meta charset="hex">')
-    assert "a.html: no text can be read from it (" in refused(put(tmp_path, "a.html", no_text))
+    assert "a.html: cannot extract text (" in refused(put(tmp_path, "a.html", no_text))
     assert "a.html:1: not UTF-8" in refused(put(tmp_path, "a.html", page(STORY).encode("utf-16")))
-    assert "a.html:2: holds a zero byte" in refused(put(tmp_path, "a.html", "<p>a\n\0</p>"))
+    assert "a.html:2: contains a NUL byte" in refused(put(tmp_path, "a.html", "<p>a\n\0</p>"))
     [(_, text)] = rows(put(tmp_path, "a.html", page(["Brötchen", *STORY]).encode("utf-8-sig")))
     assert "Brötchen" in text
 
@@ -174,11 +174,11 @@ def test_a_pdf_page_after_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
     locked = refused(put(tmp_path, "locked.pdf", encrypted("password")))
-    assert locked.endswith("locked.pdf: encrypted: save it without a password, or leave it out")
+    assert locked.endswith("locked.pdf: encrypted: save it without a password, or remove it")
     for content in (b"%PDF-1.4\n", b"no pdf at all", pdf("A")[:60]):
-        assert "a.pdf: no text can be read from it (" in refused(put(tmp_path, "a.pdf", content))
+        assert "a.pdf: cannot extract text (" in refused(put(tmp_path, "a.pdf", content))
     cut = put(tmp_path, "a.html.gz", gzip.compress(page(STORY).encode())[:-20])
-    assert "a.html.gz: no text can be read from it (" in refused(cut)
+    assert "a.html.gz: cannot extract text (" in refused(cut)
 
 
 @pytest.mark.parametrize(("name", "library"), [("a.html", "trafilatura"), ("a.pdf", "pypdf")])
@@ -189,7 +189,7 @@ def test_a_missing_library_names_the_extra(
     put(tmp_path, "docs/b.md", "Bread rises slowly.")
     file = put(tmp_path, f"docs/{name}", page(STORY))
     line = refused(str(tmp_path / "docs"))
-    assert line.startswith(f"{file}: {library} is missing to read it: pip install 'lora-kit[docum")
+    assert line.startswith(f"{file}: reading it needs {library}: pip install 'lora-kit[docum")
     # Only who names such files needs it.
     assert rows(str(tmp_path / "docs" / "*.md")) == [
         (f"{tmp_path}/docs/b.md:1", "Bread rises slowly.")

@@ -19,13 +19,13 @@ from lora_kit.data.duplicates import (
     are_near,
     clusters,
     hashed,
-    joined,
     near_any,
     near_pairs,
-    parted,
     ranks,
     repeated,
     sign,
+    split_large_clusters,
+    union_clusters,
 )
 
 
@@ -173,7 +173,7 @@ def test_rows_without_a_signature_are_known_by_their_hash() -> None:
 def test_joining_is_what_walking_the_links_finds(case: tuple[int, list[tuple[int, int]]]) -> None:
     count, links = case
     pairs = np.array(links, dtype=np.int64).reshape(-1, 2)
-    found = joined(np.arange(count), pairs[:, 0], pairs[:, 1])
+    found = union_clusters(np.arange(count), pairs[:, 0], pairs[:, 1])
     reached = list(range(count))
     for _ in range(count):
         for a, b in links:
@@ -245,7 +245,7 @@ def test_rows_that_share_a_long_instruction_can_be_split() -> None:
     keys = np.array([hashed(text) for text in texts], dtype=np.uint64)
     roots = clusters(keys, sign(texts), np.arange(len(texts)))
     assert len(set(roots[:60])) == 1
-    apart = parted(roots, keys)
+    apart = split_large_clusters(roots, keys)
     assert len(set(apart[:60])) == 60 and apart[62] == apart[0] and apart[60] == apart[61]
     few = roots[:15]
-    assert (parted(few, keys[:15]) == few).all()
+    assert (split_large_clusters(few, keys[:15]) == few).all()

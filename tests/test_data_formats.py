@@ -159,16 +159,16 @@ def test_a_text_is_kept_as_it_is() -> None:
 
 
 def test_the_order_of_the_turns_is_that_of_a_conversation() -> None:
-    assert dropped({"messages": [SYSTEM, ASK]}) == ("without an assistant's turn", "")
+    assert dropped({"messages": [SYSTEM, ASK]}) == ("without an assistant turn", "")
     assert dropped({"messages": [ASK, ANSWER, OTHER]}) == (
-        "with two assistant's turns in a row",
+        "with two assistant turns in a row",
         "turn 3",
     )
-    last = ("whose last turn is not an answer", "it is the user's")
+    last = ("whose last turn is not the assistant's", "it is the user's")
     assert dropped({"messages": [ASK, ANSWER, ASK]}) == last
     late = ("with a system turn after the first", "turn 2")
     assert dropped({"messages": [ASK, SYSTEM, ANSWER]}) == late
-    empty = ("with an empty answer", "turn 2")
+    empty = ("with an empty completion", "turn 2")
     assert dropped({"messages": [ASK, {**ANSWER, "content": " "}, ASK, ANSWER]}) == empty
     assert dropped({"prompt": "Q", "completion": ""}) == empty
     system = {"messages": [SYSTEM, ASK, ANSWER], "system": "S"}
@@ -228,8 +228,8 @@ def test_examples_that_differ_in_case_and_punctuation_alone_are_the_same() -> No
 def test_dropped_rows_are_counted_with_the_first_place() -> None:
     counts, more = Count(), Count()
     for number in (2, 3):
-        counts.lose("empty", f"f:{number}")
-    more.lose("empty", "f:9")
-    more.lose("with a zero byte", "f:10: in `text`")
-    found = (counts + more).left_out()
-    assert found == "3 empty (first: f:2); 1 with a zero byte (first: f:10: in `text`)"
+        counts.count_lost("empty", f"f:{number}")
+    more.count_lost("empty", "f:9")
+    more.count_lost("with a NUL byte", "f:10: in `text`")
+    found = (counts + more).dropped_text()
+    assert found == "3 empty (first: f:2); 1 with a NUL byte (first: f:10: in `text`)"

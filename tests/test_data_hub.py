@@ -82,15 +82,15 @@ REFUSED = [
     ),
     ({"source": "org/plain", "config": "en"}, ["has no config `en`; it has: default"]),
     ({"source": "org/choice"}, ["name one of its configs as `config:`: en, de"]),
-    ({"source": "org/script"}, ["made by a script, which is not run"]),
+    ({"source": "org/script"}, ["needs a loading script, which is not supported"]),
     ({"source": "org/separator"}, ["`sep: ';'`", "save its rows as jsonl"]),
-    ({"source": "org/outside"}, ["its card names files outside of the set"]),
-    ({"source": "org/card"}, ["holds no rows that can be found"]),
-    ({"source": "org/yaml"}, ["holds no rows that can be found"]),
-    ({"source": "org/zipped"}, ["a.jsonl.zst: of no known kind"]),
-    ({"source": "org/nothing"}, ["holds no rows that can be found"]),
+    ({"source": "org/outside"}, ["its card lists files outside of the data set"]),
+    ({"source": "org/card"}, ["no data files found"]),
+    ({"source": "org/yaml"}, ["no data files found"]),
+    ({"source": "org/zipped"}, ["a.jsonl.zst: unsupported file type"]),
+    ({"source": "org/nothing"}, ["no data files found"]),
     ({"source": "org/empty"}, ["org/empty[train]: empty: there is nothing to train on"]),
-    ([{"source": "org/set"}] * 2, ["org/set[train]: named twice: leave one out"]),
+    ([{"source": "org/set"}] * 2, ["org/set[train]: named twice: remove one of the two"]),
 ]
 
 

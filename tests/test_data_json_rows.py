@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lora_kit.data import json_rows
-from lora_kit.data.json_rows import JsonList, parse_line, shown
-from lora_kit.data.readers import table
+from lora_kit.data.json_rows import JsonList, parse_line, short_repr
+from lora_kit.data.readers import table_batches
 from lora_kit.errors import UserError
 
 
@@ -83,25 +83,25 @@ DEEP = "[" * 100_000
     [
         ('[{"text": "a"},\n{"text": ', ":2: not JSON: Expecting value (column 10)"),
         ('[{"text": "a"},\n{"text": "b', ":2: not JSON: Unterminated string"),
-        ('[{"text": "a"},\n{"text": "b"}', ":2: not JSON: `]` or a comma is expected"),
-        ('{"x": {"text": "a"}', ":1: not JSON: `}` or a comma is expected"),
-        ('[{"text": "a"}\n{"text": "b"}]', ":2: not JSON: `]` or a comma is expected"),
+        ('[{"text": "a"},\n{"text": "b"}', ":2: not JSON: expected `]` or a comma"),
+        ('{"x": {"text": "a"}', ":1: not JSON: expected `}` or a comma"),
+        ('[{"text": "a"}\n{"text": "b"}]', ":2: not JSON: expected `]` or a comma"),
         ('[{"text": "a"},\n]', ":2: not JSON: Expecting value (column 1)"),
-        ('[{"text": "a"}]\n[]', ":2: not JSON: something stands after the last `]`"),
-        ('{"x": {"text": "a"}}\n{}', ":2: not JSON: something stands after the last `}`"),
-        ('{"text": "a"}\n{"text": "b"}', ": a list of objects, or an object of objects, is"),
-        ('{"text": {"a": "b"}, "id": 1}', ": a list of objects, or an object of objects, is"),
-        ('{"x" {"text": "a"}}', ":1: not JSON: a colon is expected"),
-        ('\n{"x": {},\n"x": {}}', ":3: the key 'x' stands twice in one object"),
-        ('[{"a": 1},\n{"a": 1, "a": 1}]', ":2: not readable as JSON: the key 'a' stands twice"),
-        ('"text"', ":1: a list of objects is expected"),
-        ('[{"text": "a"}, 7]', "[1]: an object with named columns is expected, not 7"),
-        ("[[1]]", "[0]: an object with named columns is expected, not [1]"),
+        ('[{"text": "a"}]\n[]', ":2: not JSON: extra text after the last `]`"),
+        ('{"x": {"text": "a"}}\n{}', ":2: not JSON: extra text after the last `}`"),
+        ('{"text": "a"}\n{"text": "b"}', ": expected a list of objects, or an object"),
+        ('{"text": {"a": "b"}, "id": 1}', ": expected a list of objects, or an object"),
+        ('{"x" {"text": "a"}}', ":1: not JSON: expected a colon"),
+        ('\n{"x": {},\n"x": {}}', ":3: duplicate key 'x' in an object"),
+        ('[{"a": 1},\n{"a": 1, "a": 1}]', ":2: not readable as JSON: duplicate key 'a'"),
+        ('"text"', ":1: expected a list of objects"),
+        ('[{"text": "a"}, 7]', "[1]: expected an object with named columns, not 7"),
+        ("[[1]]", "[0]: expected an object with named columns, not [1]"),
         (f'\n[{{"text": {"9" * 5000}}}]', ":2: not readable as JSON: Exceeds the limit"),
         ('[{"text": "a\nb"}]', ":1: not JSON: Invalid control character"),
         (b'[{"text": "a"},\n{"text": "\xe9"}]', ":2: not UTF-8"),
         (b'[{"text": "a"},\n{"text": "\xc3', ":2: not UTF-8"),
-        (b'[{"text": "a"},\n{"text": "\0"}]', ":2: holds a zero byte"),
+        (b'[{"text": "a"},\n{"text": "\0"}]', ":2: contains a NUL byte"),
         ('[{"text": "a"}]'.encode("utf-16"), ":1: not UTF-8: convert it to UTF-8 with iconv"),
     ],
 )
@@ -127,11 +127,11 @@ def test_a_row_that_no_worker_could_be_given_is_refused(tmp_path: Path) -> None:
     for levels in (50, 500):
         file.write_text(f'[{{"text": "a"}}, {{"text": "b", "more": {"[" * levels}{"]" * levels}}}]')
         if levels < 100:
-            (batch,) = table(file)
+            (batch,) = table_batches(file)
             assert batch.numbers == [0, 1]
         else:
-            with pytest.raises(UserError, match=r"a\.json\[1\]: nested too deeply"):
-                list(table(file))
+            with pytest.raises(UserError, match=r"a\.json\[1\]: nesting too deep"):
+                list(table_batches(file))
 
 
 def test_the_column_of_a_mistake_in_one_long_line(
@@ -154,9 +154,9 @@ def test_the_column_of_a_mistake_in_one_long_line(
         ('{"text": "b"} {"text": "c"}', "not JSON: Extra data (column 15)"),
         ('{"text": "b"},', "not JSON: Extra data (column 14)"),
         ("", "not JSON: Expecting value (column 1)"),
-        ("[1]", "an object with named columns is expected, not [1]"),
-        ("null", "an object with named columns is expected, not None"),
-        ('{"a": {"b": 1, "b": 1}}', "not readable as JSON: the key 'b' stands twice in one object"),
+        ("[1]", "expected an object with named columns, not [1]"),
+        ("null", "expected an object with named columns, not None"),
+        ('{"a": {"b": 1, "b": 1}}', "not readable as JSON: duplicate key 'b' in an object"),
         (f'{{"a": {"9" * 5000}}}', "not readable as JSON: Exceeds the limit"),
         ('\ufeff{"a": 1}', "not JSON: Unexpected UTF-8 BOM"),
     ],
@@ -173,5 +173,5 @@ def test_values_are_shown_short() -> None:
     for _ in range(5000):
         deep = [deep]
     for value in (deep, "x" * 10**7, {"y" * 99: "z" * 99}, 10**3000, list(range(10**5)), "a\nb"):
-        assert len(shown(value)) <= 40 and "\n" not in shown(value)
-    assert shown("half a page") == "'half a page'"
+        assert len(short_repr(value)) <= 40 and "\n" not in short_repr(value)
+    assert short_repr("half a page") == "'half a page'"

@@ -99,10 +99,10 @@ def test_a_leak_stops_the_run_and_a_higher_limit_leaves_the_row_out(
         prepared(tokenizer, **data)
     census = prepared(tokenizer, **data, limits={"exact_leaks": 2}).census
     assert census.eval.rows_read == 32 and census.eval.rows_kept == 30
-    assert census.eval.dropped == {"that stand in data.train too": 2}
-    assert census.eval.first["that stand in data.train too"] == f"{tmp_path}/eval.jsonl:31"
+    assert census.eval.dropped == {"that are also in data.train": 2}
+    assert census.eval.first["that are also in data.train"] == f"{tmp_path}/eval.jsonl:31"
     everything = put(tmp_path / "all.jsonl", train[:9])
-    with pytest.raises(UserError, match=r"data\.eval: every row is a row of data\.train too"):
+    with pytest.raises(UserError, match=r"data\.eval: every row is also in data\.train"):
         prepared(tokenizer, train=data["train"], eval=everything)
 
 
@@ -184,7 +184,7 @@ def test_rows_that_are_held_out_are_no_leak(tmp_path: Path, tokenizer: Any) -> N
 @pytest.mark.parametrize("what", ["eval", "decontaminate"])
 def test_a_file_on_both_sides_is_refused(tmp_path: Path, tokenizer: Any, what: str) -> None:
     train = put(tmp_path / "train.jsonl", chats(40))
-    with pytest.raises(UserError, match=rf"data\.{what}: .*is learned from as well"):
+    with pytest.raises(UserError, match=rf"data\.{what}: .*is also trained on"):
         prepared(tokenizer, train=train, **{what: train})
 
 
@@ -202,8 +202,8 @@ def test_beyond_a_sample_near_ones_are_looked_for_in_it(
     assert 100 <= census.compared <= 200
     (note,) = census.notes
     assert note == (
-        f"near duplicates and near leaks were looked for among {census.compared} of 600 rows, a "
-        "random sample"
+        "near duplicates and near leaks were searched among a random sample of "
+        f"{census.compared} of 600 rows"
     )
     (leak,) = census.leaks.values()
     assert leak["exact"] == 60  # by their hashes, always

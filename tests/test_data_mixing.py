@@ -192,5 +192,7 @@ def test_only_what_is_learned_from_is_mixed(tmp_path: Path, plain: Any) -> None:
         {"source": put(tmp_path / f"{name}.jsonl", chats(30, seed=n)), "fraction": 0.5}
         for n, name in enumerate("abc")
     ]
-    with pytest.raises(UserError, match=r"data\.eval: .*only data\.train is mixed by fractions"):
+    with pytest.raises(
+        UserError, match=r"data\.eval: .*only sources of data\.train take a fraction"
+    ):
         prepared(plain, train=other[0]["source"], eval=other[1:])

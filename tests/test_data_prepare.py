@@ -182,7 +182,7 @@ def test_a_source_that_is_no_use_leaves_the_cache_empty(
     tmp_path: Path, tokenizer: Any, cache: Path
 ) -> None:
     train = put(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}] * 9)
-    with pytest.raises(UserError, match=r"data\.train: no rows left; left out: .*a\.jsonl:1"):
+    with pytest.raises(UserError, match=r"data\.train: no rows left; dropped: .*a\.jsonl:1"):
         prepared(tokenizer, train=train)
     assert [file.suffix for file in cache.iterdir()] == [".lock"]
 

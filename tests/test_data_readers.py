@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_kit.data import readers
-from lora_kit.data.readers import BATCH_BYTES, documents, table, text_batches
+from lora_kit.data.readers import BATCH_BYTES, documents, table_batches, text_batches
 from lora_kit.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -32,11 +32,11 @@ def put(folder: Path, name: str, content: str | bytes) -> Path:
 
 
 def rows(file: Path) -> Rows:
-    return [row.columns for batch in table(file) for row in batch.parsed()]
+    return [row.columns for batch in table_batches(file) for row in batch.parsed()]
 
 
 def places(file: Path) -> list[str]:
-    found = [row.place for batch in table(file) for row in batch.parsed()]
+    found = [row.place for batch in table_batches(file) for row in batch.parsed()]
     assert all(place.startswith(str(file)) for place in found)
     return [place.removeprefix(str(file)) for place in found]
 
@@ -121,8 +121,8 @@ def test_rows_are_the_same_whatever_the_size_of_a_batch(
     monkeypatch.setattr(readers, "BATCH_BYTES", size)
     assert rows(file) == many
     assert places(file) == expected
-    assert max(len(batch.numbers) for batch in table(file)) <= most
-    assert len(list(table(file))) > 1
+    assert max(len(batch.numbers) for batch in table_batches(file)) <= most
+    assert len(list(table_batches(file))) > 1
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_file_is_read_as_a_stream(tmp_path: Path, name: str, line: str, broken
     """The first rows are there before a later one, which is broken, is looked at."""
     start = "[" if name == "a.json" else ""
     file = put(tmp_path, name, start + line + line.split("text,id\n")[-1] * 2000 + broken)
-    batches = table(file)
+    batches = table_batches(file)
     assert len(list(next(batches).parsed())) == readers.BATCH_ROWS
     with pytest.raises(UserError, match=r"a\.\w+[:\[]\d+"):
         [list(batch.parsed()) for batch in batches]
@@ -146,7 +146,7 @@ def test_a_file_is_read_as_a_stream(tmp_path: Path, name: str, line: str, broken
 
 def test_long_rows_make_small_batches(tmp_path: Path) -> None:
     turns = [{"messages": [{"role": "user", "content": "x" * 300_000}]}] * 8
-    batches = list(table(put(tmp_path, "a.json", json.dumps(turns))))
+    batches = list(table_batches(put(tmp_path, "a.json", json.dumps(turns))))
     assert [len(batch.numbers) for batch in batches] == [4, 4]
 
 

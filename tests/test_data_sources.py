@@ -15,7 +15,7 @@ from prepared import prepared
 
 from lora_kit.data import readers
 from lora_kit.data.prepare import prepare
-from lora_kit.data.readers import FEWEST_DOCUMENTS, Opened, Row
+from lora_kit.data.readers import FEWEST_DOCUMENTS, OpenedSource, Row
 from lora_kit.data.sources import check_apart, open_sources
 from lora_kit.errors import UserError
 from lora_kit.schema import EMBEDDED, Data, Source
@@ -61,7 +61,7 @@ def test_a_folder_gives_its_files_in_order_without_the_hidden_and_unknown(tmp_pa
     put(tmp_path, "docs/empty.md", "")
     (tmp_path / "docs" / "broken.md").symlink_to(tmp_path / "gone")
     (opened,) = open_sources(str(tmp_path / "docs"))
-    assert opened.passed_over == 2
+    assert opened.skipped == 2
     assert len(opened.files) == 5
     # Text first, then tables.
     assert texts(str(tmp_path / "docs")) == ["first", "second", "third", "a table"]
@@ -78,8 +78,8 @@ def test_a_pattern_gives_what_fits_it(tmp_path: Path) -> None:
     assert texts(f"{here}/a/**/*.txt") == texts(f"{here}/**/a/**/*.txt") == ["one", "two"]
     assert texts(f"{here}/a[1].txt") == ["a name that looks like a pattern"]
     (opened,) = open_sources(f"{here}/a/b/*")
-    assert (len(opened.files), opened.passed_over) == (1, 1)
-    assert "*.png: no file of a known kind (.arrow .bio" in refused(f"{here}/a/b/*.png")
+    assert (len(opened.files), opened.skipped) == (1, 1)
+    assert "*.png: no file of a supported type (.arrow .bio" in refused(f"{here}/a/b/*.png")
     assert refused(f"{here}/*.none").endswith(" among 0")
 
 
@@ -117,27 +117,29 @@ def test_fractions_are_given_to_all_of_a_list_and_are_one_together(tmp_path: Pat
 
     assert [s.fraction for s in open_sources(share(0.7, 0.2, 0.1))] == [0.7, 0.2, 0.1]
     assert [s.fraction for s in open_sources([a, Source(source=b)])] == [None, None]
-    assert f"{b}: has no fraction" in refused(*share(0.5, None, 0.5))
-    assert f"{b}: has no fraction" in refused(Source(source=a, fraction=0.9), b)
+    assert f"{b}: no fraction" in refused(*share(0.5, None, 0.5))
+    assert f"{b}: no fraction" in refused(Source(source=a, fraction=0.9), b)
     for wrong in ((0.5, 0.4), (0.5, 0.6), (0.9,)):
         line = refused(*share(*wrong))
-        assert f"these are {sum(wrong):g}: {a} {wrong[0]:g}" in line
+        assert f"not {sum(wrong):g}: {a} {wrong[0]:g}" in line
 
 
 def test_what_is_named_twice_is_refused(tmp_path: Path) -> None:
     file, other = put(tmp_path, "docs/a.txt", "text"), put(tmp_path, "docs/b.txt", "text")
     folder = str(tmp_path / "docs")
-    assert refused(file, file) == f"{file}: named twice: leave one out"
+    assert refused(file, file) == f"{file}: named twice: remove one of the two"
     assert refused(file, f"{folder}/../docs/a.txt").endswith(
-        f"is in it and in {file}: leave one out"
+        f"is also in {file}: remove one of the two"
     )
-    assert f"{file} is in it and in {folder}: leave one out" in refused(folder, file)
-    assert f"a.txt is in it and in {file}: leave one out" in refused(file, folder)
-    assert "is in it and in" in refused(f"{folder}/a*", f"{folder}/*.txt")
-    assert refused("nano:topics", "nano:topics") == "nano:topics: named twice: leave one out"
+    assert f"{file} is also in {folder}: remove one of the two" in refused(folder, file)
+    assert f"a.txt is also in {file}: remove one of the two" in refused(file, folder)
+    assert "is also in" in refused(f"{folder}/a*", f"{folder}/*.txt")
+    assert (
+        refused("nano:topics", "nano:topics") == "nano:topics: named twice: remove one of the two"
+    )
     assert texts(file, other) == ["text", "text"]  # other files with the same content are counted
     (tmp_path / "link.txt").symlink_to(file)
-    assert f"is in it and in {file}" in refused(file, str(tmp_path / "link.txt"))
+    assert f"is also in {file}" in refused(file, str(tmp_path / "link.txt"))
 
 
 def test_a_file_is_not_learned_from_and_judged_by(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_a_file_is_not_learned_from_and_judged_by(tmp_path: Path) -> None:
     train = open_sources([str(tmp_path / "docs")])
     check_apart(train, open_sources(other), "eval")
     check_apart(train, open_sources("nano:topics"), "eval")
-    with pytest.raises(UserError, match=r"data\.eval: .*a\.txt is learned from as well"):
+    with pytest.raises(UserError, match=r"data\.eval: .*a\.txt is also trained on"):
         check_apart(train, open_sources([other, file]), "eval")
 
 
@@ -171,7 +173,7 @@ def test_sources_that_are_not_there_are_refused(tmp_path: Path) -> None:
     assert refused(file, str(tmp_path / "gone")) == f"{tmp_path / 'gone'}: no such file or folder"
     assert "no such file or folder" in refused("x" * 5000)
     (tmp_path / "empty").mkdir()
-    assert "no file of a known kind" in refused(str(tmp_path / "empty"))
+    assert "no file of a supported type" in refused(str(tmp_path / "empty"))
     assert "nano:topics, nano:docstrings, nano:instructions" in refused("nano:other")
     assert "save it as text" in refused(put(tmp_path, "a.docx", b"PK"))
 
@@ -232,5 +234,5 @@ def test_the_embedded_texts_are_sources(monkeypatch: pytest.MonkeyPatch) -> None
     found = rows(*EMBEDDED)
     assert [r.place for r in found] == [f"{name}/1" for name in EMBEDDED]
     assert [r.columns for r in found] == [{"text": "Text."}] * 2 + qa
-    same: list[Opened] = open_sources(["nano:topics", "nano:docstrings"])
+    same: list[OpenedSource] = open_sources(["nano:topics", "nano:docstrings"])
     assert same[0].digest == same[1].digest != digest("nano:instructions")

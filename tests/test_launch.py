@@ -115,7 +115,7 @@ def test_fewer_processes_than_asked_for(run_file: Any, work: Path) -> None:
     )
     code, said = lora_kit("train", run_file(), "--accelerate", "mine.yaml")
     assert code == 1, said
-    assert "error: 2 processes were asked for, 1 run(s)" in said
+    assert "error: 2 processes requested, 1 running" in said
     assert "Traceback" not in said, said
     assert not Path("runs").exists()  # the mended command finds the place free
 
@@ -150,7 +150,7 @@ def test_signal_saves_and_leaves_no_process(
         return  # going on is the same after either
     code, said = lora_kit("train", file, "--accelerate", config, "--resume")
     assert code == 0, said
-    assert f"continuing after step {stopped_at}" in said
+    assert f"resuming after step {stopped_at}" in said
     assert steps() == list(range(1, 201))
     assert Path("runs/test/report.json").is_file()
 
@@ -198,7 +198,7 @@ def test_mistake_of_one_rank_ends_the_others(run_file: Any, work: Path) -> None:
     (work / "runs").write_text("a file where the folder should be")
     code, said = lora_kit("train", file, "--accelerate", "cpu_2proc")
     assert code == 2, said
-    assert "error: runs/test: cannot be made" in said
+    assert "error: runs/test: cannot be created" in said
     assert not left_over(str(work))
 
 

@@ -18,12 +18,12 @@ from lora_kit.base.pin import Pinned, pin
 from lora_kit.errors import UserError
 from lora_kit.run import load_run
 from lora_kit.speed import attention, memory
-from lora_kit.speed.memory import Choice, Machine, Work
+from lora_kit.speed.memory import Choice, Machine, PassCost
 from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.tasks.encode import rows_of
 
 ROOM = 1 << 40
-NOTHING = Work(0, 0, 0, {})
+NOTHING = PassCost(0, 0, 0, {})
 CAUSES = ("adapter", "gradients", "optimizer", "activations", "logits", "buffers", "framework")
 
 

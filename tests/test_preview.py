@@ -197,7 +197,7 @@ def test_without_colours_brackets_say_what_is_learned(
         monkeypatch.setenv(name, value)
     preview.show(CHAT, found, tokenizer, "train", 3)
     out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    summary, _, shown = out.partition("\n⟦learned from⟧ and not learned from\n")
+    summary, _, shown = out.partition("\n⟦trained on⟧ and not trained on\n")
     assert [line for line in summary.splitlines() if line in found.summary()] == found.summary()
     answers = {f"{row['completion']}<|im_end|>" for row in chats(60)}
     learned = re.findall("⟦(.*?)⟧", shown)
@@ -219,7 +219,7 @@ def test_on_a_terminal_colours_say_it(
     (sample,) = preview.samples(CHAT, found, tokenizer, "eval", 1, 512)
     green = "".join(re.findall(r"\x1b\[1(?:;4)?;32m(.*?)\x1b\[0m", out))
     learned = "".join(piece.text for piece in sample.pieces if piece.learned)
-    assert green == "judged" + learned and learned.endswith("<|im_end|>")
+    assert green == "evaluated on" + learned and learned.endswith("<|im_end|>")
     assert "⟦" not in out
 
 

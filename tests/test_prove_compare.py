@@ -95,7 +95,7 @@ def test_what_is_no_finished_run_is_refused(run: Path, work: Path, base: Path) -
 @pytest.mark.slow
 def test_a_run_that_learned_nothing_is_no_different(run_file: RunMaker) -> None:
     changes = {"train.learning_rate": 0.0, "prove.metrics": ["f1"], "prove.shots": 0}
-    with pytest.raises(CheckFailed, match="did not move"):
+    with pytest.raises(CheckFailed, match="did not change"):
         finish(run_file, "sft", **changes)
     finished = Path("runs/test")
     report = json.loads((finished / "report.json").read_text(encoding="utf-8"))

@@ -123,7 +123,7 @@ def test_every_verb_that_makes_sense_takes_it(
         code, said = lora_kit(*verb)
         assert code == 0, said
     code, said = lora_kit("generate", "runs/similarity", "hello")
-    assert code == 2 and "generate applies to language models only" in said
+    assert code == 2 and "generate needs a language model" in said
 
 
 def test_a_score_that_it_does_not_have_is_reported_before_it_trains(
@@ -133,6 +133,61 @@ def test_a_score_that_it_does_not_have_is_reported_before_it_trains(
     code, said = lora_kit("train", "run.yaml", "name=other", "prove.metrics=[rouge_l]")
     assert code == 2 and not Path("runs/other").exists()
     assert "prove.metrics: rouge_l: the scores of this recipe are squared_error" in said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "data.general=nano:docstrings",
+        "data.packing=documents",
+        "data.supervise=all",
+        "data.chat_template=chatml",
+        "data.labels=[a,b]",
+        "prove.shots=2",
+        "ship.target=vllm",
+    ],
+)
+def test_keys_about_generated_text_are_not_read_unless_a_task_says_so(
+    home: Path, given: str
+) -> None:
+    with pytest.raises(RunFileError, match=rf"{given.split('=')[0]}: recipe .* does not read it"):
+        read_run(home / "run.yaml", [given])
+
+
+@pytest.mark.slow
+def test_a_head_without_names_of_its_outputs_is_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(home, tmp_path / "unnamed")
+    monkeypatch.chdir(tmp_path / "unnamed")
+    recipe = Path("similarity.py")
+    source = recipe.read_text(encoding="utf-8")
+    recipe.write_text(source.replace('"labels": ["score"], ', ""), encoding="utf-8")
+    code, said = lora_kit("train", "run.yaml", "name=unnamed")
+    assert code == 2 and "TASK.facts: no `labels`: name the outputs of" in said
+    assert not Path("runs/unnamed").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_a_changed_recipe_reports_it(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(home, tmp_path / "changed", ignore=shutil.ignore_patterns("runs"))
+    monkeypatch.chdir(tmp_path / "changed")
+    recipe = Path("similarity.py")
+    source = recipe.read_text(encoding="utf-8")
+    wrong = source.replace('kit.Score("squared_error", sums', 'kit.Score("error", sums')
+    recipe.write_text(wrong, encoding="utf-8")
+    code, said = lora_kit("train", "run.yaml", "train.max_steps=4", "train.save_steps=2")
+    assert code == 2 and "TASK.score: gives error; TASK.scores: squared_error" in said
+    recipe.write_text(source, encoding="utf-8")
+    code, said = lora_kit("compare", "runs/similarity")
+    assert code == 2 and "continue it with train --resume" in said
+    code, said = lora_kit("train", "runs/similarity/run.yaml", "--resume")
+    assert code == 0, said
+    assert "similarity.py changed since the run began: it continues with the new one" in said
+    code, said = lora_kit("compare", "runs/similarity")
+    assert code == 0, said
 
 
 @pytest.mark.slow

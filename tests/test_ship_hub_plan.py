@@ -126,7 +126,7 @@ def test_a_merged_model_goes_up_instead(run: Path, tmp_path: Path) -> None:
     assert json.loads(found["config.json"]) == {"n": 1}
     assert "base_model_relation: merge" in found["README.md"]
     (merged / "tokenizer_config.json").symlink_to("{}etc/passwd".format("/"))
-    with pytest.raises(UserError, match="a link to somewhere else"):
+    with pytest.raises(UserError, match="a link to elsewhere"):
         make_plan(FinishedRun(run), "me/test", merged=merged)
     with pytest.raises(UserError, match=r"model\.safetensors: missing"):
         make_plan(FinishedRun(run), "me/test", merged=tmp_path / "nowhere")
@@ -206,7 +206,7 @@ def test_a_secret_stops_it_before_anything_is_shown(
 
 def test_a_run_that_is_damaged_or_not_finished_is_refused(run: Path, tmp_path: Path) -> None:
     (run / "adapter/adapter_model.safetensors").write_bytes(weights()[:-1] + b"\1")
-    with pytest.raises(UserError, match="not as the run saved it"):
+    with pytest.raises(UserError, match="was changed since the run saved it"):
         make_plan(FinishedRun(run), "me/test")
     (run / "adapter/adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="missing"):

@@ -158,10 +158,10 @@ def test_a_revision_is_pinned(done: dict[str, Done], hub: WritableHub, place: Pa
 REFUSED = {
     "pickled": "no safetensors weights at its top (adapter_model.bin)",
     "empty": "no safetensors weights at its top (empty)",
-    "twice": "adapter_model.safetensors: no safetensors file, or damaged ('a' stands twice)",
-    "overlap": "adapter_model.safetensors: no safetensors file, or damaged",
-    "huge": "adapter_model.safetensors: no safetensors file, or damaged (a header of",
-    "short": "adapter_model.safetensors: no safetensors file, or damaged",
+    "twice": "adapter_model.safetensors: corrupt safetensors file (duplicate key 'a')",
+    "overlap": "adapter_model.safetensors: corrupt safetensors file",
+    "huge": "adapter_model.safetensors: corrupt safetensors file (a header of",
+    "short": "adapter_model.safetensors: corrupt safetensors file",
     "nan": "q_proj.lora_B.weight is NaN or infinite",
     "nojson": "adapter_config.json: no JSON",
     "nolora": "adapter_config.json: peft_type is 'IA3'",
@@ -202,7 +202,7 @@ def test_a_base_that_only_its_author_has_must_be_named(
 ) -> None:
     pulled = done[f"pull me/local --out {place}/local"]
     assert pulled.code == 0 and "base_model_name_or_path was a folder of its author" in pulled.err
-    with pytest.raises(UserError, match=r"base_model_name_or_path names no base"):
+    with pytest.raises(UserError, match=r"base_model_name_or_path: no base"):
         load(place / "local")
 
 

@@ -264,5 +264,5 @@ def test_verbs_of_language_models_do_not_apply(verb: list[str], work: Path) -> N
     done = CliRunner().invoke(app, [str(run) if word == "RUN" else word for word in verb])
     assert isinstance(done.exception, UserError)
     said = str(done.exception)
-    assert "applies to language models only" in said and str(run) in said and "\n" not in said
+    assert "needs a language model" in said and str(run) in said and "\n" not in said
     assert not (work / "out").exists()

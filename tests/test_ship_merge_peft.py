@@ -235,7 +235,7 @@ def test_a_base_with_other_experts_is_refused(tmp_path: Path) -> None:
     for experts in (2, 4):
         more = {"num_experts": experts, "num_local_experts": experts}
         causal("Qwen3Moe", **{**shape, **more}).save_pretrained(tmp_path / "base")
-        with pytest.raises(UserError, match=r"not as many experts|no such weight"):
+        with pytest.raises(UserError, match=r"another number of experts|no such weight"):
             merge(FinishedRun(tmp_path / "adapter"), tmp_path / "merged")
 
 

@@ -97,7 +97,7 @@ def test_another_configuration_is_another_base(place: Path) -> None:
 def test_an_adapter_that_was_damaged(place: Path) -> None:
     file = place / "run" / "adapter" / "adapter_model.safetensors"
     tensors(file, lambda t: t.popitem())
-    refused(place, "not as the run saved it")
+    refused(place, "was changed since the run saved it")
 
 
 def test_an_adapter_of_another_base_names_every_misfit(place: Path) -> None:
@@ -117,7 +117,7 @@ def test_an_adapter_of_another_base_names_every_misfit(place: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(init_lora_weights="pissa"), "pissa: convert it with PEFT"),
+        (lambda c: c.update(init_lora_weights="pissa"), "pissa: convert it to standard LoRA"),
         (lambda c: c.update(use_dora=True), "its magnitude .DoRA. None"),
         (lambda c: c.update(r=8), "r is 8"),
         (lambda c: c.update(peft_type="LOHA"), "only LoRA adapters"),
@@ -132,17 +132,21 @@ def test_settings_that_cannot_be_merged(place: Path, change: Any, words: str) ->
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
-        ("model.layers.0.mlp.up_proj.weight", torch.zeros(96, 64), "does not speak of"),
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(96, 64), "does not list"),
         ("model.layers.7.self_attn.q_proj.lora_A.weight", torch.zeros(4, 64), "has no lora_B"),
-        ("model.layers.0.mlp.up_proj.lora_E", torch.zeros(4), "not known, and so not merged"),
+        (
+            "model.layers.0.mlp.up_proj.lora_E",
+            torch.zeros(4),
+            "unsupported tensor, cannot be merged",
+        ),
         ("model.embed_tokens.weight", torch.zeros(416, 32), "another base"),
         ("model.layers.0.mlp.up_proj.lora_magnitude_vector", torch.zeros(96), "its magnitude"),
-        ("model.layers.9.mlp.up_proj.lora_magnitude_vector", torch.zeros(96), "no lora_A"),
+        ("model.layers.9.mlp.up_proj.lora_magnitude_vector", torch.zeros(96), "without lora_A"),
         ("model.layers.0.mlp.up_proj.lora_B.bias", torch.zeros(96), "no such bias"),
         (
             "model.embed_tokens.token_adapter.trainable_tokens_delta",
             torch.zeros(2, 64),
-            "trainable_token_indices do not fit",
+            "trainable_token_indices do not match",
         ),
     ],
 )
@@ -167,7 +171,7 @@ def test_a_base_that_is_quantized_broken_or_gone(place: Path) -> None:
     shard = sorted((place / "base").glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:-5])
-    refused(place, "damaged")
+    refused(place, "corrupt")
     shard.unlink()
     refused(place, "missing: copy the model again")
     shard.write_bytes(content)

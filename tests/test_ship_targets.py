@@ -73,7 +73,7 @@ def as_llama_cpp_converts(folder: Path, base: Path, file: Path) -> None:
     writer.add_string(WRITTEN_BY, "a test")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.config["lora_alpha"])
-    for module, pair in adapter.halves.items():
+    for module, pair in adapter.factors.items():
         for half, tensor in pair.items():
             name, values = source.name(f"{module}.weight"), tensor.read().numpy()
             turned = half == "A" and name == "token_embd.weight"

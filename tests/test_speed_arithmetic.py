@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lora_kit.speed.attention import DocumentAttention, _blocks, attention, room_for
+from lora_kit.speed.attention import DocumentAttention, _blocks, attention, padded_length
 from lora_kit.speed.linear import LoraLinear
 from lora_kit.speed.loss import causal_loss
 from lora_kit.speed.norm import FrozenRMSNorm
@@ -152,7 +152,7 @@ def test_attention_of_documents(
         seen &= place[:, None] - place < window
 
     def own(*learned: torch.Tensor) -> torch.Tensor:
-        after = (0, 0, 0, room_for(documents) - tokens)
+        after = (0, 0, 0, padded_length(documents) - tokens)
         q, k, v = (functional.pad(x, after, value=2.0)[None] for x in learned)
         out, _ = attention(
             None, q, k, v, None, documents=documents, scaling=0.3, sliding_window=window
@@ -213,10 +213,10 @@ def test_lengths_of_blocks_and_rows_come_again() -> None:
         for block in _blocks([length, 5], None, 32)
     }
     assert len(shapes) == 32
-    rooms = {room_for([length]) for length in range(1, 4097)}
+    rooms = {padded_length([length]) for length in range(1, 4097)}
     assert len(rooms) <= 7 * 16
-    assert all(n <= room_for([n]) <= max(n + 32, n * 17 / 16 + 32) for n in range(1, 4097))
+    assert all(n <= padded_length([n]) <= max(n + 32, n * 17 / 16 + 32) for n in range(1, 4097))
     # A block may reach over the ends of several documents, not over that of the row.
     for documents in ([33, 1], [300, 1, 2, 3], [31, 33, 257]):
         blocks = _blocks(documents, None, 32)
-        assert max(block.queries.stop for block in blocks) <= room_for(documents)
+        assert max(block.queries.stop for block in blocks) <= padded_length(documents)

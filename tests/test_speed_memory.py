@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lora_kit.adapter.attach import attach
 from lora_kit.schema import Adapter
 from lora_kit.speed import fast, memory
-from lora_kit.speed.memory import Choice, Machine, Work, choose, on_meta, recompute
+from lora_kit.speed.memory import Choice, Machine, PassCost, choose_batch, on_meta, recompute
 from lora_kit.tasks.batches import collators
 
 
@@ -45,7 +45,7 @@ def rows_on_meta(rows: list[list[int]], flat: bool) -> dict[str, Any]:
     return on_meta(collators(0)(flat)(made))
 
 
-def count(model: Any, batch: dict[str, Any]) -> Work:
+def count(model: Any, batch: dict[str, Any]) -> PassCost:
     return memory.count(model, batch, lambda model, batch: model(**batch).loss)
 
 
@@ -112,7 +112,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps() -> None:
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    counter = memory._Count(known, 96)
+    counter = memory._CostCounter(known, 96)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), counter:
         out = model(**batch)
     for x in (out.loss, out.logits):
@@ -131,7 +131,7 @@ def test_logits_are_told_from_activations() -> None:
 
 @pytest.mark.parametrize("flat", [False, True], ids=["plain", "quick"])
 def test_computing_again_changes_memory_and_time_and_no_gradient(flat: bool) -> None:
-    def gradients(again: int) -> tuple[Work, torch.Tensor]:
+    def gradients(again: int) -> tuple[PassCost, torch.Tensor]:
         model = llama("cpu")
         batch = on_cpu(rows_on_meta([[60]] * 4, flat))
         if flat:
@@ -186,7 +186,7 @@ def test_what_is_chosen_fits_is_the_same_step_and_the_quickest(
     def seconds(micro: int, again: int) -> float:
         return start + micro * (1 + 0.3 * again)
 
-    found = choose(rows, own, range(least, layers + 1), fits, seconds)
+    found = choose_batch(rows, own, range(least, layers + 1), fits, seconds)
     every = [
         rows // n * seconds(n, k)
         for n in range(1, own + 1)
@@ -209,7 +209,7 @@ def test_what_is_chosen_fits_is_the_same_step_and_the_quickest(
 def test_an_operation_takes_its_arithmetic_or_its_memory_and_its_start() -> None:
     machine = Machine("cpu", 100, 0, {"float32": 1e3, "bfloat16": 2e3}, 1e2)
     done = {(4000, 100, "float32"): 1, (4000, 100, "bfloat16"): 2, (0, 500, "int64"): 3}
-    work = Work(tokens=1, peak=0, logits=0, done=done)
+    work = PassCost(tokens=1, peak=0, logits=0, done=done)
     alone = (4 + 2 * 2 + 3 * 5) / memory._RATE_REACHED
     assert machine.seconds(work) == pytest.approx(alone + (1 + 2 + 3) * memory.CALL_S, rel=1e-9)
     assert work.flops == 12000

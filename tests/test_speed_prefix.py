@@ -150,7 +150,7 @@ def test_the_same_is_learned_and_the_layers_run_once(family: str, dtype: torch.d
     prefix.close()
     again = adapted(model=base(family).to(dtype), **settings)
     prefix, calls = Prefix(again), Calls(again)
-    assert keep(prefix, rows, 1).endswith("an earlier run's is used")
+    assert keep(prefix, rows, 1).endswith("reusing an earlier run's")
     calls.new()
     same(train(again, rows, prefix), expected)
     assert calls.new() == [0, 0, 3 * batches, 3 * batches]
@@ -230,7 +230,7 @@ def test_nothing_is_frozen_below_what_is_in_no_layer() -> None:
     for model in adapted(model=tied, **LAST, **whole), adapted(**LAST, modules_to_save=["norm"]):
         assert first_trained_layer(model) == 0
         said = keep(Prefix(model), data(), 3)
-        assert said == "frozen layers: none lies below all that trains"
+        assert said == "frozen layers: none below the trained ones"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -266,9 +266,9 @@ def test_no_gradient_is_recorded_below(checkpointing: bool) -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "dropout": ("llama", {"attention_dropout": 0.1}, "they draw random numbers"),
-    "dropout of embeddings": ("gpt2", {"embd_pdrop": 0.1}, "they draw random numbers"),
-    "documents of a row see each other": ("opt", {}, "more than the states of their row"),
+    "dropout": ("llama", {"attention_dropout": 0.1}, "they use random numbers"),
+    "dropout of embeddings": ("gpt2", {"embd_pdrop": 0.1}, "they use random numbers"),
+    "documents of a row see each other": ("opt", {}, "depend on more than these states"),
 }
 
 
@@ -290,7 +290,7 @@ def test_a_layer_that_reads_what_a_frozen_one_left_is_noticed() -> None:
     layers = module.decoder_layers(model)
     layers[0].mlp.register_forward_hook(lambda _, __, out: left.update(left=out))
     layers[3].register_forward_pre_hook(lambda _, x: (x[0] + 100 * left["left"], *x[1:]))
-    assert "more than the states of their row" in keep(Prefix(model), data(), 3)
+    assert "depend on more than these states" in keep(Prefix(model), data(), 3)
 
 
 def test_evaluation_generation_and_what_is_saved_are_untouched() -> None:

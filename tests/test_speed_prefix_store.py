@@ -161,7 +161,9 @@ def test_a_full_disk_ends_the_keeping_not_the_run(
     monkeypatch.setattr(os, "pwritev", full)
     same(train(model, rows, prefix), expected)
     assert len(times) == 4
-    assert capsys.readouterr().err.count("no more states are kept: No space left on device") == 1
+    assert (
+        capsys.readouterr().err.count("stopped caching hidden states: No space left on device") == 1
+    )
 
 
 def test_it_is_not_kept_where_it_is_too_large_or_of_no_use(
@@ -169,13 +171,13 @@ def test_it_is_not_kept_where_it_is_too_large_or_of_no_use(
 ) -> None:
     assert kept(adapted(), data()).endswith("later epochs skip them")
     prefix = Prefix(adapted())
-    assert keep(prefix, data(9), 1).endswith("not kept: each row is seen once")
+    assert keep(prefix, data(9), 1).endswith("not cached: there is only one epoch")
     monkeypatch.setattr(module, "MOST_BYTES", 1000)
     said = keep(Prefix(adapted()), data(8), 3)
-    assert "not kept: 0 MiB, of 0 that may be taken" in said
+    assert "not cached: 0 MiB, more than the 0 allowed" in said
     monkeypatch.setattr(module, "MOST_BYTES", 1 << 40)
     monkeypatch.setattr(module, "SHARE_OF_FREE", 0.0)
-    assert "that may be taken" in keep(Prefix(adapted()), data(8), 3)
+    assert "allowed" in keep(Prefix(adapted()), data(8), 3)
     assert len(keys(root)) == 1
 
 
@@ -184,5 +186,5 @@ def test_states_of_other_rows_are_refused(capsys: pytest.CaptureFixture[str]) ->
     keep(prefix, data(), 3)
     with prefix.batch([0]):
         model(input_ids=torch.tensor([[5, 6]]))
-    assert "no more states are kept" in capsys.readouterr().err
+    assert "stopped caching hidden states" in capsys.readouterr().err
     step(model, data(), [0], prefix)

@@ -190,7 +190,7 @@ def test_calls_and_tools_that_a_template_does_not_write_are_not_lost_in_silence(
     [
         (
             FAMILIES["gemma"].source,
-            ("that the chat template refuses", "system-user-assistant: The"),
+            ("rejected by the chat template", "system-user-assistant: The"),
         ),
         (ANY.replace(" %}", " if m.role != 'system' %}", 1), (LEFT_OUT, "system-user-assistant")),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", (NO_END, "")),
@@ -200,9 +200,9 @@ def test_calls_and_tools_that_a_template_does_not_write_are_not_lost_in_silence(
         (ANY.replace("m.content", "m.content.replace('quest', 'x')"), (REWRITES, "turn 2")),
         (ANY + "{% if 'bread' in messages[-1].content %}more{% endif %}", (NO_END, "")),
         (ANY + "{{ range(99999) | random }}", (REWRITES, "turn 3")),
-        ("{{ messages[9].content }}", ("that the chat template refuses", "system-user")),
-        ("{{ 1 + messages }}", ("that the chat template refuses", "system-user")),
-        ("{% for %}", ("that the chat template refuses", "system-user")),
+        ("{{ messages[9].content }}", ("rejected by the chat template", "system-user")),
+        ("{{ 1 + messages }}", ("rejected by the chat template", "system-user")),
+        ("{% for %}", ("rejected by the chat template", "system-user")),
     ],
 )
 def test_a_template_that_hides_the_answers_is_found_out(

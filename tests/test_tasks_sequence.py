@@ -45,9 +45,9 @@ def made(folder: Path, family: str = "Bert", **changes: Any) -> tuple[Any, ...]:
 
 
 # ------------------------------------------------------------------ labels
-def facts(labels: dict[str, int], names: Any = None, left_out: str = "") -> dict[str, Any]:
+def facts(labels: dict[str, int], names: Any = None, dropped: str = "") -> dict[str, Any]:
     run: Any = SimpleNamespace(data=SimpleNamespace(labels=names))
-    train: Any = SimpleNamespace(labels=labels, left_out=left_out)
+    train: Any = SimpleNamespace(labels=labels, dropped=dropped)
     return TASK.facts(train, run)
 
 
@@ -63,8 +63,8 @@ def test_one_class_is_refused_and_few_rows_are_reported() -> None:
     one = "1 class in the rows, 'a': a classifier needs two or more"
     with pytest.raises(UserError, match=f"{one}$"):
         facts({"a": 9})
-    with pytest.raises(UserError, match=f"{one}; left out: 7 with a null `label`"):
-        facts({"a": 9}, left_out="7 with a null `label`")
+    with pytest.raises(UserError, match=f"{one}; dropped: 7 with a null `label`"):
+        facts({"a": 9}, dropped="7 with a null `label`")
     found = facts(dict.fromkeys("abcde", 1) | {"f": 2}, list("abcdefg"))
     assert TASK.notes(set(), found) == [
         "1 class has no training row: g",
@@ -88,7 +88,7 @@ def test_a_held_out_label_that_no_training_row_has_is_counted(tmp_path: Path) ->
     run = opened(classify_file(tmp_path, make_body(tmp_path / "base")))
     rows = [row | {"label": f"class {number}"} for number, row in enumerate(texts(60))]
     write_rows(tmp_path / "rows.jsonl", rows)
-    words = r"data\.eval: no rows left; left out: 24 whose label no training row has \(first: "
+    words = r"data\.eval: no rows left; dropped: 24 whose label no training row has \(first: "
     with pytest.raises(UserError, match=words):
         rows_of(TASK, run, pin(run.base))
     write_rows(tmp_path / "rows.jsonl", rows[:50] + texts(60)[50:])

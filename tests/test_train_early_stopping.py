@@ -211,7 +211,7 @@ def test_all_ranks_stop_at_the_same_step(run_file: RunMaker) -> None:
     best, stop = expected_stop(losses(run), 2)
     assert max(losses(run)) == stop < 40
     assert adapter_hash() == weights(run, best)
-    assert said.count(f"eval_loss was lowest at step {best}") == 1
+    assert said.count(f"using the adapter of step {best}") == 1
 
 
 def test_mistakes(run_file: RunMaker) -> None:

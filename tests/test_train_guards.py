@@ -164,7 +164,7 @@ def test_checkpoints_are_sealed_and_rotated(kind: str, tmp_path: Path) -> None:
     beside = {file.name for file in (tmp_path / "checkpoints").iterdir()}
     assert "README.md" not in beside
     (folder / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"optimizer\.pt is not as it was saved"):
+    with pytest.raises(UserError, match=r"optimizer\.pt was changed after it was saved"):
         read_seal(folder)
 
 
@@ -330,7 +330,7 @@ def test_the_audit_refuses_what_trains_unasked(kind: str, tmp_path: Path) -> Non
     model = KINDS[kind].model()
     norm = next(p for name, p in model.named_parameters() if name.endswith("model.norm.weight"))
     norm.requires_grad_(True)
-    with pytest.raises(CheckFailed, match=r"model\.norm\.weight: trains, and is no part of the"):
+    with pytest.raises(CheckFailed, match=r"model\.norm\.weight: trainable, but not part of the"):
         make(kind, tmp_path, model=model)
 
 
@@ -350,7 +350,7 @@ def test_a_head_that_does_not_move(tmp_path: Path) -> None:
         group["params"] = [p for p in group["params"] if p is not head]
     fit(trainer, resume=False)
     (problem,) = trainer.guard.audit.problems
-    assert problem["what"] == "the head did not move"
+    assert problem["what"] == "the head did not change"
 
 
 # ------------------------------------------------------------------ out of memory
@@ -424,7 +424,9 @@ def test_quarters_after_a_second_time(tmp_path: Path) -> None:
 
 @any_trainer
 def test_what_cannot_be_halved_ends_in_advice(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="out of memory, the micro-batch halved 2 times: lower"):
+    with pytest.raises(
+        UserError, match="out of memory, even with the micro-batch halved 2 times: lower"
+    ):
         run_in_parts(kind, tmp_path, 0.5)  # type: ignore[arg-type]
 
 
@@ -445,7 +447,7 @@ def test_pairs_are_not_rows(tmp_path: Path) -> None:
     _, expected, _ = run_in_parts("DPO", tmp_path / "whole", None)
     _, found, _ = run_in_parts("DPO", tmp_path / "rows", 4, task=ByRows(*classes))
     assert (found - expected).norm() > 0.1 * expected.norm()
-    with pytest.raises(UserError, match="out of memory, the micro-batch halved 0 times"):
+    with pytest.raises(UserError, match="out of memory, even with the micro-batch halved 0 times"):
         run_in_parts("DPO", tmp_path / "none", 4, task=NoHalves(*classes))
 
 
@@ -471,5 +473,5 @@ def test_a_library_evaluation_that_is_nan_stops(tmp_path: Path) -> None:
 
     own = type(KINDS["a user's"].task)(Broken, TrainingArguments)  # type: ignore[call-arg]
     assert isinstance(own, Library)
-    with pytest.raises(CheckFailed, match=r"step 1: eval_loss is nan: look at data\.eval"):
+    with pytest.raises(CheckFailed, match=r"step 1: eval_loss is nan: check data\.eval"):
         fit(make("a user's", tmp_path, task=own, eval_steps=1), resume=False)

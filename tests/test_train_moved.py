@@ -108,12 +108,12 @@ def test_other_content_is_not_taken_for_moved(project: Path, older: bool) -> Non
     places = ["data.train=../../text.txt", "base.model=../../base"]
     text = (project / "text.txt").read_text(encoding="utf-8")
     (project / "text.txt").write_text(text.replace("queen", "king"), encoding="utf-8")
-    with pytest.raises(UserError, match=r"the data of .*text\.txt changed") as caught:
+    with pytest.raises(UserError, match=r"text\.txt was changed") as caught:
         resumed(*places)
     assert str(caught.value).count("is now") == older
     (project / "text.txt").write_text(text, encoding="utf-8")
     shutil.rmtree(project / "base")
     make_base(project / "base", CHATML, initializer_range=0.03)
-    with pytest.raises(UserError, match=r"the files of the base .*base changed") as caught:
+    with pytest.raises(UserError, match=r"the files of the base .*base were changed") as caught:
         resumed(*places)
     assert "is now" not in str(caught.value)

@@ -160,17 +160,17 @@ LITTLE: dict[str, tuple[int, int, dict[str, Any], int, list[str]]] = {
     "a small one": (100, 150, {"num_train_epochs": 3.0}, 42_000_000, []),
     "few rows": (
         *(20, 150, {"num_train_epochs": 3.0}, 42_000_000),
-        ["9,000 labels to train on (3,000 in 3.0 epochs) for 42,000,000 trainable parameters"],
+        ["9,000 labels (3,000 x 3.0 epochs) for 42,000,000 trainable parameters"],
     ),
     "many steps": (
         *(64, 150, {"max_steps": 160}, 40_000),  # of 8 rows
-        ["20.0 epochs over 9,600 labels: beyond about 10 rows are learned by heart; lower "
+        ["20.0 epochs over 9,600 labels: beyond about 10, models overfit; lower "
          "train.max_steps"],
     ),
     "many epochs": (64, 9, {"num_train_epochs": 11.0}, 40_000, ["lower train.num_train_epochs"]),
     "as many as are fine": (64, 9, {"num_train_epochs": 10.0}, 40_000, []),
     "watched": (64, 9, {"num_train_epochs": 11.0, "eval_steps": 5}, 40_000, []),
-    "both": (4, 5, {"max_steps": 8}, 400_000, ["320 labels to train on", "16.0 epochs over 20"]),
+    "both": (4, 5, {"max_steps": 8}, 400_000, ["320 labels (20 x", "16.0 epochs over 20"]),
 }  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def test_rows_longer_than_the_positions(
 ) -> None:
     base = make_base(work / "own", **config)
     file = run_file("cpt", **{"base.model": str(base), "train.max_steps": 2})
-    with pytest.raises(UserError, match=rf"train\.max_length: {most + 1} tokens a row, and") as got:
+    with pytest.raises(UserError, match=rf"train\.max_length: {most + 1} is too long") as got:
         package.train(file, f"train.max_length={most + 1}")
     assert f"has positions for {most}: {most} at most" in str(got.value)
     assert not Path("runs").exists()

@@ -111,7 +111,7 @@ def adapter_files() -> dict[str, int]:
 def test_refuses_other_data_and_another_base(crashed: Path, tmp_path: Path) -> None:
     text = Path("text.txt").read_text()
     Path("text.txt").write_text(text.replace("queen", "king", 1) + "<|endoftext|>more")
-    with pytest.raises(UserError, match=r"the data of .*text\.txt changed"):
+    with pytest.raises(UserError, match=r"text\.txt was changed"):
         package.train(crashed, resume=True)
     Path("text.txt").write_text(text)
     base = Path(json.loads(crashed.read_text())["base"]["model"])
@@ -123,7 +123,7 @@ def test_refuses_other_data_and_another_base(crashed: Path, tmp_path: Path) -> N
     # The run remembers the path: make it the same one, so that the weights alone differ.
     stored = RUN / "run.yaml"
     stored.write_text(stored.read_text().replace(str(base), str(moved)))
-    with pytest.raises(UserError, match=r"the files of the base .* changed") as caught:
+    with pytest.raises(UserError, match=r"the files of the base .* were changed") as caught:
         package.train(crashed, resume=True)
     assert "is now" not in str(caught.value)
 
@@ -147,7 +147,7 @@ def test_goes_on_where_only_the_writing_differs(crashed: Path) -> None:
     straight = read_metrics(Path("runs/straight/metrics.jsonl"))
     assert rows[5]["loss"] == straight[5]["loss"]
     assert rows[6]["tokens"] == straight[7]["tokens"]
-    with pytest.raises(UserError, match="finished already; choose another with name=NAME"):
+    with pytest.raises(UserError, match="already finished; choose another with name=NAME"):
         package.train(crashed, resume=True)
 
 
@@ -162,11 +162,11 @@ def test_nothing_to_continue(crashed: Path) -> None:
         package.train(crashed)
     lock = RUN / "run.lock.json"
     kept_lock = lock.rename(RUN / "aside.json")
-    with pytest.raises(UserError, match=r"run\.lock\.json: missing or cut short"):
+    with pytest.raises(UserError, match=r"run\.lock\.json: missing or incomplete"):
         package.train(crashed, resume=True)
     kept_lock.rename(lock)
     shutil.rmtree(CHECKPOINTS)
-    with pytest.raises(UserError, match=r"no whole checkpoint to continue from \(none was saved"):
+    with pytest.raises(UserError, match=r"no intact checkpoint to resume from \(none was saved"):
         package.train(crashed, resume=True)
 
 
@@ -189,10 +189,10 @@ def damage(how: str, folder: Path) -> None:
 
 DAMAGES = {
     "no optimizer": "optimizer.pt is missing",
-    "flipped bit": "adapter_model.safetensors is not as it was saved",
-    "no seal": "not finished when the run was stopped",
-    "cut seal": "not finished when the run was stopped",
-    "another seal": "not finished when the run was stopped",
+    "flipped bit": "adapter_model.safetensors was changed after it was saved",
+    "no seal": "incomplete: the run was stopped while saving it",
+    "cut seal": "incomplete: the run was stopped while saving it",
+    "another seal": "incomplete: the run was stopped while saving it",
 }
 
 
@@ -204,8 +204,8 @@ def test_damaged_checkpoint_is_not_used(
     capsys.readouterr()
     package.train(crashed, resume=True)
     said = capsys.readouterr().err
-    assert f"not used: runs/test/checkpoints/checkpoint-6: {DAMAGES[how]}" in said
-    assert "continuing after step 4" in said
+    assert f"skipping a checkpoint: runs/test/checkpoints/checkpoint-6: {DAMAGES[how]}" in said
+    assert "resuming after step 4" in said
     assert adapter_hash() == adapter_hash("runs/straight")
 
 
@@ -214,8 +214,8 @@ def test_all_checkpoints_damaged(crashed: Path) -> None:
     damage("no seal", CHECKPOINTS / "checkpoint-4")
     with pytest.raises(UserError) as caught:
         package.train(crashed, resume=True)
-    assert "is not as it was saved" in str(caught.value)
-    assert "not finished when" in str(caught.value)
+    assert "was changed after it was saved" in str(caught.value)
+    assert "incomplete: the run was stopped" in str(caught.value)
     assert kept() == [4, 6]
 
 
@@ -279,7 +279,7 @@ def test_another_tokenizer_is_refused(run_file: Any, tmp_path: Path) -> None:
     write_lock_unfinished(Path("runs/test"))
     text = (own / "chat_template.jinja").read_text(encoding="utf-8")
     (own / "chat_template.jinja").write_text(text + " ", encoding="utf-8")
-    with pytest.raises(UserError, match=r"the files of the base .* changed"):
+    with pytest.raises(UserError, match=r"the files of the base .* were changed"):
         package.train(file, resume=True)
 
 

@@ -182,7 +182,7 @@ def test_base(base: Path, tmp_path: Path) -> None:
     assert isinstance(bare(base, quantize="int8").get_submodule(q_proj), bnb.nn.Linear8bitLt)
     other = make_base(tmp_path / "other", num_hidden_layers=1)
     assert len(bare(other).model.layers) == 1
-    with pytest.raises(ValueError, match=r"base\.revision: .* leave it out"):
+    with pytest.raises(ValueError, match=r"base\.revision: .* remove it"):
         pin(Base(model=str(base), revision="main"))
 
 
@@ -300,6 +300,6 @@ def test_installed_classes_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunFileError) as caught:
         check_installed(a_run())
     assert caught.value.problems == [
-        "adapter.use_dora: LoraConfig has no such field here",
-        "train.optim: TrainingArguments has no such field here",
+        "adapter.use_dora: the installed LoraConfig has no such field",
+        "train.optim: the installed TrainingArguments has no such field",
     ]

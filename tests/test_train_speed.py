@@ -93,7 +93,7 @@ def test_an_unknown_architecture_is_said_once_and_trains(
     ).save_pretrained(folder)
     package.train(run_file("sft", **{"base.model": str(folder)}))
     said = capfd.readouterr().err
-    assert said.count("speed: as transformers and PEFT have it: attention (not known here)") == 1
+    assert said.count("speed: standard path for attention (unsupported by this architecture)") == 1
     assert len(losses("test")) == 4
 
 
@@ -184,14 +184,16 @@ def test_a_batch_that_is_too_large_is_halved_and_the_step_stays_the_same(
     assert max(seen.sizes) == room * 64
     assert report["training"]["micro_batch_halved"] == halved
     said = capfd.readouterr().err
-    assert [f"{2**n} passes for each batch" in said for n in (1, 2, 3, 4)] == [
+    assert [f"each micro-batch now runs in {2**n} parts" in said for n in (1, 2, 3, 4)] == [
         n <= halved for n in (1, 2, 3, 4)
     ]
 
 
 def test_padded_rows_are_computed_by_length(run_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the architecture wants padding: the same steps, with less of it."""
-    monkeypatch.setattr(module, "make_fast", lambda *_: {"attention": "not known here"})
+    monkeypatch.setattr(
+        module, "make_fast", lambda *_: {"attention": "unsupported by this architecture"}
+    )
     words = " ".join(["bread"] * 120)
     rows = [{"prompt": "a", "completion": words if n % 4 == 0 else "b" + str(n)} for n in range(40)]
     limits = {"exact_leaks": 99, "near_leaks": 1.0}
@@ -207,7 +209,9 @@ def test_padded_rows_are_computed_by_length(run_file: Any, monkeypatch: pytest.M
 
 def test_out_of_memory_for_good_is_one_line(run_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     SmallMemory(monkeypatch, 1)
-    with pytest.raises(UserError, match=r"out of memory, the micro-batch halved \d times: lower"):
+    with pytest.raises(
+        UserError, match=r"out of memory, even with the micro-batch halved \d times: lower"
+    ):
         package.train(run_file("sft", **{"train.per_device_train_batch_size": 16}))
 
 

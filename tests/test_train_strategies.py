@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 import lora_kit as package
 from lora_kit.adapter import files
-from lora_kit.adapter.attach import attach, describe, put_on
+from lora_kit.adapter.attach import attach, describe, load_adapter
 from lora_kit.errors import CheckFailed, RunFileError, UserError
 from lora_kit.run import load_run
 from lora_kit.schema import Adapter, Train
@@ -85,13 +85,13 @@ def test_the_head_alone(tmp_path: Path) -> None:
     assert isinstance(strategy, HeadOnly)
     model = attach(classifier(), strategy.adapter, ("score",), 0)
     assert trained(model) == ["base_model.model.score.modules_to_save.default.weight"]
-    assert str(describe(model)).startswith("no LoRA: 96 parameters train, ")
+    assert str(describe(model)).startswith("no LoRA: 96 trainable parameters ")
     with torch.no_grad():
         model.get_parameter(trained(model)[0]).add_(1)
     model.save_pretrained(tmp_path)
     (name,) = load_file(tmp_path / "adapter_model.safetensors")
     assert name == "base_model.model.score.weight"
-    again = put_on(classifier(), files.open_adapter(tmp_path))
+    again = load_adapter(classifier(), files.open_adapter(tmp_path))
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
@@ -116,7 +116,7 @@ def test_the_head_alone_is_audited(tmp_path: Path) -> None:
         "found": "1 of 1 tensors of the head are complete in adapter_model.safetensors",
     }
     # An adapter that was not asked for is no part of it.
-    with pytest.raises(CheckFailed, match="trains, and is no part of the head"):
+    with pytest.raises(CheckFailed, match="trainable, but not part of the head"):
         make("classifier", tmp_path / "other", model=language_model(3), groups=groups)
 
 
@@ -125,11 +125,11 @@ START = Adapter(start="runs/other")
 MISTAKES: dict[str, tuple[Train, Adapter, tuple[str, ...], str]] = {
     "head of a language model": (
         *(Train(trainable="head"), Adapter(), ()),
-        "train.trainable: head: the base has no new module",
+        "train.trainable: head: this task adds no new head",
     ),
     "head and start": (
         *(Train(trainable="head"), START, ("score",)),
-        "train.trainable: head: adapter.start brings LoRA modules",
+        "train.trainable: head: conflicts with adapter.start",
     ),
     "too many layers": (
         *(Train(top_layers=5), Adapter(), ()),
@@ -137,11 +137,11 @@ MISTAKES: dict[str, tuple[Train, Adapter, tuple[str, ...], str]] = {
     ),
     "layers twice": (
         *(Train(top_layers=1), Adapter(layers_to_transform=[0]), ()),
-        "train.top_layers: adapter.layers_to_transform names the layers already",
+        "train.top_layers: conflicts with adapter.layers_to_transform",
     ),
     "layers and start": (
         *(Train(top_layers=1), START, ()),
-        "train.top_layers: adapter.start brings its own layers",
+        "train.top_layers: conflicts with adapter.start",
     ),
 }
 

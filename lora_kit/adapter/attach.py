@@ -1,4 +1,4 @@
-"""A frozen base + LoRA -> a PEFT model of which only the adapter trains."""
+"""A frozen base + LoRA -> a PEFT model in which only the adapter trains."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lora_kit.schema import Adapter
 
 # Fields of `adapter:` that are not PEFT's.
 OWN_FIELDS = {"start"}
-# PEFT's own name for LoRA on no module, where a new head trains alone; it takes no empty list.
+# PEFT's value for LoRA on no module (it rejects an empty list), to train only a new head.
 NO_MODULE = "dummy-target-modules"
 
 
 @dataclass(frozen=True)
 class Attached:
-    """What trains: where it is, trainable and all parameters (as stored), and the modules that are
-    trained whole, without LoRA."""
+    """An attached adapter: its coverage, trainable and total parameters (as stored), and modules
+    that are fully trained, without LoRA."""
 
     coverage: Coverage
     trainable: int
@@ -32,18 +32,18 @@ class Attached:
 
     @property
     def modules(self) -> dict[str, int]:
-        """{name ending: how many modules}"""
+        """{name ending: number of modules}"""
         return self.coverage.modules
 
     def __str__(self) -> str:
         names = ", ".join(f"{count} {name}" for name, count in self.modules.items())
         share = self.trainable / self.total
-        train = f"{self.trainable:,} parameters train, {share:.2%} of all"
+        train = f"{self.trainable:,} trainable parameters ({share:.2%} of all)"
         lines = [f"no LoRA: {train}"]
         if self.modules:
-            lines = [f"adapter on {names}: {train}", f"they adapt {self.coverage}"]
+            lines = [f"adapter on {names}: {train}", f"adapted modules hold {self.coverage}"]
         if self.whole:
-            lines.append(f"new layers, trained whole: {', '.join(self.whole)}")
+            lines.append(f"new layers, fully trained: {', '.join(self.whole)}")
         lines += [
             "warning: {what}: {cause}; {fix}".format(**problem)
             for problem in self.coverage.problems
@@ -59,12 +59,12 @@ def config_class() -> type[Any]:
 
 
 def lora_config(adapter: Adapter, generates: bool = True, whole: Sequence[str] = ()) -> Any:
-    """The `peft.LoraConfig` that `adapter:` describes.
+    """The `peft.LoraConfig` of `adapter:`.
 
     Args:
-        generates: of a causal language model. Others get no task type: PEFT would add modules to
-            train whole by name alone, and take heads for its own.
-        whole: modules that are trained and saved whole; PEFT puts no LoRA on or into them.
+        generates: for a causal language model. Other models get no task type, for which PEFT would
+            add modules to train by name and replace heads.
+        whole: modules that are fully trained and saved, without LoRA (modules_to_save).
     """
     from peft import LoraConfig
 
@@ -74,16 +74,16 @@ def lora_config(adapter: Adapter, generates: bool = True, whole: Sequence[str] =
 
 
 def attach(model: Any, adapter: Adapter, fresh: Sequence[str], seed: int) -> Any:
-    """Put a new adapter, or the one of `adapter.start`, on a frozen base.
+    """Attach a new adapter, or the one of `adapter.start`, to a frozen base.
 
-    The seed is set before the adapter is made, so that A is the same in every run and every rank.
+    The seed is set first, so that A is initialised the same on every rank.
 
     Args:
-        fresh: names of the modules that the base's files have no weights for, as `load_model` gives
-            them: they are trained and saved whole, and get no LoRA.
+        fresh: names of newly initialised modules, as returned by `Task.model`: they are fully
+            trained and saved, without LoRA.
 
     Raises:
-        UserError: the patterns match no module, or the adapter to start from does not fit.
+        UserError: the patterns match no module, or the start adapter does not fit the base.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -93,14 +93,14 @@ def attach(model: Any, adapter: Adapter, fresh: Sequence[str], seed: int) -> Any
     if adapter.start:
         found = files.open_adapter(adapter.start)
         try:
-            return put_on(model, found, trainable=True)
+            return load_adapter(model, found, trainable=True)
         except UserError as error:
             raise UserError(f"adapter.start: {error}") from None
     linear = linear_names(model)
     _check_layers(model, adapter)
     _check_names(model, adapter, linear)
     if adapter.layers_to_transform and adapter.target_modules == "all-linear":
-        # PEFT takes numbers of layers only with a list of names.
+        # PEFT supports layers_to_transform only with a list of names.
         adapter = adapter.model_copy(update={"target_modules": linear})
     try:
         config = lora_config(adapter, model.can_generate(), _whole(model, fresh))
@@ -109,12 +109,12 @@ def attach(model: Any, adapter: Adapter, fresh: Sequence[str], seed: int) -> Any
         wanted = adapter.target_modules
         hint = nearest(wanted, linear) if isinstance(wanted, str) else ""
         if isinstance(wanted, str) and wanted in linear:
-            hint = f"; a text is a regular expression for the whole name: write [{wanted}]"
+            hint = f"; a string is a regular expression for the full name: write [{wanted}]"
         reason = " ".join(str(error).split())
         if "not found in the base model" in reason or "No modules were targeted" in reason:
             raise UserError(
                 f"adapter.target_modules: {wanted!r} matches no module{hint}; "
-                f"the linear ones are {', '.join(linear)}"
+                f"linear modules: {', '.join(linear)}"
             ) from None
         raise UserError(f"adapter: {reason[:240]}") from None
     _check_patterns(attached, adapter)
@@ -122,37 +122,37 @@ def attach(model: Any, adapter: Adapter, fresh: Sequence[str], seed: int) -> Any
 
 
 def _whole(model: Any, fresh: Sequence[str]) -> list[str]:
-    """The modules that PEFT trains whole when it is given these names: it takes all that end so,
-    `pre_classifier` for `classifier` as well, and would put LoRA inside of those it is not told."""
+    """Full names for modules_to_save: PEFT matches name endings, also `pre_classifier` for
+    `classifier`, and would put LoRA into modules that are not listed."""
     return (
         [name for name, _ in model.named_modules() if name.endswith(tuple(fresh))] if fresh else []
     )
 
 
 def _freeze_statistics(model: Any) -> None:
-    """Keep BatchNorm in evaluation mode in training too: its running statistics are no parameters,
-    so an adapter does not hold them, and the base below it would be another one."""
+    """Keep BatchNorm in evaluation mode during training: its running statistics are not saved with
+    the adapter, so they must not change."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            vars(module)["train"] = partial(_as_it_is, module)
+            vars(module)["train"] = partial(_keep_mode, module)
 
 
-def _as_it_is(module: Any, mode: bool = True) -> Any:
-    """In place of `train`, which returns the module."""
+def _keep_mode(module: Any, mode: bool = True) -> Any:
+    """Replaces `Module.train`."""
     return module
 
 
-def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
-    """The PEFT model of a base and an adapter's files.
+def load_adapter(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
+    """Load an adapter's files onto a base, as a PEFT model.
 
-    PEFT is given the settings that are known and the tensors, never the folder: there it would
-    take a pickle, import what the config names, fill what is missing with random numbers, and put
-    tensors of the base's own names into the base.
+    PEFT gets only known settings and the tensors, never the folder, from which it would load
+    pickles, import modules named in the config, initialise missing tensors randomly, and overwrite
+    weights of the base.
 
     Raises:
-        UserError: the adapter does not fit the base, or holds what is no part of one, or NaN.
+        UserError: the adapter does not fit the base, has unexpected tensors, or NaN.
     """
     from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
     from peft import set_peft_model_state_dict as fill
@@ -163,7 +163,9 @@ def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
     tensors = found.tensors()
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
-            raise UserError(f"{found.folder}: {name}: NaN or infinite values, or no numbers")
+            raise UserError(
+                f"{found.folder}: {name}: NaN or infinite values, or not a floating dtype"
+            )
     ends_of_model = (model.get_input_embeddings(), model.get_output_embeddings())
     whole = [module for module in ends_of_model if module is not None]
     own = [name for name, module in model.named_modules() if module in whole]
@@ -171,7 +173,7 @@ def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
     saved = {end[1]: len(t) for name, t in tensors.items() if (end := ends.fullmatch(name))}
     rows = set(saved.values()) - {len(whole[0].weight)}
     if rows and len(saved) < len({id(end.weight) for end in whole}):
-        raise wrong(f"tokens were added, and only their rows of {next(iter(saved))} are in it")
+        raise wrong(f"tokens were added, but only {next(iter(saved))} has their rows")
     if len(rows) == 1:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
     generates = model.can_generate()
@@ -179,36 +181,38 @@ def put_on(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
     try:
         config = LoraConfig(**_settings(found), task_type=kind, inference_mode=not trainable)
         attached = wrapper(model, config)
-        # Where tokens were added, PEFT saves embeddings and head as well.
+        # If tokens were added, PEFT saves embeddings and head as well.
         known = get_peft_model_state_dict(attached, save_embedding_layers=False).keys()
         filled: Any = fill(attached, tensors)
-    except Exception as error:  # whatever PEFT makes of settings and shapes
+    except Exception as error:  # PEFT raises anything on settings and shapes
         raise wrong(" ".join(str(error).split())[:200]) from None
     strange = sorted(
         {n for n in tensors.keys() - known if not (".lora_" in n or ends.fullmatch(n))}
     )
     if strange or filled.unexpected_keys:
-        raise wrong(f"it has no place for {[*strange, *filled.unexpected_keys][0]:.200}")
+        raise wrong(f"unexpected tensor {[*strange, *filled.unexpected_keys][0]:.200}")
     parts = ("lora_",) if generates else ("lora_", ".modules_to_save.")
     missing = [n for n in filled.missing_keys if any(p in n for p in parts) and ".default" in n]
     if missing:
-        raise wrong(f"it has nothing for {missing[0]} and {len(missing) - 1} more")
+        raise wrong(f"missing tensor {missing[0]} and {len(missing) - 1} more")
     return attached if trainable else attached.eval()
 
 
 def _settings(found: files.Adapter) -> dict[str, Any]:
-    """What `LoraConfig` is given. Names of modules instead of a regular expression, which would be
-    tried on every module of the base, and can take for ever."""
+    """The arguments of `LoraConfig`, with module names in place of regular expressions, which can
+    take forever to match."""
     about = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
     values = {key: value for key, value in found.config.items() if key not in about}
     start = str(values.get("init_lora_weights"))
-    # Only these change the base's weights when an adapter is put on it.
+    # Only these initialisations change the base's weights when an adapter is attached.
     values["init_lora_weights"] = start if start.startswith(("pissa", "olora")) else True
     patterns = ("target_modules", "exclude_modules")
     if any(isinstance(values.get(key), str) for key in patterns) or values.get("layers_pattern"):
         inside = tuple(p.rpartition(".")[0] for p in values.get("target_parameters") or [])
-        named: Any = [m for m in found.halves if not m.removesuffix(".base_layer").endswith(inside)]
-        if not found.halves:
+        named: Any = [
+            m for m in found.factors if not m.removesuffix(".base_layer").endswith(inside)
+        ]
+        if not found.factors:
             named = NO_MODULE
         others = ("exclude_modules", "layers_to_transform", "layers_pattern")
         values |= dict.fromkeys(others) | {"target_modules": named}
@@ -216,7 +220,7 @@ def _settings(found: files.Adapter) -> dict[str, Any]:
 
 
 def describe(model: Any) -> Attached:
-    """Count the adapted modules by name ending, the parameters, and those of the base below."""
+    """Count the adapted modules by name ending, and the parameters of adapter and base."""
     from peft.utils import ModulesToSaveWrapper
 
     trainable, total = model.get_nb_trainable_parameters()
@@ -230,7 +234,7 @@ def describe(model: Any) -> Attached:
 
 
 def linear_names(model: Any) -> list[str]:
-    """The different name endings of the linear modules, the head apart."""
+    """The distinct name endings of the linear modules, without the head."""
     import torch
 
     head = model.get_output_embeddings()
@@ -244,7 +248,7 @@ def linear_names(model: Any) -> list[str]:
 
 
 def _check_layers(model: Any, adapter: Adapter) -> None:
-    """PEFT ignores layer numbers that do not exist, and adapts fewer layers than were asked for."""
+    """PEFT silently ignores layer numbers that do not exist."""
     count: int = model.config.get_text_config().num_hidden_layers
     beyond = [n for n in adapter.layers_to_transform or [] if not 0 <= n < count]
     if beyond:
@@ -254,7 +258,7 @@ def _check_layers(model: Any, adapter: Adapter) -> None:
 
 
 def _check_names(model: Any, adapter: Adapter, linear: list[str]) -> None:
-    """Every name that was given must stand for a module; PEFT is content if one of them does."""
+    """Every given name must match a module; PEFT only requires that one of them does."""
     names = [name for name, _ in model.named_modules()]
     problems = []
     for key in ("target_modules", "exclude_modules"):
@@ -263,21 +267,21 @@ def _check_names(model: Any, adapter: Adapter, linear: list[str]) -> None:
             if not any(name == word or name.endswith(f".{word}") for name in names):
                 problems.append(
                     f"adapter.{key}: `{word}` matches no module{nearest(word, linear)}; "
-                    f"the linear ones are {', '.join(linear)}"
+                    f"linear modules: {', '.join(linear)}"
                 )
     excluded = adapter.exclude_modules
     if isinstance(excluded, str) and not any(re.fullmatch(excluded, name) for name in names):
-        problems.append(f"adapter.exclude_modules: `{excluded}` matches no module's whole name")
+        problems.append(f"adapter.exclude_modules: `{excluded}` matches no module's full name")
     if problems:
         raise UserError("\n".join(problems))
 
 
 def _check_patterns(model: Any, adapter: Adapter) -> None:
-    """Ranks and scales of their own must be those of an adapted module."""
+    """rank_pattern and alpha_pattern must match adapted modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    # As PEFT reads a pattern: at the end of a name, from the start or after a dot.
+    # PEFT matches a pattern at the end of a name, from the start or after a dot.
     problems = [
         f"adapter.{key}: `{pattern}` matches no adapted module"
         for key in ("rank_pattern", "alpha_pattern")

@@ -1,11 +1,11 @@
-"""Did it train? What the adapter covers, what gradients reach, and whether it, and it alone, moved.
+"""The audit: what the adapter covers, what gradients reach, and whether only the adapter changed.
 
-What trains is named in groups (the adapter, a new head): each must be reached by gradients and must
-move, and nothing else may. With one group for everything, a head that trains would hide an adapter
+Trainable tensors are in groups (the adapter, a new head): each group must receive gradients and
+change, and nothing else may change. With a single group, a head that trains would hide an adapter
 that does not.
 
-Each check is stored with what was found. A run that cannot get better is stopped; what lets it end
-is a problem: what was found, its likely cause, and what to do.
+Each check is stored with its finding. A run in which nothing can train aborts immediately; other
+failures are reported as problems: the finding, its likely cause, and the fix.
 """
 
 from __future__ import annotations
@@ -19,63 +19,63 @@ from typing import Any
 
 from lora_kit.errors import CheckFailed
 
-SMALLEST_PART = 0.01  # parts of the base below this share of its parameters are not named
-# A block of zero rows as long as this is a lost shard; units that never fire lie scattered.
+SMALLEST_PART = 0.01  # smaller shares of the base's parameters are not listed
+# A contiguous block of zero rows of this share is a lost shard; dead units are scattered.
 LOST_BLOCK = 1 / 16
-# Words in a row of a checksum: a prime, so that a matrix's own rows do not line up with it.
+# Words per row of a checksum: a prime, so that it does not align with a matrix's rows.
 _COLUMNS = 1021
-# The matrices that begin as zeros, of which each row learns something.
+# Matrices that are initialised with zeros, and in which every row trains.
 _FROM_ZERO = re.compile(r"\.(lora_B(\.default)?\.weight|lora_embedding_A(\.default)?)$")
-# An expert that is a module of its own learns only from the tokens that the router sends it.
+# An expert may get no token from the router, and then does not train.
 _MAY_REST = re.compile(r"\.experts\.\d")
-# The copy of an adapter that a preference trainer compares with, which may follow the adapter.
+# The reference copy of an adapter in preference trainers, which may follow the adapter.
 _REFERENCE = re.compile(r"\.(lora_\w+|modules_to_save)\.ref\b")
 _LORA_OR_SAVED = re.compile(r"\.lora_|\.modules_to_save\.")
-_ADAPTER = "adapter"  # the group that messages do not have to name
+_ADAPTER = "adapter"  # the default group, not named in messages
 Groups = Mapping[str, Callable[[str], bool]]  # name -> whether a parameter's name belongs to it
 
 
-# Of a check that fails: what is wrong with a tensor, the likely cause, and the fix.
+# For each check: the finding, its likely cause, and the fix.
 _PROBLEMS = {
     "gradients": (
         "got no gradient in the first steps",
-        "it is frozen, the rows have no labels, or gradients are checkpointed and the layers' "
-        "inputs need none (open-unlearning#178)",
+        "it is frozen, the rows have no labels, or with gradient checkpointing the layers' inputs "
+        "do not require gradients (open-unlearning#178)",
         "see `lora-kit preview`, unfreeze it, or train without gradient_checkpointing",
     ),
     "moved": (
-        "did not move",
-        "the learning rate was 0 in every step, as it is in the first of a warm-up, or too small "
-        "to change a digit, or the optimizer does not have it",
+        "did not change",
+        "the learning rate was 0 (as in the first warm-up step) or too small, or the optimizer "
+        "does not have the tensor",
         "raise train.learning_rate or train.max_steps",
     ),
     "lora_B": (
-        "is zeros, all or a block of its rows",
+        "is zero, or a block of its rows is",
         "it was overwritten, or a checkpoint was loaded without its shards (accelerate#4206)",
         "train again from the start, without --resume",
     ),
     "frozen": (
-        "changed while it trained, though it is frozen",
+        "changed during training although it is frozen",
         "an adapter was merged in place, or a module updates itself",
-        "find what writes into the base: the adapter fits one that is not on disk",
+        "find what changes the base: the adapter no longer fits the base on disk",
     ),
     "saved": (
-        "has only a part of its rows, or zeros, in the saved file",
-        "the shards of other processes were lost in saving (as in accelerate#4206)",
+        "is incomplete or zero in the saved file",
+        "shards of other processes were lost while saving (as in accelerate#4206)",
         "update accelerate, and save again from the last checkpoint (--resume)",
     ),
     "effect": (
         "changes no score",
-        "its update is zero, or it is switched off when the model is evaluated",
-        "look at its norms with lora-kit inspect, and train again",
+        "its update is zero, or it is disabled during the evaluation",
+        "check its norms with lora-kit inspect, and train again",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """{name ending: adapted modules}, the share of the base's parameters in them, {part: share} of
-    the large parts that are not, and what looks like a mistake."""
+    """{name ending: number of adapted modules}, their share of the base's parameters, {part: share}
+    of large parts that are not adapted, and likely mistakes."""
 
     modules: dict[str, int]
     share: float
@@ -87,16 +87,16 @@ class Coverage:
         line = f"{self.share:.0%} of the base's parameters" + (f", not {rest}" if rest else "")
         if any(part.startswith("experts.") for part in self.not_covered):
             line += (
-                "; the experts do not train: names in adapter.target_modules match modules, and "
-                "most families keep the experts of a layer in one tensor (as in unsloth#11014); "
-                "`all-linear` adapts those that PEFT knows"
+                "; the experts do not train: adapter.target_modules matches modules, but most "
+                "architectures keep the experts of a layer in one tensor (as in unsloth#11014); "
+                "`all-linear` adapts those that PEFT supports"
             )
         return line
 
 
 def coverage(model: Any) -> Coverage:
-    """What of the base the adapter of a PEFT model sits on, by number of parameters; 4-bit ones
-    count unpacked, tied ones once."""
+    """The part of the base that a PEFT model's adapter covers, by number of parameters; 4-bit
+    parameters count unpacked, tied ones once."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted: dict[str, Any] = {
@@ -112,7 +112,7 @@ def coverage(model: Any) -> Coverage:
         if ".lora_" in name or parameter.requires_grad:
             continue
         state = getattr(parameter, "quant_state", None)
-        # DeepSpeed leaves an empty tensor, and the size apart.
+        # DeepSpeed leaves an empty tensor and keeps its size in ds_numel.
         size = state.shape.numel() if state else getattr(parameter, "ds_numel", parameter.numel())
         if id(parameter) in inside:
             covered += size
@@ -140,7 +140,7 @@ def _part(name: str) -> str:
 
 
 def _partial(model: Any, adapted: set[str]) -> Iterator[dict[str, str]]:
-    """Modules that are adapted in some of the layers that have them, though nobody asked for it."""
+    """Modules that are adapted in only some layers, without a setting that asks for it."""
     config = model.peft_config[model.active_adapter]
     if config.layers_to_transform is not None or config.exclude_modules:
         return
@@ -155,35 +155,35 @@ def _partial(model: Any, adapted: set[str]) -> Iterator[dict[str, str]]:
             yield {
                 "what": f"{ending} is adapted in {sum(hits)} of {len(hits)} layers",
                 "cause": f"adapter.target_modules, {wanted}, matches only these",
-                "fix": "correct it, or name the layers with adapter.layers_to_transform if meant",
+                "fix": "correct it, or if intended, set adapter.layers_to_transform",
             }
 
 
 class Audit:
-    """The checks of one training, made when the adapter has its first values. All ranks call each
-    method; only the first checks what was saved.
+    """The checks of one training, created before the first step. All ranks call each method; only
+    rank 0 checks the saved file.
 
     >>> audit = Audit(model, accelerator, {"adapter": lambda name: ".lora_" in name})
     ... # doctest: +SKIP
-    >>> audit.begin()                      # the model is where and how it trains
-    >>> audit.observe()                    # before each step of the optimizer
+    >>> audit.begin()                      # with the model on its device
+    >>> audit.observe()                    # before each optimizer step
     >>> audit.end(steps)
     >>> audit.report()["problems"]
 
     Args:
-        groups: what must train, by name. Reference copies of an adapter (`lora_A.ref`) belong to
-            no group, and are not checked.
+        groups: {name: which tensors must train}. Reference copies of an adapter (`lora_A.ref`) are
+            in no group and are not checked.
 
     Raises:
-        CheckFailed: nothing trains, or nothing of a group, or something outside all groups that is
-            not saved with the adapter.
+        CheckFailed: nothing trains, or nothing of a group does, or a tensor outside of all groups
+            does that is not saved with the adapter.
     """
 
     def __init__(self, model: Any, accelerator: Any, groups: Groups) -> None:
         self.model, self.accelerator = model, accelerator
         self.coverage = coverage(model)
         self.problems = list(self.coverage.problems)
-        found = f"the adapter is on {self.coverage}"
+        found = f"the adapter covers {self.coverage}"
         self.checks: list[dict[str, Any]] = []
         self._check("coverage", not self.problems, found)
         self._group = _members(model, groups)  # tensor -> its group
@@ -199,19 +199,19 @@ class Audit:
         self._frozen: dict[str, int] = {}
         self._reached: Any = None  # bool (tensors,), on the device
         self._steps = 0
-        self._explained: set[str] = set()  # modules whose first problem explains what follows
+        self._explained: set[str] = set()  # modules with a reported problem
 
     def begin(self) -> None:
-        """Take the checksums of all that must not change."""
+        """Compute checksums of everything that must not change."""
         if not self._hidden:
             self._frozen = self._frozen_now()
 
     def observe(self) -> None:
-        """See which tensors have a gradient, in the first two steps of this process: B begins as
-        zeros, and A has none before B moves. Later steps cost nothing.
+        """Record which tensors have a gradient, in the first two steps of this process (B starts at
+        zero, so A has none in the first). Later steps are not checked.
 
         Raises:
-            CheckFailed: no tensor of a group had one.
+            CheckFailed: no tensor of a group had a gradient.
         """
         import torch
 
@@ -223,37 +223,36 @@ class Audit:
         now = torch.stack([none if g is None else _local(g).ne(0).any() for g in gradients])
         self._reached = now if self._reached is None else self._reached | now
         if self._steps == 2:
-            self._judge_gradients()
+            self._check_gradients()
 
     def without_gradient(self, groups: Sequence[str] = ()) -> CheckFailed:
-        """The error of a training in which the loss depends on no tensor of these groups; of none
-        at all by default."""
+        """The error for a loss that depends on no tensor of these groups (default: all groups)."""
         _, cause, fix = _PROBLEMS["gradients"]
         return CheckFailed(f"no gradient reaches {_named(groups or self._groups)}: {cause}; {fix}")
 
     def end(self, step: int) -> None:
-        """Judge what is in memory after `step` steps, earlier parts of the run included."""
+        """Check the model after `step` steps, including earlier parts of a resumed run."""
         if self._hidden:
             for name in ("gradients", "moved", "lora_B", "frozen"):
                 self._check(name, None, f"not checked under {self._hidden}")
             return
         if self._steps == 0:
-            self._check("gradients", None, "no step was left to train")
+            self._check("gradients", None, "no training step was left")
         elif self._steps == 1:
-            self._judge_gradients()
-        self._judge_values(step)
+            self._check_gradients()
+        self._check_values(step)
         now = self._frozen_now()
         moved = self._on_any_rank({n: float(now.get(n) != old) for n, old in self._frozen.items()})
-        self._judge("frozen", moved, f"{len(moved)} of {len(now)} tensors changed")
+        self._check_tensors("frozen", moved, f"{len(moved)} of {len(now)} tensors changed")
 
     def check_saved(self, weights: Path) -> None:
-        """Read the adapter's file: every B and every tensor of another group than the adapter is
-        there, whole, and not made of zeros."""
+        """Check the adapter's file: every B, and every tensor of the other groups, is present,
+        complete and not zero."""
         import torch
         from safetensors import safe_open
 
         lost = []
-        checked: Counter[str] = Counter()  # by what they are
+        checked: Counter[str] = Counter()  # by kind
         complete: Counter[str] = Counter()
         with safe_open(str(weights), framework="pt") as opened:
             stored = set(opened.keys())
@@ -272,17 +271,17 @@ class Audit:
                 if not whole:
                     lost.append(name)
         counts = [f"{complete[kind]} of {count} {kind}" for kind, count in checked.items()]
-        self._judge("saved", lost, f"{', '.join(counts)} are complete in {weights.name}")
+        self._check_tensors("saved", lost, f"{', '.join(counts)} are complete in {weights.name}")
 
     def effect(self, most: float | None) -> None:
-        """Whether the adapter changes what the model computes.
+        """Check that the adapter changes the model's output.
 
         Args:
-            most: the largest difference that it makes to a unit's part of the first score (of a
-                loss, in nats); None: the base has no score, because its head is new.
+            most: the largest change of a unit's contribution to the first score (for a loss, in
+                nats); None: the base has no score, because its head is new.
         """
         if most is None:
-            self._check("effect", None, "the base has a new head: there is nothing to compare with")
+            self._check("effect", None, "the head is new: there is no base score to compare with")
             return
         found = f"the score of a held-out row or document changes by {most:.3g} at most"
         self._check("effect", most > 0, found)
@@ -290,7 +289,7 @@ class Audit:
             self._problem("effect", "the adapter")
 
     def report(self) -> dict[str, Any]:
-        """What report.json holds as `audit`."""
+        """`audit` of report.json."""
         return {
             "modules": self.coverage.modules,
             "coverage": self.coverage.share,
@@ -301,7 +300,7 @@ class Audit:
 
     @property
     def _hidden(self) -> str | None:
-        """Who keeps values and gradients in flat buffers of its own, where they are not seen."""
+        """A framework that hides values and gradients in flat buffers, or None."""
         kind = self.accelerator.distributed_type.value
         if kind == "FSDP":
             return None if self.accelerator.is_fsdp2 else "FSDP version 1"
@@ -321,11 +320,11 @@ class Audit:
         return {name: parameter for name, parameter in unwrapped if name in self._group}
 
     def _without(self, living: set[str]) -> list[str]:
-        """The groups of which none of these modules is a part."""
+        """The groups with none of these modules."""
         alive = {group for name, group in self._group.items() if _module(name) in living}
         return [group for group in self._groups if group not in alive]
 
-    def _judge_gradients(self) -> None:
+    def _check_gradients(self) -> None:
         counts = self.accelerator.reduce(self._reached.float(), "sum").tolist()
         names = list(self._tensors())
         modules = dict.fromkeys(map(_module, names))
@@ -333,14 +332,14 @@ class Audit:
         if dead := self._without(reached):
             raise self.without_gradient(dead)
         missed = [m for m in modules if m not in reached and not _MAY_REST.search(m)]
-        found = f"they reached {len(reached)} of {len(modules)} modules in the first steps"
-        self._judge("gradients", missed, found)
+        found = f"gradients reached {len(reached)} of {len(modules)} modules in the first steps"
+        self._check_tensors("gradients", missed, found)
 
-    def _judge_values(self, step: int) -> None:
-        """Which tensors moved from their first values, on all ranks; and the rows of B."""
+    def _check_values(self, step: int) -> None:
+        """Check on all ranks which tensors changed from their initial values, and the rows of B."""
         sums, blocks = {}, {}
         for name, tensor in self._tensors().items():
-            # Shards are put together one tensor at a time.
+            # Shards are gathered one tensor at a time.
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             sums[name] = _checksum(whole)
             if _FROM_ZERO.search(name):
@@ -351,7 +350,7 @@ class Audit:
         blocks = _fetch(blocks)
         zeros = self._on_any_rank({n: float(share >= LOST_BLOCK) for n, share in blocks.items()})
         cut = [name for name in zeros if _module(name) in living]
-        # A cannot move before B has, and the first step of a warm-up has a rate of 0.
+        # A does not change before B has, and the first warm-up step has a learning rate of 0.
         still = [
             name
             for name in same
@@ -360,22 +359,22 @@ class Audit:
             and (step > 2 or _module(name) not in living)
         ]
         dead = self._without(living)
-        if dead:  # one problem, which explains those of its tensors
+        if dead:  # one problem for the whole group
             still = [name for name in still if self._group[name] not in dead]
             still.insert(0, _named(dead))
-        found = f"{len(now) - len(same)} of {len(now)} tensors did"
-        self._judge("moved", still, found)
+        found = f"{len(now) - len(same)} of {len(now)} tensors changed"
+        self._check_tensors("moved", still, found)
         if blocks:
             most = max(blocks.values())
-            found = f"{most:.1%} of the rows of a lora_B are zeros in a block, at most"
-            self._judge("lora_B", cut, found)
+            found = f"largest block of zero rows in a lora_B: {most:.1%}"
+            self._check_tensors("lora_B", cut, found)
         else:
-            self._check("lora_B", None, "there is none")
+            self._check("lora_B", None, "no lora_B")
         self._explained |= {_module(name) for name in now if self._group[name] in dead}
 
     def _frozen_now(self) -> dict[str, int]:
-        """Checksums of this rank's part of the frozen parameters, and of the buffers that are saved
-        with a model; dynamic position scaling computes others anew."""
+        """Checksums of this rank's frozen parameters and persistent buffers; other buffers may
+        change (dynamic position scaling)."""
         sums = {
             name: _checksum(parameter)
             for name, parameter in self.model.named_parameters()
@@ -397,8 +396,8 @@ class Audit:
     def _check(self, name: str, passed: bool | None, found: str) -> None:
         self.checks.append({"name": name, "passed": passed, "found": found})
 
-    def _judge(self, name: str, bad: list[str], found: str) -> None:
-        """A check that fails for `bad` tensors or modules, if those had no problem before."""
+    def _check_tensors(self, name: str, bad: list[str], found: str) -> None:
+        """Add a check that fails for `bad` tensors or modules without an earlier problem."""
         new = [one for one in bad if _module(one) not in self._explained]
         self._explained |= set(map(_module, bad))
         self._check(name, not new, found)
@@ -411,7 +410,7 @@ class Audit:
             self._problem(name, first + more)
 
     def _group_of_module(self, module: str) -> str | None:
-        """The group of a tensor or module; None of what is in none."""
+        """The group of a tensor or module; None if it is in none."""
         for name, group in self._group.items():
             if _module(name) == _module(module):
                 return group
@@ -423,11 +422,11 @@ class Audit:
 
 
 def _members(model: Any, groups: Groups) -> dict[str, str]:
-    """{tensor: its group}. What PEFT saves with the adapter, as an adapter that the run starts from
-    may bring it, belongs to the adapter.
+    """{tensor: its group}. Tensors that PEFT saves with the adapter (such as those of a start
+    adapter) belong to the adapter.
 
     Raises:
-        CheckFailed: something trains that belongs to no group.
+        CheckFailed: a trainable tensor belongs to no group.
     """
     from peft import get_peft_model_state_dict
 
@@ -447,9 +446,9 @@ def _members(model: Any, groups: Groups) -> dict[str, str]:
     if strays := [name for name in strays if name not in found]:
         more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
         raise CheckFailed(
-            f"{strays[0].removeprefix('base_model.model.')}{more}: trains, and is no part of "
-            f"{_named(list(groups))}: it would not be saved: freeze it, or name it in the task's "
-            "groups"
+            f"{strays[0].removeprefix('base_model.model.')}{more}: trainable, but not part of "
+            f"{_named(list(groups))}, so it would not be saved: freeze it, or add it to the "
+            "task's groups"
         )
     return found
 
@@ -475,7 +474,7 @@ def _local(tensor: Any) -> Any:
 
 
 def _zero_block(matrix: Any) -> Any:
-    """(rows, columns) -> (): the share of its rows in the longest block of them that are zeros."""
+    """(rows, columns) -> (): the longest block of zero rows, as a share of all rows."""
     import torch
 
     alive = matrix.ne(0).any(dim=1)
@@ -485,12 +484,12 @@ def _zero_block(matrix: Any) -> Any:
 
 
 def _checksum(tensor: Any) -> Any:
-    """int64 () on the tensor's device: its bits as 64-bit words, each times an odd number that
-    depends on its place, summed modulo 2^64. One word that changes always shows; no copy is made.
+    """int64 () on the tensor's device: the sum modulo 2^64 of its 64-bit words, each times an odd
+    number that depends on its position. Detects every change of a single word; makes no copy.
     """
     import torch
 
-    if tensor.is_meta:  # on a rank that will get its values from the first
+    if tensor.is_meta:  # on a rank that gets its values from rank 0
         return torch.zeros((), dtype=torch.int64)
     flat = _local(tensor.data).contiguous().reshape(-1).view(torch.uint8)
     if flat.storage_offset() % 8:
@@ -505,7 +504,7 @@ def _checksum(tensor: Any) -> Any:
 
 
 def _fetch(numbers: dict[str, Any]) -> dict[str, Any]:
-    """From the device, at once."""
+    """Copy all numbers from the device in one transfer."""
     import torch
 
     values = torch.stack(list(numbers.values())).tolist() if numbers else []

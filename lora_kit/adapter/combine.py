@@ -1,18 +1,19 @@
-"""Several LoRA adapters of one base -> one, module by module; no model is loaded.
+"""Combine several LoRA adapters of one base into one, module by module; no model is loaded.
 
-What is combined are the updates dW_i = scale_i · B_i A_i, each with its weight w_i:
+The inputs are the updates dW_i = scale_i · B_i A_i, with weights w_i:
 
-- `linear`: the sum of w_i dW_i, exactly, of rank r_1 + r_2 + ...: PEFT's `cat`;
-- `svd`: the same sum, cut to a rank: PEFT's `svd`;
-- `ties`: of each dW_i the largest entries, of these the ones whose sign has the majority, their
-  mean (Yadav et al. 2023, arXiv:2306.01708), cut to a rank: PEFT's `ties_svd`;
-- `dare`: of each dW_i entries dropped at random and the others enlarged, the sum (Yu et al. 2023,
-  arXiv:2311.03099), cut to a rank: PEFT's `dare_linear_svd`.
+- `linear`: the exact sum of w_i dW_i, of rank r_1 + r_2 + ...: PEFT's `cat`;
+- `svd`: the same sum, truncated to a rank: PEFT's `svd`;
+- `ties`: the mean of the largest entries of each dW_i whose sign has the majority (Yadav et al.
+  2023, arXiv:2306.01708), truncated to a rank: PEFT's `ties_svd`;
+- `dare`: the sum of dW_i with random entries dropped and the others rescaled (Yu et al. 2023,
+  arXiv:2311.03099), truncated to a rank: PEFT's `dare_linear_svd`.
 
-PEFT's own `linear`, `ties` and `dare_linear` treat A and B apart, which mixes one adapter's B with
-another's A and wants equal ranks. Of two adapters of `nano` (mean loss on the held-out rows of
-both; the better single one: 3.244) they gave 3.279, 3.300 and 3.381, those above 3.248, 3.270 and
-3.257. PEFT (0.21) also hands the first one's use_rslora on, and with it a scale of sqrt(r).
+PEFT's own `linear`, `ties` and `dare_linear` combine A and B separately, which multiplies one
+adapter's B with another's A and needs equal ranks. For two adapters of `nano` (mean loss on the
+held-out rows of both; the better single one: 3.244) they gave 3.279, 3.300 and 3.381; the methods
+above 3.248, 3.270 and 3.257. PEFT (0.21) also keeps the first adapter's use_rslora, and with it a
+scale of sqrt(r).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.extract import factored, row_slices, write_halves, write_plain
+from lora_kit.adapter.extract import factored, row_slices, write_factors, write_metadata
 from lora_kit.adapter.files import WEIGHTS, Adapter, Update
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.portable import check_portable
@@ -33,7 +34,7 @@ from lora_kit.errors import UserError
 from lora_kit.folders import new_folder
 from lora_kit.hashes import file_hash
 
-_OF_THE_FIRST = ("base", "kind", "joiner", "chat_template")  # in the lock file
+_FROM_FIRST = ("base", "kind", "joiner", "chat_template")  # entries of the lock file
 METHODS = ("linear", "svd", "ties", "dare")
 
 
@@ -46,40 +47,40 @@ def combine(
     density: float = 0.5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write one plain PEFT adapter out of several: one rank, scale 1, the tokenizer of the first.
+    """Write one standard PEFT adapter: one rank, scale 1, the tokenizer of the first adapter.
 
     A module that an adapter lacks counts as an update of 0.
 
     Args:
-        runs: finished runs, or adapters alone.
-        method: see above.
-        weights: one for each; None: 1 / how many.
+        runs: finished runs, or adapter folders.
+        method: see the module docstring.
+        weights: one per adapter; None: equal, with sum 1.
         rank: of the result; None: the sum for `linear`, else the largest.
         density: share of the entries that `ties` and `dare` keep.
-        seed: of what `dare` drops: what PEFT's functions drop after torch.manual_seed, module by
-            module as they lie in the file, where a matrix has at most 2**18 entries.
+        seed: of `dare`'s drop mask: as in PEFT after torch.manual_seed, for matrices of at most
+            2**18 entries in file order.
 
     Returns:
-        `method`, `weights`, `rank`, `modules`: how many, and `notes`: what a user should know.
+        `method`, `weights`, `rank`, `modules` (a number) and `notes` for the user.
 
     Raises:
-        UserError: the adapters are of different bases or shapes, or hold more than LoRA updates.
+        UserError: the adapters have different bases or shapes, or more than LoRA updates.
     """
     weights = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
     problems = [
         problem
         for wrong, problem in (
-            (len(runs) < 2, "one adapter alone: name two or more"),
+            (len(runs) < 2, "only one adapter: name two or more"),
             (
                 len(weights) != len(runs),
-                f"--weights: {len(weights)} for {len(runs)} adapters: one each, as 0.7,0.3",
+                f"--weights: {len(weights)} for {len(runs)} adapters: give one each, as 0.7,0.3",
             ),
             (
                 not all(abs(w) < 1e6 for w in weights),
-                "--weights: not all are numbers below a million",
+                "--weights: must be finite numbers below a million",
             ),
-            (not 0 < density <= 1, f"--density {density}: more than 0, 1 at most"),
-            (rank is not None and rank < 1, f"--rank {rank}: 1 at least"),
+            (not 0 < density <= 1, f"--density {density}: must be > 0 and <= 1"),
+            (rank is not None and rank < 1, f"--rank {rank}: must be at least 1"),
             (method not in METHODS, f"--method {method}: one of {', '.join(METHODS)}"),
         )
         if wrong
@@ -89,13 +90,13 @@ def combine(
     adapters = [run.adapter for run in runs]
     sizes = _check(runs)
     modules = list(sizes)
-    ranks = {m: [a.rank_and_scale(m)[0] for a in adapters if m in a.halves] for m in modules}
+    ranks = {m: [a.rank_and_scale(m)[0] for a in adapters if m in a.factors] for m in modules}
     exact = method == "linear" and rank is None
     width = rank or max(sum(some) if exact else max(some) for some in ranks.values())
-    halves = {m: pair for adapter in adapters for m, pair in adapter.halves.items()}
-    names = {m: {half: tensor.name for half, tensor in pair.items()} for m, pair in halves.items()}
+    factors = {m: pair for adapter in adapters for m, pair in adapter.factors.items()}
+    names = {m: {ab: tensor.name for ab, tensor in pair.items()} for m, pair in factors.items()}
     needed = 4 * width * sum(map(sum, sizes.values()))
-    if method in ("ties", "dare"):  # and one update at a time
+    if method in ("ties", "dare"):  # plus one full update at a time
         needed += 4 * max(map(math.prod, sizes.values()))
     import torch
 
@@ -106,24 +107,24 @@ def combine(
             pairs = [
                 (weight, adapter.update(module))
                 for weight, adapter in zip(weights, adapters, strict=True)
-                if module in adapter.halves
+                if module in adapter.factors
             ]
             if not all(update.finite for _, update in pairs):
-                raise UserError(f"{module}: values that are not finite")
+                raise UserError(f"{module}: NaN or infinite values")
             if method in ("linear", "svd"):
                 return _summed(pairs, None if exact else width)
             return _sparse(pairs, method, width, density, seed, folder / "dW")
 
-        write_halves(folder / WEIGHTS, names, sizes, width, combined)
+        write_factors(folder / WEIGHTS, names, sizes, width, combined)
         of = [{"adapter": run.name, "sha256": file_hash(run.folder / WEIGHTS)} for run in runs]
         settings: dict[str, Any] = {"method": method, "weights": weights, "rank": width, "of": of}
         if method in ("ties", "dare"):
             settings |= {"density": density, "seed": seed}
         lock = runs[0].lock
-        kept: dict[str, Any] = {k: lock[k] for k in _OF_THE_FIRST if k in lock}
-        if "base" in kept and runs[0].run:  # there it may be relative to the run
+        kept: dict[str, Any] = {k: lock[k] for k in _FROM_FIRST if k in lock}
+        if "base" in kept and runs[0].run:  # the path may be relative to the run
             kept["base"] = {**kept["base"], "model": runs[0].base.model}
-        for key in ("data", "commits"):  # of all: their licences hold for what is made of them
+        for key in ("data", "commits"):  # of all adapters, since their licences apply
             kept[key] = {}
             for run in runs:
                 for name, value in run.lock.get(key, {}).items():
@@ -131,14 +132,14 @@ def combine(
                     kept[key][f"{name} of {run.path}" if other else name] = value
         kept["combined"] = settings
         targets = sorted({name for adapter in adapters for name in adapter.targets})
-        write_plain(folder, runs[0].peft_base, width, targets, runs[0].folder, kept)
+        write_metadata(folder, runs[0].peft_base, width, targets, runs[0].folder, kept)
     notes = _notes(adapters, modules)
     return {**settings, "out": str(out), "modules": len(modules), "notes": notes}
 
 
 def _check(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:
-    """(out, in) of every module. Raises UserError unless all are plain LoRA, of one base and of one
-    shape."""
+    """(out, in) of every module. Raises UserError unless all adapters are standard LoRA, with the
+    same base and shapes."""
     problems = []
     first = runs[0]
     shapes: dict[str, tuple[int, int]] = {}
@@ -147,12 +148,12 @@ def _check(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:
         check_portable(adapter)
         known = run.hashes and first.hashes
         if run.hashes != first.hashes if known else run.peft_base != first.peft_base:
-            bases = f"{run.peft_base[0]}, that of {first.path} {first.peft_base[0]}"
-            problems.append(f"{run.path}: its base is {bases}, or another revision: not the same")
-        for module, halves in adapter.halves.items():
-            size = (halves["B"].shape[0], halves["A"].shape[1])
-            if shapes.setdefault(module, size) != size or len(halves["A"].shape) != 2:
-                problems.append(f"{run.path}: {module} is {size}, and elsewhere {shapes[module]}")
+            bases = f"{run.peft_base[0]}, and {first.peft_base[0]} for {first.path}"
+            problems.append(f"{run.path}: different bases or revisions: {bases}")
+        for module, factors in adapter.factors.items():
+            size = (factors["B"].shape[0], factors["A"].shape[1])
+            if shapes.setdefault(module, size) != size or len(factors["A"].shape) != 2:
+                problems.append(f"{run.path}: {module} is {size}, but {shapes[module]} elsewhere")
                 break
     if problems:
         raise UserError("\n".join(problems))
@@ -164,15 +165,15 @@ def _notes(adapters: list[Adapter], modules: list[str]) -> list[str]:
     for name, what in {"tokenizer.json": "tokenizers", "chat_template.jinja": "templates"}.items():
         files = [adapter.folder / name for adapter in adapters]
         if len({file.read_bytes() if file.is_file() else None for file in files}) > 1:
-            notes.append(f"the adapters have different {what}: the first one's is kept")
-    if partly := sum(any(m not in adapter.halves for adapter in adapters) for m in modules):
-        notes.append(f"{partly} of {len(modules)} modules are not in every adapter: 0 there")
+            notes.append(f"the adapters have different {what}: using the first one's")
+    if partly := sum(any(m not in adapter.factors for adapter in adapters) for m in modules):
+        notes.append(f"{partly} of {len(modules)} modules are missing in an adapter: counted as 0")
     return notes
 
 
 def _summed(pairs: list[tuple[float, Update]], rank: int | None) -> tuple[Any, Any]:
-    """A (k, in) and B (out, k), float32, of one module's sum; None: of all its rank, else the best
-    of that one, by the SVD of the small core between two orthonormal bases."""
+    """A (k, in) and B (out, k), float32, of one module's sum: exact for rank None, else truncated,
+    by the SVD of the small core between two orthonormal bases."""
     import torch
 
     a = torch.cat([weight * u.scale * u.a[0] for weight, u in pairs])  # (sum of r, in)
@@ -193,8 +194,8 @@ def _sparse(
     seed: int,
     scratch: Path,
 ) -> tuple[Any, Any]:
-    """The same for what looks at every entry of the updates: computed once, some rows at a time,
-    and kept in the file `scratch`, from which it is read as often as it takes."""
+    """The same for methods that need every entry of the updates: computed once, in blocks of rows,
+    and stored in the file `scratch` for repeated reads."""
     import torch
     from peft.utils.merge_utils import dare_linear, ties
 
@@ -234,8 +235,8 @@ def _sparse(
 
 
 def _bound(updates: Callable[[], Iterator[tuple[slice, list[Any]]]], keep: int) -> Any:
-    """The absolute value of which, and above, there are `keep` entries, counted by the upper and
-    then the lower half of its bits: those of positive float32 are ordered as the numbers are."""
+    """The `keep`-th largest absolute value, by a radix selection over the upper and then the lower
+    16 bits: positive float32 numbers are ordered like their bits."""
     import torch
 
     found = 0
@@ -243,8 +244,8 @@ def _bound(updates: Callable[[], Iterator[tuple[slice, list[Any]]]], keep: int) 
         counts = torch.zeros(2**16, dtype=torch.int64)
         for _, (block,) in updates():
             bits = block.abs().view(torch.int32).flatten()
-            halves = bits >> 16 if upper else bits[bits >> 16 == found] & 0xFFFF
-            counts += torch.bincount(halves, minlength=2**16)
+            parts = bits >> 16 if upper else bits[bits >> 16 == found] & 0xFFFF
+            counts += torch.bincount(parts, minlength=2**16)
         above = counts.flip(0).cumsum(0)
         place = int((above < keep).sum())
         keep -= int(above[place - 1]) if place else 0

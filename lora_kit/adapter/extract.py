@@ -1,8 +1,8 @@
-"""A LoRA out of a full fine-tune: dW = TUNED - BASE of each linear module, cut to a rank.
+"""Extract a LoRA from a full fine-tune: dW = TUNED - BASE of each linear module, rank-truncated.
 
-A matrix is only ever seen in blocks of rows, read from the files or computed, so that what is held
-is (in + out) x rank numbers whatever its size. B = U sqrt(S) and A = sqrt(S) V^T, of which the
-first k columns and rows are the best of rank k (Eckart & Young 1936).
+Matrices are processed in blocks of rows, so memory is (in + out) x rank numbers whatever their
+size. B = U sqrt(S) and A = sqrt(S) V^T; their first k columns and rows are the best approximation
+of rank k (Eckart & Young 1936).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
 from lora_kit.schema import Base
 
-# (rows, the block of these rows in float32), in order; called once a pass.
+# Yields (rows, block of these rows in float32), in order; called once per iteration.
 Blocks = Callable[[], Iterable[tuple[slice, Any]]]
 
-# Elements: 1 MiB in float32. Larger blocks tear holes into the heap: 16 MiB took 300 MiB more.
+# Elements: 1 MiB in float32. Larger blocks fragment the heap: 16 MiB took 300 MiB more.
 _BLOCK = 2**18
-_EXACT = 256  # a side up to which the subspace is the whole space
-_MORE = 16  # directions beside those asked for
+_EXACT = 256  # up to this width the subspace is the whole space
+_MORE = 16  # oversampling
 _POWERS = 3
 _LAYER = re.compile(r"(?:.+\.)?(?:layers|blocks)\.[0-9]+\..+\.weight")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.jinja")
 
 
 def row_slices(out: int, width: int) -> Iterator[slice]:
-    """The rows of an (out, width) matrix in blocks of 1 MiB."""
+    """The rows of an (out, width) matrix, in blocks of 1 MiB."""
     step = max(1, _BLOCK // max(1, width))
     return (slice(first, min(first + step, out)) for first in range(0, out, step))
 
@@ -45,18 +45,18 @@ def row_slices(out: int, width: int) -> Iterator[slice]:
 def factored(
     blocks: Blocks, shape: tuple[int, int], rank: int, seed: int, name: str
 ) -> tuple[Any, Any, Any]:
-    """B and A of a rank whose product is nearest to a matrix M of `shape` (out, in).
+    """The factors B A of a rank that approximate a matrix M of `shape` (out, in) best.
 
-    Subspace iteration, by blocks: Q <- orth(M^T M Q), then the SVD of M Q (Halko, Martinsson &
-    Tropp 2011, arXiv:0909.4061, algorithm 4.4); exact where a side has 256 at most.
+    Randomized subspace iteration in blocks: Q <- orth(M^T M Q), then the SVD of M Q (Halko,
+    Martinsson & Tropp 2011, arXiv:0909.4061, algorithm 4.4); exact if a side is at most 256.
 
     Returns:
         b (out, k), a (k, in), float32, k = min(rank, out, in); and float64 (k + 1,):
-        ||M - B A||_F with the first 0, 1, ... k of them. As Q is orthonormal this is the norm of
-        M - M Q Q^T, which is measured, and of the singular values left out: no estimate.
+        ||M - B A||_F with the first 0, 1, ... k of them: computed exactly from the norm of
+        M - M Q Q^T and the dropped singular values, since Q is orthonormal.
 
     Raises:
-        UserError: a value is not finite; `name` says of what.
+        UserError: a value is not finite; `name` is for the message.
     """
     import torch
 
@@ -69,32 +69,32 @@ def factored(
         for _, block in blocks():
             image += block.T @ (block @ q)
         if not bool(image.isfinite().all()):
-            raise UserError(f"{name}: values that are not finite")
+            raise UserError(f"{name}: NaN or infinite values")
         q = image
     q = torch.linalg.qr(q).Q
     y = torch.cat([block @ q for _, block in blocks()])  # (out, width)
     missed = sum(float((block - y[rows] @ q.T).norm()) ** 2 for rows, block in blocks())
     u, s, vt = torch.linalg.svd(y, full_matrices=False)
-    left_out = s.double().square().flip(0).cumsum(0).flip(0)
+    dropped = s.double().square().flip(0).cumsum(0).flip(0)
     k = min(rank, side)
-    errors = torch.cat([left_out, torch.zeros(1).double()])[: k + 1].add(missed).sqrt()
+    errors = torch.cat([dropped, torch.zeros(1).double()])[: k + 1].add(missed).sqrt()
     root = s[:k].sqrt()
     return u[:, :k] * root, root[:, None] * (vt[:k] @ q.T), errors
 
 
-def write_halves(
+def write_factors(
     file: Path,
     names: dict[str, dict[str, str]],
     sizes: dict[str, tuple[int, int]],
     rank: int,
     found: Callable[[str], tuple[Any, Any]],
 ) -> None:
-    """Write the tensors of a plain LoRA, one module at a time, in float32.
+    """Write the A and B of a standard LoRA, one module at a time, in float32.
 
     Args:
         names: {module: {"A": the tensor's name, "B": ...}}.
         sizes: {module: (out, in)}.
-        found: A (k, in) and B (out, k) of a module; zeros are added up to the rank.
+        found: returns A (k, in) and B (out, k) of a module; padded with zeros to the rank.
     """
     import torch
 
@@ -104,13 +104,13 @@ def write_halves(
         entries[names[module]["B"]] = ("F32", (rows, rank))
     with Writer(file, entries) as writer:
         for module in sizes:
-            for half, tensor in zip("AB", found(module), strict=True):
-                filled = torch.zeros(entries[names[module][half]][1])
+            for letter, tensor in zip("AB", found(module), strict=True):
+                filled = torch.zeros(entries[names[module][letter]][1])
                 filled[: tensor.shape[0], : tensor.shape[1]] = tensor
-                writer.put(names[module][half], filled)
+                writer.put(names[module][letter], filled)
 
 
-def write_plain(
+def write_metadata(
     folder: Path,
     base: tuple[str | None, str | None],
     rank: int,
@@ -118,12 +118,12 @@ def write_plain(
     tokenizer: Path,
     lock: dict[str, Any],
 ) -> None:
-    """What stands beside the weights in the folder of a plain LoRA: its config with scale 1,
-    tokenizer and template copied from another folder, and where it comes from.
+    """Write the other files of a standard LoRA: its config with scale 1, the tokenizer and chat
+    template of another folder, and run.lock.json.
 
     Args:
         base: see `write_config`.
-        lock: of run.lock.json; the hashes of what lies here are added.
+        lock: entries of run.lock.json; the hashes of this folder's files are added.
     """
     write_config(folder, base, rank, targets)
     for file in sorted({f for pattern in _TOKENIZER for f in tokenizer.glob(pattern)}):
@@ -137,20 +137,20 @@ def write_plain(
 def extract(
     base: str, tuned: str, out: str | Path, rank: int = 16, seed: int = 0
 ) -> dict[str, Any]:
-    """Write the PEFT adapter of a rank that is nearest to what a full fine-tune changed.
+    """Write the PEFT adapter of a rank that approximates a full fine-tune best.
 
     Args:
         base, tuned: model folders or Hub ids.
-        seed: of the random directions that the search starts with.
+        seed: of the random start of the subspace iteration.
 
     Returns:
-        `modules`: how many; `relative_error`: ||dW - B A||_F / ||dW||_F of all of them together, by
-        rank; `not_carried`: what changed and is no linear module: its `name`, `why`, and
-        `relative`, ||dW||_F / ||W||_F (None: nothing to compare it with).
+        `modules`: a number; `relative_error`: ||dW - B A||_F / ||dW||_F over all modules, by rank;
+        `not_carried`: changed tensors that are not linear modules: `name`, `why`, and `relative`,
+        ||dW||_F / ||W||_F (None: not comparable).
 
     Raises:
-        UserError: the two are of other shapes, or of an architecture that is not handled.
-        CheckFailed: nothing changed that a LoRA can carry.
+        UserError: the two have different shapes, or an unsupported architecture.
+        CheckFailed: nothing changed that a LoRA can represent.
     """
     out = Path(out)
     refuse_existing(out)
@@ -166,7 +166,7 @@ def extract(
     ]
     if not changed:
         others = ", ".join(one["name"] for one in rest[:5])
-        what = f"only what a LoRA cannot carry: {others}" if rest else "nothing"
+        what = f"only tensors that a LoRA cannot represent ({others})" if rest else "nothing"
         raise CheckFailed(f"{tuned}: {what} changed since {base}: there is nothing to extract")
     modules = [name.removesuffix(".weight") for name in changed]
     names = {m: {h: f"base_model.model.{m}.lora_{h}.weight" for h in "AB"} for m in modules}
@@ -185,17 +185,17 @@ def extract(
         return a, b
 
     with new_folder(out, 4 * rank * sum(map(sum, sizes.values()))) as folder:
-        write_halves(folder / WEIGHTS, names, sizes, rank, found)
+        write_factors(folder / WEIGHTS, names, sizes, rank, found)
         resized = any("rows" in one["why"] for one in rest)
         lock = {
             "base": pins[0].to_lock(),
             "extracted": {"from": Path(tuned).name, "hashes": pins[1].hashes, "seed": seed},
         }
         targets = _targets(modules, [name.removesuffix(".weight") for name in linear])
-        # A tokenizer with tokens that the base has no rows for would be of no use.
+        # The tuned model's tokenizer, unless it has tokens without embeddings in the base.
         base = pins[0].model if pins[0].revision else pins[0].folder  # so that PEFT alone finds it
-        write_plain(folder, (base, pins[0].revision), rank, targets, folders[not resized], lock)
-    left = {}  # by rank; what is too narrow for a rank has its last error there
+        write_metadata(folder, (base, pins[0].revision), rank, targets, folders[not resized], lock)
+    left = {}  # by rank; modules narrower than a rank keep their last error
     for r in sorted({0, *(2**n for n in range(rank.bit_length())), rank}):
         left[r] = math.hypot(*(float(some[min(r, len(some) - 1)]) for some in errors.values()))
     return {
@@ -208,7 +208,7 @@ def extract(
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the error by rank, and what could not be carried."""
+    """Print the error by rank, and the changed tensors that a LoRA cannot represent."""
     print("rank  ||dW - BA|| / ||dW||")
     for rank, error in found["relative_error"].items():
         print(f"{rank:>4}  {error:.2%}")
@@ -216,27 +216,27 @@ def show(found: dict[str, Any]) -> None:
     for one in found["not_carried"]:
         alike[re.sub(r"\.[0-9]+\.", ".*.", one["name"]), one["why"]].append(one["relative"])
     for (name, why), far in alike.items():
-        moved = "" if None in far else f", changed by {max(far):.2%} of its norm at most"
-        print(f"not carried: {len(far)} {harmless(name)}: {why}{moved}")
+        moved = "" if None in far else f", changed by at most {max(far):.2%} of its norm"
+        print(f"not extracted: {len(far)} {harmless(name)}: {why}{moved}")
     print(f"{found['out']}: rank {found['rank']}, {found['modules']} modules")
 
 
 def _targets(modules: list[str], known: list[str]) -> list[str]:
-    """Name endings where they stand for just these modules, else whole names."""
+    """Name endings if they match exactly these modules, else full names."""
     endings = {module.rpartition(".")[2] for module in modules}
     meant = [module for module in known if module.rpartition(".")[2] in endings]
     return sorted(endings) if set(meant) == set(modules) else modules
 
 
 def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -> list[str]:
-    """The weights of linear modules, by their names: those of decoder layers, and an untied head.
+    """Names of the weights of linear modules in decoder layers, and of an untied head.
 
     Raises:
-        UserError: they differ in shape, are quantized, or lie transposed.
+        UserError: they differ in shape, are quantized, or are stored transposed.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") in ("gpt2", "openai-gpt") or any(".c_attn." in n for n in before):
-        raise UserError(f"{folder}: its weights lie transposed, as GPT-2's do: not handled")
+        raise UserError(f"{folder}: weights are stored transposed, as in GPT-2: not supported")
     moe = any(".experts." in name for name in before)
     head = () if config.get("tie_word_embeddings") is True else ("lm_head.weight",)
     found = [
@@ -244,7 +244,7 @@ def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -
         for name, tensor in before.items()
         if (_LAYER.fullmatch(name) or name in head)
         and len(tensor.shape) == 2
-        # Experts and their router are no linear modules in memory, whatever the files hold.
+        # Experts and their router are not linear modules in the loaded model.
         and not (moe and re.search(r"\.experts\.|\.(gate|router)\.weight$", name))
         and name in after
     ]
@@ -254,14 +254,14 @@ def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -
         old, new = before[name], after[name]
         if old.shape != new.shape and name not in head:
             sizes = f"{old.shape} in one and {new.shape} in the other"
-            raise UserError(f"{name}: {sizes}: name the base that it was tuned from")
+            raise UserError(f"{name}: {sizes}: name the base that it was fine-tuned from")
         if packed := {old.dtype, new.dtype} - FLOATS:
-            raise UserError(f"{name}: stored as {min(packed)}: name the one that is not quantized")
+            raise UserError(f"{name}: stored as {min(packed)}: name the unquantized model")
     return [name for name in found if before[name].shape == after[name].shape]
 
 
 def _differences(before: Stored, after: Stored) -> Iterator[tuple[slice, Any, Any]]:
-    """(rows, W, dW) in blocks, float32, laid flat to two dimensions; of the rows that both have."""
+    """(rows, W, dW) in blocks, float32, flattened to two dimensions; for rows that both have."""
     rows = min(before.shape[0], after.shape[0]) if before.shape else 1
     for some in row_slices(rows, math.prod(before.shape[1:])):
         old, new = (t.read(some.start, some.stop).float() for t in (before, after))
@@ -274,7 +274,7 @@ def _differs(before: Stored, after: Stored) -> bool:
 
 
 def _change(before: Stored | None, after: Stored | None) -> dict[str, Any] | None:
-    """How far a tensor that is no linear module changed, and why it is not carried."""
+    """How much a tensor changed, and why a LoRA cannot represent it; None if unchanged."""
     if before is None or after is None:
         return {"why": f"only in {'TUNED' if before is None else 'BASE'}", "relative": None}
     if before.shape[1:] != after.shape[1:]:
@@ -286,5 +286,5 @@ def _change(before: Stored | None, after: Stored | None) -> dict[str, Any] | Non
     elif moved == 0:
         return None
     else:
-        why = "a norm or bias" if len(before.shape) < 2 else "no linear module of a layer"
+        why = "a norm or bias" if len(before.shape) < 2 else "not a linear module of a layer"
     return {"why": why, "relative": moved / size if size else None}

@@ -1,4 +1,4 @@
-"""A run directory or an adapter's folder, opened once and handed to whatever is done with it."""
+"""A run directory or an adapter folder, opened once and passed to the verbs."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from lora_kit.run import Keys, load_run, read_json, read_lock
 from lora_kit.schema import Base, Run
 
 _OPTION = "--base FOLDER_OR_ID"
-# Files that hold a tokenizer's tokens, of any kind.
+# Tokenizer files.
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 
 
 class FinishedRun:
-    """A finished run, or the folder of a PEFT adapter alone.
+    """A finished run, or the folder of a PEFT adapter.
 
-    Files are compared with the hashes of run.lock.json, never by their place: a run that was moved
-    or copied with its project is the same run. What is expensive is read when it is asked for.
+    Files are verified by the hashes in run.lock.json, not by path: a run that was moved or copied
+    with its project still works. Expensive properties are read on access.
 
     Attributes:
-        path: as it was named, for messages.
-        home: the run directory, also where RUN/adapter was named; else the adapter's folder.
-        folder: the adapter's folder.
-        lock: run.lock.json; empty where there is none.
+        path: as given, for messages.
+        home: the run directory, also for RUN/adapter; else the adapter folder.
+        folder: the adapter folder.
+        lock: run.lock.json; empty if there is none.
 
     Args:
-        path: a run directory, its adapter/, or any folder of a LoRA adapter.
-        base: a folder or Hub id in place of the base that the run names. Where the lock file has
-            hashes it must be the same base.
+        path: a run directory, its adapter/, or the folder of any LoRA adapter.
+        base: a folder or Hub id instead of the base that the run names; it must be the same base by
+            the hashes of the lock file.
         overrides: `key=value` settings of the run file.
 
     Raises:
-        UserError: there is no finished run, or its files are damaged.
+        UserError: there is no finished run, or its files are corrupt.
     """
 
     def __init__(
@@ -67,20 +67,20 @@ class FinishedRun:
 
     @cached_property
     def run(self) -> Run | None:
-        """The run file with absolute paths; None for an adapter alone."""
+        """The run file with absolute paths; None for an adapter without a run."""
         file = self.home / "run.yaml"
         if not file.is_file():
             return None
         return load_run(file, self._overrides, needs_sources=False)
 
     def require_run(self) -> Run:
-        """The run file. Raises UserError for an adapter alone."""
+        """The run file. Raises UserError for an adapter without a run."""
         if self.run is None:
-            raise UserError(f"{self.path}: an adapter without its run directory (run.yaml)")
+            raise UserError(f"{self.path}: no run directory (run.yaml) for this adapter")
         return self.run
 
     def run_of(self, task: Keys) -> Run:
-        """`require_run` with the keys that only its task knows."""
+        """`require_run`, including the task's own keys."""
         self.require_run()
         file = self.home / "run.yaml"
         return load_run(file, self._overrides, needs_sources=False, task_of=lambda _: task)
@@ -88,44 +88,44 @@ class FinishedRun:
     # ------------------------------------------------------------------ the adapter
     @cached_property
     def adapter(self) -> Adapter:
-        """Its files. Raises UserError if they are not as the run saved them."""
+        """The adapter's files. Raises UserError if they were changed since the run."""
         weights = self.folder / WEIGHTS
         saved = self.lock.get("adapter", {}).get("sha256")
         if saved is not None and weights.is_file() and file_hash(weights) != saved:
             raise UserError(
-                f"{weights}: not as the run saved it: copy the run again, or train again"
+                f"{weights}: was changed since the run saved it: copy it again, or train again"
             )
         return open_adapter(self.folder)
 
     # ------------------------------------------------------------------ the task
     @cached_property
     def head(self) -> Head:
-        """How the base becomes the model: by the lock file, or by what is beside the adapter."""
+        """The model's head, from the lock file or from head.json."""
         name = self._locked("auto", str)
         if name is None:
             return Head.beside(self.folder) or Head()
         if not re.fullmatch(r"AutoModel\w*", name):
-            raise UserError(f"{self.home}/run.lock.json: auto: {name!r:.80} is no class of models")
+            raise UserError(f"{self.home}/run.lock.json: auto: {name!r:.80} is not an auto class")
         return Head(name, tuple(self.labels or ()), self.pooling)
 
     @property
     def auto(self) -> str:
-        """The class of transformers that loads the model."""
+        """The auto class of transformers that loads the model."""
         return self.head.auto
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the training rows said about the model, such as `labels`."""
+        """Facts from the training rows, such as `labels`."""
         return self._locked("facts", dict) or {}
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        """Modules that the base has no weights for; they are in the adapter's files."""
+        """Newly initialised modules, whose weights are in the adapter's files."""
         return tuple(map(str, self._locked("fresh", list) or ()))
 
     @property
     def pooling(self) -> str | None:
-        """How a sequence classifier pools; None: as its class does."""
+        """The pooling of a sequence classifier; None: that of its class."""
         return self._locked("pooling", str)
 
     @property
@@ -135,34 +135,34 @@ class FinishedRun:
         return None if labels is None else [str(label) for label in labels]
 
     def require_language_model(self, verb: str) -> None:
-        """Raises UserError if `verb`, which needs a model that generates text, does not apply."""
+        """Raises UserError unless the model is a language model, which `verb` requires."""
         if self.auto != CAUSAL:
             raise UserError(
-                f"{self.path}: {verb} applies to language models only, and this is an adapter for "
+                f"{self.path}: {verb} needs a language model, and this adapter is for "
                 f"{self.auto}: use lora_kit.load, or lora-kit merge"
             )
 
     def _locked(self, key: str, kind: type) -> Any:
         value = self.lock.get(key)
         if value is not None and not isinstance(value, kind):
-            raise UserError(f"{self.home}/run.lock.json: {key}: changed by hand, or damaged")
+            raise UserError(f"{self.home}/run.lock.json: {key}: invalid: edited or corrupt")
         return value
 
     # ------------------------------------------------------------------ the base
     @property
     def hashes(self) -> dict[str, str]:
-        """{file: sha256} of the base that it was trained on; empty where that is not known."""
+        """{file: sha256} of the base that it was trained on; empty if unknown."""
         hashes = self.lock.get("base", {}).get("hashes") or {}
         if not isinstance(hashes, dict):
-            raise UserError(f"{self.home}/run.lock.json: base.hashes: changed by hand, or damaged")
+            raise UserError(f"{self.home}/run.lock.json: base.hashes: invalid: edited or corrupt")
         return hashes
 
     @cached_property
     def base(self) -> Base:
-        """The base, in the type and quantized as it was trained.
+        """The base, with the dtype and quantization of training.
 
         Raises:
-            UserError: none is named.
+            UserError: no base is named.
         """
         if self.run is not None:
             named = self.run.base
@@ -172,13 +172,13 @@ class FinishedRun:
             values["model"] = self._given or config.get("base_model_name_or_path")
             values["revision"] = config.get("revision")
             if not values["model"]:
-                raise UserError(f"{self._base_key} names no base: name it with {_OPTION}")
+                raise UserError(f"{self._base_key}: no base: name it with {_OPTION}")
             try:
                 named = Base.model_validate(values)
             except ValueError:
                 raise UserError(
-                    f"{self.home}: adapter_config.json or run.lock.json: the base they name is not "
-                    "usable"
+                    f"{self.home}: adapter_config.json or run.lock.json: the base they name is "
+                    "invalid"
                 ) from None
         if self._given is not None:
             named = named.model_copy(update={"model": self._given, "revision": None})
@@ -204,21 +204,21 @@ class FinishedRun:
         """The base on this machine.
 
         Raises:
-            UserError: it is not there, is quantized already, or is not the one it was trained on.
+            UserError: it does not exist, is already quantized, or is not the training's base.
         """
         return self._pin(weights=True)
 
     @cached_property
     def located(self) -> Pinned:
-        """`pinned`, but the weights of a local folder are not compared, for whoever reads them all
-        anyway and compares them then, or does not need them."""
+        """`pinned` without hashing the weights of a local folder, for callers that verify them
+        while reading, or do not need them."""
         return self._pin(weights=not Path(self.base.model).is_dir())
 
     def _pin(self, weights: bool) -> Pinned:
         locked = self.lock.get("base", {})
         if not locked and self.run:
-            what = "whether this is the base that it was trained on is not known"
-            print(f"warning: {self.path}: its run.lock.json is gone: {what}", file=sys.stderr)
+            what = "cannot verify that this is the base it was trained on"
+            print(f"warning: {self.path}: no run.lock.json: {what}", file=sys.stderr)
         try:
             # A commit belongs to one repository.
             lock = self.lock if locked.get("model") == self.base.model else None
@@ -230,14 +230,14 @@ class FinishedRun:
         if read_json(Path(found.folder) / "config.json").get("quantization_config"):
             raise UserError(
                 f"{self._base_key}: {self.base.model}: its weights are already quantized: name the "
-                f"model that they were made from with {_OPTION}"
+                f"original model with {_OPTION}"
             )
         before = self.hashes or found.hashes
         names = before.keys() | found.hashes.keys()
         changed = [name for name in names if before.get(name) != found.hashes.get(name)]
         if not weights:
             changed = [name for name in changed if not name.endswith(".safetensors")]
-            return self.pinned if changed else found  # which names all files that differ
+            return self.pinned if changed else found  # `pinned` reports all files that differ
         if changed:
             self.refuse_base(changed)
         return found
@@ -252,7 +252,7 @@ class FinishedRun:
         return f"{self.folder}/adapter_config.json: base_model_name_or_path"
 
     def refuse_base(self, files: Sequence[str]) -> None:
-        """Raises UserError: these files of the base are not those that it was trained on."""
+        """Raises UserError: these files differ from the base that it was trained on."""
         raise UserError(
             f"{self.path}: trained on another base than {self.base.model}: "
             f"{', '.join(sorted(files))} {'differs' if len(files) == 1 else 'differ'}; an adapter "
@@ -262,7 +262,7 @@ class FinishedRun:
     # ------------------------------------------------------------------ the processor
     @property
     def has_processor(self) -> bool:
-        """Whether adapter or base has one; a model that is given token ids needs none."""
+        """Whether adapter or base has a tokenizer."""
         if any(self.folder.glob("tokenizer*")):
             return True
         base = Path(self.located.folder)
@@ -270,20 +270,20 @@ class FinishedRun:
 
     @cached_property
     def processor(self) -> Any:
-        """The tokenizer that it was trained with, chat template included; the base's, where the
-        adapter's folder has none."""
+        """The tokenizer of training with its chat template; the base's if the adapter folder has
+        none."""
         folder = str(self.folder)
         if not any(self.folder.glob("tokenizer*")):
             folder = self.located.folder
         tokenizer = load_tokenizer(Pinned("", folder), generates=self.auto == CAUSAL)
-        set_template(tokenizer, None)  # a template that loops is refused
+        set_template(tokenizer, None)  # rejects a template that does not terminate
         return tokenizer
 
 
 def _home(path: Path, folder: Path) -> Path:
     if (path / "run.yaml").is_file():
         return path
-    # A run keeps its lock file beside adapter/; what was pulled or exported has its own inside, and
-    # may be in a working folder that holds some run.yaml.
+    # A run's lock file is next to adapter/; a pulled or exported adapter has it inside, and may be
+    # in a folder with an unrelated run.yaml.
     own = (folder / "run.lock.json").is_file() or folder.name != "adapter"
     return folder if own or not (folder.parent / "run.yaml").is_file() else folder.parent

@@ -1,4 +1,4 @@
-"""What an adapter holds, from its two files alone: scales, norms, ranks, and what differs in two.
+"""Inspect an adapter from its two files: scales, norms, ranks; and compare two adapters.
 
 An update is dW = scale · B A. It is never built: with B = Q_b R_b and A^T = Q_a R_a, the singular
 values of dW are those of the core scale · R_b R_a^T, which is r x r.
@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_kit.adapter.files import WEIGHTS, Adapter, Update, open_adapter
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.adapter.loaders import oddities
+from lora_kit.adapter.loaders import loader_issues
 from lora_kit.errors import UserError, harmless
 from lora_kit.hashes import file_hash
 from lora_kit.run import is_hub_id
@@ -24,39 +24,42 @@ from lora_kit.run import is_hub_id
 _FOLDER = re.compile(r"[/.~\\]|[A-Za-z]:|[^/]*/[^/]*/")
 
 
-def _odd(
+def _issues(
     adapter: Adapter, lock: dict[str, Any], modules: list[dict[str, Any]]
 ) -> list[dict[str, str]]:
-    """What is odd in an adapter: who trips over it, and what happens then."""
+    """Issues of an adapter: what, which program is affected, and what happens."""
     base = str(adapter.base["model"] or "")
     norms = [module["norm"] for module in modules]
     saved = lock.get("adapter", {}).get("sha256")
     changed = saved and saved != file_hash(adapter.folder / WEIGHTS)
     unpinned = is_hub_id(base) and not adapter.base["revision"]
     no_tokenizer = not any(adapter.folder.glob("tokenizer*"))
-    table = [
-        (None in norms, "values that are not finite", "every target", "answers noise"),
-        (0 in norms, "an update of zeros", "every target", "without effect: it did not train"),
-        (not base, "a base that is not named", "PEFT", "not found"),
-        (_FOLDER.match(base), "a base named by its folder", "PEFT", "found on this machine only"),
-        (unpinned, "a base without revision", "PEFT", "the newest is taken"),
-        (no_tokenizer, "no tokenizer", "every target", "added tokens and a template are lost"),
-        (changed, "weights that are not as the run saved them", "lora-kit", "not loaded"),
+    module_table = [
+        (None in norms, "NaN or infinite values", "every target", "generates noise"),
+        (0 in norms, "a zero update", "every target", "no effect: it did not train"),
+        (not base, "no base model named", "PEFT", "base not found"),
+        (_FOLDER.match(base), "a base named by local path", "PEFT", "found on this machine only"),
+        (unpinned, "a base without revision", "PEFT", "the newest is used"),
+        (no_tokenizer, "no tokenizer", "every target", "added tokens and chat template are lost"),
+        (changed, "weights changed since the run saved them", "lora-kit", "not loaded"),
     ]
-    tripping = oddities(adapter.config, adapter.halves, adapter.others)
+    known = loader_issues(adapter.config, adapter.factors, adapter.others)
     return [
-        {"what": one.what, "who": ", ".join(one.who), "happens": one.happens} for one in tripping
-    ] + [{"what": what, "who": who, "happens": happens} for odd, what, who, happens in table if odd]
+        {"what": one.what, "who": ", ".join(one.who), "happens": one.happens} for one in known
+    ] + [
+        {"what": what, "who": who, "happens": happens}
+        for odd, what, who, happens in module_table
+        if odd
+    ]
 
 
 def inspect(run: FinishedRun) -> dict[str, Any]:
-    """All that can be known of an adapter without its base.
+    """Describe an adapter without loading its base.
 
     Returns:
         `base`, with the hashes in the run's lock file; `auto`, the class of transformers that loads
-        it, and its `labels`; its settings; `norm`, of all updates together; `modules` (see
-        `Adapter.figures`); `others`: the shapes of tensors beside the updates; `loaders`: what who
-        would trip over.
+        it, and its `labels`; its settings; `norm` of all updates; `modules` (see
+        `Adapter.figures`); `others`: the shapes of other tensors; `loaders`: issues by program.
 
     Raises:
         UserError: see `open_adapter`.
@@ -74,7 +77,7 @@ def inspect(run: FinishedRun) -> dict[str, Any]:
         "norm": None if None in norms else math.hypot(*norms),
         "modules": modules,
         "others": {name: list(tensor.shape) for name, tensor in adapter.others.items()},
-        "loaders": _odd(adapter, run.lock, modules),
+        "loaders": _issues(adapter, run.lock, modules),
     }
 
 
@@ -84,13 +87,13 @@ def _base(run: FinishedRun) -> dict[str, str | None]:
 
 
 def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
-    """How far two adapters are apart, dW from dW', each with its scale.
+    """Compare the updates of two adapters, dW and dW', including their scales.
 
     Returns:
         `modules`, and `whole` for all of them as one matrix: `norms` of both, the norm of their
-        `difference`, this over the larger norm (`relative`), and the `cosine` <dW, dW'> /
-        (||dW|| ||dW'||), None where one is 0. Not compared are `only_first`, `only_second` and
-        `other_shapes`. `others_differ`: tensors beside A and B. `same`: nothing differs.
+        `difference`, the same relative to the larger norm (`relative`), and the `cosine`
+        <dW, dW'> / (||dW|| ||dW'||), None if one is 0. Not compared: `only_first`, `only_second`
+        and `other_shapes`. `others_differ`: other tensors than A and B. `same`: nothing differs.
 
     Raises:
         UserError: see `open_adapter`; or values are not finite.
@@ -99,7 +102,7 @@ def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
     known = first.hashes and second.hashes
     same_base = first.hashes == second.hashes if known else a.base == b.base
     modules, other_shapes = [], []
-    for module in (m for m in a.halves if m in b.halves):
+    for module in (m for m in a.factors if m in b.factors):
         ours, theirs = a.update(module), b.update(module)
         if ours.size == theirs.size:
             modules.append(compared(ours, theirs))
@@ -108,8 +111,8 @@ def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
     beside = a.others.keys() & b.others.keys()
     changed = {n for n in beside if not _equal(a.others[n].read(), b.others[n].read())}
     lists = {
-        "only_first": [module for module in a.halves if module not in b.halves],
-        "only_second": [module for module in b.halves if module not in a.halves],
+        "only_first": [module for module in a.factors if module not in b.factors],
+        "only_second": [module for module in b.factors if module not in a.factors],
         "other_shapes": other_shapes,
         "others_differ": sorted(changed | (a.others.keys() ^ b.others.keys())),
     }
@@ -125,9 +128,9 @@ def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
 
 
 def compared(ours: Update, theirs: Update) -> dict[str, Any]:
-    """One of `modules` of a `difference`."""
+    """An entry of `modules` of `difference`."""
     if not (ours.finite and theirs.finite):
-        raise UserError(f"{ours.module}: values that are not finite in one of the two")
+        raise UserError(f"{ours.module}: NaN or infinite values in one of the two")
     same = ours.scale == theirs.scale and _equal(ours.a, theirs.a) and _equal(ours.b, theirs.b)
     apart = 0.0 if same else (ours - theirs).norm()
     found = {"norms": [ours.norm(), theirs.norm()], "difference": apart}
@@ -139,7 +142,7 @@ def _equal(ours: Any, theirs: Any) -> bool:
 
 
 def _together(modules: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of several modules as those of one matrix."""
+    """The comparison of several modules as one matrix."""
     norms = [math.hypot(*(module["norms"][n] for module in modules)) for n in (0, 1)]
     apart = math.hypot(*(module["difference"] for module in modules))
     relative, cosine = apart / max(norms) if any(norms) else 0.0, None
@@ -150,7 +153,7 @@ def _together(modules: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print what `inspect` found: all, by kind of module and by layer, and who trips over what."""
+    """Print the result of `inspect`: in total, by kind of module, by layer, and issues."""
     modules, base, targets = found["modules"], found["base"], found["target_modules"]
     name = "DoRA" if found["use_dora"] else "rsLoRA" if found["use_rslora"] else "LoRA"
     scales = " and ".join(sorted({f"{module['scale']:.4g}" for module in modules}))
@@ -171,22 +174,26 @@ def show(found: dict[str, Any]) -> None:
         numbers = (math.hypot(*norms), min(norms), max(norms), rank)
         return [len(group), ranks, *map(_text, numbers)]
 
-    if modules:  # else it is a head alone
-        table(["modules", "r", "norm", "least", "most", "effective rank"], modules, cells)
-    _some("learned nothing, dW is 0", [m["module"] for m in modules if m["norm"] == 0])
+    if modules:  # else there is only a head
+        module_table(["modules", "r", "norm", "least", "most", "effective rank"], modules, cells)
+    _some("not trained (dW is 0)", [m["module"] for m in modules if m["norm"] == 0])
     _some("not finite", [m["module"] for m in modules if m["norm"] is None])
-    _some("beside the updates", [f"{name} {shape}" for name, shape in found["others"].items()])
+    _some("other tensors", [f"{name} {shape}" for name, shape in found["others"].items()])
     for line in found["loaders"]:
         _say(f"{line['who']}: {line['what']}: {line['happens']}")
 
 
 def show_difference(found: dict[str, Any]) -> None:
-    """Print what `difference` found: all, by kind of module and by layer."""
+    """Print the result of `difference`: in total, by kind of module and by layer."""
     first, second = found["adapters"]
     _say(f"A: {first}")
     _say(f"B: {second}")
     bases = [f"{base['model']}, revision {base['revision']}" for base in found["bases"]]
-    _say(f"one base: {bases[0]}" if found["same_base"] else f"OTHER BASES: {bases[0]}; {bases[1]}")
+    _say(
+        f"same base: {bases[0]}"
+        if found["same_base"]
+        else f"DIFFERENT BASES: {bases[0]}; {bases[1]}"
+    )
     if found["same"]:
         _say("the adapters are identical: difference 0")
 
@@ -194,18 +201,18 @@ def show_difference(found: dict[str, Any]) -> None:
         whole = _together(group)
         return [*map(_text, (*whole["norms"], whole["relative"], whole["cosine"]))]
 
-    table(["norm A", "norm B", "difference", "cosine"], found["modules"], cells)
-    _say("difference: its norm over the larger norm")
+    module_table(["norm A", "norm B", "difference", "cosine"], found["modules"], cells)
+    _say("difference: relative to the larger norm")
     for key in ("only_first", "only_second", "other_shapes", "others_differ"):
         _some(key.replace("_", " "), found[key])
 
 
-def table(
+def module_table(
     heads: list[str],
     modules: list[dict[str, Any]],
     cells: Callable[[list[dict[str, Any]]], list[Any]],
 ) -> None:
-    """A row for all modules, for each kind of them, and for each layer."""
+    """Print a row for all modules, for each kind of module, and for each layer."""
     from rich.console import Console
     from rich.table import Table
 
@@ -220,14 +227,14 @@ def table(
         made.add_column(head, justify="right", overflow="fold")
     for name, group in [("all", modules), *kinds.items(), *layers.items()]:
         made.add_row(_line(name), *map(str, cells(group)))
-    # What another program reads is not cut to the width of a terminal.
+    # Output for another program is not cut to the terminal's width.
     width = None if sys.stdout.isatty() else 200
     Console(markup=False, highlight=False, emoji=False, width=width).print("", made, "")
 
 
 def place(module: str) -> tuple[str, str]:
-    """`model.layers.3.mlp.experts.7.up_proj` -> (`layers.3`, `mlp.experts.*.up_proj`); what is in
-    no layer stands for itself, in both."""
+    """`model.layers.3.mlp.experts.7.up_proj` -> (`layers.3`, `mlp.experts.*.up_proj`); a module
+    outside of layers is returned as both."""
     found = re.fullmatch(r"(.*?\.[0-9]+)\.(.+)", module)
     if not found:
         return module, module
@@ -249,7 +256,7 @@ def _say(text: str) -> None:
 
 
 def _line(text: str) -> str:
-    """One line that does not steer the terminal, in characters that it has."""
+    """One line without control characters, in the terminal's encoding."""
     encoding = sys.stdout.encoding or "utf-8"
     line = " ".join(harmless(text).split())
     return line.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,4 +1,4 @@
-"""A finished run -> model and processor, ready for an application."""
+"""A finished run -> model and processor, ready for use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_kit.adapter.attach import put_on
+from lora_kit.adapter.attach import load_adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.head import CAUSAL, load_with_head
 from lora_kit.base.load import gpu_is_used, quiet_libraries
@@ -22,22 +22,22 @@ def load(
     quantize: str | None = None,
     dtype: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load a run's adapter on its base.
+    """Load a run's adapter onto its base.
 
     >>> model, tokenizer = lora_kit.load("runs/demo/sft")  # doctest: +SKIP
 
     Args:
         run: a run directory, or the folder of a PEFT adapter.
-        base: where the base is, if not where the run names it: a folder or a Hub id.
-        quantize: `none`, `nf4` or `int8` instead of what the run was trained with.
+        base: a folder or Hub id of the base, if it has moved.
+        quantize: `none`, `nf4` or `int8` instead of the run's.
         dtype: `bfloat16` or `float32` instead of the run's.
 
     Returns:
-        (model, processor): a `peft.PeftModel` in evaluation mode, of the class that the run was
-        trained with, and its tokenizer, with the chat template that the adapter was trained with.
+        (model, processor): a `peft.PeftModel` in evaluation mode, and the tokenizer with the chat
+        template of training.
 
     Raises:
-        UserError: no finished run is there, or the base is not the one it was trained on.
+        UserError: there is no finished run, or the base is not the one it was trained on.
     """
     return load_model(FinishedRun(run, base), quantize=quantize, dtype=dtype)
 
@@ -45,36 +45,36 @@ def load(
 def load_model(
     run: FinishedRun, quantize: str | None = None, dtype: str | None = None
 ) -> tuple[Any, Any]:
-    """`load` for a run that is open."""
+    """`load` for an open run."""
     quiet_libraries()
     base = changed_base(run.base, quantize=quantize, dtype=dtype)
     model = base_model(run, base)
     if gpu_is_used() and base.quantize == "none":
         model = model.to("cuda")
     processor = run.processor
-    model = put_on(model, run.adapter)
+    model = load_adapter(model, run.adapter)
     if run.auto == CAUSAL:
-        # So that an application's own `generate` stops at the end of a completion.
+        # So that plain `generate` stops at the end of a completion.
         model.generation_config.eos_token_id = end_tokens(model, processor)
         model.generation_config.pad_token_id = processor.pad_token_id
     return model, processor
 
 
 def base_model(run: FinishedRun, base: Base, quantize: str | None = None) -> Any:
-    """The model that the adapter is put on.
+    """The model without the adapter.
 
     Args:
         base: the run's, or one of another dtype or quantization.
         quantize: see `load_base`.
     """
-    # The seed of the run: for what its base has no weights for, with the adapter switched off.
+    # The run's seed, for the initialisation of fresh modules.
     seed = int(run.lock.get("seed") or 0)
     return load_with_head(base, run.pinned, run.head, seed, quantize)[0]
 
 
 def changed_base(base: Base, **changes: str | None) -> Base:
-    """A run's base with other settings; None leaves one as it is. Raises UserError on others than
-    the run file takes."""
+    """A run's base with other settings; None keeps a setting. Raises UserError on invalid
+    values."""
     for key, value in changes.items():
         known = get_args(Base.model_fields[key].annotation)
         if value is not None and value not in known:
@@ -83,8 +83,8 @@ def changed_base(base: Base, **changes: str | None) -> Base:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Where generation stops: at the base's own end tokens, the tokenizer's, and at the token that
-    ends a turn in the chat template, which need be neither (ChatML's <|im_end|>)."""
+    """The token ids at which generation stops: the base's, the tokenizer's, and the end-of-turn
+    token of the chat template, which may be neither (ChatML's <|im_end|>)."""
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = known if isinstance(known, list) else [known]
     return sorted(
@@ -99,14 +99,14 @@ def _turn_end(tokenizer: Any) -> int | None:
         return None
     after = text.rpartition("sentinelx")[2].strip()
     ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
-    # Only a token made to be an end: an ordinary one occurs inside of completions as well.
+    # Only a special token: an ordinary one also occurs inside completions.
     special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ids[0] if ids and ids[0] in special else None
 
 
 def rendered(tokenizer: Any, turns: list[dict[str, str]], ask: bool = True) -> str | None:
-    """A conversation in the tokenizer's chat template; None without one, or where it rejects the
-    turns: it is a program, and may reject whatever it likes. `ask`: with the generation prompt."""
+    """A conversation rendered with the tokenizer's chat template; None without a template, or if it
+    rejects the turns. `ask`: add the generation prompt."""
     if tokenizer.chat_template:
         with contextlib.suppress(NotUsable):
             return render(tokenizer, turns, add_generation_prompt=ask)

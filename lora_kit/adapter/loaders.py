@@ -1,9 +1,9 @@
-"""What the programs that load an adapter trip over: one table, for `inspect`, `check` and a run
-file's `ship.target`.
+"""Adapter features that runtimes reject or load incorrectly: one table, for `inspect`, `check` and
+`ship.target`.
 
-Read in the sources of vLLM 0.33 (lora/peft_helper.py, lora_model.py, config/lora.py), SGLang 0.5.23
-(srt/lora) and mlx-lm 0.32.2 (tuner/utils.py); what PEFT and llama.cpp do was tried. llama.cpp
-stands for its convert_lora_to_gguf.py, which takes lora_alpha over the rank as the scale.
+From the sources of vLLM 0.33 (lora/peft_helper.py, lora_model.py, config/lora.py), SGLang 0.5.23
+(srt/lora) and mlx-lm 0.32.2 (tuner/utils.py); PEFT and llama.cpp were tested. llama.cpp means its
+convert_lora_to_gguf.py, which uses lora_alpha / r as the scale.
 """
 
 from __future__ import annotations
@@ -13,41 +13,41 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; 16 by default
-# The endings SGLang has a buffer for (srt/lora/utils.py).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank; default 16
+# Name endings with a buffer in SGLang (srt/lora/utils.py).
 _SGLANG = re.compile(
     r"(q|k|v|qkv|o|out|gate|up|gate_up|down|in|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|in_proj_qkvz"
     "|embed_tokens|lm_head|wq_b|wk|weights_proj"
 )
-# portable: `export` mends it; merge: only the merged model carries it; flag: a flag of the server;
-# train: only a training without it.
-Mend = Literal["portable", "merge", "flag", "train"]
+# How to fix an issue. portable: `export --to portable`; merge: serve the merged model; flag: a
+# server flag; train: train again without the feature.
+Fix = Literal["portable", "merge", "flag", "train"]
 
 
 @dataclass(frozen=True)
-class Oddity:
-    """`who` trips over `what`, which the config's `key` says; `happens`: what comes of it."""
+class LoaderIssue:
+    """Programs `who` do not support `what`, set by `key` of the config; `happens`: the result."""
 
     what: str
     key: str
     who: tuple[str, ...]
     happens: str
-    mend: Mend
+    fix: Fix
 
 
-def oddities(
+def loader_issues(
     config: Mapping[str, Any],
     modules: Iterable[str],
     beside: Iterable[str] = (),
     tied: bool = False,
-) -> list[Oddity]:
-    """What is odd in an adapter.
+) -> list[LoaderIssue]:
+    """The issues of an adapter in the programs that load it.
 
     Args:
-        config: adapter_config.json, or what `adapter:` says in a run file.
+        config: adapter_config.json, or `adapter:` of a run file.
         modules: the adapted modules, or name endings.
-        beside: names of the tensors beside A and B.
-        tied: whether embeddings and head are one matrix in the base.
+        beside: names of other tensors than A and B.
+        tied: whether the base ties embeddings and head.
     """
     ends = {module.rsplit(".", 1)[-1] for module in modules}
     rank = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
@@ -55,8 +55,8 @@ def oddities(
     start = kind.startswith(("pissa", "olora", "corda", "loftq"))
     targets = config.get("target_modules")
     expression = isinstance(targets, str) and targets not in ("all", "all-linear")
-    # It stacks the halves of q, k and v, and of gate and up: those of the others are not found
-    # without q and v, nor up's without gate's.
+    # SGLang stacks the factors of q, k and v, and of gate and up: k needs q and v, and up needs
+    # gate.
     qkv = ends & {"q_proj", "k_proj", "v_proj"}
     lone = ends & {"gate_proj", "up_proj"} == {"up_proj"}
     split = lone or (qkv and not {"q_proj", "v_proj"} <= qkv)
@@ -65,16 +65,16 @@ def oddities(
     whole = [n for n in beside if re.search(r"(embed_tokens|lm_head)\.weight$", n)]
     lost, unscaled, dropped = "not loaded", "loaded with a wrong scale, silently", "lost, silently"
     flag = f"not loaded without --max-lora-rank {vllm_rank(rank)}"
-    declared = "not loaded but by classes that declare it, as Llama's and Mistral's do"
-    one_matrix = "not loaded, or taken for both: they are one matrix in this base"
-    experts = "not loaded but on a base whose experts vLLM keeps in one tensor"
+    declared = "only loaded by classes that declare it, as Llama's and Mistral's do"
+    one_matrix = "not loaded, or applied to both: the base ties them"
+    experts = "only loaded for bases whose experts vLLM keeps in one tensor"
     vllm, sglang, others = ("vLLM",), ("SGLang",), ("llama.cpp", "MLX")
     all_of_them, but_sglang, but_vllm = (*vllm, *sglang, *others), (*vllm, *others), sglang + others
-    part = "a part of q, k and v, or up without gate"
-    own = "a start from the base's own weights"
-    another = "put on a base that it was not trained on, silently"
+    part = "only some of q, k and v, or up without gate"
+    own = "an initialisation from the base's weights"
+    another = "silently loaded onto a base that it was not trained on"
 
-    rows: list[tuple[str, Any, tuple[str, ...], str, Mend, str]] = [
+    rows: list[tuple[str, Any, tuple[str, ...], str, Fix, str]] = [
         ("use_dora", None, all_of_them, lost, "merge", ""),
         ("use_rslora", None, ("SGLang", "llama.cpp"), unscaled, "portable", ""),
         ("rank_pattern", None, sglang, lost, "portable", ""),
@@ -98,12 +98,12 @@ def oddities(
         ("target_modules", unknown, sglang, lost, "merge", f"an adapter on {unknown}"),
     ]
     return [
-        Oddity(what or key, key, who, happens, mend)
-        for key, odd, who, happens, mend, what in rows
+        LoaderIssue(what or key, key, who, happens, fix)
+        for key, odd, who, happens, fix, what in rows
         if (config.get(key) if odd is None else odd)
     ]
 
 
 def vllm_rank(rank: int) -> int:
-    """The smallest --max-lora-rank that holds a rank; the largest there is, if none does."""
+    """The smallest --max-lora-rank for a rank, or the largest one."""
     return next((one for one in VLLM_RANKS if one >= rank), VLLM_RANKS[-1])

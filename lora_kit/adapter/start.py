@@ -1,4 +1,4 @@
-"""The model as it was before its first training step: what a preference run is compared with."""
+"""The model before its first training step: the reference of preference training."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lora_kit.schema import Adapter
 
 @contextmanager
 def as_at_start(model: Any, adapter: Adapter) -> Iterator[None]:
-    """Inside it a PEFT model computes what it did before its first step: the base, or the base with
-    the adapter that `adapter.start` names.
+    """Inside, a PEFT model is as before its first step: the base, or the base with the adapter of
+    `adapter.start`.
 
     Args:
-        model: with the adapter that `adapter` describes, trained or not; its adapter may be
+        model: with the adapter that `adapter` describes, trained or not; the adapter may be
             disabled.
 
     Raises:
-        UserError: the adapter to start from is gone, or damaged.
+        UserError: the start adapter is missing or corrupt.
     """
     if adapter.start is None:
         with model.disable_adapter():

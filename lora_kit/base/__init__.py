@@ -1,1 +1,1 @@
-"""A model in, loaded and pinned."""
+"""The base model: pinned and loaded."""

@@ -1,4 +1,4 @@
-"""A pinned base -> a tokenizer and a frozen model, quantized or not, on this rank's device."""
+"""A pinned base -> a tokenizer and a frozen model, optionally quantized, on this rank's device."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from lora_kit.errors import LoraKitError, UserError
 from lora_kit.schema import Base
 from lora_kit.trust import no_kernels_from_the_hub
 
-# Share of the logits' standard deviation by which rounding may move them, as the batches of experts
-# do in bfloat16; an encoder of random weights moves them by 0.012, a trained one by more than 1.
+# Largest change of logits due to rounding (such as of batched experts in bfloat16), relative to
+# their standard deviation; an encoder with random weights changes them by 0.012, a trained one by
+# more than 1.
 _ROUNDING = 5e-3
 
 
 def quiet_libraries() -> None:
-    """Silence what tells a user nothing they can act on, and what they did not ask for."""
+    """Silence library messages that a user cannot act on."""
     import warnings
 
     no_kernels_from_the_hub()
     # bitsandbytes looks for an optional kernel package on every CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
-    # transformers renames it, PEFT 0.21 and our key are of the old name: both work until 6.
+    # transformers renamed it; PEFT 0.21 and our key use the old name, which works until 6.
     old_name = ".*gradient_checkpointing.*is deprecated.*"
     warnings.filterwarnings("ignore", message=old_name, category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -38,11 +39,11 @@ def quiet_libraries() -> None:
 
 
 def gpu_is_used() -> bool:
-    """Whether this process computes on a GPU: there is one, and accelerate was not told `cpu`."""
+    """Whether this process uses a GPU: there is one, and accelerate does not use the CPU."""
     import torch
 
-    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    return torch.cuda.is_available() and not told_cpu
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return torch.cuda.is_available() and not use_cpu
 
 
 def base_is_sharded() -> bool:
@@ -52,26 +53,26 @@ def base_is_sharded() -> bool:
 
 
 def load_tokenizer(pinned: Pinned, generates: bool = True) -> Any:
-    """The base's own fast tokenizer, with a padding token, padding on the right.
+    """The base's fast tokenizer, with a padding token and right padding.
 
     Args:
-        generates: the model generates text, so an end-of-text token is needed.
+        generates: the model generates text, so an end-of-text token is required.
 
     Raises:
-        UserError: there is none, or it knows more tokens than the base has embeddings.
+        UserError: there is none, or it has more tokens than the base has embeddings.
     """
     from transformers import AutoTokenizer
 
     try:
-        # Left unsaid, transformers asks at the terminal whether to run the folder's code.
+        # Without trust_remote_code, transformers asks at the terminal whether to run code.
         tokenizer = AutoTokenizer.from_pretrained(
             pinned.folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # what a broken file raises depends on the parser that meets it
+    except Exception as error:  # parsers raise anything on a corrupt file
         raise unusable(pinned, "no usable tokenizer", error) from None
     if not tokenizer.is_fast:
         raise UserError(
-            f"base.model: {pinned.folder}: only a slow tokenizer; a tokenizer.json is needed"
+            f"base.model: {pinned.folder}: no fast tokenizer: a tokenizer.json is required"
         )
     if tokenizer.eos_token is None and (generates or tokenizer.pad_token is None):
         missing = "end-of-text token (eos_token)" if generates else "padding token (pad_token)"
@@ -82,36 +83,36 @@ def load_tokenizer(pinned: Pinned, generates: bool = True) -> Any:
     embeddings = embedding_rows(Path(pinned.folder))
     if embeddings is not None and len(tokenizer) > embeddings:
         raise UserError(
-            f"base.model: {pinned.folder}: the tokenizer knows {len(tokenizer)} tokens, "
-            f"the base has {embeddings} embeddings: use the tokenizer that belongs to the base"
+            f"base.model: {pinned.folder}: the tokenizer has {len(tokenizer)} tokens, "
+            f"the base {embeddings} embeddings: use the tokenizer of this base"
         )
     if tokenizer.pad_token is None:
-        # Only a filler: labels and attention leave padding out by position, not by token.
+        # Any token will do: labels and attention ignore padding by position.
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def embedding_rows(folder: Path) -> int | None:
-    """The vocabulary that the base's configuration states."""
+    """The vocabulary size in the base's config; None if there is no config."""
     file = folder / "config.json"
-    if not file.is_file():  # a tokenizer saved beside an adapter
+    if not file.is_file():  # a tokenizer in an adapter's folder
         return None
     config = _config(folder)
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
 def check_length(pinned: Pinned, max_length: int) -> None:
-    """Raises UserError if rows of `max_length` tokens are longer than the base's positions go."""
+    """Raises UserError if `max_length` exceeds the positions of the base."""
     config = _config(Path(pinned.folder))
     config = config.get("text_config") or config
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     stated = config.get("max_position_embeddings") or config.get("n_positions") or 0
-    positions = int(stated * scaling.get("factor", 1))  # YaRN and its like stretch them
+    positions = int(stated * scaling.get("factor", 1))  # YaRN and similar
     if 0 < positions < max_length:
         raise UserError(
-            f"train.max_length: {max_length} tokens a row, and {pinned.model} has positions for "
-            f"{positions}: {positions} at most"
+            f"train.max_length: {max_length} is too long: {pinned.model} has {positions} "
+            f"positions: use at most {positions}"
         )
 
 
@@ -123,13 +124,13 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):
-        raise UserError(f"base.model: {file}: not a JSON object: fetch the base again")
+        raise UserError(f"base.model: {file}: not a JSON object: download the base again")
     return config
 
 
 def unquantized_config(pinned: Pinned) -> dict[str, Any]:
-    """config.json. Raises UserError if it is no object, its weights are quantized already, or its
-    files lead out of the folder or to code."""
+    """config.json. Raises UserError if it is invalid, the weights are already quantized, or files
+    point outside of the folder or to code."""
     config = _check_files(Path(pinned.folder))
     if stored := config.get("quantization_config"):
         method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else "unknown"
@@ -142,12 +143,12 @@ def unquantized_config(pinned: Pinned) -> dict[str, Any]:
 
 def unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
     if isinstance(error, LoraKitError):
-        return error  # a signal, which arrives anywhere
+        return error  # for instance a signal
     reason = " ".join(str(error).split())[:240] or type(error).__name__
     if kinds := re.search(r"configuration class <class '.*\.(\w+)'> .*: (AutoModel\w*)\.", reason):
-        reason = f"transformers has no {kinds[2]} of a {kinds[1]}: take another base"
+        reason = f"transformers has no {kinds[2]} for {kinds[1]}: use another base"
     if "trust_remote_code" in reason:
-        reason = "it needs code from its folder (auto_map), and that is never run: take another"
+        reason = "needs remote code (auto_map), which is never run: use another base"
     return UserError(f"base.model: {pinned.folder}: {what}: {reason}")
 
 
@@ -155,16 +156,16 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
     """Load the base as a causal language model, every parameter frozen.
 
     Args:
-        base: dtype and quantization; NF4 is double-quantized and computes in `dtype` (QLoRA,
+        base: dtype and quantization; NF4 uses double quantization and computes in `dtype` (QLoRA,
             Dettmers et al. 2023, arXiv:2305.14314), int8 is LLM.int8() (arXiv:2208.07339).
-        quantize: instead of the run's own, as for a merge, which wants `none`.
+        quantize: overrides the run's setting, for instance `none` for a merge.
 
     Returns:
-        A transformers model on this rank's device, in evaluation mode. Call `to` only where it is
-        not quantized.
+        A transformers model on this rank's device, in evaluation mode. Do not call `to` on a
+        quantized one.
 
     Raises:
-        UserError: the architecture is unknown, a weight is missing or broken, or the weights are
+        UserError: the architecture is unknown, a weight is missing or corrupt, or the weights are
             already quantized.
     """
     from transformers import AutoModelForCausalLM
@@ -176,19 +177,19 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
 
 
 def frozen(model: Any) -> Any:
-    """The model in evaluation mode, none of its parameters to be trained."""
+    """The model in evaluation mode, with all parameters frozen."""
     model.requires_grad_(False)
     for module in model.modules():
-        # In evaluation mode bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16, for good: the
-        # packed product has no gradient, so training after an evaluation would learn nothing below
-        # it, in silence; and it wants row counts that divide by 32.
+        # In evaluation mode bitsandbytes 0.50 permanently repacks 4-bit weights for AVX512-BF16.
+        # That product has no gradient, so training after an evaluation would silently not train
+        # the layers below; it also needs row counts divisible by 32.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
 def base_on_meta(base: Base, pinned: Pinned) -> Any:
-    """The base as shapes alone, on torch's meta device: no weights are read."""
+    """The base on torch's meta device: no weights are read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -197,7 +198,7 @@ def base_on_meta(base: Base, pinned: Pinned) -> Any:
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, base.dtype))
-    model.config.pad_token_id = None  # some look for padding, in what has no content
+    model.config.pad_token_id = None  # some architectures inspect the input for padding
     return model
 
 
@@ -209,12 +210,12 @@ def from_files(
     unquantized: Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[Any, list[str]]:
-    """A model of transformers, and the names of the parameters that its files lack, or hold in
-    another shape.
+    """A transformers model, and the names of parameters that its files lack or have in another
+    shape.
 
     Args:
         auto: its auto class.
-        unquantized: modules that are not quantized; None: as transformers has it.
+        unquantized: modules that are not quantized; None: transformers' default.
     """
     import torch
 
@@ -222,7 +223,7 @@ def from_files(
     quantize = base.quantize if quantize is None else quantize
     if quantize != "none":
         options["quantization_config"] = _quantization(quantize, dtype, unquantized)
-        # bitsandbytes' weights cannot be moved once they are quantized: load them in place.
+        # bitsandbytes' weights cannot be moved after quantization: load them in place.
         if gpu_is_used():
             options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
@@ -241,34 +242,34 @@ def from_files(
 
 
 def check_whole(pinned: Pinned, missing: list[str]) -> None:
-    """Raises UserError if weights are missing: transformers fills them with random numbers, and
-    only warns."""
+    """Raises UserError if weights are missing, which transformers would initialise randomly with
+    only a warning."""
     if missing:
         raise UserError(
             f"base.model: {pinned.folder}: weights are missing: {', '.join(missing[:3])}"
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            + ": fetch the base again, or take another"
+            + ": download the base again, or use another"
         )
 
 
 def check_causal(model: Any, pinned: Pinned) -> None:
-    """Check that no token changes the logits of an earlier one: encoders load as causal language
-    models as well (RoBERTa as RobertaForCausalLM), and would see the tokens that they predict.
+    """Check that no token changes the logits of earlier positions: encoders also load as causal
+    language models (RoBERTa as RobertaForCausalLM), and would see the tokens that they predict.
 
-    Costs one forward pass of eight tokens and no random number.
+    Costs one forward pass of eight tokens; uses no random numbers.
 
     Raises:
-        UserError: an earlier logit moves when the last token is another one.
+        UserError: earlier logits change with the last token.
     """
     import torch
 
     if any(p.numel() == 0 or p.is_meta for p in model.parameters()):
-        return  # sharded, or on another rank: the rank that has the weights checks them
+        return  # sharded: the rank that has the weights checks
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(4, device=model.device) + vocabulary // 2).repeat(2, 1)
     ids[1, -1] = vocabulary // 3
     with torch.no_grad():
-        # One batch: what depends on the whole of it, as outliers in int8, is the same for both.
+        # One batch, so that batch-dependent arithmetic (int8 outliers) is the same for both.
         logits = model(input_ids=ids).logits[:, :-1].float()
     moved = (logits[0] - logits[1]).abs().max().item()
     if moved > _ROUNDING * logits.std().item():
@@ -279,8 +280,8 @@ def check_causal(model: Any, pinned: Pinned) -> None:
 
 
 def _check_files(folder: Path) -> dict[str, Any]:
-    """config.json. Raises UserError on what transformers would follow: an index of shards that
-    leads out of the folder, and a compiled attention of the Hub that config.json names."""
+    """config.json. Raises UserError if the shard index points outside of the folder, or config.json
+    names a compiled attention kernel of the Hub."""
     try:
         stored_in(folder)
     except UserError as error:
@@ -290,9 +291,7 @@ def _check_files(folder: Path) -> dict[str, Any]:
         inside += [value for value in values.values() if isinstance(value, dict)]
         for key, value in values.items():
             if key.endswith("_implementation") and "/" in json.dumps(value):
-                raise UserError(
-                    f"base.model: {folder}: {key} of its config.json is code: remove it"
-                )
+                raise UserError(f"base.model: {folder}: config.json: {key} names code: remove it")
     return inside[0]
 
 
@@ -300,8 +299,8 @@ def _quantization(kind: str, dtype: Any, unquantized: Sequence[str] | None = Non
     from transformers import BitsAndBytesConfig
 
     skipped = None if unquantized is None else list(unquantized)
-    # Of its own, transformers leaves out the last parameter, which of a head is its bias: its
-    # matrix would be packed.
+    # By default transformers skips the module of the last parameter, which for a head with a bias
+    # is the bias, so its matrix would be quantized.
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -311,6 +310,6 @@ def _quantization(kind: str, dtype: Any, unquantized: Sequence[str] | None = Non
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skipped,
-        # FSDP shards tensors of one floating type: the packed 4-bit values are stored as one.
+        # FSDP shards tensors of a single floating dtype: store the packed 4-bit values in it.
         **({"bnb_4bit_quant_storage": dtype} if sharded else {}),
     )

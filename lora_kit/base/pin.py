@@ -1,4 +1,4 @@
-"""Where a base model lies and exactly which one it is: folder, revision, hashes, licence."""
+"""Pins a base model: its folder, revision, hashes and licence."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lora_kit.hashes import cached_hash
 from lora_kit.run import is_hub_id
 from lora_kit.schema import Base
 
-# What a base is made of. Weights in other formats than safetensors can run code, and are not read.
-# README.md carries the licence.
+# Files of a base. Other weight formats than safetensors can run code and are not read. README.md
+# has the licence.
 _WEIGHTS = "*.safetensors"
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 _HASHED = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
-# Only the top folder is read, and 1_Pooling/config.json, sentence-transformers' pooling;
-# `consolidated` are the same weights once more, in Mistral's layout.
+# Only the top folder and sentence-transformers' 1_Pooling/config.json are read; `consolidated` is a
+# second copy of the weights, in Mistral's layout.
 _NOT_READ = ["[!1]*/*", "1[!_]*/*", "*/*.safetensors", "consolidated*.safetensors"]
-# As repositories of weights that are quantized already are named.
+# Names of repositories with quantized weights.
 _QUANTIZED_NAME = re.compile(r"(?i)[-_.]([48]-?bit|int[48]|fp8|gptq|awq|gguf)\b")
 _QUANTIZED = "its weights are already quantized: name the original model"
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """A base as it lies on disk. `hashes`: {file name: sha256}, of all that decides its output."""
+    """A base on disk. `hashes`: {file name: sha256} of all files that its output depends on."""
 
     model: str
     folder: str
@@ -38,20 +38,20 @@ class Pinned:
     hashes: dict[str, str] = field(default_factory=dict)
 
     def to_lock(self) -> dict[str, object]:
-        """What the lock file keeps; the folder is this machine's business."""
+        """The entry of the lock file, without the local folder."""
         return {key: value for key, value in asdict(self).items() if key != "folder"}
 
 
 def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) -> Pinned:
-    """Find the base, fetch it if it is on the Hub, and fix its revision and hashes.
+    """Find the base, download it if it is on the Hub, and record its revision and hashes.
 
     Args:
-        lock: the lock file of a run that used it; the revision is the one named there, unless the
-            base names its own.
-        weights: without them only what a tokenizer needs is fetched and hashed.
+        lock: the lock file of a run that used it, whose revision is used unless the base names
+            one.
+        weights: False: only the files that a tokenizer needs.
 
     Raises:
-        UserError: it is not there, cannot be reached offline, is gated, or has no safetensors.
+        UserError: it does not exist, is not cached and cannot be reached, is gated, or has no
     """
     if base.model == "nano":
         folder, revision, model = nano.MODEL, None, "nano"
@@ -60,18 +60,20 @@ def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) ->
     elif is_hub_id(base.model):
         used = (lock or {}).get("base", {}).get("revision")
         folder = _from_hub(base.model, base.revision or used, weights)
-        # The cache keeps each snapshot in a folder named after its commit.
+        # The cache has a folder per commit.
         revision, model = folder.name, base.model
     else:
         raise UserError(
             f"base.model: {base.model}: no such folder, and not a Hub id (owner/name) or `nano`"
         )
     if revision is None and base.revision is not None:
-        raise UserError(f"base.revision: {model} is no model of the Hub: leave it out")
+        raise UserError(f"base.revision: {model} is not a Hub model: remove it")
     if not (folder / "config.json").is_file():
         raise UserError(f"base.model: {folder}: no config.json: not a model folder")
     if weights and not list(folder.glob(_WEIGHTS)):
-        raise UserError(f"base.model: {folder}: no .safetensors weights: others are not read")
+        raise UserError(
+            f"base.model: {folder}: no .safetensors weights (other formats are not supported)"
+        )
     files = {file for pattern in _HASHED + [_WEIGHTS] * weights for file in folder.glob(pattern)}
     hashes = {file.name: cached_hash(file) for file in sorted(files)}
     return Pinned(model, str(folder), revision, licence_of(folder / "README.md"), hashes)
@@ -83,19 +85,19 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
     wanted = _FILES + [_WEIGHTS] * weights
     named: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": _NOT_READ}
     suspect = bool(_QUANTIZED_NAME.search(model))
-    if weights and suspect and _is_quantized(model, revision):  # before gigabytes are fetched
+    if weights and suspect and _is_quantized(model, revision):  # before downloading gigabytes
         raise UserError(f"base.model: {model}: {_QUANTIZED}")
     try:
         return Path(snapshot_download(model, revision=revision, **named))
     except (OSError, ValueError) as error:
-        said = hub_errors.problem(error, model, revision, "model")
-        if suspect and "hf download" in said:
-            said = _QUANTIZED
-        raise UserError(f"base.model: {model}: {said}") from None
+        problem = hub_errors.problem(error, model, revision, "model")
+        if suspect and "hf download" in problem:
+            problem = _QUANTIZED
+        raise UserError(f"base.model: {model}: {problem}") from None
 
 
 def _is_quantized(model: str, revision: str | None) -> bool:
-    """Whether its config.json says that its weights are; False where that cannot be fetched."""
+    """Whether its config.json has a quantization config; False if it cannot be downloaded."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -106,7 +108,7 @@ def _is_quantized(model: str, revision: str | None) -> bool:
 
 
 def licence_of(card: Path) -> str | None:
-    """The `license:` of a card's front matter; None is unknown."""
+    """The `license:` of a card's front matter; None if unknown."""
     if not card.is_file():
         return None
     import yaml

@@ -1,7 +1,7 @@
-"""A classifier for poolings that a family of transformers has none of: a body, a mean, a layer.
+"""A classifier for poolings that transformers' own class does not support.
 
-Its folder is one of sentence-transformers (modules.json, 1_Pooling, 2_Dense), whose parts anybody
-can read: `AutoModel` loads the body, and the rest is a mean and a matrix.
+It is saved as a sentence-transformers folder (modules.json, 1_Pooling, 2_Dense): `AutoModel` loads
+the encoder; the rest is a pooling and a linear layer.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from lora_kit.base.head import POOLING_MODES, pooling_of
 
 DENSE = "2_Dense"
-_MODULES = "sentence_transformers.models"  # the names that every version of it knows
+_MODULES = "sentence_transformers.models"  # class names that every version supports
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """One vector for each text.
+    """Pool the hidden states of each text to one vector.
 
     Args:
-        hidden: (texts, tokens, width), of any floating type.
-        mask: (texts, tokens), 0 on padding, which is on the right; None: no padding.
+        hidden: (texts, tokens, width), any floating dtype.
+        mask: (texts, tokens), 0 on (right) padding; None: no padding.
 
     Returns:
         (texts, width) float32.
     """
     if mask is None:
         mask = torch.ones(hidden.shape[:2], device=hidden.device)
-    if mask.dim() == 4:  # as a memory plan has it, which knows no content
+    if mask.dim() == 4:  # in the memory plan, on the meta device
         mask = mask[:, 0, 0]
     if pooling == "cls":
         return hidden[:, 0].float()
@@ -47,8 +47,8 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch
 class PooledClassifier(nn.Module):
     """`score(pool(encoder(text)))`.
 
-    What is asked of it that it does not have is asked of the encoder, as PEFT's models do: config,
-    device, embeddings, gradient checkpointing.
+    Other attributes are forwarded to the encoder, as in PEFT's models: config, device, embeddings,
+    gradient checkpointing.
 
     Args:
         encoder: a model of `AutoModel`; its config has the label names.
@@ -70,7 +70,7 @@ class PooledClassifier(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "encoder":  # not there yet
+            if name == "encoder":  # not set yet
                 raise
             return getattr(self.encoder, name)
 
@@ -86,15 +86,14 @@ class PooledClassifier(nn.Module):
 def write_parts(
     folder: Path, score: Mapping[str, torch.Tensor], pooling: str, max_length: int
 ) -> None:
-    """Make the folder of a body, as transformers saves it, one of sentence-transformers: add the
-    pooling and the head.
+    """Add pooling and head to the folder of a saved encoder, as a sentence-transformers model.
 
-    `AutoModel` and sentence-transformers load it; `SentenceTransformer(folder).encode(texts)` gives
-    the logits.
+    `AutoModel` and sentence-transformers load it; `SentenceTransformer(folder).encode(texts)`
+    returns the logits.
 
     Args:
         score: `weight` (labels, width) and `bias` (labels,) of the head.
-        max_length: tokens of a text; longer ones are truncated.
+        max_length: longer texts are truncated to so many tokens.
     """
     from safetensors.torch import save_file
 
@@ -116,12 +115,13 @@ def write_parts(
 
 
 def guard_of(skeleton: Any) -> str | None:
-    """The weight of the last layer of transformers' own classifier of a family. A tensor of this
-    name without values in the folder of a body alone makes `AutoModelForSequenceClassification`
-    fail, which would fill its own head with random numbers and only warn.
+    """The name of the output weight of transformers' own classifier.
+
+    An empty tensor of this name in an encoder's folder makes `AutoModelForSequenceClassification`
+    fail, instead of loading with a randomly initialised head and only a warning.
 
     Args:
-        skeleton: that classifier, on the meta device; None: the family has none.
+        skeleton: transformers' classifier, on the meta device; None if there is none.
     """
     if skeleton is None:
         return None
@@ -130,7 +130,7 @@ def guard_of(skeleton: Any) -> str | None:
 
 
 def read_folder(folder: Path, **options: Any) -> PooledClassifier:
-    """A body with what `write_parts` added, by means of transformers alone; in evaluation mode.
+    """Load a folder of `write_parts` with transformers alone, in evaluation mode.
 
     Args:
         options: arguments of `from_pretrained`, such as `dtype`.

@@ -1,4 +1,4 @@
-"""Chat templates: the shipped ones, and rendering in transformers' sandbox, bounded in time."""
+"""Chat templates: the shipped ones, and rendering in transformers' sandbox with a time limit."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Any
 from lora_kit.errors import LoraKitError, NotUsable, UserError
 from lora_kit.trust import time_limit
 
-Message = dict[str, Any]  # role, content, and what templates read besides
+Message = dict[str, Any]  # role, content, and other fields that templates read
 SECONDS_TO_RENDER = 10.0
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 
 
 def set_template(tokenizer: Any, name: str | None) -> None:
-    """Give a tokenizer the shipped template of this name; None leaves it as it is.
+    """Set a shipped chat template; None keeps and checks the tokenizer's own.
 
-    Where the tokenizer has no <|im_end|>, a turn of chatml ends with its end-of-text token, so that
-    generation stops in every engine without new embeddings. alpaca is the layout that Stanford's
-    Alpaca made common, without its preamble.
+    If the tokenizer has no <|im_end|>, chatml turns end with its end-of-text token, so that
+    generation stops in every engine without new embeddings. alpaca is Stanford Alpaca's layout
+    without its preamble.
 
     Raises:
-        UserError: the tokenizer has a template of its own, or one that cannot be used.
+        UserError: the tokenizer already has a template, or an unusable one.
     """
     if name is None:
         if tokenizer.chat_template:
             check_template(tokenizer)
         return
     if tokenizer.chat_template:
-        raise UserError("data.chat_template: this base has a template of its own: leave it out")
+        raise UserError("data.chat_template: the base has its own chat template: remove the key")
     marked = name == "chatml" and "<|im_end|>" in tokenizer.get_vocab()
     end = "<|im_end|>" if marked else tokenizer.eos_token
     begins = bool(tokenizer.bos_token) and context_token(tokenizer) == [tokenizer.bos_token_id]
@@ -42,26 +42,28 @@ def set_template(tokenizer: Any, name: str | None) -> None:
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raises UserError if a template cannot render one question and its answer, or takes longer
-    than SECONDS_TO_RENDER for it."""
+    """Raises UserError if a template cannot render a prompt and a completion within
+    SECONDS_TO_RENDER."""
     import jinja2
 
     template = tokenizer.chat_template
     if not isinstance(template, str):
         names = ", ".join(template) if isinstance(template, dict) else type(template).__name__
-        raise UserError(f"base: several chat templates ({names}): keep one of them")
+        raise UserError(f"base: several chat templates ({names}): keep only one")
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             _GENERATION.sub("", template)
         )
-        # One power can take longer than any limit, and cannot be interrupted. `round` takes one.
+        # A power can take forever and cannot be interrupted; `round` computes one.
         powers = any(parsed.find_all(jinja2.nodes.Pow)) or any(
             node.name == "round" for node in parsed.find_all(jinja2.nodes.Filter)
         )
     except (jinja2.TemplateSyntaxError, RecursionError):
-        powers = False  # rendering says what is wrong with it
+        powers = False  # rendering reports the error
     if powers:
-        raise UserError("base: the chat template raises to a power, as no honest one does")
+        raise UserError(
+            "base: the chat template uses a power (**, round), which can hang: fix the template"
+        )
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         text = render(tokenizer, turns)
@@ -71,8 +73,8 @@ def check_template(tokenizer: Any) -> None:
     begun = tokenizer(text, add_special_tokens=False).input_ids[:2]
     if begin is not None and begun == [begin, begin]:
         raise UserError(
-            "base: the chat template writes the beginning-of-text token twice: no engine would "
-            "serve that; mend the template of the base"
+            "base: the chat template writes the beginning-of-text token twice, unlike any serving "
+            "engine: fix the base's template"
         )
 
 
@@ -82,11 +84,11 @@ def render(
     tools: tuple[Any, ...] = (),
     add_generation_prompt: bool = False,
 ) -> str:
-    """What the tokenizer's template writes for a conversation.
+    """Render a conversation with the tokenizer's chat template.
 
     Raises:
-        NotUsable: it refuses these turns, or reaches for what its sandbox forbids.
-        UserError: it takes longer than SECONDS_TO_RENDER.
+        NotUsable: the template rejects these turns, or violates its sandbox.
+        UserError: rendering takes longer than SECONDS_TO_RENDER.
     """
     return render_many(tokenizer, [messages], tools, add_generation_prompt)[0]
 
@@ -97,7 +99,7 @@ def render_many(
     tools: tuple[Any, ...] = (),
     add_generation_prompt: bool = False,
 ) -> list[str]:
-    """`render` for several conversations with the same tools; all of them, or none."""
+    """`render` for several conversations with the same tools; fails if one of them does."""
     plain = [
         [{k: v for k, v in m.items() if k != "weight"} if "weight" in m else m for m in messages]
         for messages in conversations
@@ -107,13 +109,13 @@ def render_many(
         return _rendered(tokenizer, plain, tools, add_generation_prompt)
     try:
         return _rendered(tokenizer, parsed, tools, add_generation_prompt)
-    except NotUsable:  # it wants them as text
+    except NotUsable:  # the template expects arguments as text
         return _rendered(tokenizer, plain, tools, add_generation_prompt)
 
 
 def _with_parsed_calls(message: Message) -> Message:
-    """OpenAI spells the arguments of a call as JSON in a text; most templates take an object, and
-    engines give them one. The text would be quoted once more."""
+    """Parse the arguments of tool calls: OpenAI's format has them as JSON text, while most
+    templates expect an object (and would quote the text again)."""
     if "tool_calls" not in message:
         return message
     calls = []
@@ -135,7 +137,7 @@ def _rendered(
     try:
         with time_limit(
             SECONDS_TO_RENDER,
-            f"the chat template was still rendering after {SECONDS_TO_RENDER:g} s: it loops; use "
+            f"the chat template did not finish in {SECONDS_TO_RENDER:g} s: use "
             "the template of a base you trust",
         ):
             return tokenizer.apply_chat_template(
@@ -144,32 +146,32 @@ def _rendered(
                 add_generation_prompt=add_generation_prompt,
                 **({"tools": list(tools)} if tools else {}),
             )
-    except LoraKitError:  # the time limit's, or that of an interruption
+    except LoraKitError:  # the time limit, or an interruption
         raise
-    except Exception as error:  # whatever a template does
+    except Exception as error:  # templates raise anything
         roles = "-".join(turn["role"] for turn in plain[0])
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise NotUsable("that the chat template refuses", f"{roles:.60}: {reason}") from None
+        raise NotUsable("rejected by the chat template", f"{roles:.60}: {reason}") from None
 
 
 def prompt_text(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] = ()) -> str:
-    """What a model is given so that it answers: the template's prompt, or the bare content.
+    """The prompt for generation: rendered with the template, or the bare content without one.
 
-    Some templates write more before an answer than their own prompt holds, such as Qwen3's empty
-    thoughts. Answers were learned after that, so it belongs to the prompt.
+    Some templates write more before a completion than their generation prompt has, such as Qwen3's
+    empty thinking block. Completions were trained after it, so it belongs to the prompt.
     """
     if not tokenizer.chat_template:
         return messages[-1]["content"]
     prompt = render(tokenizer, messages, tools, add_generation_prompt=True)
     answer = {"role": "assistant", "content": "sentinelx"}
     answered = render(tokenizer, [*messages, answer], tools)
-    learned_after, _, _ = answered.rpartition("sentinelx")
-    more = learned_after.removeprefix(prompt)
-    return learned_after if learned_after.startswith(prompt) and more.strip() else prompt
+    trained_after, _, _ = answered.rpartition("sentinelx")
+    more = trained_after.removeprefix(prompt)
+    return trained_after if trained_after.startswith(prompt) and more.strip() else prompt
 
 
 def context_token(tokenizer: Any) -> list[int]:
-    """The token that stands before a text: beginning-of-text if the tokenizer adds it, else end."""
+    """The token before a text: beginning-of-text if the tokenizer adds it, else end-of-text."""
     added = tokenizer("a").input_ids
     if tokenizer.bos_token_id is not None and added[:1] == [tokenizer.bos_token_id]:
         return [tokenizer.bos_token_id]

@@ -1,8 +1,8 @@
-"""safetensors files, tensor by tensor: read as bytes, never mapped; written from front to back.
+"""safetensors files, tensor by tensor: read without mapping, written sequentially.
 
 A file is a header length (8 bytes, little endian), a JSON header {name: {dtype, shape,
 data_offsets}} and the bytes (https://github.com/huggingface/safetensors#format). The library maps
-the whole file, which counts as this process's memory, and takes a key that stands twice.
+the whole file, which counts as this process's memory, and accepts duplicate keys.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 PIECE = 16 * 2**20
 PAGE = 4096
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
-# safetensors' name -> (torch's name, bytes of an element).
+# safetensors dtype -> (torch dtype, bytes per element).
 DTYPES = {
     **{"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2)},
     **{"BF16": ("bfloat16", 2), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1)},
@@ -41,7 +41,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it lies in a file: `size` bytes from `offset` on."""
+    """A tensor in a file: `size` bytes at `offset`."""
 
     name: str
     dtype: str  # safetensors' name: BF16
@@ -51,7 +51,7 @@ class Stored:
     size: int
 
     def read(self, first: int = 0, last: int | None = None) -> Any:
-        """The torch tensor, in its own type; of `shape[0]` only the rows from `first` to `last`."""
+        """The torch tensor, in its own dtype; optionally only the rows first:last."""
         import torch
 
         rows = self.shape[0] if self.shape else 1
@@ -65,7 +65,7 @@ class Stored:
         return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
 
     def pieces(self) -> Iterator[bytearray]:
-        """Its bytes, 16 MiB at a time."""
+        """The bytes, 16 MiB at a time."""
         for start in range(0, self.size, PIECE):
             yield self._bytes(start, min(PIECE, self.size - start))
 
@@ -74,23 +74,23 @@ class Stored:
         with self.file.open("rb") as opened:
             opened.seek(self.offset + start)
             if opened.readinto(buffer) < size:
-                raise UserError(f"{self.file}: shorter than its header says: copy it again")
+                raise UserError(f"{self.file}: truncated: copy it again")
         return buffer
 
 
 def open_past_cache(file: Path, flags: int) -> int:
-    """A file descriptor whose bytes go around the page cache, where the file system can: copies
-    through it take longer than the disk does, and push out what others keep there."""
+    """A file descriptor with O_DIRECT, if the file system supports it: large copies through the
+    page cache are slower than the disk and evict other files."""
     try:
         return os.open(file, flags | _DIRECT, 0o666)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return os.open(file, flags & ~os.O_EXCL, 0o666)  # Linux has made it already
+        return os.open(file, flags & ~os.O_EXCL, 0o666)  # Linux has created it already
 
 
-def _moved(transfer: Callable[[], int], descriptor: int) -> int:
-    """Bytes moved by a call; what is no whole number of pages goes through the cache after all."""
+def _transferred(transfer: Callable[[], int], descriptor: int) -> int:
+    """Bytes transferred by a call; retried without O_DIRECT unless it is whole pages."""
     try:
         return transfer()
     except OSError as error:
@@ -102,28 +102,28 @@ def _moved(transfer: Callable[[], int], descriptor: int) -> int:
 
 
 def read_past_cache(descriptor: int, buffer: mmap.mmap, offset: int, size: int) -> memoryview:
-    """`size` bytes from `offset` on, as they lie in `buffer`, which has room for two pages more.
+    """Read `size` bytes at `offset`; `buffer` must have room for two more pages.
 
     Raises:
-        UserError: the file ends before.
+        UserError: the file is truncated.
     """
     start, end = offset // PAGE * PAGE, -(-(offset + size) // PAGE) * PAGE
     view, done = memoryview(buffer), 0
     while done < offset + size - start:
         rest, at = view[done : end - start], start + done
-        count = _moved(partial(os.preadv, descriptor, [rest], at), descriptor)
+        count = _transferred(partial(os.preadv, descriptor, [rest], at), descriptor)
         if count == 0:
-            raise UserError("a file is shorter than its header says: copy it again")
+            raise UserError("a file is truncated: copy it again")
         done += count
     return view[offset - start : offset - start + size]
 
 
 def stored(file: Path) -> dict[str, Stored]:
-    """The tensors of one file, in the order of their bytes.
+    """The tensors of one file, in byte order.
 
     Raises:
-        UserError: the header is too large, names a tensor twice, or does not fit the bytes: they
-            must be covered without gap or overlap.
+        UserError: the header is too large, has duplicate names, or does not match the bytes, which
+            it must cover without gap or overlap.
     """
     try:
         with file.open("rb") as opened:
@@ -132,16 +132,16 @@ def stored(file: Path) -> dict[str, Stored]:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = " ".join(str(error).split())[:160]
-        raise UserError(f"{file}: no safetensors file, or damaged ({why}): copy it again") from None
+        raise UserError(f"{file}: corrupt safetensors file ({why}): copy it again") from None
 
 
 def _parsed(file: Path, opened: BinaryIO) -> dict[str, Stored]:
-    """Raises whatever an unusable header leads to."""
+    """Raises ValueError, KeyError, TypeError, ... on an invalid header."""
     whole = os.fstat(opened.fileno()).st_size
     length = int.from_bytes(opened.read(8), "little")
     if whole < 8 or length > min(_LARGEST_HEADER, whole - 8):
         raise ValueError(f"a header of {length:,} bytes")
-    header = json.loads(opened.read(length), object_pairs_hook=_once)
+    header = json.loads(opened.read(length), object_pairs_hook=_unique_keys)
     header.pop("__metadata__", None)
     found: dict[str, Stored] = {}
     end = 0
@@ -149,61 +149,61 @@ def _parsed(file: Path, opened: BinaryIO) -> dict[str, Stored]:
         (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
         sound = all(type(n) is int and n >= 0 for n in (start, stop, *shape)) and start == end
         if not sound or stop - start != math.prod(shape) * DTYPES[entry["dtype"]][1]:
-            raise ValueError(f"{name!r:.80} does not lie where its shape says")
+            raise ValueError(f"{name!r:.80}: offsets do not match its shape")
         offset = 8 + length + start
         found[name] = Stored(name, entry["dtype"], shape, file, offset, stop - start)
         end = stop
     if 8 + length + end != whole:
-        raise ValueError(f"{whole:,} bytes, its header speaks of {8 + length + end:,}")
+        raise ValueError(f"{whole:,} bytes instead of {8 + length + end:,}")
     return found
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{twice!r:.80} stands twice")
+        raise ValueError(f"duplicate key {twice!r:.80}")
     return values
 
 
 def stored_in(folder: Path) -> dict[str, Stored]:
-    """The tensors of a model folder, of all its shards.
+    """The tensors of all shards of a model folder.
 
     Raises:
-        UserError: a shard is missing or damaged, or two hold a tensor of the same name.
+        UserError: a shard is missing or corrupt, or two have a tensor of the same name.
     """
     index, names = folder / INDEX, {"model.safetensors"}
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{index}: no index of shards: copy the model again") from None
+            raise UserError(f"{index}: invalid shard index: copy the model again") from None
         if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
-            raise UserError(f"{index}: names a file outside of its folder: {strange[0]!r:.80}")
+            raise UserError(f"{index}: lists a file outside of its folder: {strange[0]!r:.80}")
     found: dict[str, Stored] = {}
     for name in sorted(names):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing: copy the model again")
         shard = stored(folder / name)
         if twice := sorted(found.keys() & shard.keys()):
-            raise UserError(f"{folder}: {twice[0]} lies in two shards: copy the model again")
+            raise UserError(f"{folder}: {twice[0]} is in two shards: copy the model again")
         found |= shard
     return found
 
 
 class Writer:
-    """Writes one file whose tensors are known by name, dtype and shape, in that order.
+    """Writes one file with the given tensors (name, dtype, shape), in that order.
 
     >>> with Writer(path, {"weight": ("BF16", (2, 3))}) as writer:  # doctest: +SKIP
     ...     writer.put("weight", tensor)
 
-    A tensor is written whole by `put`, or in pieces by `append`, each after the one before. Without
-    an error the file is whole and on the disk (fsync) at the end of the block.
+    A tensor is written whole by `put`, or in consecutive pieces by `append`. At the end of the
+    block the file is complete and on disk (fsync).
     """
 
     def __init__(self, file: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._left: dict[str, int] = {}  # bytes of what is not yet written; the first is the next
+        self._left: dict[str, int] = {}  # remaining bytes per tensor, in order
         end = 0
         for name, (dtype, shape) in entries.items():
             start, end = end, end + math.prod(shape) * DTYPES[dtype][1]
@@ -213,7 +213,7 @@ class Writer:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.file, self.entries = file, dict(entries)
-        self.crc = 0  # of all bytes so far, to compare what is read back
+        self.crc = 0  # of all bytes so far, for verification
         self._opened = open_past_cache(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         self._block, self._filled = memoryview(mmap.mmap(-1, PIECE)), 0
         self._write(memoryview(len(text).to_bytes(8, "little") + text))
@@ -231,7 +231,7 @@ class Writer:
             os.close(self._opened)
 
     def put(self, name: str, tensor: Any) -> None:
-        """Write a tensor; its dtype and shape are those that were promised."""
+        """Write a tensor; its dtype and shape must be the declared ones."""
         import torch
 
         dtype, shape = self.entries[name]
@@ -239,7 +239,7 @@ class Writer:
         self.append(name, tensor)
 
     def append(self, name: str, piece: Any) -> None:
-        """Write the next bytes of a tensor: a torch tensor of its dtype, or bytes."""
+        """Write the next piece of a tensor: a torch tensor of its dtype, or bytes."""
         import torch
 
         if isinstance(piece, torch.Tensor):
@@ -265,6 +265,6 @@ class Writer:
     def _flush(self) -> None:
         rest = self._block[: self._filled]
         while rest:
-            count = _moved(partial(os.write, self._opened, rest), self._opened)
+            count = _transferred(partial(os.write, self._opened, rest), self._opened)
             rest = rest[count:]
         self._filled = 0

@@ -1,4 +1,4 @@
-"""What was read, what became of it, and what stops a run."""
+"""The census: how many rows were read, kept, dropped and leaked, and the limits that stop a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.formats import WORSE
+from lora_kit.data.formats import REJECTED
 from lora_kit.errors import UserError
 from lora_kit.schema import Limits
 
 NO_SUPERVISION = "without supervised tokens"  # data.limits.without_supervision counts them
-LEAKED = "that stand in data.train too"  # rows of data.eval: data.limits.exact_leaks counts them
+LEAKED = "that are also in data.train"  # rows of data.eval: data.limits.exact_leaks counts them
 
 _SUMMED = (
     *("rows_read", "rows_kept", "unused", "samples", "tokens", "supervised_tokens"),
@@ -24,11 +24,11 @@ _SUMMED = (
 
 @dataclass
 class Count:
-    """One use of the data: what is learned from, what is judged, or general text.
+    """Counts of one use of the data: training rows, held-out rows, or general text.
 
-    `rows_read` = `rows_kept` + what `dropped` counts + `unused`, which are the rows that fractions
-    leave over; `first` says where the first row of each reason stands; `lengths` are pairs (up to
-    so many tokens, rows).
+    `rows_read` = `rows_kept` + the sum of `dropped` + `unused`, the rows not needed for the
+    fractions of a mixture. `first`: the place of the first row for each reason. `lengths`: a
+    histogram, pairs of (most tokens, rows).
     """
 
     rows_read: int = 0
@@ -47,21 +47,21 @@ class Count:
 
     @property
     def labels_are_tokens(self) -> bool:
-        """Whether labels are tokens; else each sample has one label, such as its class."""
+        """Whether labels are tokens; otherwise each sample has one label, such as its class."""
         return bool(self.end_markers_supervised) or self.supervised_tokens != self.samples
 
-    def lose(self, reason: str, place: str, rows: int = 1, what: str = "dropped") -> None:
-        """Count rows that are left out, or `truncated`; `place` is where the first one stands."""
+    def count_lost(self, reason: str, place: str, rows: int = 1, what: str = "dropped") -> None:
+        """Count rows that are dropped or truncated (`what`); `place` is that of the first one."""
         counts = getattr(self, what)
         counts[reason] = counts.get(reason, 0) + rows
         self.first.setdefault(reason, place)
 
-    def left_out(self) -> str:
-        """Each reason: how many rows, and the first place."""
+    def dropped_text(self) -> str:
+        """The dropped rows by reason, each with the place of the first one."""
         return "; ".join(f"{n} {why} (first: {self.first[why]})" for why, n in self.dropped.items())
 
     def __add__(self, other: Count) -> Count:
-        """Both together, but for the lengths of rows."""
+        """The sum of both, without the histogram of lengths."""
         return Count(
             **{name: getattr(self, name) + getattr(other, name) for name in _SUMMED},
             dropped=dict(Counter(self.dropped) + Counter(other.dropped)),
@@ -70,7 +70,7 @@ class Count:
         )
 
     def measure(self, tokens: np.ndarray, supervised: int) -> None:
-        """Count rows of so many tokens each, int64 (rows,), and their supervised labels."""
+        """Count tokens per row, int64 (rows,), and the number of supervised tokens."""
         self.samples = len(tokens)
         self.tokens, self.supervised_tokens = int(tokens.sum()), supervised
         self.longest = int(tokens.max(initial=0))
@@ -79,12 +79,11 @@ class Count:
 
 @dataclass
 class Census:
-    """What `preview` shows, the log says and the run directory keeps as census.json.
+    """The counts that `preview` shows, the log prints and the run directory keeps as census.json.
 
-    `duplicates` are rows of data.train that repeat an earlier one. `leaks` are rows of the files
-    that data.eval or data.decontaminate name and that are in data.train too: `rows` of them were
-    looked for. Near ones were looked for among `compared` of the training rows; `held_out`:
-    data.eval is a share.
+    `duplicates`: rows of data.train that repeat an earlier one. `leaks`: rows of the files of
+    data.eval or data.decontaminate that are also in data.train; `rows` of them were checked, for
+    near duplicates against `compared` of the training rows. `held_out`: data.eval is a share.
     """
 
     train: Count = field(default_factory=Count)
@@ -97,7 +96,7 @@ class Census:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """train and eval together, as `rows_read`, ...; and each of the three apart."""
+        """Totals over train and eval as `rows_read`, ...; and each of the three uses."""
         both = self.train + self.eval
         totals = {name: getattr(both, name) for name in (*_SUMMED, "dropped", "truncated")}
         totals["supervised_share"] = round(both.supervised_tokens / max(1, both.tokens), 4)
@@ -115,9 +114,9 @@ class Census:
         return cls(**rest, leaks=values["leaks_by_source"])
 
     def problems(self, limits: Limits) -> list[str]:
-        """What exceeds `data.limits`, each with the key that changes it."""
+        """The exceeded limits of `data.limits`, each with the key that raises it."""
         found = []
-        # A share held out is a part of data.train: too few rows for a share of their own.
+        # A held-out share is part of data.train, and has too few rows for limits of its own.
         parts = {"data.train": self.train, "data.eval": self.eval, "data.general": self.general}
         if self.held_out:
             parts |= {"data.train": self.train + self.eval, "data.eval": Count()}
@@ -125,12 +124,12 @@ class Census:
             read = count.rows_read
             for what, limit in (("dropped", limits.dropped), ("truncated", limits.truncated)):
                 lost = Counter(getattr(count, what))
-                for reason in (LEAKED, WORSE):
+                for reason in (LEAKED, REJECTED):
                     del lost[reason]
                 if read and (total := lost.total()) > limit * read:
                     most = lost.most_common(1)[0][0]
                     long = "train.max_length" in most or what == "truncated"
-                    fix = "raise train.max_length" if long else "mend them"
+                    fix = "raise train.max_length" if long else "fix them"
                     found.append(
                         f"{name}: {total:,} of {read:,} rows ({total / read:.1%}) are {what}, most "
                         f"of them {most} (first: {count.first[most]}); the limit is {limit:.1%}: "
@@ -158,7 +157,7 @@ class Census:
         return found
 
     def check(self, limits: Limits) -> None:
-        """Raises UserError, a line for each limit that is exceeded."""
+        """Raises UserError with one line per exceeded limit."""
         if problems := self.problems(limits):
             raise UserError("\n".join(problems))
 
@@ -170,13 +169,13 @@ class Census:
                 continue
             share = count.supervised_tokens / max(1, count.tokens)
             line = f"{name}: {count.rows_read:,} rows read, {count.rows_kept:,} kept"
-            line += f", {count.unused:,} left over by fractions" if count.unused else ""
+            line += f", {count.unused:,} not needed for the mixture" if count.unused else ""
             line += f"; {count.tokens:,} tokens, "
             if count.labels_are_tokens:
-                ends = f"{count.end_markers_supervised:,} end tokens among them"
+                ends = f"{count.end_markers_supervised:,} of them end-of-turn tokens"
                 line += f"{count.supervised_tokens:,} ({share:.0%}) supervised, {ends}"
             else:
-                line += "one label a row"
+                line += "one label per row"
             lines.append(f"{line}; longest {count.longest:,}")
             for what in ("dropped", "truncated"):
                 for reason, number in getattr(count, what).items():
@@ -192,7 +191,7 @@ class Census:
 
 
 def histogram(lengths: np.ndarray, longest: int) -> list[tuple[int, int]]:
-    """(up to so many tokens, rows): twelve ranges of equal width up to `longest`."""
+    """(most tokens, rows) of twelve ranges of equal width up to `longest`."""
     edges = np.unique(np.linspace(0, max(longest, 1), 13).round().astype(int))
     return [
         (int(b), int(((lengths > a) & (lengths <= b)).sum())) for a, b in pairwise(edges.tolist())

@@ -1,10 +1,10 @@
-"""Rows that repeat each other: exactly, by a hash, and nearly, by MinHash.
+"""Exact duplicates, by a hash, and near duplicates, by MinHash.
 
-Two texts are near if the sets of their five-byte shingles (normalised: see `formats.normalised`)
-have a Jaccard similarity of NEAR or more, which is one word in twelve changed; in a text too short
-for that, one word. Signatures are rensa's R-MinHash; candidates share a band of BAND positions
-(Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3), and are near if their whole
-signatures, which estimate the similarity, agree so far.
+Two texts are near duplicates if the sets of their five-byte shingles (after `formats.normalised`)
+have a Jaccard similarity of at least NEAR: about one word in twelve differs, or one word in shorter
+texts. Signatures are rensa's R-MinHash; candidates share a band of BAND positions (Leskovec,
+Rajaraman, Ullman: Mining of Massive Datasets, chapter 3) and are confirmed by the share of equal
+positions in their whole signatures, which estimates the similarity.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import hashlib
 import numpy as np
 
 NEAR = 0.7
-ONE_WORD = 12  # shingles that a changed word of eight letters takes away
-LARGEST_CLUSTER, LARGEST_SHARE = 20, 0.05  # rows, or share of the rows, that stay together
+ONE_WORD = 12  # shingles that change with one word of eight letters
+LARGEST_CLUSTER, LARGEST_SHARE = 20, 0.05  # largest cluster: rows, or share of all rows
 POSITIONS = 128  # of a signature: the estimate's standard error is 0.04 at 0.7
 BAND = 4  # 32 bands of 4: a pair at 0.7 is a candidate with 99.98%
 SHINGLE = 5  # bytes
 UNSIGNED = np.zeros((0, POSITIONS + 1), np.uint32)  # the signatures of no texts
-_AT_ONCE = 2**15  # pairs whose signatures are compared in one go: 32 MB
-LONGEST = 2**16  # bytes of a text that are looked at, from its beginning
+_AT_ONCE = 2**15  # pairs of signatures compared at a time: 32 MB
+LONGEST = 2**16  # bytes of a text that are compared, from its beginning
 
 
 def hashed(text: str, seed: int | None = None) -> int:
-    """64 bits of a text's BLAKE2b hash; two of 5 million texts are mixed up once in a million."""
+    """64-bit BLAKE2b hash; 5 million texts have a collision with a probability of 1e-6."""
     key = b"" if seed is None else seed.to_bytes(8, "little")
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key)
     return int.from_bytes(digest.digest(), "little")
 
 
 def ranks(keys: np.ndarray, seed: int) -> np.ndarray:
-    """A pseudorandom order of rows: uint64, decided by the seed and the rows' own hashes alone.
+    """uint64 (rows,): a pseudorandom order that depends only on the seed and the rows' hashes.
 
     SplitMix64's finalizer (Steele, Lea, Flood 2014).
     """
@@ -43,15 +43,15 @@ def ranks(keys: np.ndarray, seed: int) -> np.ndarray:
 
 
 def are_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether each signed text of `a`, or its only one, is near its counterpart in `b`: bool."""
+    """bool: whether each signature of `a` (or its only one) is a near duplicate of that in `b`."""
     smaller = np.minimum(a[:, POSITIONS], b[:, POSITIONS]).astype(np.int64)
     least = np.clip((smaller - ONE_WORD) / (smaller + ONE_WORD), 0.5, NEAR)
     return (a[:, :POSITIONS] == b[:, :POSITIONS]).mean(axis=1) >= least
 
 
 def sign(texts: list[str]) -> np.ndarray:
-    """The signatures of normalised texts: uint32, (texts, POSITIONS + 1); what stands last is the
-    number of a text's shingles."""
+    """MinHash signatures of normalised texts: uint32, (texts, POSITIONS + 1); the last column is
+    the number of shingles."""
     import rensa
 
     if not texts:
@@ -64,7 +64,7 @@ def sign(texts: list[str]) -> np.ndarray:
         shingles = (shingles << np.uint64(8)) | flat[n : n + len(shingles)]
     shingles *= np.uint64(0x9E3779B97F4A7C15)  # spread over all 64 bits
     shingles ^= shingles >> np.uint64(32)
-    # A shingle that begins in one text and ends in the next belongs to neither.
+    # Drop shingles that span two texts.
     ends = starts[1:, None] - np.arange(1, SHINGLE)
     inside = np.ones(len(flat), dtype=bool)
     inside[ends.ravel()] = False
@@ -77,29 +77,29 @@ def sign(texts: list[str]) -> np.ndarray:
 
 
 def repeated(keys: np.ndarray) -> np.ndarray:
-    """Which rows repeat an earlier one exactly: bool."""
+    """bool (rows,): whether a row is an exact duplicate of an earlier one."""
     return _first_equal(keys) != np.arange(len(keys))
 
 
 def clusters(keys: np.ndarray, signed: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows that are equal or near, directly or by others in between, have the same number.
+    """Connected components of exact and near duplicates.
 
     Args:
-        keys: uint64 of every row. signed: signatures of some rows. rows: which these are.
+        keys: uint64 of every row. signed: signatures of some rows. rows: indices of those rows.
 
     Returns:
-        For each row the number of the first row of its cluster: int64.
+        int64 (rows,): the first row of each row's cluster.
     """
     roots = _first_equal(keys)
     pairs = near_pairs(signed)
-    return joined(roots, rows[pairs[:, 0]], rows[pairs[:, 1]])
+    return union_clusters(roots, rows[pairs[:, 0]], rows[pairs[:, 1]])
 
 
-def parted(roots: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Large clusters taken apart into rows that are equal: int64, as `clusters` gives.
+def split_large_clusters(roots: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """`clusters`, with large ones split into exact duplicates: int64 (rows,).
 
-    A long instruction that many rows share makes all of them near each other, though they are not
-    repeats; together they could not be split. Real repeats come in smaller numbers.
+    A long instruction that many rows share makes them all near duplicates, and one such cluster
+    could not be split. Real near duplicates form smaller clusters.
     """
     sizes = np.bincount(roots, minlength=len(roots))[roots]
     large = sizes > max(LARGEST_CLUSTER, LARGEST_SHARE * len(roots))
@@ -107,58 +107,60 @@ def parted(roots: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _first_equal(keys: np.ndarray) -> np.ndarray:
-    """For each row the number of the first one with its key: int64."""
+    """int64 (rows,): the first row with the same key."""
     first, inverse = np.unique(keys, return_index=True, return_inverse=True)[1:]
     return first[inverse]
 
 
-def joined(roots: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Put row a[i] and row b[i] into one cluster, for every i; the first row is its root.
+def union_clusters(roots: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Merge the clusters of rows a[i] and b[i], for every i; the first row of each is its root.
 
-    All at once: each root takes the lowest one it is linked to, until none changes.
+    Vectorised union-find: each root takes the lowest root it is linked to, until none changes.
     """
     roots = roots.copy()
-    while not np.array_equal(left := roots[a], right := roots[b]):
+    while True:
+        left, right = roots[a], roots[b]
+        if np.array_equal(left, right):
+            return roots
         lowest = np.minimum(left, right)
         np.minimum.at(roots, left, lowest)
         np.minimum.at(roots, right, lowest)
         while not np.array_equal(up := roots[roots], roots):
             roots = up
-    return roots
 
 
 def near_pairs(signed: np.ndarray) -> np.ndarray:
-    """Pairs of texts that are near: int64, (pairs, 2), the first the smaller number.
+    """Pairs of near duplicates: int64, (pairs, 2), the smaller index first.
 
-    Of many that share a band only neighbours are compared, so not every pair is listed, but rows
-    that are alike are linked by others in between.
+    Among texts that share a band only neighbours are compared: not every pair is listed, but the
+    pairs connect each cluster.
     """
     roots = np.arange(len(signed))
     found = [np.zeros((0, 2), dtype=np.int64)]
-    # Which ones are neighbours is decided by what they say, not by where they stand.
-    said = np.argsort(_mixed(signed[:, :POSITIONS]), kind="stable")
+    # Neighbours are determined by content, not by row order.
+    by_content = np.argsort(_row_hashes(signed[:, :POSITIONS]), kind="stable")
     for start in range(0, POSITIONS, BAND):
-        band = _mixed(signed[said, start : start + BAND])
+        band = _row_hashes(signed[by_content, start : start + BAND])
         order = np.argsort(band, kind="stable")
         same = band[order][1:] == band[order][:-1]
-        a, b = said[order][:-1][same], said[order][1:][same]
-        new = roots[a] != roots[b]  # by an earlier band
+        a, b = by_content[order][:-1][same], by_content[order][1:][same]
+        new = roots[a] != roots[b]  # not yet linked by an earlier band
         a, b = a[new], b[new]
         cuts = range(0, max(1, len(a)), _AT_ONCE)
         near = np.concatenate(
             [are_near(signed[a[n : n + _AT_ONCE]], signed[b[n : n + _AT_ONCE]]) for n in cuts]
         )
         a, b = a[near], b[near]
-        roots = joined(roots, a, b)
+        roots = union_clusters(roots, a, b)
         found.append(np.stack([np.minimum(a, b), np.maximum(a, b)], axis=1))
     return np.concatenate(found)
 
 
 def near_any(signed: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """For each text the number of one in `known` that is near it, or -1: int64."""
+    """int64 (texts,): the index in `known` of a near duplicate, or -1."""
     match = np.full(len(signed), -1, dtype=np.int64)
     for start in range(0, POSITIONS, BAND):
-        mine, theirs = (_mixed(some[:, start : start + BAND]) for some in (signed, known))
+        mine, theirs = (_row_hashes(some[:, start : start + BAND]) for some in (signed, known))
         order = np.argsort(theirs, kind="stable")
         first, end = (np.searchsorted(theirs[order], mine, side) for side in ("left", "right"))
         for row in np.flatnonzero((first < end) & (match < 0)):
@@ -168,8 +170,8 @@ def near_any(signed: np.ndarray, known: np.ndarray) -> np.ndarray:
     return match
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """A hash of each row of numbers: uint64."""
+def _row_hashes(values: np.ndarray) -> np.ndarray:
+    """uint64 (rows,): a hash of each row of integers."""
     mixed = np.zeros(len(values), dtype=np.uint64)
     for column in values.T:
         mixed = (mixed ^ column) * np.uint64(0x9E3779B97F4A7C15)

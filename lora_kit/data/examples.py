@@ -1,7 +1,7 @@
-"""Examples on disk, between reading and encoding: an Arrow stream, one record batch per batch read.
+"""Examples on disk, between reading and encoding: an Arrow stream, one record batch per batch.
 
-A plain text is stored as it is; the turns of a conversation, which templates may read anything of,
-as JSON.
+Text is stored as it is; the turns of a conversation as JSON, since a chat template may read any
+field of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _SCHEMA = pa.schema(
         ("joins", pa.bool_()),
         ("label", pa.string()),
         ("text", pa.string()),
-        ("turns", pa.string()),  # JSON of messages, rejected, tools, joiner; null: none of them
+        ("turns", pa.string()),  # JSON of [messages, rejected, tools, joiner], or null
     ]
 )
 
 
 def to_batch(numbers: Sequence[int], examples: Sequence[Example]) -> pa.RecordBatch:
-    """Examples as a record batch. Groups are not kept: the split has been made by them."""
+    """Examples as a record batch, without groups, which only the split needs."""
     return pa.RecordBatch.from_pydict(
         {
             "number": list(numbers),
@@ -45,14 +45,14 @@ def _turns(example: Example) -> str | None:
     if not example.messages:
         return None
     stored = [example.messages, example.rejected, example.tools, example.joiner]
-    return json.dumps(stored, default=str)  # a date in the arguments of a call, say
+    return json.dumps(stored, default=str)  # for instance a date in a tool call's arguments
 
 
 def from_batch(batch: pa.RecordBatch, place: tuple[str, str]) -> list[Example]:
     """The examples of a record batch.
 
     Args:
-        place: the name of their file, and the style of its places, as in `{}:{}`.
+        place: the file's name and place format, such as `{}:{}`.
     """
     name, style = place
     examples = []
@@ -76,11 +76,11 @@ def from_batch(batch: pa.RecordBatch, place: tuple[str, str]) -> list[Example]:
 
 
 class ExamplesWriter:
-    """Writes record batches of examples, and remembers the file that each is from."""
+    """Writes record batches of examples and records the file of each."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files: list[int] = []  # of each record batch: the number of its file
+        self.files: list[int] = []  # index of the file of each record batch
         self._sink = pa.OSFile(str(path), "wb")
         self._stream = pa.ipc.new_stream(self._sink, _SCHEMA)
 
@@ -95,20 +95,20 @@ class ExamplesWriter:
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of one use of the data, in the order in which they were read.
+    """The examples of one use of the data, in reading order.
 
     Attributes:
-        path: of the Arrow stream. files: of each record batch, the number of its file.
-        places: name and style of each file.
-        chosen: bool (examples,): those that iterating gives.
-        left_out: why rows that were read are no examples, for messages; "": all of them are.
+        path: of the Arrow stream. files: index of the file of each record batch.
+        places: name and place format of each file.
+        chosen: bool (examples,): the examples that iteration yields.
+        dropped: which rows were dropped and why, for messages; "" if none were.
     """
 
     path: Path
     files: list[int]
     places: list[tuple[str, str]]
     chosen: np.ndarray
-    left_out: str = ""
+    dropped: str = ""
 
     def __iter__(self) -> Iterator[Example]:
         start = 0
@@ -123,7 +123,7 @@ class Examples:
 
     @property
     def labels(self) -> dict[str, int]:
-        """How many examples have each label, by name."""
+        """{label: number of examples}, sorted by name."""
         counts: dict[str, int] = {}
         start = 0
         for _, batch in self.batches():
@@ -135,6 +135,6 @@ class Examples:
         return dict(sorted(counts.items()))
 
     def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(number of the file, record batch) of all examples, chosen or not."""
+        """(index of the file, record batch) of all examples, chosen or not."""
         with pa.memory_map(str(self.path)) as source:
             yield from zip(self.files, pa.ipc.open_stream(source), strict=True)

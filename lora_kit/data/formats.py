@@ -1,8 +1,8 @@
-"""Rows -> examples: which columns are text, a prompt and its answer, or a conversation.
+"""Rows -> examples: which columns are text, a prompt and its completion, or a conversation.
 
-The format of a file is found by the columns of its first row. Where they fit none, or more than
-one, that is an error which lists the columns and the candidates: nothing is guessed. A later row
-that does not fit is dropped, counted and placed.
+A file's format is detected from the columns of its first row. Columns that fit no format, or
+several, are an error that lists the columns and the candidates. A later row that does not fit is
+dropped and counted, with its place.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_kit.data.json_rows import shown
+from lora_kit.data.json_rows import short_repr
 from lora_kit.data.readers import Row
 from lora_kit.errors import NotUsable, UserError
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
-# The names of the roles: OpenAI's, which has a newer one for the system, and ShareGPT's.
+# Role names: OpenAI's (`developer` is its newer `system`) and ShareGPT's.
 _OPENAI = {"developer": "system", **{role: role for role in ROLES}}
 _SHAREGPT = _OPENAI | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-# Not the signs that mean something in formulas and code. A zero byte stands between turns.
+# Punctuation of prose, not of formulas and code. A NUL byte separates turns.
 _PUNCTUATION = {**dict.fromkeys(map(ord, ".,;:!?\"'`“”‘’„«»…"), " "), 0: " \0 "}
-# Left out as the format means it, and therefore no loss that a limit counts.
-WORSE = "that a preference calls the worse answer"
+# Dropped by design of the format, so not counted by data.limits.dropped.
+REJECTED = "with a rejected completion (`label` is false)"
 _TAG = re.compile(r"O|([BIESLU])-(\S+)")
 _NUMBER = re.compile("[0-9]{1,9}")
-_DEEPEST = 64  # levels of a tool or a tool's call
+_DEEPEST = 64  # nesting levels of a tool definition or tool call
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Format:
     """A format of rows.
 
     Attributes:
-        needed: the columns it needs. optional: those it may have besides.
-        joiner: what is between prompt and completion where a base has no chat template.
-        recipe: a shipped recipe that reads it, for messages; "" where there is none.
-        other_names: {column: another name that is taken for it where it is missing}.
+        needed: required columns. optional: further columns that it reads.
+        joiner: text between prompt and completion for a base without a chat template.
+        recipe: a shipped recipe that reads it, for messages; "" if there is none.
+        other_names: {column: an accepted alias}.
     """
 
     needed: tuple[str, ...]
@@ -70,18 +70,18 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A row that was read and checked: a text, a conversation, or both for a text with a label.
+    """A checked row: a text, a conversation, or both for a text with a label.
 
     Attributes:
         place: file:line of the row.
-        text: of a text, or of a text with a label; of a pair of sentences the first one.
-        messages: a conversation that ends with an assistant's turn; of a preference the one with
-            the chosen completion, of a text with a label the text and the label, of a pair of
-            sentences both.
-        rejected: of a preference, the conversation with the rejected completion.
-        joiner: what is between prompt and completion where a base has no chat template.
-        label: of a text, its class; of a pair of sentences, its score in digits.
-        joins: this part of a text goes on where the example before it in its batch ended.
+        text: a text, with or without a label; for a sentence pair the first sentence.
+        messages: a conversation that ends with an assistant turn. For a preference the one with
+            the chosen completion; for a labelled text, the text and its label; for a sentence pair,
+            both sentences.
+        rejected: for a preference, the conversation with the rejected completion.
+        joiner: text between prompt and completion for a base without a chat template.
+        label: the class of a text; the score of a sentence pair, as digits.
+        joins: this part of a text continues the example before it in its batch.
     """
 
     place: str
@@ -96,29 +96,29 @@ class Example:
 
     @property
     def key(self) -> str:
-        """What makes two examples the same: their words, whatever case, punctuation and space."""
-        return normalised(_all_said(self.messages) if self.messages else self.text or "")
+        """The text that duplicates share: without case, punctuation and repeated white space."""
+        return normalised(_conversation_text(self.messages) if self.messages else self.text or "")
 
     @property
     def question(self) -> str:
-        """What comes before the last completion; of a text, nothing."""
-        return _all_said(self.messages[:-1])
+        """The conversation before the last completion; "" for a text."""
+        return _conversation_text(self.messages[:-1])
 
 
-def _all_said(messages: Sequence[Message]) -> str:
-    """All that is said, one turn after the other, after the system prompt: that is often the same
-    for all rows, or stands before the same questions elsewhere."""
-    return "\0".join(said(m) for m in messages if m["role"] != "system")
+def _conversation_text(messages: Sequence[Message]) -> str:
+    """The turns concatenated, without the system prompt, which is often the same for all rows or
+    differs for the same question."""
+    return "\0".join(message_text(m) for m in messages if m["role"] != "system")
 
 
-def said(message: Message) -> str:
-    """A message as text: what it says, and the tools it calls."""
+def message_text(message: Message) -> str:
+    """A message as text: its content and its tool calls."""
     calls = message.get("tool_calls")
     return (message.get("content") or "") + (str(calls) if calls else "")
 
 
 def normalised(text: str) -> str:
-    """Case folded, without the punctuation of prose, every run of white space one space.
+    """Case-folded text without punctuation of prose, with single spaces.
 
     >>> normalised("What's  NEW?\\n") == normalised("what s new")
     True
@@ -128,9 +128,9 @@ def normalised(text: str) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """How rows are read: `data.columns`, `data.labels` and `data.group`.
+    """`data.columns`, `data.labels` and `data.group`.
 
-    renames: {our name: the row's name}. labels: the names there are; none: any.
+    renames: {our name: the row's name}. labels: known label names; empty: any.
     """
 
     renames: dict[str, str] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class Columns:
     group: str | None = None
 
     def rename(self, columns: dict[str, Any]) -> dict[str, Any]:
-        # Text of a file, or embedded, has no columns to rename.
+        # Text files and embedded texts have no columns to rename.
         if not self.renames or columns.keys() == {"text"}:
             return columns
         moved = {*self.renames, *self.renames.values()}
@@ -147,17 +147,17 @@ class Columns:
 
 
 def format_of(row: Row, columns: Columns, formats: Sequence[str]) -> str:
-    """The format of a file, by the columns of its first row.
+    """Detect the format of a file from the columns of its first row.
 
     Args:
-        formats: those that the task reads.
+        formats: the formats that the task reads.
 
     Raises:
         UserError: the columns fit none of these formats, or several; or `data.columns` or
-            `data.group` name one that is not there.
+            `data.group` name a column that does not exist.
     """
     have = _listed(row.columns)
-    if row.columns.keys() != {"text"}:  # text of a file, or embedded, has nothing to rename
+    if row.columns.keys() != {"text"}:  # text files have no columns to rename
         named = [("columns", name) for name in columns.renames.values()]
         named += [("group", columns.group)] if columns.group else []
         for key, name in named:
@@ -166,17 +166,17 @@ def format_of(row: Row, columns: Columns, formats: Sequence[str]) -> str:
     values = columns.rename(row.columns)
     fitting = _fitting(values, columns, FORMATS)
     mine = [name for name in fitting if name in formats]
-    if not mine:  # by another name of a column
+    if not mine:  # try column aliases
         mine = _fitting(_with_other_names(values, formats), columns, formats)
     if len(mine) == 1:
         return mine[0]
     if mine:
-        # A column that only one of them has.
+        # Suggest a column that only one of them has.
         needed = [name for format_name in mine for name in FORMATS[format_name].needed]
         example = next(name for name in reversed(needed) if needed.count(name) == 1)
         raise UserError(
             f"{row.place}: the columns ({have}) fit more than one format ({', '.join(mine)}): "
-            f"say which is meant, for example data.columns: {{{example}: {example}}}"
+            f"name one, for example data.columns: {{{example}: {example}}}"
         )
     if values.keys() != row.columns.keys():
         have += f"; by data.columns: {_listed(values)}"
@@ -193,22 +193,22 @@ def format_of(row: Row, columns: Columns, formats: Sequence[str]) -> str:
 
 
 def _fitting(values: dict[str, Any], columns: Columns, formats: Iterable[str]) -> list[str]:
-    """The formats whose columns are there. One that needs more columns says more than one that
-    needs some of them: text + label more than text alone."""
+    """The formats whose columns are present. A format that needs a superset of another's columns
+    wins: text + label before text alone."""
     found = [name for name in formats if all(n in values for n in FORMATS[name].needed)]
     fitting = [
         name
         for name in found
         if not any(set(FORMATS[name].needed) < set(FORMATS[other].needed) for other in found)
     ]
-    if len(fitting) > 1:  # `data.columns` may tell
+    if len(fitting) > 1:  # `data.columns` may decide
         told = set(columns.renames)
         fitting = [n for n in fitting if told & set(FORMATS[n].needed)] or fitting
     return fitting
 
 
 def _with_other_names(values: dict[str, Any], formats: Iterable[str]) -> dict[str, Any]:
-    """Columns with the names that these formats call them."""
+    """Columns with aliases renamed to what these formats call them."""
     renamed = dict(values)
     for name in formats:
         for ours, theirs in FORMATS[name].other_names.items():
@@ -218,7 +218,7 @@ def _with_other_names(values: dict[str, Any], formats: Iterable[str]) -> dict[st
 
 
 def unread(row: Row, format_name: str, columns: Columns) -> list[str]:
-    """The columns of a row that its format does not use."""
+    """The columns of a row that its format does not read."""
     known = FORMATS[format_name]
     wanted = (*known.needed, *known.optional)
     used = {columns.renames.get(name, name) for name in wanted} | {columns.group}
@@ -227,15 +227,15 @@ def unread(row: Row, format_name: str, columns: Columns) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names of columns in one line: a file without a header can have any text for a name."""
+    """Column names in one line; without a header, a name can be any text."""
     listed = [" ".join(f"{name:.40}".split()) for name in names]
     more = [f"{len(listed) - 20} more"] if len(listed) > 20 else []
     return ", ".join(listed[:20] + more) or "none"
 
 
 def _suggested(values: dict[str, Any], formats: Sequence[str]) -> str:
-    """Renames that would help: of columns that differ by their case alone, and of what the format
-    lacks that has most of its columns here."""
+    """Suggested renames: columns that differ only by case, and the missing columns of the format
+    that fits best."""
     mine = [FORMATS[name] for name in formats]
     known = {name for f in mine for name in (*f.needed, *f.optional)}
     found = {name.lower(): name for name in values if name.lower() in known - {name}}
@@ -255,7 +255,7 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
     """Read a row in its file's format.
 
     Raises:
-        NotUsable: a column is missing, empty or of another type, or the turns make no conversation.
+        NotUsable: a column is missing, empty or of the wrong type, or the turns are invalid.
     """
     known = FORMATS[format_name]
     renamed = _with_other_names(columns.rename(row.columns), [format_name])
@@ -319,7 +319,7 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
 
 
 def _with_system(messages: list[Message], system: str) -> list[Message]:
-    """Turns that begin with this system prompt, if there is one."""
+    """The turns with this system prompt first, if there is one."""
     if not system:
         return messages
     if messages[0]["role"] != "system":
@@ -332,12 +332,12 @@ def _with_system(messages: list[Message], system: str) -> list[Message]:
 def _text(values: dict[str, Any], name: str) -> str:
     value = values[name]
     if not isinstance(value, str):
-        raise NotUsable(f"whose `{name}` is not text", f"it is {shown(value)}")
+        raise NotUsable(f"whose `{name}` is not text", f"it is {short_repr(value)}")
     return _clean(value, f"`{name}`")
 
 
 def _optional(values: dict[str, Any], name: str) -> str:
-    """A text, the paragraphs of one, or nothing."""
+    """A text, or a list of its paragraphs; "" if missing."""
     value = values.get(name)
     if value is None:
         return ""
@@ -348,21 +348,21 @@ def _optional(values: dict[str, Any], name: str) -> str:
 
 
 def _clean(text: str, where: str) -> str:
-    """JSON can spell a zero byte, and half of a character (`\\ud83d` alone), which no tokenizer
-    takes."""
+    """The text itself; tokenizers reject NUL bytes and lone surrogates (`\\ud83d`), which JSON can
+    contain."""
     if "\0" in text:
-        raise NotUsable("with a zero byte", f"in {where}")
+        raise NotUsable("with a NUL byte", f"in {where}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise NotUsable("with half a character", f"{text[error.start]!a} in {where}") from None
+        raise NotUsable("with a lone surrogate", f"{text[error.start]!a} in {where}") from None
     return text
 
 
 def _nested(value: Any, where: str, depth: int = 0) -> Any:
-    """A value with texts anywhere in it, each as `_clean` takes it."""
+    """The value itself, every text inside it checked with `_clean`."""
     if depth > _DEEPEST:
-        raise NotUsable("nested too deeply", f"in {where}")
+        raise NotUsable("with nesting too deep", f"in {where}")
     if isinstance(value, str):
         _clean(value, where)
     elif isinstance(value, (list, dict)):
@@ -373,19 +373,19 @@ def _nested(value: Any, where: str, depth: int = 0) -> Any:
 
 def _pair(prompt: str, answer: str) -> list[Message]:
     if not prompt.strip():
-        raise NotUsable("with nothing asked")
+        raise NotUsable("with an empty prompt")
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _said_by(role: str, values: dict[str, Any], name: str) -> list[Message]:
-    """A text that somebody says, or the turns that stand in its place."""
+def _turns_of(role: str, values: dict[str, Any], name: str) -> list[Message]:
+    """A column with one turn's text, or with a list of turns."""
     if isinstance(values[name], list):
         return _turns(values[name])
     return [{"role": role, "content": _text(values, name)}]
 
 
 def _prompted(values: dict[str, Any], answer: str) -> list[Message]:
-    return [*_said_by("user", values, "prompt"), *_said_by("assistant", values, answer)]
+    return [*_turns_of("user", values, "prompt"), *_turns_of("assistant", values, answer)]
 
 
 def _preference(values: dict[str, Any]) -> tuple[list[Message], list[Message]]:
@@ -401,24 +401,28 @@ def _preference(values: dict[str, Any]) -> tuple[list[Message], list[Message]]:
             )
         turns = _turns(completion) if repeats_prompt else _prompted(values, side)
         if repeats_prompt and values.get("prompt") is not None:
-            asked = normalised(_all_said(_said_by("user", values, "prompt")))
-            if asked not in normalised(_all_said(turns[:-1])):
-                raise NotUsable(f"whose `prompt` is not in the turns of `{side}`", shown(asked))
+            asked = normalised(_conversation_text(_turns_of("user", values, "prompt")))
+            if asked not in normalised(_conversation_text(turns[:-1])):
+                raise NotUsable(
+                    f"whose `prompt` is not in the turns of `{side}`", short_repr(asked)
+                )
         found.append(turns)
     return found[0], found[1]
 
 
 def _preferred(values: dict[str, Any]) -> list[Message]:
-    """A prompt with an answer that is called a good one."""
+    """An unpaired preference row with a good completion."""
     if not isinstance(values["label"], bool):
-        raise NotUsable("whose `label` is not true or false", f"it is {shown(values['label'])}")
+        raise NotUsable(
+            "whose `label` is not true or false", f"it is {short_repr(values['label'])}"
+        )
     if not values["label"]:
-        raise NotUsable(WORSE)
+        raise NotUsable(REJECTED)
     return _prompted(values, "completion")
 
 
 def _label(value: Any, labels: tuple[str, ...]) -> str:
-    found = f"it is {shown(value)}"
+    found = f"it is {short_repr(value)}"
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise NotUsable("whose `label` is neither text nor a whole number", found)
     if isinstance(value, int) and not labels:
@@ -439,7 +443,7 @@ def _score(value: Any) -> str:
             return str(value)
     except ValueError:
         pass
-    raise NotUsable("whose `score` is not a number", f"it is {shown(value)}")
+    raise NotUsable("whose `score` is not a number", f"it is {short_repr(value)}")
 
 
 def _tagged(values: dict[str, Any], labels: tuple[str, ...]) -> list[Message]:
@@ -456,9 +460,13 @@ def _tagged(values: dict[str, Any], labels: tuple[str, ...]) -> list[Message]:
         match = _TAG.fullmatch(tag) if isinstance(tag, str) else None
         if match is None:
             known = "" if isinstance(tag, str) else ": name data.labels"
-            raise NotUsable("with a tag that is not IOB", f"token {number} has {shown(tag)}{known}")
+            raise NotUsable(
+                "with a tag that is not IOB", f"token {number} has {short_repr(tag)}{known}"
+            )
         if labels and match[2] and tag not in labels and match[2] not in labels:
-            raise NotUsable("whose tag is not in data.labels", f"token {number} has {shown(tag)}")
+            raise NotUsable(
+                "whose tag is not in data.labels", f"token {number} has {short_repr(tag)}"
+            )
         begins, kind = match[1] or "O", match[2]
         if begins == "O":
             inside = None
@@ -466,9 +474,10 @@ def _tagged(values: dict[str, Any], labels: tuple[str, ...]) -> list[Message]:
             entities.append((kind, [token]))
             inside = kind if begins == "B" else None
         elif inside != kind:
-            before = shown(inside) if inside else "no entity"
+            before = short_repr(inside) if inside else "no entity"
             raise NotUsable(
-                "whose IOB tags jump", f"token {number} has {shown(tag)} after {before}"
+                "with an invalid IOB sequence",
+                f"token {number} has {short_repr(tag)} after {before}",
             )
         else:
             entities[-1][1].append(token)
@@ -478,7 +487,7 @@ def _tagged(values: dict[str, Any], labels: tuple[str, ...]) -> list[Message]:
 
 
 def _tools(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str):  # some sets store it so
+    if isinstance(value, str):  # some data sets store JSON text
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError):
@@ -491,23 +500,25 @@ def _tools(value: Any) -> tuple[Any, ...]:
 
 
 def _turns(value: Any) -> list[Message]:
-    """OpenAI's turns ({role, content}) or ShareGPT's ({from, value}), under either name, checked
-    one by one; of each what templates read: role, content, calls, thinking.
+    """Check OpenAI turns ({role, content}) or ShareGPT turns ({from, value}), under either column
+    name; keeps what templates read: role, content, tool calls, thinking.
 
-    `weight: 0` (OpenAI's) or `train: false` at an assistant's turn: it is not learned from.
+    An assistant turn with `weight: 0` (OpenAI's) or `train: false` is not trained on.
     """
     if not isinstance(value, list) or not value:
-        raise NotUsable("whose turns are not a list", f"they are {shown(value)}")
+        raise NotUsable("whose turns are not a list", f"they are {short_repr(value)}")
     who, what, roles = "role", "content", _OPENAI
     if isinstance(value[0], dict) and "from" in value[0]:
         who, what, roles = "from", "value", _SHAREGPT
     messages: list[Message] = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
-            raise NotUsable("with a turn that is no object", f"turn {number}")
+            raise NotUsable("with a turn that is not an object", f"turn {number}")
         role = roles.get(str(turn.get(who)))
         if role is None:
-            raise NotUsable("with an unknown role", f"turn {number} has {shown(turn.get(who))}")
+            raise NotUsable(
+                "with an unknown role", f"turn {number} has {short_repr(turn.get(who))}"
+            )
         content, calls = turn.get(what), turn.get("tool_calls")
         if isinstance(content, list) and all(
             isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
@@ -515,29 +526,32 @@ def _turns(value: Any) -> list[Message]:
         ):
             content = "".join(part["text"] for part in content)
         if calls and role != "assistant":
-            raise NotUsable("with a tool call that is not the assistant's", f"turn {number}")
+            raise NotUsable("with a tool call outside an assistant turn", f"turn {number}")
         if calls and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
             raise NotUsable("whose `tool_calls` are not a list of objects", f"turn {number}")
         if content is None and calls:
             content = ""
         if not isinstance(content, str):
             raise NotUsable(
-                f"with a turn whose `{what}` is not text", f"turn {number} has {shown(content)}"
+                f"with a turn whose `{what}` is not text",
+                f"turn {number} has {short_repr(content)}",
             )
         message: Message = {"role": role, "content": _clean(content, f"turn {number}")}
         for name in ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking"):
             if turn.get(name):
                 message[name] = _nested(turn[name], f"turn {number}")
-        if not _is_learned(turn, number):
+        if not _is_supervised(turn, number):
             message["weight"] = 0
         messages.append(message)
     return messages
 
 
-def _is_learned(turn: dict[str, Any], number: int) -> bool:
+def _is_supervised(turn: dict[str, Any], number: int) -> bool:
     weight, train = turn.get("weight"), turn.get("train")
     if weight is not None and weight not in (0, 1):
-        raise NotUsable("with a `weight` other than 0 or 1", f"turn {number} has {shown(weight)}")
+        raise NotUsable(
+            "with a `weight` other than 0 or 1", f"turn {number} has {short_repr(weight)}"
+        )
     if train is not None and not isinstance(train, bool):
         raise NotUsable("with a `train` other than true or false", f"turn {number}")
     return weight != 0 and train is not False
@@ -546,14 +560,14 @@ def _is_learned(turn: dict[str, Any], number: int) -> bool:
 def _check_turns(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise NotUsable("without an assistant's turn")
+        raise NotUsable("without an assistant turn")
     for number in range(1, len(roles)):
         if roles[number] == "assistant" == roles[number - 1]:
-            raise NotUsable("with two assistant's turns in a row", f"turn {number + 1}")
+            raise NotUsable("with two assistant turns in a row", f"turn {number + 1}")
         if roles[number] == "system":
             raise NotUsable("with a system turn after the first", f"turn {number + 1}")
     if roles[-1] != "assistant":
-        raise NotUsable("whose last turn is not an answer", f"it is the {roles[-1]}'s")
+        raise NotUsable("whose last turn is not the assistant's", f"it is the {roles[-1]}'s")
     for number, message in enumerate(messages, 1):
-        if message["role"] == "assistant" and not said(message).strip():
-            raise NotUsable("with an empty answer", f"turn {number}")
+        if message["role"] == "assistant" and not message_text(message).strip():
+            raise NotUsable("with an empty completion", f"turn {number}")

@@ -1,4 +1,4 @@
-"""Files -> decoded text; JSON -> rows, one a line or many in a list. Read as a stream."""
+"""Files -> decoded text; JSON -> rows, from JSON Lines or one JSON list. Streamed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any, BinaryIO
 from lora_kit.errors import UserError
 
 PIECE = 2**20  # characters
-_LONGEST = 2**26  # characters of one object, where a mistake is looked for
+_LONGEST = 2**26  # characters of one object; beyond, a syntax error is reported
 _BROKEN = re.compile("[\0\udc80-\udcff]")
-# What a file that is damaged, or a gzip file that is cut off, raises while it is read.
+# Errors of reading a corrupt file or a truncated gzip file.
 UNREADABLE = (OSError, EOFError, zlib.error)
 
 
 def open_bytes(file: Path) -> BinaryIO:
-    """A file to read, unpacked where its name ends with .gz."""
+    """Open a file for reading, decompressed if its name ends with .gz."""
     if file.suffix.lower() == ".gz":
         return gzip.open(file, "rb")  # type: ignore[return-value]
     return file.open("rb")
@@ -32,40 +32,39 @@ def open_bytes(file: Path) -> BinaryIO:
 def text_pieces(
     file: Path, size: int | None = None, encoding: str = "utf-8-sig"
 ) -> Iterator[tuple[int, str]]:
-    """(line, text) of a file's lines, or of pieces of `size` characters; the line is the one that a
-    piece begins in. \\r\\n and \\r become \\n; a byte-order mark is left out.
+    """(line, text) of a file's lines, or of pieces of `size` characters with the line each begins
+    in. \\r\\n and \\r become \\n; a byte-order mark is removed.
 
     Raises:
-        UserError: it cannot be read, or a line, which is named, has a zero byte or is not in this
-            encoding.
+        UserError: the file cannot be read, or a line has a NUL byte or is not in this encoding.
     """
     line = 1
     try:
         with open_bytes(file) as opened:
-            # What cannot be decoded becomes half a character, so that it is found in its line.
+            # Undecodable bytes become lone surrogates, so that their line can be reported.
             text = io.TextIOWrapper(opened, encoding, errors="surrogateescape")
             for piece in iter(partial(text.read, size) if size else text.readline, ""):
-                plain = piece.isascii() and "\0" not in piece  # most are, and searching is slow
+                plain = piece.isascii() and "\0" not in piece  # most text; the search is slow
                 if not plain and (found := _BROKEN.search(piece)):
                     line += piece.count("\n", 0, found.start())
                     if found[0] == "\0":
-                        raise UserError(f"{file}:{line}: holds a zero byte: this is no text")
+                        raise UserError(f"{file}:{line}: contains a NUL byte: not a text file")
                     name = encoding.removesuffix("-sig").upper()
                     raise UserError(f"{file}:{line}: not {name}: convert it to UTF-8 with iconv")
                 yield line, piece
                 line += piece.count("\n")
     except UNREADABLE as error:
-        raise UserError(f"{file}:{line}: cannot be read ({why(error)})") from None
+        raise UserError(f"{file}:{line}: cannot be read ({error_text(error)})") from None
 
 
-def shown(value: Any) -> str:
-    """A value in a message: 40 characters at most, however long or deep it is."""
+def short_repr(value: Any) -> str:
+    """A value for a message, in at most 40 characters."""
     text = repr(value) if isinstance(value, str) and len(value) < 40 else reprlib.repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def leaves(value: Any, levels: int = 100) -> Iterator[Any]:
-    """What lies in lists and objects. Raises RecursionError beyond so many levels."""
+    """The values inside nested lists and objects. Raises RecursionError beyond `levels`."""
     if not levels:
         raise RecursionError
     if isinstance(value, dict):
@@ -77,76 +76,76 @@ def leaves(value: Any, levels: int = 100) -> Iterator[Any]:
         yield value
 
 
-def why(error: Exception) -> str:
-    """What a library says, as one short line."""
-    said = getattr(error, "strerror", None) or str(error)
-    return " ".join(said.split())[:120] or type(error).__name__
+def error_text(error: Exception) -> str:
+    """An exception's message as one short line."""
+    message = getattr(error, "strerror", None) or str(error)
+    return " ".join(message.split())[:120] or type(error).__name__
 
 
 def parse_line(line: str, name: str, number: int) -> dict[str, Any]:
-    """One line of JSON, which must be an object whose keys differ."""
+    """One line of JSON: an object without duplicate keys."""
     try:
-        value = json.loads(line, object_pairs_hook=_no_key_twice)
+        value = json.loads(line, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise _not_json(f"{name}:{number}", error) from None
     return _object(value, f"{name}:{number}")
 
 
 class JsonList:
-    """The objects of a JSON list, or of an object of objects ({id: row}), one after the other.
+    """Streams the objects of a JSON list, or of an object of objects ({id: row}).
 
-    A file of any length is read in pieces, with lines or without; objects count from 0, as in
-    Python and jq.
+    The file is read in pieces, whatever its length and line structure; objects are numbered from 0,
+    as in Python and jq.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.text = ""  # read and not yet decoded
+        self.text = ""  # read but not yet decoded
         self.position = 0
         self.lines_before = 0  # line ends before `text`
         self.columns_before = 0  # characters before `text` in the line it begins in
         self.pieces = text_pieces(file, PIECE)
-        self.decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
+        self.decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
     def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number, row). Raises UserError with the line where it is no list of objects."""
+        """(number, row). Raises UserError with the line if this is no list of objects."""
         opening = self._next()
         if not opening:
             return
         if opening not in "[{":
-            raise self._error("a list of objects is expected")
+            raise self._error("expected a list of objects")
         closing = "]" if opening == "[" else "}"
         self.position += 1
         seen: set[int] = set()  # of the keys of an object of objects
         number = 0
         while self._next() != closing:
             if number:
-                self._pass(",", f"`{closing}` or a comma")
+                self._skip(",", f"`{closing}` or a comma")
             if opening == "{":
                 key = str(self._value())
                 if hash(key) in seen:
-                    raise self._error(f"the key {shown(key)} stands twice in one object")
+                    raise self._error(f"duplicate key {short_repr(key)} in an object")
                 seen.add(hash(key))
-                self._pass(":", "a colon")
+                self._skip(":", "a colon")
             value = self._value()
             if opening == "{" and not isinstance(value, dict):
                 raise UserError(
-                    f"{self.file}: a list of objects, or an object of objects, is expected; one "
-                    "object a line is .jsonl"
+                    f"{self.file}: expected a list of objects, or an object of objects; one object "
+                    "per line is .jsonl"
                 )
             yield number, _object(value, f"{self.file}[{number}]")
             number += 1
         self.position += 1
         if self._next():
-            raise self._error(f"not JSON: something stands after the last `{closing}`")
+            raise self._error(f"not JSON: extra text after the last `{closing}`")
 
-    def _pass(self, sign: str, name: str) -> None:
+    def _skip(self, sign: str, name: str) -> None:
         if self._next() != sign:
-            raise self._error(f"not JSON: {name} is expected")
+            raise self._error(f"not JSON: expected {name}")
         self.position += 1
 
     def _value(self) -> Any:
-        """The next value. More is read until it is whole."""
+        """The next value; reads on until it is complete."""
         self._next()
         while True:
             try:
@@ -165,7 +164,7 @@ class JsonList:
                 raise _not_json(f"{self.file}:{self._line()}", error) from None
 
     def _next(self) -> str:
-        """On to the next character that is no white space; returns it, or nothing at the end."""
+        """Skip white space; returns the next character, or "" at the end."""
         while True:
             while self.position < len(self.text):
                 if self.text[self.position] not in " \t\r\n":
@@ -175,7 +174,7 @@ class JsonList:
                 return ""
 
     def _more(self, least: int = 0) -> bool:
-        """Read on, `least` characters or more; what was decoded is forgotten."""
+        """Read at least `least` more characters; discards what was decoded."""
         self.columns_before = self._column() - 1
         self.lines_before += self.text.count("\n", 0, self.position)
         kept = [self.text[self.position :]]
@@ -199,17 +198,17 @@ class JsonList:
         return UserError(f"{self.file}:{self._line()}: {what}")
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+        raise ValueError(f"duplicate key {short_repr(twice)} in an object")
     return values
 
 
 def _not_json(place: str, error: Exception) -> UserError:
-    """Besides syntax: numbers of thousands of digits, and lists in lists without an end."""
+    """A syntax error, a number of thousands of digits, or nesting too deep."""
     if isinstance(error, json.JSONDecodeError):
         return UserError(f"{place}: not JSON: {error.msg} (column {error.colno})")
     return UserError(f"{place}: not readable as JSON: {error}")
@@ -217,5 +216,5 @@ def _not_json(place: str, error: Exception) -> UserError:
 
 def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{place}: an object with named columns is expected, not {shown(value)}")
+        raise UserError(f"{place}: expected an object with named columns, not {short_repr(value)}")
     return value

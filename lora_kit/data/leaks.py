@@ -1,4 +1,4 @@
-"""Contamination: held-out or benchmark rows that are training rows too, exactly or nearly."""
+"""Contamination: held-out or benchmark rows that are exact or near duplicates of training rows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lora_kit.data.census import LEAKED, Census
 from lora_kit.data.duplicates import hashed, near_any, sign
 from lora_kit.data.formats import normalised
 from lora_kit.data.json_rows import leaves
-from lora_kit.data.readers import Opened
+from lora_kit.data.readers import OpenedSource
 from lora_kit.data.table import Table
 
 Place = Callable[[Table, int], str]
-# A text of a benchmark's row is looked for on its own if it has so many words.
+# Words from which a text field of a benchmark row is also matched on its own.
 FEWEST_WORDS = 6
 
 
 class _Texts(NamedTuple):
-    """Texts by their hashes, some of them by their signatures as well, and the row of each."""
+    """Hashes of texts and the row of each; for some texts signatures and their rows."""
 
     keys: np.ndarray
     rows: np.ndarray
@@ -32,15 +32,15 @@ class _Texts(NamedTuple):
 def train_against_eval(
     train: Table, other: Table, place: Place, census: Census, sources: Any
 ) -> np.ndarray:
-    """Count the rows of `other` that leak into `train`; returns which are exactly there, and so
-    not judged: bool."""
+    """Count the rows of `other` that are in `train`; returns bool (rows,): exact duplicates, which
+    are not evaluated on."""
     looked_for, known = (
         _Texts(table.keys, np.arange(len(table)), table.signed, table.signed_rows)
         for table in (other, train)
     )
     exact, leak = _leak(looked_for, known, len(other), partial(place, other), partial(place, train))
     if exact.any():
-        census.eval.lose(LEAKED, place(other, int(exact.argmax())), leak["exact"])
+        census.eval.count_lost(LEAKED, place(other, int(exact.argmax())), leak["exact"])
     listed = sources if isinstance(sources, list) else [sources]
     only = f": {getattr(listed[0], 'source', listed[0])}" if len(listed) == 1 else ""
     census.leaks[f"data.eval{only}"] = leak
@@ -48,15 +48,19 @@ def train_against_eval(
 
 
 def train_against_files(
-    benchmarks: list[Opened], train: Table, learned: np.ndarray, place: Place, census: Census
+    benchmarks: list[OpenedSource],
+    train: Table,
+    trained_on: np.ndarray,
+    place: Place,
+    census: Census,
 ) -> None:
-    """Count the rows of benchmark files, of any columns, that stand in the training rows.
+    """Count the rows of benchmark files, with any columns, that are in the training rows.
 
-    A row is looked for as a whole, and each of its longer texts on its own, such as its question;
-    both among whole training rows and among what those ask.
+    A row is matched as a whole, and each of its longer texts on its own, such as its question, both
+    against whole training rows and against their prompts.
     """
-    rows = np.flatnonzero(learned)
-    sampled = np.flatnonzero(learned[train.signed_rows])
+    rows = np.flatnonzero(trained_on)
+    sampled = np.flatnonzero(trained_on[train.signed_rows])
     known = _Texts(
         np.concatenate([train.keys[rows], train.questions[rows]]),
         np.tile(rows, 2),
@@ -87,8 +91,8 @@ def _leak(
     place: Callable[[int], str],
     place_known: Callable[[int], str],
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Which of `count` rows have a text that is exactly a known one: bool; and how many leak, each
-    counted once: `near` without the exact ones."""
+    """bool (count,): rows with a text that equals a known one; and the counts of leaking rows,
+    where `near` excludes the exact ones."""
     same = np.flatnonzero(np.isin(looked_for.keys, known.keys))
     exact = np.zeros(count, dtype=bool)
     exact[looked_for.rows[same]] = True
@@ -107,20 +111,20 @@ def _leak(
 
 
 def _texts(columns: dict[str, Any]) -> list[str]:
-    """What a benchmark's row says, normalised: all of it, and its longer texts."""
+    """The normalised texts of a benchmark row: all of it, and each longer text."""
     parts = [part for part in leaves(columns) if isinstance(part, str) and part.strip()]
     if not parts:
-        return []  # numbers alone
+        return []  # only numbers
     longer = {text for text in map(normalised, parts) if len(text.split()) >= FEWEST_WORDS}
     return sorted({normalised("\0".join(parts))} | longer)
 
 
 def general_apart(tables: dict[str, Table], place: Place, census: Census) -> np.ndarray:
-    """Which general rows stand nowhere in the domain's data: bool; the others are counted."""
+    """bool (rows,): general rows that are not in the domain data; the others are counted."""
     general = tables["general"]
     known = np.concatenate([table.keys for use, table in tables.items() if use != "general"])
     there = np.isin(general.keys, known)
     if there.any():
         first = place(general, int(there.argmax()))
-        census.general.lose("that stand in the domain's data too", first, int(there.sum()))
+        census.general.count_lost("that are also in the domain data", first, int(there.sum()))
     return ~there

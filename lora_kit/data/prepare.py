@@ -1,9 +1,9 @@
-"""Sources -> examples, read, checked and split: what is trained on, what is held out, what leaks.
+"""Sources -> examples: read, checked, deduplicated and split into training and held-out rows.
 
     sources -> batches -> examples, hashes (reading, table) -> duplicates, split, contamination
 
-It is the same for every task and knows no tokenizer. It is done once: the result is kept under a
-key of everything that decides it (`lora_kit.cache`).
+This is the same for every task and needs no tokenizer. The result is cached under a key of
+everything that it depends on (`lora_kit.cache`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 
 from lora_kit import cache
 from lora_kit.data.census import Census
-from lora_kit.data.duplicates import clusters, joined, parted, repeated
+from lora_kit.data.duplicates import clusters, repeated, split_large_clusters, union_clusters
 from lora_kit.data.examples import Examples
 from lora_kit.data.formats import Columns, format_of, unread
 from lora_kit.data.leaks import general_apart, train_against_eval, train_against_files
-from lora_kit.data.readers import Batch, Opened
-from lora_kit.data.reading import Reader, Reads, Settings, Work
+from lora_kit.data.readers import OpenedSource, RowBatch
+from lora_kit.data.reading import DataTask, Reader, ReadJob, ReadSettings
 from lora_kit.data.sources import check_apart, open_sources
-from lora_kit.data.splits import FEWEST_TO_JUDGE, hold_out
+from lora_kit.data.splits import FEWEST_TO_EVALUATE, hold_out
 from lora_kit.data.table import Table
 from lora_kit.data.workers import in_order, stop
 from lora_kit.errors import UserError
@@ -45,24 +45,25 @@ _TEXT: tuple[str, ...] = ("text",)  # what data.general holds
 
 @dataclass
 class Split:
-    """Examples, read and divided into those trained on and those held out.
+    """Examples, divided into training and held-out ones.
 
     Attributes:
-        key: of the cache: everything that decides the split.
-        tables: {use that was read: its examples, with `chosen` for all of them}.
-        sides: {(use that was read, use that it is for): bool (examples,)}. With a share held out
-            the table of `train` is for `train` and `eval`; that of `general` for `general`, and for
+        key: the cache key, a hash of everything that the split depends on.
+        tables: {use that was read: all of its examples}.
+        masks: {(use that was read, use that it is for): bool (examples,)}. With a held-out share,
+            the table of `train` serves `train` and `eval`; that of `general` serves `general`, and
             `replay` where some of it may be trained on.
         ranks: {use: uint64 (examples,)}: the pseudorandom order in which examples are chosen.
-        sources: int32 (examples of train,): the number of each one's source in data.train.
-        fractions: of data.train's sources; empty where there are none.
-        names: (file, style) of each file's places. formats: of each file.
+        sources: int32 (examples of train,): the index of each example's source in data.train.
+        fractions: of data.train's sources; empty if none are set.
+        names: (name, place format) of each file, such as ("a.jsonl", "{}:{}").
+        formats: row format of each file.
         hashes: {source: sha256} of everything that was read. commits: {Hub data set: commit}.
     """
 
     key: str
     tables: dict[str, Examples]
-    sides: dict[tuple[str, str], np.ndarray]
+    masks: dict[tuple[str, str], np.ndarray]
     ranks: dict[str, np.ndarray]
     sources: np.ndarray
     fractions: list[float]
@@ -75,22 +76,22 @@ class Split:
     @property
     def train(self) -> Examples:
         """The examples that may be trained on."""
-        chosen, left_out = self.sides["train", "train"], self.census.train.left_out()
-        return replace(self.tables["train"], chosen=chosen, left_out=left_out)
+        chosen, dropped = self.masks["train", "train"], self.census.train.dropped_text()
+        return replace(self.tables["train"], chosen=chosen, dropped=dropped)
 
 
-def prepare(data: Data, task: Reads, seed: int, lock: dict[str, Any] | None = None) -> Split:
-    """Read, check and split; or open what an earlier run prepared from the same.
+def prepare(data: Data, task: DataTask, seed: int, lock: dict[str, Any] | None = None) -> Split:
+    """Read, check and split the sources, or load the cached result.
 
     Args:
-        task: says which formats it reads, and what makes two examples the same.
-        seed: decides what is held out; nothing else does.
-        lock: the lock file of a run that used the data; sets of the Hub are taken at the commits
-            named there, unless they name their own.
+        task: gives the row formats it reads, and the key by which two examples are duplicates.
+        seed: of the held-out selection.
+        lock: the lock file of a run that used the data; Hub data sets are read at the commits
+            recorded there, unless they name a revision of their own.
 
     Raises:
-        UserError: a source is unusable, of another format, or leaves nothing to train on or to
-            hold out.
+        UserError: a source is unusable or has an unsupported format, or no training or held-out
+            rows are left.
     """
     named = {
         "train": data.train,
@@ -103,7 +104,9 @@ def prepare(data: Data, task: Reads, seed: int, lock: dict[str, Any] | None = No
     for use in opened.keys() - {"train"}:
         for source in opened[use]:
             if source.fraction is not None:
-                raise UserError(f"data.{use}: {source.name}: only data.train is mixed by fractions")
+                raise UserError(
+                    f"data.{use}: {source.name}: only sources of data.train take a fraction"
+                )
     for use in ("eval", "decontaminate"):
         check_apart(opened["train"], opened.get(use, []), use)
     columns = Columns(
@@ -111,10 +114,10 @@ def prepare(data: Data, task: Reads, seed: int, lock: dict[str, Any] | None = No
         label_names(data.labels),
         data.group,
     )
-    settings = Settings(columns, seed, questions="decontaminate" in opened)
+    settings = ReadSettings(columns, seed, questions="decontaminate" in opened)
     decisive = {"eval", "replay", "decontaminate", "columns", "labels", "group"}
     key = cache.key_of(
-        {  # a file of the same content and another name can be of another kind
+        {  # the same content under another file name can be another format
             use: [(s.name, s.fraction, s.digest, *map(str, s.files)) for s in found]
             for use, found in opened.items()
         },
@@ -139,7 +142,7 @@ def _load(folder: Path, key: str) -> Split:
     names = [(name, style) for name, style in values["names"]]
     with np.load(folder / "split.npz") as stored:
         arrays = {name: stored[name] for name in stored}
-    sides = {
+    masks = {
         (read, use): array
         for name, array in arrays.items()
         for kind, _, rest in [name.partition("/")]
@@ -153,7 +156,7 @@ def _load(folder: Path, key: str) -> Split:
     return Split(
         key=key,
         tables=tables,
-        sides=sides,
+        masks=masks,
         ranks={name[6:]: array for name, array in arrays.items() if name.startswith("ranks/")},
         sources=arrays["sources"],
         fractions=values["fractions"],
@@ -165,7 +168,7 @@ def _load(folder: Path, key: str) -> Split:
 
 
 def label_names(labels: str | list[str] | None) -> tuple[str, ...]:
-    """The names of `data.labels`: listed, or in a file, a JSON list or a name a line."""
+    """The names of `data.labels`: a list, or a file with a JSON list or one name per line."""
     if labels is None or isinstance(labels, list):
         return tuple(labels or ())
     try:
@@ -175,12 +178,12 @@ def label_names(labels: str | list[str] | None) -> tuple[str, ...]:
     except (OSError, ValueError) as error:
         raise UserError(f"data.labels: {labels}: cannot be read ({error})") from None
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise UserError(f"data.labels: {labels}: a list of names is expected")
+        raise UserError(f"data.labels: {labels}: expected a list of names")
     return tuple(names)
 
 
 class _File(NamedTuple):
-    """A file that is read: `source` counts the sources of all uses; `style` is of its places."""
+    """A file that is read. `source`: index over the sources of all uses. `style`: place format."""
 
     name: str
     style: str
@@ -191,12 +194,12 @@ class _File(NamedTuple):
 
 @dataclass
 class _Preparation:
-    """One preparation, from the sources to the files of its folder."""
+    """Builds one cache entry: sources -> the files of its folder."""
 
     data: Data
-    opened: dict[str, list[Opened]]
-    settings: Settings
-    task: Reads
+    opened: dict[str, list[OpenedSource]]
+    settings: ReadSettings
+    task: DataTask
     folder: Path = field(init=False)
     census: Census = field(default_factory=Census)
     files: list[_File] = field(default_factory=list)
@@ -204,12 +207,12 @@ class _Preparation:
     def run(self, folder: Path) -> None:
         self.folder = folder
         tables = self._read()
-        sides = self._divide(tables)
+        masks = self._divide(tables)
         for table in tables.values():
             table.forget_signatures()
-        self._count_rows(sides)
+        self._count_rows(masks)
         sources = np.array([file.source for file in self.files], np.int32)
-        arrays = {f"side/{read}/{use}": side for (read, use), side in sides.items()}
+        arrays = {f"side/{read}/{use}": side for (read, use), side in masks.items()}
         arrays |= {f"ranks/{use}": table.ranks for use, table in tables.items()}
         arrays["sources"] = sources[tables["train"].files]
         np.savez(folder / "split.npz", **arrays)  # type: ignore[arg-type]
@@ -242,11 +245,12 @@ class _Preparation:
             table.finish()
             setattr(self.census, use, table.count)
             if not len(table):
-                raise UserError(f"data.{use}: no rows left; left out: {table.count.left_out()}")
+                dropped = table.count.dropped_text()
+                raise UserError(f"data.{use}: no rows left; dropped: {dropped}")
         return tables
 
-    def _work(self, tables: dict[str, Table]) -> Iterator[Work]:
-        """The batches of all sources; each file's format is found by its first row."""
+    def _work(self, tables: dict[str, Table]) -> Iterator[ReadJob]:
+        """The batches of all sources; a file's format is detected from its first row."""
         number = 0
         for use in USES:
             for source in self.opened.get(use, []):
@@ -258,87 +262,89 @@ class _Preparation:
                         known[batch.name] = len(self.files)
                         self.files.append(_File(batch.name, batch.style, use, number, found))
                     file = known[batch.name]
-                    yield Work(file, batch, self.files[file].format, tables[use].below)
+                    yield ReadJob(file, batch, self.files[file].format, tables[use].below)
                 if not known:
                     raise UserError(f"{source.name}: empty: there is nothing to train on")
                 number += 1
 
-    def _format(self, batch: Batch) -> str:
+    def _format(self, batch: RowBatch) -> str:
         row = next(batch.parsed())
         if batch.plain:
             columns, formats = Columns(), _TEXT
             if "text" not in row.columns:
-                raise UserError("data.general: text is expected (txt, md, or a `text` column)")
+                raise UserError("data.general: expected text (txt, md, or a `text` column)")
         else:
             columns, formats = self.settings.columns, self.task.formats
         name = format_of(row, columns, formats)
-        left = f"columns not read: {', '.join(unread(row, name, columns))[:200]}"
-        noted = any(note.startswith(left) for note in self.census.notes)
-        if not left.endswith(": ") and not noted:
-            self.census.notes.append(f"{left} (first: {batch.name})")
+        unused = f"unused columns: {', '.join(unread(row, name, columns))[:200]}"
+        noted = any(note.startswith(unused) for note in self.census.notes)
+        if not unused.endswith(": ") and not noted:
+            self.census.notes.append(f"{unused} (first: {batch.name})")
         return name
 
     def _divide(self, tables: dict[str, Table]) -> dict[tuple[str, str], np.ndarray]:
-        """Which examples are for which use: see `Split.sides`."""
+        """Assign examples to uses: see `Split.masks`."""
         train, census = tables["train"], self.census
         census.held_out = isinstance(self.data.eval, float)
         roots = clusters(train.keys, train.signed, train.signed_rows)
         self._count_duplicates(train, roots)
         chosen = np.ones(len(train), dtype=bool)
-        sides: dict[tuple[str, str], np.ndarray] = {}
+        masks: dict[tuple[str, str], np.ndarray] = {}
         if isinstance(self.data.eval, float):
             if "decontaminate" not in self.opened:
                 train.forget_signatures()
             held = self._hold_out(train, roots, self.data.eval)
             chosen &= ~held
-            sides["train", "eval"] = held
+            masks["train", "eval"] = held
         else:
             exact = train_against_eval(train, tables["eval"], self._place, census, self.data.eval)
             self._check_labels(train, tables["eval"])
-            sides["eval", "eval"] = ~exact
+            masks["eval", "eval"] = ~exact
             if exact.all():
-                raise UserError("data.eval: every row is a row of data.train too: name others")
+                raise UserError("data.eval: every row is also in data.train: name a held-out set")
         if "decontaminate" in self.opened:
             files = self.opened["decontaminate"]
             train_against_files(files, train, chosen, self._place, census)
-        sides["train", "train"] = chosen
+        masks["train", "train"] = chosen
         if "general" in tables:
             general, kept = tables["general"], general_apart(tables, self._place, census)
             if not kept.any():
-                why = census.general.left_out()
-                raise UserError(f"data.general: no rows left; left out: {why}")
+                why = census.general.dropped_text()
+                raise UserError(f"data.general: no rows left; dropped: {why}")
             if self.data.replay is not None:
                 pool = self._replay_pool(general, kept)
                 kept &= ~pool
-                sides["general", "replay"] = pool
-            sides["general", "general"] = kept
+                masks["general", "replay"] = pool
+            masks["general", "general"] = kept
         elif self.data.replay is not None:
-            raise UserError("data.replay: is a share of general text: name some in data.general")
-        return sides
+            raise UserError("data.replay is a share of general text: set data.general")
+        return masks
 
     def _hold_out(self, train: Table, roots: np.ndarray, share: float) -> np.ndarray:
-        """bool (examples,): held out. Repeated examples, and those of a group, stay together."""
-        before, roots = roots, parted(roots, train.keys)
-        if apart := int((before != roots).sum()):
+        """bool (examples,): held out. Duplicates, and examples of one group, stay together."""
+        before = roots
+        roots = split_large_clusters(before, train.keys)
+        apart = int((before != roots).sum())
+        if apart:
             self.census.notes.append(
-                f"{apart:,} rows are near many others, by what they all share: only equal ones "
-                "of them stay on one side of the split"
+                f"{apart:,} rows share long text with many others: of them only exact duplicates "
+                "are kept in the same split"
             )
         labels = train.labels if train.label_names else None
         if self.data.group and not train.groups.any():
             raise UserError(f"data.group: no row of data.train has a column `{self.data.group}`")
-        # Clusters whose rows share a group become one; documents of text files have none.
+        # Clusters that share a group are merged; documents of text files have no group.
         rows = np.flatnonzero(train.groups)
         first, inverse = np.unique(train.groups[rows], return_index=True, return_inverse=True)[1:]
-        units = joined(roots, rows, rows[first][inverse])
+        units = union_clusters(roots, rows, rows[first][inverse])
         return hold_out(units, train.keys, share, self.settings.seed, labels)
 
     def _replay_pool(self, general: Table, kept: np.ndarray) -> np.ndarray:
-        """General examples that are not evaluated on, and so may be trained on."""
+        """General examples that are not evaluated on, so they may be trained on."""
         rows = np.flatnonzero(kept)
         roots = clusters(general.keys, general.signed, general.signed_rows)
-        roots = parted(roots, general.keys)[rows]
-        share = max(0.1, min(0.5, FEWEST_TO_JUDGE / len(np.unique(roots))))
+        roots = split_large_clusters(roots, general.keys)[rows]
+        share = max(0.1, min(0.5, FEWEST_TO_EVALUATE / len(np.unique(roots))))
         seed = self.settings.seed
         held = hold_out(roots, general.keys[rows], share, seed, key="data.general")
         pool = np.zeros(len(general), dtype=bool)
@@ -353,18 +359,19 @@ class _Preparation:
         census.duplicates = {"exact": int(exact.sum()), "near": int(near.sum())}
         if census.compared < len(train):
             census.notes.append(
-                f"near duplicates and near leaks were looked for among {census.compared:,} of "
-                f"{len(train):,} rows, a random sample"
+                f"near duplicates and near leaks were searched among a random sample of "
+                f"{census.compared:,} of {len(train):,} rows"
             )
         for source in chain.from_iterable(self.opened.values()):
-            if others := source.passed_over:
-                census.notes.append(f"{source.name}: {others:,} file(s) of other kinds passed over")
+            if source.skipped:
+                note = f"{source.name}: skipped {source.skipped:,} file(s) of unsupported types"
+                census.notes.append(note)
 
-    def _count_rows(self, sides: dict[tuple[str, str], np.ndarray]) -> None:
+    def _count_rows(self, masks: dict[tuple[str, str], np.ndarray]) -> None:
         """Rows held out of data.train are counted as read for data.eval."""
         census = self.census
         if census.held_out:
-            census.eval.rows_read = int(sides["train", "eval"].sum())
+            census.eval.rows_read = int(masks["train", "eval"].sum())
             census.train.rows_read -= census.eval.rows_read
 
     def _check_labels(self, train: Table, held_out: Table) -> None:
@@ -383,5 +390,5 @@ class _Preparation:
 
 
 def worker_count(data: Data) -> int:
-    """How many processes prepare."""
+    """How many processes prepare the data."""
     return data.workers or min(8, len(os.sched_getaffinity(0)))

@@ -1,9 +1,9 @@
-"""Files -> batches of raw rows, read as a stream: nothing larger than a batch is held.
+"""Files -> batches of raw rows, streamed: at most one batch is in memory.
 
-A batch knows where each of its rows stands, so that every later message names file and line.
+A batch knows the line of each row, so later messages can name file and line.
 
-A document is a file, or a part of a file between end-of-text markers. A source with fewer than 20
-documents is cut into blocks of 2 KiB at line ends: a share of it can be held out and judged.
+A document is a file, or the part of a file between end-of-text markers. A source with fewer than 20
+documents is cut into blocks of 2 KiB at line ends, so a share of it can be held out.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lora_kit.data import extracted
 from lora_kit.data.json_rows import (
     UNREADABLE,
     JsonList,
+    error_text,
     leaves,
     open_bytes,
     parse_line,
-    shown,
+    short_repr,
     text_pieces,
-    why,
 )
 from lora_kit.errors import UserError
 
@@ -43,7 +43,7 @@ TABLE_SUFFIXES = {
 }
 SUFFIXES = TEXT_SUFFIXES | TABLE_SUFFIXES
 _TAG = re.compile(r"O|[BIESLU]-\S+")
-# A batch is what one worker takes at a time: small, so that its tokens stay in the caches.
+# The unit of work of one worker: small, so that its tokens stay in the CPU caches.
 BATCH_ROWS = 256
 BATCH_BYTES = 2**20
 FEWEST_DOCUMENTS = 20
@@ -52,18 +52,18 @@ _LONGEST_LINE = 2**26
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was read. `place` is file:line, or file[n] for the n-th of a list."""
+    """A raw row. `place` is file:line, or file[n] for the n-th item of a list."""
 
     place: str
     columns: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Some rows of one file: parsed ones, or as lines of JSON that a worker parses.
+class RowBatch:
+    """Rows of one file: parsed, or lines of JSON that a worker will parse.
 
-    `numbers[i]` is the line, or the number in a list, of row i; `style` says which, as in
-    `{}:{}`. `whole`: the one row is a text to be cut into blocks; `starts`: it begins a document.
+    `numbers[i]` is the line, or list index, of row i; `style` is the format of its place, such as
+    `{}:{}`. `whole`: the only row is a text to be cut into blocks; `starts`: it begins a document.
     """
 
     name: str
@@ -72,25 +72,25 @@ class Batch:
     rows: Sequence[dict[str, Any] | str]
     whole: bool = False
     starts: bool = True
-    plain: bool = False  # general text: `data.columns` and `data.group` are not about it
+    plain: bool = False  # general text: `data.columns` and `data.group` do not apply
 
     def place(self, number: int) -> str:
         return self.style.format(self.name, number)
 
     def parsed(self) -> Iterator[Row]:
-        """The rows. Raises UserError with file and line where one is not a JSON object."""
+        """The rows. Raises UserError with file and line if one is not a JSON object."""
         for number, row in zip(self.numbers, self.rows, strict=True):
             columns = parse_line(row, self.name, number) if isinstance(row, str) else row
             yield Row(self.place(number), columns)
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A source that is there.
+class OpenedSource:
+    """A source that exists.
 
-    `digest` is the sha256 of its content; `files` are what it reads, or `rows` what is embedded;
-    `passed_over` counts the files of a folder that are of no known kind. Of a set of the Hub,
-    `labels` are the names of classes by column, and `commit` is where it is from.
+    `digest` is the sha256 of its content; it has `files`, or embedded `rows`; `skipped` counts the
+    files of a folder whose type is unsupported. For a Hub data set, `labels` are the class names
+    by column, and `commit` is its revision.
     """
 
     name: str
@@ -100,10 +100,10 @@ class Opened:
     labels: dict[str, list[str]] = field(default_factory=dict)
     commit: str | None = None
     rows: list[dict[str, Any]] | None = None
-    passed_over: int = 0
+    skipped: int = 0
 
-    def batches(self) -> Iterator[Batch]:
-        """Its rows in order: the documents of its text files, then the rows of its tables."""
+    def batches(self) -> Iterator[RowBatch]:
+        """All rows in order: the documents of text files, then the rows of tables."""
         if self.rows is not None:
             yield from _batches(self.name, "{}/{}", enumerate(self.rows, 1))
             return
@@ -111,15 +111,15 @@ class Opened:
         yield from text_batches(texts, whole=_is_cut(texts))
         for file in self.files:
             if is_table(file):
-                for batch in table(file):
-                    if self.labels:  # names that the file doesn't have
+                for batch in table_batches(file):
+                    if self.labels:  # class names from the card
                         rows = [named(row.columns, self.labels) for row in batch.parsed()]
                         batch = replace(batch, rows=rows)
                     yield batch
 
 
 def suffix_of(file: Path) -> str:
-    """The kind of a file by its name: `.jsonl` for rows.jsonl and rows.JSONL.gz."""
+    """The suffix that gives a file's type: `.jsonl` for rows.jsonl and rows.JSONL.gz."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
@@ -127,7 +127,7 @@ def is_table(file: Path) -> bool:
     return suffix_of(file) in TABLE_SUFFIXES
 
 
-def table(file: Path) -> Iterator[Batch]:
+def table_batches(file: Path) -> Iterator[RowBatch]:
     """The rows of a table, in batches."""
     suffix = suffix_of(file)
     if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and _has_json_lines(file)):
@@ -144,12 +144,12 @@ def table(file: Path) -> Iterator[Batch]:
 
 
 def documents(file: Path, size: int | None = None) -> Iterator[tuple[int, str, bool]]:
-    """(line, text, begins) of the documents of a text file: its parts between end-of-text markers.
+    """(line, text, begins) of the documents of a text file, separated by end-of-text markers.
 
-    With a `size`, a document of more characters comes in pieces that end where a line does, unless
-    one line alone is twice as long; `begins`: a piece is the first of its document.
+    A document longer than `size` characters is yielded in pieces that end at a line end, unless a
+    single line is twice as long; `begins`: the piece is the first of its document.
     """
-    parts: list[str] = []  # of this document, not yet given out
+    parts: list[str] = []  # of this document, not yet yielded
     length, first, begins = 0, 1, True
     for number, line in _lines(file):
         *closed, rest = line.split(END_OF_TEXT)
@@ -173,7 +173,7 @@ def documents(file: Path, size: int | None = None) -> Iterator[tuple[int, str, b
 def _pieces(
     line: int, text: str, size: int | None, begins: bool
 ) -> Iterator[tuple[int, str, bool]]:
-    """A part of a document, cut where `documents` says; at its beginning without white space."""
+    """A part of a document, cut as in `documents`; leading white space is stripped."""
     start = len(text) - len(text.lstrip()) if begins else 0
     line += text.count("\n", 0, start)
     while start < len(text):
@@ -186,21 +186,21 @@ def _pieces(
         start, begins = end, False
 
 
-def text_batches(files: Iterable[Path], whole: bool) -> Iterator[Batch]:
+def text_batches(files: Iterable[Path], whole: bool) -> Iterator[RowBatch]:
     """The documents of text files, in batches.
 
     Args:
-        whole: each document will be cut into blocks: a long one comes in pieces of about 1 MiB.
+        whole: documents will be cut into blocks; a long one is yielded in pieces of about 1 MiB.
     """
     for file in files:
         found = documents(file, BATCH_BYTES if whole else None)
         if suffix_of(file) in extracted.SUFFIXES:
-            # A scan, or a page of navigation alone, is dropped and counted like an empty row.
+            # A scan, or a page without main text, is counted as an empty row.
             found = iter([*found] or [(1, "", True)])
         if whole:
             for line, text, begins in found:
                 rows = [{"text": text}]
-                yield Batch(str(file), "{}:{}", [line], rows, whole=bool(text), starts=begins)
+                yield RowBatch(str(file), "{}:{}", [line], rows, whole=bool(text), starts=begins)
         else:
             rest = ((line, {"text": text}) for line, text, _ in found)
             yield from _batches(file, "{}:{}", rest)
@@ -208,7 +208,7 @@ def text_batches(files: Iterable[Path], whole: bool) -> Iterator[Batch]:
 
 def _batches(
     file: Path | str, style: str, rows: Iterable[tuple[int, dict[str, Any] | str]]
-) -> Iterator[Batch]:
+) -> Iterator[RowBatch]:
     numbers: list[int] = []
     kept: list[dict[str, Any] | str] = []
     size = 0
@@ -216,15 +216,15 @@ def _batches(
         numbers.append(number)
         kept.append(row)
         try:
-            # About as many characters as the row holds.
+            # Approximate number of characters of the row.
             size += sum(len(v) if isinstance(v, (str, bytes)) else 8 for v in leaves(row))
-        except RecursionError:  # such a row could not go to a worker
-            raise UserError(f"{style.format(file, number)}: nested too deeply") from None
+        except RecursionError:  # such a row cannot be pickled for a worker
+            raise UserError(f"{style.format(file, number)}: nesting too deep") from None
         if len(kept) >= BATCH_ROWS or size >= BATCH_BYTES:
-            yield Batch(str(file), style, numbers, kept)
+            yield RowBatch(str(file), style, numbers, kept)
             numbers, kept, size = [], [], 0
     if kept:
-        yield Batch(str(file), style, numbers, kept)
+        yield RowBatch(str(file), style, numbers, kept)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -236,13 +236,13 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _has_json_lines(file: Path) -> bool:
-    """Whether a .json file has an object a line, as many on the Hub do."""
+    """Whether a .json file is really JSON Lines, as many on the Hub are."""
     try:
         with open_bytes(file) as opened:
             first, second = (opened.readline(_LONGEST_LINE) for _ in range(2))
         return second.startswith(b"{") and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError, *UNREADABLE):
-        return False  # its reader will say what is wrong
+        return False  # its reader reports what is wrong
 
 
 def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -260,12 +260,12 @@ def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 header = values
                 if len(set(header)) < len(header) or "" in header:
                     raise UserError(
-                        f"{file}:{first}: columns need names that differ: {shown(header)}"
+                        f"{file}:{first}: empty or duplicate column names: {short_repr(header)}"
                     )
                 if len(header) == 1 and any(c in header[0] for c in ";\t|"):
                     raise UserError(
-                        f"{file}:{first}: one column, {shown(header[0])}: separate values with a "
-                        "comma (.csv) or a tab (.tsv)"
+                        f"{file}:{first}: one column, {short_repr(header[0])}: separate values "
+                        "with a comma (.csv) or a tab (.tsv)"
                     )
             elif len(values) != len(header):
                 raise UserError(f"{file}:{first}: {len(values)} values for {len(header)} columns")
@@ -276,20 +276,20 @@ def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _looks_tagged(file: Path) -> bool:
-    """Whether a .tsv has no header but tokens and IOB tags: its first lines all end with a tag."""
+    """Whether a .tsv holds tokens and IOB tags without a header: its first lines end with a tag."""
     first = [_fields(line) for _, line in islice(_lines(file), 20) if line.strip()]
     return bool(first) and all(len(f) > 1 and _TAG.fullmatch(f[-1]) is not None for f in first)
 
 
 def _fields(line: str) -> list[str]:
-    """The fields of a line, between tabs or else spaces: other white space can be a token."""
+    """The fields of a line, split at tabs, else at spaces: other white space can be a token."""
     if "\t" in line:
         return [field.strip(" \n") for field in line.split("\t")]
     return [field for field in line.strip(" \n").split(" ") if field]
 
 
 def _tagged(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Sentences of a file with a token and, in its last column, an IOB tag a line."""
+    """Sentences of a file with one token per line and its IOB tag in the last column."""
     tokens: list[str] = []
     tags: list[str] = []
     start = 0
@@ -303,7 +303,9 @@ def _tagged(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not tokens and line.startswith("# ") and not _TAG.fullmatch(fields[-1]):
             continue  # a comment, as `# id 17`
         if len(fields) < 2 or not fields[0]:
-            raise UserError(f"{file}:{number}: a token and its tag are expected, not {shown(line)}")
+            raise UserError(
+                f"{file}:{number}: expected a token and its tag, not {short_repr(line)}"
+            )
         start = start or number
         tokens.append(fields[0])
         tags.append(fields[-1])
@@ -334,10 +336,10 @@ def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 batches = iter(reader)
             schema = reader.schema
         if len(set(schema.names)) < len(schema.names):
-            raise UserError(f"{file}: columns need names that differ: {shown(schema.names)}")
+            raise UserError(f"{file}: duplicate column names: {short_repr(schema.names)}")
         names = _class_names(schema.metadata)
         for batch in batches:
-            batch.validate(full=True)  # a damaged one would be read beyond its end
+            batch.validate(full=True)  # else a corrupt batch is read out of bounds
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 for row in batch.slice(start, BATCH_ROWS).to_pylist():
                     yield number, named(row, names)
@@ -346,11 +348,13 @@ def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise
     # ValueError: text that is not UTF-8, a date that Python doesn't have
     except (pa.ArrowException, ValueError, OverflowError, *UNREADABLE) as error:
-        raise UserError(f"{file}[{number}]: not readable as {suffix[1:]}: {why(error)}") from None
+        raise UserError(
+            f"{file}[{number}]: not readable as {suffix[1:]}: {error_text(error)}"
+        ) from None
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
-    """{column: names of its classes}, from the note that `datasets` leaves in a schema."""
+    """{column: class names}, from the schema metadata that `datasets` writes."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"].items()
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -364,7 +368,7 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
 
 
 def named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
-    """A row whose class numbers are replaced by the names of the classes (-1: none, null)."""
+    """A row with class numbers replaced by class names (-1, no class, becomes null)."""
 
     def name(value: Any, known: list[str]) -> Any:
         if isinstance(value, list):
@@ -382,6 +386,6 @@ def named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def _is_cut(files: list[Path]) -> bool:
-    """Whether there are too few documents for a share of them to be held out."""
+    """Whether there are too few documents to hold out a share of them."""
     found = (begins for file in files for _, _, begins in documents(file, BATCH_BYTES))
     return sum(1 for _ in islice(filter(None, found), FEWEST_DOCUMENTS)) < FEWEST_DOCUMENTS

@@ -1,6 +1,6 @@
 """One batch of raw rows -> examples, their hashes and signatures, in this process or in several.
 
-Nothing here knows of other batches, so the result is the same for any number of workers.
+A batch is processed on its own, so the result is the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lora_kit.data.census import Count
 from lora_kit.data.duplicates import UNSIGNED, hashed, ranks, sign
 from lora_kit.data.examples import to_batch
 from lora_kit.data.formats import FORMATS, Columns, Example, normalised, to_example
-from lora_kit.data.readers import Batch, Row
+from lora_kit.data.readers import Row, RowBatch
 from lora_kit.errors import NotUsable
 
 BLOCK_BYTES = 2048
 
 
-class Reads(Protocol):
-    """What a task tells about the rows that it reads (see `tasks.task.Task`)."""
+class DataTask(Protocol):
+    """The part of `tasks.task.Task` that reading rows needs."""
 
     @property
     def formats(self) -> tuple[str, ...]: ...
@@ -34,28 +34,29 @@ class Reads(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides how a row is read. `questions`: prompts are hashed apart, to be looked for in
-    the files of `data.decontaminate`."""
+class ReadSettings:
+    """How rows are read. `questions`: also hash the prompts, to match them against the files of
+    `data.decontaminate`."""
 
     columns: Columns
     seed: int
     questions: bool
 
 
-class Work(NamedTuple):
-    """A batch, its format, and the rank below which its rows get a signature."""
+class ReadJob(NamedTuple):
+    """A batch to read, its format, and the rank below which its rows get a signature."""
 
     file: int
-    batch: Batch
+    batch: RowBatch
     format: str
     sampled_below: int
 
 
 @dataclass(frozen=True)
-class Part:
-    """What became of a batch: its examples as Arrow, and by name, of each of them: numbers; labels;
-    keys, questions, groups: hashes; joins. `signed` are those below the sample's rank."""
+class ReadBatch:
+    """A batch after reading: its examples as Arrow, and columns of one value per example: numbers,
+    labels, joins; keys, questions and groups as hashes. `signed`: MinHash signatures of the
+    examples below the sample's rank."""
 
     file: int
     examples: pa.RecordBatch
@@ -67,13 +68,13 @@ class Part:
 
 
 class Reader:
-    """Turns batches into parts."""
+    """Reads batches of raw rows."""
 
-    def __init__(self, task: Reads, settings: Settings) -> None:
+    def __init__(self, task: DataTask, settings: ReadSettings) -> None:
         self.task = task
         self.settings = settings
 
-    def __call__(self, work: Work) -> Part:
+    def __call__(self, work: ReadJob) -> ReadBatch:
         count = Count()
         if work.batch.whole:
             found = list(_blocks(work.batch))
@@ -83,7 +84,7 @@ class Reader:
         return self._part(work, [n for n, _ in found], [e for _, e in found], count)
 
     def _examples(
-        self, batch: Batch, format_name: str, count: Count
+        self, batch: RowBatch, format_name: str, count: Count
     ) -> Iterator[tuple[int, Example]]:
         columns = Columns() if batch.plain else self.settings.columns
         for number, row in zip(batch.numbers, batch.parsed(), strict=True):
@@ -92,22 +93,24 @@ class Reader:
                 yield number, to_example(row, format_name, columns)
             except NotUsable as error:
                 detail = f"{row.place}: {error.detail}" if error.detail else row.place
-                count.lose(error.reason, detail)
+                count.count_lost(error.reason, detail)
 
-    def _part(self, work: Work, numbers: list[int], examples: list[Example], count: Count) -> Part:
-        """Examples with the hashes and signatures by which they are split, and found again."""
+    def _part(
+        self, work: ReadJob, numbers: list[int], examples: list[Example], count: Count
+    ) -> ReadBatch:
+        """Examples with the hashes and signatures that deduplication and splitting need."""
         plain = work.batch.plain
         texts = [example.key if plain else self.task.key(example) for example in examples]
         keys = [hashed(text) for text in texts]
         order = ranks(np.array(keys, dtype=np.uint64), self.settings.seed)
         signed_rows = np.flatnonzero(order < np.uint64(work.sampled_below))
         questions, signed_questions = [0] * len(keys), UNSIGNED
-        classes = "label" in FORMATS[work.format].needed  # a score of a pair of sentences is none
+        classes = "label" in FORMATS[work.format].needed  # the score of a sentence pair is no class
         if self.settings.questions:
             asked = [normalised(example.question) for example in examples]
             questions = [hashed(text) for text in asked]
             signed_questions = sign([asked[n] for n in signed_rows])
-        return Part(
+        return ReadBatch(
             file=work.file,
             examples=to_batch(numbers, examples),
             columns={
@@ -125,15 +128,15 @@ class Reader:
         )
 
     def _group(self, example: Example, plain: bool) -> int:
-        """The hash of what examples have in common that stay in the same split; 0: nothing."""
+        """The hash of an example's group, which stays in one split; 0: no group."""
         group = example.group
         if group is None and not plain:
             group = self.task.group(example)
         return 0 if group is None else hashed(group)
 
 
-def _blocks(batch: Batch) -> Iterator[tuple[int, Example]]:
-    """Cut a long text at line ends into blocks of about 2 KiB."""
+def _blocks(batch: RowBatch) -> Iterator[tuple[int, Example]]:
+    """Cut a long text into blocks of about 2 KiB, at line ends."""
     row: Row = next(batch.parsed())
     text, line, start = row.columns["text"], batch.numbers[0], 0
     for end in _block_ends(text):
@@ -144,8 +147,8 @@ def _blocks(batch: Batch) -> Iterator[tuple[int, Example]]:
 
 
 def _block_ends(text: str) -> Iterator[int]:
-    """Where blocks end: at the first line end after BLOCK_BYTES bytes; in a longer line at a space,
-    or where there is none, between two characters; and at the end."""
+    """Offsets where blocks end: the first line end after BLOCK_BYTES bytes; in a longer line at a
+    space, else between two characters; and the end of the text."""
     raw = text.encode()
     start = characters = 0
     while start < len(raw):

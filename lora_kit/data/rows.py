@@ -1,7 +1,7 @@
-"""Prepared rows: a view of an Arrow table that copies nothing.
+"""Prepared rows: a zero-copy view of an Arrow table.
 
-The table is what `datasets.Dataset` keeps, with the column names of transformers and TRL; our own
-trainers read it through this view, which fetches a row several times faster than a Dataset does.
+The table is that of a `datasets.Dataset`, with the column names of transformers and TRL. Our own
+trainers read it through this view, which fetches a row several times faster than a Dataset.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Rows:
     array([3])
 
     Args:
-        table: list columns hold integers (or lists of numbers), others numbers or texts.
-        order: int64, numbers of rows of the table; None: all of them.
+        table: list columns hold integers (or lists of numbers), the others numbers or texts.
+        order: int64, row indices of the table; None: all rows.
     """
 
     def __init__(self, table: pa.Table, order: np.ndarray | None = None) -> None:
@@ -43,13 +43,13 @@ class Rows:
 
     @classmethod
     def open(cls, file: Path) -> Rows:
-        """Map a file that `write` wrote; nothing is read before it is asked for."""
+        """Memory-map a file of `RowsWriter`; rows are read on access."""
         with pa.memory_map(str(file)) as source:
             return cls(pa.ipc.open_stream(source).read_all())
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Rows:
-        """Rows in memory. All have the same columns."""
+        """Rows in memory, all with the same columns."""
         batches = list(record_batches(rows))
         return cls(pa.Table.from_batches(batches) if batches else pa.table({}))
 
@@ -69,7 +69,7 @@ class Rows:
         return self._column(name).value(number if self.order is None else int(self.order[number]))
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Row]:
-        """What torch's data loader asks for."""
+        """Several rows at once, for torch's data loader."""
         return [self[number] for number in numbers]
 
     def __iter__(self) -> Iterator[Row]:
@@ -80,7 +80,7 @@ class Rows:
         return list(self.table.column_names)
 
     def column(self, name: str) -> np.ndarray:
-        """(rows,): the values of a column that is no list."""
+        """(rows,): the values of a column that is not a list."""
         values = self.table.column(name).to_numpy()
         return values if self.order is None else values[self.order]
 
@@ -92,8 +92,8 @@ class Rows:
         return sizes if self.order is None else sizes[self.order]
 
     def chunks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A list column in pieces: (values of all rows of a piece, where each row begins and the
-        last one ends)."""
+        """A list column in pieces: (values of all rows of a piece, offsets of the rows in it, with
+        the end of the last)."""
         column = self._column(name)
         if self.order is not None:
             column = _Column(self.table.column(name).take(pa.array(self.order)))
@@ -102,7 +102,7 @@ class Rows:
             yield chunk.values[first:last], chunk.offsets - first
 
     def content(self, *names: str) -> bytes:
-        """A hash of list columns: of their values, and of where each row ends."""
+        """A hash of list columns: their values and row lengths."""
         digest = hashlib.sha256()
         for name in names:
             parts: list[Any] = [values for values, _ in self.chunks(name)]
@@ -113,11 +113,11 @@ class Rows:
 
     @property
     def units(self) -> int:
-        """How many units the rows belong to: the largest number in the column `unit`, plus one."""
+        """Number of units that the rows belong to: the largest value of `unit`, plus one."""
         return int(self.column("unit").max(initial=-1)) + 1
 
     def select(self, numbers: Sequence[int] | np.ndarray) -> Rows:
-        """The rows of these numbers, in this order."""
+        """The rows with these indices, in this order."""
         chosen = np.asarray(numbers, dtype=np.int64)
         return Rows(self.table, chosen if self.order is None else self.order[chosen])
 
@@ -127,7 +127,7 @@ class Rows:
         return Rows(table.append_column(name, pa.array(list(values))))
 
     def dataset(self) -> Dataset:
-        """The same table as a Dataset, for trainers that want one."""
+        """The same table as a Dataset, for TRL's trainers."""
         from datasets import Dataset
 
         return Dataset(self.table if self.order is None else self.table.take(self.order))
@@ -139,7 +139,7 @@ class Rows:
 
 
 class _Chunk:
-    """A piece of a column: of a list column its values, and where each row begins and ends."""
+    """A chunk of a column; for a list column its values and row offsets."""
 
     def __init__(self, array: pa.Array) -> None:
         self.lists = pa.types.is_list(array.type)
@@ -164,7 +164,7 @@ class _Chunk:
 
 
 class _Column:
-    """A column in its chunks."""
+    """A column as a list of chunks."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self.chunks = [_Chunk(chunk) for chunk in column.chunks if len(chunk)]
@@ -176,7 +176,7 @@ class _Column:
 
 
 def record_batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
-    """Rows as record batches of Arrow; all have the columns of the first one."""
+    """Rows as Arrow record batches, with the columns of the first row."""
     waiting: list[Row] = []
     for row in rows:
         waiting.append(row)
@@ -188,7 +188,7 @@ def record_batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
 
 
 def record_batch(rows: Sequence[Row]) -> pa.RecordBatch:
-    """Some rows as one record batch: lists of integers as int32, numbers as int64 or float64."""
+    """Rows as one record batch: lists of integers as int32, numbers as int64 or float64."""
     return pa.RecordBatch.from_pydict(
         {name: _array([row[name] for row in rows]) for name in rows[0]}
     )
@@ -207,7 +207,7 @@ def _array(values: list[Any]) -> pa.Array:
 
 
 class RowsWriter:
-    """Writes rows into an Arrow stream, the format of `datasets`.
+    """Writes rows to an Arrow stream, the format of `datasets`.
 
     The schema is that of the first batch; an empty file is written as a stream without columns.
     """

@@ -1,4 +1,4 @@
-"""What `data:` names -> files, Hub sets and embedded texts, each with the hash of its content."""
+"""`data:` keys -> files, Hub data sets and embedded texts, each with a hash of its content."""
 
 from __future__ import annotations
 
@@ -12,65 +12,67 @@ from typing import Any
 
 from lora_kit import nano
 from lora_kit.data import hub, readers
-from lora_kit.data.readers import Opened
+from lora_kit.data.readers import OpenedSource
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import is_hub_id
 from lora_kit.schema import EMBEDDED, Source
 
-_MADE_BY_PROGRAMS = (".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf")
+_BINARY_DOCUMENTS = (".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf")
 
 
-def open_sources(sources: Any, commits: dict[str, str] | None = None) -> list[Opened]:
+def open_sources(sources: Any, commits: dict[str, str] | None = None) -> list[OpenedSource]:
     """Find every source and hash its content.
 
     Args:
         sources: as in `data.train`: a name, a `Source`, or a list of them.
-        commits: {name of a Hub set and its split: commit} to take where no revision is named.
+        commits: {Hub data set with split: commit} to read where no revision is named.
 
     Raises:
-        UserError: a source is missing, of an unknown kind, or named twice; some have a `fraction`
-            and some don't, or the fractions are not 1 together.
+        UserError: a source is missing, unsupported, or named twice; only some have a `fraction`,
+            or the fractions do not sum to 1.
     """
     listed = sources if isinstance(sources, list) else [sources]
     wanted = [s if isinstance(s, Source) else Source(source=s) for s in listed]
     fractions = [source.fraction for source in wanted if source.fraction is not None]
     if fractions and len(fractions) < len(wanted):
         missing = next(s.source for s in wanted if s.fraction is None)
-        raise UserError(f"{missing}: has no fraction, but others of its list have: give each one")
+        raise UserError(
+            f"{missing}: no fraction, but other sources have one: set it for each source"
+        )
     if fractions and abs(sum(fractions) - 1) > 1e-6:
         raise UserError(
-            f"data: the fractions of a list are 1 together, these are {sum(fractions):g}: "
+            f"data: the fractions of a list must sum to 1, not {sum(fractions):g}: "
             + ", ".join(f"{s.source} {s.fraction:g}" for s in wanted)
         )
     opened = [_open(source, commits or {}) for source in wanted]
     seen: dict[Any, str] = {}
     for source in opened:
         names: list[Any] = [file.resolve() for file in source.files] or [source.name]
-        if source.commit:  # files of the same content are one in the Hub's cache
+        if source.commit:  # the Hub's cache stores files of equal content once
             names = list(dict.fromkeys(names))
         for name in names:
             if name in seen:
                 twice = seen[name] == source.name
-                where = "named twice" if twice else f"{name} is in it and in {seen[name]}"
-                raise UserError(f"{source.name}: {where}: leave one out")
+                where = "named twice" if twice else f"{name} is also in {seen[name]}"
+                raise UserError(f"{source.name}: {where}: remove one of the two")
             seen[name] = source.name
     return opened
 
 
-def check_apart(train: list[Opened], other: list[Opened], key: str) -> None:
-    """Raises UserError if a file to learn from is one to judge by as well."""
+def check_apart(train: list[OpenedSource], other: list[OpenedSource], key: str) -> None:
+    """Raises UserError if a training file is also an evaluation file."""
     known = {file.resolve(): source.name for source in train for file in source.files}
     for source in other:
         for file in source.files:
             if file.resolve() in known:
                 raise UserError(
-                    f"data.{key}: {file} is learned from as well (data.train: "
-                    f"{known[file.resolve()]}): rows to judge by must be others"
+                    f"data.{key}: {file} is also trained on (data.train: "
+                    f"{known[file.resolve()]}): name different rows"
                 )
 
 
-def _open(source: Source, commits: dict[str, str]) -> Opened:
+def _open(source: Source, commits: dict[str, str]) -> OpenedSource:
     name = source.source
     if name.startswith("nano:"):
         return _open_nano(source)
@@ -79,7 +81,7 @@ def _open(source: Source, commits: dict[str, str]) -> Opened:
         found = [p for p in found if not any(n[0] == "." for n in p.relative_to(name).parts)]
     elif os.path.isfile(name):
         found = [Path(name)]
-        if readers.suffix_of(found[0]) in _MADE_BY_PROGRAMS:
+        if readers.suffix_of(found[0]) in _BINARY_DOCUMENTS:
             raise UserError(f"{name}: not text: save it as text, HTML or PDF first")
     elif glob.has_magic(name):
         found = sorted({Path(p) for p in glob.glob(name, recursive=True) if os.path.isfile(p)})
@@ -89,11 +91,11 @@ def _open(source: Source, commits: dict[str, str]) -> Opened:
         return opened
     else:
         raise UserError(f"{name}: no such file or folder")
-    # A file that is named is read whatever its kind, as text.
+    # A file that is named explicitly is read whatever its suffix, as text.
     files = [p for p in found if os.path.isfile(name) or readers.suffix_of(p) in readers.SUFFIXES]
     if not files:
         kinds = " ".join(sorted(readers.SUFFIXES))
-        raise UserError(f"{name}: no file of a known kind ({kinds}) among {len(found)}")
+        raise UserError(f"{name}: no file of a supported type ({kinds}) among {len(found)}")
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -102,7 +104,7 @@ def _open(source: Source, commits: dict[str, str]) -> Opened:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     _check_not_empty(name, files)
     others = len(found) - len(files)
-    return Opened(name, source.fraction, digest.hexdigest(), tuple(files), passed_over=others)
+    return OpenedSource(name, source.fraction, digest.hexdigest(), tuple(files), skipped=others)
 
 
 def _check_not_empty(name: str, files: Iterable[Path]) -> None:
@@ -110,7 +112,7 @@ def _check_not_empty(name: str, files: Iterable[Path]) -> None:
         raise UserError(f"{name}: empty: there is nothing to train on")
 
 
-def _open_nano(source: Source) -> Opened:
+def _open_nano(source: Source) -> OpenedSource:
     name = source.source
     if name not in EMBEDDED:
         raise UserError(f"{name}: no such embedded text: {', '.join(EMBEDDED)}")
@@ -119,4 +121,4 @@ def _open_nano(source: Source) -> Opened:
         texts = nano.topics() if name == "nano:topics" else nano.general()
         rows = [{"text": text} for _, text in texts]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return Opened(name, source.fraction, digest, rows=rows)
+    return OpenedSource(name, source.fraction, digest, rows=rows)

@@ -1,7 +1,7 @@
-"""Which rows are learned from, and which are judged: sides that never meet, shares that hold.
+"""Which rows are trained on and which are held out, and how sources are mixed.
 
-Everything here works on hashes of rows, not on the rows: it is decided by the seed and what the
-rows say, and not by their order or by how many workers read them.
+Everything here works on hashes of rows: the result depends on the seed and the rows' text, not on
+their order or on the number of workers.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 from lora_kit.data.duplicates import ranks
 from lora_kit.errors import UserError
 
-# Fewer held-out documents are measured, but not judged.
-FEWEST_TO_JUDGE = 20
+# With fewer held-out documents, scores are reported without a verdict.
+FEWEST_TO_EVALUATE = 20
 
 
 def hold_out(
@@ -23,32 +23,32 @@ def hold_out(
     labels: np.ndarray | None = None,
     key: str = "data.eval",
 ) -> np.ndarray:
-    """Hold out a share of the units, which are rows that must stay together.
+    """Hold out a share of the units; a unit is a set of rows that must stay together.
 
-    A unit is ranked by the seed and the lowest key of its rows, and the first ranks are chosen: a
-    row that is added moves at most one other unit to its side, and large units are not preferred.
-    Those of more than twice the rows asked for come last: a template that most rows share would
-    otherwise leave nothing to learn from.
-    With labels each label gives its share of units, the rest going to those that lost most by
-    rounding (largest remainder). The last unit of a label is learned from, where that is possible.
+    Units are ranked by a hash of the seed and the lowest key of their rows, and the first ranks are
+    held out: adding a row moves at most one other unit, and large units are not preferred. Units
+    with more than twice the wanted number of rows come last, so that a template that most rows
+    share does not take all training rows.
+    With labels, the selection is stratified, rounded by the largest remainder method. The last unit
+    of a label is trained on where possible.
 
     Args:
-        roots: (rows,) rows of one unit have the same number. keys: uint64 hashes, (rows,).
-        labels: (rows,) a unit has the label of its row of the lowest key. key: of the run file, for
-            messages.
+        roots: (rows,) the unit of each row. keys: uint64 hashes, (rows,).
+        labels: (rows,) a unit has the label of its row with the lowest key.
+        key: of the run file, for messages.
 
     Returns:
         bool, (rows,): held out.
 
     Raises:
-        UserError: there are less than two units.
+        UserError: there are fewer than two units.
     """
     by_key = np.argsort(keys, kind="stable")
     units, first, sizes = np.unique(roots[by_key], return_index=True, return_counts=True)
     if len(units) < 2:
         raise UserError(
             f"{key}: {len(units)} different document(s) cannot be split: "
-            + ("name a source of its own" if key == "data.eval" else "name more text")
+            + ("name a separate source" if key == "data.eval" else "add more text")
         )
     lowest = by_key[first]
     order = ranks(keys[lowest], seed)
@@ -57,7 +57,7 @@ def hold_out(
     kinds, counts = np.unique(labels[lowest], return_inverse=True, return_counts=True)[1:]
     exact = wanted * counts / len(units)
     quota = np.floor(exact).astype(int)
-    # Among equal remainders the most frequent label first, then that of the first rank.
+    # Ties: the most frequent label first, then the one whose unit ranks first.
     head = np.full(len(counts), np.iinfo(np.uint64).max, dtype=np.uint64)
     np.minimum.at(head, kinds, order)
     order_of_labels = np.lexsort((head, -counts, quota - exact))
@@ -76,13 +76,13 @@ def hold_out(
 def mix(
     tokens: np.ndarray, sources: np.ndarray, order: np.ndarray, fractions: dict[int, float]
 ) -> np.ndarray:
-    """Choose rows so that each source gives its fraction of the tokens.
+    """Choose rows so that each source contributes its fraction of the tokens.
 
-    As many as possible without a row twice: the source that is short for its fraction is used
-    whole, of the others the rows that come first in `order`.
+    As many as possible without repeating a row: the source that is smallest for its fraction is
+    used whole; of the others, the rows that come first in `order`.
 
     Args:
-        tokens, sources, order: (rows,). fractions: {source: share}, together 1.
+        tokens, sources, order: (rows,). fractions: {source: share}, summing to 1.
 
     Returns:
         bool, (rows,): chosen.
@@ -96,7 +96,7 @@ def mix(
 
 
 def take(tokens: np.ndarray, order: np.ndarray, wanted: float) -> np.ndarray:
-    """The numbers of the rows, first by `order`, that come nearest to `wanted` tokens; sorted."""
+    """Sorted indices of the first rows by `order` whose tokens come nearest to `wanted`."""
     first = np.argsort(order, kind="stable")
     total = np.concatenate([[0], np.cumsum(tokens[first])])
     return np.sort(first[: int(np.abs(total - wanted).argmin())])

@@ -1,4 +1,4 @@
-"""Work on batches in several processes, the results in the order of the batches."""
+"""Process batches in several worker processes; results keep the order of the batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_kit.errors import CheckFailed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# With fewer batches than this, starting processes takes longer than the work.
+# With fewer batches, starting processes takes longer than the work.
 FEWEST_FOR_WORKERS = 8
 _WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -32,14 +32,14 @@ _PR_SET_PDEATHSIG = 1
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """`function` of each item, with several processes where there is enough to do.
+    """Map `function` over items in order, in several processes if there are enough items.
 
     Args:
-        function: something that can be pickled; each process gets it once.
-        items: read as they are needed, a few batches ahead.
+        function: picklable; sent to each process once.
+        items: read lazily, a few batches ahead.
 
     Raises:
-        LoraKitError: what `function` or reading an item raises. CheckFailed: a process was killed.
+        LoraKitError: raised by `function` or by reading an item. CheckFailed: a process was killed.
     """
     waiting = iter(items)
     first = list(islice(waiting, FEWEST_FOR_WORKERS))
@@ -68,17 +68,17 @@ def in_order(
                 "data.workers"
             ) from None
         finally:
-            if running:  # broken off: what is not yet done is not wanted
+            if running:  # aborted: discard the pending work
                 stop(kill=True)
 
 
-_pool: Any = None  # of processes that wait for more work
+_pool: Any = None  # idle worker processes, kept for the next call
 
 
 def _started(workers: int) -> Any:
     global _pool
     if _pool is None:
-        # Unlike multiprocessing, loky does not run the caller's script again in each process.
+        # Unlike multiprocessing, loky does not re-run the caller's script in each process.
         from loky import ProcessPoolExecutor
 
         _pool = ProcessPoolExecutor(
@@ -92,23 +92,23 @@ def _started(workers: int) -> Any:
 
 
 def stop(kill: bool = False) -> None:
-    """End the processes that `in_order` left waiting for more work."""
+    """Stop the idle processes of `in_order`."""
     global _pool
     if _pool is not None:
         _pool.shutdown(wait=True, kill_workers=kill)
         _pool = None
 
 
-_loaded: tuple[str, Callable[[Any], Any]] | None = None  # of this process
+_loaded: tuple[str, Callable[[Any], Any]] | None = None  # in this worker
 
 
 def _start(parent: int) -> None:
-    # If the parent is killed, a worker would wait for its next batch for ever.
+    # If the parent is killed, a worker would otherwise wait for its next batch forever.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the request was made
+    if os.getppid() != parent:  # it ended before prctl was called
         os._exit(1)
-    gc.disable()  # it would scan a million tokens again and again; there are no cycles
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and stops us
+    gc.disable()  # it would scan millions of tokens repeatedly; there are no cycles
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and stops workers
 
 
 def _call(file: str, item: Any) -> Any:

@@ -102,8 +102,8 @@ def task_of(finished: FinishedRun) -> Task:
     own = run.recipe.endswith(".py")
     if own and known.get("sha256") not in (None, file_hash(file)):
         raise UserError(
-            f"{finished.path}: recipe: {file} changed since the run was trained: restore it, or "
-            "train again"
+            f"{finished.path}: recipe: {file} changed since the run was trained: restore it; "
+            "if the run did not finish, continue it with train --resume; else train again"
         )
     return load_recipe(file).task
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.adapter.attach import put_on
+from lora_kit.adapter.attach import load_adapter
 from lora_kit.adapter.combine import METHODS, combine
 from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
@@ -65,7 +65,7 @@ def combine_and_measure(
         files = {run.path: run.adapter for run in adapters}
         files |= {name: open_adapter(folder / name) for name in found}
         for name, adapter in files.items():
-            adapted = put_on(model, adapter)
+            adapted = load_adapter(model, adapter)
             losses[name] = _losses(adapted, held_out, pad)
             model = adapted.unload()
         total = {name: _mean(_together(each)) for name, each in losses.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_kit.adapter.attach import put_on
+from lora_kit.adapter.attach import load_adapter
 from lora_kit.adapter.files import WEIGHTS
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import changed_base, end_tokens
@@ -155,9 +155,9 @@ def _truth(run: FinishedRun, into: Into, alone: bool) -> Truth:
 
     tokenizer = run.processor
     exact = changed_base(run.base, dtype="float32", quantize="none")
-    model = put_on(load_base(exact, run.pinned), run.adapter)
+    model = load_adapter(load_base(exact, run.pinned), run.adapter)
     if into == "dequantized":
-        trained = put_on(load_base(run.base, run.pinned), run.adapter)
+        trained = load_adapter(load_base(run.base, run.pinned), run.adapter)
         for _, weight, rough in rough_weights(trained, model):
             weight.copy_(rough.to(weight))
     with_it, without = contextlib.nullcontext, model.disable_adapter

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.adapter.inspect import table
+from lora_kit.adapter.inspect import module_table
 from lora_kit.adapter.load import load_model
 from lora_kit.data.rows import Rows
 from lora_kit.errors import CheckFailed, UserError
@@ -130,7 +130,7 @@ def _norms(run: FinishedRun, trained: Any, model: Any) -> dict[str, Any]:
             "update": adapter.update(name).norm(),
         }
         for name, weight, rough in rough_weights(trained, model)
-        if name in adapter.halves
+        if name in adapter.factors
     ]
     return {"modules": modules, "whole": _together(modules)}
 
@@ -187,7 +187,7 @@ def show(found: dict[str, Any]) -> None:
         share = of["error"] / of["update"] if of["update"] else math.inf
         return [f"{number:.3g}" for number in (*of.values(), share)]
 
-    table(["weight", "NF4 error", "update", "error / update"], found["modules"], cells)
+    module_table(["weight", "NF4 error", "update", "error / update"], found["modules"], cells)
     print(f"held-out loss of the adapter on the 4-bit base: {found['loss']:.4f}")
     for into in INTO:
         one, (low, high) = found[into], found[into]["ci95"]

@@ -299,7 +299,7 @@ def needs_untied(adapter: Adapter, source: _Source) -> bool:
     Raises:
         UserError: it does, and llama.cpp has but one for this architecture.
     """
-    places = {source.name(f"{module}.weight") for module in adapter.halves}
+    places = {source.name(f"{module}.weight") for module in adapter.factors}
     parted = source.tied and bool(places & {"token_embd.weight", "output.weight"})
     if parted and source.architecture in _ALWAYS_TIED:
         raise UserError(
@@ -334,7 +334,7 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
     writer.add_string(WRITTEN_BY, version("lora-kit"))
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 1.0)
-    for module in adapter.halves:
+    for module in adapter.factors:
         name, update = source.name(f"{module}.weight"), adapter.update(module)
         a, b = update.a[0].float(), update.b[0].float()
         size = (len(b), a.shape[1])

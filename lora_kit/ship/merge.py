@@ -16,11 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from lora_kit.adapter.attach import put_on
+from lora_kit.adapter.attach import load_adapter
 from lora_kit.adapter.files import WEIGHTS, write_json
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import base_model, changed_base, end_tokens
-from lora_kit.adapter.names import Plan
+from lora_kit.adapter.names import MergePlan
 from lora_kit.base.head import CAUSAL
 from lora_kit.base.load import unquantized_config
 from lora_kit.base.tensors import stored_in
@@ -140,7 +140,7 @@ def merge(
     )
 
 
-def _settle(folder: Path, config: dict[str, Any], merge: Plan, dtype: str) -> None:
+def _settle(folder: Path, config: dict[str, Any], merge: MergePlan, dtype: str) -> None:
     """Write config.json."""
     text = config.get("text_config") or {}
     for part in (config, text):
@@ -149,7 +149,7 @@ def _settle(folder: Path, config: dict[str, Any], merge: Plan, dtype: str) -> No
             part[key] = dtype
         if merge.vocabulary and "vocab_size" in part:
             part["vocab_size"] = merge.vocabulary
-        if merge.parted and (part is config or "tie_word_embeddings" in part):
+        if merge.untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
 
@@ -225,11 +225,11 @@ def _compare(
     def logits(of: Any) -> Any:
         return of(input_ids=probe).logits.float()
 
-    model = put_on(model, run.adapter)
+    model = load_adapter(model, run.adapter)
     wanted = logits(model)
     with model.disable_adapter():
         effect = (logits(model) - wanted).abs().max().item()
-    with rescale_adapter_scale(model, 1 - LESS) if form.adapter.halves else nullcontext():
+    with rescale_adapter_scale(model, 1 - LESS) if form.adapter.factors else nullcontext():
         own = wanted - logits(model)
     del model
     gc.collect()

@@ -31,24 +31,24 @@ def write_mlx(adapter: Adapter, base: dict[str, Any], out: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    outer = [module for module in adapter.halves if not _LAYER.fullmatch(module)]
+    outer = [module for module in adapter.factors if not _LAYER.fullmatch(module)]
     known = {"model.embed_tokens", "lm_head"}
     where = f"{adapter.folder}: {', '.join(outer[:3])}"
     merge = "take export --to merged, which mlx-lm loads as it is"
     if base.get("model_file"):
         raise UserError("config.json of the base: model_file is code for mlx-lm to run: refused")
-    if set(outer) - known or any(".experts" in module for module in adapter.halves):
+    if set(outer) - known or any(".experts" in module for module in adapter.factors):
         raise UserError(f"{where}: mlx-lm's names for such modules are others: {merge}")
     if outer and base.get("tie_word_embeddings", True):
         raise UserError(f"{where}: tied to the other in this base, and mlx-lm adapts both: {merge}")
-    keys = {m[2] if (m := _LAYER.fullmatch(module)) else module for module in adapter.halves}
+    keys = {m[2] if (m := _LAYER.fullmatch(module)) else module for module in adapter.factors}
     with tempfile.TemporaryDirectory(dir=out) as folder:
         write_portable(adapter, Path(folder))
         portable = open_adapter(folder)
         rank = int(portable.config["r"])
         tensors = {
             f"{module}.lora_{half.lower()}": tensor.read().T.contiguous()
-            for module, pair in portable.halves.items()
+            for module, pair in portable.factors.items()
             for half, tensor in pair.items()
         }
         save_file(tensors, out / "adapters.safetensors")

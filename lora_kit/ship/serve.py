@@ -157,7 +157,7 @@ def _welcome(front: _Front, run: FinishedRun) -> str:
     template = first.folder / "chat_template.jinja"
     words = ["--chat-template", str(template)] if template.is_file() else []
     modules = [f"{name}={adapter.folder}" for name, adapter in adapters.items()]
-    rank = max(a.rank_and_scale(module)[0] for a in adapters.values() for module in a.halves)
+    rank = max(a.rank_and_scale(module)[0] for a in adapters.values() for module in a.factors)
     loras = ["--enable-lora", "--lora-modules", *modules, "--max-lora-rank", str(vllm_rank(rank))]
     merge = shlex.join(["lora-kit", "merge", run.path, "--out", "merged"])
     check = shlex.join(["lora-kit", "check", run.path, "--target", "vllm"])

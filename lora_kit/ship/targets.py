@@ -1,4 +1,4 @@
-"""What a program that serves refuses or corrupts of an adapter, and the command that mends it."""
+"""Problems of an adapter in a serving runtime, and the command that fixes each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from lora_kit import nano, schema
 from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.adapter.loaders import VLLM_RANKS, Mend, Oddity, oddities, vllm_rank
+from lora_kit.adapter.loaders import VLLM_RANKS, Fix, LoaderIssue, loader_issues, vllm_rank
 from lora_kit.errors import UserError
 from lora_kit.run import is_hub_id, nearest, read_json
 
@@ -61,22 +61,22 @@ def check(run: FinishedRun, target: str) -> dict[str, Any]:
 
 
 def check_settings(adapter: schema.Adapter, target: str) -> list[dict[str, str]]:
-    """The problems that an adapter of these settings would have. No problem is what a flag of the
-    server mends, a rank over 16. Of a run that begins from another adapter its files are judged."""
+    """The problems that an adapter with these settings would have. What a server flag fixes (a rank
+    over 16) is not a problem. With adapter.start, that adapter's files are checked."""
     if adapter.start:
         found = _problems(FinishedRun(adapter.start), target)
-        return [problem for mend, problem in found if mend not in ("flag", "layout")]
+        return [problem for fix, problem in found if fix not in ("flag", "layout")]
     targets = adapter.target_modules
     ends = targets if isinstance(targets, list) else []
     return [
         _problem(one, f"adapter.{one.key}", f"set adapter.{one.key}={_OTHERWISE[one.key]}")
-        for one in _tripping(target, adapter.model_dump(), ends)
-        if one.mend != "flag"
+        for one in _issues(target, adapter.model_dump(), ends)
+        if one.fix != "flag"
     ]
 
 
 def refuse_settings(run: schema.Run) -> None:
-    """Raises UserError, a line each, if `ship.target` would not take what the run will train."""
+    """Raises UserError, one line per problem, if `ship.target` would not load the adapter."""
     if target := run.ship.target:
         problems = check_settings(run.adapter, target)
         if problems:
@@ -88,37 +88,37 @@ def in_words(problem: dict[str, str]) -> str:
 
 
 def _problems(run: FinishedRun, target: str) -> list[tuple[str, dict[str, str]]]:
-    """Each with how it is mended."""
+    """Each problem with the kind of its fix."""
     adapter = open_adapter(run.folder)
     config = str(adapter.folder / "adapter_config.json")
-    rank = max((adapter.rank_and_scale(module)[0] for module in adapter.halves), default=1)
+    rank = max((adapter.rank_and_scale(module)[0] for module in adapter.factors), default=1)
     tied = _tied(run)
     found: list[tuple[str, dict[str, str]]] = [
-        (one.mend, _problem(one, f"{config}: {one.key}", _fix(one.mend, target, run, rank)))
-        for one in _tripping(target, adapter.config, adapter.halves, adapter.others, tied)
+        (one.fix, _problem(one, f"{config}: {one.key}", _fix(one.fix, target, run, rank)))
+        for one in _issues(target, adapter.config, adapter.factors, adapter.others, tied)
     ]
     if target == "mlx" and not found:
         fix = _fix("portable", target, run, rank)
         found.append(("layout", _problem("PEFT's layout: not loaded", config, fix)))
-    if broken := [module for module in adapter.halves if not adapter.update(module).finite]:
+    if broken := [module for module in adapter.factors if not adapter.update(module).finite]:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        what = f"values that are not finite: answers noise: {broken[0]}{more}"
-        file = str(adapter.halves[broken[0]]["A"].file)
+        what = f"NaN or infinite values: generates noise:  {broken[0]}{more}"
+        file = str(adapter.factors[broken[0]]["A"].file)
         found.append(("train", _problem(what, file, "train again")))
     return found
 
 
-def _problem(what: Oddity | str, where: str, fix: str) -> dict[str, str]:
+def _problem(what: LoaderIssue | str, where: str, fix: str) -> dict[str, str]:
     words = what if isinstance(what, str) else f"{what.what}: {what.happens}"
     return {"what": words, "where": where, "fix": fix}
 
 
-def _tripping(target: str, *found: Any) -> list[Oddity]:
-    return [one for one in oddities(*found) if _LOADERS[target] in one.who]
+def _issues(target: str, *found: Any) -> list[LoaderIssue]:
+    return [one for one in loader_issues(*found) if _LOADERS[target] in one.who]
 
 
 def _tied(run: FinishedRun) -> bool:
-    """Whether embeddings and head are one matrix by the base's config.json, if it is here."""
+    """Whether embeddings and head are tied, according to the base's config.json if available."""
     from huggingface_hub import try_to_load_from_cache
 
     values: dict[str, Any] = {}
@@ -133,14 +133,14 @@ def _tied(run: FinishedRun) -> bool:
     return bool(text.get("tie_word_embeddings", str(values.get("model_type")).startswith("gemma")))
 
 
-def _fix(mend: Mend, target: str, opened: FinishedRun, rank: int) -> str:
+def _fix(kind: Fix, target: str, opened: FinishedRun, rank: int) -> str:
     run = shlex.quote(opened.path.rstrip("/"))
-    if mend == "train":
+    if kind == "train":
         return "train again without it"
-    if mend == "flag":
+    if kind == "flag":
         size = vllm_rank(rank)
         return f"vllm serve BASE --enable-lora --lora-modules NAME={run} --max-lora-rank {size}"
-    if mend == "portable":
+    if kind == "portable":
         words = _ADAPTER.get(target, "export {run} --to portable --out {run}-portable")
     else:
         words = _MODEL.get(target, "merge {run} --out {run}-merged")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_kit.adapter.files import Adapter, write_json
-from lora_kit.adapter.names import Change, plan, tensor_of
+from lora_kit.adapter.names import Change, plan_merge, tensor_of
 from lora_kit.base import tensors as room
 from lora_kit.base.tensors import DTYPES, FLOATS, INDEX, PAGE, Stored, Writer
 from lora_kit.errors import CheckFailed, UserError
@@ -50,7 +50,7 @@ class Weights:
     Args:
         tensors: of the base's files, by the names that the merged model has.
         dtype: of what is written, `bfloat16` or `float32`.
-        head: see `adapter.names.plan`.
+        head: see `adapter.names.plan_merge`.
         unused: tensors of the base's files that the merged model does not have.
         guard: the name of a tensor without values that is written as well.
     """
@@ -68,7 +68,7 @@ class Weights:
         import torch
 
         self.adapter, self.tensors, self.unused = adapter, tensors, unused
-        self.plan = plan(adapter, tensors, config, head)
+        self.plan = plan_merge(adapter, tensors, config, head)
         self.changed = len(self.plan.changes)
         if guard is not None:
             first = next(iter(tensors.values()))
@@ -252,7 +252,7 @@ class Weights:
     def _halves(self, module: str, rank: int) -> tuple[Any, Any]:
         """(experts, r, in), (experts, out, r), float32; PEFT keeps those of experts as
         (experts · r, in) and (out, r · experts)."""
-        a, b = (self.adapter.halves[module][half].read().float() for half in "AB")
+        a, b = (self.adapter.factors[module][half].read().float() for half in "AB")
         a = a.reshape(len(a) // rank, rank, -1)
         return a, b.reshape(len(b), rank, len(a)).permute(2, 0, 1).contiguous()
 

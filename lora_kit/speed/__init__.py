@@ -1,1 +1,1 @@
-"""Arithmetic and settings that make a step quick."""
+"""Fast training arithmetic and process settings."""

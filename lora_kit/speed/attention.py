@@ -1,10 +1,10 @@
-"""Causal attention of documents that stand one after the other in one row, without padding.
+"""Causal attention over documents packed into one row without padding.
 
-A document sees itself alone, and no mask of (tokens, tokens) is made. On a CPU torch's own kernel
-takes two to three times as long in bfloat16 as plain products of blocks, which this is: blocks of
-queries, for each the keys up to its end. Probabilities of short documents are kept for the backward
-pass, those of long ones computed again (Rabe & Staats 2021, arXiv:2112.05682). On a GPU it is
-torch's variable-length FlashAttention.
+A document attends only to itself, and no (tokens, tokens) mask is built. On a CPU, torch's kernel
+takes two to three times as long in bfloat16 as matrix products over blocks, which this uses: blocks
+of queries, each with the keys up to its end. The probabilities of short documents are kept for the
+backward pass; those of long ones are recomputed (Rabe & Staats 2021, arXiv:2112.05682). On a GPU
+this is torch's variable-length FlashAttention.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 import torch
 
 NAME = "lora_kit"
-_BLOCK = 256  # queries at once
-# What a CPU's products are prepared for is kept by shape, at half a megabyte each: blocks come in
-# multiples of so many tokens, and rows in sixteen lengths between a power of two and the next.
+_BLOCK = 256  # queries per block
+# oneDNN caches what it prepares for each shape, half a megabyte per shape: so block lengths are
+# multiples of this, and a row has one of sixteen lengths between powers of two.
 _MULTIPLE = 32
-# Probabilities take tokens / 2 values a token and head: kept up to here, about what a layer keeps.
+# Longest document whose probabilities are kept (tokens / 2 values per token and head).
 _KEPT = 1024
 _SLIDING = "sliding_attention"
 _KINDS = ("full_attention", _SLIDING)
-# What may be handed over without changing the arithmetic below; anything else (softcap, sinks, a
-# position bias) is not computed here.
+# Arguments that do not change the arithmetic below; any other (softcap, sinks, a position bias) is
+# unsupported.
 _HARMLESS = {
     *("position_ids", "use_cache", "cache_position", "past_key_values", "is_causal"),
     *("num_items_in_batch", "output_attentions", "output_hidden_states", "position_embeddings"),
@@ -35,13 +35,13 @@ _States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
 
 
 class DocumentAttention(torch.autograd.Function):
-    """softmax(scale Q K' + causal mask) V in each document.
+    """softmax(scale Q K' + causal mask) V within each document.
 
     Args (of `apply`):
         q: (heads, tokens, size). k, v: (groups, tokens, size); heads is a multiple of groups.
-        documents: their lengths; what comes after them gets zeros.
-        window: of sliding attention, or None.
-        multiple: of which the lengths of blocks are; `room_for` says how many tokens they reach.
+        documents: their lengths; positions after them get zeros.
+        window: of sliding-window attention, or None.
+        multiple: block lengths are multiples of it; q, k, v need `padded_length` tokens.
 
     Returns:
         (heads, tokens, size)
@@ -91,17 +91,17 @@ class DocumentAttention(torch.autograd.Function):
 
 
 class _Block(NamedTuple):
-    """Queries of a document, and the keys that any of them may see.
+    """A block of a document's queries, and the keys that they may attend to.
 
-    To come to a multiple it may reach over the document's end. Keys there are hidden as all later
-    ones are; of queries there, all but the first `own`, the probabilities are zeros, and what they
-    give is overwritten by their own block, which comes later.
+    Rounded up to a multiple, it may extend past the document's end. Keys there are masked by the
+    causal mask; queries after the first `own` get zero probabilities, and their outputs are
+    overwritten by the next block.
     """
 
     queries: slice
     keys: slice
     own: int
-    kept: bool  # of a short document: its probabilities
+    kept: bool  # keep the probabilities (short documents)
 
 
 def _blocks(documents: Sequence[int], window: int | None, multiple: int) -> list[_Block]:
@@ -109,21 +109,21 @@ def _blocks(documents: Sequence[int], window: int | None, multiple: int) -> list
     for length, end in zip(documents, accumulate(documents), strict=True):
         for first in range(end - length, end, _BLOCK):
             own = min(_BLOCK, end - first)
-            last = first + _up(own, multiple)
+            last = first + _round_up(own, multiple)
             seen = end - length if window is None else max(end - length, first - window + 1)
             blocks.append(_Block(slice(first, last), slice(seen, last), own, length <= _KEPT))
     return blocks
 
 
-def _up(length: int, multiple: int) -> int:
+def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def room_for(documents: Sequence[int]) -> int:
-    """The tokens of a row on a CPU, padding after the documents included."""
+def padded_length(documents: Sequence[int]) -> int:
+    """Tokens of a row on a CPU, including the padding after the documents."""
     ends = zip(documents, accumulate(documents), strict=True)
-    reached = max(end - length + _up(length, _MULTIPLE) for length, end in ends)
-    return _up(reached, max(_MULTIPLE, 1 << reached.bit_length() - 5))
+    reached = max(end - length + _round_up(length, _MULTIPLE) for length, end in ends)
+    return _round_up(reached, max(_MULTIPLE, 1 << reached.bit_length() - 5))
 
 
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -137,7 +137,7 @@ def _probabilities(
     """(groups, heads / groups * queries, keys)"""
     queries, keys = block.queries, block.keys
     scores = (_by_group(q[:, queries], len(k)) * scale) @ k[:, keys].mT
-    # The last keys are the block's own; the ones before are all seen, unless a window ends.
+    # Only the block's own keys need the causal mask; all earlier keys do with a window.
     masked = queries.start if window is None else keys.start
     place = torch.arange(queries.start, queries.stop, device=q.device)[:, None]
     other = torch.arange(masked, keys.stop, device=q.device)
@@ -145,7 +145,7 @@ def _probabilities(
     if window is not None:
         hidden |= other <= place - window
     each = scores.view(len(k), -1, len(place), scores.shape[-1])
-    # Adding is quicker than filling where a mask says so.
+    # Adding -inf is faster than masked_fill on the scores.
     each[..., masked - keys.start :] += scores.new_zeros(()).masked_fill(hidden, float("-inf"))
     weights = torch.softmax(scores, -1)
     weights.view(each.shape)[:, :, block.own :] = 0
@@ -167,10 +167,10 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface: query (1, heads, tokens, size) -> (1, tokens, heads, size).
 
-    Without `documents`, as in generating, it is transformers' own SDPA.
+    Without `documents`, as in generation, this is transformers' own SDPA.
 
     Raises:
-        NotImplementedError: the model asks for arithmetic that is not here.
+        NotImplementedError: the model needs an unsupported kind of attention.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -180,19 +180,19 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **others
         )
-    asked = {name for name, value in others.items() if value is not None and value is not False}
-    unknown = sorted(asked - _HARMLESS)
+    given = {name for name, value in others.items() if value is not None and value is not False}
+    unknown = sorted(given - _HARMLESS)
     if unknown or dropout or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'}")
     if (kind := _kind(module)) not in _KINDS or (kind == _SLIDING and sliding_window is None):
-        raise NotImplementedError(f"{kind} that only the mask knows of")
+        raise NotImplementedError(f"{kind}, which needs a mask")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     compute = _on_gpu if query.is_cuda else _on_cpu
     return compute((query[0], key[0], value[0]), documents, scale, sliding_window)[None], None
 
 
 def _kind(module: Any) -> str:
-    """What transformers' mask would make of a layer's attention."""
+    """The kind of attention that transformers' mask gives a layer."""
     config = getattr(module, "config", None)
     if getattr(config, "attention_chunk_size", None):
         return "chunked_attention"
@@ -210,14 +210,14 @@ def _on_cpu(
     heads, tokens, size = q.shape
     groups, count = len(k), len(documents)
     if k.dtype != torch.float32:
-        # Scores are rounded to 16 bits. What all keys have in common, as from a bias, adds the same
-        # to all scores of a query, which softmax takes out again: taken out first, they are small.
+        # Scores are rounded to 16 bits. The mean of all keys adds a constant to a query's scores,
+        # which softmax cancels: subtracting it first keeps the scores small.
         own = k[:, : sum(documents)].detach().float()
         k = k - own.mean(1, keepdim=True).to(k.dtype)
     compute: Callable[..., torch.Tensor] = DocumentAttention.apply
     if count == 1 or len(set(documents)) > 1:
         return compute(q, k, v, documents, scale, window, _MULTIPLE).transpose(0, 1)
-    length, end = documents[0], sum(documents)  # all at once: each is a head of its own
+    length, end = documents[0], sum(documents)  # equal lengths: batched as heads
     q = q[:, :end].reshape(groups, -1, count, length, size).transpose(1, 2)
     k, v = (x[:, :end].reshape(groups * count, length, size) for x in (k, v))
     out = compute(q.reshape(-1, length, size), k, v, documents[:1], scale, window, 1)
@@ -236,19 +236,19 @@ def _on_gpu(
         states[0].device, non_blocking=True
     )
     longest = max(documents)
-    # A window of w tokens, the own one among them, is w - 1 to the left.
-    sides = (-1 if window is None else window - 1, 0)
+    # A window of w tokens includes the token itself: w - 1 to the left.
+    left_right = (-1 if window is None else window - 1, 0)
     query, key, value = (x.transpose(0, 1).contiguous() for x in states)
     grouped = len(states[0]) != len(states[1])
     out: Any = varlen_attn(
         query, key, value, ends, ends, longest, longest,
-        scale=scale, window_size=sides, enable_gqa=grouped,
+        scale=scale, window_size=left_right, enable_gqa=grouped,
     )  # fmt: skip
     return out
 
 
 def register() -> None:
-    """Make the attention known to transformers under `NAME`."""
+    """Register the attention with transformers under `NAME`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

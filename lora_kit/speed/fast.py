@@ -1,8 +1,8 @@
-"""The quick paths put into a model, each only after it gave the same loss and gradients.
+"""Fast paths for a model; each is used only after it gave the same loss and gradients.
 
-No list of architectures says what may be changed: every part is installed, run on two short
-documents beside the plain path, on the very model that will train, and taken out again where loss
-or gradients differ by more than rounding.
+There is no list of supported architectures: each part is installed into the model that will train,
+compared with the standard path on two short documents, and removed again if loss or gradients
+differ by more than rounding.
 """
 
 from __future__ import annotations
@@ -21,69 +21,68 @@ from lora_kit.speed.prefix import causal_model
 
 Batch = dict[str, Any]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]  # rows -> a batch
-# Of a model, the loss of a batch to try the quick paths on: () -> float32 (); `flat`: of one
-# without padding.
+# Loss of a fixed batch for comparing paths: (flat: without padding) -> float32 ().
 Probe = Callable[[bool], torch.Tensor]
 
-# Relative differences that rounding explains, of the loss and of all gradients together; a wrong
-# scale, mask or term is larger.
+# Relative differences due to rounding, of the loss and of the concatenated gradients; a wrong
+# scale, mask or term causes larger ones.
 _LOSS_OFF = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 _GRADIENT_OFF = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
-_TOKENS = (75, 6)  # of the two documents; more, up to _MOST, where the model has a window
+_TOKENS = (75, 6)  # lengths of the two documents; up to _MOST for a model with a window
 _MOST = 512
-# Of a batch without padding, for others than the model.
-_NOT_THE_MODELS = {"numbers", "places"}
-_IGNORED = -100  # torch's label for "no loss"
+UNSUPPORTED = "unsupported by this architecture"
+# Keys of a batch without padding that are not the model's inputs.
+_NOT_MODEL_INPUTS = {"numbers", "places"}
+_IGNORED = -100  # torch's ignore_index
 
 
 def make_fast(model: Any, probe: Probe, parts: Sequence[str] | None = None) -> dict[str, str]:
-    """Put the quick paths into a PEFT model, before it is wrapped for training.
+    """Install the fast paths into a PEFT model, before it is wrapped for training.
 
     >>> plain = make_fast(model, documents_loss(model, collate))  # a causal language model
     >>> plain = make_fast(model, lambda flat: model(**batch).loss, ("linear", "norm"))  # any other
 
     Args:
-        model: on its device, its adapter attached.
-        probe: gives the loss of the same batch each time it is called, gradients included.
-        parts: those of `PARTS` to try, in its order; None: all. `attention` and `loss` are for
-            causal language models alone.
+        model: on its device, with the adapter attached.
+        probe: returns the loss of the same batch on each call, with gradients.
+        parts: keys of `PARTS` to try; None: all. `attention` and `loss` are for causal language
+            models only.
 
     Returns:
-        {part: why the standard path stays}, for those of `parts` where it does. Rows may come
-        without padding (`documents`) unless `attention` is among them.
+        {part: why it was not installed}. Batches may be without padding (`documents`) unless
+        `attention` is among them.
     """
     plain: dict[str, str] = {}
     tried = {name: PARTS[name] for name in PARTS if parts is None or name in parts}
-    with _loud_adapter(model):
+    with _random_adapter(model):
         try:
             expected = _loss_and_gradients(model, probe, flat=False)
-        except Exception as error:  # as where nothing trains, which is not for us to say
-            return dict.fromkeys(tried, f"it could not be tried: {type(error).__name__}")
+        except Exception as error:  # for instance nothing trains, which the audit reports
+            return dict.fromkeys(tried, f"cannot be tested: {type(error).__name__}")
         for name, (install, remove) in tried.items():
             flat = name in ("attention", "loss") and "attention" not in plain
             try:
                 if not install(model):
-                    plain[name] = "not known here"
+                    plain[name] = UNSUPPORTED
                     continue
                 found = _loss_and_gradients(model, probe, flat)
                 wrong = _difference(expected, found, _dtype(model))
                 if name == "attention" and not _keeps_apart(model):
-                    wrong = "it does not keep documents apart"
-            except Exception as error:  # whatever an architecture that was never tried raises
+                    wrong = "attends across documents"
+            except Exception as error:  # an untested architecture can raise anything
                 wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             if wrong:
                 remove(model)
                 plain[name] = wrong
-    # A model without RMSNorm misses nothing.
-    return {name: why for name, why in plain.items() if (name, why) != ("norm", "not known here")}
+    # A model without RMSNorm is not worth reporting.
+    return {name: why for name, why in plain.items() if (name, why) != ("norm", UNSUPPORTED)}
 
 
 def documents_loss(model: Any, collate: Callable[[bool], Collate]) -> Probe:
-    """The loss of two documents, to try the quick paths of a causal language model on.
+    """The loss of two documents, to compare the paths of a causal language model on.
 
     Args:
-        collate: gives the collator of rows with `input_ids` and `labels`; True: of a batch without
-            padding.
+        collate: (flat) -> a collator of rows with `input_ids` and `labels`; flat: without padding.
     """
 
     def loss(flat: bool) -> torch.Tensor:
@@ -100,22 +99,22 @@ def documents_loss(model: Any, collate: Callable[[bool], Collate]) -> Probe:
 
 
 def label_nats(model: Any, batch: Batch) -> torch.Tensor:
-    """The loss of each label in nats, float32 (count,), by the quick paths that are in the model.
+    """The loss of each label in nats, float32 (count,), with the fast paths of the model.
 
-    They are taken with and without gradients, so that a reference that is computed before the
-    training has the arithmetic of the training. The model is called, so that wrappers (DDP) work.
+    They are used with and without gradients, so that a reference computed before training has the
+    arithmetic of training. The model itself is called, so that wrappers (DDP) work.
 
     Args:
-        batch: the model's inputs, with `labels`; `places` where there are, else as
-            `labelled_places` finds them: the order of what is returned.
+        batch: the model's inputs, with `labels`; optionally `places` (see `labelled_places`), which
+            give the order of the result.
     """
     with also_without_gradients():
         if part_of(_unwrapped(model)) == "loss":
             nats: torch.Tensor = model(**batch, reduction="none").loss
             return nats
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if "documents" not in batch:  # only the quick attention knows it
-            inputs = {k: v for k, v in inputs.items() if k not in _NOT_THE_MODELS}
+        if "documents" not in batch:  # only the fast attention reads it
+            inputs = {k: v for k, v in inputs.items() if k not in _NOT_MODEL_INPUTS}
         logits = model(**inputs, use_cache=False).logits
     labels, places = batch["labels"], batch.get("places")
     places = labelled_places(labels) if places is None else places
@@ -126,7 +125,7 @@ def label_nats(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def takes_flat(model: Any) -> bool:
-    """Whether batches without padding may be given: the attention in the model knows documents."""
+    """Whether the model takes batches without padding: its attention separates documents."""
     found: str = _unwrapped(model).config._attn_implementation
     return found == attention.NAME
 
@@ -139,13 +138,13 @@ def _unwrapped(model: Any) -> Any:
 
 
 def make_plain(model: Any) -> None:
-    """Take the quick paths out again."""
+    """Remove the fast paths."""
     for _, remove in reversed(PARTS.values()):
         remove(model)
 
 
 def _dtype(model: Any) -> torch.dtype:
-    """What the model computes in: that of its embeddings and norms, also where it is quantized."""
+    """The model's compute dtype: that of embeddings and norms, even if it is quantized."""
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad)
     return next((dtype for dtype in frozen if dtype.is_floating_point), torch.float32)
 
@@ -189,7 +188,7 @@ def _remove_loss(model: Any) -> None:
         _with_forward(whole, _without_padding, "attention")
 
 
-# In the order in which they are put in; the last two change the forward of the whole model.
+# In the order of installation; the last two replace the forward of the whole model.
 PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
     "linear": (linear.install, functools.partial(take_out, part="linear")),
     "norm": (norm.install, functools.partial(take_out, part="norm")),
@@ -199,7 +198,7 @@ PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
 
 
 def _with_forward(whole: Any, make: Callable[..., Callable[..., Any]], part: str) -> None:
-    """Give a model another forward, with the signature of its class's own."""
+    """Replace a model's forward, keeping the signature of its class's."""
     plain = type(whole).forward
     put_in(whole, functools.wraps(plain)(make(plain)), part)
 
@@ -219,7 +218,7 @@ def _with_own_loss(plain: Callable[..., Any]) -> Callable[..., Any]:
             return plain(self, *args, **_alone(inputs))
         labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
         places, reduction = inputs.pop("places", None), inputs.pop("reduction", "mean")
-        # A cache would keep all keys and values, and hide packed documents from each other's mask.
+        # A KV cache would take memory and defeat the separation of packed documents.
         inputs["use_cache"] = False
         hidden = self.base_model(**_alone(inputs))[0]
         head = self.get_output_embeddings().weight
@@ -231,32 +230,32 @@ def _with_own_loss(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _alone(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the model itself takes of a batch.
+    """The model's own inputs of a batch.
 
-    One with `documents` gets a mask of four dimensions, which transformers hands through: it would
-    make one of (tokens, tokens) that nothing reads. On a CPU it is padded to a length that comes
-    again: each new one would be prepared for.
+    A batch with `documents` gets an empty four-dimensional mask, which transformers passes through
+    instead of building an unused (tokens, tokens) one. On a CPU it is padded to one of a few
+    lengths, since oneDNN prepares for each new one.
     """
     documents = inputs.get("documents")
     if documents is not None:
         inputs["attention_mask"] = torch.empty(1, 1, 1, 0)
         inputs["use_cache"] = False
         if not inputs["input_ids"].is_cuda:
-            more = attention.room_for(documents) - sum(documents)
+            more = attention.padded_length(documents) - sum(documents)
             for name, value in (("input_ids", 0), ("position_ids", 0), ("labels", _IGNORED)):
                 if inputs.get(name) is not None:
                     inputs[name] = torch.nn.functional.pad(inputs[name], (0, more), value=value)
-    return {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}
+    return {name: value for name, value in inputs.items() if name not in _NOT_MODEL_INPUTS}
 
 
 def _is_only_the_head(whole: Any, head: torch.nn.Linear) -> bool:
-    """Whether the logits are the very tensor that the head returns: no limit, no scale after it."""
+    """Whether the logits are the head's output itself, with no softcap or scale after it."""
     made: list[Any] = []
     hook = head.register_forward_hook(lambda module, given, out: made.append(out))
     places = torch.arange(2, device=head.weight.device)[None]
     inputs: dict[str, Any] = {"input_ids": places, "position_ids": places, "use_cache": False}
     if takes_flat(whole):
-        inputs["documents"] = [2]  # on the meta device transformers' own masks cannot be made
+        inputs["documents"] = [2]  # transformers cannot build its masks on the meta device
     try:
         with torch.no_grad():
             logits = whole(**inputs).logits
@@ -266,12 +265,12 @@ def _is_only_the_head(whole: Any, head: torch.nn.Linear) -> bool:
 
 
 @contextlib.contextmanager
-def _loud_adapter(model: Any) -> Iterator[None]:
-    """While it lasts B is random, so that A has a gradient; afterwards all is as it was."""
+def _random_adapter(model: Any) -> Iterator[None]:
+    """Inside, LoRA's weights have noise added, so that A has a gradient; restored afterwards."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     before = [parameter.detach().clone() for _, parameter in trained]
     training = model.training
-    model.eval()  # no dropout, no checkpoints
+    model.eval()  # no dropout, no gradient checkpointing
     try:
         with torch.no_grad():
             for number, (name, parameter) in enumerate(trained):
@@ -292,7 +291,7 @@ def _loss_and_gradients(model: Any, probe: Probe, flat: bool) -> tuple[float, to
     """The loss of the probe's batch, and all gradients concatenated, float32."""
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
-    mixed = device.type == "cuda" and _dtype(model) == torch.bfloat16  # as the trainer has it
+    mixed = device.type == "cuda" and _dtype(model) == torch.bfloat16  # as in the trainer
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         loss = probe(flat)
     loss.backward()
@@ -301,7 +300,7 @@ def _loss_and_gradients(model: Any, probe: Probe, flat: bool) -> tuple[float, to
 
 
 def _lengths(config: Any) -> tuple[int, int]:
-    """Of two documents, of which the first is longer than the windows and chunks of a model."""
+    """Lengths of two documents; the first is longer than the model's windows and chunks."""
     ends = [
         value
         for name, value in config.to_dict().items()
@@ -312,9 +311,9 @@ def _lengths(config: Any) -> tuple[int, int]:
 
 
 def _keeps_apart(model: Any) -> bool:
-    """Whether a document is the same to the model whatever stands before it: convolutions and
-    recurrent states look across its beginning, too little for gradients to tell. One pass is with
-    dropout, which attention may refuse; random states stay as they are."""
+    """Whether a document's logits do not depend on the document before it. Convolutions and
+    recurrent states leak across documents, too little to show in gradients. One forward pass is in
+    training mode, since attention may reject dropout; random states are restored."""
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(24, device=device)[None]
     others = torch.cat([ids[:, 12:].flip(1), ids[:, 12:]], 1)
@@ -329,11 +328,11 @@ def _keeps_apart(model: Any) -> bool:
 def _difference(
     expected: tuple[float, torch.Tensor], found: tuple[float, torch.Tensor], dtype: torch.dtype
 ) -> str:
-    """What differs by more than rounding, in words; empty where nothing does."""
+    """A difference larger than rounding, in words, or ""."""
     off = abs(found[0] - expected[0]) / abs(expected[0])
     if not off <= _LOSS_OFF[dtype]:
-        return f"its loss differs by {off:.2%}"
+        return f"loss differs by {off:.2%}"
     if len(found[1]) != len(expected[1]):
-        return "other parameters have a gradient"
+        return "different parameters have gradients"
     wrong = float((found[1] - expected[1]).norm() / expected[1].norm())
-    return "" if wrong <= _GRADIENT_OFF[dtype] else f"its gradients differ by {wrong:.2%}"
+    return "" if wrong <= _GRADIENT_OFF[dtype] else f"gradients differ by {wrong:.2%}"

@@ -1,8 +1,8 @@
-"""A frozen linear layer and its LoRA as one step of autograd.
+"""A frozen linear layer with LoRA as a single autograd function.
 
-y = x W' + b + s (x A') B'. PEFT computes the two parts apart: it casts x for each target, adds in a
-new tensor and, on 4 bits, clones. Here both products go into one tensor in the base's dtype, and
-only x and x A' are kept. A and B stay the float32 parameters that the optimizer steps.
+y = x W' + b + s (x A') B'. PEFT computes the two terms separately: it casts x for each target
+module, adds into a new tensor and, with 4-bit weights, clones. Here both products accumulate into
+one tensor in the base's dtype, and only x and x A' are saved. A and B stay float32 parameters.
 LoRA: Hu et al. 2021 (arXiv:2106.09685).
 """
 
@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from lora_kit.speed.patch import is_quick, part_of, put_in
+from lora_kit.speed.patch import is_fast, part_of, put_in
 
 Dense = Callable[[torch.dtype], torch.Tensor]
 
 
 class LoraLinear(torch.autograd.Function):
-    """Gradients of x, A and B; the frozen weight has none (no dW: 4N instead of 6N FLOP a token).
+    """Gradients of x, A and B; none of the frozen weight (4N instead of 6N FLOP per token).
 
     Args (of `apply`):
-        x: (..., in), of the dtype that is computed in. seen: what A sees, x after dropout, or x.
-        dense: gives the frozen weight (out, in); called again in the backward pass, so that a
-            weight of 4 bits is never kept as 16.
-        bias: (out,) or None. A: (r, in). B: (out, r). scale: lora_alpha / r, say.
+        x: (..., in), in the compute dtype. seen: the input of A: x, or x after dropout.
+        dense: returns the frozen weight (out, in); called again in the backward pass, so that a
+            dequantized weight is never kept.
+        bias: (out,) or None. A: (r, in). B: (out, r). scale: for instance lora_alpha / r.
     """
 
     @staticmethod
@@ -41,8 +41,8 @@ class LoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if seen is x else seen.reshape(rows.shape)
-        # Thin products are bound by memory: A is laid out as it is read, and the large product adds
-        # to the small one instead of being read and written again.
+        # Products of rank r are memory-bound: A is laid out in the order it is read, and the large
+        # product accumulates into the small one.
         A = x.new_empty(A.shape[::-1]).copy_(A.t()).t()
         B = B.to(x.dtype)
         inner = (seen @ A.t()).mul_(scale)  # (rows, r)
@@ -70,17 +70,17 @@ class LoraLinear(torch.autograd.Function):
 
 
 def install(model: Any) -> int:
-    """Let PEFT's LoRA layers of a model compute so, where `is_quick`.
+    """Replace the forward of PEFT's LoRA layers, used where `is_fast`. Returns how many.
 
-    Left as they are: DoRA, several adapters, a bias of B, int8, and NF4 of a width that
-    bitsandbytes' CPU code cannot unpack (no multiple of 64). Returns how many were changed.
+    Unchanged: DoRA, several adapters, a bias of B, int8, and NF4 of a width that bitsandbytes' CPU
+    code cannot unpack (not a multiple of 64).
     """
     from peft.tuners.lora import LoraLayer
 
     changed = 0
     modules: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for module in modules:
-        free = part_of(module) is None  # no other library's hook is in it
+        free = part_of(module) is None  # not patched by another library
         if free and (dense := _dense(module)) is not None:
             put_in(module, _forward(module.forward, dense), "linear")
             changed += 1
@@ -88,7 +88,7 @@ def install(model: Any) -> int:
 
 
 def _dense(layer: Any) -> Dense | None:
-    """What gives the frozen weight of a LoRA layer as (out, in); None where it is not known how."""
+    """A function that returns a LoRA layer's frozen weight (out, in); None if unsupported."""
     base = layer.get_base_layer()
     vanilla = (
         len(layer.lora_A) == 1 and not layer.lora_variant and not any(layer.lora_bias.values())
@@ -110,7 +110,7 @@ def _dense(layer: Any) -> Dense | None:
 def _forward(plain: Callable[..., Any], dense: Dense) -> Callable[..., torch.Tensor]:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         name = self.active_adapters[0]
-        if not is_quick() or self.disable_adapters or self.merged or args or kwargs:
+        if not is_fast() or self.disable_adapters or self.merged or args or kwargs:
             return plain(x, *args, **kwargs)
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):

@@ -1,9 +1,9 @@
-"""The cross entropy of a frozen head: in chunks, its gradient taken in the forward pass.
+"""Cross entropy with a frozen head, in chunks, with the gradient computed in the forward pass.
 
-All logits of a batch are never there at once: for each chunk of labelled tokens they are made,
-turned into the loss and at once into the gradient of the hidden states, and dropped. The backward
-pass only scales that gradient. Two products with the head, as in the plain way; no third one,
-because a frozen head needs no gradient of its own.
+The logits of a whole batch never exist at once: for each chunk of labelled tokens they are
+computed, turned into the loss and the gradient of the hidden states, and dropped. The backward pass
+only scales that gradient. This takes two products with the head instead of three, since a frozen
+head needs no gradient.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-# Logits at once, and of them in float32: on a CPU 16 MiB of 16 bits, of which 2 MiB in float32 stay
-# in its caches; on a GPU, which wants long products, all of 2**27.
+# Logits of a chunk, and those of them in float32 at once. CPU: 16 MiB in 16 bits, and 2 MiB in
+# float32 fit its caches; a GPU needs large products.
 _AT_ONCE = {"cpu": (2**23, 2**19), "cuda": (2**27, 2**27)}
-_MULTIPLE = 32  # of which their number is
+_MULTIPLE = 32  # chunk sizes are multiples of this
 
 
 class FrozenHeadLoss(torch.autograd.Function):
     """The cross entropy of each label in nats, float32 (count,).
 
     Args (of `apply`):
-        hidden: (tokens, width), what the head sees at labelled places. head: (vocabulary, width).
-        targets: int64 (tokens,), the labels to be predicted there.
-        count: how many of the tokens have a loss; those after them only fill up the shape.
+        hidden: (tokens, width), the head's input at labelled positions. head: (vocabulary, width).
+        targets: int64 (tokens,), the labels to predict.
+        count: number of tokens with a loss; the rest is padding.
     """
 
     @staticmethod
@@ -42,10 +42,10 @@ class FrozenHeadLoss(torch.autograd.Function):
             parts = (x.split(max(1, cached // len(head))) for x in (logits, labels, losses[chunk]))
             for some, right, loss in zip(*parts, strict=True):
                 p = torch.softmax(some, -1, dtype=torch.float32)
-                # By the likeliest token: the right one's may be too small for a logarithm.
+                # Relative to the likeliest token: the label's probability may underflow.
                 behind = some.amax(-1, keepdim=True).float() - some.gather(1, right)
                 torch.sub(behind, p.amax(-1, keepdim=True).log_(), out=loss)
-                if gradient is not None:  # that of the logits takes their place
+                if gradient is not None:  # overwrite the logits with their gradient
                     some.copy_(p.scatter_add_(1, right, p.new_full(right.shape, -1)))
             if gradient is not None:
                 torch.mm(logits.to(head.dtype), head, out=gradient[chunk])
@@ -57,7 +57,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        scale = gradient.new_zeros(len(gradient), 1)  # a label each
+        scale = gradient.new_zeros(len(gradient), 1)  # one per label
         scale[: len(grads[0]), 0] = grads[0]
         return gradient * scale, None, None, None
 
@@ -72,15 +72,15 @@ def causal_nats(
 
     Args:
         hidden: (rows, length, width), the head's input. head: (vocabulary, width).
-        labels: int64 (rows, length); -100 has no loss.
-        places: int64 (count,), indices of the labels into the flattened labels[:, 1:], as
-            `labelled_places` finds them: on a GPU looking for them would wait for it.
+        labels: int64 (rows, length); -100 is ignored.
+        places: int64 (count,), from `labelled_places`; None: computed here, which synchronizes a
+            GPU.
     """
     targets = labels[:, 1:].reshape(-1)
     places = labelled_places(labels) if places is None else places
     before = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     count = len(places)
-    # A number that comes again: a CPU keeps what it prepares for each.
+    # Padded to a multiple: oneDNN prepares for each new shape.
     places = torch.cat([places, places[:1].expand(-count % _MULTIPLE)])
     nats: torch.Tensor = FrozenHeadLoss.apply(
         before.index_select(0, places), head, targets[places], count
@@ -98,7 +98,7 @@ def causal_loss(
     """The mean of `causal_nats`, as transformers computes it: float32 ().
 
     Args:
-        items: labels of the whole step, all its batches together; None: of this one.
+        items: number of labels in the whole optimizer step; None: in this batch.
     """
     nats = causal_nats(hidden, head, labels, places)
     loss: torch.Tensor = nats.sum() / (len(nats) if items is None else items)
@@ -106,5 +106,5 @@ def causal_loss(
 
 
 def labelled_places(labels: torch.Tensor) -> torch.Tensor:
-    """Where there is something to learn: int64, into labels[:, 1:] of (rows, length), flattened."""
+    """Positions of supervised labels: int64 (count,), into labels[:, 1:] flattened."""
     return (labels[:, 1:].reshape(-1) != -100).nonzero().squeeze(1)

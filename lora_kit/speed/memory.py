@@ -1,8 +1,8 @@
-"""What a training step needs, counted without running it, and the choice of what fits.
+"""Memory and time of a training step, counted on the meta device, and the batch that fits.
 
-A step is run on the meta device, where tensors have shapes and no content: what is alive at once is
-its memory, what its operations read, write and multiply is its time. That holds for any
-architecture, and for the quick path as for the plain one.
+On the meta device tensors have shapes but no data: the bytes alive at once give the step's memory;
+the bytes read and written and the FLOPs of its operations give its time. This works for any
+architecture, for the fast paths and the standard one.
 """
 
 from __future__ import annotations
@@ -25,28 +25,31 @@ from lora_kit.speed import attention, fast
 from lora_kit.speed.prefix import decoder_layers, first_trained_layer
 
 _ATEN = torch.ops.aten
-for _end in ("", "_backward"):  # torch counts the FLOPs of a GPU's alone; a CPU's are the same
+for _end in (
+    "",
+    "_backward",
+):  # torch registers FLOPs for the GPU kernel only; the CPU's are the same
     _gpu, _cpu = (f"_scaled_dot_product_flash_attention{where}{_end}" for where in ("", "_for_cpu"))
     flop_registry[getattr(_ATEN, _cpu)] = flop_registry[getattr(_ATEN, _gpu)]
-for _name in ("addmm", "baddbmm"):  # and none of what happens in place
+for _name in ("addmm", "baddbmm"):  # in-place variants have no entry
     flop_registry[getattr(_ATEN, f"{_name}_")] = flop_registry[getattr(_ATEN, _name)]
-CALL_S = 15e-6  # that starting an operation takes, autograd's part included
-_MARGIN = 0.10  # of what may be held, for what is not foreseen
-# Fitted to what scripts/bench/memory.py measures on a CPU. glibc gives an aligned block that was
-# freed to smaller ones, and takes new memory for the next of its size: a share of what is alive is
-# held besides, and pages of code that computes.
+CALL_S = 15e-6  # seconds of overhead per operation, including autograd
+_MARGIN = 0.10  # share of the available memory that is left free
+# Allocator overhead, fitted to measurements of scripts/bench/memory.py on a CPU: glibc splits freed
+# aligned blocks and allocates new ones, so a share of the live memory is held on top, plus code
+# pages.
 _UNUSED_SHARE, _UNUSED_OF_LOGITS, _UNUSED_BYTES = 0.46, 0.6, 100 << 20
-_RATE_REACHED = 0.72  # of the rates that are measured on one operation alone
+_RATE_REACHED = 0.72  # achieved share of the rates measured on single operations
 
 
 @dataclass(frozen=True)
-class Work:
-    """One forward and backward pass of a micro-batch.
+class PassCost:
+    """Cost of one forward and backward pass of a micro-batch.
 
     Args:
-        tokens: of the batch as it is handed over. peak: bytes alive at once, beside weights and
-            adapter. logits: the part of them that is as wide as the vocabulary.
-        done: how often an operation of (FLOPs, bytes read and written, dtype) is carried out.
+        tokens: of the collated batch. peak: most bytes alive at once, without weights and adapter.
+        logits: the bytes at the peak of tensors as wide as the vocabulary.
+        done: {(FLOPs, bytes read and written, dtype): number of operations}.
     """
 
     tokens: int
@@ -61,8 +64,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """A device: bytes that this process may come to hold, those that it holds before the base is
-    loaded, FLOP/s of matrix products by dtype, bytes a second of simple operations."""
+    """A device.
+
+    Args:
+        room: bytes that this process may use. framework: bytes in use before the base is loaded.
+        flops: FLOP/s of matrix products by dtype. bandwidth: bytes/s of elementwise operations.
+    """
 
     name: str
     room: int
@@ -72,11 +79,11 @@ class Machine:
 
     @property
     def limit(self) -> int:
-        """What a plan may come to, a margin left."""
+        """Bytes that a plan may use, after the margin."""
         return int(self.room * (1 - _MARGIN))
 
-    def seconds(self, work: Work) -> float:
-        """A pass, each operation bound by arithmetic or by memory (Williams et al. 2009)."""
+    def seconds(self, work: PassCost) -> float:
+        """Seconds of a micro-batch, by the roofline model (Williams et al. 2009)."""
         alone = sum(
             times * max(flops / self.flops[dtype] if flops else 0.0, size / self.bandwidth)
             for (flops, size, dtype), times in work.done.items()
@@ -84,38 +91,38 @@ class Machine:
         return alone / _RATE_REACHED + sum(work.done.values()) * CALL_S
 
 
-def unused_bytes(work: Work) -> int:
-    """What the allocator of a CPU's process holds besides what is alive."""
+def unused_bytes(work: PassCost) -> int:
+    """Overhead of the CPU allocator, on top of live memory."""
     share = _UNUSED_SHARE * (work.peak - work.logits) + _UNUSED_OF_LOGITS * work.logits
     return _UNUSED_BYTES + int(share)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Rows of a pass, passes of a step, and how many layers, from the lowest one that keeps
-    anything, are computed again in the backward pass."""
+    """Rows per micro-batch, micro-batches per step, and the number of layers with recomputed
+    activations (gradient checkpointing), counted from the lowest layer with gradients."""
 
     micro_batch: int
     accumulation: int
     recomputed: int
 
 
-def choose(
+def choose_batch(
     rows: int,
     own: int,
     again: range,
     fits: Callable[[int, int], bool],
     seconds: Callable[[int, int], float],
 ) -> Choice | None:
-    """The quickest way to do a step of `rows` rows in passes of `own` rows or fewer.
+    """The fastest way to run a step of `rows` rows in micro-batches of at most `own` rows.
 
     Args:
-        again: the numbers of layers that may be computed again; those between are tried in eighths.
-        fits, seconds: of one pass, both of (micro-batch, layers computed again); more layers take
-            less memory and more time.
+        again: numbers of recomputed layers to choose_batch from; nine evenly spaced ones are tried.
+        fits, seconds: functions of (micro-batch, recomputed layers), for one micro-batch; more
+            recomputed layers take less memory and more time.
 
     Returns:
-        None: not even a row at a time, all layers computed again, fits.
+        None: nothing fits, not even one row with all layers recomputed.
     """
     steps = sorted({again[part * (len(again) - 1) // 8] for part in range(9)})
     found: dict[Choice, float] = {}
@@ -125,15 +132,16 @@ def choose(
             choice = Choice(micro, rows // micro, recomputed)
             found[choice] = choice.accumulation * seconds(micro, recomputed)
         if enough == 0:
-            break  # a smaller pass is no quicker
+            break  # smaller micro-batches are not faster
     return min(found, key=lambda choice: found[choice], default=None)
 
 
 def recompute(model: Any, count: int) -> int:
-    """Let the lowest `count` layers that keep anything for the backward pass keep their input
-    alone, and be computed again (Chen et al. 2016, arXiv:1604.06174). Returns how many there are.
+    """Recompute the activations of the lowest `count` layers with gradients in the backward pass
+    (gradient checkpointing: Chen et al. 2016, arXiv:1604.06174). Returns how many such layers the
+    model has.
 
-    While the model is in training mode; no gradient is forced through the layers below them.
+    In training mode only; no gradient is forced through the frozen layers below.
     """
     layers = decoder_layers(model)[first_trained_layer(model) :]
     again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
@@ -144,11 +152,11 @@ def recompute(model: Any, count: int) -> int:
 
 
 def assume_fast(model: Any, flat: bool = True) -> bool:
-    """Put the quick paths of `fast.make_fast` into a model on the meta device, where there is no
-    content to try them on. Returns whether rows come without padding.
+    """Install the fast paths of `fast.make_fast` into a model on the meta device, untested. Returns
+    whether batches are without padding.
 
     Args:
-        flat: of a causal language model, whose batches may come so; others get the quick layers.
+        flat: the task allows batches without padding; otherwise only the fast layers are installed.
     """
     for name, (install, _) in fast.PARTS.items():
         if flat or name in ("linear", "norm"):
@@ -159,35 +167,34 @@ def assume_fast(model: Any, flat: bool = True) -> bool:
 Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
 
 
-def count(model: Any, batch: dict[str, Any], loss: Loss, backward: bool = True) -> Work:
-    """Run a pass on the meta device.
+def count(model: Any, batch: dict[str, Any], loss: Loss, backward: bool = True) -> PassCost:
+    """Run a micro-batch on the meta device.
 
     Args:
-        model: on the meta device, its adapter attached.
-        batch: its inputs there (see `on_meta`). loss: of model and batch.
-        backward: a training pass; without it the forward alone, as in evaluation.
+        model: on the meta device, with the adapter attached.
+        batch: its inputs (see `on_meta`). loss: a function of model and batch.
+        backward: False: only the forward pass, as in evaluation.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     known = [*model.parameters(), *model.buffers(), *batch.values()]
-    counter = _Count([x for x in known if torch.is_tensor(x)], vocabulary)
+    counter = _CostCounter([x for x in known if torch.is_tensor(x)], vocabulary)
     tokens = sum(v.numel() for name, v in batch.items() if name.endswith("input_ids"))
     with counter, torch.set_grad_enabled(backward):
         found = loss(model.train(backward), dict(batch))
         if backward:
             found.backward()
     model.train().zero_grad()
-    return Work(tokens, counter.peak, counter.logits, dict(counter.done))
+    return PassCost(tokens, counter.peak, counter.logits, dict(counter.done))
 
 
 def on_meta(batch: dict[str, Any], masked: bool = False) -> dict[str, Any]:
-    """A collated batch without content.
+    """A collated batch on the meta device.
 
-    What of a padded batch is not seen is masked by four dimensions, which transformers hands
-    through: it cannot look for padding where there is no content. masked: there is a mask even
-    where all is seen.
+    Padding is masked with a four-dimensional mask, which transformers passes through: on the meta
+    device it cannot inspect a padding mask. masked: add a mask even without padding.
     """
     moved = {n: v.to("meta") if torch.is_tensor(v) else v for n, v in batch.items()}
-    moved.pop("numbers", None)  # of rows of the data
+    moved.pop("numbers", None)  # row indices
     if "documents" in moved:
         return moved
     packed = "position_ids" in moved
@@ -198,15 +205,15 @@ def on_meta(batch: dict[str, Any], masked: bool = False) -> dict[str, Any]:
     return {n: v for n, v in moved.items() if not (packed and n == "position_ids")}
 
 
-class _Count(TorchDispatchMode):
-    """Sees every operation of the forward and the backward pass."""
+class _CostCounter(TorchDispatchMode):
+    """Counts every operation of the forward and backward pass."""
 
     def __init__(self, known: list[torch.Tensor], vocabulary: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
         self.done: Counter[tuple[int, int, str]] = Counter()
         self.alive = self.alive_logits = self.peak = self.logits = 0
-        # A storage is one object in Python as long as it lives (torch keeps it).
+        # torch returns the same Python object for a storage while it is alive.
         self.seen = weakref.WeakSet(x.untyped_storage() for x in known)
 
     def __torch_dispatch__(
@@ -244,8 +251,8 @@ class _Count(TorchDispatchMode):
 
 
 def count_attention(model: Any) -> bool:
-    """Let the plain path of a model on the meta device attend as it would on a CPU or a GPU.
-    Returns False for one that does without torch's attention."""
+    """Make the standard path of a model on the meta device use the attention kernel of a real
+    device. Returns False for a model that does not use torch's SDPA."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -255,15 +262,15 @@ def count_attention(model: Any) -> bool:
 
     if model.config._attn_implementation != "sdpa":
         return False
-    # Under a name without a mask of its own, so that none is made from what has no content.
+    # A name without a registered mask function, so that no mask is built from meta tensors.
     AttentionInterface.register("lora_kit_counted", counted)
     model.set_attn_implementation("lora_kit_counted")
     return True
 
 
 class _Flash(TorchFunctionMode):
-    """On the meta device torch would take the attention that keeps all probabilities, as a CPU does
-    with dropout; else it takes one that keeps none (Dao et al. 2022, arXiv:2205.14135)."""
+    """Replaces torch's SDPA kernel: on the meta device it would pick the one that stores all
+    probabilities, where a real device uses FlashAttention (Dao et al. 2022, arXiv:2205.14135)."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -273,7 +280,7 @@ class _Flash(TorchFunctionMode):
         if func is not torch.nn.functional.scaled_dot_product_attention or dropped:
             return func(*args, **kwargs)
         mask = kwargs.get("attn_mask")
-        if mask is not None:  # one of bools becomes numbers, in each layer
+        if mask is not None:  # a bool mask is converted in each layer
             mask = torch.empty_like(mask, dtype=args[0].dtype)
         return _ATEN._scaled_dot_product_flash_attention_for_cpu(
             *args[:3], dropped, kwargs.get("is_causal", False),

@@ -1,7 +1,7 @@
-"""RMSNorm with a frozen weight, as one step of autograd (Zhang & Sennrich 2019, arXiv:1910.07467).
+"""RMSNorm with a frozen weight as one autograd function (Zhang & Sennrich, arXiv:1910.07467).
 
-transformers' keeps three tensors of float32 for the backward pass; this one keeps the normalised
-states in the model's own dtype.
+transformers' version saves three float32 tensors for the backward pass; this one saves the
+normalised states in the model's dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_kit.speed.patch import is_quick, part_of, put_in
+from lora_kit.speed.patch import is_fast, part_of, put_in
 
 
 class FrozenRMSNorm(torch.autograd.Function):
@@ -19,7 +19,7 @@ class FrozenRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         wide = x.float() if x.dtype != torch.float32 else x.clone()
-        # Not vecdot, which autocast would compute in 16 bits.
+        # Not vecdot, which autocast computes in 16 bits.
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = square.div_(x.shape[-1]).add_(epsilon).rsqrt_()  # (..., 1)
         normal = wide.mul_(scale).to(x.dtype)
@@ -36,15 +36,15 @@ class FrozenRMSNorm(torch.autograd.Function):
 
 
 def install(model: Any) -> int:
-    """Let the norms of a model compute so, where `is_quick`.
+    """Replace the forward of a model's RMSNorm layers, used where `is_fast`. Returns how many.
 
-    Changed are modules whose class is named ...RMSNorm, whose weight is frozen, and that give, to
-    rounding, what theirs gives on random states. Returns how many.
+    Only modules whose class is named ...RMSNorm, with a frozen weight, and whose output on random
+    states is the same up to rounding.
     """
     changed = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        free = part_of(module) is None  # no other library's hook is in it
+        free = part_of(module) is None  # not patched by another library
         if type(module).__name__.endswith("RMSNorm") and weight is not None and free:
             epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
             if epsilon is not None and not weight.requires_grad and _same(module, weight, epsilon):
@@ -54,7 +54,7 @@ def install(model: Any) -> int:
 
 
 def _same(module: Any, weight: torch.Tensor, epsilon: float) -> bool:
-    if weight.is_meta:  # a plan's: there is nothing to compare
+    if weight.is_meta:  # planning: nothing to compare
         return True
     noise = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def _same(module: Any, weight: torch.Tensor, epsilon: float) -> bool:
 
 def _forward(plain: Any, epsilon: float) -> Any:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not is_quick():
+        if not is_fast():
             return plain(x)
         out: torch.Tensor = FrozenRMSNorm.apply(x, self.weight, epsilon)
         return out

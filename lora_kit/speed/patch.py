@@ -1,4 +1,4 @@
-"""Another `forward` for single modules, and back: what is saved of a model stays as it is."""
+"""Replace the `forward` of single modules, and restore it; saved models are unaffected."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _without_gradients = False
 
 @contextmanager
 def also_without_gradients() -> Iterator[None]:
-    """Take the quick paths also where no gradients are recorded.
+    """Use the fast paths also without gradients.
 
-    Otherwise they are for training only: evaluation and generation use the arithmetic with which
-    others load the adapter. A loss against a reference (DPO) needs both computed alike.
+    By default they are for training only: evaluation and generation use the standard arithmetic
+    that other programs have. A loss with a reference model (DPO) needs the same arithmetic for
+    both.
     """
     global _without_gradients
     before, _without_gradients = _without_gradients, True
@@ -27,25 +28,25 @@ def also_without_gradients() -> Iterator[None]:
         _without_gradients = before
 
 
-def is_quick() -> bool:
-    """Whether the quick paths are taken now."""
+def is_fast() -> bool:
+    """Whether the fast paths are in use now."""
     return _without_gradients or torch.is_grad_enabled()
 
 
 def put_in(module: Any, forward: Callable[..., Any], part: str) -> None:
-    """Give a module another forward, known as that of a part."""
+    """Replace a module's forward, tagged with the name of a fast path."""
     forward.part = part  # type: ignore[attr-defined]
     module.forward = MethodType(forward, module)
 
 
 def part_of(module: Any) -> str | None:
-    """The part whose forward a module has; "" of another library's, None of its own class's."""
+    """The fast path whose forward a module has; "": another library's; None: its class's."""
     forward = vars(module).get("forward")
     return None if forward is None else getattr(forward, "part", "")
 
 
 def take_out(model: Any, part: str) -> None:
-    """Give the modules of a part their class's own forward back."""
+    """Restore the class's forward of all modules with this fast path."""
     for module in model.modules():
         if part_of(module) == part:
             del module.forward

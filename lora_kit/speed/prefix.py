@@ -1,8 +1,8 @@
-"""The layers below the lowest adapted one: run without autograd, and with several epochs only once.
+"""The frozen layers below the lowest adapted one: no autograd, and cached over epochs.
 
-Nothing in them trains, so a row's hidden states above them are the same in every epoch, and in the
-next run on the same rows: they are kept in a file, from which later epochs take them. Feature
-extraction, an adapter on the head alone, is the extreme of it.
+Nothing in them trains, so a row's hidden states after them are the same in every epoch and in the
+next run on the same rows: they are cached in a file that later epochs read. Training only the head
+(feature extraction) is the extreme case.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch
 from lora_kit import cache
 
 STATES = "states.bin"
-# Raised whenever the same model and rows give another file than before.
+# Increased whenever the same model and rows give a different file.
 VERSION = 1
-# A file may take this share of what is free on its disk, and never more than so many bytes.
+# Largest file: this share of the free disk space, and this many bytes.
 SHARE_OF_FREE = 0.25
 MOST_BYTES = 64 << 30
 _CHECK_BYTES = 4
@@ -34,7 +34,7 @@ _LIBRARIES = ("lora-kit", "torch", "transformers", "bitsandbytes")
 
 
 def decoder_layers(model: Any) -> torch.nn.ModuleList:
-    """The layers of a causal language model, PEFT's or transformers'; empty where unknown."""
+    """The decoder layers of a PEFT or transformers model; empty if they are not found."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     whole = causal_model(model)
@@ -47,11 +47,11 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
 
 
 def first_trained_layer(model: Any) -> int:
-    """How many layers, from the first on, lie below everything that trains: 0 where embeddings
-    train, or anything else that is neither in a layer nor in the head alone."""
+    """Index of the lowest layer that trains; 0 if embeddings train, or anything else outside of the
+    layers and the head; the number of layers if only the head trains."""
     layers = decoder_layers(model)
     whole = causal_model(model)
-    head = whole.get_output_embeddings()  # a classifier's is none of a language model
+    head = whole.get_output_embeddings()  # None for a classifier
     place = {id(p): len(layers) for p in head.parameters()} if head is not None else {}
     place |= {id(p): 0 for p in whole.get_input_embeddings().parameters()}
     for number, layer in reversed(list(enumerate(layers))):
@@ -61,14 +61,15 @@ def first_trained_layer(model: Any) -> int:
 
 
 def causal_model(model: Any) -> Any:
-    """transformers' own model inside PEFT's."""
+    """The transformers model inside a PEFT model."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
 class Store:
-    """Hidden states of rows in a file: of each a CRC-32 and then (tokens, width), in the model's
-    dtype. A row counts where all of it is there and agrees with its sum, so that what a killed
-    process, a full disk or a second writer left is not believed, and nobody needs a lock.
+    """Hidden states of rows in a file: per row a CRC-32 and (tokens, width) in the model's dtype.
+
+    A row is valid only if it is complete and matches its checksum, so incomplete rows of a killed
+    process, a full disk or a second writer are ignored and no lock is needed.
 
     Args:
         lengths: int64 (rows,), tokens of each row.
@@ -82,19 +83,19 @@ class Store:
         self.file = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
 
     def read(self, rows: Sequence[int]) -> torch.Tensor | None:
-        """(1, tokens, width): the rows one after the other; None unless all of them are kept."""
+        """(1, tokens, width): the rows concatenated; None unless all of them are stored."""
         count = int(self.lengths[list(rows)].sum())
         states = torch.empty(count, self.width, dtype=self.dtype)
         for row, part in self._parts(rows, states):
             check = bytearray(_CHECK_BYTES)
             got = os.preadv(self.file, [check, part], int(self.starts[row]))
-            if got != _CHECK_BYTES + part.nbytes or check != _check(part):
+            if got != _CHECK_BYTES + part.nbytes or check != _checksum(part):
                 return None
         return states[None]
 
     def write(self, rows: Sequence[int], states: torch.Tensor) -> None:
-        """Keep (1, tokens, width), what comes after the rows left out. Batches with NaN or infinite
-        states are not kept."""
+        """Store (1, tokens, width), without the padding after the rows. Batches with NaN or
+        infinite states are not stored."""
         count = int(self.lengths[list(rows)].sum())
         states = states[:, :count]
         if not self.grows or not bool(torch.isfinite(states).all()):
@@ -104,10 +105,14 @@ class Store:
             if (*states.shape, states.dtype) != wanted:
                 raise OSError(0, f"{(*states.shape, states.dtype)} instead of {wanted}")
             for row, part in self._parts(rows, states[0].detach().cpu().contiguous()):
-                os.pwritev(self.file, [_check(part), part], int(self.starts[row]))
+                os.pwritev(self.file, [_checksum(part), part], int(self.starts[row]))
         except OSError as error:
             self.grows = False
-            print(f"speed: no more states are kept: {error.strerror}", file=sys.stderr, flush=True)
+            print(
+                f"speed: stopped caching hidden states: {error.strerror}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _parts(self, rows: Sequence[int], states: torch.Tensor) -> Iterator[tuple[int, Any]]:
         """(row, its bytes) of (tokens, width)."""
@@ -116,16 +121,16 @@ class Store:
         yield from zip(rows, np.split(states.view(torch.uint8).numpy(), ends), strict=True)
 
 
-def _check(part: Any) -> bytes:
+def _checksum(part: Any) -> bytes:
     return zlib.crc32(part).to_bytes(_CHECK_BYTES, "little")
 
 
 class Prefix:
-    """The frozen layers of a model. Until `close` their `forward` is ours, on the instances, and
-    does something only inside `batch`; what is saved stays as it is.
+    """The frozen layers of a model. Their `forward` is replaced on the instances until `close`, and
+    has an effect only inside `batch`; saved models are unaffected.
 
     Args:
-        model: on its device, neither wrapped nor sharded, its adapter attached.
+        model: on its device, neither wrapped nor sharded, with the adapter attached.
     """
 
     def __init__(self, model: Any) -> None:
@@ -140,7 +145,7 @@ class Prefix:
             layer.forward = self._forward(layer.forward, layer is self.layers[-1])
 
     def close(self) -> None:
-        """Give the layers their own `forward` back."""
+        """Restore the layers' own `forward`."""
         for layer in self.layers:
             layer.__dict__.pop("forward")
         if self.store:
@@ -149,8 +154,8 @@ class Prefix:
 
     @contextmanager
     def batch(self, rows: Sequence[int]) -> Iterator[None]:
-        """Around the forward pass of a batch without padding: (1, tokens), these rows of the data
-        one after the other. Of rows without numbers nothing is kept."""
+        """Context of the forward pass of a batch without padding, (1, tokens): these rows of the
+        data concatenated. Nothing is cached for rows without indices."""
         before = self._rows, self._active, self._kept
         self._rows, self._active = rows, True
         self._kept = self.store.read(rows) if self.store and rows else None
@@ -164,7 +169,7 @@ class Prefix:
             if not self._active:
                 return plain(*args, **kwargs)
             if self._kept is None:
-                # No gradients even where checkpointing makes the embeddings' output want one.
+                # No gradients even if checkpointing makes the embeddings' output require them.
                 with torch.no_grad():
                     out = plain(*args, **kwargs)
                 if last and self.store and self._rows:
@@ -179,22 +184,22 @@ class Prefix:
         return forward
 
     def keep(self, lengths: np.ndarray, content: str, passes: float) -> str:
-        """Keep the states of the training rows, if they are needed again and the model allows it.
+        """Cache the states of the training rows, if they are reused and the model allows it.
 
         Args:
-            lengths: int64 (rows,), the tokens of each; `batch` takes the numbers of rows.
-            content: a hash of all tokens, and of what else decides which row has which.
-            passes: how often this run trains on each.
+            lengths: int64 (rows,), tokens per row; `batch` takes row indices.
+            content: a hash of all rows' tokens and their boundaries.
+            passes: epochs of this run.
 
         Returns:
-            What was decided, and why, in a line.
+            The decision and its reason, in one line for the log.
         """
         if not self.layers:
-            return "frozen layers: none lies below all that trains"
-        said = f"frozen layers: the first {len(self.layers)} run without gradients"
-        states = self._tried()
+            return "frozen layers: none below the trained ones"
+        frozen = f"frozen layers: the first {len(self.layers)} run without gradients"
+        states = self._try()
         if isinstance(states, str):
-            return f"{said}; what they give is not kept: {states}"
+            return f"{frozen}; their output is not cached: {states}"
         text = json.dumps(self._about(content), sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -203,33 +208,33 @@ class Prefix:
 
         try:
             file = cache.prepared(key, describe) / STATES
-            return said + self._opened(file, lengths, states, passes)
+            return frozen + self._open_store(file, lengths, states, passes)
         except OSError as error:
-            return f"{said}; what they give is not kept: {error.strerror}"
+            return f"{frozen}; their output is not cached: {error.strerror}"
 
-    def _opened(self, file: Path, lengths: np.ndarray, states: Any, passes: float) -> str:
-        held = file.stat() if file.exists() else None
-        earlier = held is not None and held.st_size > 0
+    def _open_store(self, file: Path, lengths: np.ndarray, states: Any, passes: float) -> str:
+        existing = file.stat() if file.exists() else None
+        earlier = existing is not None and existing.st_size > 0
         if passes <= 1 and not earlier:
-            return "; what they give is not kept: each row is seen once"
+            return "; their output is not cached: there is only one epoch"
         needed = int(lengths.sum()) * states[0, 0].nbytes
-        free = shutil.disk_usage(file.parent).free + (held.st_blocks * 512 if held else 0)
+        free = shutil.disk_usage(file.parent).free + (existing.st_blocks * 512 if existing else 0)
         room = min(MOST_BYTES, int(SHARE_OF_FREE * free))
         size = f"{needed / 2**20:,.0f} MiB"
         if needed > room:
-            size += f", of {room / 2**20:,.0f} that may be taken"
-            return f"; what they give is not kept: {size}"
+            size += f", more than the {room / 2**20:,.0f} allowed"
+            return f"; their output is not cached: {size}"
         self.store = Store(file, lengths, states.shape[-1], states.dtype)
-        used = "an earlier run's is used" if earlier else "later epochs skip them"
-        return f"; what they give is kept ({size}): {used}"
+        used = "reusing an earlier run's" if earlier else "later epochs skip them"
+        return f"; their output is cached ({size}): {used}"
 
-    def _tried(self) -> torch.Tensor | str:
-        """The states of two documents, (1, tokens, width), where the model gives the same logits
-        with them instead of the layers, in another order than they were made in; else why not."""
+    def _try(self) -> torch.Tensor | str:
+        """Run two documents with the layers, and again with cached states in reverse order. Returns
+        the states (1, tokens, width) if the logits agree, else the reason why they do not."""
         embeddings = self.model.get_input_embeddings().weight
         noise, device = torch.Generator().manual_seed(0), embeddings.device
         a, b = (torch.randint(0, len(embeddings), (n,), generator=noise) for n in (40, 24))
-        seen: list[tuple[Any, torch.Tensor]] = []  # what the last layer gave, chance after it
+        seen: list[tuple[Any, torch.Tensor]] = []  # last layer's output, random state after it
 
         def logits(*documents: torch.Tensor) -> torch.Tensor:
             ids = torch.cat(documents)[None].to(device)
@@ -245,31 +250,31 @@ class Prefix:
         )
         training, gpus = self.model.training, [device] if device.type == "cuda" else []
         try:
-            # In the mode that trains: int8 layers round otherwise when they evaluate.
+            # In training mode: int8 layers round differently in evaluation mode.
             self.model.train()
             with torch.no_grad(), torch.random.fork_rng(gpus):
                 expected = logits(b, a)
-                logits(a, b)  # the last, so that what layers may leave for later ones is of this
+                logits(a, b)  # last, so that any state kept in the model is of this order
                 out, after = seen[1]
                 torch.manual_seed(0)
                 if not torch.equal(after, _random_state(device)):
-                    return "they draw random numbers (dropout)"
+                    return "they use random numbers (dropout)"
                 states, self._gives_tuples = _states(out), isinstance(out, tuple)
                 states = states[:, : len(a) + len(b)]
                 with self.batch(()):
                     self._kept = torch.cat(states.split([len(a), len(b)], 1)[::-1], 1)
                     found = logits(b, a)
-        except Exception as error:  # whatever an architecture that was never tried raises
+        except Exception as error:  # an untested architecture can raise anything
             return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         finally:
             hook.remove()
             self.model.train(training)
         if not (found - expected).abs().max() <= 0.05 * expected.std():
-            return "later layers need more than the states of their row"
+            return "later layers depend on more than these states"
         return states
 
     def _about(self, content: str) -> dict[str, Any]:
-        """Everything that decides the states."""
+        """Everything that the states depend on."""
         above = decoder_layers(self.model)[len(self.layers) :]
         other = {id(p) for p in above.parameters()}
         tensors = self.model.state_dict(keep_vars=True).values()
@@ -283,8 +288,8 @@ class Prefix:
 
 
 def described(model: Any, tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
-    """What decides the numbers that a model computes with these tensors, as plain JSON. The weights
-    as they are in memory: an adapter that a run starts from may have changed those on disk."""
+    """Everything that the outputs of a model with these tensors depend on, as plain JSON. Weights
+    are hashed in memory, since a start adapter may differ from the files on disk."""
     config = causal_model(model).config
     return {
         "libraries": {name: cache.installed(name) for name in _LIBRARIES},
@@ -296,7 +301,7 @@ def described(model: Any, tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
 
 
 def _states(out: Any) -> torch.Tensor:
-    """(1, tokens, width), from what a layer returns: them, or a tuple that begins with them."""
+    """(1, tokens, width): a layer's output, or the first item of it."""
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -1,4 +1,4 @@
-"""What makes a step on a CPU quicker: a setting of the process, and the right type."""
+"""CPU speed: an allocator setting of the process, and the faster dtype."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import sys
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-# The second is the most that older versions of glibc take.
+# The second is the largest that older versions of glibc accept.
 _KEEP_BYTES = (1 << 30, 1 << 25)
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep large freed blocks instead of handing them back to the kernel.
+    """Tell glibc to keep large freed blocks instead of returning them to the kernel.
 
-    A training step frees and takes the same tensors again and again; each time the kernel would
-    have to map and zero their pages. To be called before torch does any work. Returns whether the
-    allocator (glibc's) took the setting.
+    A training step frees and allocates the same tensors repeatedly; otherwise the kernel maps and
+    zeroes their pages each time. Call it before torch does any work. Returns whether glibc accepted
+    the setting.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -30,9 +30,8 @@ def keep_freed_memory() -> bool:
 
 
 def float32_is_faster() -> bool:
-    """Whether torch multiplies matrices on this CPU at least twice as fast in float32 as in
-    bfloat16, measured in a moment: without instructions for bfloat16 it takes tens of times as
-    long."""
+    """Whether matrix products on this CPU are at least twice as fast in float32 as in bfloat16, by
+    a short measurement: without bfloat16 instructions it is tens of times slower."""
     import torch
     from torch.utils.benchmark import Timer
 

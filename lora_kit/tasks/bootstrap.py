@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.data.splits import FEWEST_TO_JUDGE
+from lora_kit.data.splits import FEWEST_TO_EVALUATE
 from lora_kit.errors import CheckFailed
 from lora_kit.tasks.task import Score, ratio
 
 RESAMPLES = 10_000
-FEWEST_UNITS = FEWEST_TO_JUDGE
+FEWEST_UNITS = FEWEST_TO_EVALUATE
 SMALLEST_SHARE = 0.005  # a difference below half a percent counts as none
 FEWEST_CHANGED = 6  # with five changed units the sign test cannot reach 5%
 _DRAWS_AT_ONCE = 2**22

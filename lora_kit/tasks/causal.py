@@ -254,6 +254,7 @@ class Conversations(Causal):
     """
 
     formats = tuple(name for name, known in FORMATS.items() if known.recipe == "sft")
+    unread = ()
     general = Text()
     chat = True
 

@@ -23,7 +23,7 @@ from lora_kit.data.census import NO_SUPERVISION, Census
 from lora_kit.data.examples import from_batch
 from lora_kit.data.prepare import Split, prepare, worker_count
 from lora_kit.data.rows import Row, Rows, RowsWriter, record_batch, record_batches
-from lora_kit.data.splits import FEWEST_TO_JUDGE, mix, take
+from lora_kit.data.splits import FEWEST_TO_EVALUATE, mix, take
 from lora_kit.data.workers import in_order, stop
 from lora_kit.errors import UserError
 from lora_kit.run import section_fields, validated
@@ -75,9 +75,9 @@ class Prepared:
         lines = self.census.lines()
         if self.train is not self.rows("train"):
             lines.append(f"packing: {len(self.train):,} rows, {self.train.fill:.1%} full")
-        if self.eval.units < FEWEST_TO_JUDGE:
+        if self.eval.units < FEWEST_TO_EVALUATE:
             lines.append(
-                f"note: {FEWEST_TO_JUDGE} held-out documents are needed for a verdict: raise "
+                f"note: {FEWEST_TO_EVALUATE} held-out documents are needed for a verdict: raise "
                 "data.eval, or add data"
             )
         return lines
@@ -290,8 +290,8 @@ class _Encoding:
         rows = {use: side.writer.close() for use, side in sides.items()}
         for use in ("train", "eval", "general"):
             if use in sides and not len(rows[use]):
-                left = getattr(self.census, use).left_out()
-                raise UserError(f"data.{use}: no rows left; left out: {left}")
+                left = getattr(self.census, use).dropped_text()
+                raise UserError(f"data.{use}: no rows left; dropped: {left}")
         chosen, tokens = self._mixed(sides["train"])
         replayed = None
         if "replay" in sides:
@@ -323,10 +323,10 @@ class _Encoding:
         """The rows of every use, by all examples that were read."""
         sides = {
             use: _Side(folder / f"{use}.arrow", chosen)
-            for (_, use), chosen in self.split.sides.items()
+            for (_, use), chosen in self.split.masks.items()
         }
         of_table: dict[str, list[str]] = {}
-        for read, use in self.split.sides:
+        for read, use in self.split.masks:
             of_table.setdefault(read, []).append(use)
         encoder = Encoder(self.task, self.processor, self.facts, self.run_file)
         reported, count = time.monotonic(), 0
@@ -350,11 +350,11 @@ class _Encoding:
     def _count_lost(self, part: _Part, uses: Sequence[str]) -> None:
         for what, lost in (("dropped", part.dropped), ("truncated", part.truncated)):
             for n, reason, place in lost:
-                use = next((u for u in uses if self.split.sides[part.use, u][part.first + n]), None)
+                use = next((u for u in uses if self.split.masks[part.use, u][part.first + n]), None)
                 if use is None:  # a leak, counted as such
                     continue
                 count = getattr(self.census, "general" if use == "replay" else use)
-                count.lose(reason, place, what=what)
+                count.count_lost(reason, place, what=what)
                 if reason == NO_SUPERVISION:
                     count.samples_without_supervision += 1
 

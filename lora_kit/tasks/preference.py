@@ -28,7 +28,7 @@ from pydantic import Field
 from lora_kit.base.load import base_is_sharded
 from lora_kit.base.templates import set_template
 from lora_kit.data.census import NO_SUPERVISION
-from lora_kit.data.formats import Example, normalised, said
+from lora_kit.data.formats import Example, message_text, normalised
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import NotUsable, UserError
 from lora_kit.schema import Section, Train
@@ -109,7 +109,7 @@ class Preference(Task):
     # ------------------------------------------------------------------ examples
     def key(self, example: Example) -> str:
         sides = [*example.messages, *example.rejected[-1:]]
-        return normalised("\0".join(said(m) for m in sides if m["role"] != "system"))
+        return normalised("\0".join(message_text(m) for m in sides if m["role"] != "system"))
 
     def group(self, example: Example) -> str | None:
         """Pairs of one prompt stay in the same split."""
@@ -365,7 +365,7 @@ def _pair(
     """The row of a pair, or why it is dropped."""
     if example.messages[:-1] != example.rejected[:-1]:
         return Dropped("whose chosen and rejected sides have different prompts")
-    if said(example.messages[-1]) == said(example.rejected[-1]):
+    if message_text(example.messages[-1]) == message_text(example.rejected[-1]):
         return Dropped("whose chosen and rejected completions are equal")
     row: Row = {"end_markers": 0}
     for side, found in zip(SIDES, (chosen, rejected), strict=True):

@@ -82,17 +82,7 @@ class Classification(Task):
     scores = ("accuracy", "macro_f1")
     settings = {"base": SequenceBase}  # noqa: RUF012 - read only
     auto = SEQUENCE
-    unread = (
-        "data.chat_template",
-        "data.general",
-        "data.packing",
-        "data.replay",
-        "data.supervise",
-        "prove.answers",
-        "prove.harness",
-        "prove.shots",
-        "ship.target",
-    )
+    unread = tuple(key for key in Task.unread if key != "data.labels")
 
     # ------------------------------------------------------------------ examples and rows
     def facts(self, train: Examples, run: Run) -> Facts:
@@ -103,7 +93,7 @@ class Classification(Task):
         _check_names(labels, "data.labels" if named else "data.train")
         if len(counts) < 2:
             only = f", {next(iter(counts))!r:.60}" if counts else ""
-            lost = f"; left out: {train.left_out}" if train.left_out else ""
+            lost = f"; dropped: {train.dropped}" if train.dropped else ""
             raise UserError(
                 f"data.train: {len(counts)} class in the rows{only}: a classifier needs two or "
                 f"more{lost}"

@@ -128,6 +128,7 @@ class Task:
         settings: {section: pydantic class}: sections of the run file with this task's own keys,
             each derived from the section's class in `schema`.
         unread: keys such as `data.packing` that this task does not read; setting one is an error.
+            Without a list of its own a task reads none of those that are about generated text.
         auto: the class of transformers that loads the model; in the lock, for merge and load.
         general: the task that reads and scores `data.general`; None: forgetting is not measured.
         flat: whether `collate(..., flat=True)` concatenates rows without padding.
@@ -136,7 +137,18 @@ class Task:
     formats: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
     settings: Mapping[str, type[Section]] = {}
-    unread: tuple[str, ...] = ()
+    unread: tuple[str, ...] = (
+        "data.chat_template",
+        "data.general",
+        "data.labels",
+        "data.packing",
+        "data.replay",
+        "data.supervise",
+        "prove.answers",
+        "prove.harness",
+        "prove.shots",
+        "ship.target",
+    )
     auto = "AutoModelForCausalLM"
     general: Task | None = None
     flat = False
@@ -233,7 +245,14 @@ class Task:
     def _head(self, facts: Facts, run: Run) -> Head:
         from lora_kit.base.head import Head
 
-        return Head(self.auto, tuple(facts.get("labels", ())), getattr(run.base, "pooling", None))
+        labels = tuple(facts.get("labels", ()))
+        if self.auto.endswith("Classification") and not labels:
+            # transformers would make a head of two outputs.
+            raise UserError(
+                f"TASK.facts: no `labels`: name the outputs of {self.auto}, such as the classes, "
+                "or one for a number"
+            )
+        return Head(self.auto, labels, getattr(run.base, "pooling", None))
 
     # ------------------------------------------------------------------ training
     def classes(self) -> tuple[type[Trainer], type[TrainingArguments]]:

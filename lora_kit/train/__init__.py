@@ -1,1 +1,1 @@
-"""The trainer, its arguments, its checkpoints and the run directory."""
+"""The trainer, its arguments, checkpoints and the run directory."""

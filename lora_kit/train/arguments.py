@@ -19,10 +19,10 @@ from lora_kit.schema import Run, Train
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# Fields of `train:` that are no field of TrainingArguments.
+# Fields of `train:` that TrainingArguments does not have.
 _NOT_UPSTREAM = {"trainable", "top_layers", "max_length", "early_stopping_patience"}
-# Those that our own code reads: max_length cuts the rows, save_total_limit bounds the sealed
-# checkpoints, of which the guards know the best; max_steps, eval_steps: translated below.
+# Fields that our own code reads: max_length truncates rows, save_total_limit limits sealed
+# checkpoints (the guards track the best); max_steps and eval_steps are translated below.
 OWN_FIELDS = _NOT_UPSTREAM | {
     "max_steps",
     "save_total_limit",
@@ -37,11 +37,11 @@ def training_arguments(
     planned: dict[str, Any] | None = None,
     arguments_class: type[TrainingArguments] | None = None,
 ) -> Any:
-    """The trainer's arguments for a run; checkpoints are written below `checkpoints`.
+    """The trainer's arguments for a run; `checkpoints` is the output directory.
 
     Args:
-        planned: fields of `train:` that a plan has chosen instead.
-        arguments_class: of the task; None: TrainingArguments itself.
+        planned: fields of `train:` replaced by the memory plan.
+        arguments_class: the task's; None: TrainingArguments.
     """
     from transformers import TrainingArguments
 
@@ -51,9 +51,9 @@ def training_arguments(
     values = {
         name: value
         for name, value in train.model_dump(exclude=OWN_FIELDS).items()
-        if name in known or name in Train.model_fields  # a task's own key may be for its loss alone
+        if name in known or name in Train.model_fields  # may be read by the task only
     }
-    if "max_length" in known:  # of a library that cuts rows as well, which ours are already
+    if "max_length" in known:  # TRL truncates rows as well; ours are truncated already
         values["max_length"] = train.max_length
     arguments = made(
         output_dir=str(checkpoints),
@@ -73,11 +73,11 @@ def training_arguments(
         dataloader_pin_memory=gpu_is_used(),
         ddp_find_unused_parameters=False,
         label_names=["labels"],
-        remove_unused_columns=False,  # there are none, and position_ids must stay
+        remove_unused_columns=False,  # else position_ids
         **{**values, **(planned or {})},
     )
-    # One process that sees several GPUs would split each batch over them and multiply its size:
-    # several GPUs are several processes here. `device` fills in the number that is cut down.
+    # With several visible GPUs one process would use DataParallel and multiply the batch size; here
+    # each GPU has a process. Reading `device` sets the private field that is overwritten.
     if arguments.device is not None:
         arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -86,14 +86,14 @@ def training_arguments(
 def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = None) -> None:
     """Check every field of `adapter:` and `train:` against the installed classes.
 
-    The classes themselves take anything: `TrainingArguments(learning_rate="abc")` constructs.
+    The classes themselves do not check types: `TrainingArguments(learning_rate="abc")` constructs.
 
     Args:
-        arguments_class: of the task; None: TrainingArguments itself.
+        arguments_class: the task's; None: TrainingArguments.
 
     Raises:
-        RunFileError: a field is unknown to the installed version, or of another type there; or
-            what `train.report_to` names is not installed.
+        RunFileError: the installed version does not have a field, or has another type for it; or
+            a package of `train.report_to` is not installed.
     """
     from transformers import TrainingArguments
 
@@ -108,12 +108,14 @@ def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = 
             if name in own or value is None:
                 continue
             if section == "train" and name not in Train.model_fields and name not in fields:
-                continue  # a task's own key, for its loss alone
+                continue  # a task's own key, for its loss only
             if name not in fields:
-                problems.append(f"{section}.{name}: {upstream.__name__} has no such field here")
+                problems.append(
+                    f"{section}.{name}: the installed {upstream.__name__} has no such field"
+                )
             elif not _fits(value, hints[name]):
                 problems.append(
-                    f"{section}.{name}: {value!r} is not what {upstream.__name__} takes"
+                    f"{section}.{name}: {value!r} has the wrong type for {upstream.__name__}"
                 )
     for name in run.train.report_to:
         packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
@@ -124,7 +126,7 @@ def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = 
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of an annotated type; enumerations are taken by value."""
+    """Whether a plain value fits a type annotation; enums are matched by value."""
     try:
         TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
     except ValidationError:

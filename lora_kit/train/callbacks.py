@@ -1,4 +1,4 @@
-"""What a person and a program see of a training: a progress display and metrics.jsonl."""
+"""The progress display and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lora_kit.folders import write_whole
 
 _FIRST = ("loss", "eval_loss", "learning_rate", "grad_norm")
 _LAST = ("tokens", "tokens_per_second", "seconds")
-# Of what a trainer logs: which step it is, how long an evaluation took, and TRL's own count of
-# tokens, which begins anew when a run is resumed.
+# Logged values that are not written: the step, evaluation speed, and TRL's token count, which
+# restarts at 0 in a resumed run.
 _NOT_KEPT = re.compile(r"epoch|step|(eval_)?num_tokens|eval_(\w+_)?(runtime|\w+_per_second)")
 
 
 class Metrics(TrainerCallback):
-    """One object a logged step in metrics.jsonl, written at once; only the first rank writes.
+    """Appends one JSON object per logged step to metrics.jsonl; only rank 0 writes.
 
-    It holds loss, tokens and seconds, and every other number that the trainer logs, such as
-    rewards; null for one that is not finite. When a run is resumed, rows after the checkpoint's
-    step are cut off: those steps run again.
+    It has loss, tokens and seconds, and every other number that the trainer logs, such as rewards;
+    null if not finite. On resume, rows after the checkpoint's step are removed, since those steps
+    run again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,14 +52,14 @@ class Metrics(TrainerCallback):
 
 
 def _number(value: Any) -> float | None:
-    """A logged value as JSON has it."""
+    """A logged value for JSON; None if it is no finite number."""
     if not isinstance(value, Real) or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """The rows of metrics.jsonl, up to a line truncated by a crash."""
     if not path.is_file():
         return []
     rows = []
@@ -74,8 +74,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress(TrainerCallback):
-    """A bar with losses, tokens per second, memory and time left; without a terminal a line for
-    each logged step and each evaluation."""
+    """A progress bar with losses, tokens/s, memory and time left; without a terminal, one line per
+    logged step and evaluation."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -129,14 +129,14 @@ class Progress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; also after an error in the middle of training."""
+        """Stop the bar, also after an error during training."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
 
 def peak_mib() -> float:
-    """The most memory this process held: the GPU's where it trains on one, else resident."""
+    """Peak memory of this process in MiB: allocated on the GPU if one is used, else resident."""
     import torch
 
     if gpu_is_used():

@@ -1,7 +1,7 @@
-"""The run directory runs/<name>/: made before anything is loaded, finished by `save_run`.
+"""The run directory runs/<name>/: created before the model is loaded, completed by `save_run`.
 
 run.yaml  run.lock.json  census.json  metrics.jsonl  report.json  report.html
-adapter/  checkpoints/  tensorboard/ (where train.report_to names it)
+adapter/  checkpoints/  tensorboard/ (with train.report_to: [tensorboard])
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from lora_kit.schema import Adapter, Run
 from lora_kit.tasks.task import Task
 from lora_kit.train import checkpoint
 
-# Keys that may differ when a run is continued: they change what is written, not what is learned.
-# eval_steps is not one of them: it decides which adapter is the best, and when to stop early.
+# Keys that may change on resume: they do not affect the training. eval_steps does: it determines
+# the best adapter and early stopping.
 FREE_TO_CHANGE = {
     *("train.logging_steps", "train.save_steps", "train.save_total_limit", "train.report_to"),
     *("train.dataloader_num_workers", "train.per_device_eval_batch_size", "data.workers"),
-    "train.load_best_model_at_end",  # the last adapter, where the best one's checkpoint is damaged
+    "train.load_best_model_at_end",  # to use the last adapter if the best checkpoint is corrupt
 }
-# Keys that name files of which the lock file has no hash.
+# Keys that name files without a hash in the lock file.
 _NOT_HASHED = ("recipe", "adapter.start", "data.labels")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes for all: rank 0, or the only one."""
+    """Whether this is rank 0, the rank that writes files and messages."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class RunDirectory:
-    """The files of one run. Every rank has one; only the first writes."""
+    """Paths of one run's files. Every rank has one; only rank 0 writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,7 +51,7 @@ class RunDirectory:
         self.lock_file = path / "run.lock.json"
 
     def say(self, text: str) -> None:
-        """A line for people, on stderr, once for all ranks."""
+        """Print a line to stderr, on rank 0 only."""
         if is_first_rank():
             print(redact(text), file=sys.stderr, flush=True)
 
@@ -61,19 +61,19 @@ class RunDirectory:
             checkpoint.write_json(self.lock_file, {**read_lock(self.path), **entries})
 
     def check_world(self, running: int) -> None:
-        """Raises CheckFailed if fewer or more processes run than were asked for.
+        """Raises CheckFailed if the number of processes is not the requested one.
 
-        `accelerate launch` silently starts a single one for some configurations of several.
+        `accelerate launch` silently starts a single process for some multi-process configs.
         """
         asked = int(os.environ.get(WORLD_SIZE_VARIABLE) or processes())
         if asked != running:
             raise CheckFailed(
-                f"{asked} processes were asked for, {running} run(s): on CPU use --accelerate "
-                "cpu_2proc, on GPUs see that `lora-kit doctor` lists them"
+                f"{asked} processes requested, {running} running: on CPU use --accelerate "
+                "cpu_2proc; on GPUs check that `lora-kit doctor` lists them"
             )
 
     def checkpoint_to_resume(self) -> checkpoint.Checkpoint:
-        """The newest whole one; what is wrong with the newer ones is said.
+        """The newest intact checkpoint; problems of newer ones are reported.
 
         Raises:
             UserError: there is none.
@@ -83,30 +83,30 @@ class RunDirectory:
             try:
                 return checkpoint.read_seal(folder)
             except UserError as error:
-                self.say(f"not used: {error}")
+                self.say(f"skipping a checkpoint: {error}")
                 problems.append(str(error))
         raise UserError(
-            f"{self.path}: no whole checkpoint to continue from "
+            f"{self.path}: no intact checkpoint to resume from "
             f"({'; '.join(problems) or 'none was saved'}): remove the folder and start again, or "
             "choose another with name=NAME"
         )
 
 
 def batch_geometry(run: Run) -> dict[str, int]:
-    """Rows of one optimizer step: processes × micro-batches × rows."""
+    """The batch of one optimizer step: processes x micro-batches x rows."""
     ranks = processes()
-    rows, passes = run.train.per_device_train_batch_size, run.train.gradient_accumulation_steps
+    rows, steps = run.train.per_device_train_batch_size, run.train.gradient_accumulation_steps
     return {
         "processes": ranks,
-        "gradient_accumulation_steps": passes,
+        "gradient_accumulation_steps": steps,
         "per_device_train_batch_size": rows,
-        "rows_per_step": ranks * passes * rows,
+        "rows_per_step": ranks * steps * rows,
         "max_length": run.train.max_length,
     }
 
 
 def processes() -> int:
-    """How many accelerate says there are, before any of them has met the others."""
+    """The world size that accelerate sets, before the process group is initialized."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -117,19 +117,19 @@ def create(
     hashes: Mapping[str, str],
     lock: dict[str, Any],
 ) -> None:
-    """Make the directory of a new run, with run.yaml and the first entries of run.lock.json.
+    """Create the directory of a new run, with run.yaml and run.lock.json.
 
     Args:
-        hashes: of the data, by source. lock: further entries.
+        hashes: of the data, by source. lock: further entries of the lock file.
 
     Raises:
-        UserError: it exists, or cannot be made.
+        UserError: it exists, or cannot be created.
     """
     check_free(run)
     try:
         directory.path.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{directory.path}: cannot be made ({error.strerror})") from None
+        raise UserError(f"{directory.path}: cannot be created ({error.strerror})") from None
     write_run(_with_commit(run, pinned), directory.path / "run.yaml")
     versions = {name: version(name) for name in _LIBRARIES}
     directory.lock(
@@ -151,8 +151,8 @@ def _pinned(run: Run, pinned: Pinned, hashes: Mapping[str, str], path: Path) -> 
 
 
 def reopen(directory: RunDirectory, run: Run, pinned: Pinned, hashes: Mapping[str, str]) -> None:
-    """Write run.yaml anew, with the keys that may differ. It is never half there: the other ranks
-    read it at the same time. The lock file gets the same names: data and base may have moved."""
+    """Rewrite run.yaml with the keys that may change, atomically, since other ranks read it. Also
+    updates the paths in the lock file: data and base may have moved."""
     partial = directory.path / "run.yaml.partial"
     write_run(_with_commit(run, pinned), partial)
     partial.replace(directory.path / "run.yaml")
@@ -160,16 +160,16 @@ def reopen(directory: RunDirectory, run: Run, pinned: Pinned, hashes: Mapping[st
 
 
 def remove(directory: RunDirectory) -> None:
-    """Take a directory away in which nothing was trained yet, so that its place is free."""
+    """Remove the directory of a run that has not trained yet."""
     shutil.rmtree(directory.path, ignore_errors=True)
-    for parent in directory.path.parents:  # runs/ itself and folders inside it, once empty
+    for parent in directory.path.parents:  # also runs/ and folders in it, if empty
         if parent == Path(".") or any(parent.iterdir()):
             return
         parent.rmdir()
 
 
 def _with_commit(run: Run, pinned: Pinned) -> Run:
-    """The run with the commit that was found, so that the file alone repeats it."""
+    """The run with the base's commit, so that the file alone reproduces it."""
     base = run.base.model_copy(update={"revision": pinned.revision})
     return run.model_copy(update={"base": base})
 
@@ -207,32 +207,32 @@ def check_start(adapter: Adapter, pinned: Pinned, auto: str, labels: Sequence[st
 def check_same(
     directory: RunDirectory, run: Run, task: Task, pinned: Pinned, hashes: Mapping[str, str]
 ) -> None:
-    """Check that a run is continued as it was begun.
+    """Check that a run is resumed with the settings it was started with.
 
     Args:
-        task: whose keys are compared too. hashes: of the data, by source.
+        task: its keys are compared, too. hashes: of the data, by source.
 
     Raises:
-        UserError: there is no such run, it is finished, or it differs in seed, data, batch,
-            learning rate, base or any other key that decides the result.
+        UserError: the run does not exist, is finished, or differs in seed, data, batch,
+            learning rate, base or any other key that affects the result.
     """
     path = directory.path
     if not (path / "run.yaml").is_file():
-        raise UserError(f"{path}: there is no such run to continue; leave --resume out")
+        raise UserError(f"{path}: no such run to resume; remove --resume")
     lock = read_lock(path)
     if not lock.keys() >= {"base", "data", "batch"}:
         raise UserError(
-            f"{directory.lock_file}: missing or cut short, so that nothing says how the run was "
-            "begun: remove the folder and start again, or choose another with name=NAME"
+            f"{directory.lock_file}: missing or incomplete, so the run cannot be resumed: remove "
+            "the folder and start again, or choose another with name=NAME"
         )
     if lock.get("finished"):
-        raise UserError(f"{path}: finished already; choose another with name=NAME")
+        raise UserError(f"{path}: already finished; choose another with name=NAME")
     begun = load_run(path / "run.yaml", needs_sources=False, task_of=lambda _: task)
     before, now = (_flat(r.model_dump(mode="json")) for r in (begun, run))
     recorded: dict[str, str] = lock["data"]
 
     def moved(key: str) -> bool:
-        """Whether a key names the same files in another place."""
+        """Whether a key names the same files under another path."""
         first, second = before.get(key), now.get(key)
         if key in _NOT_HASHED and isinstance(first, str) and isinstance(second, str):
             return Path(first).name == Path(second).name and not Path(first).exists()
@@ -244,25 +244,25 @@ def check_same(
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key not in FREE_TO_CHANGE
-        and not key.startswith("prove.")  # it decides what is measured, not what is learned
+        and not key.startswith("prove.")  # it affects the evaluation only
         and key not in ("base.model", "base.revision")  # compared by the hashes below
         and not moved(key)
     ]
     if lock["batch"]["processes"] != processes():
         problems.append(f"processes were {lock['batch']['processes']}, are now {processes()}")
     if lock["base"]["hashes"] != pinned.hashes:
-        problems.append(f"the files of the base {pinned.model} changed")
+        problems.append(f"the files of the base {pinned.model} were changed")
     for source, digest in sorted(hashes.items()):
-        # A source in another place has another name, and must be one of those that were read.
+        # A moved source has a new name, but its content must be among what was read.
         known = recorded.get(run.written(source, path))
         if digest != known and (known is not None or digest not in recorded.values()):
-            problems.append(f"the data of {source} changed")
+            problems.append(f"{source} was changed")
     if problems:
-        raise UserError(f"{path} is only continued as it was begun: " + "; ".join(problems))
+        raise UserError(f"{path}: cannot be resumed with other settings: " + "; ".join(problems))
 
 
 def _by_content(value: Any, hash_of: Callable[[str], str | None]) -> Any:
-    """A value of `data:` in which sources are replaced by the hash of their content, if known."""
+    """A value of `data:` with sources replaced by the hash of their content, if known."""
     if isinstance(value, list):
         return [_by_content(item, hash_of) for item in value]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The loss on held-out rows in the middle of a training, which changes nothing in the training."""
+"""The loss on held-out rows during training, without side effects on the training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lora_kit.errors import CheckFailed
 
 
 def held_out_loss(trainer: Any) -> float:
-    """The mean loss over all items of the held-out rows: `task.loss` in sum over `task.items`.
+    """The mean loss over all items of the held-out rows: sum of `task.loss` / sum of `task.items`.
 
-    It is the same for every batch size and number of ranks; transformers' own is a mean of
-    batches, of which the last may be short. All ranks must call it.
+    It does not depend on batch size and number of ranks; transformers' is a mean over batches, of
+    which the last may be smaller. All ranks must call it.
 
     Raises:
         CheckFailed: it is NaN or infinite.
@@ -27,13 +27,13 @@ def held_out_loss(trainer: Any) -> float:
     task, rows = guard.task, trainer.eval_dataset
     size, ranks = args.per_device_eval_batch_size, args.world_size
     starts = range(0, len(rows), size)
-    order = task.tokens(rows).argsort(kind="stable")  # little padding
+    order = task.tokens(rows).argsort(kind="stable")  # by length, for little padding
     sums = torch.zeros(2, dtype=torch.float64, device=args.device)  # losses, items
     trainer.model_wrapped.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         for turn in range(0, len(starts), ranks):
             mine = turn + args.process_index
-            # Every rank runs as many batches as the others: a sharded model needs all of them.
+            # Every rank runs the same number of batches, as a sharded model needs.
             first = starts[min(mine, len(starts) - 1)]
             chosen = [rows[number] for number in order[first : first + size].tolist()]
             batch = trainer._prepare_inputs(trainer.data_collator(chosen))
@@ -50,19 +50,17 @@ def held_out_loss(trainer: Any) -> float:
 
 
 def check_finite(loss: float, step: int, over: str = "") -> None:
-    """Raises CheckFailed if a loss on held-out rows is NaN or infinite: it is no loss of 0, which
-    would be the lowest."""
+    """Raises CheckFailed if eval_loss is NaN or infinite."""
     if not math.isfinite(loss):
         raise CheckFailed(
-            f"step {step}: eval_loss is {loss}{over}: look at data.eval, or lower "
-            "train.learning_rate"
+            f"step {step}: eval_loss is {loss}{over}: check data.eval, or lower train.learning_rate"
         )
 
 
 @contextlib.contextmanager
 def own_random_numbers(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` on inside the block; afterwards those of before go on, so that a
-    training that is evaluated draws what it would have drawn without."""
+    """Inside the block, random numbers start from `seed`; afterwards the earlier state is restored,
+    so that evaluations do not change the training."""
     from transformers import set_seed
 
     before = random.getstate(), np.random.get_state()

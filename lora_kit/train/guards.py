@@ -1,12 +1,13 @@
-"""What makes a training safe, for any transformers Trainer: transformers' own, TRL's, a subclass.
+"""Safety checks for any transformers Trainer: transformers' own, TRL's, or a subclass.
 
-Whatever has an event is a callback; `Guards` is what has none, put in front of the trainer's class:
+Most are callbacks; `Guards` holds the rest, a mixin in front of the trainer's class:
 
     trainer = guarded(DPOTrainer)(task, run, directory, stop, groups, model=model, args=arguments)
 
-A guarded training takes the same steps as a plain one. It stops before NaN reaches the weights,
-after the step in which a signal came, and when nothing improves any more; it seals its checkpoints,
-keeps the best, counts tokens and seconds, halves what does not fit into memory, and is audited.
+Guarded training takes the same steps as unguarded training. It stops before NaN reaches the
+weights, after the step in which a signal arrives, and on early stopping; it seals checkpoints,
+keeps the best one, counts tokens and seconds, splits micro-batches that run out of memory, and is
+audited: every tensor that should train is checked for gradients.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from lora_kit.train.evaluation import check_finite, held_out_loss, own_random_nu
 from lora_kit.train.halving import Batch, Halving
 from lora_kit.train.interrupt import StopSignal
 
-# Written into each checkpoint; they hold this machine's paths, and nothing reads them.
-_LITTER = ("training_args.bin", "README.md")
-_ROLLOUT = "rollout_{rank}.pt"  # of a trainer that samples: what it has sampled and not used
+# Files in each checkpoint that contain local paths and that nothing reads.
+_UNUSED_FILES = ("training_args.bin", "README.md")
+_ROLLOUT = "rollout_{rank}.pt"  # sampled and not yet used completions (GRPO, RLOO)
 
 
 @dataclass
 class Guard:
-    """What a guarded trainer knows, as `trainer.guard`.
+    """State of the guards, as `trainer.guard`.
 
     Attributes:
-        own_loss: whether the loss is the task's, not the trainer's.
-        prefix: the frozen layers, where rows come without padding.
-        plan: the memory plan that is followed.
-        peak_mib: the most memory held up to the end of the training.
+        own_loss: whether the task computes the loss, instead of the trainer.
+        prefix: the frozen layers, if batches are without padding.
+        plan: the memory plan in use.
+        peak_mib: peak memory at the end of training.
     """
 
     task: Task
@@ -65,23 +66,23 @@ class Guard:
     peak_mib: float = 0.0
 
     def frozen(self, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """Around the forward pass of a batch; `numbers` says which rows of the data it holds."""
+        """Context of a batch's forward pass; `numbers` are the row indices of the batch."""
         if self.prefix is None:
             return contextlib.nullcontext()
         return self.prefix.batch(batch.get("numbers", ()))
 
 
 class Guards(Trainer):
-    """What no callback can do. It comes before the trainer's class; `guarded` puts it there.
+    """A mixin with the guards that cannot be callbacks; `guarded` puts it first in the MRO.
 
     Args:
-        groups: the tensors that must train, by name.
+        groups: {name: which tensors must train}.
         options: of the trainer.
     """
 
-    model: Any  # is always given
+    model: Any  # never None here
     guard: Guard
-    _step: int  # of GRPO and RLOO: which of their sampled batches is in turn
+    _step: int  # GRPO and RLOO: index of the sampled batch in use
     _buffered_inputs: Any
 
     def __init__(
@@ -116,15 +117,15 @@ class Guards(Trainer):
         self.add_callback(Sealing(self))
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        model.train()  # GRPO samples in _prepare_inputs, where it looks at the mode
+        model.train()  # GRPO samples in _prepare_inputs, depending on the mode
         batch = Batch(self._prepare_inputs(inputs))
         self.guard.meter.count(batch)
-        turn = getattr(self, "_step", None)  # each part of a batch is of the same turn
+        turn = getattr(self, "_step", None)  # all parts of a batch use the same sampled batch
 
         def step(part: Batch) -> torch.Tensor:
             if turn is not None:
                 self._step = turn
-            given = Batch(part)  # SFTTrainer adds keys to what it is given
+            given = Batch(part)  # a copy, since SFTTrainer adds keys
             given.factor = part.factor
             with self.guard.frozen(given):
                 return super(Guards, self).training_step(model, given, num_items_in_batch)
@@ -135,7 +136,7 @@ class Guards(Trainer):
         return inputs if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """What the loss is divided by: the items of all micro-batches of a step, on all ranks."""
+        """The divisor of the loss: items of all micro-batches of a step, on all ranks."""
         if not self.guard.own_loss or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
         counted = (torch.as_tensor(self.guard.task.items(batch)) for batch in batch_samples)
@@ -146,27 +147,25 @@ class Guards(Trainer):
         guard = self.guard
         if guard.own_loss:
             items = options["num_items_in_batch"]
-            # Gradients are averaged over the ranks afterwards.
+            # DDP averages gradients over the ranks.
             loss = guard.task.loss(model, inputs, items, guard.run) * self.accelerator.num_processes
         else:
             loss = super().compute_loss(model, inputs, *args, **options)
-        if not isinstance(inputs, Batch):  # the library evaluates
+        if not isinstance(inputs, Batch):  # called from the trainer's own evaluation
             return loss
         if not loss.requires_grad:
             raise guard.audit.without_gradient()
         return loss if inputs.factor == 1 else loss * inputs.factor
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called between the backward pass and the optimizer's step: the last moment at which a NaN
-        has not reached the weights. The norm is over all ranks, so that all of them stop; under
-        DeepSpeed it is all that is seen of the gradients."""
+        """Checks for NaN between the backward pass and the optimizer step. The norm is over all
+        ranks, so all of them stop; DeepSpeed exposes nothing else of the gradients."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if grad_norm is not None and not math.isfinite(grad_norm):  # None: DeepSpeed has none yet
             raise CheckFailed(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
-                f"(gradient norm {float(grad_norm)}): stopped before it reached the weights; "
-                "checkpoints saved so far are kept; lower train.learning_rate, or look for broken "
-                "weights in the base"
+                f"(gradient norm {float(grad_norm)}): stopped before the optimizer step; earlier "
+                "checkpoints are kept; lower train.learning_rate, or check the base's weights"
             )
         return grad_norm
 
@@ -188,7 +187,7 @@ class Guards(Trainer):
         super().log(logs, start_time)
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
-        """A run that is resumed after its last step would take another one."""
+        """Prevents one more step in a run that is resumed after its last step."""
         stopped = stopped_early(self.state, self.guard.run.train.early_stopping_patience)
         if stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -196,11 +195,11 @@ class Guards(Trainer):
             super()._run_epoch(*args, **options)
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
-        """TRL writes one beside each checkpoint, an empty form with this machine's paths."""
+        """Disabled: TRL would write a template with local paths into each checkpoint."""
 
 
 def guarded(trainer_class: type[Trainer]) -> type[Guards]:
-    """A trainer's class with the guards in front of it.
+    """A trainer class with the guards mixed in.
 
     >>> guarded(Trainer).__mro__[1:3]
     (<class 'lora_kit.train.guards.Guards'>, <class 'transformers.trainer.Trainer'>)
@@ -210,19 +209,19 @@ def guarded(trainer_class: type[Trainer]) -> type[Guards]:
 
 
 def has_own_loss(task: Task) -> bool:
-    """Whether a task computes the loss itself; else its trainer does, a library's as a rule."""
+    """Whether the task computes the loss; otherwise its trainer does, such as TRL's."""
     return type(task).loss is not Task.loss
 
 
 class Meter(TrainerCallback):
-    """Tokens trained on, padding not counted, and seconds spent in optimizer steps; both include
-    the earlier parts of a resumed run. They are kept in the seal of each checkpoint."""
+    """Counts tokens (without padding) and seconds of training, including the earlier parts of a
+    resumed run. Both are saved in the seal of each checkpoint."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
         self.seconds = 0.0
         self._tokens_before, self._seconds_before = 0, 0.0
-        self._tokens_here: torch.Tensor | int = 0  # this rank's, kept on its device
+        self._tokens_here: torch.Tensor | int = 0  # on this rank, on its device
         self._counted_to = 0.0
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
@@ -232,18 +231,18 @@ class Meter(TrainerCallback):
     def count(self, batch: Batch) -> None:
         if "input_ids" in batch:
             self._tokens_here += real_tokens(batch)
-        else:  # what GRPO has sampled
+        else:  # GRPO's sampled batches
             for name in ("prompt_mask", "completion_mask"):
                 if name in batch:
                     self._tokens_here += batch[name].sum()
 
     def tokens(self) -> int:
-        """On all ranks, which must all ask."""
+        """Tokens on all ranks; a collective operation."""
         here = torch.as_tensor(self._tokens_here, device=self.accelerator.device)
         return self._tokens_before + int(self.accelerator.reduce(here, "sum").item())
 
     def figures(self) -> dict[str, Any]:
-        """For a logged step; all ranks must ask."""
+        """Values for a logged step; a collective operation."""
         tokens = self.tokens()
         here, spent = tokens - self._tokens_before, self.seconds - self._seconds_before
         return {
@@ -255,7 +254,7 @@ class Meter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._counted_to = time.perf_counter()
 
-    # Between two steps is the time to fetch data, which counts, to evaluate and to save.
+    # The time between two steps counts, except for evaluating and saving.
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._counted_to = time.perf_counter()
 
@@ -269,7 +268,7 @@ class Meter(TrainerCallback):
 
 
 class Auditing(TrainerCallback):
-    """Shows the audit what it has to see of a training; `fit` ends it."""
+    """Runs the audit (`adapter.audit`) during training; `fit` ends it."""
 
     def __init__(self, audit: Audit) -> None:
         self.audit = audit
@@ -282,18 +281,18 @@ class Auditing(TrainerCallback):
 
 
 class Best(TrainerCallback):
-    """Saves the step of the lowest eval_loss, and stops a run that no longer improves."""
+    """Saves a checkpoint at the lowest eval_loss, and stops early."""
 
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A resumed state brings the old intervals, and would not read the new ones.
+        # A resumed state has the old intervals.
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.eval_steps and state.global_step >= state.max_steps:
-            control.should_evaluate = True  # else nobody knows whether the last one is the best
+            control.should_evaluate = True  # the last step may be the best
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         stops = stopped_early(state, self.patience)
@@ -302,20 +301,20 @@ class Best(TrainerCallback):
 
 
 def _evaluations(state: TrainerState) -> list[tuple[float, int]]:
-    """(eval_loss, step), from the state that each checkpoint holds: the same on all ranks, and in a
-    run that was resumed."""
+    """(eval_loss, step), from the state in the checkpoint: the same on all ranks and after a
+    resume."""
     rows = [row for row in state.log_history if "eval_loss" in row]
     return [(row["eval_loss"], int(row["step"])) for row in rows]
 
 
 def best_step(state: TrainerState) -> int | None:
-    """The step with the lowest eval_loss so far, the first of equal ones; None: no evaluation."""
+    """The first step with the lowest eval_loss; None before any evaluation."""
     evaluations = _evaluations(state)
     return min(evaluations)[1] if evaluations else None
 
 
 def stopped_early(state: TrainerState, patience: int | None) -> bool:
-    """Whether train.early_stopping_patience ran out before the last step."""
+    """Whether train.early_stopping_patience was exceeded before the last step."""
     best = best_step(state)
     if patience is None or best is None or state.global_step >= state.max_steps:
         return False
@@ -323,14 +322,14 @@ def stopped_early(state: TrainerState, patience: int | None) -> bool:
 
 
 class Stopping(TrainerCallback):
-    """Saves and stops after the step in which a signal came."""
+    """Saves and stops after the step in which a signal arrived."""
 
     def __init__(self, stop: StopSignal, accelerator: Any) -> None:
         self.stop, self.accelerator = stop, accelerator
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         signum = self.stop.signum or 0
-        # A signal reaches the ranks at different steps; they stop at the same one.
+        # Signals can reach the ranks at different steps; all stop at the same one.
         if args.world_size > 1:
             mine = torch.tensor([signum], device=args.device)
             signum = int(self.accelerator.gather(mine).max())
@@ -340,7 +339,7 @@ class Stopping(TrainerCallback):
 
 
 class Sealing(TrainerCallback):
-    """Completes and seals each checkpoint once all its files are written, and removes old ones."""
+    """Seals each checkpoint once all its files are written, and removes old ones."""
 
     def __init__(self, trainer: Guards) -> None:
         self.trainer = trainer
@@ -356,7 +355,7 @@ class Sealing(TrainerCallback):
         tokens = guard.meter.tokens()
         trainer.accelerator.wait_for_everyone()  # each rank writes its own random state
         if first and finite:
-            for name in _LITTER:
+            for name in _UNUSED_FILES:
                 (folder / name).unlink(missing_ok=True)
             checkpoint.seal(folder, state.global_step, tokens, guard.meter.seconds)
             keep = guard.run.train.save_total_limit
@@ -366,13 +365,13 @@ class Sealing(TrainerCallback):
         trainer.accelerator.wait_for_everyone()
         if not finite:
             raise CheckFailed(
-                f"step {state.global_step}: the adapter's weights are not finite any more: "
-                "the checkpoint before is kept; lower train.learning_rate"
+                f"step {state.global_step}: the adapter's weights are no longer finite: "
+                "the previous checkpoint is kept; lower train.learning_rate"
             )
 
     def _finite(self, model: Any) -> bool:
-        """A step can overflow weights though its gradient was finite; the checkpoint written then
-        would push out the last good one."""
+        """Weights can overflow although the gradient was finite; such a checkpoint must not replace
+        the last good one."""
         broken = torch.zeros((), device=self.trainer.args.device)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -382,7 +381,7 @@ class Sealing(TrainerCallback):
 
 
 def resume_from(trainer: Guards, found: checkpoint.Checkpoint) -> None:
-    """Take up what a sealed checkpoint holds besides transformers' own state."""
+    """Restore what a sealed checkpoint holds besides transformers' own state."""
     trainer.guard.meter.resume(found)
     file = found.folder / _ROLLOUT.format(rank=trainer.args.process_index)
     if file.is_file():

@@ -1,4 +1,4 @@
-"""A micro-batch that does not fit into memory runs in parts, whose losses and gradients add up."""
+"""Splits micro-batches that run out of memory; losses and gradients of the parts add up."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 from lora_kit.errors import UserError
 
-MOST = 3  # times that a micro-batch is halved: 8 parts
+MOST = 3  # a micro-batch is halved at most 3 times: 8 parts
 _NO_MEMORY = (
-    "out of memory, the micro-batch halved {times} times: lower train.max_length or adapter.r, "
-    "set train.gradient_checkpointing=true, or base.quantize=nf4"
+    "out of memory, even with the micro-batch halved {times} times: lower train.max_length or "
+    "adapter.r, set train.gradient_checkpointing=true, or base.quantize=nf4"
 )
-# What torch's CPU allocator and oneDNN say, which have no exception of their own.
+# Messages of torch's CPU allocator and oneDNN, which have no exception type of their own.
 _NO_MEMORY_TEXTS = ("DefaultCPUAllocator", "could not create a primitive")
 
 
 class Batch(dict[str, Any]):
-    """A micro-batch as the model gets it, or a part of one.
+    """The inputs of a micro-batch, or of a part of one.
 
     Attributes:
-        factor: on the loss of a part, so that the losses of all parts add up to that of the whole.
+        factor: scales a part's loss, so that the losses of all parts sum to the whole's.
     """
 
     factor = 1.0
@@ -32,19 +32,18 @@ Step = Callable[[Batch], torch.Tensor]  # forward and backward of a part; return
 
 
 class Halving:
-    """Runs micro-batches, in 2, 4 or 8 parts once one did not fit into memory.
+    """Runs micro-batches; in 2, 4 or 8 parts after one ran out of memory.
 
     Args:
-        halve: the task's: a batch -> its two halves, each with the factor on its loss; [] where it
-            cannot be halved.
+        halve: `Task.halve`: batch -> two halves, each with the factor on its loss; [] if it cannot
+            be halved.
         trained: the parameters that get gradients.
-        say: told once for each halving.
-        allowed: False where several processes would have to halve together.
-        by_length: also split batches of which a third or more is padding. `halve` has to sort by
-            length then.
+        say: called with a message on each halving.
+        allowed: False if several processes would have to halve together.
+        by_length: also split batches with a third or more padding; `halve` must sort by length.
 
     Attributes:
-        times: how often each micro-batch is halved so far.
+        times: how often each micro-batch is halved now.
     """
 
     def __init__(
@@ -61,10 +60,10 @@ class Halving:
         self.times = 0
 
     def run(self, batch: Batch, step: Step) -> Any:
-        """The loss of a micro-batch, its gradients added to those there.
+        """The loss of a micro-batch; its gradients are accumulated.
 
         Raises:
-            UserError: it does not fit, halved as often as it can be.
+            UserError: it runs out of memory even after the last halving.
         """
         parts = [batch]
         for _ in range(self.times):
@@ -74,17 +73,17 @@ class Halving:
         return sum(self._part(part, step, self.times) for part in parts)
 
     def _part(self, part: Batch, step: Step, halved: int) -> Any:
-        """A part that was halved so often; where it does not fit, its two halves, from now on."""
+        """Run a part that was halved `halved` times; on out-of-memory, its two halves."""
         before = [parameter.grad for parameter in self._trained]
         for parameter in self._trained:
-            parameter.grad = None  # a backward pass that breaks off leaves incomplete sums
+            parameter.grad = None  # an aborted backward pass leaves partial gradients
         loss = None
         try:
             loss = step(part)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        # Out of the handler, whose traceback keeps the activations alive.
+        # Outside of the handler, whose traceback keeps activations alive.
         if loss is None:
             halves = self._halves(part)
             if halved == MOST or not halves:
@@ -94,7 +93,7 @@ class Halving:
             halved += 1
             if halved > self.times:
                 self.times = halved
-                self._say(f"out of memory: from here on {2**halved} passes for each batch")
+                self._say(f"out of memory: each micro-batch now runs in {2**halved} parts")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return sum(self._part(half, step, halved) for half in halves)
@@ -111,20 +110,20 @@ class Halving:
         return halves
 
     def _narrow(self, part: Batch) -> list[Batch]:
-        """A padded part in parts of about one length: the same sum, less of it padding."""
+        """Split a padded part into parts of similar length: the same sum, less padding."""
         halves = self._halves(part) if wasteful(part) else []
         return [narrow for half in halves for narrow in self._narrow(half)] or [part]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or in the CPU's allocator."""
+    """Whether an error is an out-of-memory error, of a GPU or of the CPU's allocator."""
     texts = any(text in str(error) for text in _NO_MEMORY_TEXTS)
     return texts or isinstance(error, torch.OutOfMemoryError)
 
 
 def wasteful(batch: dict[str, Any]) -> bool:
-    """Whether a third or more of a padded batch of several rows is padding."""
+    """Whether a batch of several rows is at least a third padding."""
     mask = batch.get("attention_mask")
-    if mask is None or mask.device.type != "cpu":  # on a GPU the question would wait for it
+    if mask is None or mask.device.type != "cpu":  # on a GPU this would synchronize
         return False
     return len(mask) > 1 and float(mask.float().mean()) < 2 / 3

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: stop at the end of the step, after saving; die with the parent."""
+"""SIGINT and SIGTERM: stop at the end of the step, after saving; exit with the parent."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM. While `saving` is set the trainer stops by itself at
-    the end of its step; otherwise there is nothing to save and `Interrupted` is raised at once."""
+    """Records the first SIGINT or SIGTERM. While `saving` is set, the trainer stops at the end of
+    its step; otherwise there is nothing to save and `Interrupted` is raised immediately."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.saving = False
 
     def _received(self, signum: int, frame: Any) -> None:
-        if self.signum is not None:  # a second one, for example from the launcher's own end
+        if self.signum is not None:  # ignore a second one, for example from the launcher
             return
         self.signum = signum
         if not self.saving:
@@ -33,7 +33,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Handle SIGINT and SIGTERM inside the block, as far as this thread may."""
+        """Handle SIGINT and SIGTERM inside the block (main thread only)."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -47,13 +47,13 @@ class StopSignal:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to send SIGTERM to this process when its parent ends.
+    """Have Linux send SIGTERM to this process when its parent exits.
 
-    `accelerate launch` leaves a single worker running when it is killed itself (seen with 1.15).
+    `accelerate launch` (1.15) leaves a single worker running when it is killed.
     """
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the request was made
+    if os.getppid() != parent:  # it exited before prctl was called
         os.kill(os.getpid(), signal.SIGTERM)

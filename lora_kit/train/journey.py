@@ -1,4 +1,4 @@
-"""What is around a recipe's steps: signals, the lock file of a run that goes on, its directory."""
+"""The context of a recipe's steps: signals, the run directory, the lock file on resume."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Journey:
     ...     journey.begin(pinned, data, processor)
 
     Inside the block SIGINT and SIGTERM are handled: `fit` saves and stops; elsewhere they raise
-    `Interrupted`. If the user's mistake comes to light before the first checkpoint, the run
-    directory is removed again, so that the corrected run finds its place free.
+    `Interrupted`. On a user error before the first checkpoint the run directory is removed, so that
+    the corrected run can use the same name.
 
     Attributes:
-        lock: run.lock.json of the run that is resumed; empty for a new one.
-        directory: the run's files.
-        stop: the signal that came.
+        lock: run.lock.json of the run to resume; empty for a new one.
+        directory: paths of the run's files.
+        stop: the received signal.
 
     Raises:
-        RunFileError: on entry, a key that the installed libraries do not take.
+        RunFileError: on entry, a key that the installed libraries do not support.
     """
 
     def __init__(self, run: Run, task: Task, resume: bool = False) -> None:
@@ -78,7 +78,7 @@ class Journey:
         self._listening.close()
 
     def begin(self, pinned: Pinned, data: Prepared, processor: Processor) -> None:
-        """Make the run directory, or open the one to continue; report what was read.
+        """Create the run directory, or open the one to resume; print the census and a sample.
 
         Raises:
             UserError: it exists; or it is to be continued, and does not, is finished, or differs
@@ -91,12 +91,16 @@ class Journey:
         check_length(pinned, run.train.max_length)
         if self.resume:
             directory.check_same(self.directory, run, self.task, pinned, data.hashes)
+            begun_with = (self.lock.get("recipe") or {}).get("sha256")
+            if run.recipe.endswith(".py") and begun_with not in (None, self._recipe()["sha256"]):
+                self.say(f"{run.recipe} changed since the run began: it continues with the new one")
         else:
             labels = data.facts.get("labels", ())
             directory.check_start(run.adapter, pinned, self.task.auto, labels)
         if is_first_rank():
             if self.resume:
                 directory.reopen(self.directory, run, pinned, data.hashes)
+                self.directory.lock(recipe=self._recipe())
             else:
                 directory.create(self.directory, run, pinned, data.hashes, self._entries(data))
                 self._begun = True
@@ -105,17 +109,19 @@ class Journey:
         self.say("\n".join(data.summary()))
         self.say(f"sample: {self._sample(data, processor)!r}")
 
+    def _recipe(self) -> dict[str, str]:
+        return {"name": Path(self.run.recipe).stem, "sha256": file_hash(recipe_path(self.run))}
+
     def _entries(self, data: Prepared) -> dict[str, Any]:
         """What the lock file keeps of recipe and data, so that no later verb has to run the
         recipe."""
-        run, file = self.run, recipe_path(self.run)
         entries: dict[str, Any] = {
-            "recipe": {"name": Path(run.recipe).stem, "sha256": file_hash(file)},
+            "recipe": self._recipe(),
             "auto": self.task.auto,
             "facts": data.facts,
             "commits": data.commits,
         }
-        for name in ("kind", "joiner"):  # of a language model's data: where verbs look for them
+        for name in ("kind", "joiner"):  # of causal tasks; verbs read them here
             if name in data.facts:
                 entries[name] = data.facts[name]
         return entries

@@ -1,4 +1,4 @@
-"""The end of a training: the adapter on disk, checked, and the finished lock file."""
+"""Saves the trained adapter, checked, and completes the lock file."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _TOKENIZER = "tokenizer.json"
 
 
 def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
-    """Write runs/<name>/adapter/ and complete the lock file. Every rank must call it.
+    """Write runs/<name>/adapter/ and complete the lock file. All ranks must call it.
 
-    The folder is a plain PEFT adapter, its fresh modules in the same file, together with the
-    tokenizer and its template, or another processor. It appears under its name only when it is
-    whole and holds finite numbers.
+    The folder is a standard PEFT adapter with its fresh modules in the same file, and the tokenizer
+    with its chat template, or another processor. It is renamed into place once it is complete and
+    all weights are finite.
 
     Raises:
         CheckFailed: a weight of the adapter is NaN or infinite.
@@ -38,13 +38,13 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
     if is_first_rank():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(partial))  # gathers the shards, where there are any
+    trainer.save_model(str(partial))  # gathers shards
     if is_first_rank():
-        # PEFT's card is an empty form with this machine's paths; the other holds them as well.
+        # PEFT's model card is a template with local paths; training_args.bin has them as well.
         for name in ("README.md", "training_args.bin"):
             (partial / name).unlink(missing_ok=True)
         for other in list(partial.glob("*/adapter_config.json")):
-            shutil.rmtree(other.parent)  # the reference of a preference trainer
+            shutil.rmtree(other.parent)  # TRL's reference adapter
         _name_base(partial / "adapter_config.json", pinned)
         head = Head.of(read_lock(directory.path))
         if head.auto != CAUSAL:
@@ -52,7 +52,7 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
         processor.save_pretrained(str(partial))
         _check_finite(partial / WEIGHTS)
         trainer.guard.audit.check_saved(partial / WEIGHTS)
-        if directory.adapter.exists():  # of this very run, stopped after it was saved
+        if directory.adapter.exists():  # this run was stopped after saving
             shutil.rmtree(directory.adapter)
         partial.replace(directory.adapter)
         entries: dict[str, Any] = {"adapter": {"sha256": file_hash(directory.adapter / WEIGHTS)}}
@@ -66,14 +66,14 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
 
 
 def _name_base(config: Path, pinned: Pinned) -> None:
-    """A Hub model by id and commit, a local one by its folder: PEFT alone finds the base again."""
+    """Name the base so that PEFT finds it: a Hub model by id and commit, a local one by folder."""
     values = json.loads(config.read_text(encoding="utf-8"))
     on_hub = pinned.revision is not None
     values["base_model_name_or_path"] = pinned.model if on_hub else pinned.folder
     values["revision"] = pinned.revision
     mapping = values.get("auto_mapping") or {}
     if not str(mapping.get("parent_library")).startswith("transformers"):
-        # PEFT's loader imports the class of the base, and ours is none that it may import.
+        # PEFT's loader would import the base's class, which is one of ours.
         values["auto_mapping"] = None
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -85,4 +85,4 @@ def _check_finite(weights: Path) -> None:
     with safe_open(str(weights), framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 - not a dict
             if not bool(torch.isfinite(opened.get_tensor(name)).all()):
-                raise CheckFailed(f"{weights}: {name} is not finite: the adapter is not saved")
+                raise CheckFailed(f"{weights}: {name} is not finite: the adapter was not saved")

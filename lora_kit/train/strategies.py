@@ -1,8 +1,8 @@
-"""What of a model trains: the keys of `train:` that say it, each with its meaning.
+"""Strategies: which parts of a model train, as set by keys of `train:`.
 
-A strategy is chosen before the adapter is attached. It changes what is attached, and names the
-groups of tensors that then train; the audit checks exactly these. The frozen prefix and the memory
-plan see the same in the model itself. A new strategy is a class here and keys in `schema.Train`.
+A strategy is chosen before the adapter is attached. It adjusts the adapter and names the groups of
+tensors that train, which the audit checks. The frozen prefix and the memory plan read it from the
+model. A new strategy is a class here and keys in `schema.Train`.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ class Strategy:
     """LoRA in all target modules, and the fresh modules of a task: the default.
 
     Attributes:
-        adapter: `adapter:` of the run file, as `attach` has to take it.
+        adapter: `adapter:` of the run file, adjusted for `attach`.
     """
 
     adapter: Adapter
 
     def groups(self, groups: Groups) -> Groups:
-        """Those of a task's groups that train."""
+        """The groups of the task that train."""
         return groups
 
 
 class HeadOnly(Strategy):
-    """`train.trainable: head`: the fresh modules alone, without LoRA: a linear probe, trained by
-    gradient descent on the frozen base."""
+    """`train.trainable: head`: only the fresh modules train, without LoRA: a linear probe on the
+    frozen base, trained by gradient descent."""
 
     def groups(self, groups: Groups) -> Groups:
         return {name: has for name, has in groups.items() if name != "adapter"}
 
 
 def choose(train: Train, adapter: Adapter, model: Any, fresh: Sequence[str]) -> Strategy:
-    """The strategy that the run file asks for.
+    """The strategy set in the run file.
 
     Args:
-        model: the base, on its device or as shapes alone.
+        model: the base, on its device or on the meta device.
         fresh: the names of its fresh modules.
 
     Raises:
-        UserError: the base has no fresh module or not that many layers, or the adapter settles
-            the same otherwise.
+        UserError: the base has no fresh module or too few layers, or `adapter:` conflicts with the
+            strategy.
     """
     if train.trainable == "head":
         return _head_only(adapter, fresh)
@@ -61,13 +61,13 @@ def choose(train: Train, adapter: Adapter, model: Any, fresh: Sequence[str]) -> 
 def _head_only(adapter: Adapter, fresh: Sequence[str]) -> Strategy:
     if not fresh:
         raise UserError(
-            "train.trainable: head: the base has no new module that could train alone: a language "
-            "model's head is its own; use adapter"
+            "train.trainable: head: this task adds no new head to train: use train.trainable: "
+            "adapter"
         )
     if adapter.start:
         raise UserError(
-            "train.trainable: head: adapter.start brings LoRA modules, which would not train: "
-            "leave one of the two out"
+            "train.trainable: head: conflicts with adapter.start, whose LoRA modules would not "
+            "train: remove one of the two"
         )
     own: dict[str, Any] = {"target_modules": NO_MODULE, "exclude_modules": None}
     own |= {"layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
@@ -75,16 +75,16 @@ def _head_only(adapter: Adapter, fresh: Sequence[str]) -> Strategy:
 
 
 def _top_layers(count: int, adapter: Adapter, model: Any) -> Strategy:
-    """`train.top_layers: k`: LoRA in the k layers next to the head; the layers below run without
+    """`train.top_layers: k`: LoRA in the k layers closest to the head; the layers below run without
     gradients."""
     if adapter.layers_to_transform is not None:
         raise UserError(
-            "train.top_layers: adapter.layers_to_transform names the layers already: leave one of "
-            "the two out"
+            "train.top_layers: conflicts with adapter.layers_to_transform: remove one of the two"
         )
     if adapter.start:
         raise UserError(
-            "train.top_layers: adapter.start brings its own layers: leave one of the two out"
+            "train.top_layers: conflicts with adapter.start, which has its own layers: remove one "
+            "of the two"
         )
     layers: int = model.config.get_text_config().num_hidden_layers
     if count > layers:

@@ -1,4 +1,4 @@
-"""A recipe's trainer: the task's own class, guarded, on its rows; and the whole training."""
+"""Builds a recipe's guarded trainer and runs the training."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from lora_kit.train.strategies import Strategy
 if TYPE_CHECKING:
     from lora_kit.tasks.encode import Prepared
 
-_FOR_ANY_MODEL = ("linear", "norm")  # the other quick paths are for causal language models
+_FOR_ANY_MODEL = ("linear", "norm")  # the other fast paths are for causal language models
 
 
-class _Numbered:
-    """A data set whose rows say which one they are."""
+class _WithRowIndex:
+    """A data set that adds each row's index as `row`."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -54,21 +54,22 @@ def make_trainer(
     strategy: Strategy,
     plan: Any = None,
 ) -> Guards:
-    """The trainer of a task, guarded, with metrics.jsonl and a progress display.
+    """The guarded trainer of a task, with metrics.jsonl and a progress display.
 
     Args:
-        model: a PEFT model, its adapter attached.
+        model: a PEFT model, with the adapter attached.
         fresh: names of its fresh modules.
-        plan: the memory plan, whose batch and recomputation are taken; None: the run's own.
+        plan: the memory plan, which sets the batch and recomputation; None: the run's settings.
 
     Raises:
-        UserError: the disk is too small for the checkpoints that will be kept; or the base does
-            not keep packed documents apart.
+        UserError: the disk is too small for the kept checkpoints; or the base does not isolate
+            packed documents.
     """
     task, run, directory = journey.task, journey.run, journey.directory
     if fresh and type(task).rivals is Task.rivals:
         raise UserError(
-            "TASK.rivals: none, and an untrained head is no rival: see recipes/README.md"
+            "TASK.rivals: missing: an untrained head is no baseline to compare with; see "
+            "recipes/README.md"
         )
     directory.lock(fresh=list(fresh))
     if pooling := getattr(model, "pooling", None):
@@ -81,25 +82,25 @@ def make_trainer(
     planned = chosen and {
         "per_device_train_batch_size": chosen.micro_batch,
         "gradient_accumulation_steps": chosen.accumulation,
-        "gradient_checkpointing": False,  # but for the layers below
+        "gradient_checkpointing": False,  # only in the layers that `recompute` sets
     }
     trainer_class, arguments_class = task.classes()
     arguments = training_arguments(run, directory.checkpoints, planned, arguments_class)
     own_loss = has_own_loss(task)
     if own_loss and not (base_is_sharded() or getattr(model, "is_quantized", False)):
-        # Where it is going to run is where quick paths are tried and references are computed.
+        # Fast paths are tested, and references computed, on the training device.
         model.to(arguments.device)
     flat = False
-    if own_loss and run.speed == "auto":  # a library's trainer changes the model's forward itself
-        flat = _quicken(journey, model, processor, data)
+    if own_loss and run.speed == "auto":  # TRL's trainers patch the model's forward themselves
+        flat = _make_fast(journey, model, processor, data)
     if chosen:
         recompute(model, chosen.recomputed)
     train: Any = task.annotate(data.train, model, processor, run)
     held_out = task.annotate(data.eval, model, processor, run) if run.train.eval_steps else None
     options = task.options(processor, data.facts, run)
     if own_loss:
-        train = _Numbered(train) if flat else train
-    else:  # it wants a Dataset, and what tokenizes
+        train = _WithRowIndex(train) if flat else train
+    else:  # a library's trainer needs a Dataset and the tokenizer
         train, held_out = train.dataset(), held_out and held_out.dataset()
         options = {"processing_class": processor, **options}
     if collate := task.collate(processor, flat):
@@ -125,8 +126,8 @@ def make_trainer(
         trainer.guard.prefix = prefix = Prefix(trainer.model)
         if prefix.layers:
             lengths = data.train.lengths if packed else task.tokens(data.train)
-            passes = _passes(trainer.args, len(data.train))
-            directory.say(prefix.keep(lengths, content_hash(data.train), passes))
+            epochs = _epochs(trainer.args, len(data.train))
+            directory.say(prefix.keep(lengths, content_hash(data.train), epochs))
     directory.check_world(trainer.accelerator.num_processes)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -136,20 +137,20 @@ def make_trainer(
     return trainer
 
 
-def _passes(arguments: Any, rows: int) -> float:
-    """How often a run trains on each row."""
+def _epochs(arguments: Any, rows: int) -> float:
+    """Number of epochs of a run."""
     if arguments.max_steps <= 0:
         return float(arguments.num_train_epochs)
     step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return float(arguments.max_steps * step / rows)
 
 
-def _quicken(journey: Journey, model: Any, processor: Processor, data: Prepared) -> bool:
-    """Put the quick paths in, and report what stays plain. Returns whether rows come without
-    padding."""
+def _make_fast(journey: Journey, model: Any, processor: Processor, data: Prepared) -> bool:
+    """Install the fast paths and report what uses the standard path. Returns whether batches are
+    without padding."""
     task, run = journey.task, journey.run
     if base_is_sharded():
-        journey.say("speed: the base is sharded: transformers' own path")
+        journey.say("speed: standard path, since the base is sharded")
         return False
     if task.flat:
         plain = make_fast(model, documents_loss(model, collators(0)))
@@ -157,15 +158,15 @@ def _quicken(journey: Journey, model: Any, processor: Processor, data: Prepared)
         plain = make_fast(model, _rows_loss(task, run, model, processor, data), _FOR_ANY_MODEL)
     if plain:
         parts = "; ".join(f"{part} ({why})" for part, why in plain.items())
-        journey.say(f"speed: as transformers and PEFT have it: {parts}")
+        journey.say(f"speed: standard path for {parts}")
     return task.flat and "attention" not in plain
 
 
 def _rows_loss(task: Task, run: Run, model: Any, processor: Processor, data: Prepared) -> Probe:
-    """The loss of the first training rows, to try the quick paths on."""
+    """The loss of the first training rows, to compare the paths on."""
     rows, device = data.rows("train"), next(model.parameters()).device
     collate = task.collate(processor)
-    assert collate is not None  # a task with a loss of its own makes its batches
+    assert collate is not None  # a task with its own loss has a collator
     batch = collate([rows[number] for number in range(min(2, len(rows)))])
 
     def loss(flat: bool) -> torch.Tensor:
@@ -176,20 +177,20 @@ def _rows_loss(task: Task, run: Run, model: Any, processor: Processor, data: Pre
 
 
 def fit(trainer: Guards, resume: bool) -> None:
-    """Train to the end, or to a signal.
+    """Train to the end, or until a signal arrives.
 
     Raises:
         CheckFailed: the loss or its gradient became NaN or infinite, or no gradient reached the
             adapter (exit code 1).
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved (exit code 130 or 143).
-        UserError: `resume`, and there is no whole checkpoint; or that of the best adapter, which
-            is to be used, is damaged.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was saved (exit code 130 or 143).
+        UserError: there is no intact checkpoint to resume from; or the checkpoint of the best
+            adapter is corrupt.
     """
     guard = trainer.guard
     found = guard.directory.checkpoint_to_resume() if resume else None
     if found:
         resume_from(trainer, found)
-        guard.directory.say(f"continuing after step {found.step}")
+        guard.directory.say(f"resuming after step {found.step}")
     guard.stop.saving = True
     try:
         trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
@@ -201,22 +202,22 @@ def fit(trainer: Guards, resume: bool) -> None:
             if isinstance(callback, Progress):
                 callback.close()
     signum, step = guard.stop.signum, trainer.state.global_step
-    guard.stop.signum = None  # the next signal stops what comes after training
+    guard.stop.signum = None  # the next signal interrupts the evaluation
     if signum is not None and step < trainer.state.max_steps:
         raise Interrupted(
             signum,
-            f"stopped after step {step}, saved: go on with "
+            f"stopped after step {step}, checkpoint saved: resume with "
             f"lora-kit train {guard.directory.path / 'run.yaml'} --resume",
         )
     guard.peak_mib = peak_mib()
     _use_best(trainer)
-    # The verdict is on the arithmetic that others load the adapter with.
+    # Evaluate with the standard arithmetic, as other programs will.
     make_plain(trainer.model)
     guard.audit.end(step)
 
 
 def _use_best(trainer: Guards) -> None:
-    """Put the adapter of the lowest eval_loss back into the model, where it is not the last."""
+    """Load the adapter of the lowest eval_loss into the model, unless it is the last."""
     guard, best = trainer.guard, best_step(trainer.state)
     if best in (None, trainer.state.global_step) or not guard.run.train.load_best_model_at_end:
         return
@@ -225,11 +226,10 @@ def _use_best(trainer: Guards) -> None:
         checkpoint.read_seal(folder)
     except UserError as error:
         raise UserError(
-            f"{error}, the best one: save the last instead: lora-kit train "
+            f"{error} (best checkpoint): to use the last one instead: lora-kit train "
             f"{guard.directory.path / 'run.yaml'} --resume train.load_best_model_at_end=false"
         ) from None
-    # By our own count: transformers' is an absolute path, lost where a run was moved. From here on
-    # it is not saved any more.
+    # transformers stores an absolute path, which is wrong after a run was moved.
     trainer.state.best_model_checkpoint = str(folder)
     trainer._load_best_model()
-    guard.directory.say(f"eval_loss was lowest at step {best}: the adapter of that step is used")
+    guard.directory.say(f"using the adapter of step {best}, which had the lowest eval_loss")

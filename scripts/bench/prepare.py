@@ -137,13 +137,13 @@ def run_of(file: Path, workers: int) -> Run:
 
 def label_seconds(file: Path, workers: int) -> float:
     """Tokenizing and labelling alone, into one file of tokens."""
-    from lora_kit.data.readers import table
+    from lora_kit.data.readers import table_batches
     from lora_kit.data.workers import in_order, stop
 
     stop()  # as the first start pays for its processes
     started = time.perf_counter()
     with file.with_suffix(".bin").open("wb") as out:
-        for ids, _ in in_order(Label(run_of(file, workers)), table(file), workers):
+        for ids, _ in in_order(Label(run_of(file, workers)), table_batches(file), workers):
             out.write(ids.tobytes())
     seconds = time.perf_counter() - started
     stop()

@@ -42,7 +42,7 @@ def test_recipe_leaves_a_whole_run(
     out, said = capfd.readouterr()
     assert out == ""  # what people read goes to stderr
     assert "eval: 24 rows read, 24 kept" in said
-    assert f"{TRAINABLE:,} parameters train" in said and "they adapt " in said
+    assert f"{TRAINABLE:,} trainable parameters" in said and "adapted modules hold " in said
     assert "step 4/4" in said
 
     found = {str(path.relative_to(RUN)) for path in RUN.rglob("*") if path.is_file()}
