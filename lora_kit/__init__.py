@@ -1,7 +1,7 @@
 """lora_kit: adapt a language model to your field, prove that it got better, ship it.
 
-The public names are `train`, `load` and `compare`; each is imported when it is first used, so that
-`import lora_kit` and `lora-kit --help` stay quick.
+The public names are `train`, `load` and `compare`; each is imported on first use, so that
+`import lora_kit` and `lora-kit --help` are fast.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ import sys
 from types import ModuleType
 from typing import Any
 
-import lora_kit.train as _room
+import lora_kit.train as _package
 
 __version__ = "0.1.0"
 __all__ = ["compare", "load", "train"]
 
-# Libraries, TRL's trainers among them, report their use to the Hub unless this is set. Processes
-# started from here inherit it. huggingface_hub reads it when it is imported, which may have
-# happened before.
+# Libraries such as TRL send telemetry to the Hub unless this is set. Child processes inherit it.
+# huggingface_hub reads it on import, which may have happened before.
 _telemetry = os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 _constants: Any = sys.modules.get("huggingface_hub.constants")
 if _constants and _telemetry == "1":
     _constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
-class _CallableRoom(ModuleType):
-    """`lora_kit.train` is a folder of this package and the function that runs a run file. Python
-    binds the folder to the name as soon as one of its modules is imported; so it is callable."""
+class _CallablePackage(ModuleType):
+    """`lora_kit.train` is both a subpackage and the function that runs a run file: Python binds the
+    subpackage to the name on import, so it is made callable."""
 
     def __call__(self, path: Any, *overrides: str, resume: bool = False) -> dict[str, Any]:
         """See `lora_kit.launch.train`."""
@@ -36,7 +35,7 @@ class _CallableRoom(ModuleType):
         return train(path, *overrides, resume=resume)
 
 
-_room.__class__ = _CallableRoom
+_package.__class__ = _CallablePackage
 train = sys.modules["lora_kit.train"]
 
 

@@ -1,7 +1,7 @@
-"""Prepared once: what was prepared is kept, under a key of all that decides it.
+"""The cache of prepared data, by a key of everything that it depends on.
 
-~/.cache/lora_kit/<key>/ (or below LORA_KIT_CACHE) appears under its name when it is whole. A lock
-lets one process prepare while others, such as the other ranks of a run, wait for it.
+~/.cache/lora_kit/<key>/ (or below LORA_KIT_CACHE) appears when it is complete. A lock lets one
+process prepare while others, such as other ranks, wait.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from lora_kit.folders import new_folder
 from lora_kit.hashes import file_hash
 
 CACHE_VARIABLE = "LORA_KIT_CACHE"
-# Raised whenever the same input gives other files than before.
+# Increased whenever the same input gives different files.
 VERSION = 7
 DAYS_KEPT = 30
 _SEAL = "seal.json"
 
 
 def key_of(*parts: Any, libraries: Iterable[str] = ()) -> str:
-    """A key of plain values, and of the versions of libraries that make other results of them."""
+    """A cache key of plain values and the versions of libraries that affect the result."""
     versions = {name: installed(name) for name in ("lora-kit", *libraries)}
     text = json.dumps([VERSION, versions, parts], default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def code_of(something: object) -> str:
-    """A hash of the source files that an object's class and its base classes are defined in."""
+    """A hash of the source files of an object's class and base classes."""
     files = set()
     for kind in type(something).__mro__:
         with contextlib.suppress(OSError, TypeError):  # built in
@@ -50,7 +50,7 @@ def code_of(something: object) -> str:
 
 
 def installed(library: str) -> str | None:
-    """Its version, if it is there."""
+    """The installed version of a library, or None."""
     try:
         return version(library)
     except PackageNotFoundError:  # of an extra
@@ -58,10 +58,10 @@ def installed(library: str) -> str | None:
 
 
 def prepared(key: str, build: Callable[[Path], None]) -> Path:
-    """The folder of this key: kept from before, or filled by `build` now.
+    """The folder of this key: cached, or filled by `build` now.
 
-    A folder that is damaged is prepared again. Where the cache cannot be written, a temporary
-    folder is used, for this process alone.
+    A corrupt folder is rebuilt. If the cache is not writable, a temporary folder is used for this
+    process.
     """
     from filelock import FileLock
 
@@ -71,12 +71,20 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
         lock = FileLock(root / f"{key}.lock")
         lock.acquire(blocking=False)
     except TimeoutError:
-        print("data: another process prepares it: waiting", file=sys.stderr, flush=True)
+        print(
+            "data: waiting for another process that prepares the same data",
+            file=sys.stderr,
+            flush=True,
+        )
         lock.acquire()
     except OSError as error:
         folder = Path(tempfile.mkdtemp(prefix="lora_kit-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        print(f"data: {root}: not kept there ({error.strerror})", file=sys.stderr, flush=True)
+        print(
+            f"data: {root}: not writable, not caching ({error.strerror})",
+            file=sys.stderr,
+            flush=True,
+        )
         build(folder)
         return folder
     folder = root / key
@@ -91,8 +99,8 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
         with contextlib.suppress(OSError):
             os.utime(folder)
     except UserError as error:
-        if isinstance(error.__cause__, OSError):  # a full disk, say
-            raise UserError(f"{error}; {CACHE_VARIABLE} names another folder") from None
+        if isinstance(error.__cause__, OSError):  # for instance a full disk
+            raise UserError(f"{error}; set {CACHE_VARIABLE} to another folder") from None
         raise
     finally:
         lock.release()
@@ -100,21 +108,21 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file is there as it was sealed."""
+    """Whether all files match the seal."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         if seal and all(file_hash(folder / name) == seal[name] for name in seal):
             return True
     if folder.exists():
-        print(f"data: {folder}: damaged: prepared again", file=sys.stderr, flush=True)
+        print(f"data: {folder}: corrupt: preparing it again", file=sys.stderr, flush=True)
     return False
 
 
 def _remove_old(root: Path) -> None:
-    """Forget what no run has used for a month. A process that still reads it is not disturbed: on
-    Linux mapped files stay until the last reader has closed them."""
+    """Remove entries that were not used for a month. Processes that still read them are not
+    affected: on Linux mapped files stay until they are closed."""
     oldest = time.time() - DAYS_KEPT * 86400
-    # Those with a seal, and what killed processes left: nobody else's folders.
+    # Only folders with a seal, and leftovers of killed processes.
     found = [*(seal.parent for seal in root.glob(f"*/{_SEAL}")), *root.glob(".*.lora-kit-partial")]
     for folder in found:
         with contextlib.suppress(FileNotFoundError):  # another process was faster

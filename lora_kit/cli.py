@@ -1,4 +1,4 @@
-"""The verbs. A stage of the journey is imported when its verb runs, so that --help is quick."""
+"""The verbs of `lora-kit`. Modules are imported when a verb runs, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ app = typer.Typer(
     help="Adapt a language model to your field, prove that it got better, ship it.",
     epilog="A first try that needs no network: lora-kit demo",
 )
-# What typer raises for a verb or an option that is wrong; it has no public name of its own.
+# typer's error for wrong verbs and options, which has no public name.
 _WrongUsage: Any = typer.BadParameter.__base__
 RunDir = Annotated[Path, typer.Argument(help="A finished run, such as runs/demo/sft.")]
 BaseOption = Annotated[
@@ -42,24 +42,24 @@ BaseOption = Annotated[
     typer.Option(
         "--base",
         metavar="FOLDER_OR_ID",
-        help="Where the base is now, if not where the run or adapter names it.",
+        help="A folder or Hub id of the base, if it has moved.",
     ),
 ]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the run file."),
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let a metric's script from the Hub run here.")
+    bool, typer.Option("--trust-remote-code", help="Allow a metric's script from the Hub to run.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object.")]
-Out = Annotated[Path, typer.Option(help="The folder to write; it must not exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Out = Annotated[Path, typer.Option(help="Output folder; must not exist.")]
 Adapter = Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")]
 
 
 def _answer(found: dict[str, Any], as_json: bool, show: Callable[[Any], None] | str) -> None:
-    """A verb's result: one JSON object, or for people a text, or what `show` prints of it."""
+    """Print a verb's result: as one JSON object, as a text, or with the function `show`."""
     if as_json or isinstance(show, str):
         print(json.dumps(found) if as_json else show)
     else:
@@ -67,19 +67,19 @@ def _answer(found: dict[str, Any], as_json: bool, show: Callable[[Any], None] | 
 
 
 def _say(text: str) -> None:
-    """Text for people, on stderr, without tokens and without what steers a terminal."""
+    """Print to stderr, without secrets and control characters."""
     print(harmless(redact(text)), file=sys.stderr, flush=True)
 
 
 def _opened(path: Path, base: str | None = None) -> FinishedRun:
-    """A finished run, opened once for its verb."""
+    """Open a finished run."""
     from lora_kit.adapter.finished import FinishedRun
 
     return FinishedRun(path, base)
 
 
 def _prepare() -> None:
-    """Before a verb that loads a model imports anything large."""
+    """Set up the process, before large imports."""
     from lora_kit.launch import prepare_process
 
     prepare_process()
@@ -122,9 +122,9 @@ def train(
     run_file: RunFile,
     overrides: Overrides = None,
     accelerate: Annotated[
-        str | None, typer.Option(help="Of accelerate_configs/, or a path; default: what fits.")
+        str | None, typer.Option(help="A config by name or path; default: by the devices.")
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Instead of the config's.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Number of processes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -141,8 +141,8 @@ def train(
 
 @app.command()
 def plan(run_file: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Tell what a run will need: memory by cause, time, disk; and how `train` will make it fit. No
-    weights are loaded, or fetched.
+    """Estimate what a run needs (memory by cause, time, disk) and how `train` will make it fit. No
+    weights are loaded or downloaded.
 
     Example: lora-kit plan run.yaml train.max_length=2048
     """
@@ -150,9 +150,9 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: Json = False) 
 
     run, recipe = read_run(run_file, overrides or [])
     _prepare()
-    from lora_kit import plan as room
+    from lora_kit import plan as planning
 
-    made = room.plan(run, recipe.task)
+    made = planning.plan(run, recipe.task)
     _answer(made.to_json(), as_json, str(made))
 
 
@@ -160,11 +160,13 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: Json = False) 
 def preview(
     run_file: RunFile,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=0, help="How many to show; 0: none.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="Number of samples to show.")] = 3,
     split: Annotated[
-        Literal["train", "eval", "general"], typer.Option(help="Whose samples are shown.")
+        Literal["train", "eval", "general"], typer.Option(help="Split of the samples.")
     ] = "train",
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page as well.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a run would train on, token by token, and what would stop it; no model is loaded.
@@ -177,7 +179,7 @@ def preview(
     from lora_kit import preview as view
 
     if html is not None:
-        view.check_page(html)  # before the work, not after it
+        view.check_page(html)  # fail early
     from lora_kit.base.load import quiet_libraries
     from lora_kit.base.pin import pin
     from lora_kit.tasks.encode import rows_of
@@ -194,7 +196,7 @@ def preview(
     else:
         view.show(task, data, processor, split, samples)
     for problem in problems:
-        _say(f"a run would stop here: {problem}")
+        _say(f"training would stop: {problem}")
 
 
 @app.command()
@@ -212,7 +214,7 @@ def compare(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Measure base, base with examples and adapter on a finished run's held-out text, again.
+    """Evaluate base, base with few-shot examples and adapter of a finished run again.
 
     Example: lora-kit compare runs/demo/sft prove.metrics=[f1] --gate
     """
@@ -222,7 +224,7 @@ def compare(
     from lora_kit.prove.show import comparison, side_by_side
 
     trust.say(trust_remote_code)
-    with contextlib.redirect_stdout(sys.stderr):  # of metrics and tasks, which print what they like
+    with contextlib.redirect_stdout(sys.stderr):  # third-party metrics print to stdout
         report = lora_kit.compare(run, overrides or [], base=base, gate=gate, scratch=scratch)
     if not as_json:
         side_by_side(report)
@@ -236,10 +238,10 @@ def generate(
     run: RunDir,
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     no_adapter: Annotated[
-        bool, typer.Option("--no-adapter", help="The base alone, without the adapter.")
+        bool, typer.Option("--no-adapter", help="Use the base without the adapter.")
     ] = False,
     base: BaseOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens.")] = 64,
 ) -> None:
     """Generate a completion of a prompt, greedily, with or without the adapter.
 
@@ -249,7 +251,7 @@ def generate(
     from lora_kit.prove.show import say
 
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError("PROMPT: not UTF-8: fix its bytes, for example with iconv")
+        raise UserError("PROMPT: not UTF-8: convert it, for example with iconv")
 
     answer = say(_opened(run, base), prompt, no_adapter, max_new_tokens)
     print(harmless(answer) if sys.stdout.isatty() else answer)
@@ -265,7 +267,7 @@ def merge(
     ] = None,
     into: Into = "base",
     verify: Annotated[
-        Literal["tensors", "logits"], typer.Option(help="Read back; or load and compare, too.")
+        Literal["tensors", "logits"], typer.Option(help="Verify tensors, or logits as well.")
     ] = "tensors",
     as_json: Json = False,
 ) -> None:
@@ -280,13 +282,14 @@ def merge(
     merged = run_merge(_opened(run, base), out, dtype, into=into, verify=verify)
     words = (
         f"{merged.out}: {merged.bytes_written / 2**20:,.1f} MiB in {merged.seconds:,.0f} s; "
-        f"{merged.changed} tensors changed, {merged.copied} copied byte for byte; all read back"
+        f"{merged.changed} tensors changed, {merged.copied} copied unchanged; all verified"
     )
     if merged.max_logit_difference is not None:
         words += (
-            f"\nlogits of merged and adapter differ by {merged.max_logit_difference:.2g} at most "
-            f"(the adapter's effect: {merged.adapter_effect:.2g}), the highest is the same "
-            f"at {merged.greedy_agreement:.0%} of positions"
+            "\nlogits of merged model and adapter differ by at most "
+            f"{merged.max_logit_difference:.2g} (the adapter's effect: "
+            f"{merged.adapter_effect:.2g}); same top token at {merged.greedy_agreement:.0%} of "
+            "positions"
         )
     _answer({**asdict(merged), "out": str(merged.out)}, as_json, words)
 
@@ -294,20 +297,27 @@ def merge(
 @app.command()
 def push(
     run: Annotated[Path, typer.Argument(help="A finished run, or the folder of an adapter.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where to, on the Hub.")],
-    public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show it; no network.")] = False,
-    with_samples: Annotated[
-        bool, typer.Option("--with-samples", help="The report's rows of your data as well.")
+    repo: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Target repository on the Hub.")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the plan; no network.")
     ] = False,
-    merged: Annotated[Path | None, typer.Option(metavar="DIR", help="Its merged model.")] = None,
+    with_samples: Annotated[
+        bool,
+        typer.Option("--with-samples", help="Include sample rows of your data from the report."),
+    ] = False,
+    merged: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Upload this merged model, too.")
+    ] = None,
     base: BaseOption = None,
     as_json: Json = False,
 ) -> None:
     """Upload a run's adapter with a model card, private unless told otherwise, in one commit.
 
-    What goes up is shown first, and searched for secrets, e-mail addresses and home folders. The
-    token is HF_TOKEN, or that of `hf auth login`.
+    All files are listed first and scanned for secrets, e-mail addresses and home folders. The token
+    is HF_TOKEN, or that of `hf auth login`.
 
     Example: lora-kit push runs/demo/sft me/my-sft --dry-run
     """
@@ -317,21 +327,21 @@ def push(
     plan = hub.make_plan(opened, repo, public=public, with_samples=with_samples, merged=merged)
     _say(str(plan))
     done = plan.to_json() if dry_run else hub.push(plan, _say)
-    words = f"{repo}: a dry run, nothing was uploaded"
+    words = f"{repo}: dry run, nothing was uploaded"
     if not dry_run:
-        said = "uploaded" if done["committed"] else "is up to date already"
-        words = f"{done['url']}: {said}, {done['visibility']}, commit {done['commit']}"
+        state = "uploaded" if done["committed"] else "already up to date"
+        words = f"{done['url']}: {state}, {done['visibility']}, commit {done['commit']}"
     _answer(done, as_json, words)
 
 
 @app.command()
 def pull(
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="An adapter, or a model.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="An adapter or a model.")],
     out: Out,
     revision: Annotated[str | None, typer.Option(help="Default: the newest commit.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch an adapter from the Hub, pinned to a commit and verified; no pickles, no code.
+    """Download an adapter from the Hub, pinned to a commit and verified; no pickles, no code.
 
     Example: lora-kit pull me/my-sft --out my-sft
     """
@@ -340,26 +350,26 @@ def pull(
     done = hub.pull(repo, out, revision, _say)
     if done["left"]:
         more = f" and {len(done['left']) - 5} more" if len(done["left"]) > 5 else ""
-        _say(f"not fetched: {', '.join(done['left'][:5])}{more}")
+        _say(f"not downloaded: {', '.join(done['left'][:5])}{more}")
     words = f"{out}: {len(done['files'])} files of {repo} at {done['revision']}, verified"
     _answer(done, as_json, words)
 
 
 @app.command()
 def serve(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of one base.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of the same base.")],
     base: BaseOption = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
-    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     kind: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0"], typer.Option("--type", help="Of the weights.")
+        Literal["f32", "f16", "bf16", "q8_0"], typer.Option("--type", help="Type of the weights.")
     ] = "f16",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a conversation at most.")] = 4096,
-    public: Annotated[bool, typer.Option("--public", help="Others may reach it.")] = False,
+    context: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 4096,
+    public: Annotated[bool, typer.Option("--public", help="Allow a non-local host.")] = False,
 ) -> None:
     """Serve the base and adapters as an OpenAI-compatible API, on llama.cpp, until Ctrl-C.
 
-    A client chooses by `model`: base, or a run's name.
+    Clients select with `model`: base, or a run's name.
     Example: lora-kit serve runs/demo/sft runs/demo/cpt --port 8080
     """
     from lora_kit.ship.serve import serve as run_server
@@ -374,30 +384,36 @@ def serve(
 
 @app.command()
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(help="Two or more, of one base.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Two or more, of the same base.")],
     out: Out,
     method: Annotated[
         Literal["linear", "svd", "ties", "dare"] | None,
-        typer.Option(help="Default: linear; with --on all are measured and the best is written."),
+        typer.Option(help="Default: linear; with --on, the best of all methods."),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="As 0.7,0.3; default: equal, sum 1.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Default: the largest; linear: the sum.")] = None,
-    density: Annotated[float, typer.Option(help="Share that ties and dare keep.")] = 0.5,
+    weights: Annotated[
+        str | None, typer.Option(help="Such as 0.7,0.3; default: equal, sum 1.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank; default: the largest; linear: the sum.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of entries that ties and dare keep.")] = 0.5,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Random seed for DARE's drop mask.")
     ] = 0,
-    on: Annotated[list[Path] | None, typer.Option(help="A run to measure it on; repeat.")] = None,
+    on: Annotated[list[Path] | None, typer.Option(help="A run to evaluate on; repeatable.")] = None,
     base: BaseOption = None,
     as_json: Json = False,
 ) -> None:
-    """Make one adapter out of several of one base, and measure what it is worth.
+    """Combine several adapters of one base into one, and evaluate it.
 
     Example: lora-kit combine runs/a runs/b --out both --on runs/a --on runs/b
     """
     try:
         numbers = [float(one) for one in weights.split(",")] if weights else None
     except ValueError:
-        raise UserError(f"--weights {weights}: numbers with commas between, as 0.7,0.3") from None
+        raise UserError(
+            f"--weights {weights}: expected numbers separated by commas, as 0.7,0.3"
+        ) from None
     settings: dict[str, Any] = {"rank": rank, "density": density, "seed": seed, "weights": numbers}
     opened = [_opened(path, base) for path in adapters]
     if on:
@@ -420,19 +436,19 @@ def combine(
 
 @app.command()
 def extract(
-    base: Annotated[str, typer.Argument(help="The model before: a folder or a Hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The model after a full fine-tune of it.")],
+    base: Annotated[str, typer.Argument(help="The original model: a folder or Hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The fully fine-tuned model.")],
     out: Out,
-    rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Make a LoRA out of a full fine-tune, and show what is lost at which rank.
+    """Extract a LoRA from a full fine-tune, and show the error by rank.
 
     Example: lora-kit extract base-model tuned-model --out adapter --rank 32
     """
-    from lora_kit.adapter import extract as room
+    from lora_kit.adapter import extract as extraction
 
-    _answer(room.extract(base, tuned, out, rank), as_json, room.show)
+    _answer(extraction.extract(base, tuned, out, rank), as_json, extraction.show)
 
 
 @app.command()
@@ -448,7 +464,7 @@ def export(
     into: Into = "base",
     as_json: Json = False,
 ) -> None:
-    """Write an adapter for another program, loaded there and compared before success is reported.
+    """Export an adapter for another runtime; it is loaded there and compared before success.
 
     Example: lora-kit export runs/demo/sft --to portable --out portable
     """
@@ -458,11 +474,11 @@ def export(
     done = run_export(_opened(run, base), to, out, kind, what, into)
     for note in done["notes"]:
         _say(f"note: {note}")
-    words, found = "not run here", done["reloaded"]
+    words, found = "not tested here", done["reloaded"]
     if found:
         words = (
-            f"loaded again: log-probabilities of {found['tokens']} tokens differ by "
-            f"{found['max_difference']:.2g} at most (the adapter's effect: "
+            f"reloaded: log-probabilities of {found['tokens']} tokens differ by at most "
+            f"{found['max_difference']:.2g} (the adapter's effect: "
             f"{found['adapter_effect']:.2g})"
         )
     _answer(done, as_json, f"{out}: {done['bytes_written'] / 2**20:,.1f} MiB; {words}")
@@ -475,7 +491,7 @@ def check(
         str | None, typer.Option(help="vllm, sglang, llama.cpp, ollama, mlx, transformers.")
     ] = None,
     fidelity: Annotated[
-        bool, typer.Option("--fidelity", help="For nf4: what merging loses.")
+        bool, typer.Option("--fidelity", help="For nf4: the loss of merging.")
     ] = False,
     base: BaseOption = None,
     as_json: Json = False,
@@ -485,7 +501,7 @@ def check(
     Example: lora-kit check runs/demo/sft --target vllm
     """
     if fidelity and target:
-        raise UserError(f"--fidelity --target {target}: use one of them at a time")
+        raise UserError(f"--fidelity --target {target}: use only one of them")
     if fidelity:
         _prepare()
         from lora_kit.ship import fidelity as view
@@ -497,9 +513,9 @@ def check(
         raise UserError(f"--target is missing: one of {', '.join(targets.TARGETS)}; or --fidelity")
     found = targets.check(_opened(adapter, base), target)
     if as_json or found["loads"]:
-        words = "loads it exactly as it is"
+        words = "loads it correctly as it is"
         if target in targets.GGUF:
-            words = "takes all that is in it, as GGUF: lora-kit export"
+            words = "supports all of it, as GGUF: lora-kit export"
         _answer(found, as_json, f"{adapter}: {target} {words}")
     if not found["loads"]:
         raise CheckFailed("\n".join(map(targets.in_words, found["problems"])))
@@ -508,10 +524,10 @@ def check(
 @app.command()
 def inspect(
     adapter: Adapter,
-    other: Annotated[Path | None, typer.Argument(help="A second, to compare with.")] = None,
+    other: Annotated[Path | None, typer.Argument(help="A second adapter to compare with.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is in an adapter, without its base: which layers changed, what cannot load it.
+    """Show an adapter's contents without its base: which layers changed, what cannot load it.
 
     Example: lora-kit inspect runs/demo/sft runs/demo/cpt
     """
@@ -526,10 +542,10 @@ def inspect(
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="cpt, sft, or a shipped run file's name.")],
-    folder: Annotated[Path, typer.Argument(help="Where to; made if it is not there.")],
+    name: Annotated[str, typer.Argument(help="A recipe, or a shipped run file.")],
+    folder: Annotated[Path, typer.Argument(help="Target folder; created if missing.")],
 ) -> None:
-    """Give you a recipe and its run file, to read and to change.
+    """Copy a recipe and its run file, to edit.
 
     Example: lora-kit copy sft my-field
     """
@@ -539,16 +555,16 @@ def copy(
     configs = {file.stem: file for file in (shipped("recipes") / "configs").glob("*.yaml")}
     known = [*recipes, *sorted(configs)]
     if name not in known:
-        raise UserError(f"nothing is called `{name}`{nearest(name, known)} ({', '.join(known)})")
+        raise UserError(f"unknown name `{name}`{nearest(name, known)} ({', '.join(known)})")
     config = configs.get(name) or configs.get(f"nano-{name}")
-    if config is None:  # a recipe that the embedded model cannot run
+    if config is None:  # a recipe that the embedded model does not support
         config = next(c for c in configs.values() if f"\nrecipe: {name}\n" in c.read_text("utf-8"))
     text = config.read_text(encoding="utf-8")
     recipe = next(r for r in recipes if f"\nrecipe: {r}\n" in text)
     files = (folder / f"{recipe}.py", folder / "run.yaml")
     if there := [str(file) for file in files if file.exists()]:
         raise UserError(f"{', '.join(there)} exists: name another folder")
-    # What the file says of how it is started must be true where it lies now.
+    # Adapt the commands in the file's comments to its new place.
     text = re.sub(r"(?m)^#   lora-kit copy [^;\n]*\n|(?<=#   )lora-kit copy [^;\n]*; ", "", text)
     text = text.replace(f"recipes/configs/{config.name}", "run.yaml").replace("my-field/", "")
     text = text.replace(f"recipe: {recipe}", f"recipe: {recipe}.py", 1)
@@ -559,14 +575,14 @@ def copy(
         files[1].write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    print(f"{files[1]} and {files[0]} are yours to change. Then:")
+    print(f"Edit {files[1]} and {files[0]}. Then:")
     print(f"  lora-kit train {shlex.quote(str(files[1]))}")
 
 
 @app.command()
 def schema(
     recipe: Annotated[
-        str | None, typer.Argument(help="With the keys of this recipe: a name, or a .py file.")
+        str | None, typer.Argument(help="Include this recipe's keys: a name or .py file.")
     ] = None,
 ) -> None:
     """Print the JSON schema of the run file, for editors.
@@ -590,8 +606,8 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell versions, devices, memory, what is missing and how to get it; or check a run's loss:
-    accumulated, packed, padded and in two processes it must be the same.
+    """Check versions, devices and memory, and what is missing; or check a run's loss: it must be
+    the same with accumulation, packing, padding and two processes.
 
     Example: lora-kit doctor --loss run.yaml
     """
@@ -607,7 +623,7 @@ def doctor(
             raise CheckFailed("\n".join(f"{one['name']}: {one['note']}" for one in failed))
         return
     if overrides:
-        raise UserError(f"{overrides[0]}: settings belong to --loss RUN.yaml")
+        raise UserError(f"{overrides[0]}: settings need --loss RUN.yaml")
     found = examine()
     _answer(found, as_json, _print_doctor)
     if found["problems"]:
@@ -631,18 +647,18 @@ def _print_doctor(found: dict[str, Any]) -> None:
 
 
 def _terminated(signum: int, frame: Any) -> None:
-    """So that what is half written is removed, as after Ctrl-C."""
+    """Raise, so that partial output is removed, as after Ctrl-C."""
     raise Interrupted(signum, "stopped by SIGTERM")
 
 
 def main() -> None:
-    """Run a verb; a mistake becomes one line on stderr and its exit code."""
+    """Run a verb; errors become one line on stderr and an exit code."""
     no_kernels_from_the_hub()
     signal.signal(signal.SIGTERM, _terminated)
-    for stream in (sys.stdout, sys.stderr):  # a path need not be text
+    for stream in (sys.stdout, sys.stderr):  # paths may not be valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # --debug is taken wherever it stands: it is added at the end of a line that failed.
+    # Accept --debug anywhere, since it is usually appended to a failed command.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     arguments = ["--debug"] * (len(arguments) < len(sys.argv) - 1) + arguments
     try:
@@ -651,10 +667,10 @@ def main() -> None:
         if os.environ.get("LORA_KIT_DEBUG"):
             print(redact(traceback.format_exc()), file=sys.stderr)
         for line in redact(str(error)).splitlines():
-            # Names and texts of the user's may hold what steers a terminal.
+            # Names and texts of the user may contain control characters.
             print(f"error: {harmless(line)}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except (OSError, UnicodeError) as error:  # of a path that no disk takes, and their like
+    except (OSError, UnicodeError) as error:  # for instance invalid paths
         if os.environ.get("LORA_KIT_DEBUG"):
             print(redact(traceback.format_exc()), file=sys.stderr)
         line = " ".join(redact(str(error)).split())

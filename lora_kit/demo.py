@@ -1,4 +1,4 @@
-"""The whole journey on the embedded model: CPT, SFT, compare, merge, reload, generate."""
+"""The demo: every step on the embedded model: CPT, SFT, compare, merge, reload, generate."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ QUESTION = "What does `zipfile.ZipFile.read` do?"
 
 
 def run_demo() -> None:
-    """Adapt nano to Python's language reference (QLoRA), then to answering questions; prove it.
+    """Adapt nano to Python's language reference (QLoRA), then to questions; evaluate both.
 
     Writes runs/demo/cpt, runs/demo/sft and runs/demo/merged, replacing those of an earlier demo.
 
     Raises:
-        UserError: one of these folders exists and was not made by a demo.
+        UserError: one of these folders exists and is not from a demo.
     """
     from rich.console import Console
 
@@ -39,38 +39,38 @@ def run_demo() -> None:
 
     options = []
     if not gpu_count() and float32_is_faster():
-        print("This CPU has no instructions for bfloat16: the demo uses float32.", file=sys.stderr)
+        print("bfloat16 is slow on this CPU: the demo uses float32.", file=sys.stderr)
         options = ["base.dtype=float32"]
 
-    _step(1, "Continued pre-training: nano reads Python's language reference (QLoRA, 4 bits)")
+    _step(1, "Continued pre-training on Python's language reference (QLoRA, 4 bits)")
     start(configs / "nano-cpt.yaml", ["name=demo/cpt", *options])
 
-    _step(2, "Instruction tuning, going on from that adapter: what does a function do?")
+    _step(2, "Instruction tuning, starting from that adapter: what does a function do?")
     start(configs / "nano-sft.yaml", ["name=demo/sft", f"adapter.start={CPT}", *options])
 
     _step(3, "Merge the adapter into the base, reload it from disk, compare the logits")
     merged = merge(FinishedRun(SFT), MERGED, verify="logits")
 
-    _step(4, "Ask the merged model, loaded by transformers alone")
+    _step(4, "Generate with the merged model, loaded with transformers alone")
     answer = _ask(MERGED, QUESTION)
     reports = [read_json(folder / "report.json") for folder in (CPT, SFT)]
     console.rule("Result")
-    comparison(reports[0], "1. Reading: the language reference is the domain")
+    comparison(reports[0], "1. Continued pre-training; domain: the language reference")
     console.print()
-    comparison(reports[1], "2. Answering: questions about functions are the domain")
+    comparison(reports[1], "2. Instruction tuning; domain: questions about functions")
     trained = reports[0]["training"]["trainable_parameters"]
     console.print(
-        f"\nLower is better. The base's 3.8 million parameters stayed as they were; an adapter of "
-        f"{trained:,} beside them was trained. {time.monotonic() - started:.0f} s in all.\n"
+        f"\nLower is better. The base's 3.8 million parameters are unchanged; an adapter with "
+        f"{trained:,} parameters was trained. Total time: {time.monotonic() - started:.0f} s.\n"
         f"Merged model: {merged.out}, its logits within {merged.max_logit_difference:.2g} of the "
         f"adapter's (the adapter's own effect: {merged.adapter_effect:.2g}).",
         highlight=False,
     )
     console.print(f"\nQ: {QUESTION}\nA: {printable(answer)}", markup=False, highlight=False)
     console.print(
-        "(a model this small writes the form of an answer, seldom the truth)\n\n"
-        f"The report, for a browser:  {SFT / 'report.html'}\n"
-        "Now your own data:          lora-kit copy sft my-field",
+        "(a model this small gets the form of an answer right, rarely its content)\n\n"
+        f"Report, for a browser:      {SFT / 'report.html'}\n"
+        "Next, with your own data:   lora-kit copy sft my-field",
         markup=False,
         highlight=False,
     )
@@ -81,20 +81,20 @@ def _step(number: int, title: str) -> None:
 
 
 def _remove_own(folder: Path) -> None:
-    """Remove what an earlier demo wrote, finished or not; anything else is the user's."""
+    """Remove an earlier demo's folder; raises UserError for any other folder."""
     if not folder.exists():
         return
     mine = (folder / "run.yaml").is_file() or (folder / "config.json").is_file()
     if folder.is_symlink() or not folder.is_dir() or not (mine or not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not a demo's: move it away")
+        raise UserError(f"{folder} exists and is not from a demo: move it away")
     shutil.rmtree(folder)
 
 
 def _ask(folder: Path, question: str) -> str:
-    """The merged model's answer; nothing of lora_kit is in between, only its greedy `generate`."""
+    """The merged model's answer, by transformers' pipeline alone."""
     from transformers import pipeline
 
     model: Any = pipeline("text-generation", str(folder), trust_remote_code=False)
     asked = [{"role": "user", "content": question}]
-    said = model(asked, max_new_tokens=48, do_sample=False, return_full_text=False)
-    return said[0]["generated_text"]
+    generated = model(asked, max_new_tokens=48, do_sample=False, return_full_text=False)
+    return generated[0]["generated_text"]

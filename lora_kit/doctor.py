@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and how to get it."""
+"""Checks the machine: versions, devices, and what is missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEEDED = (
     *("huggingface_hub", "safetensors", "pydantic", "typer", "rich"),
     *("pyarrow", "rensa", "loky", "filelock"),
 )
-# package -> what it is for and how it comes
+# package -> (purpose, how to install)
 OPTIONAL = {
     "lm_eval": ("tasks of lm-evaluation-harness", "pip install 'lora-kit[harness]'"),
     "pypdf": ("PDF files as data", "pip install 'lora-kit[documents]'"),
@@ -28,7 +28,7 @@ OPTIONAL = {
 
 
 def examine() -> dict[str, Any]:
-    """Versions, devices, memory, disk and problems, as `lora-kit doctor --json` prints them."""
+    """Versions, devices, memory, disk and problems: the output of `lora-kit doctor --json`."""
     import psutil
 
     versions = {name: installed(name) for name in (*NEEDED, *OPTIONAL)}
@@ -55,23 +55,23 @@ def examine() -> dict[str, Any]:
 def _devices(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
     try:
         import torch
-    except (ImportError, OSError) as error:  # a library of the system that is not there
+    except (ImportError, OSError) as error:  # a missing system library
         what = f"torch cannot be imported ({' '.join(str(error).split())[:120]})"
-        fix = "install it anew: pip install --force-reinstall torch"
+        fix = "reinstall it: pip install --force-reinstall torch"
         problems.append({"what": what, "fix": fix})
         return []
     if torch.cuda.is_available():
         found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return [{"name": p.name, "memory_mib": p.total_memory // 2**20} for p in found]
     if shutil.which("nvidia-smi"):
-        what = f"an NVIDIA driver is here, but torch {torch.__version__} sees no GPU"
+        what = f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU"
         fix = "install the CUDA build: pip install torch, without PyTorch's CPU index"
         problems.append({"what": what, "fix": fix})
     return [{"name": f"CPU, {torch.get_num_threads()} threads", "memory_mib": None}]
 
 
 def check_loss(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """`lora-kit doctor --loss`: what `prove.self_test` finds."""
+    """`lora-kit doctor --loss`: the result of `prove.self_test`."""
     from lora_kit.launch import prepare_process, read_run, start
 
     run, recipe = read_run(path, overrides)
@@ -80,7 +80,7 @@ def check_loss(path: Path, overrides: list[str]) -> dict[str, Any]:
     from lora_kit.train.interrupt import StopSignal
 
     def two(config: str) -> None:
-        # This file in place of the recipe; `resume`, as it does not matter whether runs/ has one.
+        # This file instead of the recipe; `resume` skips the check for an existing run.
         start(path, overrides, config, 2, resume=True, script=Path(__file__).resolve())
 
     with StopSignal().listening():
@@ -96,7 +96,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose files have names that others may have as well
+    sys.path.pop(0)  # this folder, whose file names could shadow other modules
     from lora_kit.launch import recipe_main
 
     raise SystemExit(recipe_main(main))

@@ -1,6 +1,6 @@
-"""What can go wrong, and the exit code each kind ends with.
+"""Exceptions and their exit codes.
 
-A message is one line: the cause, the place, the fix. Nothing here prints; `cli` and `launch` do.
+A message is one line with cause, place and fix. `cli` and `launch` print it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import os
 import re
 import unicodedata
 
-# Joiners steer nothing, and are part of ordinary words in many scripts.
+# Zero-width joiners are harmless and part of ordinary words in many scripts.
 _KEPT = "\n\t\u200c\u200d"
-# Where one begins: also after a line end as JSON writes it.
+# The start of a token, also after an escaped line end in JSON.
 _EDGE = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
-# Tokens and keys by the shapes that their makers gave them.
+# Patterns of tokens and keys.
 TOKENS = {
     "a Hugging Face token": _EDGE + r"(?:hf|api_org)_[A-Za-z0-9]{16,}",
     "a GitHub token": _EDGE + r"(?:gh[opsur]_|github_pat_)\w{20,}",
@@ -34,17 +34,17 @@ _SECRET_NAME = re.compile(
 
 
 class LoraKitError(Exception):
-    """Anything lora_kit says in one line instead of a traceback."""
+    """An error that is reported in one line instead of a traceback."""
 
     exit_code = 2
 
 
 class UserError(LoraKitError, ValueError):
-    """Something the user wrote, named or pointed at is not usable. Exit code 2."""
+    """A mistake in the user's settings, files or data. Exit code 2."""
 
 
 class RunFileError(UserError):
-    """The run file has mistakes. `problems` holds every one of them, a line each."""
+    """The run file has mistakes. `problems`: all of them, one line each."""
 
     def __init__(self, path: str, problems: list[str]) -> None:
         self.problems = problems
@@ -52,7 +52,7 @@ class RunFileError(UserError):
 
 
 class CheckFailed(LoraKitError):
-    """A check or gate that failed, or a training that cannot go on (NaN loss). Exit code 1."""
+    """A check or gate failed, or training cannot continue (NaN loss). Exit code 1."""
 
     exit_code = 1
 
@@ -66,8 +66,8 @@ class Interrupted(LoraKitError):
 
 
 class NotUsable(Exception):
-    """A row that is dropped. `reason` completes "42 rows dropped: rows ..."; `detail` is what of
-    the row shows it."""
+    """A row is dropped. `reason` completes "42 rows dropped: rows ..."; `detail`: the part of the
+    row that causes it."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -76,7 +76,7 @@ class NotUsable(Exception):
 
 
 def harmless(text: str) -> str:
-    """Text in which what steers a terminal, or turns the reading direction, is spelled out."""
+    """Text with control and bidirectional formatting characters replaced by their code points."""
     kept = {
         c for c in set(text) if c.isprintable() or c in _KEPT or unicodedata.category(c) == "Zs"
     }
@@ -84,8 +84,7 @@ def harmless(text: str) -> str:
 
 
 def secret_values() -> dict[str, str]:
-    """The environment's variables whose names say that they hold a secret, and the passwords in
-    addresses: {name: value}."""
+    """Environment variables named like secrets, and passwords in URLs: {name: value}."""
     found = {name: value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
     for name, value in os.environ.items():
         if password := re.search(r"://[^\s/:@]*:([^\s/@]+)@", value):
@@ -94,7 +93,7 @@ def secret_values() -> dict[str, str]:
 
 
 def redact(text: str) -> str:
-    """Text without tokens: neither what has the shape of one nor what the environment holds."""
+    """Text without secrets: those matching a token pattern, and those in the environment."""
     for value in secret_values().values():
         text = text.replace(value, "***")
     return re.sub("|".join(TOKENS.values()), "***", text)

@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is whole."""
+"""Atomic output: folders and files that appear under their name only when complete."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lora_kit.errors import UserError
 
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """Make a folder beside `out` to write into; without an error it is renamed to `out`.
+    """A temporary folder next to `out`, renamed to `out` if there is no error.
 
-    What a killed process left is removed by the next one that writes the same folder; the name
-    (.NAME.lora-kit-partial) is only ever ours.
+    The leftovers of a killed process (.NAME.lora-kit-partial) are removed by the next one that
+    writes the same folder.
 
     Args:
-        needed: bytes that will be written; the disk must have them free.
+        needed: bytes that will be written, which must be free on the disk.
 
     Raises:
-        UserError: `out` exists, cannot be made, or there is too little room; or another process
-            is writing it.
+        UserError: `out` exists or cannot be created, the disk is too full, or another process is
+            writing it.
     """
     refuse_existing(out)
     partial = out.absolute().with_name(f".{out.name}.lora-kit-partial")
@@ -33,7 +33,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
     check_room(out, needed, "name another disk with --out")
     held = _hold(partial, out)
     try:
-        refuse_existing(out)  # by another process, while this one came to hold it
+        refuse_existing(out)  # another process may have finished before the lock
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield partial
@@ -44,11 +44,11 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in above:
-            with contextlib.suppress(OSError):  # somebody else put something there
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
         if isinstance(error, OSError):
             why = error.strerror or error
-            raise UserError(f"{out}: cannot be written ({why}): nothing was") from error
+            raise UserError(f"{out}: cannot be written ({why}): nothing was created") from error
         raise
     finally:
         os.close(held)
@@ -56,22 +56,24 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
 
 
 def _hold(partial: Path, out: Path) -> int:
-    """Make the folder and lock it as long as this process lives, so that only what the dead left is
-    removed. Raises UserError if it cannot be made, or a living one holds it."""
+    """Create the folder and lock it while this process lives. Raises UserError if it cannot be
+    created, or another process holds the lock."""
     while True:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
-            continue  # removed by the one that was done with it
+            continue  # removed by another process that finished
         except OSError as error:
-            raise UserError(f"{out}: cannot be made ({error.strerror})") from None
+            raise UserError(f"{out}: cannot be created ({error.strerror})") from None
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(held)
-            raise UserError(f"{out}: another process is writing it: wait for that one") from None
-        # What was locked may have been renamed or removed meanwhile: the name counts.
+            raise UserError(
+                f"{out}: another process is writing it: wait for it to finish"
+            ) from None
+        # The locked folder may have been renamed or removed: check the name again.
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(held), os.lstat(partial)):
                 return held
@@ -79,25 +81,25 @@ def _hold(partial: Path, out: Path) -> int:
 
 
 def refuse_existing(out: Path) -> None:
-    """For whoever has much to do before `new_folder`. Raises UserError if `out` exists."""
+    """Raises UserError if `out` exists; to fail early, before `new_folder`."""
     if os.path.lexists(out):
         raise UserError(f"{out} exists: name another folder with --out, or remove it")
 
 
 def check_room(where: Path, needed: int, instead: str) -> None:
-    """Raises UserError unless `needed` bytes are free on the disk that `where` is, or will be, on.
-    `instead`: what else a person can do than to free some."""
+    """Raises UserError unless `needed` bytes are free on the disk of `where`. `instead`: a fix
+    besides freeing space."""
     there = next(path for path in (where.absolute(), *where.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
-            f"{where}: {free / 2**20:,.0f} MiB free on its disk, {needed / 2**20:,.0f} MiB are "
-            f"needed: free some, or {instead}"
+            f"{where}: needs {needed / 2**20:,.0f} MiB of disk space, {free / 2**20:,.0f} MiB are "
+            f"free: free some, or {instead}"
         )
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that there is either the old one or the whole new one."""
+    """Write a file atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -108,7 +110,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """fsync a file or folder."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

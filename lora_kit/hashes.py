@@ -1,4 +1,4 @@
-"""The hashes that a run is pinned with."""
+"""File hashes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def file_hash(file: Path) -> str:
 
 
 def cached_hash(file: Path) -> str:
-    """The same; of a large file in the Hub's cache, the name it has there. A base is pinned by each
-    stage that loads it: what did not change since is read once."""
+    """`file_hash`, cached while the file is unchanged; for a file in the Hub's cache, its blob
+    name, which is the hash."""
     blob = file.resolve()
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name

@@ -1,4 +1,4 @@
-"""What goes wrong on the way to the Hub, in one line: the cause and the fix."""
+"""Hub errors in one line: the cause and the fix."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 
 def cause_of(error: Exception) -> tuple[BaseException, int | None, str]:
-    """What went wrong on the way is the cause of "not in the cache": the cause, the HTTP status if
-    the Hub answered, and its Retry-After."""
+    """The underlying cause of a "not in the cache" error, the HTTP status if the Hub responded, and
+    its Retry-After."""
     cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
     response: Any = getattr(cause, "response", None)
     if response is None:
@@ -22,10 +22,10 @@ def problem(
     revision: str | None = None,
     kind: Literal["model", "dataset", ""] = "",
 ) -> str:
-    """What `error`, of the Hub's client, means for the repository `name`.
+    """The message for an error of the Hub client about the repository `name`.
 
     Args:
-        kind: what was to be read, where a folder or a file of this machine would do as well.
+        kind: the repository type, if a local path would also have been valid.
     """
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
@@ -36,29 +36,29 @@ def problem(
     if isinstance(error, hub.HFValidationError):
         return f"not a Hub id: {_short(error)}"
     if isinstance(error, hub.RevisionNotFoundError):
-        return f"has no revision `{revision}`: leave it out for the newest"
+        return f"has no revision `{revision}`: remove it for the newest"
     # Gated is a kind of not found to the client.
     if isinstance(cause, hub.GatedRepoError) or status == 403:
         page = f"{where}/{'datasets/' * (kind == 'dataset')}{name}"
-        return f"access refused ({status}): ask for it at {page}, then log in so: {login}"
+        return f"access denied ({status}): request it at {page}, then {login}"
     if isinstance(cause, hub.RepositoryNotFoundError) or status in (401, 404):
         what = "data set" if kind == "dataset" else "repository"
         return f"{here or ''}no such {what} on {where} ({status}), or it is private: {login}"
     if status is not None:
         later = "try again later: " if status >= 500 else ""
         return {
-            409: "another change of it is being made (409): wait for that one, then try again",
-            412: "somebody else changed it meanwhile (412): look at it, then push again",
+            409: "another commit is in progress (409): try again later",
+            412: "changed by someone else in the meantime (412): review it, then push again",
             429: f"too many requests (429): try again in {after or 'some hundred'} seconds",
-        }.get(status, f"{where} answers {status}: {later}{_short(error)}")
+        }.get(status, f"{where} responds {status}: {later}{_short(error)}")
     lost = (FileNotFoundError, ConnectionError, TimeoutError, hub.HTTPError, JSONDecodeError)
     if isinstance(error, (*lost, hub.CachedRepoTreeNotFoundError)):
         offline = constants.HF_HUB_OFFLINE
         reason = "HF_HUB_OFFLINE is set" if offline else f"{where} cannot be reached"
         if not here:
-            return f"{reason}: mend that, then try again: nothing is done twice"
+            return f"{reason}: fix the connection and retry; retrying is safe"
         fetch = f"hf download {'--repo-type dataset ' * (kind == 'dataset')}{name}"
-        return f"{here}not wholly in the Hub's cache, and {reason}: fetch it with `{fetch}`"
+        return f"{here}not completely in the Hub's cache, and {reason}: download it with `{fetch}`"
     return _short(error)
 
 

@@ -1,8 +1,8 @@
-"""Three ways to start a recipe, one result.
+"""Three ways to start a recipe, with the same result.
 
-`start` is `lora-kit train`: it prints the `accelerate launch` command, runs it as its child, passes
-signals on, and leaves no process behind. `recipe_main` is what a recipe does when accelerate starts
-it. `train` runs a recipe inside the calling process.
+`start` is `lora-kit train`: it prints the `accelerate launch` command, runs it as a child process,
+forwards signals, and leaves no process behind. `recipe_main` is the entry point of a recipe under
+accelerate. `train` runs a recipe in the calling process.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from lora_kit.tasks.task import Task
 from lora_kit.train.interrupt import StopSignal, die_with_parent
 from lora_kit.trust import run_module
 
-# The folder where a worker leaves its exit code and message for `start`: accelerate reports every
-# failure as 1, with a traceback of its own.
+# The folder in which a worker writes its exit code and message for `start`: accelerate reports
+# every failure as 1, with a traceback.
 OUTCOME_VARIABLE = "LORA_KIT_OUTCOME"
 DEBUG_VARIABLE = "LORA_KIT_DEBUG"
 _WAIT_FOR_RANKS_S = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_PID = ".pid"  # file name ending: rank -> process id, written there as well
+_PID = ".pid"  # suffix of the files with each rank's process id, in the same folder
 
 
 def train(path: str | Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
@@ -50,13 +50,13 @@ def train(path: str | Path, *overrides: str, resume: bool = False) -> dict[str, 
 
     Args:
         overrides: `key=value` settings, as on the command line.
-        resume: continue an interrupted run; refused unless it is the same run.
+        resume: continue an interrupted run, with the same settings.
 
     Returns:
-        What report.json holds.
+        The content of report.json.
 
     Raises:
-        LoraKitError: with one line that names cause, place and fix.
+        LoraKitError: one line with cause, place and fix.
     """
     run, recipe = read_run(path, overrides)
     prepare_process()
@@ -64,11 +64,11 @@ def train(path: str | Path, *overrides: str, resume: bool = False) -> dict[str, 
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Run, Recipe]:
-    """A run file, checked with the keys of its recipe's task, and the recipe.
+    """Load a run file, checked with the keys of its recipe's task, and the recipe.
 
     Raises:
-        UserError: the file or the recipe is not usable; or what `ship.target` names would reject
-            what the run trains.
+        UserError: the file or the recipe is invalid; or the runtime of `ship.target` would reject
+            the adapter.
     """
     found: list[Recipe] = []
 
@@ -88,8 +88,7 @@ def recipe_main(main: Main) -> int:
     """`recipes/NAME.py RUN.yaml [key=value ...] [--resume]`, as accelerate starts it.
 
     Args:
-        main: of the recipe that was started; the keys of the run file are those of the recipe that
-            the file names.
+        main: of the started recipe; the run file has the keys of the recipe that it names.
 
     Returns:
         The process's exit code.
@@ -99,7 +98,7 @@ def recipe_main(main: Main) -> int:
     rank = os.environ.get("LOCAL_RANK", "0")
     arguments = [a for a in sys.argv[1:] if a != "--resume"]
     try:
-        with StopSignal().listening():  # until the recipe listens itself
+        with StopSignal().listening():  # until the recipe handles signals itself
             if folder:
                 (Path(folder) / f"{rank}{_PID}").write_text(str(os.getpid()))
             if not arguments:
@@ -108,7 +107,7 @@ def recipe_main(main: Main) -> int:
             run, _ = read_run(arguments[0], arguments[1:])
             if not folder and _one_thread_of_many():
                 print(
-                    "one thread computes, which accelerate takes where it is not told: add "
+                    "using 1 CPU thread, accelerate's default: add "
                     f"--num_cpu_threads_per_process {len(os.sched_getaffinity(0))}",
                     file=sys.stderr,
                 )
@@ -131,8 +130,8 @@ def recipe_main(main: Main) -> int:
 def _leave_outcome(folder: Path, rank: str, code: int, message: str) -> int:
     """Write this rank's outcome for `start`; returns the exit code for accelerate.
 
-    That is 0 even for an error, because the error is in the file and accelerate would only add a
-    traceback. But other ranks may go on and wait for this one, deaf to signals: they are ended.
+    That is 0 even for an error, since accelerate would only add a traceback. Other ranks may hang
+    waiting for this one, deaf to signals: they are killed.
     """
     partial = folder / f"{rank}.partial"
     partial.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
@@ -151,14 +150,14 @@ def _leave_outcome(folder: Path, rank: str, code: int, message: str) -> int:
 
 
 def _leave_group() -> None:
-    """Take leave of the other ranks. gloo's threads, left running, abort some one in ten exits, and
-    a training that went well would be reported as failed (torch 2.13)."""
+    """Destroy the process group: otherwise gloo's threads abort about one in ten exits, and a
+    successful training is reported as failed (torch 2.13)."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
 
     if dist.is_initialized():
-        gc.collect()  # the trainer's model holds the group as well
+        gc.collect()  # the trainer's model also references the group
         dist.destroy_process_group()
 
 
@@ -170,15 +169,15 @@ def start(
     resume: bool = False,
     script: Path | None = None,
 ) -> None:
-    """Check the run file, print the command, run it to its end.
+    """Check the run file, print the command, and run it.
 
     Args:
-        script: what is run in place of the recipe.
-        accelerate: a config of accelerate_configs/ by name, or a path; None: what fits the devices.
-        processes: how many, instead of the config's number.
+        script: a script to run instead of the recipe.
+        accelerate: a config of accelerate_configs/ by name, or a path; None: by the devices.
+        processes: number of processes, instead of the config's.
 
     Raises:
-        LoraKitError: what stopped the worker, with the worker's exit code.
+        LoraKitError: the worker's error, with its exit code.
     """
     run, _ = read_run(path, overrides)
     config = accelerate_config(accelerate)
@@ -210,21 +209,21 @@ def start(
         if outcome["code"]:
             raise _as_error(outcome["code"], outcome["message"])
     if outcomes and not code:
-        return  # also where a signal came too late to stop anything
+        return  # also if a signal came too late
     if received:
         raise Interrupted(received, f"stopped by {signal.Signals(received).name}")
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     raise CheckFailed(
         f"the training process exited without reporting an error ({how}); see its output above. "
-        "If it was killed, memory may have run out: see train.per_device_train_batch_size"
+        "If it was killed, memory may have run out: lower train.per_device_train_batch_size"
     )
 
 
 def accelerate_config(name: str | None) -> Path:
-    """The file of an accelerate config: shipped, by name; the user's, by path; or what fits.
+    """The file of an accelerate config: shipped, by name; the user's, by path; or by the devices.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no such config.
     """
     folder = shipped("accelerate_configs")
     if name is None:
@@ -240,7 +239,7 @@ def accelerate_config(name: str | None) -> Path:
 
 
 def prepare_process() -> None:
-    """Set up a process that will load a model. Libraries read some of it when they are imported."""
+    """Set up a process that will load a model, before libraries are imported."""
     from lora_kit.base.load import quiet_libraries
     from lora_kit.speed.runtime import keep_freed_memory
 
@@ -254,13 +253,13 @@ def _one_thread_of_many() -> bool:
 
 
 def gpu_count() -> int:
-    """How many GPUs may be used, asked of the driver, without importing torch."""
+    """The number of visible GPUs, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([n for n in visible.split(",") if n.strip() not in ("", "-1")])
     if found := list(Path("/proc/driver/nvidia/gpus").glob("*")):
         return len(found)
-    # Where the driver lies outside, as under WSL2, it is asked itself.
+    # Under WSL2 the driver is outside of /proc.
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
@@ -268,11 +267,11 @@ def gpu_count() -> int:
 
 
 def _check_devices(config: Path) -> dict[str, Any]:
-    """A config's values. Raises UserError if it wants a GPU or a package that is not there."""
+    """A config's values. Raises UserError if it needs a missing GPU or package."""
     values = _read_config(config)
     if not values.get("use_cpu") and gpu_count() == 0:
         raise UserError(
-            f"--accelerate {config.stem}: no GPU is visible: see `lora-kit doctor`, or leave it out"
+            f"--accelerate {config.stem}: no GPU is visible: see `lora-kit doctor`, or remove it"
         )
     deepspeed = values.get("distributed_type") == "DEEPSPEED"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
@@ -287,19 +286,18 @@ def _read_config(config: Path) -> dict[str, Any]:
             values[key] = max(1, int(values.get(key, 1)))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"--accelerate {config}: not a config of accelerate ({reason})") from None
+        raise UserError(f"--accelerate {config}: not an accelerate config ({reason})") from None
     return values
 
 
 def _run_child(
     command: list[str], environment: dict[str, str], folder: Path, workers: int
 ) -> tuple[int, int | None]:
-    """Run a command in a process group of its own; returns its exit code and the signal received.
+    """Run a command in its own process group; returns its exit code and the received signal.
 
-    The first SIGINT or SIGTERM is passed on and the end awaited; a second one kills what is left.
-    Once all workers have left their ids in `folder`, only they are signalled: they save and end,
-    and accelerate, which would kill them after 30 s, ends with them. All of it ends with this
-    process, whatever ends it.
+    The first SIGINT or SIGTERM is forwarded; a second one kills all processes. Once all workers
+    have written their ids to `folder`, only they are signalled: they save and exit, and accelerate,
+    which would kill them after 30 s, exits with them. The child always exits with this process.
     """
     received: list[int] = []
 
@@ -310,10 +308,10 @@ def _run_child(
         for pid in ids:
             _send(os.kill, pid, signal.SIGKILL if last else signum)
         if last or len(ids) < workers:
-            # SIGTERM in place of SIGINT: accelerate would print a traceback.
+            # SIGTERM instead of SIGINT, for which accelerate prints a traceback.
             _send(os.killpg, child.pid, signal.SIGKILL if last else signal.SIGTERM)
 
-    # No signal may come between the child's start and the handlers that pass signals on.
+    # Block signals between the child's start and the installation of the handlers.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         child = subprocess.Popen(
@@ -324,7 +322,7 @@ def _run_child(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         code = child.wait()
-        # accelerate may end before its workers, which are still saving.
+        # accelerate may exit before its workers, which are still saving.
         while _alive(child.pid, _worker_ids(folder)):
             time.sleep(0.05)
     finally:
@@ -344,14 +342,14 @@ def _send(how: Callable[[int, int], None], pid: int, signum: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """In the child: unblock signals, and receive SIGTERM when the launcher ends (Linux)."""
+    """In the child: unblock signals, and receive SIGTERM when the launcher exits (Linux)."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     die_with_parent()
 
 
 def _alive(group: int, pids: list[int]) -> bool:
-    """Whether a process of the group, or one of `pids`, still runs. In a container without an init
-    process the ended ones stay as zombies for ever: those don't count."""
+    """Whether a process of the group, or one of `pids`, is running. Zombies do not count: without
+    an init process, as in a container, they are never reaped."""
     import psutil
 
     for process in psutil.process_iter():

@@ -1,18 +1,17 @@
-"""Pages made from Jinja templates: self-contained, all text escaped."""
+"""HTML pages from Jinja templates: self-contained, all text escaped."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from lora_kit.errors import harmless
 
 
-def render(source: Path, /, **values: Any) -> str:
-    """A page of a Jinja template. All text is escaped, and made harmless: not samples alone, names
-    of files too."""
+def render_page(source: Path, /, **values: object) -> str:
+    """Render a Jinja template. All text is escaped, without control characters, file names
+    included."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -27,5 +26,5 @@ def render(source: Path, /, **values: Any) -> str:
 
 
 def _csp(content: str) -> str:
-    """The one script, or style, that a Content-Security-Policy lets through."""
+    """The hash source of an inline script or style for a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -1,6 +1,6 @@
-"""What a run will need, known from its configuration alone, and the way of running it that fits.
+"""The memory plan: memory, time and disk of a run, and the micro-batch that fits.
 
-`lora-kit plan` asks before anything is loaded; `train` asks the same, and follows the answer.
+Made from the configuration alone, without loading weights. `train` follows the plan.
 """
 
 from __future__ import annotations
@@ -39,27 +39,26 @@ from lora_kit.train.guards import has_own_loss
 from lora_kit.train.strategies import choose
 
 _MIB = 2**20
-_PROBED_S, _PROBED_ROWS = 0.05, 1024  # of measuring each rate of the device
-_ADAM_BYTES, _ADAM_CALLS = 40, 12  # read and written for a value, and started for a tensor
-_CODES = 2 * 16 * 4 + 256 * 4  # bytes: the tables of NF4, and of the 8 bits of its scales
-_FEWEST_TOKENS = 64  # of a row that is proposed where nothing fits
+_PROBED_S, _PROBED_ROWS = 0.05, 1024  # seconds and rows per measurement of the device
+_ADAM_BYTES, _ADAM_CALLS = 40, 12  # bytes read and written per value; operations per tensor
+_CODES = 2 * 16 * 4 + 256 * 4  # bytes of the lookup tables of NF4 and of its 8-bit scales
+_FEWEST_TOKENS = 64  # smallest max_length to suggest
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Uncountable(UserError):
-    """An architecture that does not run without content, as one whose experts are chosen by it."""
+    """The architecture cannot run on the meta device, for instance because of expert routing."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run needs of one process, and how it is run.
+    """Resources of one process, and the chosen batch.
 
     Args:
-        memory: bytes by cause, at the moment when most are held. room: what the process may hold.
-        flops: of a step. tokens_per_second: of all processes, no padding counted. seconds: of the
-            training steps alone. disk: bytes by what is written.
-        choice: rows of a pass, passes of a step, and how many of `layers` that keep something
-            `speed.memory.recompute` is to be told.
+        memory: peak bytes by cause. room: bytes that the process may use.
+        flops: per step. tokens_per_second: of all processes, without padding. seconds: of the
+            training steps only. disk: bytes by kind.
+        choice: micro-batch, accumulation and recomputed layers, out of `layers`.
     """
 
     memory: dict[str, int]
@@ -75,16 +74,16 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """What the process will be seen to hold."""
+        """Expected resident memory."""
         return sum(self.memory.values())
 
     @property
     def needed(self) -> int:
-        """What it must have: a mapped file is given back where memory is wanted."""
+        """Required memory: pages of a mapped file can be reclaimed."""
         return self.total - self.memory.get("mapped file", 0)
 
     def to_json(self) -> dict[str, Any]:
-        """What `plan --json` prints."""
+        """The output of `plan --json`."""
 
         def mib(sizes: dict[str, int]) -> dict[str, float]:
             return {what: round(size / _MIB, 1) for what, size in sizes.items()}
@@ -104,7 +103,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         rows = [*self.memory.items(), ("total", self.total)]
-        rows += [("needed of it", self.needed)] if self.needed < self.total else []
+        rows += [("required", self.needed)] if self.needed < self.total else []
         rows += [("available", self.room)]
         disk = ", ".join(f"{what} {n / _MIB:,.0f} MiB" for what, n in self.disk.items())
         lines = [f"{cause:>16} {n / _MIB:>10,.1f} MiB" for cause, n in rows]
@@ -116,10 +115,10 @@ class MemoryPlan:
 
 
 def plan(run: Run, task: Task) -> MemoryPlan:
-    """The plan of a run file: of its base only the configuration and the tokenizer are fetched.
+    """The plan of a run file; of the base only config and tokenizer are downloaded.
 
     Raises:
-        UserError: base or data cannot be used; or nothing fits, as `plan_run` says it.
+        UserError: base or data are unusable; or nothing fits (see `plan_run`).
     """
     pinned = pin(run.base, weights=False)
     check_length(pinned, run.train.max_length)
@@ -130,31 +129,29 @@ def plan(run: Run, task: Task) -> MemoryPlan:
 def plan_run(
     run: Run, task: Task, pinned: Pinned, processor: Processor, data: Prepared, quick: bool = True
 ) -> MemoryPlan:
-    """The plan of a run, made before its base is loaded; all processes make the same one.
+    """The plan of a run, before its base is loaded; the same in all processes.
 
     Args:
-        data: the lengths of its rows decide.
-        quick: with the quick paths of `speed: auto`, where they know the base.
+        data: its row lengths are used.
+        quick: with the fast paths of `speed: auto`, if the base supports them.
 
     Raises:
-        UserError: with `speed: auto`, nothing fits: by how much, and what would.
-        Uncountable: nothing can be said of this base; it may train all the same.
+        UserError: with `speed: auto`, nothing fits; the message suggests a change.
+        Uncountable: this base cannot be planned for; it may still train.
     """
     try:
-        here = _Planning(run, task, pinned, processor, data, quick)
+        here = _Planner(run, task, pinned, processor, data, quick)
         here.machine = _machine(run, here.model)
         if (choice := here.choose()) is None:
             raise UserError(_what_would_fit(here))
         return here.plan(choice)
     except LoraKitError:
         raise
-    except Exception as error:  # whatever an architecture that was never tried raises
-        if run.speed == "auto" and quick:  # as training will: by the standard path
+    except Exception as error:  # an untested architecture can raise anything
+        if run.speed == "auto" and quick:  # training will fall back to the standard path, too
             return plan_run(run, task, pinned, processor, data, quick=False)
         reason = " ".join(str(error).split())[:200]
-        raise Uncountable(
-            f"base.model: {pinned.folder}: cannot be planned for: {reason}"
-        ) from error
+        raise Uncountable(f"base.model: {pinned.folder}: cannot be planned: {reason}") from error
 
 
 def plan_training(
@@ -165,7 +162,7 @@ def plan_training(
     data: Prepared,
     say: Callable[[str], None],
 ) -> MemoryPlan | None:
-    """The plan that training follows, reported in a line; None: as the run file has it.
+    """The plan that training follows, reported in one line; None: use the run file's batch.
 
     Raises:
         UserError: nothing fits.
@@ -173,20 +170,20 @@ def plan_training(
     if base_is_sharded():
         return None
     if not has_own_loss(task):
-        say("no plan, the batch is as written: the loss is the trainer's own")
+        say("no memory plan: using the batch as written: the trainer computes the loss")
         return None
     try:
         found = plan_run(run, task, pinned, processor, data)
     except Uncountable as error:
-        say(f"no plan, the batch is as written: {error}")
+        say(f"no memory plan: using the batch as written: {error}")
         return None
-    needs = f"{found.total / _MIB:,.0f} MiB, {found.tokens_per_second:,.0f} tokens/s expected"
+    needs = f"{found.total / _MIB:,.0f} MiB, about {found.tokens_per_second:,.0f} tokens/s"
     say(f"plan: {needs}; {found.why}")
     return found
 
 
-class _Planning:
-    """The numbers that a plan is made of; each pass is counted once."""
+class _Planner:
+    """The measurements of a plan; each micro-batch shape is counted once."""
 
     machine: Machine
 
@@ -213,12 +210,12 @@ class _Planning:
         self.works: dict[tuple[int, int], PassCost] = {}
         packed = data.train is not data.rows("train")
         self.tokens = data.train.lengths if packed else task.tokens(data.train)
-        # What is trained on may be cut shorter than it is: `_what_would_fit` asks.
-        sides = max(1, round(float(self.tokens.max()) / run.train.max_length))
-        self.tokens = np.minimum(self.tokens, sides * run.train.max_length)
+        # For a smaller max_length, as tried by `_what_would_fit`.
+        sequences = max(1, round(float(self.tokens.max()) / run.train.max_length))
+        self.tokens = np.minimum(self.tokens, sequences * run.train.max_length)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
-        """A micro-batch of rows on the meta device, cut to the longest that is allowed."""
+        """A micro-batch of rows on the meta device, truncated to max_length."""
         length = self.run.train.max_length
         short = [{name: _cut(value, length) for name, value in row.items()} for row in rows]
         collate = self.task.collate(self.processor, self.flat)
@@ -229,7 +226,7 @@ class _Planning:
         return self.task.loss(model, batch, 1, self.run)
 
     def work(self, micro: int, recomputed: int) -> PassCost:
-        """The largest pass of an epoch, its rows in a random order."""
+        """The cost of the largest micro-batch of an epoch with shuffled rows."""
         if (micro, recomputed) not in self.works:
             costs.recompute(self.model, recomputed)
             order = np.random.default_rng(self.run.seed).permutation(len(self.tokens))
@@ -243,7 +240,7 @@ class _Planning:
 
     @cached_property
     def judging(self) -> list[PassCost]:
-        """The largest batch of `train.eval_steps`."""
+        """The cost of the largest evaluation batch, if `train.eval_steps` is set."""
         train = self.run.train
         if not train.eval_steps:
             return []
@@ -253,27 +250,27 @@ class _Planning:
         return [costs.count(self.model, batch, self.loss, backward=False)]
 
     def memory(self, micro: int, recomputed: int) -> dict[str, int]:
-        """Bytes by cause when most are held."""
+        """Peak bytes by cause."""
         held = dict(self.held)
         work = max([self.work(micro, recomputed), *self.judging], key=lambda work: work.peak)
         if micro < self.rows or self.processes > 1:
-            held["gradients"] *= 2  # of this pass, and of those before or of all processes
+            held["gradients"] *= 2  # accumulated ones, or a communication buffer
         held |= {"activations": work.peak - work.logits, "logits": work.logits}
-        if self.machine.name == "cpu":  # a GPU's driver is neither counted nor in what is free
+        if self.machine.name == "cpu":  # a GPU's driver memory is not counted
             held["framework"] = self.machine.framework
             held["allocator"] = costs.unused_bytes(work)
         return held
 
     def fits(self, micro: int, again: int) -> bool:
-        limit = self.machine.limit  # of most that cannot fit no pass has to be counted
+        limit = self.machine.limit  # most that do not fit are rejected without counting
         return sum(self.held.values()) <= limit and sum(self.memory(micro, again).values()) <= limit
 
     def seconds(self, micro: int, recomputed: int) -> float:
         return self.machine.seconds(self.work(micro, recomputed))
 
     def choose(self) -> Choice | None:
-        """The user's own way wherever it fits; None: nothing fits."""
-        # What is measured differs a little each time; a batch that fits is the same each time.
+        """The run file's batch if it fits, else the fastest that does; None: nothing fits."""
+        # Measured rates vary between runs; a batch that fits is kept as written.
         if self.run.speed == "plain" or self.fits(self.own, self.forced):
             return Choice(self.own, self.rows // self.own, self.forced)
         again = range(self.forced, self.layers + 1)
@@ -287,7 +284,7 @@ class _Planning:
         if machine.name == "cpu":
             held["mapped file"] = self._mapped(held)
         mean, there = float(self.tokens.mean()), len(self.tokens)
-        # Of a usual pass, of the largest one.
+        # Average micro-batch relative to the largest one.
         usual = mean * min(choice.micro_batch, there) / work.tokens
         values = held["adapter"] // 4
         tensors = sum(p.requires_grad for p in self.model.parameters())
@@ -313,9 +310,8 @@ class _Planning:
         )
 
     def _mapped(self, held: dict[str, int]) -> int:
-        """The base's file counts as resident while it is mapped: where weights are converted, until
-        that is done; where they are quantized, as long as a tensor beside them lives. It is not
-        taken from anybody: what is free does not have to hold it."""
+        """Resident bytes of the base's mapped file: while weights are converted, or for quantized
+        weights as long as other tensors map it. These pages can be reclaimed."""
         if self.file != self.merged:
             weights = sum(n for cause, n in held.items() if cause[:6] in ("weight", "quanti"))
             return max(0, self.machine.framework + weights + self.file - sum(held.values()))
@@ -330,16 +326,16 @@ class _Planning:
         what += " recomputed: "
         if (rows, again) != (self.own, self.forced):
             written = sum(self.memory(self.own, self.forced).values()) / _MIB
-            what += f"the quickest that fits, as written it takes {written:,.0f} MiB"
+            what += f"the fastest that fits; as written it would take {written:,.0f} MiB"
         elif self.run.speed == "plain":
-            what += f"as written (speed: plain){', too much' * (total > self.machine.room)}"
+            what += f"as written (speed: plain){', does not fit' * (total > self.machine.room)}"
         else:
-            what += "as written, it fits"
-        what += f"; {self.machine.room / _MIB:,.0f} MiB are available"
+            what += "as written, which fits"
+        what += f"; {self.machine.room / _MIB:,.0f} MiB available"
         slower = self.machine.flops["float32"] / self.machine.flops[self.run.base.dtype]
         if slower > 1.1:
-            what += f"; bfloat16 takes {slower:.1f} times as long as float32 on this processor: "
-            what += "base.dtype=float32 would be quicker"
+            what += f"; bfloat16 is {slower:.1f} times slower than float32 on this CPU: "
+            what += "base.dtype=float32 would be faster"
         return what
 
 
@@ -350,13 +346,13 @@ def _cut(value: Any, length: int) -> Any:
 def _on_meta(
     run: Run, task: Task, pinned: Pinned, data: Prepared
 ) -> tuple[Any, dict[str, int], int, int]:
-    """The base and its adapter as shapes alone, in training mode; bytes by cause that do not depend
-    on the batch; bytes of the base's file; and of the merged model's."""
+    """Base and adapter on the meta device, in training mode; bytes by cause that do not depend on
+    the batch; bytes of the base's file; bytes of the merged model."""
     dtype = getattr(torch, run.base.dtype)
     config = AutoConfig.from_pretrained(
         pinned.folder, local_files_only=True, trust_remote_code=False
     )
-    stored = config.dtype or dtype  # before it is set to what is computed in
+    stored = config.dtype or dtype  # before it is set to the compute dtype
     model, fresh = task.skeleton(pinned, data.facts, run)
     model.requires_grad_(False)
     model.config.get_text_config().use_cache = False
@@ -368,37 +364,37 @@ def _on_meta(
     packed = [m.weight for m in linear] if quantized else []
     inside = sum(w.numel() for w in packed)
     held = {f"weights {run.base.dtype}": (values - inside) * dtype.itemsize}
-    if run.base.quantize == "nf4":  # of each block of 64 a scale of 8 bits, of 256 of those a float
+    if run.base.quantize == "nf4":  # per block of 64 an 8-bit scale, and per 256 scales a float
         held |= {"weights nf4": inside // 2, "quantization": inside // 64 * 260 // 256}
         held["quantization"] += _CODES * len(packed)
-    elif run.base.quantize == "int8":  # a scale a row
+    elif run.base.quantize == "int8":  # one scale per row
         held |= {"weights int8": inside, "quantization": 4 * sum(map(len, packed))}
-    # One layer at a time is unpacked.
+    # One layer at a time is dequantized.
     held["buffers"] = buffers + max((w.numel() for w in packed), default=0) * dtype.itemsize
-    # An adapter that is started from is read from its file, and torch warns that it goes nowhere.
+    # A start adapter is read from its file; torch warns that copies to meta have no effect.
     with torch.device("cpu" if run.adapter.start else "meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         strategy = choose(run.train, run.adapter, model, fresh)
         model = attach(model, strategy.adapter, fresh, run.seed).train()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     held |= {"adapter": 4 * sum(trained), "gradients": 4 * sum(trained)}
-    # bitsandbytes keeps 32-bit state of small tensors.
+    # bitsandbytes keeps 32-bit state for small tensors.
     eight = "8bit" in run.train.optim
     held["optimizer"] = sum(n * (2 if eight and n >= 4096 else 8) for n in trained)
     return model, held, values * stored.itemsize, values * dtype.itemsize
 
 
-def _what_would_fit(here: _Planning) -> str:
-    """By how much nothing fits, and the first of the changes with which something does."""
+def _what_would_fit(here: _Planner) -> str:
+    """The message that nothing fits, with the first change that would."""
     run, room = here.run, here.machine.limit
     least = sum(here.memory(1, here.layers).values())
     text = (
-        f"nothing fits: {least / _MIB:,.0f} MiB at least, with a row a micro-batch and all "
-        f"layers recomputed; {room / _MIB:,.0f} are available, without a margin of what is free: "
+        f"does not fit into memory: at least {least / _MIB:,.0f} MiB, with one row per "
+        f"micro-batch and all layers recomputed; {room / _MIB:,.0f} MiB available after a margin: "
         f"{(least - room) / _MIB:,.1f} MiB too much; "
     )
     four: dict[str, Any] = {"base": {"quantize": "nf4"}} if run.base.quantize != "nf4" else {}
-    # An adapter that is started from has its rank.
+    # A start adapter keeps its rank.
     rank: dict[str, Any] = {} if run.adapter.start else {"adapter": {"r": -(-run.adapter.r // 4)}}
     halved = [run.train.max_length >> n for n in range(1, 7)]
     lengths = [{"train": {"max_length": n}} for n in halved if n >= _FEWEST_TOKENS]
@@ -406,7 +402,7 @@ def _what_would_fit(here: _Planning) -> str:
     tried = [four, *lengths, rank, *both, *(some | rank for some in [four, *both])]
     for change in filter(None, tried):
         parts = {name: getattr(run, name).model_copy(update=new) for name, new in change.items()}
-        other = _Planning(
+        other = _Planner(
             run.model_copy(update=parts),
             here.task,
             here.pinned,
@@ -419,11 +415,11 @@ def _what_would_fit(here: _Planning) -> str:
         if other.fits(1, other.layers):
             return text + " ".join(values) + " would fit"
     size = sum(other.memory(1, other.layers).values()) / _MIB
-    return f"{text}{size:,.0f} MiB even with {' '.join(values)}: a smaller base, or a larger device"
+    return f"{text}{size:,.0f} MiB even with {' '.join(values)}: use a smaller base or more memory"
 
 
 def free_memory() -> int:
-    """Bytes that may still be taken on a CPU: what is available, within the container's limit."""
+    """Available bytes on a CPU, within the container's limit."""
     free = int(psutil.virtual_memory().available)
     for folder, limit, used in (
         ("", "memory.max", "memory.current"),
@@ -432,7 +428,7 @@ def free_memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # no such limit
             place = _CGROUPS / folder
             stat = (place / "memory.stat").read_text().split()
-            # Cached files are counted as used, and given back when memory is wanted.
+            # Cached files count as used but can be reclaimed.
             cached = int(stat[stat.index("inactive_file") + 1])
             left = int((place / limit).read_text()) - int((place / used).read_text()) + cached
             free = min(free, left)
@@ -440,9 +436,9 @@ def free_memory() -> int:
 
 
 def _machine(run: Run, model: Any) -> Machine:
-    """The device: what may be held on it, and its rates, measured in a moment at the shape of the
-    model's largest layer; of several processes the one with the least room."""
-    framework = int(psutil.Process().memory_info().rss)  # before what is tried here
+    """The device: available memory, and its rates, measured briefly with the shape of the model's
+    largest layer; of several processes the one with the least memory."""
+    framework = int(psutil.Process().memory_info().rss)  # before the measurements
     device = torch.device("cuda" if gpu_is_used() else "cpu")
     linear = {m.weight.shape for m in model.modules() if type(m) is torch.nn.Linear}
     head = {model.get_input_embeddings().weight.shape}
@@ -456,13 +452,13 @@ def _machine(run: Run, model: Any) -> Machine:
     if device.type == "cuda":
         room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     else:
-        # Processes beside this one will want as much.
+        # Other local processes need the same.
         room = framework + free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mine = Machine(device.type, room, framework, rates, bandwidth)
     return min(gather_object([mine]), key=lambda machine: machine.room)
 
 
 def _time(work: Callable[..., Any], *given: Any) -> float:
-    """Seconds that it takes: the least of some, as others may work beside it."""
+    """Seconds of a call: the minimum of several, since other processes may interfere."""
     timer = Timer("work(*given)", globals=locals(), num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=_PROBED_S).times)

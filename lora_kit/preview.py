@@ -1,6 +1,6 @@
-"""What a run would train on, for people to look at: in the terminal, and as one page.
+"""Preview of a run's training data: in the terminal and as an HTML page.
 
-Nothing here decides anything: it shows the rows that were prepared, before a model is loaded.
+It shows the prepared rows, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -19,52 +19,52 @@ import numpy as np
 from lora_kit.data.prepare import USES
 from lora_kit.errors import UserError, harmless
 from lora_kit.folders import write_whole
-from lora_kit.pages import render
+from lora_kit.pages import render_page
 from lora_kit.schema import Run
 from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.task import Processor, Shown, Task
 
-SAMPLES_OF_A_PAGE = 50  # of each split
-TOKENS_OF_A_PAGE = 800  # of each sample: 120,000 tokens are a page of about 5 MB
+SAMPLES_OF_A_PAGE = 50  # per split
+TOKENS_OF_A_PAGE = 800  # per sample: 120,000 tokens are a page of about 5 MB
 TOKENS_OF_A_TERMINAL = 512
-# A page begins with this; a file that does not is somebody else's, and is not overwritten.
+# Pages begin with this; other files are not overwritten.
 MARK = "<!doctype html>\n<!-- lora-kit preview -->\n"
 _TEMPLATE = Path(__file__).with_name("preview.html.jinja")
-_CHARACTERS = 6  # of text for a token, where text is shown that is no tokens
-_LONGEST_CHARACTER = 8  # tokens; four for its bytes, and a token may end one and begin another
+_CHARACTERS = 6  # characters per token, to limit text without tokens
+_LONGEST_CHARACTER = 8  # tokens; a character has up to four bytes
 _BROKEN = "\ufffd"
-# Styles of a terminal.
-_LEARNED, _CONTEXT, _SPECIAL = "bold green", "dim", "dim magenta"
+# Terminal styles.
+_SUPERVISED, _CONTEXT, _SPECIAL = "bold green", "dim", "dim magenta"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of a token, or of the tokens that spell one character together. Without `ids`: what
-    is said of tokens that are not shown."""
+    """The text of a token, or of tokens that form one character. Without `ids`: a note about tokens
+    that are not shown."""
 
     text: str
     ids: tuple[int, ...]
-    learned: bool = False
+    supervised: bool = False
     special: bool = False
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row that the model sees; `number` counts from 1, `learned` of its `tokens` are learned."""
+    """A row of the model; `number` counts from 1, `supervised` of its `tokens` are trained on."""
 
     use: str
     number: int
     place: str
     tokens: int
-    learned: int
+    supervised: int
     pieces: list[Piece]
 
 
 def pieces(
-    tokenizer: Any, ids: list[int], learned: list[bool], start: int, stop: int
+    tokenizer: Any, ids: list[int], supervised: list[bool], start: int, stop: int
 ) -> Iterator[Piece]:
-    """The tokens ids[start:stop] of a row, each with its own text; one that spells nothing, and a
-    marker, with its name."""
+    """The tokens ids[start:stop] of a row with their texts; tokens without text and special tokens
+    with their names."""
     marks = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     before = max(0, start - 1)
     while start < stop:
@@ -74,19 +74,19 @@ def pieces(
         else:
             end, text = _next(tokenizer, ids, before, start)
             text = text or tokenizer.convert_ids_to_tokens(ids[start])
-        yield Piece(harmless(text), tuple(ids[start:end]), any(learned[start:end]), special)
+        yield Piece(harmless(text), tuple(ids[start:end]), any(supervised[start:end]), special)
         before, start = start, end
 
 
 def _next(tokenizer: Any, ids: list[int], before: int, start: int) -> tuple[int, str]:
-    """The text that begins with a token, and where it ends: at the next token, unless it takes more
-    of them to spell a character."""
+    """The end and text of the piece that begins with a token: one token, or more if they form one
+    character."""
 
     def decode(first: int, last: int) -> str:
         return tokenizer.backend_tokenizer.decode(ids[first:last], skip_special_tokens=False)
 
     def text(end: int) -> str:
-        # Decoded after the token before it: some decoders strip the space that begins a text.
+        # Decoded with the previous token, since some decoders strip leading spaces.
         whole = decode(before, end)
         return whole[len(known) :] if whole.startswith(known) else decode(start, end)
 
@@ -100,14 +100,14 @@ def _next(tokenizer: Any, ids: list[int], before: int, start: int) -> tuple[int,
 def samples(
     task: Task, prepared: Prepared, processor: Processor, use: str, count: int, most_tokens: int
 ) -> list[Sample]:
-    """Rows from the first to the last, evenly apart; of a long one its beginning and its end.
+    """Evenly spaced rows; of long ones the beginning and the end.
 
     Raises:
-        UserError: there are no rows of this use.
+        UserError: there are no rows in this split.
     """
     rows = prepared.rows(use)
     if rows is None or not len(rows):
-        raise UserError(f"--split {use}: the run file names no data.{use}")
+        raise UserError(f"--split {use}: data.{use} is not set")
     shower = (task.general if use == "general" else task) or task
     found = []
     for number in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int)).tolist():
@@ -135,7 +135,7 @@ def _shown(processor: Processor, sequence: Shown, most_tokens: int) -> list[Piec
     if not len(sequence.ids):
         text = harmless(sequence.text)
         most = most_tokens * _CHARACTERS
-        return [Piece(text if len(text) <= most else f"{text[:most]} … and more", ())]
+        return [Piece(text if len(text) <= most else f"{text[:most]} …", ())]
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = np.asarray(sequence.ids).tolist()
     trained = list(sequence.trained) or [False] * len(ids)
@@ -150,8 +150,8 @@ def _shown(processor: Processor, sequence: Shown, most_tokens: int) -> list[Piec
 
 
 def packing(task: Task, run: Run, prepared: Prepared) -> dict[str, Any]:
-    """How rows are made of documents, how many there are, and the share of them that is tokens;
-    null where each is padded to the longest of its batch."""
+    """Packing mode, number of rows, and the share of the rows that is tokens; null if rows are
+    padded to the longest in the batch."""
     rows, mode = prepared.train, task.packing(run)
     tokens = int(task.tokens(prepared.rows("train")).sum())
     fill = None if mode == "none" else round(tokens / (len(rows) * run.train.max_length), 4)
@@ -159,7 +159,7 @@ def packing(task: Task, run: Run, prepared: Prepared) -> dict[str, Any]:
 
 
 def to_json(task: Task, run: Run, prepared: Prepared, problems: list[str]) -> dict[str, Any]:
-    """The census, and what else `preview --json` prints."""
+    """The output of `preview --json`: the census and more."""
     return {
         "recipe": run.recipe,
         "kind": prepared.facts.get("kind"),
@@ -172,8 +172,8 @@ def to_json(task: Task, run: Run, prepared: Prepared, problems: list[str]) -> di
 
 
 def show(task: Task, prepared: Prepared, processor: Processor, use: str, count: int) -> None:
-    """Print the census, the lengths of rows, and samples: in colours on a terminal that has some,
-    elsewhere what is trained on stands in ⟦ ⟧."""
+    """Print the census, row lengths and samples; supervised tokens are coloured, or in ⟦ ⟧ without
+    colours."""
     from rich.console import Console
     from rich.text import Text
 
@@ -193,42 +193,43 @@ def show(task: Task, prepared: Prepared, processor: Processor, use: str, count: 
     if not counted.labels_are_tokens:
         verb = ""
     if found and coloured and verb:
-        legend = Text("\n").append(verb, _LEARNED).append(" and ").append(f"not {verb}", _CONTEXT)
+        legend = (
+            Text("\n").append(verb, _SUPERVISED).append(" and ").append(f"not {verb}", _CONTEXT)
+        )
         console.print(legend)
     elif found and verb:
         console.print(f"\n⟦{verb}⟧ and not {verb}")
     for sample in found:
         head = f"{sample.use} row {sample.number:,}, {sample.place}: {sample.tokens:,} tokens"
-        head += f", {sample.learned:,} of them {verb}" if verb else ""
+        head += f", {sample.supervised:,} of them {verb}" if verb else ""
         console.print(Text(f"\n{head}", "bold"))
         console.print(_drawn(sample, coloured))
 
 
 def _drawn(sample: Sample, coloured: bool) -> Any:
-    """A sample for a terminal: what is trained on in colour, or else in ⟦ ⟧; line ends are seen,
-    and end lines."""
+    """A sample for the terminal, supervised tokens in colour or in ⟦ ⟧, with visible line ends."""
     from rich.text import Text
 
     text = Text()
-    for learned, run in groupby(sample.pieces, attrgetter("learned")):
-        text.append("⟦" * (learned and not coloured))
+    for supervised, run in groupby(sample.pieces, attrgetter("supervised")):
+        text.append("⟦" * (supervised and not coloured))
         for piece in run:
-            style = _LEARNED if learned else _SPECIAL if piece.special else _CONTEXT
+            style = _SUPERVISED if supervised else _SPECIAL if piece.special else _CONTEXT
             style += " underline" * piece.special
             text.append(piece.text.replace("\n", "↵\n"), style if coloured else "")
-        text.append("⟧" * (learned and not coloured))
+        text.append("⟧" * (supervised and not coloured))
     return text
 
 
 def check_page(file: Path) -> None:
-    """Raises UserError if a page cannot be written there, or would replace what is no such page."""
+    """Raises UserError if the page cannot be written, or would overwrite another file."""
     if not file.parent.is_dir():
-        raise UserError(f"--html {file}: there is no folder {file.parent}")
+        raise UserError(f"--html {file}: no such folder: {file.parent}")
     ours = False
     with contextlib.suppress(OSError):
         ours = file.is_file() and file.read_bytes().startswith(MARK.encode())
     if os.path.lexists(file) and not ours:
-        raise UserError(f"--html {file}: exists and is no page of preview: name another file")
+        raise UserError(f"--html {file}: exists and is not a preview page: name another file")
 
 
 def write_page(
@@ -239,7 +240,7 @@ def write_page(
     processor: Processor,
     problems: list[str],
 ) -> None:
-    """Write one self-contained page: it loads nothing, and all text from data is escaped."""
+    """Write a self-contained page; all text from data is escaped."""
     check_page(file)
     text = page(task, run, prepared, processor, problems)
     try:
@@ -255,7 +256,7 @@ def page(
     census = prepared.census
     uses = [use for use in USES if getattr(census, use).samples]
     notes = [line.removeprefix("note: ") for line in prepared.summary() if line[:6] == "note: "]
-    return render(
+    return render_page(
         _TEMPLATE,
         run=run,
         prepared=prepared,

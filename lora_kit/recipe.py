@@ -1,8 +1,8 @@
-"""What a recipe of your own is made of: `import lora_kit.recipe as kit`.
+"""The building blocks of your own recipe: `import lora_kit.recipe as kit`.
 
-recipes/README.md explains the contract, with an example. The steps of a journey, in their order:
+recipes/README.md explains the contract, with an example. The steps, in order:
 `Journey`, `pin`, `prepare`, `encode`, `check_prove`, `plan_training`, `choose`, `attach`,
-`make_trainer`, `fit`, `save_run`, `prove`; and `recipe_main`, which accelerate's processes call.
+`make_trainer`, `fit`, `save_run`, `prove`; and `recipe_main`, the entry point under accelerate.
 """
 
 # ruff: noqa: F401 - imported for recipes to take from here

@@ -1,8 +1,8 @@
-"""`run.yaml` -> `Run`: what one run is, every mistake in it reported at once.
+"""`run.yaml` -> `Run`: loads a run file and reports all mistakes in it at once.
 
-Neither PEFT nor transformers is imported for a good file: the process that trains checks the fields
-against the installed classes (`train.arguments.check_installed`). A run file that already has a
-mistake is checked against them to complete the list.
+Neither PEFT nor transformers is imported for a valid file: the training process checks the fields
+against the installed classes (`train.arguments.check_installed`). For a file with an unknown key
+they are imported to improve the message.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_kit import schema, trust
 from lora_kit.errors import RunFileError, UserError
 from lora_kit.schema import SECTIONS, Adapter, Run, Section
 
-# What is an object wherever it stands in the files that a run writes about itself.
+# Keys that must be objects in the JSON files that a run writes.
 _OBJECTS = (
     *("base", "adapter", "data", "batch", "commits", "verdict", "domain", "general", "overfitting"),
     *("metrics", "harness", "audit", "training", "memory", "gate"),
@@ -33,56 +33,56 @@ _OBJECTS = (
 # The keys of `data:` that name sources.
 SOURCE_KEYS = ("train", "eval", "general", "decontaminate")
 Models = Mapping[str, type[Section]]  # section -> its class, as `data.limits`
-# The classes of sections inside others.
+# The classes of nested sections.
 _INNER: Models = {"data.limits": schema.Limits, "prove.gate": schema.Gate}
-_PROGRAMS = ("metrics", "harness")  # keys of `prove:` that may name some
+_PROGRAMS = ("metrics", "harness")  # keys of `prove:` that may name programs
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = {
     *(".txt", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
     *(".gz", ".html", ".htm", ".pdf", ".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf"),
     *(".py", ".conll"),
 }
-# How `lora-kit train` tells its workers how many of them there should be.
+# Set by `lora-kit train` for its workers: the requested number of processes.
 WORLD_SIZE_VARIABLE = "LORA_KIT_WORLD_SIZE"
-# A run file is a page; what is larger is something else, named by mistake.
+# Larger files are not run files.
 _LARGEST_BYTES = 2**20
 
-# Keys of the installed classes that another part of the run owns.
+# Keys of the installed classes that are set elsewhere.
 _OWNERS = {
-    "train.output_dir": "`name:` decides it: the run is written to runs/<name>",
-    "train.run_name": "`name:` decides it",
-    "train.seed": "`seed:` at the top decides it",
-    "train.data_seed": "`seed:` at the top decides it",
-    "train.push_to_hub": "nothing is uploaded by training",
-    "train.hub_token": "a token does not belong into a run file; log in with `hf auth login`",
-    "train.bf16": "`base.dtype` decides it",
-    "train.fp16": "`base.dtype` decides it",
-    "train.deepspeed": "`--accelerate zero3` decides it",
-    "train.fsdp": "`--accelerate fsdp_qlora` decides it",
-    "train.use_cpu": "`--accelerate cpu` decides it",
-    "train.resume_from_checkpoint": "`lora-kit train RUN --resume` asks for it",
-    "train.eval_strategy": "`train.eval_steps` decides it",
-    "train.save_strategy": "`train.save_steps` decides it",
-    "train.logging_strategy": "`train.logging_steps` decides it",
-    "train.metric_for_best_model": "the best adapter is that of the lowest eval_loss",
-    "train.greater_is_better": "the best adapter is that of the lowest eval_loss",
-    "train.logging_dir": "TensorBoard's files lie in runs/<name>/tensorboard",
-    "train.disable_tqdm": "a bar is drawn where there is a terminal",
-    "adapter.base_model_name_or_path": "`base.model` decides it",
-    "adapter.revision": "`base.revision` decides it",
-    "adapter.task_type": "a causal language model is always meant",
+    "train.output_dir": "set `name:`; the run is written to runs/<name>",
+    "train.run_name": "set `name:`",
+    "train.seed": "set the top-level `seed:`",
+    "train.data_seed": "set the top-level `seed:`",
+    "train.push_to_hub": "training does not upload; use `lora-kit push`",
+    "train.hub_token": "do not put tokens into a run file; log in with `hf auth login`",
+    "train.bf16": "set `base.dtype`",
+    "train.fp16": "set `base.dtype`",
+    "train.deepspeed": "use `--accelerate zero3`",
+    "train.fsdp": "use `--accelerate fsdp_qlora`",
+    "train.use_cpu": "use `--accelerate cpu`",
+    "train.resume_from_checkpoint": "use `lora-kit train RUN --resume`",
+    "train.eval_strategy": "set `train.eval_steps`",
+    "train.save_strategy": "set `train.save_steps`",
+    "train.logging_strategy": "set `train.logging_steps`",
+    "train.metric_for_best_model": "the best adapter is the one with the lowest eval_loss",
+    "train.greater_is_better": "the best adapter is the one with the lowest eval_loss",
+    "train.logging_dir": "TensorBoard files are in runs/<name>/tensorboard",
+    "train.disable_tqdm": "a progress bar is shown only on a terminal",
+    "adapter.base_model_name_or_path": "set `base.model`",
+    "adapter.revision": "set `base.revision`",
+    "adapter.task_type": "the recipe sets it",
     "base.trust_remote_code": "code from a model repository is never run",
     **dict.fromkeys(
         ("train.trust_remote_code", "prove.trust_remote_code", "data.trust_remote_code"),
-        "no file allows code from the Hub, only --trust-remote-code on the command line",
+        "use --trust-remote-code on the command line; a file cannot allow code from the Hub",
     ),
     "base.device_map": "accelerate places the model; see --accelerate",
     "base.load_in_4bit": "write `quantize: nf4`",
     "base.load_in_8bit": "write `quantize: int8`",
-    "data.seed": "`seed:` at the top decides it",
-    "data.against": "it is called `data.decontaminate` now",
+    "data.seed": "set the top-level `seed:`",
+    "data.against": "renamed to `data.decontaminate`",
 }
-# Other names that people know a key by, where the nearest spelling would be the wrong one.
+# Common other names of keys, where the nearest spelling would be a wrong suggestion.
 _MEANT = {
     "adapter.rank": "r",
     "train.batch_size": "per_device_train_batch_size",
@@ -92,23 +92,23 @@ _MEANT = {
     **{f"data.{key}.path": "source" for key in SOURCE_KEYS},
 }
 
-# What a JSON schema calls a type or a bound, in words.
+# Types and bounds of a JSON schema, in words.
 _TYPES = {
-    **{"integer": "a whole number", "number": "a number", "string": "a text", "null": "null"},
+    **{"integer": "an integer", "number": "a number", "string": "a string", "null": "null"},
     **{"boolean": "true or false", "array": "a list", "object": "a mapping"},
 }
 _SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `2e-4` is a number, a date is text, a key may stand only
-    once, and there are no aliases: a few of them, nested, stand for more than fits into memory."""
+    """YAML 1.1 as PyYAML reads it, except: `2e-4` is a number, dates are strings, duplicate keys
+    and aliases are errors (nested aliases can expand to more than fits into memory)."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(
-                None, None, "aliases (*name) are not taken: write the value out", mark
+                None, None, "aliases (*name) are not supported: write out the value", mark
             )
         return super().compose_node(parent, index)
 
@@ -117,7 +117,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or key in seen:
-                what = "stands twice" if isinstance(key, str) else "is not a word"
+                what = "is duplicate" if isinstance(key, str) else "is not a string"
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} {what}", key_node.start_mark
                 )
@@ -126,12 +126,12 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back: the name `1e4` in quotes."""
+    """Writes YAML that `_Loader` reads back, such as the name `1e4` in quotes."""
 
 
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$")
 for _class in (_Loader, _Dumper):
-    # `add_implicit_resolver` copies the table of SafeLoader before it adds to it.
+    # `add_implicit_resolver` copies SafeLoader's table before adding to it.
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
@@ -139,8 +139,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-class Keys(Protocol):
-    """What a task tells about the run file's keys (see `tasks.task.Task`)."""
+class TaskKeys(Protocol):
+    """The part of `tasks.task.Task` about the run file's keys."""
 
     settings: Mapping[str, type[Section]]
     unread: tuple[str, ...]
@@ -150,19 +150,18 @@ def load_run(
     path: str | Path,
     overrides: tuple[str, ...] | list[str] = (),
     needs_sources: bool = True,
-    task_of: Callable[[Path], Keys] | None = None,
+    task_of: Callable[[Path], TaskKeys] | None = None,
 ) -> Run:
     """Read a run file, apply `key=value` overrides, and check everything.
 
     Relative paths in `data:`, `base.model`, `adapter.start` and `recipe` are relative to the run
-    file; the ones returned are absolute. A base or an adapter may be named relative to the working
-    folder as well.
+    file; returned paths are absolute. A base or an adapter may also be relative to the working
+    folder.
 
     Args:
-        needs_sources: whether the data and the recipe must be there; a finished run is loaded
-            without them.
-        task_of: gives the task of a recipe's file, whose keys are taken and checked as well. Of a
-            finished run, loaded without it, keys that only its task knows are passed over.
+        needs_sources: whether data and recipe must exist; finished runs are loaded without them.
+        task_of: returns the task of a recipe file, whose keys are then accepted and checked.
+            Without it, keys of the task are ignored in a finished run.
 
     Raises:
         UserError: the file is missing or not YAML.
@@ -174,12 +173,12 @@ def load_run(
     problems += [problem for item in overrides if (problem := _override(values, item))]
     if not needs_sources or (path.parent / "run.lock.json").is_file():
         data = _section(values, "data")
-        if "against" in data:  # in a run directory, written by a version that called it so
+        if "against" in data:  # the key's former name, in the directory of an old run
             values["data"] = {k: v for k, v in data.items() if k != "against"}
             values["data"].setdefault("decontaminate", data["against"])
     values, relative = _absolute(values, path.resolve().parent)
-    task: Keys | None = None
-    # Looked at before the schema, so that all mistakes come at once.
+    task: TaskKeys | None = None
+    # Checked before the schema, so that all mistakes are reported at once.
     if needs_sources:
         missing = _missing_recipe(values)
         problems += _missing_sources(values) + missing
@@ -209,10 +208,10 @@ def load_run(
 def _read(path: Path) -> dict[str, Any]:
     """The values of a run file."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name a run file, as in {path / 'run.yaml'}")
+        raise UserError(f"{path} is a folder: name a run file, such as {path / 'run.yaml'}")
     try:
         if path.stat().st_size > _LARGEST_BYTES:
-            raise UserError(f"{path}: larger than {_LARGEST_BYTES:,} bytes: this is no run file")
+            raise UserError(f"{path}: larger than {_LARGEST_BYTES:,} bytes: not a run file")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): name a run file") from None
@@ -220,17 +219,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}): is it a run file?") from None
     values = _parse(text, str(path))
     if not isinstance(values, dict):
-        raise UserError(f"{path}: not a run file: `key: value` lines are expected")
-    # A section of which nothing is left but its name takes its defaults.
+        raise UserError(f"{path}: not a run file: expected `key: value` lines")
+    # An empty section has its defaults.
     return {k: {} if v is None and k in SECTIONS else v for k, v in values.items()}
 
 
-def validated(values: dict[str, Any], task: Keys | None) -> Run:
-    """A run of these values, with the keys of a task. Raises pydantic's ValidationError."""
+def validated(values: dict[str, Any], task: TaskKeys | None) -> Run:
+    """Validate values, including the keys of a task. Raises pydantic's ValidationError."""
     return run_class(task).model_validate(values)
 
 
-def run_class(task: Keys | None) -> type[Run]:
+def run_class(task: TaskKeys | None) -> type[Run]:
     """The class of a run file with the keys of a task."""
     return _run_class(tuple(sorted(task.settings.items()))) if task else Run
 
@@ -244,8 +243,8 @@ def _run_class(settings: tuple[tuple[str, type[Section]], ...]) -> type[Run]:
     return create_model("Run", __base__=Run, **fields) if fields else Run
 
 
-def schema_of(task: Keys | None) -> dict[str, Any]:
-    """The JSON schema of a run file, with the keys of a task and without those it does not read."""
+def schema_of(task: TaskKeys | None) -> dict[str, Any]:
+    """The JSON schema of a run file, with a task's own keys and without those it does not read."""
     found = run_class(task).model_json_schema()
     for key in task.unread if task else ():
         section, name = key.split(".")
@@ -255,21 +254,21 @@ def schema_of(task: Keys | None) -> dict[str, Any]:
     return found
 
 
-def section_fields(task: Keys) -> dict[str, set[str]]:
-    """{section: the keys that a task adds to it}"""
+def section_fields(task: TaskKeys) -> dict[str, set[str]]:
+    """{section: keys that the task adds}"""
     return {
         section: kind.model_fields.keys() - SECTIONS[section].model_fields.keys()
         for section, kind in task.settings.items()
     }
 
 
-def _models(task: Keys | None) -> Models:
+def _models(task: TaskKeys | None) -> Models:
     return {**SECTIONS, **(task.settings if task else {}), **_INNER}
 
 
 def _without_other_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Values without keys that only the run's own task knows. Those that are mistakes have been
-    refused when it was trained."""
+    """Values without unknown keys, which are those of the run's task: mistakes were rejected when
+    it was trained."""
     known = {
         name: {k: v for k, v in _section(values, name).items() if k in kind.model_fields}
         for name, kind in SECTIONS.items()
@@ -278,22 +277,23 @@ def _without_other_keys(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, **known}
 
 
-def _unread(values: dict[str, Any], task: Keys) -> list[str]:
-    """Keys that are set and that the task does not read."""
+def _unread(values: dict[str, Any], task: TaskKeys) -> list[str]:
+    """Problems: keys that are set but not read by the task."""
     problems = []
     for key in task.unread:
         section, name = key.split(".")
         field = SECTIONS[section].model_fields[name]
         default = field.get_default(call_default_factory=True)
-        if name in (given := _section(values, section)) and given[name] != default:
-            problems.append(f"{key}: recipe {values['recipe']} does not read it: leave it out")
+        given = _section(values, section)
+        if name in given and given[name] != default:
+            problems.append(f"{key}: recipe {values['recipe']} does not read it: remove it")
     return problems
 
 
 def write_run(run: Run, path: Path) -> None:
-    """Write the resolved run with all defaults, so that the file alone repeats it. Paths are
+    """Write the resolved run with all defaults, so that the file alone reproduces it. Paths are
     relative to the new file where the user wrote them relative, else absolute."""
-    header = "# What ran, defaults included. Repeat it: lora-kit train THIS_FILE name=ANOTHER_NAME"
+    header = "# The full run, with defaults. Repeat: lora-kit train THIS_FILE name=ANOTHER_NAME"
 
     def written(value: Any) -> Any:
         if isinstance(value, dict):
@@ -314,20 +314,20 @@ def check_free(run: Run) -> None:
         return
     saved = any((path / "checkpoints").glob("*/seal.json"))
     unfinished = saved and not read_lock(path).get("finished")
-    more = f"continue it (lora-kit train {path / 'run.yaml'} --resume), " if unfinished else ""
+    more = f"resume it (lora-kit train {path / 'run.yaml'} --resume), " if unfinished else ""
     raise UserError(f"{path} exists: {more}choose another with name=NAME, or remove it")
 
 
 def read_lock(directory: str | Path) -> dict[str, Any]:
-    """run.lock.json of a run directory; empty where there is none."""
+    """run.lock.json of a run directory; {} if there is none."""
     return read_json(Path(directory) / "run.lock.json")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object that a run wrote about itself; empty where there is none.
+    """A JSON file of a run; {} if there is none.
 
     Raises:
-        UserError: it is no JSON object, or a section of it is something else.
+        UserError: it is not a JSON object, or one of its sections has the wrong type.
     """
     if not file.exists():
         return {}
@@ -336,23 +336,23 @@ def read_json(file: Path) -> dict[str, Any]:
         whole = isinstance(found, dict)
         if whole and all(isinstance(found.get(name) or {}, dict) for name in _OBJECTS):
             return dict(found)
-    raise UserError(f"{file}: not the JSON that was written: changed by hand, or damaged")
+    raise UserError(f"{file}: invalid: edited or corrupt")
 
 
 def shipped(kind: Literal["recipes", "accelerate_configs"]) -> Path:
-    """The folder of recipes or accelerate configs, in a checkout as in an installed package."""
+    """The folder of recipes or accelerate configs, in a checkout or an installed package."""
     package = Path(__file__).resolve().parent
     inside = package / "shipped" / kind
     return inside if inside.is_dir() else package.parent / kind
 
 
 def shipped_recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
+    """Names of the shipped recipes."""
     return sorted(file.stem for file in shipped("recipes").glob("*.py"))
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a recipe: a shipped one by name, or the user's own."""
+    """The file of a recipe: shipped, by name; or the user's."""
     return shipped("recipes") / f"{name}.py" if name in shipped_recipes() else Path(name)
 
 
@@ -362,7 +362,7 @@ def recipe_path(run: Run) -> Path:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean X?` for the known word most like this one, or nothing."""
+    """`; did you mean X?` for the most similar known word, or ""."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean `{close[0]}`?" if close else ""
 
@@ -376,17 +376,17 @@ def _parse(text: str, where: str) -> Any:
         why = ", ".join(filter(None, (error.context, error.problem)))
         raise UserError(f"{place}: not YAML: {why}") from None
     except RecursionError:
-        raise UserError(f"{where}: nested too deeply for a run file") from None
+        raise UserError(f"{where}: nesting too deep for a run file") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
-        # A value that its tag does not fit, such as `!!int abc`, is no YAMLError.
+        # An invalid value for a tag, such as `!!int abc`, is not a YAMLError.
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _override(values: dict[str, Any], item: str) -> str | None:
-    """Set `a.b=c` in `values`; returns what is wrong with it, if anything."""
+    """Set `a.b=c` in `values`; returns an error message, or None."""
     key, equals, text = item.partition("=")
     if not equals or not key:
-        return f"`{item}`: an override reads key=value, as in train.max_steps=200"
+        return f"`{item}`: expected key=value, as in train.max_steps=200"
     parent: Any = values
     *path, last = key.split(".")
     for part in path:
@@ -394,7 +394,7 @@ def _override(values: dict[str, Any], item: str) -> str | None:
             parent[part] = {}
         parent = parent[part]
         if not isinstance(parent, dict):
-            return f"`{item}`: {part} has no keys of its own"
+            return f"`{item}`: {part} is not a section"
     try:
         parent[last] = _parse(text, f"`{item}`")
     except UserError as error:
@@ -403,14 +403,14 @@ def _override(values: dict[str, Any], item: str) -> str | None:
 
 
 def _absolute(values: dict[str, Any], folder: Path) -> tuple[dict[str, Any], set[str]]:
-    """The values with absolute paths, and those of the paths that were relative.
+    """The values with absolute paths, and the paths that were relative.
 
-    A name that is no path (a Hub id, `nano`, `nano:topics`, a metric) stays as it is.
+    Names that are not paths (a Hub id, `nano`, `nano:topics`, a metric) are unchanged.
     """
     relative: set[str] = set()
 
     def place(value: Any, *others: Path, must_exist: bool = False) -> Any:
-        """`others`: further folders to look in. `must_exist`: what is not there is a name."""
+        """`others`: further folders to search. `must_exist`: a missing path is a name."""
         if isinstance(value, list):
             return [place(item, *others, must_exist=must_exist) for item in value]
         if isinstance(value, dict) and "source" in value:
@@ -428,7 +428,7 @@ def _absolute(values: dict[str, Any], folder: Path) -> tuple[dict[str, Any], set
             found = candidates[0]
         normal = os.path.normpath(found)
         if os.path.exists(found) and os.path.realpath(normal) != os.path.realpath(found):
-            return found  # `link/../x`, where the link leads elsewhere
+            return found  # `link/../x`, where link points elsewhere
         if not os.path.isabs(expanded):
             relative.add(normal)
         return normal
@@ -438,9 +438,9 @@ def _absolute(values: dict[str, Any], folder: Path) -> tuple[dict[str, Any], set
     for key in SOURCE_KEYS:
         if key in data:
             data[key] = place(data[key])
-    if isinstance(data.get("labels"), str):  # a list holds the names themselves
+    if isinstance(data.get("labels"), str):  # a list has the names themselves
         data["labels"] = place(data["labels"])
-    # A base or a run (runs/x) may be named from the working folder as well.
+    # A base or a run (runs/x) may also be relative to the working folder.
     if "model" in base:
         base["model"] = place(base["model"], Path.cwd(), must_exist=True)
     if "start" in adapter:
@@ -449,7 +449,7 @@ def _absolute(values: dict[str, Any], folder: Path) -> tuple[dict[str, Any], set
     prove = _section(values, "prove")
     for key in _PROGRAMS:
         if isinstance(prove.get(key), list):
-            # What looks like a path: `f1` is a metric even where a folder has this name.
+            # Only values that look like paths: `f1` is a metric even if a folder has this name.
             words = [
                 place(v, must_exist=True) if set("/.") & set(str(v)) else v for v in prove[key]
             ]
@@ -467,12 +467,12 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be a data set on the Hub (owner/name), if it is no path."""
+    """Whether a name that is not a path can be a Hub id (owner/name)."""
     return bool(_HUB_ID.fullmatch(name)) and os.path.splitext(name)[1].lower() not in _FILE_ENDINGS
 
 
 def _missing_sources(values: dict[str, Any]) -> list[str]:
-    """Files, folders and embedded texts in `data:` that are not there."""
+    """Problems: missing files, folders and embedded texts of `data:`."""
     problems, data = [], _section(values, "data")
     for key in SOURCE_KEYS:
         sources = data.get(key)
@@ -484,7 +484,7 @@ def _missing_sources(values: dict[str, Any]) -> list[str]:
                 hint = nearest(source, list(schema.EMBEDDED))
                 problems.append(f"data.{key}: {source}: no such embedded text{hint}")
             elif is_hub_id(source):
-                continue  # the Hub is asked later
+                continue  # checked later, on the Hub
             elif not (os.path.exists(source) or glob.glob(source, recursive=True)):
                 problems.append(f"data.{key}: {_short(source, 240)}: no such file or folder")
     labels = data.get("labels")
@@ -494,7 +494,7 @@ def _missing_sources(values: dict[str, Any]) -> list[str]:
 
 
 def check_recipe(name: str) -> None:
-    """Raises UserError: no recipe has this name, or no file."""
+    """Raises UserError if there is no such recipe."""
     if problems := _missing_recipe({"recipe": name}):
         raise UserError(problems[0])
 
@@ -507,16 +507,16 @@ def _missing_recipe(values: dict[str, Any]) -> list[str]:
     if not recipe.endswith(".py"):
         known = f"({', '.join(names)}, or a path to a .py)"
         hint = nearest(recipe, names)
-        return [f"recipe: no recipe is called {_short(recipe)}{hint} {known}"]
+        return [f"recipe: unknown recipe {_short(recipe)}{hint} {known}"]
     return [] if os.path.isfile(recipe) else [f"recipe: {_short(recipe, 240)}: no such file"]
 
 
 def _programs(values: dict[str, Any]) -> list[str]:
-    """Programs that a run file names which `pull` brought, wherever they lie."""
+    """Problems: programs named in a run file that was fetched by `pull`."""
     prove = _section(values, "prove")
     named = {"recipe": values.get("recipe"), **{f"prove.{k}": prove.get(k) for k in _PROGRAMS}}
     return [
-        f"{key}: {_short(word)}: a program, and this file was pulled: name it in one of your own"
+        f"{key}: {_short(word)}: a pulled run file must not name programs: use a file of your own"
         for key, words in named.items()
         for word in (words if isinstance(words, list) else [words])
         if set("/\\.~") & set(str(word or ""))
@@ -524,8 +524,8 @@ def _programs(values: dict[str, Any]) -> list[str]:
 
 
 def _twice_decided(values: dict[str, Any]) -> list[str]:
-    """Keys of the adapter that `adapter.start` or `train.trainable` decides; their defaults may
-    stand there, as they do in a resolved run file."""
+    """Problems: adapter keys that `adapter.start` or `train.trainable` overrides; default values
+    are allowed, since a resolved run file has them."""
     adapter, fields = _section(values, "adapter"), Adapter.model_fields
     if adapter.get("start"):
         why = "taken over from adapter.start"
@@ -534,17 +534,17 @@ def _twice_decided(values: dict[str, Any]) -> list[str]:
     else:
         return []
     return sorted(
-        f"adapter.{key}: {why}; leave it out"
+        f"adapter.{key}: {why}; remove it"
         for key in fields.keys() & adapter.keys() - {"start"}
         if adapter[key] != fields[key].get_default(call_default_factory=True)
     )
 
 
 def _describe(error: ValidationError, values: dict[str, Any], models: Models) -> list[str]:
-    """One line for each mistake: key, value, what is wanted, the nearest name."""
+    """One line per mistake: key, value, expected type, nearest name."""
     lines: dict[str, str] = {}
     for item in error.errors():
-        # A union reports each branch under the branch's own name (`str`, `list[...]`): drop those.
+        # pydantic adds the names of union branches (`str`, `list[...]`) to the path: drop them.
         known: list[str | int] = []
         for part in item["loc"]:
             here = _at(values, known)
@@ -558,15 +558,15 @@ def _describe(error: ValidationError, values: dict[str, Any], models: Models) ->
             lines[key] = _unknown(key, models)
         elif item["type"] == "missing":
             lines[key] = f"{key}: missing: {_wanted(known, models)}"
-        elif item["loc"][-1] == "[key]":  # of data.columns, the one mapping with names of its own
+        elif item["loc"][-1] == "[key]":  # of data.columns, the only mapping with known names
             names = list(get_args(schema.Column))
             hint = nearest(str(known[-1]), names)
             lines[key] = f"{key}: no such column{hint} ({', '.join(names)})"
         elif item["type"] == "value_error":
-            lines[key] = f"{key}: {value} is not usable: {item['ctx']['error']}"
+            lines[key] = f"{key}: {value} is invalid: {item['ctx']['error']}"
         elif key not in lines:
-            lines[key] = f"{key}: {value} is not usable: {_wanted(known, models)}"
-    # Where the mistake is known more closely, the other branches of a union have nothing to say.
+            lines[key] = f"{key}: {value} is invalid: {_wanted(known, models)}"
+    # Drop messages of other union branches if there is a more specific one.
     closer = {key for key in lines for other in lines if other.startswith((f"{key}.", f"{key}["))}
     return [line for key, line in lines.items() if key not in closer]
 
@@ -581,13 +581,13 @@ def _at(values: Any, path: list[str | int]) -> Any:
 
 
 def _key(path: list[str | int]) -> str:
-    """`data.train[1].fraction`, as people write it."""
+    """The path as a key, such as `data.train[1].fraction`."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return "".join(parts).removeprefix(".")
 
 
 def _model(section: str, models: Models) -> Any:
-    """The class whose keys are in a section, such as `base`, `data.limits` or `data.train[0]`."""
+    """The pydantic class of a section, such as `base`, `data.limits` or `data.train[0]`."""
     plain = re.sub(r"\[\d+\]", "", section)
     if plain in {f"data.{key}" for key in SOURCE_KEYS}:
         return schema.Source
@@ -595,13 +595,13 @@ def _model(section: str, models: Models) -> Any:
 
 
 def _short(value: Any, most: int = 60) -> str:
-    """A value as a run file spells it, cut to `most` characters."""
+    """A value as in a run file, cut to `most` characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _wanted(path: list[str | int], models: Models) -> str:
-    """What a key takes, from its annotation and its description."""
+    """The expected type of a key and its description."""
     names = [part for part in path if isinstance(part, str)]
     if (inside := ".".join(names)) in models:
         return f"keys such as {', '.join(list(_model(inside, models).model_fields)[:4])}"
@@ -618,8 +618,8 @@ def _wanted(path: list[str | int], models: Models) -> str:
 
 
 def _type_words(model: Any, name: str, inside: str = "") -> str:
-    """`a whole number >= 1`, `one of a, b`, from the JSON schema of the key, or of what is in it:
-    `items` of a list, `additionalProperties` of a mapping."""
+    """`an integer >= 1`, `one of a, b`, from the JSON schema of the key, or of its `items` (list)
+    or `additionalProperties` (mapping)."""
     node = model.model_json_schema()["properties"][name]
     node = next((o[inside] for o in node.get("anyOf", [node]) if inside in o), node)
     words = []
@@ -629,13 +629,13 @@ def _type_words(model: Any, name: str, inside: str = "") -> str:
             words.append("one of " + ", ".join(map(str, choices)))
         else:
             bounds = [f"{sign} {option[key]}" for key, sign in _SIGNS.items() if key in option]
-            word = _TYPES.get(option.get("type"), "keys of its own")
+            word = _TYPES.get(option.get("type"), "a section")
             words.append(f"{word} {' and '.join(bounds)}".rstrip())
     return " or ".join(words)
 
 
 def _unknown(key: str, models: Models) -> str:
-    """Why this key is not taken, and which one may be meant."""
+    """The message for an unknown key, with a suggestion."""
     if key in _OWNERS:
         return f"{key}: not set here: {_OWNERS[key]}"
     section, _, name = key.rpartition(".")
@@ -650,11 +650,11 @@ def _unknown(key: str, models: Models) -> str:
 
 
 def _upstream(section: str, name: str) -> str:
-    """Says so when the installed PEFT or transformers has the field, but nothing here reads it."""
+    """A note if the installed PEFT or transformers has the field, but lora_kit does not read it."""
     import dataclasses
     import logging
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT brings it, and it chats
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by PEFT
     upstream: Any = None
     if section == "adapter":
         from peft import LoraConfig as upstream

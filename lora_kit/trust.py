@@ -1,9 +1,9 @@
-"""May code run that is neither ours nor the user's? The one place that decides.
+"""Whether third-party code may run: the one place that decides.
 
-Code from the Hub (the script of a metric) runs only where `--trust-remote-code` stood on the
-command line, or where a program of the user's sets the variable for itself; no key of a run file,
-and nothing that a folder holds, can say so. Code of a base (auto_map) never runs. What `pull`
-brought is data: no program at or below a folder with a pulled.json is run.
+Code from the Hub (a metric's script) runs only with `--trust-remote-code` on the command line, or
+if the user's own program sets the environment variable; run files and folders cannot allow it. Code
+of a base (auto_map) never runs. Pulled files are data: no program in or below a folder with a
+pulled.json is run.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from typing import Any
 
 from lora_kit.errors import UserError
 
-VARIABLE = "LORA_KIT_TRUST_REMOTE_CODE"  # tells the processes that `lora-kit train` starts
+VARIABLE = "LORA_KIT_TRUST_REMOTE_CODE"  # inherited by the processes of `lora-kit train`
 PULLED = "pulled.json"
 
 
 def say(allowed: bool) -> None:
-    """What this command line says; a yes that an earlier one left behind does not count."""
+    """Set the variable from this command line; an inherited value does not count."""
     os.environ[VARIABLE] = str(int(allowed))
 
 
 def pulled(path: str | Path) -> bool:
-    """Whether `path`, or what a link there leads to, lies in a folder that `pull` brought."""
+    """Whether `path`, or the target of a link, is in a folder created by `pull`."""
     lies = {Path(os.path.abspath(path)), Path(path).resolve()}
     return any((folder / PULLED).is_file() for p in lies for folder in (p, *p.parents))
 
 
 def check_own(path: str | Path) -> None:
-    """Raises UserError if a program at `path` was brought by `pull`."""
+    """Raises UserError if a program at `path` was fetched by `pull`."""
     if pulled(path):
-        raise UserError(f"{path}: was pulled, and is not run: read it, and copy it out if you do")
+        raise UserError(f"{path}: pulled programs are not run: review it, then copy it elsewhere")
 
 
 @contextmanager
 def metrics_checked() -> Iterator[list[UserError]]:
-    """Inside, the evaluate library takes the script of a metric, for us or for a task of lm-eval,
-    only if it may run. Yields what was refused: lm-eval goes on without the metric."""
+    """Inside, the evaluate library loads a metric's script, for us or for lm-eval, only if it may
+    run. Yields the rejected ones, without which lm-eval continues."""
     from evaluate import loading
 
     take, refused = loading.evaluation_module_factory, []
 
     def checked(path: str, *args: Any, **options: Any) -> Any:
-        # As evaluate looks for it: a file, the file of its name in a folder, or else the Hub.
+        # evaluate's search order: a file, a file of that name in a folder, else the Hub.
         named = path.endswith(".py")
         file = Path(path) if named else Path(path) / f"{Path(path).name}.py"
         try:
@@ -57,7 +57,7 @@ def metrics_checked() -> Iterator[list[UserError]]:
                 check_own(file)
             elif os.environ.get(VARIABLE) != "1":
                 raise UserError(
-                    f"{path}: no script here; one from the Hub would run with your rights: read "
+                    f"{path}: no local script; one from the Hub would run with your rights: review "
                     "it there, then add --trust-remote-code"
                 )
         except UserError as error:
@@ -73,22 +73,21 @@ def metrics_checked() -> Iterator[list[UserError]]:
 
 
 def run_module(name: str) -> list[str]:
-    """`python -m name`, without the working folder among what is imported from: it may be a model
-    folder that somebody wrote a torch.py into."""
+    """`python -m name` without the working folder in sys.path, which could have a torch.py."""
     return [sys.executable, "-P", "-m", name]
 
 
 def no_kernels_from_the_hub() -> None:
-    """Hide the package `kernels`, where it is installed: with it bitsandbytes 0.50 (on a CPU with
-    AVX512-BF16) and transformers fetch compiled code from the Hub and run it, unasked."""
+    """Hide the package `kernels`: with it, bitsandbytes 0.50 (on a CPU with AVX512-BF16) and
+    transformers download compiled code from the Hub and run it."""
     if os.environ.get(VARIABLE) != "1":
         sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 
 @contextmanager
 def time_limit(seconds: float, error: str) -> Iterator[None]:
-    """Raises UserError(error) after `seconds` in a template or a regular expression of somebody's.
-    Only the main thread can be interrupted so."""
+    """Raises UserError(error) after `seconds`, for third-party templates and regular expressions.
+    Only works in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -96,24 +96,24 @@ def test_a_hub_base_is_pinned_to_its_commit_and_found_again_offline(
     for again in (offline, by_sha):
         assert again == newest
     assert never["error"].startswith(
-        "base.model: org/other: no such folder here, not wholly in the Hub's"
+        "base.model: org/other: no such folder here, not completely in the Hub's"
     )
     assert "HF_HUB_OFFLINE is set" in never["error"] and "hf download" in never["error"]
 
     # Half a download, then the network goes: it must not pass for the model.
     (Path(newest["folder"]) / "model.safetensors").unlink()
     [half] = pins(hub.url, tmp_path, wanted[0], HF_HUB_OFFLINE="1")
-    assert "not wholly in the Hub's cache" in half["error"]
+    assert "not completely in the Hub's cache" in half["error"]
 
 
 def test_what_the_hub_refuses_is_said_in_one_line(hub: Hub, tmp_path: Path) -> None:
     words = {
-        "org/gated-no-token": ["(401)", f"ask for it at {hub.url}/org/gated-no-token", "login"],
-        "org/gated-refused": ["(403)", f"ask for it at {hub.url}/org/gated-refused", "login"],
-        "org/blocked": ["(403)", f"ask for it at {hub.url}/org/blocked"],
+        "org/gated-no-token": ["(401)", f"request it at {hub.url}/org/gated-no-token", "login"],
+        "org/gated-refused": ["(403)", f"request it at {hub.url}/org/gated-refused", "login"],
+        "org/blocked": ["(403)", f"request it at {hub.url}/org/blocked"],
         "org/missing": ["no such folder here", f"on {hub.url}", "private", "login"],
         "org/private": ["no such folder here", f"on {hub.url}", "private", "login"],
-        "org/down": [f"{hub.url} answers 503", "again later"],
+        "org/down": [f"{hub.url} responds 503", "again later"],
         "org/pickled": ["no .safetensors weights"],
         "org/a--b": ["not a Hub id"],
     }
@@ -130,7 +130,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub: Hub, tmp_path: Path) -> N
 def test_an_endpoint_that_does_not_answer_is_given_up_soon(tmp_path: Path) -> None:
     [got] = pins("http://127.0.0.1:9", tmp_path, ("org/model", None))
     assert "http://127.0.0.1:9 cannot be reached" in got["error"] and "\n" not in got["error"]
-    assert got["error"].endswith("fetch it with `hf download org/model`")
+    assert got["error"].endswith("download it with `hf download org/model`")
 
 
 def test_a_local_folder(base: Path, work: Path) -> None:

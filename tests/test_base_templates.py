@@ -63,7 +63,7 @@ def test_a_shipped_template_ends_a_turn_with_a_token_that_is_there(
     rows = [{"role": r, "content": c} for r, c in [*contents, ("assistant", "{% b %}")]]
     (found,) = ChatEncoder(tokenizer, "assistant", 999)([Example("f:1", messages=tuple(rows))])
     assert isinstance(found, Encoded)
-    texts = [tokenizer.decode(found.ids[a:b]) for a, b in found.learned]
+    texts = [tokenizer.decode(found.ids[a:b]) for a, b in found.supervised]
     assert texts == [f"a{end}", f"{{% b %}}{end}"]
     text = tokenizer.decode(found.ids)
     prompt = prompt_text(tokenizer, rows[:-1])

@@ -80,7 +80,7 @@ def test_what_is_damaged_is_prepared_again(
     folder = cache.prepared(KEY, build)
     damage(folder)
     assert cache.prepared(KEY, build) == folder and build.times == 2
-    assert f"{folder}: damaged: prepared again" in capsys.readouterr().err
+    assert f"{folder}: corrupt: preparing it again" in capsys.readouterr().err
     assert (folder / "rows.bin").read_bytes() == bytes(range(200))
     assert cache.prepared(KEY, build) == folder and build.times == 2
 
@@ -129,7 +129,7 @@ def test_without_a_place_to_keep_it_a_temporary_folder_does(
         folder = cache.prepared(KEY, build)
         assert (folder / "rows.bin").read_bytes() == bytes(range(200))
         assert tmp_path not in folder.parents
-        assert f"data: {place}: not kept there" in capsys.readouterr().err
+        assert f"data: {place}: not writable" in capsys.readouterr().err
     assert build.times == 2 and file.read_text() == "in the way"
 
 
@@ -200,7 +200,7 @@ def test_two_processes_prepare_once(work: Path) -> None:
     first = start("first")
     assert until(lambda: len(log()) == 1)
     second = start("second")
-    said = "another process prepares it: waiting"
+    said = "waiting for another process that prepares the same data"
     assert until(lambda: said in Path("second.err").read_text())
     Path("go").touch()
     assert first.wait(LIMIT_S) == second.wait(LIMIT_S) == 0

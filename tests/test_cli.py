@@ -117,9 +117,9 @@ def test_without_a_verb_comes_the_help(run: Shell) -> None:
         ("merge gone --out merged", "gone: neither a run directory nor an adapter folder"),
         ("merge gone", "Missing option '--out'."),
         ("merge gone --out merged --dtype float16", "'float16' is not one of 'bfloat16', 'fl"),
-        ("copy spt folder", "nothing is called `spt`; did you mean `sft`?"),
+        ("copy spt folder", "unknown name `spt`; did you mean `sft`?"),
         ("copy sft file.txt", "file.txt: cannot be written (File exists)"),
-        ("schema more", 'no recipe is called "more"'),
+        ("schema more", 'unknown recipe "more"'),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_2(
@@ -181,7 +181,7 @@ def test_preview_reports_what_train_would_refuse(
     assert found["duplicates"].keys() == found["leaks"].keys() == {"exact", "near"}
     assert found["tokens"] > found["supervised_tokens"] > found["end_markers_supervised"] == 60
     assert len(found["problems"]) == 1 and "data.limits.dropped" in found["problems"][0]
-    assert done.err == f"a run would stop here: {found['problems'][0]}\n"
+    assert done.err == f"training would stop: {found['problems'][0]}\n"
 
     people = run("preview", str(file), "data.limits.dropped=0.2", "--samples", "2")
     assert (people.code, people.err) == (0, "")
@@ -202,7 +202,7 @@ def test_preview_writes_a_page_and_never_over_something_else(
     assert "It is not there" not in (work / "page.html").read_text(encoding="utf-8")
     done = run("preview", str(file), "--html", "text.txt")
     assert (done.code, done.out) == (2, "") and len(done.errors) == 1
-    assert "--html text.txt: exists and is no page of preview" in done.errors[0]
+    assert "--html text.txt: exists and is not a preview page" in done.errors[0]
     done = run("preview", str(file), "--split", "general")
     assert (done.code, done.out) == (2, "") and "no data.general" in done.errors[0]
 

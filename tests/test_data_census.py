@@ -108,7 +108,7 @@ def test_the_rows_of_every_use_add_up(
     # The bad rows, each with its reason; of a share held out some are on that side.
     both = census.train + census.eval if "eval" in change else census.train
     assert sum(both.dropped.values()) == 6 and len(both.dropped) == 6
-    assert both.truncated == {"cut after the last answer that fits": 1}
+    assert both.truncated == {"cut after the last completion that fits": 1}
     assert both.samples_without_supervision == 1
     if "eval" not in change:
         # Leaks come first: two that cannot be encoded, too long or without supervision, are in it.
@@ -192,7 +192,8 @@ def test_the_lines_say_how_many_why_and_where_first(tmp_path: Path, tokenizer: A
     )
     assert f"  dropped: 1 with a null `messages` (first: {tmp_path}/a.jsonl:85)" in text
     assert (
-        f"  truncated: 1 cut after the last answer that fits (first: {tmp_path}/a.jsonl:83" in text
+        f"  truncated: 1 cut after the last completion that fits (first: {tmp_path}/a.jsonl:83"
+        in text
     )
     assert "duplicates in train: 2 exact, 1 near" in text
     assert "note: replay: " in text

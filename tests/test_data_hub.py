@@ -67,8 +67,8 @@ REFUSED = [
     ({"source": "org/never"}, ["no such file or folder here"]),
     ({"source": "org/private"}, ["private", "`hf auth login`"]),
     ({"source": "org/gated-no-token"}, ["{url}/datasets/org/gated-no-token", "(401)"]),
-    ({"source": "org/gated-refused"}, ["access refused (403)", "`hf auth login`"]),
-    ({"source": "org/down"}, ["answers 503", "again later"]),
+    ({"source": "org/gated-refused"}, ["access denied (403)", "`hf auth login`"]),
+    ({"source": "org/down"}, ["responds 503", "again later"]),
     ({"source": "org/a--b"}, ["org/a--b"]),
     ({"source": "org/set", "revision": "v2"}, ["has no revision `v2`"]),
     (
@@ -171,12 +171,12 @@ def test_without_a_network_the_cache_is_enough(found: list[Any], offline: None, 
         assert [str(file) for file in again.files] == before["files"]
     with pytest.raises(UserError, match=r"org/o: .*HF_HUB_OFFLINE is set") as raised:
         open_sources("org/o")
-    assert str(raised.value).endswith("fetch it with `hf download --repo-type dataset org/o`")
+    assert str(raised.value).endswith("download it with `hf download --repo-type dataset org/o`")
     # A file that was never fetched, or is not there any more.
     [file] = open_sources("org/lines")[0].files
     kept = file.readlink()
     file.unlink()
-    with pytest.raises(UserError, match=r"org/lines: .*not wholly in the Hub's cache"):
+    with pytest.raises(UserError, match=r"org/lines: .*not completely in the Hub's cache"):
         open_sources("org/lines")
     file.symlink_to(kept)
     # No switch, but nobody answers.

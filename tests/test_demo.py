@@ -35,7 +35,7 @@ def test_what_is_no_demo_is_not_removed(tmp_path: Path, monkeypatch: pytest.Monk
     notes = tmp_path / "runs/demo/merged/notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match=r"merged exists and is not a demo's"):
+    with pytest.raises(UserError, match=r"merged exists and is not from a demo"):
         demo.run_demo()
     assert notes.read_text(encoding="utf-8") == "mine"
 

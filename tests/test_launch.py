@@ -76,7 +76,7 @@ def test_own_config_by_path(work: Path) -> None:
     values = launch._read_config(accelerate_config("mine.yaml"))
     assert (values["num_processes"], values["num_machines"]) == (3, 1)
     (work / "mine.yaml").write_text("a list of words")
-    with pytest.raises(UserError, match=r"mine\.yaml: not a config of accelerate"):
+    with pytest.raises(UserError, match=r"mine\.yaml: not an accelerate config"):
         launch._read_config(accelerate_config("mine.yaml"))
 
 

@@ -112,7 +112,7 @@ def test_a_base_that_cannot_be_counted_says_so(run_file: RunMaker, room: Any) ->
     folder = Path("unknown")
     shutil.copytree(file, folder)
     (folder / "config.json").write_text('{"model_type": "never_heard_of"}')
-    with pytest.raises(plan.Uncountable, match=r"unknown: cannot be planned for: .*never_heard_of"):
+    with pytest.raises(plan.Uncountable, match=r"unknown: cannot be planned: .*never_heard_of"):
         planned(run_file, **{"base.model": str(folder.resolve())})
     run = load_run(run_file())
     task, pinned, tokenizer, data = parts_of(run)
@@ -121,7 +121,7 @@ def test_a_base_that_cannot_be_counted_says_so(run_file: RunMaker, room: Any) ->
     assert plan.plan_training(run, task, unknown, tokenizer, data, said.append) is None
     found = plan.plan_training(run, task, pinned, tokenizer, data, said.append)
     assert found is not None and found.why in said[1]
-    assert said[0].startswith("no plan, the batch is as written") and len(said) == 2
+    assert said[0].startswith("no memory plan: using the batch as written") and len(said) == 2
 
 
 # --- What is predicted
@@ -218,7 +218,7 @@ def test_less_memory_means_smaller_passes_of_the_same_step_then_recomputation(
         found = planned(run_file, **changes)
         assert found.fits and found.total <= limit
         assert found.choice.micro_batch * found.choice.accumulation == 8
-        assert "quickest that fits" in found.why
+        assert "fastest that fits" in found.why
         seen.append((found.choice.micro_batch, found.choice.recomputed))
     assert seen[-1] == (1, 2) and seen[0] != seen[-1]
 
@@ -228,7 +228,7 @@ def test_nothing_fits_and_what_it_names_does(run_file: RunMaker, room: Any) -> N
     changes = {"train.max_length": 256}
     one = {"train.per_device_train_batch_size": 1, "train.gradient_checkpointing": True}
     room((planned(run_file, **changes, **one).total - 200_000) / 0.9)
-    with pytest.raises(UserError, match=r"nothing fits: .* MiB too much; ") as error:
+    with pytest.raises(UserError, match=r"does not fit into memory: .* MiB too much; ") as error:
         planned(run_file, **changes)
     line = str(error.value)
     assert "\n" not in line and "would fit" in line
@@ -239,7 +239,7 @@ def test_nothing_fits_and_what_it_names_does(run_file: RunMaker, room: Any) -> N
         changes[key] = int(value) if value.isdigit() else value
     assert planned(run_file, **changes).fits
     room(memory.unused_bytes(NOTHING))  # nothing takes less
-    with pytest.raises(UserError, match="a smaller base, or a larger device"):
+    with pytest.raises(UserError, match="a smaller base or more memory"):
         planned(run_file, **changes)
 
 
@@ -251,7 +251,7 @@ def test_gradient_checkpointing_is_all_layers_and_plain_is_as_written(
     room(1 << 20)
     plain = planned(run_file, speed="plain")
     assert plain.choice == Choice(4, 1, 0)
-    assert not plain.fits and "too much" in plain.why
+    assert not plain.fits and "does not fit" in plain.why
 
 
 # --- What is free

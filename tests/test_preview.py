@@ -129,11 +129,11 @@ def test_samples_show_what_the_labels_say(
     rows = found.rows("train")
     shown = preview.samples(CHAT, found, tokenizer, "train", len(rows), 256)
     assert len(shown) == len(rows) == 27
-    assert sum(s.learned for s in shown) == found.census.train.supervised_tokens
+    assert sum(s.supervised for s in shown) == found.census.train.supervised_tokens
     assert sum(s.tokens for s in shown) == found.census.train.tokens
     answers = {f"{row['completion']}<|im_end|>" for row in chats(30)}
     for sample in shown:
-        assert "".join(p.text for p in sample.pieces if p.learned) in answers
+        assert "".join(p.text for p in sample.pieces if p.supervised) in answers
         line = int(sample.place.rpartition(":")[2])
         assert chats(30)[line - 1]["prompt"] in "".join(p.text for p in sample.pieces)
 
@@ -144,11 +144,11 @@ def test_the_first_token_of_running_text_is_not_learned_from(
     source = put_texts(tmp_path / "text.txt", sentences(60))
     found = prepared(tokenizer, "text", train=source, max_length=64)
     for sample in preview.samples(Text(), found, tokenizer, "train", 5, 64):
-        assert [piece.learned for piece in sample.pieces] == [
+        assert [piece.supervised for piece in sample.pieces] == [
             False,
             *[True] * (len(sample.pieces) - 1),
         ]
-        assert sample.learned == sample.tokens - 1
+        assert sample.supervised == sample.tokens - 1
 
 
 def test_samples_are_evenly_apart_from_the_first_to_the_last(
@@ -171,12 +171,12 @@ def test_of_a_long_row_both_ends_are_shown(tokenizer: Any, found: Prepared) -> N
     assert before == whole.pieces[: len(before)] and after == whole.pieces[-len(after) :]
     assert f"{whole.tokens - 20} tokens not shown" in short.pieces[gap[0]].text
     assert sum(len(piece.ids) for piece in short.pieces) == 20
-    assert any(piece.learned for piece in after)
-    assert (short.tokens, short.learned) == (whole.tokens, whole.learned)
+    assert any(piece.supervised for piece in after)
+    assert (short.tokens, short.supervised) == (whole.tokens, whole.supervised)
 
 
 def test_a_split_that_is_not_there_is_named(tokenizer: Any, found: Prepared) -> None:
-    with pytest.raises(UserError, match=r"--split general: the run file names no data\.general"):
+    with pytest.raises(UserError, match=r"--split general: data\.general is not set"):
         preview.samples(CHAT, found, tokenizer, "general", 3, 512)
 
 
@@ -218,7 +218,7 @@ def test_on_a_terminal_colours_say_it(
     out = capsys.readouterr().out
     (sample,) = preview.samples(CHAT, found, tokenizer, "eval", 1, 512)
     green = "".join(re.findall(r"\x1b\[1(?:;4)?;32m(.*?)\x1b\[0m", out))
-    learned = "".join(piece.text for piece in sample.pieces if piece.learned)
+    learned = "".join(piece.text for piece in sample.pieces if piece.supervised)
     assert green == "evaluated on" + learned and learned.endswith("<|im_end|>")
     assert "⟦" not in out
 

@@ -163,9 +163,9 @@ def test_a_page_replaces_only_a_page(
     (work / "link.html").symlink_to("gone.html")
     before = sorted(work.iterdir())
     for name in ("mine.html", "bytes.html", "folder", "link.html"):
-        with pytest.raises(UserError, match=f"--html {name}: exists and is no page of preview"):
+        with pytest.raises(UserError, match=f"--html {name}: exists and is not a preview page"):
             preview.write_page(Path(name), CHAT, run_of(), found, tokenizer, [])
-    with pytest.raises(UserError, match="there is no folder nowhere"):
+    with pytest.raises(UserError, match="no such folder: nowhere"):
         preview.write_page(Path("nowhere/x.html"), CHAT, run_of(), found, tokenizer, [])
     with pytest.raises(UserError, match="cannot be written"):
         preview.write_page(Path("x" * 250), CHAT, run_of(), found, tokenizer, [])
@@ -245,7 +245,7 @@ def test_figures_and_samples_are_those_of_the_census(
             f"{articles}.map(a => [...a.querySelectorAll('b[title]')].map(b => b.title).join())"
         )
         assert learned == [
-            ",".join("token " + ", ".join(map(str, p.ids)) for p in s.pieces if p.learned)
+            ",".join("token " + ", ".join(map(str, p.ids)) for p in s.pieces if p.supervised)
             for s in shown
         ]
 

@@ -162,7 +162,7 @@ def test_the_report_is_written_anew_unless_something_would_be_lost(
     assert found["domain"] == again["domain"] and found["audit"] is None and file.is_file()
     for damaged in ("", "[1]", '{"verdict": "better"}', '{"metrics": [1]}'):
         file.write_text(damaged, encoding="utf-8")
-        with pytest.raises(UserError, match=r"report\.json: not the JSON that was written"):
+        with pytest.raises(UserError, match=r"report\.json: invalid: edited or corrupt"):
             lora_kit.compare(run)
     file.write_bytes(before)
 

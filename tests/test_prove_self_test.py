@@ -288,7 +288,7 @@ def test_a_table_and_an_exit_code(
 def test_mistakes_are_the_users(run_file: Any, alone: None) -> None:
     assert lora_kit("doctor", "--loss", "nothing.yaml")[0] == 2
     code, said = lora_kit("doctor", "base.dtype=float32")
-    assert code == 2 and "settings belong to --loss RUN.yaml" in said
+    assert code == 2 and "settings need --loss RUN.yaml" in said
     file = run_file("sft")
     with pytest.raises(UserError, match="adapter\\.target_modules"):
         found_in(file, "adapter.target_modules=[nowhere]")

@@ -132,7 +132,7 @@ def test_a_score_that_it_does_not_have_is_reported_before_it_trains(
     monkeypatch.chdir(home)
     code, said = lora_kit("train", "run.yaml", "name=other", "prove.metrics=[rouge_l]")
     assert code == 2 and not Path("runs/other").exists()
-    assert "prove.metrics: rouge_l: the scores of this recipe are squared_error" in said
+    assert "prove.metrics: rouge_l: unknown; this recipe's scores: squared_error" in said
 
 
 @pytest.mark.parametrize(
@@ -238,10 +238,10 @@ MAIN = "\n\ndef main(run, resume=False): ...\n"
         (f"{GOOD}TASK = Own()\n", "own.py: defines no main(run, resume)"),
         (
             f"{GOOD.replace('text', 'txt')}TASK = Own(){MAIN}",
-            "no format is called 'txt'; did you mean `text`?",
+            "unknown format 'txt'; did you mean `text`?",
         ),
-        (f"{GOOD.replace(TEXT, '()')}TASK = Own(){MAIN}", "TASK.formats names no format"),
-        (f"{GOOD.replace(LOSS, '()')}TASK = Own(){MAIN}", "TASK.scores names none of the scores"),
+        (f"{GOOD.replace(TEXT, '()')}TASK = Own(){MAIN}", "TASK.formats is empty"),
+        (f"{GOOD.replace(LOSS, '()')}TASK = Own(){MAIN}", "TASK.scores is empty"),
         (f"{GOOD}raise SystemExit(3)\n", "own.py:9: cannot be imported: SystemExit: 3"),
         (f"{GOOD.replace('encode = ', '')}TASK = Own(){MAIN}", "TASK has no encode: see recipes/"),
         (f"{GOOD.replace(LOSS, 'None')}TASK = Own(){MAIN}", "TASK.scores is not a tuple of names"),
@@ -325,15 +325,15 @@ ROW = '{"input_ids": encoded["input_ids"], "labels": float(example.label)}'
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        (f"[{ROW}]", "None", r"pairs\.jsonl:1: a list of rows, not NoneType"),
-        (f"[{ROW}]", ROW, r"pairs\.jsonl:1: a list of rows, not dict"),
-        ("in examples:", "in examples[1:]:", r"\d+ examples, and rows or Dropped for \d+"),
+        (f"[{ROW}]", "None", r"pairs\.jsonl:1: expected a list of rows, not NoneType"),
+        (f"[{ROW}]", ROW, r"pairs\.jsonl:1: expected a list of rows, not dict"),
+        ("in examples:", "in examples[1:]:", r"\d+ results for \d+ examples"),
         (
             f"[{ROW}]",
             f'[{ROW} if "a" in pair[0] else {{"labels": 1.0}}]',
             "rows must all have the same col",
         ),
-        ('encoded["input_ids"], "l', 'example.label, "l', "rows that TASK.tokens cannot count"),
+        ('encoded["input_ids"], "l', 'example.label, "l', "TASK.tokens failed on its rows"),
     ],
 )
 def test_rows_that_encode_must_not_give_are_one_line(

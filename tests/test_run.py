@@ -215,7 +215,7 @@ def test_an_existing_run_directory_is_not_taken(folder: Path) -> None:
     with pytest.raises(UserError, match="exists: choose another"):
         check_free(run)
     (run.directory / "run.lock.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="not the JSON"):
+    with pytest.raises(UserError, match="edited or corrupt"):
         read_lock(run.directory)
 
 

@@ -55,7 +55,7 @@ def refused(folder: Path, text: str) -> str:
 def test_what_a_head_alone_does_not_read_is_refused(folder: Path) -> None:
     head = "train.trainable=head"
     assert problems(folder, head, "adapter.r=4", "adapter.use_dora=true", "adapter.start=null") == [
-        f"adapter.{key}: train.trainable: head trains without LoRA; leave it out"
+        f"adapter.{key}: train.trainable: head trains without LoRA; remove it"
         for key in ("r", "use_dora")
     ]
     assert load_run(write(folder, GOOD), [head, "adapter.r=16"]).adapter.r == 16
@@ -74,21 +74,21 @@ train: {learning_rate: abc, output_dir: x, max_step: 3}
     found = problems(folder, "seed=-1", "nonsense", text=text)
     wanted = {
         "nonsense": "key=value",
-        "recipe: ": 'no recipe is called "spt"; did you mean `sft`?',
-        "name: ": '"../x" is not usable',
+        "recipe: ": 'unknown recipe "spt"; did you mean `sft`?',
+        "name: ": '"../x" is invalid',
         "bas: ": "did you mean `base`?",
         "base.quantise: ": "did you mean `quantize`?",
-        "base.dtype: ": '"float16" is not usable: one of bfloat16, float32.',
+        "base.dtype: ": '"float16" is invalid: one of bfloat16, float32.',
         "data.train: ": "gone.txt",
-        "data.eval: ": "1.5 is not usable: a share held out lies between 0 and 1",
+        "data.eval: ": "1.5 is invalid: a held-out share must be between 0 and 1",
         "data.columns.promt: ": "did you mean `prompt`?",
         "adapter.rank: ": "did you mean `r`?",
-        "adapter.r: ": "16.5 is not usable: a whole number >= 1. Rank",
+        "adapter.r: ": "16.5 is invalid: an integer >= 1. Rank",
         "adapter.lora_alpha: ": "adapter.start",
-        "train.learning_rate: ": '"abc" is not usable: a number >= 0.',
-        "train.output_dir: ": "`name:` decides it",
+        "train.learning_rate: ": '"abc" is invalid: a number >= 0.',
+        "train.output_dir: ": "set `name:`",
         "train.max_step: ": "did you mean `max_steps`?",
-        "seed: ": "-1 is not usable: a whole number >= 0 and < 4294967296.",
+        "seed: ": "-1 is invalid: an integer >= 0 and < 4294967296.",
     }
     for key, words in wanted.items():
         matching = [line for line in found if key in line and words in line]
@@ -134,7 +134,7 @@ train: {learning_rate: abc, output_dir: x, max_step: 3}
 def test_a_wrong_value_is_named_with_its_key(folder: Path, key: str, value: str) -> None:
     line = only(folder, f"{key}={value}")
     assert line.startswith(key)
-    assert "is not usable: " in line and "see `lora-kit schema`" not in line
+    assert "is invalid: " in line and "see `lora-kit schema`" not in line
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_name_stays_inside_runs_and_fits_a_file_system(folder: Path, name: str
         ("train.group_by_length", "unknown key"),
         ("train.adafactor", "unknown key"),
         ("train.neftune_noise_alpha", "TrainingArguments has it"),
-        ("data.train.path", "train has no keys of its own"),
+        ("data.train.path", "train is not a section"),
     ],
 )
 def test_a_key_that_is_not_read_says_where_to_look(folder: Path, key: str, words: str) -> None:
@@ -180,7 +180,7 @@ def test_a_key_that_is_not_read_says_where_to_look(folder: Path, key: str, words
         ("data.train", "x" * 5000, "no such file or folder"),
         ("data.train", '"a\\0b"', "no such file or folder"),
         ("recipe", "mine.py", "no such file"),
-        ("recipe", "ppo", "no recipe is called"),
+        ("recipe", "ppo", "unknown recipe"),
     ],
 )
 def test_what_is_named_must_be_there(folder: Path, key: str, value: str, words: str) -> None:
@@ -199,14 +199,14 @@ def test_a_malformed_override_is_named(folder: Path, item: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "`key: value` lines are expected"),
-        ("- a\n- b", "`key: value` lines are expected"),
-        ("just words", "`key: value` lines are expected"),
+        ("", "expected `key: value` lines"),
+        ("- a\n- b", "expected `key: value` lines"),
+        ("just words", "expected `key: value` lines"),
         ("a: [1", "run.yaml:1: not YAML"),
-        ("name: x\nname: y", "run.yaml:2: not YAML: the key 'name' stands twice"),
-        ("base:\n  model: a\n  model: b", "run.yaml:3: not YAML: the key 'model' stands twice"),
-        ("1: x", "the key 1 is not a word"),
-        ("? [a]\n: b", "is not a word"),
+        ("name: x\nname: y", "run.yaml:2: not YAML: the key 'name' is duplicate"),
+        ("base:\n  model: a\n  model: b", "run.yaml:3: not YAML: the key 'model' is duplicate"),
+        ("1: x", "the key 1 is not a string"),
+        ("? [a]\n: b", "is not a string"),
         ("a: x\n---\nb: y", "run.yaml:2: not YAML"),
         ("seed: !!int abc", "not YAML"),
         ("seed: !!bool abc", "not YAML"),
@@ -214,7 +214,7 @@ def test_a_malformed_override_is_named(folder: Path, item: str) -> None:
         ("seed: !!python/object/apply:os.getcwd []", "not YAML"),
         ("seed: \x07", "not YAML"),
         ("seed: " + "9" * 5000, "not YAML"),
-        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nesting too deep"),
         ("a: &x [1]\nb: *x", "run.yaml:2: not YAML: aliases"),
         ("x" * 2_000_000, "this is no run file"),
     ],

@@ -138,7 +138,7 @@ def test_the_plan_is_shown_and_a_dry_run_touches_no_network(
     done: dict[str, Done], hub: WritableHub, run: Path
 ) -> None:
     shown = done[f"push {run} me/dry --dry-run"]
-    assert shown.code == 0 and "a dry run, nothing was uploaded" in shown.out
+    assert shown.code == 0 and "dry run, nothing was uploaded" in shown.out
     assert "to me/dry, private; base org/tiny, unknown:" in shown.err
     assert all(name in shown.err for name in PUSHED)
     assert "warning: the licence of the base is not known" in shown.err
@@ -156,7 +156,7 @@ def test_a_push_is_one_private_commit_of_what_is_needed(
     assert "me/first" in hub.private
     # The one that the Hub makes, and ours; the second push found nothing to do.
     assert hub.commits.count("me/first") == 2
-    assert "is up to date already" in done[f"push {run} me/first"].out
+    assert "already up to date" in done[f"push {run} me/first"].out
     folder = hub.folder("me/first")
     assert {f.name for f in folder.iterdir()} == {*PUSHED, ".gitattributes"}
     weights = (run / "adapter/adapter_model.safetensors").read_bytes()
@@ -194,7 +194,7 @@ def test_no_canary_leaves_this_machine_and_none_is_printed(
     sent = b"\n".join(hub.received)
     assert (run / "adapter/adapter_model.safetensors").read_bytes() in sent
     printed = "\n".join(one.out + one.err for one in done.values())
-    assert "base.dtype" in printed and '"***" is not usable' in printed
+    assert "base.dtype" in printed and '"***" is invalid' in printed
     canaries = [*IN_DATA, IN_NOTES, IN_ENVIRONMENT, TOKEN]
     for canary in [*canaries, str(place), "rows.jsonl"]:
         assert canary.encode() not in sent, canary
@@ -229,7 +229,7 @@ def test_what_a_push_no_longer_means_is_taken_away(
     assert f"me/stale: removed: {', '.join(STALE)}" in first.err
     there = {str(f.relative_to(hub.folder("me/stale"))) for f in hub.folder("me/stale").rglob("*")}
     assert there == {*PUSHED, "theirs.txt", "a", "a/config.json"}
-    assert "is up to date already" in done[f"push {run} me/stale"].out
+    assert "already up to date" in done[f"push {run} me/stale"].out
     assert hub.commits.count("me/stale") == 2
     # Nothing else was new.
     assert "uploaded" in done[f"push {run} me/rows"].out
@@ -240,11 +240,11 @@ def test_what_a_push_no_longer_means_is_taken_away(
     ("repo", "words"),
     [
         ("me/flood", "too many requests (429): try again in 4000 seconds"),
-        ("me/denied", "access refused (403): ask for it at http"),
+        ("me/denied", "access denied (403): request it at http"),
         ("me/gone", "(404)"),
-        ("me/locked", "another change of it is being made (409)"),
-        ("me/moved", "somebody else changed it meanwhile"),
-        ("me/down", "answers 503: try again later"),
+        ("me/locked", "another commit is in progress (409)"),
+        ("me/moved", "changed by someone else in the meantime"),
+        ("me/down", "responds 503: try again later"),
         ("me/out", "(401), or it is private: run `hf auth login`, or set HF_TOKEN"),
         ("me/wrong", "(401), or it is private: run `hf auth login`, or set HF_TOKEN"),
         ("me/public", "already public, which a push does not change: add --public"),

@@ -175,11 +175,11 @@ REFUSED = {
     "absolute": "names a file outside of its folder: '/tmp/evil.json'",
     "backslash": "names a file outside of its folder",
     **dict.fromkeys(("oddsize", "oddpath", "nohash"), "list of its files is not readable"),
-    "down": "answers 503: try again later",
-    "hidden": "access refused (403)",
+    "down": "responds 503: try again later",
+    "hidden": "access denied (403)",
     "missing": "(404)",
     "norevision": "has no revision `v9`",
-    "gated": "access refused (401): ask for it at",
+    "gated": "access denied (401): request it at",
     "noname": "not a name on the Hub: write owner/name",
 }
 

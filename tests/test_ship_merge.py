@@ -188,7 +188,7 @@ def test_the_command_prints_what_it_measured(run: Path, tmp_path: Path) -> None:
     # 2 layers of 7 linear weights; norms and the tied embeddings are the base's own.
     assert (found["changed"], found["copied"]) == (14, 6)
     plain = CliRunner().invoke(app, ["merge", str(run), "--out", f"{out}2"])
-    assert "14 tensors changed, 6 copied byte for byte; all read back" in plain.stdout
+    assert "14 tensors changed, 6 copied unchanged; all verified" in plain.stdout
 
 
 def test_a_merge_that_is_wrong_leaves_nothing(
@@ -235,7 +235,7 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
         (tmp_path / "file", "exists: name another folder"),
         (tmp_path / "link", "exists: name another folder"),
         (run, "exists: name another folder"),
-        (tmp_path / "file" / "merged", "cannot be made|cannot be written"),
+        (tmp_path / "file" / "merged", "cannot be created|cannot be written"),
     ):
         with pytest.raises(UserError, match=words) as raised:
             merge(FinishedRun(run), out)
@@ -244,6 +244,6 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
     with pytest.raises(UserError, match="float8"):
         merge(FinishedRun(run), tmp_path / "merged", dtype="float8")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"0 MiB free on its disk, \d+ MiB are needed"):
+    with pytest.raises(UserError, match=r"needs \d+ MiB of disk space, 0 MiB are free"):
         merge(FinishedRun(run), tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()

@@ -200,10 +200,10 @@ def test_a_disk_that_is_full_before_or_on_the_way(
 
     with monkeypatch.context() as patch:
         patch.setattr("lora_kit.base.tensors.os.write", full)
-        refused(place, "cannot be written .No space left on device.: nothing was")
+        refused(place, "cannot be written .No space left on device.: nothing was created")
     needed = sum(file.stat().st_size for file in (place / "base").glob("*.safetensors"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1}))
-    refused(place, "MiB free on its disk")
+    refused(place, "MiB of disk space")
 
 
 def test_dequantized_is_what_the_adapter_saw_in_training(place: Path) -> None:

@@ -332,7 +332,7 @@ def test_resamples_without_a_value_are_dropped() -> None:
     pair = [Score("v", np.stack([np.ones(2), s * x, s * s * x * x], 1), value) for s in (1, 2)]
     found = compared(*pair, seed=0)
     assert found["ci95"] == [0.75, 0.75] and found["difference"] == 0.75
-    with pytest.raises(CheckFailed, match=r"v: nan of the base, nan of the adapted model"):
+    with pytest.raises(CheckFailed, match=r"v: nan for the base, nan for the adapted model"):
         compared(*(Score(s.name, s.sums[:1], value) for s in pair), seed=0)
 
 

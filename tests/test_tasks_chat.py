@@ -15,8 +15,8 @@ from lora_kit.tasks.chat import ChatEncoder, Encoded
 
 ANY = "{% for m in messages %}<t>{{ m.content }}<eos>{% endfor %}"
 REWRITES = "whose turns the chat template rewrites"
-NO_END = "after whose answers the chat template writes no end marker"
-LEFT_OUT = "of which the chat template leaves out a turn"
+NO_END = "for which the chat template writes no end-of-turn token"
+LEFT_OUT = "with a turn that the chat template drops"
 TOOLS = ({"type": "function", "function": {"name": "find_fox", "parameters": {"type": "object"}}},)
 CALL = {"name": "find_fox", "arguments": '{"where": "ä \\"den\\""}'}  # OpenAI's way: as text
 CALLED = '{"name": "find_fox", "arguments": {"where": "ä \\"den\\""}}'
@@ -61,7 +61,7 @@ def encode(
 def learned(tokenizer: Any, messages: list[Message], **settings: Any) -> list[str]:
     found = encode(tokenizer, messages, **settings)
     assert isinstance(found, Encoded), (found.reason, found.detail)
-    return [tokenizer.decode(found.ids[a:b]) for a, b in found.learned]
+    return [tokenizer.decode(found.ids[a:b]) for a, b in found.supervised]
 
 
 def left_out(tokenizer: Any, messages: list[Message], **settings: Any) -> tuple[str, str]:
@@ -76,7 +76,7 @@ def test_prompt_and_learned_tokens_are_the_text_trained_on(tokenizer: Any, name:
     tokenizer.chat_template = FAMILIES[name].source
     found = encode(tokenizer, chat("Who?", "the fox"))
     assert isinstance(found, Encoded)
-    (until,) = [end for _, end in found.learned]
+    (until,) = [end for _, end in found.supervised]
     prompt = prompt_text(tokenizer, chat("Who?"))
     text = tokenizer.decode(found.ids[:until])
     space = " " if FAMILIES[name].space else ""
@@ -91,7 +91,7 @@ def test_the_end_marker_is_learned_where_it_pads_as_well(tokenizer: Any) -> None
     encoded = [encode(tokenizer, chat("q", answer)) for answer in ("the fox", "a")]
     assert all(isinstance(found, Encoded) for found in encoded)
     batch = collator(tokenizer.pad_token_id)(
-        list(spans(*((found.ids, found.learned) for found in encoded)))
+        list(spans(*((found.ids, found.supervised) for found in encoded)))
     )
     tokenizer.pad_token = pad
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
@@ -121,14 +121,14 @@ def test_thoughts_are_learned_where_the_template_writes_them(tokenizer: Any) -> 
     one, two = ({**TOLD, "reasoning_content": thought} for thought in ("Hm.", "So."))
     second = "<think>\nSo.\n</think>\n\n In the den. \n<|im_end|>"
     assert learned(tokenizer, [ASKED, two]) == [second]
-    assert left_out(tokenizer, [ASKED, one, ASKED, two])[0].startswith("whose thoughts")
+    assert left_out(tokenizer, [ASKED, one, ASKED, two])[0].startswith("whose thinking")
     assert learned(tokenizer, [ASKED, one, ASKED, two], supervise="last") == [second]
     called = {**CALLS, "reasoning_content": "Hm."}
     first, last = learned(tokenizer, [ASKED, called, RETURNED, two], tools=TOOLS)
     assert first.startswith("<think>\nHm.\n</think>") and last == second
     tokenizer.chat_template = CHATML
     reason, detail = left_out(tokenizer, [ASKED, one])
-    assert (reason, detail) == ("whose thoughts the chat template leaves out", "turn 2")
+    assert (reason, detail) == ("whose thinking the chat template drops", "turn 2")
 
 
 @pytest.mark.parametrize("tools", [TOOLS, ()], ids=["tools", "no tools"])
@@ -175,10 +175,10 @@ def test_calls_and_tools_that_a_template_does_not_write_are_not_lost_in_silence(
     rows = [ASKED, CALLS, RETURNED, TOLD]
     for supervise in ("assistant", "last", "all"):
         assert left_out(tokenizer, rows, supervise=supervise) == (
-            *("whose tool calls the chat template leaves out", "turn 2"),
+            *("whose tool calls the chat template drops", "turn 2"),
         )
     reason, _ = left_out(tokenizer, chat("q", "a"), tools=TOOLS)
-    assert reason == "whose tools the chat template leaves out"
+    assert reason == "whose tools the chat template drops"
     tokenizer.chat_template = HERMES.replace("m.role == 'tool'", "m.role == 'x'").replace(
         "{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"
     )
@@ -217,7 +217,7 @@ def test_no_word_of_an_answer_hides_in_a_token_of_the_template(tmp_path: Any) ->
     tokenizer = byte_level(tmp_path, markers=False)
     tokenizer.chat_template = "{% for m in messages %}fo{{ m.content }}<eos>\n{% endfor %}"
     reason, detail = left_out(tokenizer, chat("x", "x jumps"))  # `ox` is one token
-    assert reason == "whose answer shares a token with what stands beside it"
+    assert reason == "with a token across a completion's boundary"
     assert detail == "'ox'"
     assert learned(tokenizer, chat("x", " dog")) == [" dog<eos>"]
     more = "{% if not loop.last %}y morning{% endif %}"  # `every` is one token
@@ -235,14 +235,14 @@ def test_one_bad_row_leaves_the_others_of_its_batch(tokenizer: Any) -> None:
     found = list(ChatEncoder(tokenizer, "assistant", 999)(rows))
     assert [n for n, row in enumerate(found) if isinstance(row, NotUsable)] == [40]
     assert isinstance(found[69], Encoded)
-    assert tokenizer.decode(found[69].ids[slice(*found[69].learned[0])]) == "fox 69<end_of_turn>"
+    assert tokenizer.decode(found[69].ids[slice(*found[69].supervised[0])]) == "fox 69<end_of_turn>"
 
 
 def test_long_conversations_are_cut_after_an_answer_that_is_learned(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML
     rows = chat("q", "a fox", "q", "the dog", "q", "bread " * 200)
     found = encode(tokenizer, rows, most=200)
-    assert isinstance(found, Encoded) and found.cut and found.answers == 2
+    assert isinstance(found, Encoded) and found.cut and found.completions == 2
     assert found.ids == encode(tokenizer, rows[:4]).ids  # type: ignore[union-attr]
     rows[3]["weight"] = 0
     found = encode(tokenizer, rows, most=200)
@@ -270,7 +270,7 @@ def test_a_beginning_of_text_that_someone_wrote_is_counted(tokenizer: Any, as_pr
 def test_without_a_template_prompt_and_answer_stand_as_they_are(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     found = encode(tokenizer, chat("Who?", "The fox."), joiner="\n\n")
-    assert isinstance(found, Encoded) and found.learned_bytes == len("The fox.")
+    assert isinstance(found, Encoded) and found.supervised_bytes == len("The fox.")
     assert tokenizer.decode(found.ids) == "<s>Who?\n\nThe fox.<eos>"
     assert learned(tokenizer, chat("Who?", "The fox.")) == ["The fox.<eos>"]
     every = learned(tokenizer, chat("Who?", "The fox."), supervise="all", joiner=" ")

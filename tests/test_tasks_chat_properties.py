@@ -87,9 +87,9 @@ def encode(
 
 
 def learned(tokenizer: Any, found: Encoded) -> list[str]:
-    assert all(0 <= a < b <= len(found.ids) for a, b in found.learned)
-    assert all(before[1] <= after[0] for before, after in itertools.pairwise(found.learned))
-    return [tokenizer.decode(found.ids[a:b]) for a, b in found.learned]
+    assert all(0 <= a < b <= len(found.ids) for a, b in found.supervised)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(found.supervised))
+    return [tokenizer.decode(found.ids[a:b]) for a, b in found.supervised]
 
 
 def written(family: Family, answer: str) -> str:
@@ -124,11 +124,11 @@ def test_exactly_the_answers_and_their_end_markers_are_learned(
     if not any("</think>" in answer for _, answer in turns):
         assert texts == expected
         sizes = [len(written(family, answer).encode()) for _, answer in turns]
-        assert (found.answers, found.learned_bytes) == (len(turns), sum(sizes))
+        assert (found.answers, found.supervised_bytes) == (len(turns), sum(sizes))
     else:
         assert ["".join(t.split()) for t in texts] == ["".join(t.split()) for t in expected]
     # Each stands behind the template's own prompt, and nowhere else.
-    for number, (start, _) in enumerate(found.learned):
+    for number, (start, _) in enumerate(found.supervised):
         asked = messages[: 2 * number + 1 + (messages[0]["role"] == "system")]
         prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         before = tokenizer.decode(found.ids[:start])
@@ -180,7 +180,7 @@ def test_tokens_and_masks_are_those_of_transformers(
     )
     assert found.ids == theirs["input_ids"]
     mask = [0] * len(found.ids)
-    for start, end in found.learned:
+    for start, end in found.supervised:
         mask[start:end] = [1] * (end - start)
     assert mask == theirs["assistant_masks"]
     assert encode(tokenizer, messages) == found  # the markers change nothing
@@ -207,15 +207,15 @@ def test_what_is_left_out_is_left_out_and_the_rest_is_not(
         messages[2 * number + 1]["weight"] = 0
     some = usable(encode(tokenizer, messages), family, turns)
     assert some.ids == every.ids
-    assert some.learned == [s for n, s in enumerate(every.learned) if n not in out]
+    assert some.supervised == [s for n, s in enumerate(every.supervised) if n not in out]
     other = usable(encode(tokenizer, messages, supervise), family, turns)
     assert other.ids == every.ids
     if supervise == "last":
-        assert other.learned == ([] if len(turns) - 1 in out else every.learned[-1:])
+        assert other.supervised == ([] if len(turns) - 1 in out else every.supervised[-1:])
     else:
-        unlearned = {n for number in out for n in range(*every.learned[number])}
-        assert other.answers == len(turns) - len(out)
-        shown = {n for span in other.learned for n in range(*span)}
+        unlearned = {n for number in out for n in range(*every.supervised[number])}
+        assert other.completions == len(turns) - len(out)
+        shown = {n for span in other.supervised for n in range(*span)}
         assert not shown & unlearned
         rest = [n for n in range(len(every.ids)) if n not in shown | unlearned]
         assert not tokenizer.decode([every.ids[n] for n in rest]).strip()
@@ -242,7 +242,7 @@ def test_what_is_too_long_is_cut_after_the_last_whole_answer_that_fits(
     else:
         assert isinstance(found, Encoded)
         expected = whole[fitting[-1]]
-        assert (found.ids, found.learned) == (expected.ids, expected.learned)
+        assert (found.ids, found.supervised) == (expected.ids, expected.supervised)
         assert found.cut == (fitting[-1] != len(turns) - 1)
 
 

@@ -15,7 +15,7 @@ from trained import labelled
 from lora_kit.base.load import load_tokenizer
 from lora_kit.base.pin import Pinned
 from lora_kit.tasks.batches import IGNORED
-from lora_kit.tasks.few_shot import after_examples, choose, joined, opening
+from lora_kit.tasks.few_shot import after_examples, choose_examples, concatenated, opening
 
 # What they write after the last exchange alone (an end of text, empty thoughts) stays between two.
 TWICE = {"phi-3", "qwen3"}
@@ -47,29 +47,29 @@ def test_labels_units_and_bytes_stay() -> None:
 
 
 def test_without_an_opening_nothing_is_taken_away() -> None:
-    assert joined([[1, 2], [1, 3]], []) == [1, 2, 1, 3]
-    assert joined([[7, 2], [1, 3], [7, 4]], [7]) == [7, 2, 1, 3, 4]
+    assert concatenated([[1, 2], [1, 3]], []) == [1, 2, 1, 3]
+    assert concatenated([[7, 2], [1, 3], [7, 4]], [7]) == [7, 2, 1, 3, 4]
 
 
 def test_examples_are_drawn_with_the_seed_and_fit() -> None:
     train = labelled(
         [([n] * (2 + n % 7), [n] * (2 + n % 7)) for n in range(50)], range(50), [1] * 50
     )
-    chosen = choose(train, longest=20, room=35, shots=3, chat=True, seed=0)
+    chosen = choose_examples(train, longest=20, room=35, shots=3, chat=True, seed=0)
     assert len(chosen) == 3 and all(len(example) <= 5 for example in chosen)
     assert all(len(example) == 2 + example[0] % 7 for example in chosen)  # whole ones
-    assert chosen == choose(train, longest=20, room=35, shots=3, chat=True, seed=0)
-    assert chosen != choose(train, longest=20, room=35, shots=3, chat=True, seed=1)
+    assert chosen == choose_examples(train, longest=20, room=35, shots=3, chat=True, seed=0)
+    assert chosen != choose_examples(train, longest=20, room=35, shots=3, chat=True, seed=1)
     # Texts are cut, and where there is no room there are none.
-    cut = choose(train, longest=20, room=29, shots=3, chat=False, seed=0)
+    cut = choose_examples(train, longest=20, room=29, shots=3, chat=False, seed=0)
     assert len(cut) == 3 and all(len(example) <= 3 for example in cut)
-    assert choose(train, longest=20, room=22, shots=3, chat=False, seed=0) == []
-    assert len(choose(train, longest=20, room=10**6, shots=100, chat=True, seed=0)) == 50
+    assert choose_examples(train, longest=20, room=22, shots=3, chat=False, seed=0) == []
+    assert len(choose_examples(train, longest=20, room=10**6, shots=100, chat=True, seed=0)) == 50
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_conversation_opens_once(name: str, tmp_path: Path) -> None:
-    """Two exchanges joined are what the template writes for both of them."""
+    """Two exchanges concatenated are what the template writes for both of them."""
     family = FAMILIES[name]
     make_tokenizer(tmp_path, chat_template=family.source, bos=True)
     tokenizer = load_tokenizer(Pinned("x", str(tmp_path)))
@@ -85,7 +85,7 @@ def test_a_conversation_opens_once(name: str, tmp_path: Path) -> None:
         text = tokenizer.apply_chat_template(some, tokenize=False)
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    both = joined([ids(turns[:2]), ids(turns[2:])], opening(tokenizer))
+    both = concatenated([ids(turns[:2]), ids(turns[2:])], opening(tokenizer))
     text = tokenizer.decode(both)
     if name not in TWICE:
         assert text == tokenizer.decode(ids(turns))
@@ -102,5 +102,5 @@ def test_without_a_template_there_is_no_opening(tmp_path: Path) -> None:
 
 def test_the_draw_covers_all_rows() -> None:
     train = labelled([([n, n], [n, n]) for n in range(20)], range(20), [1] * 20)
-    seen = {choose(train, 2, 100, 1, True, seed)[0][0] for seed in range(200)}
+    seen = {choose_examples(train, 2, 100, 1, True, seed)[0][0] for seed in range(200)}
     assert len(np.unique(list(seen))) == 20

@@ -134,7 +134,7 @@ def test_accuracy_wants_classes() -> None:
     check_fit(["accuracy"], [f"class {n % 77}" for n in range(200)])
     check_fit(["accuracy"], [f"answer {n}" for n in range(20)])
     check_fit(["exact_match"], [f"answer {n}" for n in range(30)])
-    with pytest.raises(UserError, match=r"accuracy: 30 of 40 expected answers differ, .* f1"):
+    with pytest.raises(UserError, match=r"accuracy: 30 of 40 references differ, .* f1"):
         check_fit(["accuracy"], [f"answer {min(n, 29)}" for n in range(40)])
 
 
@@ -144,7 +144,7 @@ def test_all_that_is_wrong_with_the_names_is_said_at_once() -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "prove.metrics: f1: named 2 times"
     assert lines[1].endswith("did you mean `exact_match`?") and "--trust-remote-code" in lines[1]
-    assert lines[2].startswith("prove.metrics: ./none.py: no metric's script there")
+    assert lines[2].startswith("prove.metrics: ./none.py: no such script")
     assert len(lines) == 3
     check_names(list(metrics.OWN), True)
     check_names([], False)
@@ -196,11 +196,11 @@ def test_a_metric_of_the_evaluate_library_is_taken_row_by_row(
 @pytest.mark.parametrize(
     ("name", "result", "kind", "said"),
     [
-        ("numeric", '{"numeric": 1.0}', "int32", "numeric: does not take text answers: "),
-        ("many", '{"first": 1.0, "second": 2.0}', "string", "many: gives no single number"),
-        ("none", '{"none": float("nan")}', "string", "none: gives no single number"),
-        ("fails", "1 / 0", "string", "fails: does not take text answers: ZeroDivisionError"),
-        ("wer", '{"wer": 0.1}', "string", "wer: less is better in it"),
+        ("numeric", '{"numeric": 1.0}', "int32", "numeric: does not accept text: "),
+        ("many", '{"first": 1.0, "second": 2.0}', "string", "many: returns no single number"),
+        ("none", '{"none": float("nan")}', "string", "none: returns no single number"),
+        ("fails", "1 / 0", "string", "fails: does not accept text: ZeroDivisionError"),
+        ("wer", '{"wer": 0.1}', "string", "wer: lower is better"),
     ],
 )
 def test_a_metric_that_does_not_fit_is_one_line(

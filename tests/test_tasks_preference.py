@@ -436,7 +436,7 @@ def test_a_model_that_forgot_or_only_stops_or_never_stops_is_not_better() -> Non
     assert TASK.objection(report(length=(22.6, 15.4))) is None  # shorter was asked for
     assert "forgotten" in str(TASK.objection(report("forgot")))
     assert "1.0 tokens" in str(TASK.objection(report(length=(22.6, 1.0))))
-    assert "72% of its generations do not end" in str(
+    assert "72% of its generations are unfinished" in str(
         TASK.objection(report(unfinished=(0.08, 0.72)))
     )
     assert TASK.objection({"verdict": {"general": "kept"}}) is None  # nothing was generated

@@ -60,7 +60,7 @@ def test_labels_are_in_alphabetical_order_or_in_that_of_the_run_file() -> None:
 
 
 def test_one_class_is_refused_and_few_rows_are_reported() -> None:
-    one = "1 class in the rows, 'a': a classifier needs two or more"
+    one = "1 class in the rows, 'a': a classifier needs at least two"
     with pytest.raises(UserError, match=f"{one}$"):
         facts({"a": 9})
     with pytest.raises(UserError, match=f"{one}; dropped: 7 with a null `label`"):
@@ -73,7 +73,7 @@ def test_one_class_is_refused_and_few_rows_are_reported() -> None:
 
 
 def test_names_of_labels_are_not_empty_and_differ_by_more_than_white_space() -> None:
-    twice = "the label 'a' is empty, or there twice but for space around it"
+    twice = "the label 'a' is empty or duplicate"
     for names in (["a", "b", "a"], ["a", "b", "a "]):
         with pytest.raises(UserError, match=rf"data\.labels: {twice}"):
             facts({"a": 1, "b": 2}, names)
@@ -88,11 +88,11 @@ def test_a_held_out_label_that_no_training_row_has_is_counted(tmp_path: Path) ->
     run = opened(classify_file(tmp_path, make_body(tmp_path / "base")))
     rows = [row | {"label": f"class {number}"} for number, row in enumerate(texts(60))]
     write_rows(tmp_path / "rows.jsonl", rows)
-    words = r"data\.eval: no rows left; dropped: 24 whose label no training row has \(first: "
+    words = r"data\.eval: no rows left; dropped: 24 whose label is in no training row \(first: "
     with pytest.raises(UserError, match=words):
         rows_of(TASK, run, pin(run.base))
     write_rows(tmp_path / "rows.jsonl", rows[:50] + texts(60)[50:])
-    with pytest.raises(UserError, match=r"\d of 60 rows .* whose label no training row has"):
+    with pytest.raises(UserError, match=r"\d of 60 rows .* whose label is in no training row"):
         rows_of(TASK, run, pin(run.base))
 
 
@@ -302,7 +302,7 @@ def test_keys_of_the_task(tmp_path: Path) -> None:
     message = str(raised.value)
     assert "data.packing: recipe classify does not read it" in message
     assert "prove.shots: recipe classify does not read it" in message
-    assert 'base.pooling: "max" is not usable: one of mean, cls, last or null' in message
+    assert 'base.pooling: "max" is invalid: one of mean, cls, last or null' in message
     values = json.loads(classify_file(tmp_path, base, **{"base.pooling": "mean"}).read_text())
     file.write_text(json.dumps(values | {"recipe": "sft"}))
     with pytest.raises(RunFileError, match=r"base\.pooling"):
@@ -313,5 +313,5 @@ def test_only_its_own_scores_can_decide(tmp_path: Path) -> None:
     run: Any = SimpleNamespace(prove=SimpleNamespace(metrics=["macro_f1", "rouge_l"]))
     data: Any = None
     assert TASK.check(data, None, {}, run) == [
-        "prove.metrics: rouge_l: the scores of this recipe are accuracy, macro_f1"
+        "prove.metrics: rouge_l: unknown; this recipe's scores: accuracy, macro_f1"
     ]

@@ -157,7 +157,7 @@ def test_nothing_to_continue(crashed: Path) -> None:
     assert not Path("runs/another").exists()
     with pytest.raises(
         UserError,
-        match=r"runs/test exists: continue it \(lora-kit train runs/test/run.yaml --resume\)",
+        match=r"runs/test exists: resume it \(lora-kit train runs/test/run.yaml --resume\)",
     ):
         package.train(crashed)
     lock = RUN / "run.lock.json"
@@ -248,7 +248,7 @@ def test_stopped_after_the_last_step(run_file: Any, monkeypatch: pytest.MonkeyPa
 def test_disk_is_checked_before_training(run_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda where: usage(1 << 40, 1 << 40, 100_000))
-    with pytest.raises(UserError, match=r"0 MiB free on its disk, [1-9]\d* MiB are needed: free"):
+    with pytest.raises(UserError, match=r"needs [1-9]\d* MiB of disk space, 0 MiB are free: free"):
         package.train(run_file())
     assert not Path("runs").exists()
 

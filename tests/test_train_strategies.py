@@ -160,7 +160,7 @@ def test_head_and_layers_together(run_file: RunMaker) -> None:
         load_run(run_file(adapter={}), ["train.trainable=head", "train.top_layers=1"])
     (problem,) = caught.value.problems
     assert problem == (
-        "train.top_layers: 1 is not usable: train.trainable: head trains no layer: leave one of "
+        "train.top_layers: 1 is invalid: conflicts with train.trainable: head: remove one of "
         "the two out"
     )
 

@@ -217,7 +217,7 @@ def test_no_program_of_it_runs_also_through_a_link(pulled: Path, work: Path) -> 
     (work / "link.py").symlink_to(inside)
     (pulled / "link.py").symlink_to(outside)
     for file in (inside, work / "link.py", pulled / "link.py", work / "pulled/deep/../link.py"):
-        with pytest.raises(UserError, match="was pulled, and is not run"):
+        with pytest.raises(UserError, match="pulled programs are not run"):
             load_recipe(file)
         assert not canary.exists()
     with pytest.raises(UserError, match="defines no TASK"):
@@ -238,12 +238,12 @@ def test_no_recipe_metric_or_task_of_it_runs(
         opened.write("\nprocess_docs: !function functions.main\n")
     recipe = pulled / "cpt.py"
     recipe.write_text(code(canary))
-    with pytest.raises(UserError, match="was pulled, and is not run"):
+    with pytest.raises(UserError, match="pulled programs are not run"):
         start(_with(run_file(), recipe=str(recipe)))
     for metric in (pulled / "made", pulled / "made" / "made.py"):
-        with pytest.raises(UserError, match="was pulled, and is not run"):
+        with pytest.raises(UserError, match="pulled programs are not run"):
             metrics.check_names([str(metric)], True)
-    with pytest.raises(UserError, match="was pulled, and is not run"):
+    with pytest.raises(UserError, match="pulled programs are not run"):
         harness.check_tasks([named])
     assert not canary.exists() and not hub
 
@@ -272,7 +272,7 @@ def test_a_run_file_of_it_names_no_program_of_ours(
     text = own.read_text()
     (pulled / "run.yaml").write_text(text)
     (pulled / "text.txt").write_text("text")
-    with pytest.raises(UserError, match=rf"{key}: .*a program, and this file was pulled"):
+    with pytest.raises(UserError, match=rf"{key}: .*a pulled run file must not name programs"):
         load_run(pulled / "run.yaml")
     (pulled / "run.yaml").write_text(_with(own, recipe="cpt", prove={"metrics": []}).read_text())
     load_run(pulled / "run.yaml")

@@ -18,7 +18,7 @@ from lora_kit.base.pin import Pinned, pin
 from lora_kit.base.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-from lora_kit.run import Keys, load_run, read_json, read_lock
+from lora_kit.run import TaskKeys, load_run, read_json, read_lock
 from lora_kit.schema import Base, Run
 
 _OPTION = "--base FOLDER_OR_ID"
@@ -79,7 +79,7 @@ class FinishedRun:
             raise UserError(f"{self.path}: no run directory (run.yaml) for this adapter")
         return self.run
 
-    def run_of(self, task: Keys) -> Run:
+    def run_of(self, task: TaskKeys) -> Run:
         """`require_run`, including the task's own keys."""
         self.require_run()
         file = self.home / "run.yaml"

@@ -34,7 +34,7 @@ def _issues(
     changed = saved and saved != file_hash(adapter.folder / WEIGHTS)
     unpinned = is_hub_id(base) and not adapter.base["revision"]
     no_tokenizer = not any(adapter.folder.glob("tokenizer*"))
-    module_table = [
+    own = [
         (None in norms, "NaN or infinite values", "every target", "generates noise"),
         (0 in norms, "a zero update", "every target", "no effect: it did not train"),
         (not base, "no base model named", "PEFT", "base not found"),
@@ -46,11 +46,7 @@ def _issues(
     known = loader_issues(adapter.config, adapter.factors, adapter.others)
     return [
         {"what": one.what, "who": ", ".join(one.who), "happens": one.happens} for one in known
-    ] + [
-        {"what": what, "who": who, "happens": happens}
-        for odd, what, who, happens in module_table
-        if odd
-    ]
+    ] + [{"what": what, "who": who, "happens": happens} for odd, what, who, happens in own if odd]
 
 
 def inspect(run: FinishedRun) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) ->
 
     Raises:
         UserError: it does not exist, is not cached and cannot be reached, is gated, or has no
+            safetensors weights.
     """
     if base.model == "nano":
         folder, revision, model = nano.MODEL, None, "nano"

@@ -1,4 +1,4 @@
-"""The embedded base model and the text it is tried on; the standard library alone is imported."""
+"""The embedded base model and its text; only imports the standard library."""
 
 from pathlib import Path
 

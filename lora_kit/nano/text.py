@@ -1,7 +1,7 @@
-"""English that every CPython carries: its docstrings, and the topics of `help()`.
+"""English text that ships with CPython: docstrings and the topics of `help()`.
 
-The split is made here and nowhere else. A docstring's qualified name decides, by a hash, whether
-`nano` was trained on it, so that training, evaluation and adaptation can never disagree.
+The split is defined here: a hash of a docstring's qualified name decides whether `nano` was trained
+on it, so that training, evaluation and adaptation agree.
 """
 
 import ast
@@ -18,16 +18,16 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-# Bins of the hash, out of 100.
+# Hash bins, out of 100.
 GENERAL = range(0, 5)
 INSTRUCTIONS = range(5, 25)
 
-# pydoc_data is the domain that nano is adapted to later. lib2to3 reads Python 2; the encodings
-# are tables; turtledemo opens windows and has no prose.
+# pydoc_data is the domain of the demo. lib2to3 reads Python 2; the encodings are tables; turtledemo
+# opens windows and has no prose.
 SKIPPED = {"site-packages", "pydoc_data", "lib2to3", "encodings", "turtledemo", "__pycache__"}
 TESTS = {"test", "tests", "idle_test"}
 
-# One thing, one name: the C and the Python version of a module must fall on the same side.
+# The C and Python versions of a module need the same name, to be in the same split.
 ALIASES = {
     "posix": "os",
     "nt": "os",
@@ -44,7 +44,7 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @cache
 def topics() -> list[tuple[str, str]]:
-    """The topics of `help()` as (name, text), sorted by name; nano has never seen them."""
+    """The topics of `help()` as (name, text), sorted by name; nano was not trained on them."""
     from pydoc_data.topics import topics as texts
 
     return sorted((name, text.strip()) for name, text in texts.items())
@@ -75,7 +75,7 @@ def sources(tests: bool = False) -> Iterator[tuple[str, Path]]:
 
 
 def parse(path: Path) -> tuple[str, ast.Module] | None:
-    """A file's text and syntax tree, or None for the few that are broken on purpose."""
+    """A file's text and syntax tree, or None if it is invalid on purpose."""
     try:
         text = path.read_text("utf-8")
         with warnings.catch_warnings():
@@ -90,7 +90,7 @@ def definitions(
 ) -> Iterator[tuple[str, Definition, ast.Constant]]:
     """(qualified name, node, docstring node) of everything in a module that has a docstring.
 
-    Without `nested`, nothing inside a function: no name reaches it from outside.
+    Without `nested`, definitions inside functions are skipped.
     """
 
     def walk(node: ast.AST, name: str) -> Iterator[tuple[str, Definition, ast.Constant]]:
@@ -114,8 +114,8 @@ def definitions(
 def docstrings() -> list[tuple[str, str]]:
     """(qualified name, docstring) of the running standard library, in a fixed order.
 
-    Python modules are read, not run; builtin and extension modules are imported. Where a thing
-    exists in Python and in C, the Python version speaks for both.
+    Python modules are parsed, not run; builtin and extension modules are imported. If a definition
+    exists in Python and in C, the Python version is used.
     """
     found: dict[str, str] = {}
     for module, path in sources():
@@ -129,7 +129,7 @@ def docstrings() -> list[tuple[str, str]]:
 
 @cache
 def general() -> list[tuple[str, str]]:
-    """Held-out docstrings of at least 200 bytes: what adapting nano should not make it forget."""
+    """Held-out docstrings of at least 200 bytes, to measure forgetting."""
     chosen: dict[str, tuple[str, str]] = {}
     for name, text in docstrings():
         if held_out(name) == "general" and len(text.encode()) >= 200:
@@ -158,7 +158,7 @@ def instructions() -> list[dict[str, str]]:
 
 
 def squeeze(text: str) -> str:
-    """Text with each run of whitespace as one space: the form in which texts are compared."""
+    """Text with single spaces, for comparison."""
     return " ".join(text.split())
 
 
@@ -186,13 +186,13 @@ def _compiled() -> Iterator[tuple[str, str]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = importlib.import_module(module_name)
-        except Exception:  # built without its library, or for another system
+        except Exception:  # not available in this build or on this system
             continue
         public = _public(module_name)
         if module.__doc__:
             yield public or "builtins", module.__doc__
         for name, value in sorted(vars(module).items()):
-            if module is sys:  # a library may have put a hook of its own there: `typer` does
+            if module is sys:  # libraries such as `typer` install hooks there
                 value = getattr(sys, f"__{name}__", value)
             if isinstance(value, types.BuiltinFunctionType) and value.__doc__:
                 yield f"{public}.{name}".lstrip("."), value.__doc__
@@ -204,7 +204,7 @@ def _class(kind: type) -> Iterator[tuple[str, str]]:
     """(qualified name, docstring) of a class written in C and of its own members."""
     members = dict(vars(kind))
     if any(isinstance(member, types.FunctionType) for member in members.values()):
-        return  # written in Python: its source was read
+        return  # written in Python: parsed from source
     prefix = f"{_public(kind.__module__)}.{kind.__qualname__}".lstrip(".")
     if isinstance(members.get("__doc__"), str):
         yield prefix, members["__doc__"]
@@ -215,5 +215,5 @@ def _class(kind: type) -> Iterator[tuple[str, str]]:
 
 
 def _public(module: str) -> str:
-    """The name under which people import a compiled module: `_heapq` is `heapq`."""
+    """The public name of a compiled module: `_heapq` is `heapq`."""
     return "" if module == "builtins" else ALIASES.get(module, module.removeprefix("_"))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lora_kit.errors import UserError
 from lora_kit.folders import write_whole
-from lora_kit.pages import render
+from lora_kit.pages import render_page
 from lora_kit.prove.charts import confused, curves, forest, heat
 from lora_kit.prove.scores import (
     NO_LANGUAGE_MODEL,
@@ -371,7 +371,7 @@ def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
     mood = MOODS.get(word, "unknown")
     if any(MOODS.get(one.word) == "bad" for one in found):
         mood = "warn" if word == "better" else "bad"
-    return render(
+    return render_page(
         _TEMPLATE,
         run=run,
         report=report,

@@ -1,4 +1,4 @@
-"""What a language model generates for held-out rows: scores of its completions, and samples."""
+"""Generated completions for held-out rows: their scores, and samples for the report."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.measure import generate
 from lora_kit.tasks.task import Processor, Score
 
-Question = tuple[list[int], list[int]]  # tokens of a prompt, and of the completion expected
-_SHOWN_EACH = 2  # samples of a kind: the first, the largest gain, the largest loss
+Question = tuple[list[int], list[int]]  # tokens of a prompt and of its reference completion
+_SHOWN_EACH = 2  # samples of each kind: first, largest gain, largest loss
 _SHOWN_TOKENS = 48
-_LONGEST = 512  # tokens of a completion
-_LONGER = 8  # tokens more than the longest one expected
+_LONGEST = 512  # tokens of a completion at most
+_LONGER = 8  # tokens beyond the longest reference completion
 
 
 def question(row: Row, chat: bool) -> Question:
-    """The prompt of a row and the completion that was held out; of a text the first half, 32 tokens
-    at most, and what follows. chat: rows are conversations."""
+    """The prompt of a row and its reference completion; for a text the first half, at most 32
+    tokens, and the tokens after it. chat: rows are conversations."""
     ids = row["input_ids"].tolist()
     trained = np.flatnonzero(row["labels"] != IGNORED)
-    # The last run of labels: a completion after others, in a longer conversation.
+    # The last run of labels: the last completion of a conversation.
     first = trained[np.r_[True, np.diff(trained) > 1]][-1] if len(trained) else 0
     if chat and first > 0:
         return ids[:first], ids[first : trained[-1] + 1]
@@ -33,7 +33,7 @@ def question(row: Row, chat: bool) -> Question:
 
 
 def drawn(rows: Rows, most: int, seed: int) -> list[int]:
-    """The rows that completions are generated for, at most so many."""
+    """A random sample of at most `most` rows to generate completions for."""
     chosen = np.random.default_rng(seed).permutation(len(rows))[:most]
     return sorted(chosen.tolist())
 
@@ -48,11 +48,11 @@ def completion_scores(
     """The score of each metric on greedy completions of these rows.
 
     Raises:
-        UserError: a metric's script does not take a completion.
+        UserError: a metric's script does not accept a completion.
     """
     asked = [question(rows[n], chat) for n in numbers]
     wanted = [text_of(processor, answer) for _, answer in asked]
-    # A completion that is longer than every right one is not made right by its rest.
+    # Tokens beyond the longest reference cannot make a completion right.
     length = min(_LONGEST, max(len(answer) for _, answer in asked) + _LONGER)
     found = generate(model, processor, [prompt for prompt, _ in asked], length)
     scores = []
@@ -64,18 +64,18 @@ def completion_scores(
 
 
 def room_for_completion(names: list[str]) -> int:
-    """Tokens beyond the longest row that generating may take."""
+    """Tokens beyond the longest row that generation may need."""
     return _LONGER if names else 0
 
 
 def samples(
     model: Any, rows: Rows, chat: bool, processor: Processor, base: Score, adapted: Score
 ) -> list[dict[str, Any]]:
-    """What base and adapted generate, greedily: for the first held-out units, and for those on
-    which the adapter gained and lost most.
+    """Greedy generations of base and adapted model for the first held-out units, and for those with
+    the largest gain and the largest loss.
 
     Args:
-        model: a PEFT model; its adapter is switched off for the base.
+        model: a PEFT model; its adapter is disabled for the base.
         base, adapted: the losses of both, on the same units.
     """
     assert base.units is not None
@@ -111,6 +111,6 @@ def samples(
 
 
 def text_of(processor: Processor, ids: list[int]) -> str:
-    """What tokens spell; a character that was cut apart at an end is left out."""
+    """The text of tokens, without characters that are cut off at an end."""
     text: str = processor.decode(ids, skip_special_tokens=True)
     return text.strip("\N{REPLACEMENT CHARACTER}")

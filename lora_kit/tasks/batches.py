@@ -1,4 +1,4 @@
-"""Batches of tokens: padded, or concatenated without padding; and the two halves of one."""
+"""Collators: padded batches, and batches concatenated without padding; splitting a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_kit.data.rows import Rows
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # torch's and transformers' label for "no loss here"
+IGNORED = -100  # torch's ignore_index
 
 
 def labels_with_loss(rows: Rows, column: str) -> int:
@@ -27,11 +27,11 @@ def labels_with_loss(rows: Rows, column: str) -> int:
 def collator(pad_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Pads a batch on the right to its longest row.
 
-    The function returned takes rows with `input_ids` and `labels` and gives int64 tensors of shape
-    (rows, longest): `input_ids`, `labels` (padding is -100), and, where there is padding,
-    `attention_mask` (0 on padding). Packed rows have `position_ids` as well: they go without a
-    mask, because from the positions alone the model keeps documents apart; each token of padding
-    has position 0, as a document of its own.
+    The returned function takes rows with `input_ids` and `labels` and returns int64 tensors of
+    shape (rows, longest): `input_ids`, `labels` (padding is -100) and, if there is padding,
+    `attention_mask` (0 on padding). Packed rows also have `position_ids` and no mask: the model
+    separates documents by their positions; each padding token has position 0, like a document of
+    its own.
     """
 
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -54,7 +54,7 @@ def collator(pad_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torc
 
 
 def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rows of a batch one after the other, without padding, in a single row.
+    """Concatenate the rows of a batch into a single row, without padding.
 
     >>> batch = in_one_row([{"input_ids": [1, 5, 6], "labels": [-100, 5, 6]},
     ...                     {"input_ids": [1, 7], "labels": [1, 7]}])
@@ -62,10 +62,10 @@ def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ([[-100, 5, 6, -100, 7]], [3, 2], [0, 1, 3])
 
     Returns:
-        `input_ids`, `labels`, `position_ids`: int64 (1, tokens). Positions count from 0 in each
-        document, whose first label is left out. `documents`: their lengths; a packed row has
-        several. `numbers`: those of the rows in the data set, where they say `row`. `places`:
-        int64, where in labels[:, 1:] there is something to learn.
+        `input_ids`, `labels`, `position_ids`: int64 (1, tokens). Positions start at 0 in each
+        document, whose first label is -100. `documents`: document lengths; a packed row has
+        several. `numbers`: row indices in the data set, if the rows have `row`. `places`: int64,
+        positions of supervised labels in labels[:, 1:].
     """
     import torch
 
@@ -89,29 +89,29 @@ def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def collators(pad_id: int) -> Callable[[bool], Callable[[Sequence[Any]], dict[str, Any]]]:
-    """{True: `in_one_row`, False: `collator(pad_id)`}, as a function."""
+    """(flat) -> `in_one_row` if flat, else `collator(pad_id)`."""
     return lambda flat: in_one_row if flat else collator(pad_id)
 
 
 def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """A batch in two, where it holds two rows at least; the losses of both add up to its own.
-    Padded rows go by length, so that less of it is padding."""
+    """Split a batch of at least two rows in two, whose losses add up to its own. Padded rows are
+    sorted by length, to reduce padding."""
     documents = batch.get("documents")
     if documents is None:
         rows, width = batch["input_ids"].shape
         mask = batch.get("attention_mask")
         lengths = batch["labels"].new_full((rows,), width) if mask is None else mask.sum(1)
         order = lengths.argsort(descending=True, stable=True)
-        sides = [side for side in (order[: rows // 2], order[rows // 2 :]) if len(side)]
-        longest = [int(lengths[side].max()) for side in sides]
+        parts = [part for part in (order[: rows // 2], order[rows // 2 :]) if len(part)]
+        longest = [int(lengths[part].max()) for part in parts]
         return [
-            {name: values[side][:, :most] for name, values in batch.items()}
-            for side, most in zip(sides, longest, strict=True)
+            {name: values[part][:, :most] for name, values in batch.items()}
+            for part, most in zip(parts, longest, strict=True)
         ]
     if len(documents) < 2:
         return [batch]
     ends = np.cumsum(documents)
-    last = int(np.argmin(abs(ends[:-1] - ends[-1] / 2))) + 1  # of documents in the first half
+    last = int(np.argmin(abs(ends[:-1] - ends[-1] / 2))) + 1  # documents in the first half
     cut, parts = int(ends[last - 1]), []
     for some, tokens in ((slice(last), slice(cut)), (slice(last, None), slice(cut, None))):
         part = {k: batch[k][:, tokens] for k in ("input_ids", "labels", "position_ids")}
@@ -121,11 +121,11 @@ def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def real_tokens(batch: dict[str, Any]) -> Any:
-    """How many tokens of a collated batch are no padding: a number, or an int64 tensor ()."""
+    """Number of tokens of a collated batch without padding: an int, or an int64 tensor ()."""
     if "documents" in batch:
         return batch["input_ids"].numel()
     if "position_ids" in batch:
-        # A document has two tokens at least: a 0 before a 0, or at the end, is padding.
+        # A document has at least two tokens: a 0 before a 0, or at the end, is padding.
         starts = batch["position_ids"] == 0
         following = starts.roll(-1, dims=1)
         following[:, -1] = True

@@ -1,7 +1,7 @@
-"""Is a difference real? Paired bootstrap intervals over units, and a word for each.
+"""Paired bootstrap confidence intervals over units, and the verdict from each.
 
 One bootstrap for every score: units are resampled with replacement, and `Score.value` is computed
-from the sums over each resample, so that a mean loss, macro-F1 and a correlation go the same way.
+from the sums of each resample, for mean losses, macro-F1 and correlations alike.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from lora_kit.tasks.task import Score, ratio
 
 RESAMPLES = 10_000
 FEWEST_UNITS = FEWEST_TO_EVALUATE
-SMALLEST_SHARE = 0.005  # a difference below half a percent counts as none
+SMALLEST_SHARE = 0.005  # smaller relative differences count as no difference
 FEWEST_CHANGED = 6  # with five changed units the sign test cannot reach 5%
 _DRAWS_AT_ONCE = 2**22
-_ROUNDING = 1e-12  # relative; differences of sums that are equal on paper
+_ROUNDING = 1e-12  # relative rounding error of sums
 
 
 def compared(base: Score, adapted: Score, seed: int) -> dict[str, Any]:
-    """A score of two models on the same units: both values, their difference and its interval.
+    """Compare a score of two models on the same units: values, difference and its interval.
 
-    Units that neither model has anything to count in (no label to predict) are dropped.
+    Units without anything to count in both models (no label to predict) are dropped.
 
     Args:
-        base, adapted: the same score; row n of their `sums` belongs to the same unit. `base` is
-            the score of whatever the adapted model is compared with.
+        base, adapted: the same score; row n of their `sums` is the same unit. `base` is the score
+            of the model that the adapted one is compared with.
 
     Returns:
         {"base", "adapted", "difference", "ci95": [low, high], "better": "lower" or "higher",
-        "changed"}: a difference is adapted minus base; `changed` counts the units whose sums
+        "changed"}: the difference is adapted minus base; `changed` counts the units whose sums
         differ. Rounded to 4 digits.
 
     Raises:
@@ -51,8 +51,8 @@ def compared(base: Score, adapted: Score, seed: int) -> dict[str, Any]:
     values = float(base.value(before.sum(0))), float(adapted.value(after.sum(0)))
     if not np.isfinite(values).all():
         raise CheckFailed(
-            f"{base.name}: {values[0]} of the base, {values[1]} of the adapted model: not finite, "
-            "so it cannot be compared"
+            f"{base.name}: {values[0]} for the base, {values[1]} for the adapted model: not "
+            "finite, so it cannot be compared"
         )
     effective = float(len(before))
     if base.value is ratio and adapted.value is ratio:
@@ -69,21 +69,21 @@ def compared(base: Score, adapted: Score, seed: int) -> dict[str, Any]:
 
 
 def counted(base: Score, adapted: Score) -> np.ndarray:
-    """bool (units,): the units in which at least one of two models has something to count."""
+    """bool (units,): units with something to count in at least one of the two models."""
     if base.value is ratio and adapted.value is ratio:
         return (base.sums[:, 1] > 0) | (adapted.sums[:, 1] > 0)
     return np.any(base.sums, axis=1) | np.any(adapted.sums, axis=1)
 
 
 def verdict(found: Mapping[str, Any], units: int) -> str:
-    """`better`, `worse`, `no different` or `too little data`, from what `compared` returns.
+    """`better`, `worse`, `no different` or `too little data`, from the result of `compared`.
 
     Different means: the interval excludes 0, at least six units changed, and the difference is at
-    least 0.5% of the base's value; where higher is better, also at least half a point of 1.
+    least 0.5% of the base's value; for scores where higher is better, also at least 0.005.
 
     Args:
-        found: `base`, `difference`, `ci95`, `better`, and `changed` where it is known.
-        units: how many units were compared; under 20 is too little data.
+        found: `base`, `difference`, `ci95`, `better`, and `changed` if known.
+        units: number of compared units; fewer than 20 are too little data.
     """
     if units < FEWEST_UNITS:
         return "too little data"
@@ -97,7 +97,7 @@ def verdict(found: Mapping[str, Any], units: int) -> str:
 
 
 def retention(found: Mapping[str, Any], units: int) -> str:
-    """The same for general text, which need not get better: `kept`, `forgot` or `too little
+    """The verdict on general text, which need not improve: `kept`, `forgot` or `too little
     data`."""
     words = {"better": "kept", "no different": "kept", "worse": "forgot"}
     word = verdict(found, units)
@@ -105,10 +105,10 @@ def retention(found: Mapping[str, Any], units: int) -> str:
 
 
 def interval(change: np.ndarray, size: np.ndarray, seed: int) -> tuple[float, float]:
-    """95% interval of sum(change) / sum(size), where `change` is paired already.
+    """95% interval of sum(change) / sum(size), where `change` is already paired.
 
     Args:
-        change, size: float64 (units,): what was gained in each unit, and what it is divided by.
+        change, size: float64 (units,): numerator and denominator of each unit.
     """
     return bca_interval(ratio, np.stack([change, size], axis=1), _effective(size), seed)
 
@@ -116,18 +116,17 @@ def interval(change: np.ndarray, size: np.ndarray, seed: int) -> tuple[float, fl
 def bca_interval(
     value: Callable[[np.ndarray], np.ndarray], sums: np.ndarray, effective: float, seed: int
 ) -> tuple[float, float]:
-    """95% interval of a value of sums over units: the BCa bootstrap.
+    """95% confidence interval of a value of sums over units, by the BCa bootstrap.
 
-    Bias and skewness are corrected (BCa; Efron 1987), the skewness by the jackknife: the value
-    without each unit. The normal quantile is widened to that of Student's t, without which
-    intervals of 20 units are too narrow ("expanded percentiles"; Hesterberg 2015,
-    arXiv:1411.5279).
+    Corrected for bias and skewness (BCa; Efron 1987), the latter by the jackknife. The normal
+    quantile is replaced by that of Student's t, since intervals of 20 units would be too narrow
+    ("expanded percentiles"; Hesterberg 2015, arXiv:1411.5279).
 
     Args:
         value: (..., k) -> (...). Resamples for which it is not finite are dropped.
         sums: float64 (units, k).
-        effective: the number of units of equal size that would vary as much: where one document is
-            as large as ten, fewer than there are documents.
+        effective: effective sample size: the number of units of equal size with the same variance;
+            less than the number of units if their sizes differ.
     """
     total = sums.sum(0)
     estimate = float(value(total))
@@ -141,13 +140,13 @@ def bca_interval(
     if not len(drawn):
         return estimate, estimate
     rounding = _ROUNDING * float(np.abs(drawn).max())
-    if np.ptp(drawn) <= rounding:  # every unit gained the same
+    if np.ptp(drawn) <= rounding:  # every unit changed by the same amount
         return estimate, estimate
     lean = np.nan_to_num(without.mean() - without)
     spread = float((lean**2).sum())
     skew = float((lean**3).sum()) / (6 * spread**1.5) if spread else 0.0
     normal = NormalDist()
-    # Resamples equal to the estimate count half. None at all below it would be an infinite bias.
+    # Resamples equal to the estimate count half. The share is clamped: 0 or 1 is infinite bias.
     equal = np.abs(drawn - estimate) <= rounding
     below = float(((drawn < estimate) & ~equal).mean() + equal.mean() / 2)
     bias = normal.inv_cdf(min(max(below, 1 / RESAMPLES), 1 - 1 / RESAMPLES))
@@ -155,7 +154,7 @@ def bca_interval(
     wide = _student(effective - 1) * (effective / (effective - 1)) ** 0.5
     shares = []
     for z in (bias - wide, bias + wide):
-        # Beyond this the correction turns around: the outermost resample is meant.
+        # Beyond this the correction reverses: use the outermost resample.
         shares.append(normal.cdf(bias + z / (1 - skew * z)) if skew * z < 1 else float(z > 0))
     low, high = np.quantile(drawn, shares)
     return float(low), float(high)
@@ -164,11 +163,11 @@ def bca_interval(
 def _resampled(
     value: Callable[[np.ndarray], np.ndarray], sums: np.ndarray, seed: int
 ) -> np.ndarray:
-    """The value in each resample of the units, float64 (resamples,), the same for a seed."""
+    """The value of each resample, float64 (resamples,); deterministic for a seed."""
     units = len(sums)
     random = np.random.default_rng(seed)
     values = []
-    # In pieces: for 10,000 units all resamples at once would take 800 MB.
+    # In pieces: all resamples of 10,000 units at once would take 800 MB.
     piece = max(1, _DRAWS_AT_ONCE // units)
     for done in range(0, RESAMPLES, piece):
         rows = min(piece, RESAMPLES - done)

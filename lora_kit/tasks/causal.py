@@ -1,8 +1,8 @@
 """Causal language modelling: each token is predicted from those before it.
 
-`Text`: continued pre-training. Every token is supervised; documents are concatenated and cut, or
-kept apart. `Conversations`: supervised fine-tuning. Loss is computed on assistant turns and their
-end-of-turn token only (see `chat.py`).
+`Text`: continued pre-training. Every token is supervised; documents are concatenated and cut into
+chunks, or kept separate. `Conversations`: supervised fine-tuning. Loss is computed on assistant
+turns and their end-of-turn token only (see `chat.py`).
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
     from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
 
-_PAIRED_ROWS = 128  # held-out rows whose completions are put after another prompt, at most
+_PAIRED_ROWS = 128  # at most; held-out rows whose completions are scored after another prompt
 
 
 class Causal(Task):
-    """What text and conversations have in common.
+    """Base class of text and conversations.
 
-    Rows: `input_ids` and `labels`, int32 (tokens,), a label of -100 without loss; `bytes`: UTF-8
-    bytes of the unit's supervised text, in its first row; `end_markers`: end-of-turn and
-    end-of-text tokens trained on.
+    Rows: `input_ids` and `labels`, int32 (tokens,), -100 for no loss; `bytes`: UTF-8 bytes of the
+    unit's supervised text, in its first row; `end_markers`: supervised end-of-turn and end-of-text
+    tokens.
 
     Attributes:
-        chat: rows are conversations: a prompt, and a completion that it is followed by.
+        chat: rows are conversations: a prompt followed by a completion.
     """
 
     scores = ("loss", "bits_per_byte")
@@ -85,7 +85,7 @@ class Causal(Task):
     def score(
         self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
     ) -> list[Score]:
-        """Nats per supervised token, and bits per byte of the text that they spell."""
+        """Nats per supervised token, and bits per byte of the supervised text."""
         from lora_kit.tasks.answers import completion_scores, drawn
         from lora_kit.tasks.measure import measure
 
@@ -100,7 +100,7 @@ class Causal(Task):
 
         problems, names = [], run.prove.metrics
         if not self.supervised(data.eval):
-            problems.append("data.eval: no row has two tokens: nothing can be predicted")
+            problems.append("data.eval: no row has two tokens, so there is nothing to predict")
         numbers = answers.drawn(data.eval, run.prove.answers, run.seed) if names else []
         wanted = answers.expected(data.eval, numbers, self.chat, processor)
         for check in (
@@ -112,19 +112,21 @@ class Causal(Task):
             except UserError as error:
                 problems.append(str(error))
         if names and run.data.supervise == "all":
-            problems.append("prove.metrics: data.supervise: all leaves no completion to score")
+            problems.append(
+                "prove.metrics: with data.supervise: all there is no completion to score"
+            )
         return problems
 
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
-        """The base with `prove.shots` training rows in its prompt, where there is room for them."""
+        """The base with `prove.shots` training rows in its prompt, if they fit."""
         from lora_kit.tasks import answers, few_shot
         from lora_kit.tasks.measure import positions
 
         longest = int(data.eval.sizes("input_ids").max())
         longest += answers.room_for_completion(run.prove.metrics)
-        examples = few_shot.choose(
+        examples = few_shot.choose_examples(
             data.rows("train"), longest, positions(model), run.prove.shots, self.chat, run.seed
         )
         if not examples:
@@ -153,12 +155,12 @@ class Causal(Task):
 
         found: dict[str, Any] = {"prompt_use": None}
         if run.prove.shots and "few_shot" not in scores:
-            why = "few_shot: the base has no room for examples besides the rows"
+            why = "few_shot: the base's context is too short for examples"
             found["not_measured"] = [why]
         rows = data.eval
         if self.chat:
             order = np.random.default_rng(run.seed).permutation(len(rows))[:_PAIRED_ROWS]
-            # Where all is supervised, the prompt too, no completion is apart from it.
+            # With a supervised prompt there is no separate completion.
             apart = [n for n in order.tolist() if rows.cell("labels", n)[0] == IGNORED]
             questions = [answers.question(rows[n], self.chat) for n in apart]
             if questions:
@@ -169,12 +171,12 @@ class Causal(Task):
         return found
 
     def objection(self, report: dict[str, Any]) -> str | None:
-        """Which completions occur is a gain in loss, and no response to a prompt."""
+        """The loss can improve by the frequency of completions alone, without using the prompt."""
         used = report.get("prompt_use")
         return "completions hardly depend on their prompts" if used and used["blind"] else None
 
     def show(self, row: Row, processor: Processor, facts: Facts) -> list[Shown]:
-        # Nothing precedes the first token of a row: it is not predicted.
+        # The first token of a row is not predicted.
         trained = [False, *(row["labels"][1:] != IGNORED).tolist()]
         return [Shown("", row["input_ids"].tolist(), trained)]
 
@@ -182,9 +184,9 @@ class Causal(Task):
 class Text(Causal):
     """Continued pre-training on raw text.
 
-    A document is evaluated on its own, in windows of train.max_length tokens of which every token
-    is scored once: the first begins with the beginning-of-text token where the tokenizer adds one,
-    else with the end-of-text token; each later one with the last token of the window before.
+    A document is evaluated separately, in windows of train.max_length tokens; every token is scored
+    once. The first window begins with the beginning-of-text token if the tokenizer adds one, else
+    with the end-of-text token; later ones with the last token of the previous window.
     """
 
     formats = ("text",)
@@ -203,7 +205,7 @@ class Text(Causal):
         closing = 2 if begin == [processor.bos_token_id] else 1
         for example, tokens in zip(examples, _tokens(examples, processor), strict=True):
             if not len(tokens):
-                yield Dropped("of no token that the tokenizer knows")
+                yield Dropped("without any token")
                 continue
             stream = np.concatenate([begin, tokens]).astype(np.int32)
             size = len((example.text or "").encode())
@@ -216,7 +218,7 @@ class Text(Causal):
                         "bytes": size if first else 0,
                         "end_markers": 0,
                         "joins": example.joins,
-                        # In training a text is closed, and may be begun, by a token of its own.
+                        # Training adds an end-of-text and possibly a beginning-of-text token.
                         "length": len(tokens) + closing * (not example.joins) if first else 0,
                     }
                 )
@@ -225,11 +227,11 @@ class Text(Causal):
     def arrange(
         self, rows: Rows, replayed: Rows | None, processor: Processor, facts: Facts, run: Run
     ) -> Iterator[Row]:
-        """Each text is closed by the end-of-text token, which is supervised as well.
+        """Each text ends with the end-of-text token, which is supervised.
 
-        running: all texts concatenated, cut into rows of `train.max_length` tokens. none,
-        documents: each on its own, a longer one in windows. Replayed text comes last; the trainer
-        shuffles rows.
+        running: all texts are concatenated and cut into rows of `train.max_length` tokens. none,
+        documents: each text separately, longer ones in windows. Replayed text comes last; the
+        trainer shuffles rows.
         """
         sources = [rows] if replayed is None else [rows, replayed]
         length = run.train.max_length
@@ -247,10 +249,10 @@ Text.general = Text()
 
 
 class Conversations(Causal):
-    """Supervised fine-tuning on conversations, prompts with completions, and rows read as such.
+    """Supervised fine-tuning on conversations, and on rows that are converted to them.
 
-    The tokenizer's own chat template is used; a base without one sees prompt, completion and
-    end-of-text token as they are, or is given `data.chat_template`.
+    Uses the tokenizer's chat template; a base without one is trained on prompt, completion and
+    end-of-text token, or with `data.chat_template`.
     """
 
     formats = tuple(name for name, known in FORMATS.items() if known.recipe == "sft")
@@ -268,7 +270,9 @@ class Conversations(Causal):
 
     def processor(self, pinned: Pinned, run: Run) -> Processor:
         if run.data.packing == "running":
-            raise UserError("data.packing: running: for text; conversations: none or documents")
+            raise UserError(
+                "data.packing: running is for text: use none or documents for conversations"
+            )
         tokenizer = super().processor(pinned, run)
         set_template(tokenizer, run.data.chat_template)
         return tokenizer
@@ -283,7 +287,7 @@ class Conversations(Causal):
         for found in encoder(list(examples)):
             if isinstance(found, NotUsable):
                 yield Dropped(found.reason, found.detail)
-            elif not found.learned:
+            elif not found.supervised:
                 yield Dropped(NO_SUPERVISION)
             else:
                 yield [_conversation(found)]
@@ -309,7 +313,7 @@ _TRAINED = ("input_ids", "labels", "bytes", "end_markers", "file", "number")
 
 @functools.lru_cache(maxsize=2)
 def chat_encoder(processor: Processor, supervise: str, max_length: int) -> ChatEncoder:
-    """The encoder of a tokenizer, which remembers what templates write and words it has seen."""
+    """The encoder of a tokenizer, with its caches of template pieces and words."""
     return ChatEncoder(processor, supervise, max_length)
 
 
@@ -326,15 +330,15 @@ def _conversation(found: Encoded) -> Row:
     return {
         "input_ids": ids,
         "labels": labels,
-        "bytes": found.learned_bytes,
-        "end_markers": found.answers,
-        "truncated": "cut after the last answer that fits" if found.cut else "",
+        "bytes": found.supervised_bytes,
+        "end_markers": found.completions,
+        "truncated": "cut after the last completion that fits" if found.cut else "",
     }
 
 
 def _tokens(examples: Sequence[Example], processor: Processor) -> list[Sequence[int]]:
-    """The tokens of each text. Parts of one text are tokenized together, so that they join to the
-    tokens of the text itself."""
+    """The tokens of each text. Parts of one text are tokenized together, so that their tokens
+    concatenate to those of the text."""
     texts: list[list[str]] = []
     for example in examples:
         if not example.joins or not texts:
@@ -367,7 +371,7 @@ def _token_at(encoding: Any, position: int, length: int) -> int:
 
 
 def _windows(stream: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    """Every token but the first is scored once; a window begins with the token before it."""
+    """Windows in which every token but the first is scored once; each starts one token earlier."""
     for start in range(0, max(1, len(stream) - 1), length - 1):
         yield stream[start : start + length]
 
@@ -379,8 +383,8 @@ def _scored_but_first(window: np.ndarray) -> Row:
 
 
 def _documents(rows: Rows, processor: Processor) -> Iterator[tuple[np.ndarray, Row]]:
-    """Each text with the tokens that begin and end it, int32 (tokens,), and its place. A part that
-    goes on where the one before it ended belongs to the same text."""
+    """Each text with its begin and end tokens, int32 (tokens,), and its place. A part that
+    continues the previous one belongs to the same text."""
     begin = context_token(processor)
     begin = begin if begin == [processor.bos_token_id] else []
     end = [] if processor.eos_token_id is None else [processor.eos_token_id]
@@ -404,10 +408,10 @@ def _documents(rows: Rows, processor: Processor) -> Iterator[tuple[np.ndarray, R
 
 
 def _closed(rows: Rows, processor: Processor, length: int) -> Iterator[Row]:
-    """Texts on their own, a longer one in windows, each closed by the end-of-text token."""
+    """Separate texts, longer ones in windows, each ending with the end-of-text token."""
     ends = processor.eos_token_id is not None
     for stream, place in _documents(rows, processor):
-        if len(stream) < 2:  # one token alone predicts nothing
+        if len(stream) < 2:  # a single token predicts nothing
             continue
         left = len(stream) - 1
         for window in _windows(stream, length):
@@ -417,7 +421,7 @@ def _closed(rows: Rows, processor: Processor, length: int) -> Iterator[Row]:
 
 
 def _running(sources: Sequence[Rows], processor: Processor, length: int) -> Iterator[Row]:
-    """All texts concatenated, each closed by the end-of-text token, cut into chunks."""
+    """All texts concatenated, each ending with the end-of-text token, cut into chunks."""
     ends = processor.eos_token_id is not None
     left, closed = np.zeros(0, np.int32), np.zeros(0, bool)
     left_place: Row = {}

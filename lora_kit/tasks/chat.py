@@ -1,16 +1,16 @@
-"""Conversations -> labelled tokens: only the assistant's words and their end marker are learned.
+"""Conversations -> supervised tokens: loss on assistant turns and their end-of-turn tokens only.
 
-How a mask is found without `{% generation %}` markers: the template is rendered once more with each
-turn's content replaced by a sentinel, which shows what the template writes between the contents.
-Those pieces and the real contents must join to exactly what the template renders for the real
-conversation; then the place of each answer is known, not searched for.
+The loss mask is found without `{% generation %}` markers: the template is rendered again with each
+turn's content replaced by a sentinel, which yields the pieces that the template writes between the
+contents. Pieces and real contents must concatenate to exactly the rendered conversation; then the
+position of each completion is known.
 
->>> pieces_and_contents = ["<user>", "Hi", "<end><bot>", "Hello", "<end>"]  # what is found
+>>> pieces_and_contents = ["<user>", "Hi", "<end><bot>", "Hello", "<end>"]
 >>> # text:        <user>Hi<end><bot>Hello<end>
->>> # learned from:               ^^^^^^^^^^^^^
+>>> # supervised:                 ^^^^^^^^^^^^^
 
-Where a turn is more than its content (a tool call, a thought), or the template writes the turns
-otherwise, an answer is what follows the template's own prompt for it, up to the end marker.
+If a turn has more than its content (a tool call, thinking), or the template changes the contents, a
+completion is the text after the template's generation prompt, up to the end-of-turn token.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ from lora_kit.tasks.words import WordEncoder
 
 T = TypeVar("T")
 Span = tuple[int, int]
-# Few at once: their tokens stay in the processor's caches (10% faster than 500).
+# Small batches stay in the CPU caches (10% faster than 500).
 _ENCODED_AT_ONCE = 32
-_NO_END = "after whose answers the chat template writes no end marker"
+_NO_END = "for which the chat template writes no end-of-turn token"
 _REWRITTEN = "whose turns the chat template rewrites"
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as tokens. `learned` are spans of them; `answers` whole answers among them,
-    each with its end marker; `learned_bytes` the UTF-8 bytes they spell."""
+    """A tokenized conversation. `supervised`: spans of supervised tokens; `completions`: number of
+    complete completions in them, each with its end-of-turn token; `supervised_bytes`: UTF-8 bytes
+    of their text."""
 
     ids: list[int]
-    learned: list[Span]
-    answers: int
-    learned_bytes: int
+    supervised: list[Span]
+    completions: int
+    supervised_bytes: int
     cut: bool = False
 
     def ids_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Both int32 (tokens,); a label of -100 outside of what is learned."""
+        """Both int32 (tokens,); a label of -100 where no loss is computed."""
         ids = np.array(self.ids, dtype=np.int32)
         labels = np.full_like(ids, IGNORED)
-        for first, last in self.learned:
+        for first, last in self.supervised:
             labels[first:last] = ids[first:last]
         return ids, labels
 
@@ -61,7 +62,7 @@ class ChatEncoder:
     """Tokenizes and labels conversations with a tokenizer's own template.
 
     Args:
-        supervise: `assistant`: every answer; `last`: the last one; `all`: every token.
+        supervise: `assistant`: every completion; `last`: the last one; `all`: every token.
         max_length: tokens of a row at most.
     """
 
@@ -77,13 +78,13 @@ class ChatEncoder:
         self.encode = WordEncoder(backend)
 
     def __call__(self, examples: list[Example]) -> Iterator[Encoded | NotUsable]:
-        """For each example its tokens, or why it is left out.
+        """For each example its tokens, or why it is dropped.
 
-        A conversation over `max_length` tokens is cut after the last whole answer that fits; one
-        without such an answer is left out.
+        A conversation over `max_length` tokens is cut after the last completion that fits; if none
+        fits, it is dropped.
 
         Raises:
-            UserError: there is no template, and an example is not one prompt and one answer.
+            UserError: there is no template, and an example is not one prompt and one completion.
         """
         for start in range(0, len(examples), _ENCODED_AT_ONCE):
             some = examples[start : start + _ENCODED_AT_ONCE]
@@ -107,7 +108,7 @@ class ChatEncoder:
                 yield _tried(self._shortened, example, result[1], encoding)
 
     def _written(self, examples: list[Example]) -> list[str | None]:
-        """What the template writes for each; None where that has to be asked one by one."""
+        """The rendered texts; None for all if they must be rendered one by one."""
         if any(example.tools for example in examples):
             return [None] * len(examples)
         try:
@@ -116,7 +117,7 @@ class ChatEncoder:
             return [None] * len(examples)
 
     def _render(self, example: Example, text: str | None = None) -> tuple[str, list[Span], int]:
-        """The text, the spans of its characters to learn from, and how many answers they hold."""
+        """The text, its supervised spans of characters, and the number of completions in them."""
         assert self.renderer is not None
         answers = [n for n, m in enumerate(example.messages) if m["role"] == "assistant"]
         wanted = [n for n in answers if example.messages[n].get("weight") != 0]
@@ -125,8 +126,8 @@ class ChatEncoder:
         if self.supervise != "all":
             text, spans = self.renderer(example, wanted, text)
             return text, spans, len(spans)
-        unlearned = [n for n in answers if n not in wanted]
-        text, spans = self.renderer(example, unlearned, text)
+        unsupervised = [n for n in answers if n not in wanted]
+        text, spans = self.renderer(example, unsupervised, text)
         return text, _between(spans, len(text)), len(wanted)
 
     def _label(
@@ -135,13 +136,13 @@ class ChatEncoder:
         ids = encoding.ids
         self._check_beginning(ids)
         if spans == [(0, len(text))]:
-            learned = [(0, len(ids))]
+            supervised = [(0, len(ids))]
         else:
-            learned = [found for a, b in spans if (found := _tokens(text, encoding, a, b))]
-        if len(learned) < len(spans) and self.supervise != "all":
-            raise NotUsable("whose answer is of no token that the tokenizer knows")
+            supervised = [found for a, b in spans if (found := _tokens(text, encoding, a, b))]
+        if len(supervised) < len(spans) and self.supervise != "all":
+            raise NotUsable("with a completion without any token")
         size = sum(len(text[a:b].encode()) for a, b in spans)
-        return Encoded(ids, learned, answers, size, cut)
+        return Encoded(ids, supervised, answers, size, cut)
 
     def _check_beginning(self, ids: list[int]) -> None:
         begin = self.tokenizer.bos_token_id
@@ -153,8 +154,8 @@ class ChatEncoder:
         if self.supervise != "assistant":
             raise too_long
         ends = [n for n, m in enumerate(example.messages, 1) if m["role"] == "assistant"]
-        learned = [end for end in ends if example.messages[end - 1].get("weight") != 0]
-        for end, span in reversed(list(zip(learned, spans, strict=True))):
+        supervised = [end for end in ends if example.messages[end - 1].get("weight") != 0]
+        for end, span in reversed(list(zip(supervised, spans, strict=True))):
             final = encoding.char_to_token(span[1] - 1)
             if end == ends[-1] or final is None or final >= self.max_length:
                 continue
@@ -168,12 +169,12 @@ class ChatEncoder:
         raise too_long
 
     def _plain(self, example: Example) -> Encoded:
-        """Prompt, joiner, answer and the end-of-text token, for a base without a template."""
+        """Prompt, joiner, completion and end-of-text token, for a base without a template."""
         turns = example.messages
         simple = len(turns) == 2 and turns[0]["role"] == "user" and all(map(_is_plain, turns))
         if not simple or example.tools:
             raise UserError(
-                f"{example.place}: a conversation, but this base has no chat template: "
+                f"{example.place}: a conversation, but the base has no chat template: "
                 "set data.chat_template: chatml"
             )
         prompt, answer = (message["content"] for message in turns)
@@ -183,16 +184,16 @@ class ChatEncoder:
         if len(ids) > self.max_length:
             raise NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
         self._check_beginning(ids)
-        learned = turns[1].get("weight") != 0
-        first, last = len(before), len(ids) if learned else len(before)
-        size = len(answer.encode()) * learned
+        supervised = turns[1].get("weight") != 0
+        first, last = len(before), len(ids) if supervised else len(before)
+        size = len(answer.encode()) * supervised
         if self.supervise == "all":
             first, size = 0, size + len((prompt + example.joiner).encode())
-        return Encoded(ids, [(first, last)] if first < last else [], int(learned), size)
+        return Encoded(ids, [(first, last)] if first < last else [], int(supervised), size)
 
 
 def _tried(make: Callable[..., T], *args: Any) -> T | NotUsable:
-    """What is made of a row, or why the row is left out."""
+    """The result of `make`, or the reason why the row is dropped."""
     try:
         return make(*args)
     except NotUsable as error:
@@ -200,12 +201,12 @@ def _tried(make: Callable[..., T], *args: Any) -> T | NotUsable:
 
 
 def _is_plain(message: Message) -> bool:
-    """Whether a turn is a role and what it says: no calls, no thoughts, no name."""
+    """Whether a turn has only role and content: no tool calls, thinking or name."""
     return len(message) == 2 + ("weight" in message)
 
 
 def _between(spans: list[Span], length: int) -> list[Span]:
-    """What lies outside the spans.
+    """The complement of the spans.
 
     >>> _between([(2, 4)], 9)
     [(0, 2), (4, 9)]
@@ -215,23 +216,23 @@ def _between(spans: list[Span], length: int) -> list[Span]:
 
 
 def _tokens(text: str, encoding: Any, start: int, end: int) -> Span | None:
-    """The tokens whose characters lie in text[start:end]; None where it has none of its own.
+    """The tokens of the characters text[start:end]; None if there are none.
 
-    White space of the template may be part of the first: after `[/INST] ` the first token of an
-    answer is often ` Hello`, and it is this token that the model has to choose. Likewise the last.
+    The first token may include white space of the template: after `[/INST] ` the first token of a
+    completion is often ` Hello`, which is the token that the model must predict. Likewise the last.
 
     Raises:
-        NotUsable: a token is of words both inside and outside, or what stands last has no token.
+        NotUsable: a token has text both inside and outside, or the end has no token.
     """
-    # A tokenizer may leave out characters.
+    # A tokenizer may drop characters.
     tokens = map(encoding.char_to_token, range(start, end))
     first = next((token for token in tokens if token is not None), None)
     if first is None:
         return None
-    said = text[start:end].rstrip() or text[start:end]
-    last = encoding.char_to_token(start + len(said) - 1)
+    inner = text[start:end].rstrip() or text[start:end]
+    last = encoding.char_to_token(start + len(inner) - 1)
     if last is None:
-        raise NotUsable("of whose end marker the tokenizer leaves out characters")
+        raise NotUsable("whose end-of-turn token is incomplete in the tokenizer")
     count = len(encoding)
     # A character of several bytes can be several tokens.
     while last + 1 < count and (chars := encoding.token_to_chars(last + 1)) and chars[0] < end:
@@ -247,7 +248,7 @@ def _tokens(text: str, encoding: Any, start: int, end: int) -> Span | None:
 
 
 def _with_blanks(encoding: Any, first: int, start: int) -> int:
-    """Back over tokens of white space alone, which some tokenizers say are of no character."""
+    """Extend back over white-space tokens, to which some tokenizers assign no characters."""
     while first > 0:
         a, b = encoding.token_to_chars(first - 1)
         begins = encoding.token_to_chars(first - 2)[1] if first > 1 else 0
@@ -261,27 +262,27 @@ def _belongs(text: str, chars: Span, start: int, end: int) -> bool:
     a, b = chars
     inside, outside = text[max(a, start) : min(b, end)], text[a : max(a, start)] + text[end:b]
     if outside.strip() and inside.strip():
-        raise NotUsable("whose answer shares a token with what stands beside it", repr(text[a:b]))
+        raise NotUsable("with a token across a completion's boundary", repr(text[a:b]))
     return not outside or (not outside.strip() and bool(inside.strip()))
 
 
 class _Renderer:
-    """Renders conversations and finds the spans of their answers.
+    """Renders conversations and finds the spans of their completions.
 
-    What a template writes around the contents depends on the roles alone, so the pieces are kept by
-    the sequence of roles; every single text is still compared with what the template renders.
+    The pieces around the contents depend only on the roles, so they are cached by the sequence of
+    roles; every text is still compared with the real rendering.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.known: dict[tuple[str, ...], list[str] | NotUsable] = {}
         self.marker: str | None = None
-        self.after = ""  # what is written after the last answer
+        self.after = ""  # text after the last completion
 
     def __call__(
         self, example: Example, wanted: list[int], text: str | None = None
     ) -> tuple[str, list[Span]]:
-        """The text, and where the answers of the wanted turns stand in it, end marker included."""
+        """The text, and the spans of the wanted turns' completions with their end-of-turn token."""
         if text is None:
             text = render(self.tokenizer, example.messages, example.tools)
         if example.tools or not all(map(_is_plain, example.messages)):
@@ -295,10 +296,10 @@ class _Renderer:
         contents = _as_written(text, pieces, [message["content"] for message in example.messages])
         if contents is None:
             return text, self._by_prompts(example, wanted, text)
-        return text, _spans(pieces, contents, wanted, len(self._end_marker()))
+        return text, _spans(pieces, contents, wanted, len(self._end_of_turn()))
 
     def _pieces(self, roles: tuple[str, ...]) -> list[str]:
-        """What is written before, between and after the contents."""
+        """The pieces before, between and after the contents."""
         marks = [f"sentinel{number}x" for number in range(len(roles))]
         turns = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
         rest = render(self.tokenizer, turns)
@@ -306,24 +307,24 @@ class _Renderer:
         for mark in marks:
             piece, found, rest = rest.partition(mark)
             if not found:
-                raise NotUsable("of which the chat template leaves out a turn", "-".join(roles))
+                raise NotUsable("with a turn that the chat template drops", "-".join(roles))
             pieces.append(piece)
         pieces.append(rest)
         for role, piece in zip(roles, pieces[1:], strict=True):
-            if role == "assistant" and not piece.startswith(self._end_marker()):
+            if role == "assistant" and not piece.startswith(self._end_of_turn()):
                 raise NotUsable(_NO_END)
         return pieces
 
-    def _end_marker(self) -> str:
-        """What the template writes after every answer, whether another turn follows or not: Phi-3
-        closes a conversation with one token more."""
+    def _end_of_turn(self) -> str:
+        """The text after every completion, whether or not another turn follows: Phi-3 ends a
+        conversation with an additional token."""
         if self.marker is None:
             ask, mark = {"role": "user", "content": "sentinel0x"}, "sentinel1x"
             turns = [ask, {"role": "assistant", "content": mark}]
             after = self.after = render(self.tokenizer, turns).rpartition(mark)[2].rstrip()
             try:
                 goes_on = render(self.tokenizer, [*turns, ask]).rpartition(mark)[2]
-            except NotUsable:  # it takes one question alone
+            except NotUsable:  # the template supports a single exchange only
                 goes_on = after
             self.marker = after if goes_on.startswith(after) else self._shared(after, goes_on)
         if not self.marker:
@@ -331,7 +332,7 @@ class _Renderer:
         return self.marker
 
     def _shared(self, after: str, goes_on: str) -> str:
-        """What both begin with, up to where a token of the vocabulary's own or a line ends."""
+        """The common prefix, up to the end of an added token or of a line."""
         same = takewhile(lambda pair: pair[0] == pair[1], zip(after, goes_on, strict=False))
         shared = after[: len(list(same))]
         tokens = tuple(self.tokenizer.get_added_vocab())
@@ -341,15 +342,15 @@ class _Renderer:
         return ""
 
     def _by_prompts(self, example: Example, wanted: list[int], text: str) -> list[Span]:
-        """Each answer is what follows the template's prompt for the turns before it."""
+        """Spans of completions, each after the generation prompt of the turns before it."""
         for number, message in enumerate(example.messages, 1):
-            said = message["content"].strip()
+            content = message["content"].strip()
             if message["role"] == "assistant":
                 _check_calls(message, text, number)
-            elif said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
+            elif content not in text and json.dumps(content, ensure_ascii=False)[1:-1] not in text:
                 raise NotUsable(_REWRITTEN, f"turn {number}")
         if not all(name in text for name in _names(example.tools)):
-            raise NotUsable("whose tools the chat template leaves out")
+            raise NotUsable("whose tools the chat template drops")
         return [self._answer(example, number, text) for number in wanted]
 
     def _answer(self, example: Example, number: int, text: str) -> Span:
@@ -358,13 +359,13 @@ class _Renderer:
         start, end = len(prompt), self._end(example, number, text)
         if not text.startswith(prompt) or end is None:
             raise NotUsable(_REWRITTEN, f"turn {number + 1}")
-        marker = self._end_marker()
+        marker = self._end_of_turn()
         until = render(self.tokenizer, example.messages[: number + 1], example.tools).rstrip()
         marked = until.endswith(self.after)
         if marked:
             stop = text.rfind(marker, start, end)
             end = stop + len(marker)
-        else:  # after a call some write another, such as Llama's <|eom_id|>
+        else:  # some templates end a tool call differently, such as Llama's <|eom_id|>
             stop = end = len(until) if text.startswith(until) else -1
             if not until.endswith(tuple(self.tokenizer.get_added_vocab())):
                 raise NotUsable(_NO_END)
@@ -373,7 +374,7 @@ class _Renderer:
         written, content = text[start:stop], message["content"]
         thoughts = message.get("reasoning_content") or message.get("thinking") or ""
         if not (thoughts or message.get("tool_calls")):
-            # What stands between prompt and content, such as empty thoughts, is the template's.
+            # Text between prompt and content, such as an empty thinking block, is the template's.
             for variant in _variants(content):
                 if marked and written.endswith(variant):
                     return stop - len(variant), end
@@ -384,7 +385,7 @@ class _Renderer:
         if _squeezed(content) not in _squeezed(written):
             raise NotUsable(_REWRITTEN, f"turn {number + 1}")
         if _squeezed(str(thoughts)) not in _squeezed(written):
-            raise NotUsable("whose thoughts the chat template leaves out", f"turn {number + 1}")
+            raise NotUsable("whose thinking the chat template drops", f"turn {number + 1}")
         if not thoughts:
             turns.append({"role": "assistant", "content": "sentinelx"})
             shown = render(self.tokenizer, turns, example.tools).rpartition("sentinelx")[0]
@@ -393,8 +394,8 @@ class _Renderer:
         return start, end
 
     def _end(self, example: Example, number: int, text: str) -> int | None:
-        """Where the words of the turn after an answer begin, or the text ends; None if the text
-        does not go on as the template does."""
+        """The start of the content after a completion, or the end of the text; None if the text
+        does not match the template."""
         if number + 1 == len(example.messages):
             return len(text)
         following = {**example.messages[number + 1], "content": "sentinelx"}
@@ -405,11 +406,11 @@ class _Renderer:
 
 def _check_calls(message: Message, text: str, turn: int) -> None:
     if not all(name in text for name in _names(message.get("tool_calls") or ())):
-        raise NotUsable("whose tool calls the chat template leaves out", f"turn {turn}")
+        raise NotUsable("whose tool calls the chat template drops", f"turn {turn}")
 
 
 def _names(calls: Iterable[Any]) -> list[str]:
-    """Of tools, or of calls to them."""
+    """Names of tools or of tool calls."""
     inner = (call.get("function", call) for call in calls)
     names = (each.get("name") for each in inner if isinstance(each, dict))
     return [name for name in names if isinstance(name, str)]
@@ -420,13 +421,13 @@ def _squeezed(text: str) -> str:
 
 
 def _variants(content: str) -> tuple[str, ...]:
-    """A content as it is, and without the white space around it."""
+    """A content with and without surrounding white space."""
     return content, content.strip(), content.lstrip(), content.rstrip()
 
 
 def _as_written(text: str, pieces: list[str], contents: list[str]) -> list[str] | None:
-    """The contents as the template wrote them, each as it is or without the white space around it;
-    None if pieces and contents don't join to the text."""
+    """The contents as the template wrote them, with or without surrounding white space; None if
+    pieces and contents do not concatenate to the text."""
     written, position = [], len(pieces[0])
     if not text.startswith(pieces[0]):
         return None

@@ -1,6 +1,6 @@
-"""Examples -> rows in Arrow files, by a task; shares of a mixture drawn by their lengths.
+"""Examples -> rows in Arrow files, encoded by a task; mixtures are sampled by token counts.
 
-It is done once: the result is kept under a key of everything that decides it (`lora_kit.cache`).
+The result is cached under a key of everything that it depends on (`lora_kit.cache`).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from lora_kit.tasks.task import Dropped, Facts, Processor, Task
 
 _SECONDS_BETWEEN_LINES = 15
 _LIBRARIES = ("tokenizers", "transformers")
-_COUNTED = ("length", "truncated")  # columns of a task's rows that are read here and not kept
+_COUNTED = ("length", "truncated")  # columns that are read here and not stored
 
 
 @dataclass
 class Prepared:
-    """Rows that a run is trained and evaluated on.
+    """The training and evaluation rows of a run.
 
     Attributes:
-        train: as the trainer sees them (see `Task.pack`); `rows("train")` are not packed.
-        names: (file, style) of the places that the columns `file` and `number` of rows mean.
+        train: possibly packed (see `Task.pack`); `rows("train")` are not packed.
+        names: (file name, place format), for the columns `file` and `number` of rows.
         hashes: {source: sha256} of everything that was read. commits: {Hub data set: commit}.
-        cached: nothing had to be prepared.
+        cached: the result was in the cache.
     """
 
     train: Any
@@ -71,13 +71,13 @@ class Prepared:
         return style.format(name, found["number"])
 
     def summary(self) -> list[str]:
-        """The census in lines, and what is noteworthy before the start."""
+        """The census as lines, and notes before the start."""
         lines = self.census.lines()
         if self.train is not self.rows("train"):
             lines.append(f"packing: {len(self.train):,} rows, {self.train.fill:.1%} full")
         if self.eval.units < FEWEST_TO_EVALUATE:
             lines.append(
-                f"note: {FEWEST_TO_EVALUATE} held-out documents are needed for a verdict: raise "
+                f"note: a verdict needs {FEWEST_TO_EVALUATE} held-out documents: raise "
                 "data.eval, or add data"
             )
         return lines
@@ -86,14 +86,14 @@ class Prepared:
 def encode(
     task: Task, split: Split, processor: Processor, facts: Facts, run: Run, limits: bool = True
 ) -> Prepared:
-    """Encode examples, or map what an earlier run encoded from the same.
+    """Encode examples, or load the cached result.
 
     Args:
-        limits: stop where `data.limits` are exceeded.
+        limits: raise if `data.limits` are exceeded.
 
     Raises:
-        UserError: nothing is left to train on or to hold out; a fraction or `data.replay` cannot be
-            met; or a limit is exceeded.
+        UserError: no training or held-out rows are left; a fraction or `data.replay` cannot be met;
+            or a limit is exceeded.
     """
     own = {
         section: getattr(run, section).model_dump(mode="json", include=names)
@@ -139,7 +139,7 @@ def encode(
 def rows_of(
     task: Task, run: Run, pinned: Pinned, lock: dict[str, Any] | None = None, limits: bool = True
 ) -> tuple[Processor, Prepared]:
-    """Processor and rows of a run, for verbs that look at them; a recipe takes the steps itself.
+    """Processor and rows of a run, for verbs; recipes call the steps themselves.
 
     Args:
         lock: see `data.prepare.prepare`. limits: see `encode`.
@@ -151,18 +151,18 @@ def rows_of(
 
 
 def identity(processor: Processor) -> Any:
-    """What of a tokenizer, or of another processor, decides the rows that it makes."""
+    """The settings of a tokenizer or processor that its output depends on, for the cache key."""
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is None:
         return processor.to_json_string()
-    # Padding and truncation are set when the tokenizer is used, and change nothing here.
+    # Padding and truncation are set on use and have no effect here.
     model = json.loads(backend.to_str()) | {"padding": 0, "truncation": 0}
     special = [processor.bos_token_id, processor.eos_token_id]
     return [special, processor.chat_template, model]
 
 
-class _Work(NamedTuple):
-    """A batch of examples: the use that they were read for, the number of the first one."""
+class _EncodeJob(NamedTuple):
+    """A batch of examples to encode: their use and the index of the first one."""
 
     use: str
     first: int
@@ -171,9 +171,9 @@ class _Work(NamedTuple):
     examples: pa.RecordBatch
 
 
-class _Part(NamedTuple):
-    """What became of a batch. `counts`: rows of each example; `lengths`: tokens that each adds to
-    those trained on; `dropped`, `truncated`: (number in the batch, reason, place)."""
+class _EncodedBatch(NamedTuple):
+    """An encoded batch. `counts`: rows per example; `lengths`: training tokens per example;
+    `dropped`, `truncated`: (index in the batch, reason, place)."""
 
     use: str
     first: int
@@ -185,7 +185,7 @@ class _Part(NamedTuple):
 
 
 class Encoder:
-    """Turns batches of examples into rows, in this process or in several."""
+    """Encodes batches of examples; picklable for worker processes."""
 
     def __init__(self, task: Task, processor: Processor, facts: Facts, run: Run) -> None:
         self.task, self.processor, self.facts = task, processor, facts
@@ -193,10 +193,10 @@ class Encoder:
 
     @cached_property
     def _run(self) -> Run:
-        # The class of a run file with a task's own keys is made anew in each process.
+        # The run class with a task's own keys is created in each process.
         return validated(self._settings, self.task)
 
-    def __call__(self, work: _Work) -> _Part:
+    def __call__(self, work: _EncodeJob) -> _EncodedBatch:
         task = self.task.general if work.use == "general" else self.task
         assert task is not None
         examples = from_batch(work.examples, work.place)
@@ -207,9 +207,7 @@ class Encoder:
         dropped, truncated = [], []
         encoded = list(task.encode(examples, self.processor, self.facts, self._run))
         if len(encoded) != len(examples):
-            raise UserError(
-                f"TASK.encode: {len(examples)} examples, and rows or Dropped for {len(encoded)}"
-            )
+            raise UserError(f"TASK.encode: {len(encoded)} results for {len(examples)} examples")
         for n, (example, found) in enumerate(zip(examples, encoded, strict=True)):
             if isinstance(found, Dropped):
                 where = f"{example.place}: {found.detail}" if found.detail else example.place
@@ -218,7 +216,9 @@ class Encoder:
                 continue
             if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
                 kind = type(found).__name__
-                raise UserError(f"TASK.encode: {example.place}: a list of rows, not {kind}")
+                raise UserError(
+                    f"TASK.encode: {example.place}: expected a list of rows, not {kind}"
+                )
             counts.append(len(found))
             for row in found:
                 if reason := row.get("truncated"):
@@ -239,23 +239,23 @@ class Encoder:
                 np.add.at(lengths, of_row, each)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"TASK.encode: rows that TASK.tokens cannot count ({why})") from error
-        return _Part(
+            raise UserError(f"TASK.encode: TASK.tokens failed on its rows ({why})") from error
+        return _EncodedBatch(
             work.use, work.first, batch, np.array(counts, np.int32), lengths, dropped, truncated
         )
 
 
-class _Side:
-    """The rows of one use while they are written."""
+class _UseWriter:
+    """Writes the rows of one use."""
 
     def __init__(self, file: Path, chosen: np.ndarray) -> None:
         self.writer = RowsWriter(file)
         self.chosen = chosen  # bool (examples,)
-        self.examples: list[np.ndarray] = []  # numbers of those that have rows: the units
+        self.examples: list[np.ndarray] = []  # indices of examples with rows: the units
         self.lengths: list[np.ndarray] = []
         self.units = 0
 
-    def add(self, part: _Part) -> None:
+    def add(self, part: _EncodedBatch) -> None:
         mine = self.chosen[part.first : part.first + len(part.counts)]
         kept = mine & (part.counts > 0)
         if part.rows is None or not kept.any():
@@ -273,7 +273,7 @@ class _Side:
 
 @dataclass
 class _Encoding:
-    """One encoding, from the examples of a split to the files of its folder."""
+    """Builds one cache entry: the examples of a split -> the files of its folder."""
 
     task: Task
     split: Split
@@ -286,43 +286,43 @@ class _Encoding:
         self.started = True
         self.census = Census.from_json(self.split.census.to_json())
         self.census.notes += self.task.notes(set(self.split.formats), self.facts)
-        sides = self._encode(folder)
-        rows = {use: side.writer.close() for use, side in sides.items()}
+        writers = self._encode(folder)
+        rows = {use: writer.writer.close() for use, writer in writers.items()}
         for use in ("train", "eval", "general"):
-            if use in sides and not len(rows[use]):
+            if use in writers and not len(rows[use]):
                 left = getattr(self.census, use).dropped_text()
                 raise UserError(f"data.{use}: no rows left; dropped: {left}")
-        chosen, tokens = self._mixed(sides["train"])
+        chosen, tokens = self._mix(writers["train"])
         replayed = None
-        if "replay" in sides:
-            replayed = self._replayed(sides["replay"], rows["replay"], tokens)
+        if "replay" in writers:
+            replayed = self._replay(writers["replay"], rows["replay"], tokens)
         train = rows["train"]
         if not chosen.all():
             train = train.select(np.flatnonzero(chosen[train.column("unit")]))
         arranged = self.task.arrange(train, replayed, self.processor, self.facts, self.run_file)
         if arranged is not None or train is not rows["train"]:
-            train = _written(folder / "arranged", train if arranged is None else arranged)
+            train = _write_rows(folder / "arranged", train if arranged is None else arranged)
             (folder / "arranged").replace(folder / "train.arrow")
         if not len(train):
             raise UserError(
-                "data.train: less than two tokens of text: there is nothing to train on"
+                "data.train: fewer than two tokens of text: there is nothing to train on"
             )
         (folder / "replay.arrow").unlink(missing_ok=True)
         self._count("train", self.task, train)
-        for use, side in sides.items():
+        for use, writer in writers.items():
             if use in ("eval", "general"):
                 task = self.task if use == "eval" else self.task.general
                 assert task is not None
                 self._count(use, task, rows[use])
-                getattr(self.census, use).rows_kept += side.units
+                getattr(self.census, use).rows_kept += writer.units
         self.census.train.rows_kept = int(chosen.sum())
         text = json.dumps(self.census.to_json())
         (folder / "census.json").write_text(text, encoding="utf-8")
 
-    def _encode(self, folder: Path) -> dict[str, _Side]:
-        """The rows of every use, by all examples that were read."""
-        sides = {
-            use: _Side(folder / f"{use}.arrow", chosen)
+    def _encode(self, folder: Path) -> dict[str, _UseWriter]:
+        """Encode all examples and write the rows of every use."""
+        writers = {
+            use: _UseWriter(folder / f"{use}.arrow", chosen)
             for (_, use), chosen in self.split.masks.items()
         }
         of_table: dict[str, list[str]] = {}
@@ -332,72 +332,72 @@ class _Encoding:
         reported, count = time.monotonic(), 0
         for part in in_order(encoder, self._work(), worker_count(self.run_file.data)):
             for use in of_table[part.use]:
-                sides[use].add(part)
+                writers[use].add(part)
             self._count_lost(part, of_table[part.use])
             count += len(part.counts)
             if time.monotonic() - reported > _SECONDS_BETWEEN_LINES:
                 reported = time.monotonic()
                 print(f"data: {count:,} rows encoded", file=sys.stderr, flush=True)
-        return sides
+        return writers
 
-    def _work(self) -> Iterator[_Work]:
+    def _work(self) -> Iterator[_EncodeJob]:
         for use, examples in self.split.tables.items():
             first = 0
             for file, batch in examples.batches():
-                yield _Work(use, first, file, self.split.names[file], batch)
+                yield _EncodeJob(use, first, file, self.split.names[file], batch)
                 first += batch.num_rows
 
-    def _count_lost(self, part: _Part, uses: Sequence[str]) -> None:
+    def _count_lost(self, part: _EncodedBatch, uses: Sequence[str]) -> None:
         for what, lost in (("dropped", part.dropped), ("truncated", part.truncated)):
             for n, reason, place in lost:
                 use = next((u for u in uses if self.split.masks[part.use, u][part.first + n]), None)
-                if use is None:  # a leak, counted as such
+                if use is None:  # a leak, which is counted elsewhere
                     continue
                 count = getattr(self.census, "general" if use == "replay" else use)
                 count.count_lost(reason, place, what=what)
                 if reason == NO_SUPERVISION:
                     count.samples_without_supervision += 1
 
-    def _mixed(self, side: _Side) -> tuple[np.ndarray, int]:
-        """Which units are trained on, bool (units,), so that each source gives its fraction of the
-        tokens; and how many tokens these have."""
-        examples, lengths = np.concatenate(side.examples), np.concatenate(side.lengths)
+    def _mix(self, writer: _UseWriter) -> tuple[np.ndarray, int]:
+        """bool (units,): units that are trained on, so that each source contributes its fraction of
+        the tokens; and the number of their tokens."""
+        examples, lengths = np.concatenate(writer.examples), np.concatenate(writer.lengths)
         fractions = self.split.fractions
         if not fractions:
-            return np.ones(side.units, dtype=bool), int(lengths.sum())
+            return np.ones(writer.units, dtype=bool), int(lengths.sum())
         sources = self.split.sources[examples]
         listed = self.run_file.data.train
         for number in range(len(fractions)):
             if not lengths[sources == number].any():
                 name = listed[number] if isinstance(listed, list) else listed
                 name = getattr(name, "source", name)
-                raise UserError(f"{name}: no rows left to train on, but it has a fraction")
+                raise UserError(f"{name}: has a fraction, but no rows left to train on")
         order = self.split.ranks["train"][examples]
         chosen = mix(lengths, sources, order, dict(enumerate(fractions)))
         self.census.train.unused = int((~chosen).sum())
         return chosen, int(lengths[chosen].sum())
 
-    def _replayed(self, side: _Side, rows: Rows, tokens: int) -> Rows:
-        """The general rows that are trained on, a share `data.replay` of all tokens."""
+    def _replay(self, writer: _UseWriter, rows: Rows, tokens: int) -> Rows:
+        """General rows to train on: a share `data.replay` of all tokens."""
         replay = self.run_file.data.replay or 0.0
         wanted = replay / (1 - replay) * tokens
-        examples, lengths = np.concatenate(side.examples), np.concatenate(side.lengths)
+        examples, lengths = np.concatenate(writer.examples), np.concatenate(writer.lengths)
         there = int(lengths.sum())
         if there < 0.99 * wanted:
             raise UserError(
-                f"data.replay: {replay:g} of the tokens trained on are {wanted:,.0f}; data.general "
-                f"has {there:,} besides those evaluated on: lower it to "
-                f"{there / (there + tokens):.3f}, or name more text"
+                f"data.replay: {replay:g} needs {wanted:,.0f} tokens of general text; data.general "
+                f"has {there:,} that are not held out: lower it to "
+                f"{there / (there + tokens):.3f}, or add text"
             )
         chosen = take(lengths, self.split.ranks["general"][examples], wanted)
         used = rows.select(np.flatnonzero(np.isin(rows.column("unit"), chosen)))
-        self.census.general.unused = side.units - len(chosen)
+        self.census.general.unused = writer.units - len(chosen)
         self.census.general.rows_kept += len(chosen)
         general = self.task.general
         assert general is not None
         self.census.notes.append(
-            f"replay: {len(chosen):,} general rows ({general.supervised(used):,} tokens) are "
-            "trained on as well"
+            f"replay: also training on {len(chosen):,} general rows "
+            f"({general.supervised(used):,} tokens)"
         )
         return used
 
@@ -408,8 +408,8 @@ class _Encoding:
             count.end_markers_supervised = int(rows.column("end_markers").sum())
 
 
-def _written(file: Path, rows: Iterable[Row]) -> Rows:
-    """Rows in a file; those that name no unit are one each."""
+def _write_rows(file: Path, rows: Iterable[Row]) -> Rows:
+    """Write rows to a file; rows without a unit get one each."""
     writer = RowsWriter(file)
     count = 0
     for batch in record_batches(rows):

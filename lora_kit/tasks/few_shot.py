@@ -1,4 +1,4 @@
-"""What a few examples in the prompt buy the base: the rival an adapter has to beat."""
+"""The few-shot baseline: the base with training examples in its prompt."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from lora_kit.data.rows import Rows
 from lora_kit.errors import NotUsable
 from lora_kit.tasks.batches import IGNORED
 
-_MOST_TRIED = 1000  # rows looked at for examples that are short enough
+_MOST_TRIED = 1000  # rows searched for short enough examples
 
 
-def choose(
+def choose_examples(
     train: Rows, longest: int, room: int, shots: int, chat: bool, seed: int
 ) -> list[list[int]]:
-    """Training rows as examples, drawn with the seed: lists of token ids, as many as fit; none
-    where there is no room.
+    """Draw training rows as few-shot examples: lists of token ids; none if they do not fit.
 
-    Each may take its share of the room that the longest row leaves. A text is cut to it; of
-    conversations, longer ones are passed over.
+    Each example may use an equal share of the context that the longest row leaves. Texts are
+    truncated to it; longer conversations are skipped.
 
     Args:
-        longest: tokens of the longest row that is evaluated. room: positions that the base has.
+        longest: tokens of the longest evaluated row. room: positions of the base.
     """
     share = (room - longest) // max(1, shots)
     chosen: list[list[int]] = []
@@ -39,26 +38,26 @@ def choose(
 
 
 def after_examples(rows: Rows, examples: list[list[int]], opening: list[int]) -> Rows:
-    """Held-out rows, each after the same examples, with the same labels, units and bytes.
+    """Held-out rows with the examples prepended; labels, units and bytes stay the same.
 
     Args:
-        opening: what a conversation begins with and what is there only once in front of several.
+        opening: tokens that occur only once, at the start of a conversation.
     """
     longer = []
     for row in rows:
-        ids = joined([*examples, row["input_ids"].tolist()], opening)
+        ids = concatenated([*examples, row["input_ids"].tolist()], opening)
         moved = len(ids) - len(row["input_ids"])
         labels = np.full(len(ids), IGNORED)
         labels[moved:] = row["labels"]
-        # The first token of a row is not predicted from anything, here no more than there.
+        # The first token of a row has no label without examples, so it gets none here.
         labels[moved] = IGNORED
         longer.append({**row, "input_ids": np.array(ids), "labels": labels})
     return Rows.of(longer)
 
 
 def opening(tokenizer: Any) -> list[int]:
-    """What the chat template writes once, before the first turn: beginning-of-text, a default
-    system prompt. Found by rendering one exchange, and two."""
+    """Tokens that the chat template writes once, before the first turn: beginning-of-text, a
+    default system prompt. Found by rendering one and two exchanges."""
     if not tokenizer.chat_template:
         return []
     turns = [
@@ -67,7 +66,7 @@ def opening(tokenizer: Any) -> list[int]:
     ]
     try:
         one, two = render(tokenizer, turns[:2]), render(tokenizer, turns)
-    except NotUsable:  # a template may refuse whatever it likes
+    except NotUsable:  # the template rejects these turns
         return []
     head, end = one.split("sentinela")[0], one.split("sentinelb")[-1]
     between = two.split("sentinelb")[-1].split("sentinelc")[0]
@@ -77,8 +76,8 @@ def opening(tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def joined(rows: list[list[int]], opening: list[int]) -> list[int]:
-    """Rows one after the other, the opening only in front of the first."""
+def concatenated(rows: list[list[int]], opening: list[int]) -> list[int]:
+    """Concatenate rows, with the opening only before the first."""
     ids = list(rows[0])
     for row in rows[1:]:
         ids += row[len(opening) :] if row[: len(opening)] == opening else row

@@ -1,4 +1,4 @@
-"""Loss by unit, and what a model says."""
+"""Loss per unit, and greedy generation."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lora_kit.tasks.task import Batch, Collate, Score
 if TYPE_CHECKING:
     import torch
 
-# Logits in float32 that one batch may take: 2**28 values are 1 GiB, 1,700 tokens of a vocabulary
-# of 152k. A single row may be longer.
+# Most float32 logits of one batch: 2**28 values are 1 GiB, or 1,700 tokens of a vocabulary of 152k.
+# A single row may be longer.
 LOGITS_AT_ONCE = 2**28
-TOKENS_AT_ONCE = 2**14  # of prompts and answers in one batch: their keys and values are kept
-_PIECE = 2**25  # and of those, in float32 for the loss: 128 MiB
+TOKENS_AT_ONCE = 2**14  # prompt and completion tokens of a batch, for the KV cache
+_PIECE = 2**25  # float32 logits at a time for the loss: 128 MiB
 
 
 @dataclass(frozen=True)
 class Losses:
-    """By unit, arrays of shape (units,): loss in nats, labels predicted, bytes they spell."""
+    """Per unit, arrays of shape (units,): loss in nats, predicted labels, bytes of their text."""
 
     nats: np.ndarray
     tokens: np.ndarray
@@ -50,13 +50,13 @@ def measure(
     rows_at_once: int = 8,
     numbers: np.ndarray | None = None,
 ) -> Losses:
-    """The loss of every label, summed by unit.
+    """The loss of all labels, summed per unit.
 
     Args:
         model: a causal language model, on its device.
-        rows_at_once: as many rows of the longest length as fit into memory together; fewer where
-            their logits would be larger than LOGITS_AT_ONCE.
-        numbers: of the rows that are measured; None: all. Units of others have no tokens.
+        rows_at_once: rows of the longest length per batch; fewer if their logits would exceed
+            LOGITS_AT_ONCE.
+        numbers: indices of the rows to measure; None: all. Other units get no tokens.
 
     Raises:
         CheckFailed: a loss is NaN or infinite.
@@ -68,9 +68,9 @@ def measure(
 
     def nats_and_tokens(model: Any, batch: Batch) -> torch.Tensor:
         labels = batch.pop("labels")
-        # Of what stands before every label no logits are needed.
-        learned = (labels[:, 1:] != IGNORED).any(0).nonzero()
-        first = int(learned[0]) if len(learned) else labels.shape[1] - 2
+        # Logits before the first label are not needed.
+        supervised = (labels[:, 1:] != IGNORED).any(0).nonzero()
+        first = int(supervised[0]) if len(supervised) else labels.shape[1] - 2
         targets = labels[:, max(first, 0) + 1 :]
         keep = targets.shape[1] + 1
         some = {"logits_to_keep": keep} if trims else {}
@@ -100,14 +100,13 @@ def each_row(
     what: str,
     numbers: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What a function gives for each row, (rows, width) of its type. Rows are sorted by length, so
-    that little padding is computed, and dealt out to the ranks if there are several; every rank
-    returns all of them.
+    """Apply a function to all rows in batches: (rows, width) in its dtype. Rows are sorted by
+    length, to reduce padding, and distributed over the ranks; every rank returns all results.
 
     Args:
-        lengths, rows_at_once, numbers: as in `batches_of`; rows that are not wanted are zeros.
-        of: model and batch -> (rows of the batch, width).
-        what: of a row, for the message.
+        lengths, rows_at_once, numbers: as in `batches_of`; skipped rows are zero.
+        of: (model, batch) -> (rows of the batch, width).
+        what: name of the value, for the error message.
 
     Raises:
         CheckFailed: a value is NaN or infinite.
@@ -124,7 +123,7 @@ def each_row(
     with torch.no_grad():
         for turn in range(-(-len(batches) // ranks)):
             mine = turn * ranks + rank
-            # Every rank runs as many passes as the others: a sharded model needs all of them.
+            # Every rank runs the same number of batches, as a sharded model needs.
             some = batches[min(mine, len(batches) - 1)]
             batch = collate([rows[n] for n in some])
             moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -139,23 +138,23 @@ def each_row(
     broken = (~torch.isfinite(found).all(1)).nonzero()
     if len(broken):
         raise CheckFailed(
-            f"{what} {int(broken[0]) + 1} of {len(rows)} is not finite: look for NaN or infinite "
-            "weights in base or adapter"
+            f"{what} {int(broken[0]) + 1} of {len(rows)} is not finite: check for NaN or infinite "
+            "weights in base and adapter"
         )
     array: np.ndarray = found.cpu().numpy()
     return array
 
 
 def rank_and_ranks() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """Rank of this process, and the world size."""
     import torch.distributed as dist
 
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _row_nats(logits: Any, targets: Any) -> Any:
-    """Summed loss of each row, float64 (rows,): logits (rows, length, vocabulary), targets (rows,
-    length). In pieces, because float32 logits of the whole batch would triple its memory."""
+    """Summed loss per row, float64 (rows,), from logits (rows, length, vocabulary) and targets
+    (rows, length). In pieces, since float32 logits of the whole batch would triple its memory."""
     import torch
 
     nats = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
@@ -172,11 +171,11 @@ def _row_nats(logits: Any, targets: Any) -> Any:
 def batches_of(
     model: Any, lengths: np.ndarray, rows_at_once: int, numbers: np.ndarray | None = None
 ) -> list[list[int]]:
-    """Rows in batches, longest first: `rows_at_once` of the longest, more of shorter ones, fewer
-    where their logits would be larger than LOGITS_AT_ONCE.
+    """Row indices in batches, longest first: `rows_at_once` of the longest rows, more of shorter
+    ones; fewer if their logits would exceed LOGITS_AT_ONCE.
 
     Args:
-        lengths: int64 (rows,), tokens of each. numbers: of the rows that are wanted; None: all.
+        lengths: int64 (rows,), tokens per row. numbers: indices of the rows to use; None: all.
     """
     chosen = np.arange(len(lengths)) if numbers is None else numbers
     order = chosen[np.argsort(-lengths[chosen], kind="stable")].tolist()
@@ -194,7 +193,7 @@ def batches_of(
 
 
 def positions(model: Any) -> int:
-    """Tokens that a row may have; many, where the base states no end."""
+    """Longest row that the base supports; a large number if it states none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
@@ -205,7 +204,7 @@ def generate(
     max_new_tokens: int,
     at_once: int = 16,
 ) -> list[str]:
-    """Greedy continuations as text, without what the tokenizer calls special: `generate_ids`."""
+    """`generate_ids` as text, without special tokens."""
     found = generate_ids(model, tokenizer, prompts, max_new_tokens, at_once)
     texts: list[str] = tokenizer.batch_decode(found, skip_special_tokens=True)
     return texts
@@ -218,15 +217,15 @@ def generate_ids(
     max_new_tokens: int,
     at_once: int = 16,
 ) -> list[list[int]]:
-    """Greedy continuations as tokens, in the order of the prompts, each with the token that ended
-    it, if any did.
+    """Greedy completions as tokens, in the order of the prompts, each with its end token, if one
+    was generated.
 
-    Padding stands on the left, so that each continuation follows its prompt directly. Prompts are
-    sorted by length and dealt out to the ranks if there are several; every rank returns them all.
+    Prompts are padded on the left, sorted by length and distributed over the ranks; every rank
+    returns all completions.
 
     Args:
-        prompts: token ids. at_once: prompts in one batch, fewer where they are long.
-        max_new_tokens: at most; fewer where the base has no positions for them.
+        prompts: token ids. at_once: prompts per batch; fewer if they are long.
+        max_new_tokens: at most; fewer if the base has too few positions.
     """
     import torch
     import torch.distributed as dist
@@ -259,7 +258,7 @@ def generate_ids(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=length,
-                # Whatever the base's own generation_config.json asks for.
+                # Override the base's generation_config.json.
                 do_sample=False,
                 num_beams=1,
                 repetition_penalty=1.0,

@@ -1,4 +1,4 @@
-"""Scores of generated answers: how near each one comes to what was expected."""
+"""Metrics that compare generated completions with reference completions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lora_kit.errors import UserError
 from lora_kit.run import nearest
 from lora_kit.trust import metrics_checked
 
-# A task with more classes than this, most of them seen once, is no classification.
+# With more classes than this, most of them seen once, `accuracy` makes no sense.
 MOST_CLASSES = 20
 _ARTICLES = {"a", "an", "the"}
-# Scripts that set no space between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han.
+# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han.
 _UNSPACED = re.compile(
     "([\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff])"
@@ -36,19 +36,19 @@ Metric = Callable[[str, str], float]
 
 
 def score(name: str, predictions: list[str], references: list[str]) -> np.ndarray:
-    """The score of every answer against the one expected; more is better.
+    """The score of every completion against its reference; higher is better.
 
-    `exact_match`, `f1`, `accuracy` and `rouge_l` lie between 0 and 1. Any other name is a metric of
+    `exact_match`, `f1`, `accuracy` and `rouge_l` are between 0 and 1. Any other name is a metric of
     the `evaluate` library: the path of its script or folder, or its name on the Hub. Its script is
-    Python that runs here with your rights, if `lora_kit.trust` lets it. It is computed for each row
-    alone, so that its mean has an interval: a metric that is no mean of rows (BLEU of a corpus)
-    comes out otherwise than usual.
+    Python that runs here with your rights, if `lora_kit.trust` allows it. It is computed per row,
+    so that its mean has a confidence interval; corpus-level metrics (BLEU) therefore differ from
+    their usual value.
 
     Returns:
         float64 (rows,).
 
     Raises:
-        UserError: the metric cannot be had, or does not fit answers that are text.
+        UserError: the metric cannot be loaded, or does not accept text.
     """
     metric = OWN.get(name) or _borrowed(name)
     pairs = zip(predictions, references, strict=True)
@@ -56,21 +56,21 @@ def score(name: str, predictions: list[str], references: list[str]) -> np.ndarra
 
 
 def check_names(names: list[str], chat: bool) -> None:
-    """Raises UserError, a line for each metric that cannot be computed. chat: on completions."""
+    """Raises UserError, a line per metric that cannot be computed. chat: rows have completions."""
     if names and not chat:
-        why = "metrics score answers, and text has none; leave them out, or use sft"
+        why = "metrics score completions, and text has none: remove them, or use recipe: sft"
         raise UserError(f"prove.metrics: {why}")
 
     def check(name: str) -> None:
         if name in VERDICTS:
-            raise UserError(f"{name}: a verdict has this name; call it otherwise")
+            raise UserError(f"{name}: this name is reserved for a verdict: rename the metric")
         score(name, [_PROBE, ""], [_PROBE, _PROBE])
 
     check_each("prove.metrics", names, check)
 
 
 def check_each(key: str, names: list[str], check: Callable[[str], None]) -> None:
-    """Raises UserError, a line for each name that stands there twice or that `check` refuses."""
+    """Raises UserError, one line per name that is repeated or rejected by `check`."""
     counts = Counter(names)
     problems = [f"{name}: named {counts[name]} times" for name in counts if counts[name] > 1]
     for name in counts:
@@ -83,17 +83,17 @@ def check_each(key: str, names: list[str], check: Callable[[str], None]) -> None
 
 
 def check_fit(names: list[str], references: list[str]) -> None:
-    """Raises UserError if `accuracy` is asked for and the expected answers are no classes."""
+    """Raises UserError if `accuracy` is requested and the references are not classes."""
     different = len({_folded(text) for text in references})
     if "accuracy" in names and different > max(MOST_CLASSES, len(references) / 2):
         raise UserError(
-            f"prove.metrics: accuracy: {different} of {len(references)} expected answers differ, "
-            "so they are no classes; use exact_match, f1 or rouge_l"
+            f"prove.metrics: accuracy: {different} of {len(references)} references differ, "
+            "so they are not classes: use exact_match, f1 or rouge_l"
         )
 
 
 def exact_match(prediction: str, expected: str) -> float:
-    """1 if both are the same words after normalisation, else 0 (Rajpurkar et al. 2016).
+    """1 if both have the same words after normalisation, else 0 (Rajpurkar et al. 2016).
 
     >>> exact_match("The Eiffel Tower.", "eiffel tower")
     1.0
@@ -112,7 +112,7 @@ def f1(prediction: str, expected: str) -> float:
 
 
 def accuracy(prediction: str, expected: str) -> float:
-    """1 if the answer is the name of the class, but for case and the space around it, else 0."""
+    """1 if the completion is the class name, ignoring case and surrounding white space, else 0."""
     return float(_folded(prediction) == _folded(expected))
 
 
@@ -130,15 +130,15 @@ OWN: dict[str, Metric] = {m.__name__: m for m in (exact_match, f1, accuracy, rou
 
 
 def _folded(text: str) -> str:
-    """Without case, an accented letter always spelt the same way (NFC), no space around."""
+    """Case-folded, NFC-normalised and stripped."""
     return unicodedata.normalize("NFC", text.casefold()).strip()
 
 
 def _words(text: str) -> list[str]:
-    """Words without case and the punctuation of any script.
+    """Words without case and punctuation.
 
-    Where a script sets no space between words, each character is one: `東京2020` is 東, 京, 2020.
-    Unlike SQuAD's script, `-5` is not 5, `1.5` not 15, and `+` and `-` are two answers.
+    In scripts without spaces each character is a word: `東京2020` is 東, 京, 2020. Unlike SQuAD's
+    script, `-5` is not 5, `1.5` is not 15, and `+` and `-` are different.
     """
     folded = _folded(text)
     spared = {sign.start() for sign in _SIGN.finditer(folded)}
@@ -147,24 +147,24 @@ def _words(text: str) -> list[str]:
 
 
 def _is_punctuation(character: str) -> bool:
-    """ASCII's symbols are, too, as in SQuAD's script."""
+    """Includes ASCII symbols, as in SQuAD's script."""
     return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def _answer(text: str) -> list[str]:
-    """`_words` without English articles, unless the answer is nothing else: `A` of A, B, C, D."""
+    """`_words` without English articles, unless there is nothing else: `A` of A, B, C, D."""
     words = _words(text)
     return [word for word in words if word not in _ARTICLES] or words
 
 
 def _harmonic(common: int, found: list[str], wanted: list[str]) -> float:
-    """2·P·R / (P + R) for P = common / found and R = common / wanted; two empty texts agree."""
+    """2·P·R / (P + R) for P = common / found and R = common / wanted; 1 for two empty texts."""
     return 2 * common / (len(found) + len(wanted)) if found or wanted else 1.0
 
 
 def _longest_common(first: list[str], second: list[str]) -> int:
-    """Length of the longest common subsequence, a row of the table at once as the bits of one
-    number (Hyyrö 2004): long texts take milliseconds."""
+    """Length of the longest common subsequence, with a row of the table as the bits of one integer
+    (Hyyrö 2004)."""
     places: dict[str, int] = defaultdict(int)
     for n, word in enumerate(first):
         places[word] |= 1 << n
@@ -179,7 +179,7 @@ def _longest_common(first: list[str], second: list[str]) -> int:
 def _borrowed(name: str) -> Metric:
     """A metric of the evaluate library, for one row."""
     hint = nearest(name, list(OWN))
-    # evaluate has a switch of its own, and would ask the Hub all the same.
+    # evaluate has its own offline switch.
     os.environ.setdefault("HF_EVALUATE_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
     import evaluate
 
@@ -189,29 +189,29 @@ def _borrowed(name: str) -> Metric:
     except UserError as error:
         raise UserError(f"{error}{hint}") from None
     except FileNotFoundError:
-        why = "no metric's script there, and none of this name on the Hub (not asked offline)"
+        why = "no such script, and no metric of this name on the Hub (not checked offline)"
         raise UserError(f"{name}: {why}{hint}") from None
-    except (Exception, SystemExit) as error:  # the script is anybody's code
+    except (Exception, SystemExit) as error:  # third-party code
         raise UserError(f"{name}: cannot be loaded: {in_a_line(error)}") from None
     own = Path(name).stem
     if own in _LESS_IS_BETTER:
-        raise UserError(f"{name}: less is better in it; use a script that returns 1 - {name}")
+        raise UserError(f"{name}: lower is better: use a script that returns 1 - {name}")
 
     def metric(prediction: str, expected: str) -> float:
         try:
             result = dict(loaded.compute(predictions=[prediction], references=[expected]))
         except (Exception, SystemExit) as error:
-            raise UserError(f"{name}: does not take text answers: {in_a_line(error)}") from None
+            raise UserError(f"{name}: does not accept text: {in_a_line(error)}") from None
         numbers = {key: value for key, value in result.items() if isinstance(value, Real)}
         only = next(iter(numbers.values())) if len(numbers) == 1 else math.nan
         value = float(numbers.get(own, only))
         if not math.isfinite(value):
-            raise UserError(f"{name}: gives no single number for an answer, but {result}"[:200])
+            raise UserError(f"{name}: returns no single number: {result}"[:200])
         return value
 
     return metric
 
 
 def in_a_line(error: BaseException) -> str:
-    """What somebody else's code raised, its kind and its words, 200 characters at most."""
+    """An exception's type and message in one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,7 +1,7 @@
-"""Several short documents in one row: less padding, and none sees another.
+"""Packing: several short documents in one row, isolated from each other.
 
-First-fit-decreasing (Johnson 1973): documents by falling length, each into the first row that has
-room for it; at most 11/9 of the fewest rows possible, plus one.
+First-fit-decreasing (Johnson 1973): documents by decreasing length, each into the first row with
+enough room; at most 11/9 of the optimal number of rows, plus one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list
         lengths: of the items, none above `room`.
 
     Returns:
-        The numbers of the items in each bin; every item is in exactly one.
+        The indices of the items in each bin; every item is in exactly one.
 
     Raises:
         ValueError: an item is longer than a bin.
@@ -35,8 +35,8 @@ def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) and sizes.max() > room:
         raise ValueError(f"an item of {sizes.max()} does not fit into {room}")
-    # A tree over the bins: each node knows the most room below it, so that the first bin with
-    # enough is found in log2(items) steps. Bins that are not begun have all their room.
+    # A segment tree over the bins: each node has the largest room below it, so the first bin with
+    # enough room is found in log2(items) steps. Unused bins are empty.
     leaves = 1 << max(0, len(sizes) - 1).bit_length()
     tree = [room] * (2 * leaves)
     bins: list[list[int]] = []
@@ -59,8 +59,8 @@ def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list
 
 
 class Packed:
-    """Rows of tokens and labels, several in one: `input_ids`, `labels` and `position_ids`, which
-    count from 0 in each. The first token of a document is not predicted from the one before it."""
+    """Packed rows: `input_ids`, `labels` and `position_ids`, which start at 0 in each document. The
+    first token of a document is not predicted from the previous document."""
 
     def __init__(self, rows: Rows, room: int) -> None:
         self.rows = rows
@@ -89,12 +89,12 @@ class Packed:
 
     @property
     def fill(self) -> float:
-        """The share of the rows that is tokens."""
+        """The share of the rows that is not empty."""
         return float(self.sizes.sum()) / max(1, len(self.bins) * self.room)
 
 
 def content_hash(rows: Rows | Packed) -> str:
-    """A hash of the tokens of all rows, and of which are packed together."""
+    """A hash of the tokens of all rows and of how they are packed."""
     packed = rows.bins if isinstance(rows, Packed) else None
     table = rows.rows if isinstance(rows, Packed) else rows
     names = [name for name in table.columns if name.endswith("input_ids")]
@@ -104,13 +104,13 @@ def content_hash(rows: Rows | Packed) -> str:
 
 
 def check_isolation(model: Any) -> None:
-    """Run two packed documents through a model, and again with the first one changed.
+    """Check that a packed document's logits do not depend on the document before it.
 
-    transformers keeps packed documents apart by `position_ids` in most architectures; those that
-    have no use for positions (OPT, BLOOM, Falcon, Mamba) let each document see the ones before it.
+    transformers isolates packed documents by `position_ids` in most architectures; in those that do
+    not use positions (OPT, BLOOM, Falcon, Mamba) each document sees the previous ones.
 
     Raises:
-        UserError: the second document's logits have changed, by more than rounding.
+        UserError: the logits change by more than rounding.
     """
     import torch
 
@@ -125,10 +125,10 @@ def check_isolation(model: Any) -> None:
             for some in ((9, 10, 11, 12), (13, 14, 15, 16))
         )  # fmt: skip
     model.train(training)
-    # In a mixture of experts the other tokens change how sums are rounded.
+    # In a mixture of experts, other tokens change the rounding of sums.
     if (first - second).abs().max() > 0.05 * first.std():
         named = getattr(model, "get_base_model", lambda: model)()
         raise UserError(
-            f"data.packing: documents: {type(named).__name__} does not keep documents of one row "
-            "apart: use none, or running for text"
+            f"data.packing: documents: {type(named).__name__} does not isolate packed documents: "
+            "use none, or running for text"
         )

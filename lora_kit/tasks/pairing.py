@@ -1,5 +1,5 @@
-"""Do the answers depend on the prompts? A model that learned from shuffled labels knows which
-answers occur, and not which of them belongs to a prompt: its loss falls all the same."""
+"""Prompt use: do completions depend on their prompts? This control catches shuffled labels: a model
+trained on them learns which completions occur, so its loss still falls."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.bootstrap import FEWEST_UNITS, interval
 from lora_kit.tasks.measure import measure
 
-KEPT = 0.75  # share of what prompts were worth to the base that has to be left
-Question = tuple[list[int], list[int]]  # tokens of a prompt, and of its answer
+KEPT = 0.75  # smallest share of the base's prompt use that must remain
+Question = tuple[list[int], list[int]]  # tokens of a prompt and of its completion
 
 
 def prompt_use(
     model: Any, pad_id: int, questions: list[Question], seed: int
 ) -> dict[str, Any] | None:
-    """What its own prompt is worth to an answer: the loss after a prompt with another answer, minus
-    the loss after its own.
+    """How much a completion's own prompt lowers its loss: the loss after another completion's
+    prompt, minus the loss after its own.
 
     Args:
-        model: a PEFT model; its adapter is switched off to measure the base.
+        model: a PEFT model; its adapter is disabled to measure the base.
 
     Returns:
-        {"rows", "base", "adapted", "ci95" of the adapted one, "blind"}, nats per token. Blind: it
-        may be nothing, or (95% sure) it is less than KEPT of what it was to the base, which
-        learning from true pairs does not bring about. None where fewer than 20 answers have a
-        different one beside them.
+        {"rows", "base", "adapted", "ci95" of the adapted one, "blind"}, nats per token. Blind: the
+        interval includes 0, or (with 95% confidence) it is below KEPT times the base's, which does
+        not happen when training on true pairs. None if fewer than 20 completions can be paired with
+        another prompt.
     """
     own, other = pairs(questions)
     if len(own) < FEWEST_UNITS:
@@ -50,8 +50,8 @@ def prompt_use(
 
 
 def pairs(questions: list[Question]) -> tuple[Rows, Rows]:
-    """Every answer after its own prompt, and after the next one that has another answer and is not
-    too long: no row becomes longer than the longest.
+    """Every completion after its own prompt, and after the next prompt with another completion; no
+    row becomes longer than the longest one.
 
     >>> own, other = pairs([([1, 2], [9]), ([3], [9]), ([4], [8])])
     >>> [row["input_ids"].tolist() for row in other]

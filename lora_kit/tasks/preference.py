@@ -1,15 +1,14 @@
-"""Preference tuning: of two completions of a prompt, the chosen one is made more likely than the
-rejected one, measured against the model before the training (DPO; Rafailov et al. 2023,
-arXiv:2305.18290).
+"""Preference tuning: raise the likelihood of the chosen over the rejected completion of a prompt,
+relative to a reference model (DPO; Rafailov et al. 2023, arXiv:2305.18290).
 
 With c and r the log-probabilities of the two completions, summed over their tokens, and c', r'
-those under the reference, the model as it is before the first step, fresh adapter or
-`adapter.start`:
+those under the reference, which is the model before the first step (the base, or the base with
+`adapter.start`):
 
     margin = beta * ((c - c') - (r - r'))        loss = -log sigmoid(margin)
 
-Loss is computed on the last assistant turn and its end-of-turn token. Nothing is cut off: a pair
-with a side longer than train.max_length is dropped and counted.
+Loss is computed on the last assistant turn and its end-of-turn token. Nothing is truncated: a pair
+with a conversation over train.max_length is dropped and counted.
 """
 
 from __future__ import annotations
@@ -56,15 +55,15 @@ if TYPE_CHECKING:
     from lora_kit.tasks.encode import Prepared
 
 SIDES = ("chosen", "rejected")
-_PAIRS_AT_ONCE = 4  # of the longest, in a pass without gradients
-_PROMPTS = 64  # held-out prompts that completions are generated for, and prove.answers at most
-_ROOM = 32  # tokens that a generation may be longer than the longest completion of the rows
+_PAIRS_AT_ONCE = 4  # of the longest, in a forward pass without gradients
+_PROMPTS = 64  # most held-out prompts to generate for; also limited by prove.answers
+_ROOM = 32  # tokens of a generation beyond the longest completion in the rows
 _MOST_TOKENS = 512  # of a generation
-# When generations are called degenerate.
+# Thresholds for degenerate generations.
 _MORE_UNFINISHED = 0.2
-_TOO_SHORT = 0.5  # of the mean length of the chosen completions, and of the reference's
+_TOO_SHORT = 0.5  # share of the mean length of chosen completions and of the reference's
 REFERENCE = "reference"
-_VERSION = 1  # raised whenever the same model and rows give other references than before
+_VERSION = 1  # increased whenever the same model and rows give different references
 
 
 class PreferenceTrain(Train):
@@ -74,29 +73,28 @@ class PreferenceTrain(Train):
         2e-5, ge=0, description="Peak; about a tenth of that for supervised fine-tuning."
     )
     beta: float = Field(
-        0.1, gt=0, description="How closely the model is held to the reference: higher, closer."
+        0.1, gt=0, description="Strength of the pull towards the reference: higher stays closer."
     )
     loss_type: Literal["sigmoid"] = Field(
-        "sigmoid", description="sigmoid: DPO's, -log sigmoid(margin)."
+        "sigmoid", description="sigmoid: DPO's loss, -log sigmoid(margin)."
     )
 
 
 class Preference(Task):
     """DPO on pairs of completions.
 
-    | it reads | columns | trained on |
+    | rows | columns | trained on |
     |---|---|---|
-    | strings | `prompt`, `chosen`, `rejected` | both completions, each by the chat template |
-    | conversations | `prompt`, `chosen`, `rejected`, lists of turns | the last turn of each side |
-    | without `prompt` | `chosen`, `rejected` that both begin with it | the last turn of each side |
+    | strings | `prompt`, `chosen`, `rejected` | both completions, in the chat template |
+    | conversations | `prompt`, `chosen`, `rejected`, lists of turns | the last turn of each |
+    | without `prompt` | `chosen`, `rejected` that both begin with it | the last turn of each |
 
-    Scored on held-out pairs: `accuracy`, the share of pairs whose margin is above 0 (0 counts
-    half), and `margin`. The reference has 0.5 and 0 by definition. To imitate the chosen
-    completions without the rejected ones: `Conversations` in causal.py.
+    Scores on held-out pairs: `accuracy`, the share of pairs with a margin above 0 (0 counts half),
+    and `margin`. The reference has 0.5 and 0 by definition. To train on the chosen completions
+    only: `Conversations` in causal.py.
 
     Rows: `chosen_input_ids`, `chosen_labels`, `rejected_input_ids`, `rejected_labels`: int32
-    (tokens,), a label of -100 without loss; `reference`: float64 (2,), c' and r', where a model has
-    been asked (`annotate`).
+    (tokens,), -100 for no loss; `reference`: float64 (2,), c' and r', after `annotate`.
     """
 
     formats: tuple[str, ...] = ("preference",)
@@ -108,8 +106,8 @@ class Preference(Task):
 
     # ------------------------------------------------------------------ examples
     def key(self, example: Example) -> str:
-        sides = [*example.messages, *example.rejected[-1:]]
-        return normalised("\0".join(message_text(m) for m in sides if m["role"] != "system"))
+        turns = [*example.messages, *example.rejected[-1:]]
+        return normalised("\0".join(message_text(m) for m in turns if m["role"] != "system"))
 
     def group(self, example: Example) -> str | None:
         """Pairs of one prompt stay in the same split."""
@@ -134,7 +132,7 @@ class Preference(Task):
             yield _pair(example, one, other)
 
     def tokens(self, rows: Rows) -> np.ndarray:
-        """int64 (rows,): of both sides."""
+        """int64 (rows,): tokens of both conversations."""
         return rows.sizes("chosen_input_ids") + rows.sizes("rejected_input_ids")
 
     def supervised(self, rows: Rows) -> int:
@@ -142,9 +140,8 @@ class Preference(Task):
         return sum(labels_with_loss(rows, f"{side}_labels") for side in SIDES)
 
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
-        """Adds `reference`, under the model as it is, by the arithmetic that the training uses.
-
-        It is kept under a key of everything that decides it; `train.beta` is not one of them.
+        """Adds `reference`, the log-probabilities under the current model, with the arithmetic of
+        training. Cached under a key of everything that they depend on, which excludes `train.beta`.
 
         Raises:
             UserError: the base is sharded.
@@ -163,7 +160,7 @@ class Preference(Task):
             np.save(folder / "reference.npy", self._log_probabilities(model, rows, processor))
 
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # All ranks compute together: none may wait for another one's file.
+            # All ranks must compute: none may wait for another's cache file.
             found = self._log_probabilities(model, rows, processor)
         else:
             folder = cache.prepared(_reference_key(model, rows, run), compute)
@@ -172,8 +169,8 @@ class Preference(Task):
 
     # ------------------------------------------------------------------ training
     def collate(self, processor: Processor, flat: bool = False) -> Collate:
-        """A batch has the pairs' sides in turn, chosen first: 2 * pairs rows, or documents of one
-        row. `counts`: how many labels each side has a loss for. `reference`: float64 (pairs, 2)."""
+        """A batch alternates chosen and rejected: 2 * pairs rows, or documents of one row.
+        `counts`: supervised labels of each. `reference`: float64 (pairs, 2)."""
         join = in_one_row if flat else collator(processor.pad_token_id)
 
         def collate(rows: Sequence[Row]) -> Batch:
@@ -200,8 +197,8 @@ class Preference(Task):
         return len(batch["counts"]) // 2
 
     def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
-        """-log sigmoid(margin), summed over the pairs of the batch, over the pairs of the step. A
-        plan counts what it costs before there is a reference."""
+        """-log sigmoid(margin), summed over the pairs of the batch, divided by the pairs of the
+        step. On the meta device (memory plan) there is no reference."""
         import torch
 
         ratios = log_probabilities(model, batch)  # (pairs, 2)
@@ -213,7 +210,7 @@ class Preference(Task):
         return total.float()
 
     def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
-        """By pairs, ordered by length: a pair is never split."""
+        """Split by pairs, sorted by length; a pair is never split."""
         pairs = self.items(batch)
         if pairs < 2:
             return []
@@ -229,7 +226,7 @@ class Preference(Task):
     def score(
         self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
     ) -> list[Score]:
-        """`accuracy` and `margin`. `model`: None is the reference itself."""
+        """`accuracy` and `margin`. `model`: None for the reference itself."""
         from lora_kit.adapter.start import as_at_start
 
         margins = np.zeros(len(rows))
@@ -250,7 +247,7 @@ class Preference(Task):
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
-        """The reference; it is the base, unless the run starts from another adapter."""
+        """The reference, which is the base unless the run starts from an adapter."""
         if run.adapter.start is None:
             return [Contender("base", contextlib.nullcontext)]
         return [
@@ -267,13 +264,12 @@ class Preference(Task):
         facts: Facts,
         run: Run,
     ) -> dict[str, Any]:
-        """`generation`: greedy completions of held-out prompts by the reference (`base`) and by the
+        """`generation`: greedy completions of held-out prompts by the reference (`base`) and the
         adapted model.
 
-        `length`: tokens, the end-of-turn token not counted. `unfinished`: the share without that
-        token, within `room` tokens. `kl`: KL(adapted || reference) over the whole vocabulary, in
-        nats, at each token that the adapted model generates. `chosen_length`: of the chosen
-        completions.
+        `length`: tokens without the end-of-turn token. `unfinished`: share without an end-of-turn
+        token within `room` tokens. `kl`: KL(adapted || reference) over the vocabulary, in nats, at
+        each token that the adapted model generates. `chosen_length`: of the chosen completions.
         """
         from lora_kit.adapter.load import end_tokens
         from lora_kit.adapter.start import as_at_start
@@ -305,8 +301,8 @@ class Preference(Task):
         return {"generation": found}
 
     def objection(self, report: dict[str, Any]) -> str | None:
-        """Accuracy alone is no verdict: also a model that only ever stops at once, or never, can
-        have all of it."""
+        """Accuracy alone is not enough: a model that always stops immediately, or never, can have
+        an accuracy of 1."""
         if (report.get("verdict") or {}).get("general") == "forgot":
             return "general text was forgotten"
         generation = report.get("generation")
@@ -315,8 +311,8 @@ class Preference(Task):
         unfinished, length = generation["unfinished"], generation["length"]
         if unfinished["difference"] >= _MORE_UNFINISHED and unfinished["ci95"][0] > 0:
             return (
-                f"{unfinished['adapted']:.0%} of its generations do not end, "
-                f"{unfinished['base']:.0%} of the reference's"
+                f"{unfinished['adapted']:.0%} of its generations are unfinished, "
+                f"and {unfinished['base']:.0%} of the reference's"
             )
         if length["adapted"] < _TOO_SHORT * min(length["base"], generation["chosen_length"]):
             return (
@@ -337,7 +333,7 @@ class Preference(Task):
         ]
 
     def _log_probabilities(self, model: Any, rows: Rows, processor: Processor) -> np.ndarray:
-        """Of both completions of each pair, float64 (rows, 2), on every rank."""
+        """Log-probabilities of both completions, float64 (rows, 2), on every rank."""
         from lora_kit.speed.fast import takes_flat
         from lora_kit.tasks.measure import each_row
 
@@ -348,13 +344,13 @@ class Preference(Task):
 
 
 def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Of the completions of a batch's pairs, summed over their tokens: float64 (pairs, 2)."""
+    """Log-probabilities of both completions, summed over tokens: float64 (pairs, 2)."""
     import torch
 
     from lora_kit.speed.fast import label_nats
 
     inputs = {k: v for k, v in batch.items() if k not in ("counts", REFERENCE)}
-    nats = label_nats(model, inputs).double()  # a sum of 500 nats has 4 decimal places in float32
+    nats = label_nats(model, inputs).double()  # float32 sums of 500 nats have 4 decimals
     sums = [side.sum() for side in nats.split(batch["counts"])]
     return -torch.stack(sums).view(-1, 2)
 
@@ -364,7 +360,7 @@ def _pair(
 ) -> list[Row] | Dropped:
     """The row of a pair, or why it is dropped."""
     if example.messages[:-1] != example.rejected[:-1]:
-        return Dropped("whose chosen and rejected sides have different prompts")
+        return Dropped("whose chosen and rejected conversations have different prompts")
     if message_text(example.messages[-1]) == message_text(example.rejected[-1]):
         return Dropped("whose chosen and rejected completions are equal")
     row: Row = {"end_markers": 0}
@@ -375,14 +371,14 @@ def _pair(
         if not (labels[1:] != IGNORED).any():
             return Dropped(NO_SUPERVISION, side)
         row |= {f"{side}_input_ids": ids, f"{side}_labels": labels}
-        row["end_markers"] += found.answers
+        row["end_markers"] += found.completions
     if np.array_equal(row["chosen_input_ids"], row["rejected_input_ids"]):
         return Dropped("whose chosen and rejected completions are equal as tokens")
     return [row]
 
 
 def _some(batch: Batch, pairs: list[int]) -> Batch:
-    """The batch of some of its pairs."""
+    """The batch with these pairs only."""
     import torch
 
     sides = [2 * pair + side for pair in pairs for side in (0, 1)]
@@ -404,12 +400,12 @@ def _some(batch: Batch, pairs: list[int]) -> Batch:
 
 
 def _reference_key(model: Any, rows: Rows, run: Run) -> str:
-    """A key of everything that decides the reference of rows."""
+    """A cache key of everything that the reference of the rows depends on."""
     from lora_kit.speed.fast import takes_flat
     from lora_kit.speed.prefix import described
 
     columns = [f"{side}_{name}" for side in SIDES for name in ("input_ids", "labels")]
-    # A fresh adapter changes nothing, whatever its A is.
+    # A fresh adapter has no effect, whatever its A is.
     tensors = [
         tensor
         for tensor in model.state_dict(keep_vars=True).values()
@@ -430,8 +426,7 @@ def _reference_key(model: Any, rows: Rows, run: Run) -> str:
 def _prompts(
     rows: Rows, most: int, seed: int
 ) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
-    """So many different prompts at most, drawn with the seed, and the completions of their pairs
-    by side, as tokens."""
+    """A random sample of at most `most` distinct prompts, and {side: completions}, as tokens."""
     prompts: list[list[int]] = []
     completions: dict[str, list[list[int]]] = {side: [] for side in SIDES}
     known: set[tuple[int, ...]] = set()
@@ -451,13 +446,13 @@ def _prompts(
 
 
 def _lengths(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
-    """Tokens without the one that ended them, and 1 for each: float64 (generations, 2)."""
+    """Tokens without the end token, and 1: float64 (generations, 2)."""
     lengths = [len(ids) - (ids[-1] in ends) if ids else 0 for ids in generated]
     return np.stack([lengths, np.ones(len(lengths))], 1)
 
 
 def _unfinished(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
-    """1 for each that no such token ended, and 1 for each: float64 (generations, 2)."""
+    """1 if there is no end token else 0, and 1: float64 (generations, 2)."""
     unfinished = [float(not ids or ids[-1] not in ends) for ids in generated]
     return np.stack([unfinished, np.ones(len(unfinished))], 1)
 
@@ -469,8 +464,8 @@ def _divergence(
     prompts: Sequence[Sequence[int]],
     generated: Sequence[Sequence[int]],
 ) -> np.ndarray:
-    """KL(adapted || reference) at each generated token, over the whole vocabulary, summed by
-    prompt; and how many tokens: float64 (prompts, 2)."""
+    """KL(adapted || reference) over the vocabulary at each generated token, summed per prompt, and
+    the number of tokens: float64 (prompts, 2)."""
     import torch
 
     from lora_kit.adapter.start import as_at_start

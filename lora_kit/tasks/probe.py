@@ -1,7 +1,7 @@
-"""Logistic regression on frozen features: what a classifier reaches without an adapter.
+"""The linear probe: logistic regression on frozen features, a baseline without an adapter.
 
-At five rows a class a probe on the mean of a sentence encoder's tokens is as good as LoRA
-(banking77, MiniLM: 0.801 and 0.804), so an adapter is judged against it.
+With five rows per class, a probe on mean-pooled features of a sentence encoder is as good as LoRA
+(banking77, MiniLM: 0.801 and 0.804), so adapters are compared with it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-# Of the L2 penalty, for features whose mean square is 1; the strongest first.
+# Strengths of the L2 penalty, for features with mean square 1; strongest first.
 _STRENGTHS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 _FOLDS = 5
-_MOST_COMPARED = 1_000  # rows by which a strength is chosen
+_MOST_COMPARED = 1_000  # rows for cross-validation
 _MOST_FITTED = 10_000
 _ITERATIONS = 100
 
@@ -29,11 +29,10 @@ class Probe:
     """A fitted logistic regression.
 
     Attributes:
-        weight: float32 (classes, width + 1), the bias last; of features less `center`, over
-            `scale`.
+        weight: float32 (classes, width + 1), the bias last; for (features - center) / scale.
         strength: of the penalty, chosen by cross-validation.
-        compared: int64 (some,): the numbers of the rows that were held out in it, each once.
-        predicted: int64 (some,): the class of each, by a probe that was not fitted to it.
+        compared: int64 (some,): indices of the rows used in cross-validation.
+        predicted: int64 (some,): their classes, predicted by a probe not fitted to them.
     """
 
     weight: np.ndarray
@@ -51,7 +50,7 @@ class Probe:
 
 
 def draw(rows: int, seed: int) -> np.ndarray:
-    """The numbers of the rows that a probe is fitted to: all, or 10,000 of them."""
+    """Indices of the rows that a probe is fitted to: all, or 10,000 of them."""
     order = np.random.default_rng(seed).permutation(rows)
     return np.sort(order[:_MOST_FITTED])
 
@@ -59,12 +58,12 @@ def draw(rows: int, seed: int) -> np.ndarray:
 def fit(features: np.ndarray, classes: np.ndarray, count: int, seed: int) -> Probe:
     """Fit by L-BFGS: minimise the mean cross entropy + strength / 2 · ||W||².
 
-    Of the strengths whose accuracy in cross-validation is within a standard error of the best one,
-    the largest is taken (Hastie, Tibshirani and Friedman 2009, section 7.10).
+    The strength is chosen by the one-standard-error rule of cross-validation (Hastie, Tibshirani
+    and Friedman 2009, section 7.10).
 
     Args:
         features: (rows, width). classes: int64 (rows,), each below `count`.
-        seed: of the rows that are compared, 1,000 at most.
+        seed: of the sample of rows for cross-validation, at most 1,000.
     """
     import torch
 
@@ -88,7 +87,7 @@ def fit(features: np.ndarray, classes: np.ndarray, count: int, seed: int) -> Pro
 
 
 def _folds(classes: np.ndarray) -> Iterator[np.ndarray]:
-    """bool (rows,), the held-out part of each fold: the rows of a class are dealt out in turn."""
+    """bool (rows,), the held-out part of each stratified fold."""
     order = np.argsort(classes, kind="stable")
     fold = np.empty(len(classes), dtype=np.int64)
     fold[order] = np.arange(len(classes)) % _FOLDS
@@ -99,8 +98,8 @@ def _folds(classes: np.ndarray) -> Iterator[np.ndarray]:
 def _path(
     x: torch.Tensor, y: torch.Tensor, count: int, strengths: Sequence[float]
 ) -> Iterator[torch.Tensor]:
-    """For each strength the weights that minimise the loss, (count, width + 1), each found from
-    those before it."""
+    """The weights that minimise the loss for each strength, (count, width + 1), with warm
+    starts."""
     import torch
 
     weight = torch.zeros(count, x.shape[1] + 1)

@@ -1,4 +1,4 @@
-"""A recipe's file: its task, and the journey of a run."""
+"""Loads a recipe file: its task and its `main`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _NEEDED = ("encode", "collate", "score", "show")
 
 
 class Recipe(NamedTuple):
-    """What a recipe's file holds: `TASK` and `main(run, resume=False)`."""
+    """`TASK` and `main(run, resume=False)` of a recipe file."""
 
     task: Task
     main: Main
 
 
 def load_recipe(file: Path) -> Recipe:
-    """Import a recipe's file. It is not registered as a module, so that two of one name do not
-    meet, and workers get its classes by value.
+    """Import a recipe file. It is not registered as a module, so recipes of the same name do not
+    collide, and workers get its classes by value.
 
     Raises:
         UserError: it cannot be imported, defines no `TASK` or no `main(run, resume)`, or its task
-            reads a format that does not exist, or names no score.
+            has an unknown format or no score.
     """
     if not file.is_file():
         raise UserError(f"recipe: {file}: no such file")
@@ -45,7 +45,7 @@ def load_recipe(file: Path) -> Recipe:
         spec.loader.exec_module(module)
     except LoraKitError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # the user's code can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         line = _line_in(error, file)
         raise UserError(f"recipe: {file}{line}: cannot be imported: {reason}") from error
@@ -58,11 +58,11 @@ def load_recipe(file: Path) -> Recipe:
     elif unknown := [name for name in task.formats if name not in FORMATS]:
         hint = nearest(str(unknown[0]), list(FORMATS))
         known = ", ".join(FORMATS)
-        problems.append(f"TASK.formats: no format is called {unknown[0]!r}{hint} ({known})")
+        problems.append(f"TASK.formats: unknown format {unknown[0]!r}{hint} ({known})")
     elif not task.formats:
-        problems.append(f"TASK.formats names no format ({', '.join(FORMATS)})")
+        problems.append(f"TASK.formats is empty: name some of {', '.join(FORMATS)}")
     elif not task.scores:
-        problems.append("TASK.scores names none of the scores that TASK.score returns")
+        problems.append("TASK.scores is empty: name the scores that TASK.score returns")
     elif missing := [name for name in _NEEDED if getattr(type(task), name) is getattr(Task, name)]:
         problems.append(f"TASK has no {', '.join(missing)}: see recipes/README.md")
     if not callable(main):
@@ -71,13 +71,13 @@ def load_recipe(file: Path) -> Recipe:
         raise UserError("\n".join(f"recipe: {file}: {problem}" for problem in problems))
     for kind in type(task).__mro__:
         if kind.__module__ == module.__name__:
-            # Rows are kept under a hash of it, and `inspect` knows files of registered modules.
+            # For the cache key of rows: `inspect` only finds files of registered modules.
             kind.__file__ = str(file)  # type: ignore[attr-defined]
     return Recipe(task, main)
 
 
 def _line_in(error: BaseException, file: Path) -> str:
-    """`:12`, the last line of the file that an error came from."""
+    """`:12`, the line of the file at which an error was raised."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)

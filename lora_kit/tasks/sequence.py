@@ -1,8 +1,7 @@
-"""Sequence classification: one class for a text.
+"""Sequence classification: one class per text.
 
-The class is predicted from one vector, which `base.pooling` makes of the text's tokens. Encoders
-(BERT) and decoders (Llama) are trained alike; what the base's files have no weights for, the head
-at least, is trained whole.
+The class is predicted from the pooled hidden states (`base.pooling`). Encoders (BERT) and decoders
+(Llama) are trained alike; newly initialised modules, at least the head, are fully trained.
 """
 
 from __future__ import annotations
@@ -43,38 +42,37 @@ if TYPE_CHECKING:
     from lora_kit.tasks.encode import Prepared
 
 _ROWS_AT_ONCE = 32
-_NAMED = 3  # labels of a note
+_NAMED = 3  # labels listed in a note
 
 
 class SequenceBase(Base):
     pooling: Pooling | None = Field(
         None,
-        description="The vector that stands for a text: the mean of its tokens', the first token's "
-        "(cls) or the last one's. null: mean where the base is a sentence-transformers model with "
-        "mean pooling, else the architecture's own.",
+        description="How hidden states are pooled: mean, first token (cls) or last token. null: "
+        "mean for a sentence-transformers model with mean pooling, else the architecture's own.",
     )
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A classifier that is no model: what a rival yields to be scored.
+    """A classifier that is not a model, for baselines.
 
     Attributes:
-        classes: rows -> int64 (rows,), the classes that it predicts.
+        classes: rows -> int64 (rows,), the predicted classes.
     """
 
     classes: Callable[[Rows], np.ndarray]
 
 
 class Classification(Task):
-    """One of several classes for a text.
+    """One of several classes per text.
 
-    Rows: `input_ids`, int32 (tokens,), special tokens included; `labels`, the number of the class
-    in the order of `facts["labels"]`, which `data.labels` decides, else the alphabet. A text over
+    Rows: `input_ids`, int32 (tokens,), with special tokens; `labels`, the index of the class in
+    `facts["labels"]`, ordered as in `data.labels`, else alphabetically. A text over
     `train.max_length` tokens is truncated.
 
     Loss: cross entropy. Scores: `accuracy` and `macro_f1`, the mean over the classes that occur in
-    the held-out rows. Rivals: the most frequent class, and logistic regression on the mean of the
+    the held-out rows. Baselines: the majority class, and logistic regression on the mean of the
     frozen base's last hidden states.
     """
 
@@ -86,7 +84,7 @@ class Classification(Task):
 
     # ------------------------------------------------------------------ examples and rows
     def facts(self, train: Examples, run: Run) -> Facts:
-        """`labels`: the names of the classes in order; `rows`: the training rows of each."""
+        """`labels`: class names in order; `rows`: number of training rows per class."""
         counts = train.labels
         named = label_names(run.data.labels)
         labels = named or tuple(counts)
@@ -95,8 +93,8 @@ class Classification(Task):
             only = f", {next(iter(counts))!r:.60}" if counts else ""
             lost = f"; dropped: {train.dropped}" if train.dropped else ""
             raise UserError(
-                f"data.train: {len(counts)} class in the rows{only}: a classifier needs two or "
-                f"more{lost}"
+                f"data.train: {len(counts)} class in the rows{only}: a classifier needs at least "
+                f"two{lost}"
             )
         return {"labels": list(labels), "rows": [counts.get(label, 0) for label in labels]}
 
@@ -121,13 +119,13 @@ class Classification(Task):
         encoded = processor(texts, return_attention_mask=False, verbose=False)["input_ids"]
         for example, ids in zip(examples, encoded, strict=True):
             if not ids:
-                yield Dropped("of no token that the tokenizer knows")
+                yield Dropped("without any token")
                 continue
             if example.label not in numbers:  # a held-out row
-                yield Dropped("whose label no training row has")
+                yield Dropped("whose label is in no training row")
                 continue
             cut = ""
-            if len(ids) > length:  # the special tokens at its end are kept
+            if len(ids) > length:  # truncate before the special tokens at the end
                 cut = f"cut to train.max_length ({length} tokens)"
                 ids = processor(example.text, truncation=True, max_length=length)["input_ids"]
             row = {
@@ -142,10 +140,10 @@ class Classification(Task):
         return _Collate(processor.pad_token_id)
 
     def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
-        """Cross entropy in nats, of logits in float32.
+        """Cross entropy in nats, from float32 logits.
 
-        Not transformers' own: that is a mean over the micro-batch, whose gradients add up to N
-        times as much in N accumulation steps (transformers#47688).
+        Not transformers' own, which is a mean over the micro-batch: its gradients are N times too
+        large with N accumulation steps (transformers#47688).
         """
         import torch
 
@@ -158,7 +156,7 @@ class Classification(Task):
         if rows < 2:
             return []
         lengths = batch["attention_mask"].sum(1)
-        order = lengths.argsort(descending=True, stable=True)  # less of each half is padding
+        order = lengths.argsort(descending=True, stable=True)  # for less padding
         parts = []
         for side in (order[: rows // 2], order[rows // 2 :]):
             width = int(lengths[side].max())
@@ -194,8 +192,8 @@ class Classification(Task):
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
-        """The most frequent class and the linear probe, the better one first, by the deciding score
-        in cross-validation on training rows."""
+        """The majority class and the linear probe, the better one first by the deciding score in
+        cross-validation on training rows."""
         rows = data.rows("train")
         rows = rows.select(probe.draw(len(rows), run.seed))
         classes = rows.column("labels")
@@ -229,7 +227,7 @@ class Classification(Task):
         rows: Rows,
         processor: Processor,
     ) -> np.ndarray:
-        """What a function gives for each row: see `each_row`."""
+        """Apply a function to all rows: see `each_row`."""
         from lora_kit.tasks.measure import each_row
 
         collate, lengths = self.collate(processor), rows.sizes("input_ids")
@@ -246,7 +244,7 @@ class Classification(Task):
 
 @dataclass(frozen=True)
 class _Collate:
-    """Pads on the right to the longest row: `input_ids` and `attention_mask`, int64 (rows,
+    """Right-pads to the longest row: `input_ids` and `attention_mask`, int64 (rows,
     longest); `labels`, int64 (rows,)."""
 
     pad_id: int
@@ -266,12 +264,12 @@ class _Collate:
 
 
 def _check_names(labels: Sequence[str], key: str) -> None:
-    """Raises UserError if a class has no name, or that of another one but for space around it."""
+    """Raises UserError if class names are empty or equal up to white space."""
     counts = Counter(label.strip() for label in labels)
     for name, count in counts.items():
         if count > 1 or not name:
             raise UserError(
-                f"{key}: the label {name!r:.60} is empty, or there twice but for space around it"
+                f"{key}: the label {name!r:.60} is empty or duplicate (ignoring white space)"
             )
 
 
@@ -294,15 +292,15 @@ def _mean_of_body(model: Any, batch: Batch) -> torch.Tensor:
     found: list[Any] = []
     hook = body.register_forward_hook(lambda module, given, out: found.append(out))
     try:
-        model(**_inputs(batch))  # the whole of it: a part alone of a sharded model does not run
+        model(**_inputs(batch))  # the full model, since a sharded one cannot run in part
     finally:
         hook.remove()
     return pool(found[0].last_hidden_state, batch["attention_mask"], "mean")
 
 
 def macro_f1(sums: np.ndarray) -> np.ndarray:
-    """The mean F1 of the classes that occur, each 2 · hits / (predicted + true). Sums of hits,
-    predicted and true rows of each class, (..., 3 · classes) -> (...)"""
+    """The mean F1 of classes that occur, each 2 · hits / (predicted + true). Sums of hits,
+    predicted and true rows per class, (..., 3 · classes) -> (...)"""
     hits, predicted, true = np.split(sums, 3, axis=-1)
     occurs = true > 0
     f1 = np.where(occurs, 2 * hits / np.maximum(predicted + true, 1), 0.0)

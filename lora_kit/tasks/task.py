@@ -1,12 +1,12 @@
-"""The contract between a kind of work and the rest of the house.
+"""The contract between a task and the rest of the package.
 
-A task says what a row is, what is trained on, and how the result is scored. Everything else
+A task defines what a row is, what is trained on, and how the result is scored. Everything else
 (reading, splitting, caching, quantizing, adapting, training, saving, comparing, merging) is the
-same for all tasks and asks the task. A task holds no state, knows no training loop and no file, and
-is handed down from its recipe; nothing looks it up.
+same for all tasks. A task is stateless, knows no training loop and no files, and is passed down
+from its recipe.
 
-Three tasks to read: `causal.py` (text and conversations), `sequence.py` (a class for a text),
-`preference.py` (pairs of completions). How to write one of your own: recipes/README.md.
+Examples: `causal.py` (text and conversations), `sequence.py` (a class per text), `preference.py`
+(pairs of completions). How to write your own: recipes/README.md.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
 
-Batch = dict[str, Any]  # what `collate` returns: tensors by name, and plain values beside them
+Batch = dict[str, Any]  # what `collate` returns: tensors and plain values by name
 Collate = Callable[[Sequence[Row]], Batch]
-Facts = dict[str, Any]  # plain JSON: label names and the like, taken from training rows
+Facts = dict[str, Any]  # plain JSON from the training rows, such as label names
 Processor = Any  # a tokenizer; for images and speech their processor
 
 
 class Dropped(NamedTuple):
-    """In place of an example's rows: why it is not used, and what of it shows that.
+    """Returned instead of an example's rows: the reason why it is dropped, and a detail of it.
 
     `reason` completes "42 rows dropped: rows ...": `longer than train.max_length (512 tokens)`.
     """
@@ -50,8 +50,8 @@ class Dropped(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """One sequence of a row as `preview` shows it: token ids, and which of them are trained on; or
-    a `text` that is no sequence of tokens, such as the name of a class."""
+    """One sequence of a row for `preview`: token ids and which of them are trained on; or a `text`
+    without tokens, such as a class name."""
 
     name: str
     ids: Sequence[int] = ()
@@ -66,16 +66,16 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of one model on held-out rows, in parts that can be resampled.
+    """A score of one model on held-out rows, as sums that can be resampled.
 
     Attributes:
         name: as in report.json: `loss`, `accuracy`, `macro_f1`.
-        sums: float64 (units, k): numbers that add up over units. A unit is what is held out as one:
-            a document, a conversation, a pair.
-        value: what a sum of them means, (..., k) -> (...).
+        sums: float64 (units, k): numbers that add up over units. A unit is held out as a whole: a
+            document, a conversation, a pair.
+        value: the score from a sum of them, (..., k) -> (...).
         better: `lower` or `higher`.
-        units: int64 (units,): the numbers of the units among the held-out rows; None: all of them.
-        about: plain values that belong to it in the report, such as `labels` and `confusion`.
+        units: int64 (units,): indices of the units among the held-out rows; None: all of them.
+        about: further plain values for the report, such as `labels` and `confusion`.
     """
 
     name: str
@@ -88,13 +88,13 @@ class Score:
     def __post_init__(self) -> None:
         if self.sums.ndim != 2 or self.better not in ("lower", "higher"):
             raise UserError(
-                f"TASK.score: {self.name}: sums of the shape (units, k) and better: lower or "
+                f"TASK.score: {self.name}: expected sums of shape (units, k) and better: lower or "
                 f"higher, not {self.sums.shape} and {self.better}"
             )
 
     @property
     def figure(self) -> float:
-        """Its value over all units."""
+        """The value over all units."""
         return float(self.value(self.sums.sum(0)))
 
 
@@ -104,11 +104,11 @@ class Contender:
 
     Attributes:
         name: as in report.json: `base`, `few_shot`, `majority`, `linear_probe`.
-        enter: a context manager; inside it, what it yields is the model to score. A task may let it
-            yield something of its own that its `score` knows.
-        rows: turns held-out rows into those that this contender is scored on (examples in the
-            prompt); the units stay the same. None: the rows as they are.
-        about: plain values for the report, such as `shots`.
+        enter: a context manager that yields the model to score, or another object that the task's
+            `score` supports.
+        rows: transforms held-out rows for this contender (such as examples in the prompt), keeping
+            the units. None: unchanged rows.
+        about: further plain values for the report, such as `shots`.
     """
 
     name: str
@@ -118,19 +118,18 @@ class Contender:
 
 
 class Task:
-    """A kind of work. `run` is the whole run file; its sections `base`, `data` and `train` have the
-    keys of `settings` as well.
+    """A task. `run` is the whole run file; its sections also have the keys of `settings`.
 
     Attributes:
         formats: row formats of `data.formats.FORMATS` that it reads.
-        scores: names of the scores that `score` returns for every run, the deciding one first. It
-            may return others, those of `prove.metrics`, after them.
+        scores: names of the scores that `score` returns for every run, the deciding one first;
+            those of `prove.metrics` may follow.
         settings: {section: pydantic class}: sections of the run file with this task's own keys,
             each derived from the section's class in `schema`.
         unread: keys such as `data.packing` that this task does not read; setting one is an error.
-            Without a list of its own a task reads none of those that are about generated text.
-        auto: the class of transformers that loads the model; in the lock, for merge and load.
-        general: the task that reads and scores `data.general`; None: forgetting is not measured.
+            The default lists the keys about generated text.
+        auto: the auto class of transformers for the model; in the lock, for merge and load.
+        general: the task for `data.general`; None: retention is not measured.
         flat: whether `collate(..., flat=True)` concatenates rows without padding.
     """
 
@@ -155,78 +154,77 @@ class Task:
 
     # ------------------------------------------------------------------ examples
     def key(self, example: Example) -> str:
-        """The text by which repeated and leaked rows are found."""
+        """The text by which duplicates and leaks are found."""
         return example.key
 
     def group(self, example: Example) -> str | None:
-        """Examples of the same group stay in the same split; None: only repeated ones do."""
+        """Examples of the same group stay in the same split; None: only duplicates do."""
         return None
 
     def processor(self, pinned: Pinned, run: Run) -> Processor:
-        """The base's tokenizer or processor, found without loading the model."""
+        """The base's tokenizer or processor; the model is not loaded."""
         from lora_kit.base.head import CAUSAL
         from lora_kit.base.load import load_tokenizer
 
         return load_tokenizer(pinned, generates=self.auto == CAUSAL)
 
     def facts(self, train: Examples, run: Run) -> Facts:
-        """What the training examples say about the model: label names and the like, as plain JSON.
+        """Facts from the training examples that the model needs, such as label names; plain JSON.
 
         Raises:
-            UserError: the examples cannot be trained on, such as those of one class only.
+            UserError: the examples cannot be trained on, for instance with only one class.
         """
         return {}
 
     def notes(self, formats: set[str], facts: Facts) -> list[str]:
-        """What a person should know of how rows of these formats are used, and of `facts`."""
+        """Notes for the user about rows of these formats and about `facts`."""
         return []
 
     # ------------------------------------------------------------------ rows
     def encode(
         self, examples: Sequence[Example], processor: Processor, facts: Facts, run: Run
     ) -> Iterable[list[Row] | Dropped]:
-        """For each example its rows, all of one unit; or why it is dropped.
+        """For each example its rows, which form one unit, or why it is dropped.
 
-        A row has columns by the names of transformers and TRL (`input_ids`, `labels`): arrays of
-        integers, numbers or texts; every row of a task has the same ones. Some are read by the
-        house where they are there: `length`, the tokens that this row adds to those trained on, by
-        which shares of a mixture are drawn (default: those of `tokens`); `truncated`, the reason if
-        something was cut off, else ""; `end_markers`, how many end-of-turn tokens are trained on.
+        Columns have the names of transformers and TRL (`input_ids`, `labels`): arrays of integers,
+        numbers or texts; all rows of a task have the same columns. Optional columns: `length`,
+        training tokens of the row, for mixtures (default: `tokens`); `truncated`, the reason if the
+        row was truncated, else ""; `end_markers`, number of supervised end-of-turn tokens.
         """
         raise NotImplementedError
 
     def arrange(
         self, rows: Rows, replayed: Rows | None, processor: Processor, facts: Facts, run: Run
     ) -> Iterable[Row] | None:
-        """Training rows made of the encoded ones, such as chunks of running text; None: as they
-        are. `replayed` are rows of `general` that are trained on as well (`data.replay`)."""
+        """Training rows made of the encoded ones, such as chunks of concatenated text; None:
+        unchanged. `replayed`: rows of `general` that are also trained on (`data.replay`)."""
         return None
 
     def pack(self, rows: Rows, run: Run) -> Any:
-        """The training rows as the trainer sees them: several in one, or `rows` as they are."""
+        """The training rows, packed if the task and run file ask for it."""
         return rows
 
     def packing(self, run: Run) -> str:
-        """How rows are made of examples: `none`, `documents` or `running` (see `data.packing`)."""
+        """The packing in use: `none`, `documents` or `running` (see `data.packing`)."""
         return "none"
 
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
-        """Rows with the columns that need a model, computed once before the first step."""
+        """Add columns that need a model, computed once before the first step."""
         return rows
 
     def tokens(self, rows: Rows) -> np.ndarray:
-        """int64 (rows,): the tokens that the model sees of each row, padding not counted."""
+        """int64 (rows,): tokens of each row, without padding."""
         return rows.sizes("input_ids")
 
     def supervised(self, rows: Rows) -> int:
-        """How many labels a loss is computed for."""
+        """Number of labels with a loss."""
         return len(rows)
 
     # ------------------------------------------------------------------ model
     def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
-        """The frozen base, and the names of its fresh modules: those that the base's files have no
-        weights for, such as a new head. Fresh modules are trained and saved whole, without LoRA.
-        The outputs of a head are named by `facts["labels"]`."""
+        """The frozen base and the names of its fresh modules: those without weights in the base's
+        files, such as a new head. Fresh modules are fully trained and saved, without LoRA.
+        `facts["labels"]` are the names of a head's outputs."""
         from lora_kit.base.head import CAUSAL, load_with_head
         from lora_kit.base.load import check_causal
 
@@ -236,8 +234,7 @@ class Task:
         return model, fresh
 
     def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
-        """`model` as shapes alone, on torch's meta device, in the type that is computed in: what
-        memory and time are planned with."""
+        """`model` on torch's meta device, in the compute dtype, for planning memory and time."""
         from lora_kit.base.head import with_head_on_meta
 
         return with_head_on_meta(run.base, pinned, self._head(facts, run))
@@ -256,38 +253,37 @@ class Task:
 
     # ------------------------------------------------------------------ training
     def classes(self) -> tuple[type[Trainer], type[TrainingArguments]]:
-        """The trainer to guard and its arguments: transformers', TRL's or a subclass."""
+        """The trainer class and its arguments class: transformers', TRL's or a subclass."""
         from transformers import Trainer, TrainingArguments
 
         return Trainer, TrainingArguments
 
     def options(self, processor: Processor, facts: Facts, run: Run) -> dict[str, Any]:
-        """Further arguments of the trainer, such as reward functions."""
+        """Further arguments for the trainer, such as reward functions."""
         return {}
 
     def collate(self, processor: Processor, flat: bool = False) -> Collate | None:
-        """What makes a batch of rows; None: the trainer's own."""
+        """The collator; None: the trainer's own."""
         raise NotImplementedError
 
     def items(self, batch: Batch) -> Any:
-        """What the loss of a batch is divided by, an int or a tensor (): labels, pairs, or its
-        rows."""
+        """The divisor of a batch's loss, an int or a tensor (): number of labels, pairs or rows."""
         return len(next(iter(batch.values())))
 
     def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
-        """The loss of a micro-batch, () float32: a sum over it, divided by the `items` of the whole
-        optimizer step, all its micro-batches and processes together. So it does not depend on how a
-        step is cut. A task that does not override this method leaves the loss to its trainer."""
+        """The loss of a micro-batch, () float32: its sum divided by the `items` of the whole
+        optimizer step, over all micro-batches and processes, so that it does not depend on the
+        batch layout. Not overridden: the trainer computes the loss."""
         raise NotImplementedError
 
     def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
-        """A batch in two parts, each with the factor that its loss is multiplied by (1 where `loss`
-        divides by the items of the step); [] where it cannot be halved."""
+        """A batch in two parts, each with a factor for its loss (1 if `loss` divides by the items
+        of the step); [] if it cannot be halved."""
         return []
 
     def groups(self, fresh: Sequence[str]) -> dict[str, Callable[[str], bool]]:
-        """{group: whether a parameter's name belongs to it}: each must be reached by gradients and
-        must move; all other parameters must not."""
+        """{group: whether a parameter's name belongs to it}: each group must receive gradients and
+        change; all other parameters must not change."""
         groups: dict[str, Callable[[str], bool]] = {"adapter": lambda name: ".lora_" in name}
         if fresh:
             groups["head"] = lambda name: ".modules_to_save." in name
@@ -297,11 +293,10 @@ class Task:
     def score(
         self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
     ) -> list[Score]:
-        """Figures of a model on rows: those of `scores`, then those of `prove.metrics` that are
-        none of them. The first one decides, or the first of `prove.metrics` if that is set.
-        Rows of the same `unit` count as one.
-        The model is in evaluation mode, without gradients. Only `model(**batch)` and, where there
-        is one, `model.generate` are called."""
+        """Score a model on rows: `scores`, then further ones of `prove.metrics`. The first one
+        decides, or the first of `prove.metrics` if set. Rows of the same `unit` count as one.
+        The model is in evaluation mode, without gradients. Call only `model(**batch)` and, if it
+        exists, `model.generate`."""
         raise NotImplementedError
 
     def deciding(self, run: Run) -> str:
@@ -311,18 +306,17 @@ class Task:
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
-        """What the adapted model is compared with, besides the base: a majority class, a linear
-        probe, examples in the prompt. Where the base has fresh modules the best of them by the
-        `deciding` score is what the verdict is against, chosen on training rows: the first of the
-        list is the best one."""
+        """Baselines besides the base: a majority class, a linear probe, examples in the prompt. If
+        the base has fresh modules, the verdict is against the first of the list, which must be the
+        best by the `deciding` score on training rows."""
         return []
 
     def check(self, data: Prepared, processor: Processor, facts: Facts, run: Run) -> list[str]:
-        """What of `prove:` cannot be measured on these rows, a line each; asked before training.
-        By default `prove.metrics` may name `scores` and no others."""
+        """Settings of `prove:` that cannot be measured on these rows, one line each; called before
+        training. By default `prove.metrics` may only name `scores`."""
         known = ", ".join(self.scores)
         return [
-            f"prove.metrics: {name}: the scores of this recipe are {known}"
+            f"prove.metrics: {name}: unknown; this recipe's scores: {known}"
             for name in run.prove.metrics
             if name not in self.scores
         ]
@@ -345,7 +339,7 @@ class Task:
         return {}
 
     def objection(self, report: dict[str, Any]) -> str | None:
-        """Why a result that scores better is not called better; None: nothing speaks against it."""
+        """Why a better score does not count as `better`; None: it does."""
         return None
 
     # ------------------------------------------------------------------ for people

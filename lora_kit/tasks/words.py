@@ -1,9 +1,9 @@
-"""Tokenizing ASCII text of byte-level BPE word by word, each word only once.
+"""A fast path for byte-level BPE tokenizers: ASCII text is tokenized word by word, with a cache.
 
-Most models' tokenizers (GPT-2's, Llama 3's, Qwen's) cut text into words by a regular expression and
-merge bytes within each word. The cutting takes most of their time, and the same words come again
-and again: here Python's `re` cuts, and a dictionary remembers. The tokens are the tokenizer's own,
-in less than half the time. Other characters and tokenizers go through the tokenizer itself.
+Most tokenizers (GPT-2's, Llama 3's, Qwen's) split text into words by a regular expression and merge
+bytes within each word. Splitting takes most of the time, and words repeat: here Python's `re`
+splits, and a dictionary caches the tokens of each word. The tokens are the same, in less than half
+the time. Non-ASCII text and other tokenizers use the tokenizer itself.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
-# The one that ByteLevel has built in.
+# The pattern built into ByteLevel.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Libraries differ in what of these is white space.
+# Libraries differ in which of these are white space.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _MOST_WORDS = 100_000  # 25 MB
-_CHECKED = 256  # every so many texts, one is compared with the tokenizer
+_CHECKED = 256  # one in so many texts is compared with the tokenizer
 _PROBES = ["I'll say: it's  2,048   tabs\t\tand\n\n lines\r\n\n  x = f(a)\n", " ", "\n", "DON'T'S"]
 
 
 class WordEncoding:
-    """Tokens with the few methods of tokenizers.Encoding that are used here.
+    """Tokens with the methods of tokenizers.Encoding that are used here.
 
-    A byte-level token of ASCII text spells as many characters as it is long.
+    A byte-level token of ASCII text has as many characters as its name.
     """
 
     def __init__(self, ids: list[int], sizes: np.ndarray) -> None:
@@ -50,7 +50,7 @@ class WordEncoding:
 
 
 class WordEncoder:
-    """Encodes texts without special tokens of its own, as `tokenizer.encode_batch` does.
+    """Encodes texts without adding special tokens, like `tokenizer.encode_batch`.
 
     Args:
         tokenizer: a tokenizers.Tokenizer.
@@ -64,7 +64,7 @@ class WordEncoder:
             self.words = None
 
     def __call__(self, texts: list[str]) -> list[Any]:
-        """An encoding of each text: `ids`, `len`, `char_to_token`, `token_to_chars`."""
+        """Encodings with `ids`, `len`, `char_to_token`, `token_to_chars`."""
         found = [self._fast(text) for text in texts]
         slow = [n for n, encoding in enumerate(found) if encoding is None]
         encoded = self.tokenizer.encode_batch([texts[n] for n in slow], add_special_tokens=False)
@@ -89,7 +89,7 @@ class WordEncoder:
 
 
 class _Words(dict[str, list[int]]):
-    """word -> its tokens, found when it is first asked for."""
+    """A cache: word -> its tokens."""
 
     def __init__(self, model: Any, pattern: str, added: dict[str, int], sizes: np.ndarray) -> None:
         super().__init__()
@@ -117,12 +117,12 @@ class _Words(dict[str, list[int]]):
         return WordEncoding(ids, self.sizes)
 
 
-# Byte-level BPE shows bytes that are no printable ASCII as characters from U+0100 on.
+# Byte-level BPE represents bytes that are not printable ASCII as characters from U+0100 on.
 _BYTES = {code: chr(256 + code) for code in range(33)} | {127: chr(256 + 33)}
 
 
 def _words_of(tokenizer: Any) -> _Words | None:
-    """The words of a tokenizer, if it is of the kind described above."""
+    """The word cache for a tokenizer; None if it is not supported (see above)."""
     parts = json.loads(tokenizer.to_str())
     model, added = parts["model"], parts["added_tokens"] or []
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback"):
@@ -133,7 +133,7 @@ def _words_of(tokenizer: Any) -> _Words | None:
         return None
     pattern = _pattern_of(parts["pre_tokenizer"])
     strips = any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added)
-    # Tokens of both kinds would be looked for in two passes.
+    # Normalized and unnormalized added tokens would need two passes.
     pattern = pattern and _ascii(pattern)
     if not pattern or strips or len({t["normalized"] for t in added}) > 1:
         return None
@@ -145,7 +145,7 @@ def _words_of(tokenizer: Any) -> _Words | None:
 
 
 def _ascii(pattern: str) -> str | None:
-    """A pattern that means the same for ASCII and uses nothing that `re` does not know."""
+    """An equivalent pattern for ASCII text that `re` supports, or None."""
     classes = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9"}
     inside, parts = False, []
     for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):

@@ -237,7 +237,7 @@ def _no_label(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_one_class, r"1 class in the rows, 'food': a classifier needs two or more"),
+        (_one_class, r"1 class in the rows, 'food': a classifier needs at least two"),
         (_numbers, r"a number without a name|data\.labels"),
         (_no_label, r"label"),
     ],
