@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 import lora_kit.train.trainer  # noqa: F401 - what a run imports, it holds
 from lora_kit.adapter.attach import attach
-from lora_kit.base.load import check_length, gpu_is_used
+from lora_kit.base.load import base_is_sharded, check_length, gpu_is_used
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.data.rows import Row
 from lora_kit.errors import LoraKitError, UserError
@@ -167,8 +167,8 @@ def plan_training(
     Raises:
         UserError: nothing fits.
     """
-    if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
-        return None  # the base is sharded
+    if base_is_sharded():
+        return None
     if not has_own_loss(task):
         say("no memory plan: using the batch as written: the trainer computes the loss")
         return None

@@ -5,6 +5,8 @@ recipes/README.md explains the contract, with an example. The steps, in order:
 `make_trainer`, `fit`, `save_run`, `prove`; and `recipe_main`, the entry point under accelerate.
 """
 
+# ruff: noqa: F401 - imported for recipes to take from here
+
 from __future__ import annotations
 
 from lora_kit.adapter.attach import attach, describe
@@ -20,25 +22,3 @@ from lora_kit.train.journey import Journey
 from lora_kit.train.save import save_run
 from lora_kit.train.strategies import choose
 from lora_kit.train.trainer import fit, make_trainer
-
-__all__ = [
-    "Contender",
-    "Dropped",
-    "Journey",
-    "Score",
-    "Shown",
-    "Task",
-    "attach",
-    "check_prove",
-    "choose",
-    "describe",
-    "encode",
-    "fit",
-    "make_trainer",
-    "pin",
-    "plan_training",
-    "prepare",
-    "prove",
-    "recipe_main",
-    "save_run",
-]

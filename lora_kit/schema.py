@@ -267,7 +267,9 @@ class Gate(Section):
         "better", description="Minimal verdict on the domain."
     )
     general: Literal["kept"] | None = Field(
-        "kept", description="Required verdict on general text; fails if it is not measured."
+        "kept",
+        description="The verdict on general text, which needs data.general; null where there is "
+        "none. Not asked for where the model has no language-model head.",
     )
     few_shot: Literal["better", "no different"] | None = Field(
         None, description="Minimal verdict against the base with prove.shots examples."

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from trained import edit
 
-from lora_kit.adapter.files import Update
+from lora_kit.adapter.files import Update, open_adapter
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.adapter.inspect import compared, difference, figures, inspect
+from lora_kit.adapter.inspect import compared, difference, inspect
 from lora_kit.errors import UserError
 
 Maker = Callable[..., tuple[Any, Path]]
@@ -78,7 +78,7 @@ def near(value: float) -> Any:
 def test_figures_are_those_of_the_matrix_that_peft_adds(made: Maker, config: Any) -> None:
     model, folder = made(**config)
     whole = deltas(model)
-    found = figures(folder)
+    found = open_adapter(folder).figures()
     assert {one["module"] for one in found} == whole.keys() and len(found) >= 4
     for one in found:
         values = np.linalg.svd(whole[one["module"]].astype(float), compute_uv=False)[: one["r"]]
@@ -106,7 +106,7 @@ def test_experts_in_one_parameter_are_matrices_of_their_own(tmp_path: Path) -> N
         if "lora_" in name:
             torch.nn.init.normal_(tensor)
     model.save_pretrained(tmp_path)
-    found = {one["module"]: one for one in figures(tmp_path)}
+    found = {one["module"]: one for one in open_adapter(tmp_path).figures()}
     whole = deltas(model)
     assert found.keys() == whole.keys()
     experts = next(name for name in found if "experts" in name)
@@ -163,9 +163,9 @@ def test_an_adapter_is_the_same_as_itself_and_not_as_a_changed_one(made: Maker) 
 
 def test_bfloat16_zeros_and_values_that_are_not_finite(made: Maker) -> None:
     _, folder = made()
-    exact = {one["module"]: one["norm"] for one in figures(folder)}
+    exact = {one["module"]: one["norm"] for one in open_adapter(folder).figures()}
     rewrite(folder, lambda t: t.update({n: v.bfloat16() for n, v in t.items()}))
-    for one in figures(folder):
+    for one in open_adapter(folder).figures():
         assert one["norm"] == pytest.approx(exact[one["module"]], rel=1e-2)
     q, k = (f"base_model.model.model.layers.0.self_attn.{n}_proj.lora_B.weight" for n in "qk")
 
@@ -174,7 +174,7 @@ def test_bfloat16_zeros_and_values_that_are_not_finite(made: Maker) -> None:
         tensors[k][0, 0] = math.nan
 
     rewrite(folder, spoil)
-    found = {one["module"].rpartition(".")[2]: one for one in figures(folder)[:4]}
+    found = {one["module"].rpartition(".")[2]: one for one in open_adapter(folder).figures()[:4]}
     assert found["q_proj"]["norm"] == found["q_proj"]["effective_rank"] == 0
     assert found["k_proj"]["norm"] is found["k_proj"]["effective_rank"] is None
     odd = {line["what"] for line in inspect(FinishedRun(folder))["loaders"]}

@@ -13,8 +13,9 @@ from test_adapter_inspect import WEIGHTS, Maker, made, rewrite  # noqa: F401 - a
 from test_cli import Shell, run  # noqa: F401 - a fixture
 from trained import copied, edit
 
+from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.adapter.inspect import figures, inspect
+from lora_kit.adapter.inspect import inspect
 from lora_kit.errors import UserError
 
 # --- Files that are no good
@@ -39,7 +40,7 @@ def test_a_config_that_does_not_fit_is_refused(made: Maker, change: Any, words: 
     _, folder = made()
     edit(folder / "adapter_config.json", lambda c: c.update(change))
     with pytest.raises(UserError) as raised:
-        figures(folder)
+        open_adapter(folder).figures()
     assert words in str(raised.value) and str(folder) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -137,7 +138,7 @@ def test_the_verb_on_a_run_and_its_adapter(run: Shell, cpt_run: Path, tmp_path: 
     digest = found["base"]["hashes"]["model.safetensors"]
     inside = json.loads(run("inspect", str(home / "adapter"), "--json").out)
     assert {**found, "adapter": inside["adapter"]} == inside
-    assert found["modules"] == json.loads(json.dumps(figures(home)))
+    assert found["modules"] == json.loads(json.dumps(open_adapter(home).figures()))
     done = run("inspect", str(home))
     assert done.code == 0 and digest in done.out and "\nPEFT: a base named by" in done.out
     layers = [line for line in done.out.splitlines() if line.startswith("layers.")]

@@ -43,9 +43,9 @@ TASKS = {"causal", "preference", "sequence"}
 FILES_TODAY = 120
 RECIPES_TODAY = 4
 # What there is to read, by scripts/measure_code.py: lowered whenever it shrinks.
-LINES_OF_THE_PACKAGE = 17_323
-FILES_A_RECIPE_REACHES, LINES_A_RECIPE_REACHES = 88, 12_211
-ANYS_IN_PUBLIC_SIGNATURES = 410
+LINES_OF_THE_PACKAGE = 17_334
+FILES_A_RECIPE_REACHES, LINES_A_RECIPE_REACHES = 87, 12_042
+ANYS_IN_PUBLIC_SIGNATURES = 409
 LINES_OF_A_RECIPE = 80
 TOP_LEVEL = {
     *("lora_kit", "recipes", "tests", "scripts", "accelerate_configs"),

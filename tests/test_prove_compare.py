@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import RunMaker, make_base, sentences
-from trained import copied, finish, finish_in, labelled, on_own_base
+from trained import copied, edit, finish, finish_in, labelled, on_own_base
 
 import lora_kit
 from lora_kit.data.census import Census
@@ -181,6 +181,9 @@ def test_a_model_from_scratch_stands_beside_it(
     low, high = found["loss"]["ci95"]
     words = {low > 0: "worse", high < 0: "better"}
     assert report["verdict"]["scratch"] == words.get(True, "no different")
+    assert found["steps"] == 8
+    edit(run / "report.json", lambda r: r["training"].update(steps=3))  # it was stopped early
+    assert lora_kit.compare(run, scratch=True)["scratch"]["steps"] == 3
     (run / "report.json").write_bytes(before)
 
 

@@ -16,8 +16,8 @@ from test_cli import Shell, run  # noqa: F401 - a fixture
 from trained import finish_in
 
 import lora_kit
+from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.adapter.inspect import figures
 from lora_kit.base.load import load_base
 from lora_kit.base.pin import pin
 from lora_kit.base.tensors import stored_in
@@ -67,7 +67,7 @@ def test_the_error_is_that_of_the_files_through_bitsandbytes(
     settings = FinishedRun(trained).base
     pinned = pin(settings)
     stored, held = stored_in(Path(pinned.folder)), load_base(settings, pinned)
-    norms = {one["module"]: one["norm"] for one in figures(trained)}
+    norms = {one["module"]: one["norm"] for one in open_adapter(trained).figures()}
     assert {one["module"] for one in found["modules"]} == norms.keys() and len(norms) == 14
     for one in found["modules"]:
         weight = stored[f"{one['module']}.weight"].read().to(torch.bfloat16)

@@ -121,12 +121,39 @@ class Adapter:
         r, alpha = found
         return r, alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
+    def figures(self) -> list[dict[str, Any]]:
+        """Of each module's update: r, scale, norm ||dW||_F and effective rank.
+
+        The effective rank is exp(entropy of the singular values over their sum) (Roy & Vetterli
+        2007), 0 for dW = 0; of experts that are in one parameter it is the mean. None: not finite.
+        """
+        return [_figures(self.update(module)) for module in self.factors]
+
     def update(self, module: str) -> Update:
         r, scale = self.rank_and_scale(module)
         a, b = (self.factors[module][letter].read().double() for letter in "AB")
         # For fused experts PEFT stores A as (experts · r, in) and B as (out, r · experts).
         a = a.reshape(len(a) // r, r, -1)
         return Update(module, scale, a, b.reshape(len(b), r, len(a)).permute(2, 0, 1))
+
+
+def _figures(update: Update) -> dict[str, Any]:
+    import torch
+
+    norm = effective = None
+    if update.finite:
+        values = update.singular_values()  # (experts, r)
+        alive = values[values[:, 0] > 0]
+        entropy = torch.special.entr(alive / alive.sum(dim=1, keepdim=True)).sum(dim=1)
+        norm = float(values.norm())
+        effective = float(entropy.exp().mean()) if len(alive) else 0.0
+    return {
+        "module": update.module,
+        "r": update.a.shape[1],
+        "scale": update.scale,
+        "norm": norm,
+        "effective_rank": effective,
+    }
 
 
 def write_config(

@@ -11,7 +11,6 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,38 +22,6 @@ from lora_kit.hashes import file_hash
 from lora_kit.run import is_hub_id
 
 _FOLDER = re.compile(r"[/.~\\]|[A-Za-z]:|[^/]*/[^/]*/")
-
-
-def figures(path: str | Path) -> list[dict[str, Any]]:
-    """For each module's update: r, scale, norm ||dW||_F and effective rank.
-
-    The effective rank is exp(entropy of the singular values over their sum) (Roy & Vetterli 2007),
-    0 for dW = 0; for fused experts the mean. None: not finite.
-
-    Raises:
-        UserError: see `open_adapter`.
-    """
-    adapter = open_adapter(path)
-    return [_module_statistics(adapter.update(module)) for module in adapter.factors]
-
-
-def _module_statistics(update: Update) -> dict[str, Any]:
-    import torch
-
-    norm = effective = None
-    if update.finite:
-        values = update.singular_values()  # (experts, r)
-        alive = values[values[:, 0] > 0]
-        entropy = torch.special.entr(alive / alive.sum(dim=1, keepdim=True)).sum(dim=1)
-        norm = float(values.norm())
-        effective = float(entropy.exp().mean()) if len(alive) else 0.0
-    return {
-        "module": update.module,
-        "r": update.a.shape[1],
-        "scale": update.scale,
-        "norm": norm,
-        "effective_rank": effective,
-    }
 
 
 def _issues(
@@ -87,14 +54,14 @@ def inspect(run: FinishedRun) -> dict[str, Any]:
 
     Returns:
         `base`, with the hashes in the run's lock file; `auto`, the class of transformers that loads
-        it, and its `labels`; its settings; `norm` of all updates; `modules` (see `figures`);
-        `others`: the shapes of other tensors; `loaders`: issues by program.
+        it, and its `labels`; its settings; `norm` of all updates; `modules` (see
+        `Adapter.figures`); `others`: the shapes of other tensors; `loaders`: issues by program.
 
     Raises:
         UserError: see `open_adapter`.
     """
     adapter = open_adapter(run.folder)
-    modules = [_module_statistics(adapter.update(module)) for module in adapter.factors]
+    modules = adapter.figures()
     norms = [module["norm"] for module in modules]
     keys = ("task_type", "target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
     return {

@@ -46,6 +46,12 @@ def gpu_is_used() -> bool:
     return torch.cuda.is_available() and not use_cpu
 
 
+def base_is_sharded() -> bool:
+    """Whether accelerate was told to divide the base among the processes: FSDP or DeepSpeed."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(name) == "true" for name in names)
+
+
 def load_tokenizer(pinned: Pinned, generates: bool = True) -> Any:
     """The base's fast tokenizer, with a padding token and right padding.
 

@@ -258,7 +258,7 @@ class _Preparation:
                 for batch in source.batches():
                     batch = replace(batch, plain=use == "general")
                     if batch.name not in known:
-                        found = self._format(batch, use)
+                        found = self._format(batch)
                         known[batch.name] = len(self.files)
                         self.files.append(_File(batch.name, batch.style, use, number, found))
                     file = known[batch.name]
@@ -267,7 +267,7 @@ class _Preparation:
                     raise UserError(f"{source.name}: empty: there is nothing to train on")
                 number += 1
 
-    def _format(self, batch: RowBatch, use: str) -> str:
+    def _format(self, batch: RowBatch) -> str:
         row = next(batch.parsed())
         if batch.plain:
             columns, formats = Columns(), _TEXT

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.adapter.inspect import figures
 from lora_kit.adapter.load import load_model
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
@@ -65,7 +64,7 @@ def compare(
     del report["adapter_effect"]  # of a training's audit
     if opened.prove.harness:
         measure_tasks(report, model, processor, opened.prove.harness)
-    report["layers"] = figures(finished.folder)
+    report["layers"] = finished.adapter.figures()
     if scratch:
         steps = (before.get("training") or {}).get("steps")
         found = against_scratch(task, opened, model, processor, data, finished.lock["batch"], steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from lora_kit.adapter.inspect import figures
+from lora_kit.adapter.files import open_adapter
 from lora_kit.errors import CheckFailed
 from lora_kit.prove.evaluate import evaluate, measure_tasks
 from lora_kit.prove.gate import held
@@ -76,7 +76,7 @@ def prove(
     }
     report["gate"] = held(report, run.prove.gate) if run.prove.gate else None
     if is_first_rank():
-        report["layers"] = figures(directory.adapter)
+        report["layers"] = open_adapter(directory.adapter).figures()
         write_report(directory.path, run, report)
         directory.lock(finished=True)
         for line in in_lines(report):

@@ -32,7 +32,7 @@ def against_scratch(
             processes did is done in more passes. steps: that the run took; None: as planned.
 
     Returns:
-        {"parameters", "seconds"} and what `against` returns, the new model as the rival.
+        {"parameters", "seconds", "steps"} and what `against` returns, the new model as the rival.
     """
     import torch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
@@ -46,6 +46,8 @@ def against_scratch(
     passes = batch["processes"] * batch["gradient_accumulation_steps"]
     own: dict[str, Any] = {"eval_steps": None, "report_to": []}
     own["gradient_accumulation_steps"] = passes
+    if steps is not None:
+        own["max_steps"] = steps
     run = run.model_copy(update={"train": run.train.model_copy(update=own)})
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(run, Path(folder))
@@ -65,4 +67,5 @@ def against_scratch(
     before = task.score(model, data.eval, processor, data.facts, run)
     parameters = sum(p.numel() for p in model.parameters())
     made = {"parameters": parameters, "seconds": round(seconds, 1)}
+    made["steps"] = trainer.state.global_step
     return made | against("scratch", before, after, seed=0)

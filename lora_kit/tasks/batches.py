@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_kit.data.rows import Rows
+
 if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # torch's ignore_index
+
+
+def labels_with_loss(rows: Rows, column: str) -> int:
+    """How many labels of a column have a loss; the first of a row is predicted from nothing."""
+    count = 0
+    for labels, ends in rows.chunks(column):
+        firsts = labels[ends[:-1][np.diff(ends) > 0]]
+        count += int((labels != IGNORED).sum()) - int((firsts != IGNORED).sum())
+    return count
 
 
 def collator(pad_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ from lora_kit.data.examples import Examples
 from lora_kit.data.formats import FORMATS, Example
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import NotUsable, UserError
-from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row
+from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row, labels_with_loss
 from lora_kit.tasks.chat import ChatEncoder, Encoded
 from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import (
@@ -80,12 +80,7 @@ class Causal(Task):
         return Packed(rows, run.train.max_length) if documents else rows
 
     def supervised(self, rows: Rows) -> int:
-        """Labels with a loss; the first token of a row is not predicted."""
-        count = 0
-        for labels, ends in rows.chunks("labels"):
-            firsts = labels[ends[:-1][np.diff(ends) > 0]]
-            count += int((labels != IGNORED).sum()) - int((firsts != IGNORED).sum())
-        return count
+        return labels_with_loss(rows, "labels")
 
     def score(
         self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
@@ -331,10 +326,7 @@ def _word_encoder(processor: Processor) -> WordEncoder:
 
 
 def _conversation(found: Encoded) -> Row:
-    ids = np.array(found.ids, dtype=np.int32)
-    labels = np.full_like(ids, IGNORED)
-    for first, last in found.supervised:
-        labels[first:last] = ids[first:last]
+    ids, labels = found.ids_and_labels()
     return {
         "input_ids": ids,
         "labels": labels,

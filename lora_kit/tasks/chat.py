@@ -21,9 +21,12 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeVar
 
+import numpy as np
+
 from lora_kit.base.templates import context_token, render, render_many
 from lora_kit.data.formats import Example, Message
 from lora_kit.errors import NotUsable, UserError
+from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.words import WordEncoder
 
 T = TypeVar("T")
@@ -45,6 +48,14 @@ class Encoded:
     completions: int
     supervised_bytes: int
     cut: bool = False
+
+    def ids_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both int32 (tokens,); a label of -100 where no loss is computed."""
+        ids = np.array(self.ids, dtype=np.int32)
+        labels = np.full_like(ids, IGNORED)
+        for first, last in self.supervised:
+            labels[first:last] = ids[first:last]
+        return ids, labels
 
 
 class ChatEncoder:

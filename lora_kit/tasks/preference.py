@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,13 +24,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from lora_kit.base.load import base_is_sharded
 from lora_kit.base.templates import set_template
 from lora_kit.data.census import NO_SUPERVISION
 from lora_kit.data.formats import Example, message_text, normalised
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import NotUsable, UserError
 from lora_kit.schema import Section, Train
-from lora_kit.tasks.batches import IGNORED, collator, in_one_row
+from lora_kit.tasks.batches import IGNORED, collator, in_one_row, labels_with_loss
 from lora_kit.tasks.causal import Text, chat_encoder
 from lora_kit.tasks.chat import Encoded
 from lora_kit.tasks.task import (
@@ -63,7 +63,6 @@ _MOST_TOKENS = 512  # of a generation
 _MORE_UNFINISHED = 0.2
 _TOO_SHORT = 0.5  # share of the mean length of chosen completions and of the reference's
 REFERENCE = "reference"
-_SHARDING = ("FSDP", "DEEPSPEED")  # names in accelerate's environment variables
 _VERSION = 1  # increased whenever the same model and rows give different references
 
 
@@ -137,13 +136,8 @@ class Preference(Task):
         return rows.sizes("chosen_input_ids") + rows.sizes("rejected_input_ids")
 
     def supervised(self, rows: Rows) -> int:
-        """Labels with a loss; the first token of a conversation is not predicted."""
-        count = 0
-        for side in SIDES:
-            for labels, ends in rows.chunks(f"{side}_labels"):
-                firsts = labels[ends[:-1][np.diff(ends) > 0]]
-                count += int((labels != IGNORED).sum()) - int((firsts != IGNORED).sum())
-        return count
+        """Labels with a loss, of both sides."""
+        return sum(labels_with_loss(rows, f"{side}_labels") for side in SIDES)
 
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
         """Adds `reference`, the log-probabilities under the current model, with the arithmetic of
@@ -156,7 +150,7 @@ class Preference(Task):
 
         from lora_kit import cache
 
-        if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in _SHARDING):
+        if base_is_sharded():
             raise UserError(
                 "preference tuning needs the whole base in each process: use --accelerate "
                 "multi_gpu, or base.quantize=nf4, instead of FSDP or DeepSpeed"
@@ -373,10 +367,7 @@ def _pair(
     for side, found in zip(SIDES, (chosen, rejected), strict=True):
         if isinstance(found, NotUsable):
             return Dropped(found.reason, f"{side}: {found.detail}" if found.detail else side)
-        ids = np.array(found.ids, dtype=np.int32)
-        labels = np.full_like(ids, IGNORED)
-        for first, last in found.supervised:
-            labels[first:last] = ids[first:last]
+        ids, labels = found.ids_and_labels()
         if not (labels[1:] != IGNORED).any():
             return Dropped(NO_SUPERVISION, side)
         row |= {f"{side}_input_ids": ids, f"{side}_labels": labels}

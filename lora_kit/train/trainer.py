@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations import TensorBoardCallback
 
+from lora_kit.base.load import base_is_sharded
 from lora_kit.errors import Interrupted, UserError
 from lora_kit.folders import check_room
 from lora_kit.schema import Run
@@ -87,7 +87,7 @@ def make_trainer(
     trainer_class, arguments_class = task.classes()
     arguments = training_arguments(run, directory.checkpoints, planned, arguments_class)
     own_loss = has_own_loss(task)
-    if own_loss and not (_sharded() or getattr(model, "is_quantized", False)):
+    if own_loss and not (base_is_sharded() or getattr(model, "is_quantized", False)):
         # Fast paths are tested, and references computed, on the training device.
         model.to(arguments.device)
     flat = False
@@ -145,15 +145,11 @@ def _epochs(arguments: Any, rows: int) -> float:
     return float(arguments.max_steps * step / rows)
 
 
-def _sharded() -> bool:
-    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
-
-
 def _make_fast(journey: Journey, model: Any, processor: Processor, data: Prepared) -> bool:
     """Install the fast paths and report what uses the standard path. Returns whether batches are
     without padding."""
     task, run = journey.task, journey.run
-    if _sharded():
+    if base_is_sharded():
         journey.say("speed: standard path, since the base is sharded")
         return False
     if task.flat:
