@@ -30,8 +30,8 @@ def say(allowed: bool) -> None:
 
 def pulled(path: str | Path) -> bool:
     """Whether `path`, or the target of a link, is in a folder created by `pull`."""
-    lies = {Path(os.path.abspath(path)), Path(path).resolve()}
-    return any((folder / PULLED).is_file() for p in lies for folder in (p, *p.parents))
+    paths = {Path(os.path.abspath(path)), Path(path).resolve()}
+    return any((folder / PULLED).is_file() for p in paths for folder in (p, *p.parents))
 
 
 def check_own(path: str | Path) -> None:
