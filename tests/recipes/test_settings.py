@@ -325,5 +325,6 @@ def test_a_key_that_is_not_read_is_refused(recipe: str, key: str, value: Any, wo
     (work / "run.yaml").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(RunFileError) as raised:
         lora_kit.train("run.yaml")
-    assert raised.value.problems == [f"{key}: recipe {recipe} does not read it: leave it out"]
+    (problem,) = raised.value.problems
+    assert problem.startswith(f"{key}: recipe {recipe} does not read it: ")
     assert key not in keys_of(TASKS[recipe])
