@@ -356,6 +356,6 @@ def test_a_new_head_needs_rivals_before_it_trains(
     import lora_kit as package
 
     source = (home / "similarity.py").read_text(encoding="utf-8").replace("def rivals", "def other")
-    with pytest.raises(UserError, match=r"TASK\.rivals: none, and an untrained head is no rival"):
+    with pytest.raises(UserError, match=r"TASK\.rivals: missing: an untrained head is no baseline"):
         package.train(broken(source))
     assert not (tmp_path / "runs" / "similarity").exists()
