@@ -239,7 +239,7 @@ class _Planner:
         return self.works[micro, recomputed]
 
     @cached_property
-    def evaluation_costs(self) -> list[PassCost]:
+    def evaluation(self) -> list[PassCost]:
         """The cost of the largest evaluation batch, if `train.eval_steps` is set."""
         train = self.run.train
         if not train.eval_steps:
@@ -252,9 +252,7 @@ class _Planner:
     def memory(self, micro: int, recomputed: int) -> dict[str, int]:
         """Peak bytes by cause."""
         held = dict(self.held)
-        work = max(
-            [self.work(micro, recomputed), *self.evaluation_costs], key=lambda work: work.peak
-        )
+        work = max([self.work(micro, recomputed), *self.evaluation], key=lambda work: work.peak)
         if micro < self.rows or self.processes > 1:
             held["gradients"] *= 2  # accumulated ones, or a communication buffer
         held |= {"activations": work.peak - work.logits, "logits": work.logits}

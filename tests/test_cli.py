@@ -204,7 +204,7 @@ def test_preview_writes_a_page_and_never_over_something_else(
     assert (done.code, done.out) == (2, "") and len(done.errors) == 1
     assert "--html text.txt: exists and is not a preview page" in done.errors[0]
     done = run("preview", str(file), "--split", "general")
-    assert (done.code, done.out) == (2, "") and "no data.general" in done.errors[0]
+    assert (done.code, done.out) == (2, "") and "data.general is not set" in done.errors[0]
 
 
 def test_preview_of_a_recipe_of_ones_own_takes_what_is_there(

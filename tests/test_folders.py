@@ -48,7 +48,7 @@ def test_what_exists_is_not_touched_and_room_is_asked_for(tmp_path: Path) -> Non
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="exists"), new_folder(tmp_path / "link", 0):
         pass
-    with pytest.raises(UserError, match="MiB free"), new_folder(tmp_path / "x" / "y", 2**60):
+    with pytest.raises(UserError, match="MiB are free"), new_folder(tmp_path / "x" / "y", 2**60):
         pass
     assert not (tmp_path / "x").exists()
 

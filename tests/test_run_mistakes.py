@@ -151,9 +151,9 @@ def test_a_name_stays_inside_runs_and_fits_a_file_system(folder: Path, name: str
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("train.seed", "`seed:` at the top"),
-        ("train.push_to_hub", "nothing is uploaded"),
-        ("train.hub_token", "does not belong into a run file"),
+        ("train.seed", "the top-level `seed:`"),
+        ("train.push_to_hub", "training does not upload"),
+        ("train.hub_token", "do not put tokens into a run file"),
         ("base.trust_remote_code", "never run"),
         ("base.load_in_4bit", "quantize: nf4"),
         ("train.lr", "did you mean `learning_rate`"),
@@ -216,7 +216,7 @@ def test_a_malformed_override_is_named(folder: Path, item: str) -> None:
         ("seed: " + "9" * 5000, "not YAML"),
         ("a: " + "[" * 5000 + "]" * 5000, "nesting too deep"),
         ("a: &x [1]\nb: *x", "run.yaml:2: not YAML: aliases"),
-        ("x" * 2_000_000, "this is no run file"),
+        ("x" * 2_000_000, "not a run file"),
     ],
 )
 def test_what_is_no_run_file_is_refused_in_one_line(folder: Path, text: str, words: str) -> None:

@@ -135,7 +135,7 @@ def test_a_metric_of_the_hub_waits_for_the_word(hub: list[str], name: str) -> No
         metrics.check_names([name], True)
     assert not hub
     trust.say(True)
-    with pytest.raises(UserError, match="none of this name on the Hub"):
+    with pytest.raises(UserError, match="no metric of this name on the Hub"):
         metrics.check_names([name], True)
     assert hub
     # What is said counts for one command.
