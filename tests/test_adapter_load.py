@@ -142,7 +142,7 @@ def test_a_broken_adapter_is_refused_and_no_pickle_is_read(run: Path, work: Path
     assert not (work / "canary").exists()
 
     shutil.rmtree(run / "adapter")
-    with pytest.raises(UserError, match="without an adapter: it did not finish"):
+    with pytest.raises(UserError, match="this run has no adapter: it did not finish"):
         lora_kit.load(run)
     with pytest.raises(UserError, match="neither a run directory nor an adapter"):
         lora_kit.load(work / "nowhere")

@@ -133,7 +133,7 @@ def test_replay_is_a_share_of_the_tokens_and_nothing_judged(
     judged = set(found.general.column("number").tolist())
     assert replayed and judged and not replayed & judged
     (note,) = [note for note in found.census.notes if "replay" in note]
-    assert note.startswith(f"replay: {len(replayed)} general rows (")
+    assert note.startswith(f"replay: also training on {len(replayed)} general rows (")
     count = found.census.general
     assert count.rows_kept == len(replayed) + len(judged) and count.rows_read == 300
 
@@ -169,7 +169,7 @@ def test_too_little_general_text_is_an_error_that_names_what_it_is_enough_for(
 ) -> None:
     train = put(tmp_path / "a.jsonl", chats(200))
     general = put_texts(tmp_path / "general.txt", texts(60, 9, seed=8))
-    with pytest.raises(UserError, match=r"data\.replay: 0\.5 of the tokens .* lower it to 0\.\d+"
+    with pytest.raises(UserError, match=r"data\.replay: 0\.5 needs .* lower it to 0\.\d+"
                        ) as caught:  # fmt: skip
         prepared(plain, train=train, general=general, replay=0.5)
     enough = float(str(caught.value).partition("lower it to ")[2].partition(",")[0])
@@ -183,7 +183,7 @@ def test_a_fraction_of_nothing_is_a_mistake(tmp_path: Path, plain: Any) -> None:
         {"source": put(tmp_path / "a.jsonl", chats(100)), "fraction": 0.5},
         {"source": empty, "fraction": 0.5},
     ]
-    with pytest.raises(UserError, match=r"b\.jsonl: no rows left to train on, but it has a frac"):
+    with pytest.raises(UserError, match=r"b\.jsonl: has a fraction, but no rows left"):
         prepared(plain, train=train)
 
 

@@ -37,7 +37,7 @@ def test_a_share_and_a_source_of_its_own(tmp_path: Path, tokenizer: Any) -> None
     other = put(tmp_path / "b.jsonl", chats(9, seed=1))
     found = prepared(tokenizer, train=train, eval=other)
     assert (len(found.train), len(found.eval)) == (50, 9) and not found.census.held_out
-    assert "20 held-out documents are needed for a verdict" in "\n".join(found.summary())
+    assert "a verdict needs 20 held-out documents" in "\n".join(found.summary())
     more = put(tmp_path / "c.jsonl", chats(7, seed=2))
     assert len(prepared(tokenizer, train=train, eval=[other, more]).eval) == 16
 

@@ -148,7 +148,7 @@ def test_a_classifier_has_labels_and_no_supervised_tokens(
     text, shown = (tmp_path / "page.html").read_text(encoding="utf-8"), capsys.readouterr().out
     count = data.census.train
     assert f"<td>labels</td>\n<td>{count.samples}</td>" in text
-    assert f"{count.tokens:,} tokens, one label a row; longest {count.longest}" in shown
+    assert f"{count.tokens:,} tokens, one label per row; longest {count.longest}" in shown
     for words in ("supervised", "end-of-turn tokens", "trained on", "packing", "chat template"):
         assert words not in text.split("</style>")[1] and words not in shown, words
     assert "label: animals" in shown or "label: food" in shown or "label: time" in shown

@@ -88,7 +88,7 @@ def test_what_is_no_finished_run_is_refused(run: Path, work: Path, base: Path) -
     unfinished = work / "unfinished"
     unfinished.mkdir()
     (unfinished / "run.yaml").write_bytes((run / "run.yaml").read_bytes())
-    with pytest.raises(UserError, match=r"without an adapter: it did not finish"):
+    with pytest.raises(UserError, match=r"this run has no adapter: it did not finish"):
         lora_kit.compare(unfinished)
 
 

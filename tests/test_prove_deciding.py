@@ -123,7 +123,7 @@ def test_what_is_no_list_of_scores_is_refused() -> None:
 
 @pytest.mark.parametrize("wrong", [{"better": "less"}, {"sums": np.ones(3)}])
 def test_a_score_that_would_be_misread_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"TASK\.score: loss: sums of the shape \(units, k\)"):
+    with pytest.raises(UserError, match=r"TASK\.score: loss: expected sums of shape \(units, k\)"):
         Score("loss", **{"sums": np.ones((3, 2)), **wrong})
 
 

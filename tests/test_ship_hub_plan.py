@@ -126,7 +126,7 @@ def test_a_merged_model_goes_up_instead(run: Path, tmp_path: Path) -> None:
     assert json.loads(found["config.json"]) == {"n": 1}
     assert "base_model_relation: merge" in found["README.md"]
     (merged / "tokenizer_config.json").symlink_to("{}etc/passwd".format("/"))
-    with pytest.raises(UserError, match="a link to elsewhere"):
+    with pytest.raises(UserError, match="holds a link to somewhere else"):
         make_plan(FinishedRun(run), "me/test", merged=merged)
     with pytest.raises(UserError, match=r"model\.safetensors: missing"):
         make_plan(FinishedRun(run), "me/test", merged=tmp_path / "nowhere")

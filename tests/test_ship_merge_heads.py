@@ -229,7 +229,7 @@ def test_a_classifier_is_pushed_with_a_card_that_loads_it(
     plan = make_plan(run, "me/test")
     assert {"adapter_model.safetensors", "head.json", "run.lock.json"} <= plan.files.keys()
     assert "pipeline_tag: text-classification" in plan.card.text
-    assert "method: classification (classify)" in plan.card.text
+    assert "recipe: classify" in plan.card.text
     assert "labels: card, cash, rate" in plan.card.text
     assert 'lora_kit.load("test", base="FOLDER")' in plan.card.text
     assert "lora-kit generate" not in plan.card.text

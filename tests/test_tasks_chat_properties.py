@@ -124,7 +124,7 @@ def test_exactly_the_answers_and_their_end_markers_are_learned(
     if not any("</think>" in answer for _, answer in turns):
         assert texts == expected
         sizes = [len(written(family, answer).encode()) for _, answer in turns]
-        assert (found.answers, found.supervised_bytes) == (len(turns), sum(sizes))
+        assert (found.completions, found.supervised_bytes) == (len(turns), sum(sizes))
     else:
         assert ["".join(t.split()) for t in texts] == ["".join(t.split()) for t in expected]
     # Each stands behind the template's own prompt, and nowhere else.
