@@ -161,7 +161,7 @@ def test_head_and_layers_together(run_file: RunMaker) -> None:
     (problem,) = caught.value.problems
     assert problem == (
         "train.top_layers: 1 is invalid: conflicts with train.trainable: head: remove one of "
-        "the two out"
+        "the two"
     )
 
 
