@@ -23,7 +23,7 @@ def test_the_demo_ends_with_a_merged_model_and_an_answer(
     monkeypatch.setattr(demo, "start", lambda file, given: start(file, [*given, *short]))
     demo.run_demo()
     out = capsys.readouterr().out
-    assert "1. Reading" in out and "2. Answering" in out
+    assert "1. Continued pre-training" in out and "2. Instruction tuning" in out
     assert out.partition("A: ")[2].splitlines()[0].strip()
     assert (tmp_path / "runs/demo/merged/model.safetensors").is_file()
     lock = json.loads((tmp_path / "runs/demo/sft/run.lock.json").read_text(encoding="utf-8"))

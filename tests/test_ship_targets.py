@@ -158,7 +158,7 @@ def test_one_of_two_tied_matrices_alone(tmp_path: Path, module: str) -> None:
         difference(PeftModel.from_pretrained(plain, str(folder)), tmp_path / "base.gguf", adapters)
     for target in ("llama.cpp", "ollama", "mlx"):
         (problem,) = check(FinishedRun(folder), target)["problems"]
-        assert "one matrix in this base" in problem["what"] and "--to mlx" not in problem["fix"]
+        assert "the base ties them" in problem["what"] and "--to mlx" not in problem["fix"]
 
 
 def test_values_that_are_not_finite_load_nowhere(base: Path, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_overflown_weights_are_not_sealed(kind: str, tmp_path: Path) -> None:
 
     callbacks = [At(2, overflow)]
     trainer = make(kind, tmp_path, callbacks=callbacks, save_steps=1, save_total_limit=1)
-    with pytest.raises(CheckFailed, match="step 2: the adapter's weights are not finite"):
+    with pytest.raises(CheckFailed, match="step 2: the adapter's weights are no longer finite"):
         fit(trainer, resume=False)
     assert kept(tmp_path) == [1]
     read_seal(tmp_path / "checkpoints" / "checkpoint-1")
@@ -254,7 +254,7 @@ def test_a_signal_saves_and_stops(kind: str, tmp_path: Path) -> None:
     trainer = make(kind, tmp_path, stop, callbacks, max_steps=20)
     with (
         stop.listening(),
-        pytest.raises(Interrupted, match="stopped after step 2, saved") as caught,
+        pytest.raises(Interrupted, match="stopped after step 2, checkpoint saved") as caught,
     ):
         fit(trainer, resume=False)
     assert caught.value.exit_code == 143

@@ -214,6 +214,6 @@ def test_rows_longer_than_the_positions(
     file = run_file("cpt", **{"base.model": str(base), "train.max_steps": 2})
     with pytest.raises(UserError, match=rf"train\.max_length: {most + 1} is too long") as got:
         package.train(file, f"train.max_length={most + 1}")
-    assert f"has positions for {most}: {most} at most" in str(got.value)
+    assert f"has {most} positions: use at most {most}" in str(got.value)
     assert not Path("runs").exists()
     package.train(file, f"train.max_length={most}")

@@ -152,7 +152,7 @@ def test_goes_on_where_only_the_writing_differs(crashed: Path) -> None:
 
 
 def test_nothing_to_continue(crashed: Path) -> None:
-    with pytest.raises(UserError, match="no such run to continue"):
+    with pytest.raises(UserError, match="no such run to resume"):
         package.train(crashed, "name=another", resume=True)
     assert not Path("runs/another").exists()
     with pytest.raises(
@@ -266,7 +266,7 @@ def test_overflown_weights_push_out_no_checkpoint(
 ) -> None:
     monkeypatch.setattr(module, "Progress", Overflow)
     changes = {"save_steps": 1, "save_total_limit": 1}
-    with pytest.raises(CheckFailed, match="step 3: the adapter's weights are not finite"):
+    with pytest.raises(CheckFailed, match="step 3: the adapter's weights are no longer finite"):
         package.train(run_file("cpt", **{f"train.{key}": value for key, value in changes.items()}))
     assert kept() == [2]
     assert (CHECKPOINTS / "checkpoint-2" / "seal.json").is_file()
