@@ -149,7 +149,7 @@ def test_a_frozen_weight_that_moves(run_file: Any, monkeypatch: pytest.MonkeyPat
         weight[5, 5] += 1e-6
 
     damaging(monkeypatch, 3, move)
-    with pytest.raises(CheckFailed, match=r"embed_tokens\.weight changed while it trained"):
+    with pytest.raises(CheckFailed, match=r"embed_tokens\.weight changed during training"):
         finish(run_file)
     assert failed() == ["frozen"]
 

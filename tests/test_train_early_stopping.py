@@ -219,7 +219,7 @@ def test_mistakes(run_file: RunMaker) -> None:
         load_run(run_file(), [PATIENCE, "train.metric_for_best_model=loss", "train.patience=2"])
     assert caught.value.problems == [
         "train.early_stopping_patience: 2 is invalid: it counts evaluations: set train.eval_steps",
-        "train.metric_for_best_model: not set here: the best adapter is that of the lowest "
+        "train.metric_for_best_model: not set here: the best adapter is the one with the lowest "
         "eval_loss",
         "train.patience: unknown key; did you mean `early_stopping_patience`?",
     ]
