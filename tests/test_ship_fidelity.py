@@ -128,7 +128,7 @@ def test_the_verb_says_which_and_what_is_lost(run: Shell, trained: Path, found: 
     done = run("check", str(trained), "--fidelity", "--json")
     assert done.code == 0 and json.loads(done.out) == {**found, "run": str(trained)}
     both = run("check", str(trained), "--fidelity", "--target", "vllm")
-    assert both.code == 2 and "--fidelity --target vllm: use one of them at a time" in both.err
+    assert both.code == 2 and "--fidelity --target vllm: use only one of them" in both.err
     done = run("check", str(trained), "--fidelity")
     assert done.code == 0 and "mlp.up_proj" in done.out and "layers.1" in done.out
     assert found["why"] in done.out
