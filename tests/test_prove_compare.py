@@ -270,7 +270,7 @@ def test_nothing_is_asked_beyond_the_positions_of_the_base(run_file: RunMaker, w
     finished = finish(run_file, "sft", **changes, **{"data.limits": {"truncated": 1.0}})
     report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
     assert report["metrics"]["f1"]["rows"] == 24 and len(report["samples"]) == 6
-    assert report["few_shot"] is None and "no room" in report["not_measured"][0]
+    assert report["few_shot"] is None and "too short for examples" in report["not_measured"][0]
 
 
 def test_a_bases_own_way_of_generating_is_left_aside(run: Path) -> None:
