@@ -134,10 +134,10 @@ def _evaluated(
         if contender.rows is not None:  # the same base, prompted otherwise
             found = against(contender.name, own[contender.name], own["adapted"], seed)
             report[contender.name] = {**contender.about, **found}
-            word[contender.name] = verdict(_first(found), found["documents"])
+            word[contender.name] = verdict(found[own["adapted"][0].name], found["documents"])
     report |= _general(task, model, data, processor, run)
-    if report["general"]:
-        first = _first(report["general"])
+    if task.general and report["general"]:
+        first = report["general"][task.general.scores[0]]
         word["general"] = retention(first, report["general"]["documents"])
     elif task.general is None:
         report["not_measured"].append(NO_LANGUAGE_MODEL)
@@ -256,11 +256,6 @@ def _gap(
     gap = held_out - trained if after.better == "lower" else trained - held_out
     figures = {"base": round(before.figure, 4), "adapted": round(after.figure, 4)}
     return {f"train_{after.name}": figures, "gap": round(gap, 4)}
-
-
-def _first(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The first score of what `against` returned."""
-    return next(found for found in part.values() if isinstance(found, dict))
 
 
 def _without_further(task: Task, run: Run) -> Run:

@@ -6,7 +6,7 @@
 
 OLD and NEW are folders of checkouts; both are run by this interpreter, as `lora-kit train`, each in
 an empty working folder with an empty cache. For each work the table has the medians over rounds of:
-seconds a step (the median of a run, its first three steps left out), peak memory of the process,
+seconds per step (the median of a run without its first three steps), peak memory of the process,
 seconds from the start of the command to the end of the first step, and seconds of the command.
 `--dtype float32` is for CPUs without bf16 instructions. JSON of every run goes to stdout.
 """
@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from speed import COMMON, EVAL, WORKS, nested
-
-from lora_kit import nano
+from speed import COMMON, WORKS, nested, write_texts
 
 HERE = Path(__file__).resolve().parent
 WARM_UP = 3  # steps
@@ -74,11 +72,7 @@ def run_file(work: str, base: Path, above: Path, asked: argparse.Namespace) -> P
     """The run file of a work, in a new folder below `above`."""
     folder = Path(tempfile.mkdtemp(dir=above))
     chat = WORKS[work].recipe == "sft"
-    text = "\n\n".join(text for _, text in nano.topics())[: WORKS[work].characters]
-    (folder / "train.txt").write_text(text, encoding="utf-8")
-    (folder / "eval.txt").write_text(EVAL, encoding="utf-8")
-    judged = [{"instruction": "What is judged?", "input": "", "response": EVAL}]
-    (folder / "eval.json").write_text(json.dumps(judged), encoding="utf-8")
+    write_texts(folder, WORKS[work])
     values = {
         "recipe": WORKS[work].recipe,
         "name": "bench",

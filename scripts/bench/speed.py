@@ -156,6 +156,15 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def write_texts(folder: Path, work: Work) -> None:
+    """The text of a work, and one document for evaluation as text and as a conversation."""
+    text = "\n\n".join(text for _, text in nano.topics())[: work.characters]
+    (folder / "train.txt").write_text(text, encoding="utf-8")
+    (folder / "eval.txt").write_text(EVAL, encoding="utf-8")
+    rows = [{"instruction": "What is evaluated?", "input": "", "response": EVAL}]
+    (folder / "eval.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
 class Bench:
     """One work on this machine: its files below `cache`, its results, and how it goes on."""
 
@@ -211,11 +220,7 @@ class Bench:
 
     def run_file(self, who: Contender) -> tuple[Path, dict[str, Any]]:
         """A contender's run.yaml, and its values by dotted key; also what peers' jobs are of."""
-        text = "\n\n".join(text for _, text in nano.topics())[: self.work.characters]
-        (self.folder / "train.txt").write_text(text, encoding="utf-8")
-        (self.folder / "eval.txt").write_text(EVAL, encoding="utf-8")
-        judged = [{"instruction": "What is judged?", "input": "", "response": EVAL}]
-        (self.folder / "eval.json").write_text(json.dumps(judged), encoding="utf-8")
+        write_texts(self.folder, self.work)
         chat = self.work.recipe == "sft"
         values = {
             "recipe": self.work.recipe,
