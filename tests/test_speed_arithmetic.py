@@ -220,3 +220,53 @@ def test_lengths_of_blocks_and_rows_come_again() -> None:
     for documents in ([33, 1], [300, 1, 2, 3], [31, 33, 257]):
         blocks = _blocks(documents, None, 32)
         assert max(block.queries.stop for block in blocks) <= padded_length(documents)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("version", ["2.11", "2.13"])
+def test_the_gpu_kernel_is_called_as_its_version_takes_it(
+    version: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.11's kernel takes no `enable_gqa`, and as many keys as queries."""
+    from lora_kit.speed.attention import _on_gpu
+
+    def kernel(q: Any, k: Any, v: Any, ends: Any, *_: Any, scale: float, **options: Any) -> Any:
+        assert options.pop("window_size") == (-1, 0)
+        assert grouped or q.shape == k.shape
+        assert not options or options == {"enable_gqa": True}
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        row = torch.arange(len(q[0]))
+        document = torch.bucketize(row, ends[1:], right=True)
+        seen = (document[:, None] == document) & (row[:, None] >= row)
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scale, **options
+        )
+        return out.transpose(0, 1)
+
+    def newer(
+        q: Any, k: Any, v: Any, a: Any, b: Any, c: Any, d: Any,
+        *, scale: float, window_size: Any, enable_gqa: bool = False,
+    ) -> Any:  # fmt: skip
+        options = {"enable_gqa": True} if enable_gqa else {}
+        return kernel(q, k, v, a, scale=scale, window_size=window_size, **options)
+
+    def older(
+        q: Any, k: Any, v: Any, a: Any, b: Any, c: Any, d: Any, *, scale: float, window_size: Any
+    ) -> Any:
+        assert q.shape == k.shape == v.shape
+        return kernel(q, k, v, a, scale=scale, window_size=window_size)
+
+    called = older if version == "2.11" else newer
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", called)
+    q, k, v = rows(4, 9, 8), rows(2 if grouped else 4, 9, 8, seed=1), rows(4, 9, 8, seed=2)
+    states = q, k, v[: len(k)]
+    found = _on_gpu(states, [5, 4], 0.3, None)
+    repeated = (x.repeat_interleave(4 // len(x), 0) for x in states[1:])
+    expected = torch.cat(
+        [
+            functional.scaled_dot_product_attention(*part, is_causal=True, scale=0.3)
+            for part in zip(*(x.split([5, 4], 1) for x in (q, *repeated)), strict=True)
+        ],
+        1,
+    )
+    assert torch.allclose(found, expected.transpose(0, 1))

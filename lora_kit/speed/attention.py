@@ -9,6 +9,7 @@ this is torch's variable-length FlashAttention.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -239,11 +240,15 @@ def _on_gpu(
     # A window of w tokens includes the token itself: w - 1 to the left.
     left_right = (-1 if window is None else window - 1, 0)
     query, key, value = (x.transpose(0, 1).contiguous() for x in states)
-    grouped = len(states[0]) != len(states[1])
-    out: Any = varlen_attn(
-        query, key, value, ends, ends, longest, longest,
-        scale=scale, window_size=left_right, enable_gqa=grouped,
-    )  # fmt: skip
+    options: dict[str, Any] = {"scale": scale, "window_size": left_right}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11: a key and a value for each head of the query
+            repeats = query.shape[1] // key.shape[1]
+            key = key.repeat_interleave(repeats, 1)
+            value = value.repeat_interleave(repeats, 1)
+    out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, **options)
     return out
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,7 @@ def main() -> None:
         default="bfloat16",
         help="of the weights; float32 where the CPU has no bf16 instructions",
     )
+    parser.add_argument("--shape", default="40m", help="a shape of speed_parts.py")
     parser.add_argument("--side", choices=("ours", "trl"), help="one measurement, in this process")
     parser.add_argument(
         "--folder", type=Path, help="of the base and the rows; made if it is missing"
@@ -78,7 +78,8 @@ def prepare(asked: argparse.Namespace) -> None:
     base = asked.folder / "base"
     if not base.exists():
         subprocess.run(
-            [sys.executable, str(HERE / "speed_parts.py"), "weights", "40m", str(base)], check=True
+            [sys.executable, str(HERE / "speed_parts.py"), "weights", asked.shape, str(base)],
+            check=True,
         )
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = None
@@ -116,9 +117,11 @@ class Clock(TrainerCallback):
 
 
 def result(batch: int, losses: list[float]) -> dict[str, Any]:
+    from lora_kit.train.callbacks import peak_mib
+
     first, last = Clock.ends[0], Clock.ends[-1]
     pairs = batch * (len(Clock.ends) - 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mib()
     return {
         "pairs_per_second": round(pairs / (last[0] - first[0]), 3),
         "pairs_per_cpu_second": round(pairs / (last[1] - first[1]), 3),
@@ -168,6 +171,7 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
     from lora_kit.speed.runtime import keep_freed_memory
 
     assert keep_freed_memory()
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
@@ -186,7 +190,7 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             bf16=False,
             gradient_checkpointing=False,
             precompute_ref_log_probs=True,

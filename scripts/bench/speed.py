@@ -131,6 +131,20 @@ WORKS = {
             Contender("lora_kit, bf16"),
         ),
     ),
+    # For a GPU, which the smaller shapes leave idle.
+    "gpu": Work(
+        {
+            "train.max_steps": 24,
+            "train.max_length": 1024,
+            "train.per_device_train_batch_size": 8,
+        },
+        (
+            Contender("lora_kit", shape="1b"),
+            *(Contender(peer.name, peer.peer, peer.track, "1b") for peer in TRL),
+            Contender("lora_kit, speed: plain", shape="1b", settings={"speed": "plain"}),
+            Contender("lora_kit, NF4", shape="1b", settings={"base.quantize": "nf4"}),
+        ),
+    ),
     "chat": Work(CHAT, (OURS, *TRL), recipe="sft"),
     "nano": Work(NANO, (OURS, Contender("trl sft", "trl", "command"))),
     "scale": Work(
@@ -417,11 +431,13 @@ def _trl_options(values: dict[str, Any], rows: Path, out: Path, on_cpu: bool) ->
 
 
 def machine(threads: int) -> dict[str, Any]:
+    import torch
+
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     found = dict(part for text in lines if len(part := [p.strip() for p in text.split(":")]) == 2)
     names = ("vendor_id", "model name", "cpu family", "model", "stepping")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
+    described = {
         "cpu": ", ".join(f"{name} {found[name]}" for name in names if name in found),
         "bf16": "avx512_bf16" in found.get("flags", ""),
         "amx": "amx_bf16" in found.get("flags", ""),
@@ -430,6 +446,9 @@ def machine(threads: int) -> dict[str, Any]:
         "memory_gib": round(memory),
         "python": platform.python_version(),
     }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+    return described
 
 
 def our_versions() -> dict[str, str]:
@@ -469,7 +488,7 @@ def main() -> None:
         "--minutes", type=float, default=8, help="start no measurement that ends later"
     )
     run.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    run.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: not measured")
+    run.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     run.add_argument("--data", type=Path, help="of chat: rows with instruction and response")
     run.add_argument("--again", action="store_true", help="forget this work's results")
     for verb in (run, verbs.add_parser("peers")):

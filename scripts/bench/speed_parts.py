@@ -21,6 +21,7 @@ SHAPES = {
     "40m": (512, 8, 1376),
     "100m": (768, 12, 2048),
     "250m": (1024, 16, 2816),
+    "1b": (2048, 16, 8192),
 }
 
 
@@ -52,7 +53,8 @@ def weights(shape: str, folder: Path) -> None:
         pad_token_id=3,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
     model.bfloat16().save_pretrained(folder)
     for file in nano.MODEL.iterdir():
         if "token" in file.name or "template" in file.name:
@@ -79,17 +81,21 @@ def ceiling(shape: str, tokens: int = 1024, repeats: int = 7) -> float:
     each as one matmul into memory that it has; medians of `repeats`."""
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, layers, wide = SHAPES[shape]
     matrices = [(hidden, hidden, 4 * layers), (hidden, wide, 2 * layers), (wide, hidden, layers)]
     flop = seconds = 0.0
     for inside, outside, count in [*matrices, (hidden, VOCABULARY, 1)]:
-        weight = torch.randn(outside, inside).bfloat16()
-        x, y = torch.randn(tokens, inside).bfloat16(), torch.randn(tokens, outside).bfloat16()
+        weight = torch.randn(outside, inside, device=device).bfloat16()
+        x = torch.randn(tokens, inside, device=device).bfloat16()
+        y = torch.randn(tokens, outside, device=device).bfloat16()
         for left, right, out in ((x, weight.t(), torch.empty_like(y)), (y, weight, x.clone())):
             taken = []
             for _ in range(repeats + 2):
                 started = time.perf_counter()
                 torch.mm(left, right, out=out)
+                if device == "cuda":
+                    torch.cuda.synchronize()
                 taken.append(time.perf_counter() - started)
             flop += count * 2 * tokens * inside * outside
             seconds += count * statistics.median(taken[2:])

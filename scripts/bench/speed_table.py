@@ -26,11 +26,12 @@ TITLES = {
     "chat": "Conversations at their real lengths, 8 rows a step, 1,024 tokens at most",
     "nano": "The whole command on nano, 200 steps of 16 rows of 256 tokens",
     "scale": "Cost against size and length",
+    "gpu": "One H200: LoRA on all linear layers, 1B, 8 rows of 1,024 tokens",
     "ceiling": "Matmul ceiling",
 }
 NOT_RUN = {
-    "Unsloth, Axolotl, torchtune": "no GPU here",
-    "any of these on a GPU": "not measured: no GPU here; the works are the same",
+    "Unsloth, Axolotl, torchtune": "they need a GPU, on which they were not installed",
+    "LitGPT and LLaMA-Factory on a GPU": "not installed there",
 }
 
 
@@ -90,6 +91,7 @@ def figures(work: str, run: dict[str, Any]) -> dict[str, float]:
 
 def races(found: dict[str, Any]) -> list[str]:
     """A table of contenders: speed, ours against theirs, share of the ceiling, peak memory."""
+    shape = "1b" if found["work"] == "gpu" else "40m"
     work, runs = found["work"], found["runs"]
     of: dict[str, list[dict[str, Any]]] = {}
     for row in runs:
@@ -109,7 +111,7 @@ def races(found: dict[str, Any]) -> list[str]:
             theirs, mine = ([figures(work, row)[name] for row in rows] for rows in (those, ours))
             cells.append(spread(theirs, 1 if work == "nano" else 0))
             cells.append(void or against(mine, theirs))
-        cells.append(share_of_ceiling(found, "40m", those) if work not in ("top", "nano") else "")
+        cells.append(share_of_ceiling(found, shape, those) if work not in ("top", "nano") else "")
         theirs, mine = ([row["rss_mib"] for row in rows] for rows in (those, ours))
         cells += [spread(theirs), void or against(mine, theirs)]
         losses = those[0]["losses"]
@@ -207,7 +209,7 @@ def section(found: dict[str, Any]) -> list[str]:
         "",
         f"- {found['date']}, rounds: {rounds}; {who['cores']} cores, {who['threads']} threads, "
         f"{who['memory_gib']} GiB; {who['cpu']}; bf16 {'yes' if who['bf16'] else 'no'}, "
-        f"AMX {'yes' if who['amx'] else 'no'}; Python {who['python']}",
+        f"AMX {'yes' if who['amx'] else 'no'}; {who.get('gpu', 'no GPU')}; Python {who['python']}",
     ]
     for name, versions in found["versions"].items():
         listed = ", ".join(f"{key} {value}" for key, value in versions.items())
