@@ -21,6 +21,9 @@ from pydantic import (
     field_validator,
 )
 
+# A JSON object of a file (config.json, report.json, the lock), whose values are checked where they
+# are read.
+Json = dict[str, Any]
 EMBEDDED = ("nano:topics", "nano:docstrings", "nano:instructions")
 Path_ = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
