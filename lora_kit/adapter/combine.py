@@ -18,21 +18,21 @@ scale of sqrt(r).
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_kit.adapter.extract import factored, row_slices, write_factors, write_metadata
-from lora_kit.adapter.files import WEIGHTS, Adapter, Update
+from lora_kit.adapter.extract import factored, write_metadata
+from lora_kit.adapter.files import WEIGHTS, Adapter, Update, write_standard
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.portable import check_portable
-from lora_kit.base.tensors import Stored
 from lora_kit.errors import UserError
 from lora_kit.folders import new_folder
 from lora_kit.hashes import file_hash
+
+if TYPE_CHECKING:
+    import torch
 
 _FROM_FIRST = ("base", "kind", "joiner", "chat_template")  # entries of the lock file
 METHODS = ("linear", "svd", "ties", "dare")
@@ -57,8 +57,8 @@ def combine(
         weights: one per adapter; None: equal, with sum 1.
         rank: of the result; None: the sum for `linear`, else the largest.
         density: share of the entries that `ties` and `dare` keep.
-        seed: of `dare`'s drop mask: as in PEFT after torch.manual_seed, for matrices of at most
-            2**18 entries in file order.
+        seed: of `dare`'s drop mask: as in PEFT after torch.manual_seed, with the modules in the
+            order of the file.
 
     Returns:
         `method`, `weights`, `rank`, `modules` (a number) and `notes` for the user.
@@ -93,29 +93,26 @@ def combine(
     ranks = {m: [a.rank_and_scale(m)[0] for a in adapters if m in a.factors] for m in modules}
     exact = method == "linear" and rank is None
     width = rank or max(sum(some) if exact else max(some) for some in ranks.values())
-    factors = {m: pair for adapter in adapters for m, pair in adapter.factors.items()}
-    names = {m: {ab: tensor.name for ab, tensor in pair.items()} for m, pair in factors.items()}
-    needed = 4 * width * sum(map(sum, sizes.values()))
-    if method in ("ties", "dare"):  # plus one full update at a time
-        needed += 4 * max(map(math.prod, sizes.values()))
     import torch
 
+    needed = 4 * width * sum(map(sum, sizes.values()))
     with new_folder(Path(out), needed) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-
-        def combined(module: str) -> tuple[Any, Any]:
-            pairs = [
-                (weight, adapter.update(module))
-                for weight, adapter in zip(weights, adapters, strict=True)
-                if module in adapter.factors
-            ]
+        factors = {}
+        for module in modules:
+            having = [(w, x) for w, x in zip(weights, adapters, strict=True) if module in x.factors]
+            pairs = [(weight, adapter.update(module)) for weight, adapter in having]
             if not all(update.finite for _, update in pairs):
                 raise UserError(f"{module}: NaN or infinite values")
             if method in ("linear", "svd"):
-                return _summed(pairs, None if exact else width)
-            return _sparse(pairs, method, width, density, seed, folder / "dW")
-
-        write_factors(folder / WEIGHTS, names, sizes, width, combined)
+                a, b = _summed(pairs, None if exact else width)
+            else:
+                a, b = _sparse(pairs, method, width, density, seed)
+            stored = having[-1][1].factors[module]
+            factors[stored["A"].name] = a
+            factors[stored["B"].name] = b
+        targets = {name for adapter in adapters for name in adapter.targets}
+        write_standard(folder, factors, runs[0].peft_base, width, sorted(targets))
         of = [{"adapter": run.name, "sha256": file_hash(run.folder / WEIGHTS)} for run in runs]
         settings: dict[str, Any] = {"method": method, "weights": weights, "rank": width, "of": of}
         if method in ("ties", "dare"):
@@ -131,8 +128,7 @@ def combine(
                     other = kept[key].get(name, value) != value
                     kept[key][f"{name} of {run.path}" if other else name] = value
         kept["combined"] = settings
-        targets = sorted({name for adapter in adapters for name in adapter.targets})
-        write_metadata(folder, runs[0].peft_base, width, targets, runs[0].folder, kept)
+        write_metadata(folder, runs[0].folder, kept)
     notes = _notes(adapters, modules)
     return {**settings, "out": str(out), "modules": len(modules), "notes": notes}
 
@@ -171,7 +167,9 @@ def _notes(adapters: list[Adapter], modules: list[str]) -> list[str]:
     return notes
 
 
-def _summed(pairs: list[tuple[float, Update]], rank: int | None) -> tuple[Any, Any]:
+def _summed(
+    pairs: list[tuple[float, Update]], rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (k, in) and B (out, k), float32, of one module's sum: exact for rank None, else truncated,
     by the SVD of the small core between two orthonormal bases."""
     import torch
@@ -187,67 +185,18 @@ def _summed(pairs: list[tuple[float, Update]], rank: int | None) -> tuple[Any, A
 
 
 def _sparse(
-    pairs: list[tuple[float, Update]],
-    method: str,
-    rank: int,
-    density: float,
-    seed: int,
-    scratch: Path,
-) -> tuple[Any, Any]:
-    """The same for methods that need every entry of the updates: computed once, in blocks of rows,
-    and stored in the file `scratch` for repeated reads."""
+    pairs: list[tuple[float, Update]], method: str, rank: int, density: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for methods that need every entry of the updates, by PEFT's functions."""
     import torch
     from peft.utils.merge_utils import dare_linear, ties
 
-    module, (_, out, width) = pairs[0][1].module, pairs[0][1].size
-    factors = [(u.scale, u.a[0].float(), u.b[0].float()) for _, u in pairs]
+    updates = [(u.b[0].float() @ u.a[0].float()) * u.scale for _, u in pairs]
     weights = torch.tensor([weight for weight, _ in pairs])
-    keep = max(1, int(density * out * width))
-
-    def updates(some: Sequence[tuple[float, Any, Any]]) -> Iterator[tuple[slice, list[Any]]]:
-        for rows in row_slices(out, width):
-            yield rows, [(b[rows] @ a) * scale for scale, a, b in some]
-
-    bounds = [_bound(partial(updates, [f]), keep) for f in factors if method == "ties"]
-
-    with scratch.open("wb") as opened, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The density")  # of 1: nothing is dropped
-        for _, parts in updates(factors):
-            if method == "dare":
-                merged = dare_linear(parts, weights, density)
-            else:
-                large = [p * (p.abs() >= bound) for p, bound in zip(parts, bounds, strict=True)]
-                merged = ties(large, weights, 1.0)
-            numbers: Any = merged.numpy()
-            opened.write(numbers)
-    whole = Stored(module, "F32", (out, width), scratch, 0, 4 * out * width)
-    try:
-        b, a, _ = factored(
-            lambda: ((rows, whole.read(rows.start, rows.stop)) for rows in row_slices(out, width)),
-            (out, width),
-            rank,
-            seed,
-            module,
-        )
-    finally:
-        scratch.unlink()
+        combined = (dare_linear if method == "dare" else ties)(updates, weights, density)
+    whole = slice(0, len(combined))
+    shape = (combined.shape[0], combined.shape[1])
+    b, a, _ = factored(lambda: [(whole, combined)], shape, rank, seed, pairs[0][1].module)
     return a, b
-
-
-def _bound(updates: Callable[[], Iterator[tuple[slice, list[Any]]]], keep: int) -> Any:
-    """The `keep`-th largest absolute value, by a radix selection over the upper and then the lower
-    16 bits: positive float32 numbers are ordered like their bits."""
-    import torch
-
-    found = 0
-    for upper in (True, False):
-        counts = torch.zeros(2**16, dtype=torch.int64)
-        for _, (block,) in updates():
-            bits = block.abs().view(torch.int32).flatten()
-            parts = bits >> 16 if upper else bits[bits >> 16 == found] & 0xFFFF
-            counts += torch.bincount(parts, minlength=2**16)
-        above = counts.flip(0).cumsum(0)
-        place = int((above < keep).sum())
-        keep -= int(above[place - 1]) if place else 0
-        found = (found << 16) + 2**16 - 1 - place
-    return torch.tensor(found, dtype=torch.int32).view(torch.float32)

@@ -14,18 +14,21 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_kit.adapter.files import WEIGHTS, write_config, write_json
+from lora_kit.adapter.files import WEIGHTS, write_json, write_standard
 from lora_kit.base.pin import pin
-from lora_kit.base.tensors import FLOATS, Stored, Writer, stored_in
+from lora_kit.base.tensors import FLOATS, Stored, stored_in
 from lora_kit.errors import CheckFailed, UserError, harmless
 from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
-from lora_kit.schema import Base
+from lora_kit.schema import Base, Json
 
-# Yields (rows, block of these rows in float32), in order; called once per iteration.
-Blocks = Callable[[], Iterable[tuple[slice, Any]]]
+if TYPE_CHECKING:
+    import torch
+
+Block = tuple[slice, "torch.Tensor"]  # rows of a matrix, and these rows in float32
+Blocks = Callable[[], Iterable[Block]]  # all of a matrix in order; called once per iteration
 
 # Elements: 1 MiB in float32. Larger blocks fragment the heap: 16 MiB took 300 MiB more.
 _BLOCK = 2**18
@@ -82,50 +85,13 @@ def factored(
     return u[:, :k] * root, root[:, None] * (vt[:k] @ q.T), errors
 
 
-def write_factors(
-    file: Path,
-    names: dict[str, dict[str, str]],
-    sizes: dict[str, tuple[int, int]],
-    rank: int,
-    found: Callable[[str], tuple[Any, Any]],
-) -> None:
-    """Write the A and B of a standard LoRA, one module at a time, in float32.
+def write_metadata(folder: Path, tokenizer: Path, lock: Json) -> None:
+    """Complete the folder of a written adapter.
 
     Args:
-        names: {module: {"A": the tensor's name, "B": ...}}.
-        sizes: {module: (out, in)}.
-        found: returns A (k, in) and B (out, k) of a module; padded with zeros to the rank.
-    """
-    import torch
-
-    entries = {}
-    for module, (rows, columns) in sizes.items():
-        entries[names[module]["A"]] = ("F32", (rank, columns))
-        entries[names[module]["B"]] = ("F32", (rows, rank))
-    with Writer(file, entries) as writer:
-        for module in sizes:
-            for letter, tensor in zip("AB", found(module), strict=True):
-                filled = torch.zeros(entries[names[module][letter]][1])
-                filled[: tensor.shape[0], : tensor.shape[1]] = tensor
-                writer.put(names[module][letter], filled)
-
-
-def write_metadata(
-    folder: Path,
-    base: tuple[str | None, str | None],
-    rank: int,
-    targets: list[str],
-    tokenizer: Path,
-    lock: dict[str, Any],
-) -> None:
-    """Write the other files of a standard LoRA: its config with scale 1, the tokenizer and chat
-    template of another folder, and run.lock.json.
-
-    Args:
-        base: see `write_config`.
+        tokenizer: a folder whose tokenizer and chat template are copied.
         lock: entries of run.lock.json; the hashes of this folder's files are added.
     """
-    write_config(folder, base, rank, targets)
     for file in sorted({f for pattern in _TOKENIZER for f in tokenizer.glob(pattern)}):
         shutil.copyfile(file, folder / file.name)
     lock = {**lock, "adapter": {"sha256": file_hash(folder / WEIGHTS)}}
@@ -169,35 +135,34 @@ def extract(
         what = f"only tensors that a LoRA cannot represent ({others})" if rest else "nothing"
         raise CheckFailed(f"{tuned}: {what} changed since {base}: there is nothing to extract")
     modules = [name.removesuffix(".weight") for name in changed]
-    names = {m: {h: f"base_model.model.{m}.lora_{h}.weight" for h in "AB"} for m in modules}
-    sizes = {m: (before[f"{m}.weight"].shape[0], before[f"{m}.weight"].shape[1]) for m in modules}
-    errors: dict[str, Any] = {}
+    sizes = [before[name].shape for name in changed]
+    factors: dict[str, torch.Tensor] = {}
+    errors: list[torch.Tensor] = []
+    with new_folder(out, 4 * rank * sum(map(sum, sizes))) as folder:
+        for module, name, (rows, columns) in zip(modules, changed, sizes, strict=True):
+            old, new = before[name], after[name]
 
-    def found(module: str) -> tuple[Any, Any]:
-        old, new = before[f"{module}.weight"], after[f"{module}.weight"]
+            def blocks(old: Stored = old, new: Stored = new) -> Iterator[Block]:
+                return ((rows, change) for rows, _, change in _differences(old, new))
 
-        def blocks() -> Iterator[tuple[slice, Any]]:
-            return ((rows, change) for rows, _, change in _differences(old, new))
-
-        b, a, errors[module] = factored(
-            blocks, sizes[module], rank, seed, f"{new.file}: {new.name}"
-        )
-        return a, b
-
-    with new_folder(out, 4 * rank * sum(map(sum, sizes.values()))) as folder:
-        write_factors(folder / WEIGHTS, names, sizes, rank, found)
-        resized = any("rows" in one["why"] for one in rest)
+            b, a, error = factored(blocks, (rows, columns), rank, seed, f"{new.file}: {new.name}")
+            factors[f"base_model.model.{module}.lora_A.weight"] = a
+            factors[f"base_model.model.{module}.lora_B.weight"] = b
+            errors.append(error)
+        # PEFT alone must find the base: by its Hub id and commit, or its folder.
+        named = pins[0].model if pins[0].revision else pins[0].folder
+        targets = _targets(modules, [name.removesuffix(".weight") for name in linear])
+        write_standard(folder, factors, (named, pins[0].revision), rank, targets)
         lock = {
             "base": pins[0].to_lock(),
             "extracted": {"from": Path(tuned).name, "hashes": pins[1].hashes, "seed": seed},
         }
-        targets = _targets(modules, [name.removesuffix(".weight") for name in linear])
         # The tuned model's tokenizer, unless it has tokens without embeddings in the base.
-        base = pins[0].model if pins[0].revision else pins[0].folder  # so that PEFT alone finds it
-        write_metadata(folder, (base, pins[0].revision), rank, targets, folders[not resized], lock)
+        resized = any("rows" in one["why"] for one in rest)
+        write_metadata(folder, folders[0] if resized else folders[1], lock)
     left = {}  # by rank; modules narrower than a rank keep their last error
     for r in sorted({0, *(2**n for n in range(rank.bit_length())), rank}):
-        left[r] = math.hypot(*(float(some[min(r, len(some) - 1)]) for some in errors.values()))
+        left[r] = math.hypot(*(float(some[min(r, len(some) - 1)]) for some in errors))
     return {
         "out": str(out),
         "rank": rank,

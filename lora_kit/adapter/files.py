@@ -6,13 +6,17 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.base.tensors import Stored, stored
 from lora_kit.errors import UserError
 from lora_kit.trust import time_limit
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "adapter_model.safetensors"
 _LARGEST_SCALE = 1e30  # far below the limit of float32
@@ -131,10 +135,15 @@ class Adapter:
 
     def update(self, module: str) -> Update:
         r, scale = self.rank_and_scale(module)
-        a, b = (self.factors[module][letter].read().double() for letter in "AB")
+        a, b = self.read_factors(module, r)
+        return Update(module, scale, a.double(), b.double())
+
+    def read_factors(self, module: str, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (experts, r, in) and B (experts, out, r) of a module, as stored."""
+        a, b = (self.factors[module][letter].read() for letter in "AB")
         # For fused experts PEFT stores A as (experts · r, in) and B as (out, r · experts).
         a = a.reshape(len(a) // r, r, -1)
-        return Update(module, scale, a, b.reshape(len(b), r, len(a)).permute(2, 0, 1))
+        return a, b.reshape(len(b), r, len(a)).permute(2, 0, 1)
 
 
 def _figures(update: Update) -> dict[str, Any]:
@@ -156,18 +165,43 @@ def _figures(update: Update) -> dict[str, Any]:
     }
 
 
-def write_config(
-    folder: Path, base: tuple[str | None, str | None], rank: int, targets: list[str], **more: Any
+def write_standard(
+    folder: Path,
+    factors: Mapping[str, torch.Tensor],
+    base: tuple[str | None, str | None],
+    rank: int,
+    targets: Sequence[str],
+    **more: object,
 ) -> None:
-    """Write the adapter_config.json of a standard LoRA with one rank and scale 1.
+    """Write a LoRA with one rank and scale 1: its tensors and adapter_config.json.
 
     Args:
+        factors: A (k, in) and B (out, k) by their names in the file; padded with zeros to the rank.
         base: its folder or Hub id, and its revision.
+        more: further keys of the config.
     """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, factor in factors.items():
+        match = _FACTOR.fullmatch(name)
+        assert match is not None, name
+        shape = list(factor.shape)
+        shape[0 if match[2] == "A" else 1] = rank
+        tensors[name] = factor.new_zeros(shape)
+        tensors[name][: factor.shape[0], : factor.shape[1]] = factor
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = {
-        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True},
-        **{"base_model_name_or_path": base[0], "revision": base[1]},
-        **{"r": rank, "lora_alpha": rank, "target_modules": sorted(targets), **more},
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "inference_mode": True,
+        "base_model_name_or_path": base[0],
+        "revision": base[1],
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(targets),
+        **more,
     }
     write_json(folder / "adapter_config.json", config)
 

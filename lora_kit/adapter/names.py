@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from operator import eq
 from typing import Any
 
 from lora_kit.adapter.files import Adapter
@@ -283,6 +282,5 @@ def _equal(one: Change | None, other: Change | None) -> bool:
         return False
     pairs = [(one.source, other.source), (one.token_rows, other.token_rows)]
     return all(
-        a is b or (a and b and a.shape == b.shape and all(map(eq, a.pieces(), b.pieces())))
-        for a, b in pairs
+        a is b or (a and b and a.shape == b.shape and a.read().equal(b.read())) for a, b in pairs
     )

@@ -35,7 +35,6 @@ class Layout:
         auto: the class of transformers that loads it.
         skeleton: a model with a head as shapes alone; None: a language model.
         head: {name: shape} of the parameters that the adapter may bring whole; None: as skeleton.
-        unused: tensors of the base's files that the merged model does not have.
         score: weight and bias of a head that is a file of its own.
         guard: the name of a tensor without values to be written (see `base.pooled.guard_of`).
     """
@@ -45,7 +44,6 @@ class Layout:
     auto: str = CAUSAL
     skeleton: Any = None
     head: dict[str, tuple[int, ...]] | None = None
-    unused: list[Stored] = field(default_factory=list)
     score: dict[str, Stored] = field(default_factory=dict)
     guard: str | None = None
 
@@ -116,22 +114,22 @@ def layout(run: FinishedRun, stored: Mapping[str, Stored]) -> Layout:
     inner = f"{(skeleton.encoder if pooled else skeleton).base_model_prefix}."
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     prefixed = any(name.startswith(inner) for name in stored)
-    tensors, unused = {}, []
+    tensors = {}
     for name, tensor in stored.items():
         within = name.removeprefix(inner)
         in_body = within != name or not prefixed
         whole = f"{outer}.{within}" if in_body else name
-        if (pooled and not in_body) or (is_head(whole, outer) and whole not in shapes):
-            unused.append(tensor)
-        else:
-            there = within if pooled else whole
-            tensors[there] = replace(tensor, name=there)
+        unused = is_head(whole, outer) and whole not in shapes
+        if in_body and pooled and not unused:
+            tensors[within] = replace(tensor, name=within)
+        elif not pooled and not unused:
+            tensors[whole] = replace(tensor, name=whole)
     head = {name: shape for name, shape in shapes.items() if is_head(name, outer)}
     brought = {name.removeprefix(_START): tensor for name, tensor in run.adapter.others.items()}
     if missing := sorted(head.keys() - brought.keys() - tensors.keys()):
         raise UserError(f"{run.folder}: {missing[0]} is neither in the adapter nor in the base")
     if not pooled:
-        return Layout(run.adapter, tensors, run.auto, skeleton, head, unused)
+        return Layout(run.adapter, tensors, run.auto, skeleton, head)
     for name, shape in head.items():
         if brought[name].shape != shape:
             raise UserError(f"{run.folder}: {name} is {brought[name].shape}, not {shape}")
@@ -142,7 +140,6 @@ def layout(run: FinishedRun, stored: Mapping[str, Stored]) -> Layout:
         run.auto,
         skeleton,
         head,
-        unused,
         {name.removeprefix("score."): brought[name] for name in head},
         guard_of(skeleton_of(getattr(transformers, run.auto), skeleton.config)),
     )

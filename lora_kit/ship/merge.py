@@ -103,8 +103,7 @@ def merge(
     folder, config = Path(pinned.folder), unquantized_config(pinned)
     tokenizer = run.processor if run.has_processor else None
     form = layout(run, stored_in(folder))
-    rest = (form.head, form.unused, form.guard)
-    weights = Weights(form.adapter, form.tensors, config, base.dtype, *rest)
+    weights = Weights(form.adapter, form.tensors, config, base.dtype, form.head, form.guard)
     if into == "dequantized":
         weights.quantize(*form.on_meta(folder), trained.dtype)
     legal = [file for pattern in _LEGAL for file in folder.glob(pattern) if file.is_file()]
