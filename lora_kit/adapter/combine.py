@@ -19,7 +19,8 @@ scale of sqrt(r).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ from lora_kit.adapter.files import WEIGHTS, Adapter, Update, write_standard
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.portable import check_portable
 from lora_kit.errors import UserError
-from lora_kit.folders import new_folder
+from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
+from lora_kit.schema import Json
 
 if TYPE_CHECKING:
     import torch
@@ -66,74 +68,117 @@ def combine(
     Raises:
         UserError: the adapters have different bases or shapes, or more than LoRA updates.
     """
-    weights = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
-    problems = [
-        problem
-        for wrong, problem in (
-            (len(runs) < 2, "only one adapter: name two or more"),
-            (
-                len(weights) != len(runs),
-                f"--weights: {len(weights)} for {len(runs)} adapters: give one each, as 0.7,0.3",
-            ),
-            (
-                not all(abs(w) < 1e6 for w in weights),
-                "--weights: must be finite numbers below a million",
-            ),
-            (not 0 < density <= 1, f"--density {density}: must be > 0 and <= 1"),
-            (rank is not None and rank < 1, f"--rank {rank}: must be at least 1"),
-            (method not in METHODS, f"--method {method}: one of {', '.join(METHODS)}"),
+    weights = [1 / len(runs)] * len(runs) if weights is None else list(weights)
+    _check_settings(len(runs), method, weights, rank, density)
+    sizes = _check_adapters(runs)
+    refuse_existing(Path(out))
+    adapters = [run.adapter for run in runs]
+    exact = method == "linear" and rank is None
+    if rank is None:
+        rank = _default_rank(adapters, sum if exact else max)
+    factors = _combined(
+        list(zip(weights, adapters, strict=True)),
+        sizes,
+        method,
+        None if exact else rank,
+        density,
+        seed,
+    )
+    of = [{"adapter": run.name, "sha256": file_hash(run.folder / WEIGHTS)} for run in runs]
+    settings: dict[str, Any] = {"method": method, "weights": weights, "rank": rank, "of": of}
+    if method in ("ties", "dare"):
+        settings |= {"density": density, "seed": seed}
+    targets = {name for adapter in adapters for name in adapter.targets}
+    with new_folder(Path(out), 4 * rank * sum(map(sum, sizes.values()))) as folder:
+        write_standard(folder, factors, runs[0].peft_base, rank, sorted(targets))
+        write_metadata(folder, runs[0].folder, {**_kept_of_locks(runs), "combined": settings})
+    notes = _notes(adapters, list(sizes))
+    return {**settings, "out": str(out), "modules": len(sizes), "notes": notes}
+
+
+def _check_settings(
+    adapters: int, method: str, weights: list[float], rank: int | None, density: float
+) -> None:
+    """Raises UserError with a line for each invalid setting."""
+    problems = []
+    if adapters < 2:
+        problems.append("only one adapter: name two or more")
+    if len(weights) != adapters:
+        problems.append(
+            f"--weights: {len(weights)} for {adapters} adapters: give one each, as 0.7,0.3"
         )
-        if wrong
-    ]
+    if not all(abs(weight) < 1e6 for weight in weights):  # also for NaN
+        problems.append("--weights: must be finite numbers below a million")
+    if not 0 < density <= 1:
+        problems.append(f"--density {density}: must be > 0 and <= 1")
+    if rank is not None and rank < 1:
+        problems.append(f"--rank {rank}: must be at least 1")
+    if method not in METHODS:
+        problems.append(f"--method {method}: one of {', '.join(METHODS)}")
     if problems:
         raise UserError("\n".join(problems))
-    adapters = [run.adapter for run in runs]
-    sizes = _check(runs)
-    modules = list(sizes)
-    ranks = {m: [a.rank_and_scale(m)[0] for a in adapters if m in a.factors] for m in modules}
-    exact = method == "linear" and rank is None
-    width = rank or max(sum(some) if exact else max(some) for some in ranks.values())
+
+
+def _default_rank(adapters: list[Adapter], of_module: Callable[[list[int]], int]) -> int:
+    """The largest rank that a module needs: the sum or the maximum of its ranks."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for adapter in adapters:
+        for module in adapter.factors:
+            ranks[module].append(adapter.rank_and_scale(module)[0])
+    return max(of_module(each) for each in ranks.values())
+
+
+def _combined(
+    adapters: list[tuple[float, Adapter]],
+    modules: Iterable[str],
+    method: str,
+    rank: int | None,
+    density: float,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """A and B of all modules, by their names in the file.
+
+    Args:
+        adapters: with their weights.
+        rank: see `_summed`.
+    """
     import torch
 
-    needed = 4 * width * sum(map(sum, sizes.values()))
-    with new_folder(Path(out), needed) as folder, torch.random.fork_rng(devices=[]):
+    factors = {}
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        factors = {}
         for module in modules:
-            having = [(w, x) for w, x in zip(weights, adapters, strict=True) if module in x.factors]
-            pairs = [(weight, adapter.update(module)) for weight, adapter in having]
-            if not all(update.finite for _, update in pairs):
+            having = [(weight, one) for weight, one in adapters if module in one.factors]
+            updates = [(weight, adapter.update(module)) for weight, adapter in having]
+            if not all(update.finite for _, update in updates):
                 raise UserError(f"{module}: NaN or infinite values")
-            if method in ("linear", "svd"):
-                a, b = _summed(pairs, None if exact else width)
+            if method in ("linear", "svd") or rank is None:
+                a, b = _summed(updates, rank)
             else:
-                a, b = _sparse(pairs, method, width, density, seed)
+                a, b = _sparse(updates, method, rank, density, seed)
             stored = having[-1][1].factors[module]
             factors[stored["A"].name] = a
             factors[stored["B"].name] = b
-        targets = {name for adapter in adapters for name in adapter.targets}
-        write_standard(folder, factors, runs[0].peft_base, width, sorted(targets))
-        of = [{"adapter": run.name, "sha256": file_hash(run.folder / WEIGHTS)} for run in runs]
-        settings: dict[str, Any] = {"method": method, "weights": weights, "rank": width, "of": of}
-        if method in ("ties", "dare"):
-            settings |= {"density": density, "seed": seed}
-        lock = runs[0].lock
-        kept: dict[str, Any] = {k: lock[k] for k in _FROM_FIRST if k in lock}
-        if "base" in kept and runs[0].run:  # the path may be relative to the run
-            kept["base"] = {**kept["base"], "model": runs[0].base.model}
-        for key in ("data", "commits"):  # of all adapters, since their licences apply
-            kept[key] = {}
-            for run in runs:
-                for name, value in run.lock.get(key, {}).items():
-                    other = kept[key].get(name, value) != value
-                    kept[key][f"{name} of {run.path}" if other else name] = value
-        kept["combined"] = settings
-        write_metadata(folder, runs[0].folder, kept)
-    notes = _notes(adapters, modules)
-    return {**settings, "out": str(out), "modules": len(modules), "notes": notes}
+    return factors
 
 
-def _check(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:
+def _kept_of_locks(runs: Sequence[FinishedRun]) -> Json:
+    """The entries of the adapters' lock files that also hold for the combination."""
+    first = runs[0].lock
+    kept: Json = {key: first[key] for key in _FROM_FIRST if key in first}
+    if "base" in kept and runs[0].run:  # the path may be relative to the run
+        kept["base"] = {**kept["base"], "model": runs[0].base.model}
+    for key in ("data", "commits"):  # of all adapters, since their licences apply
+        entries: Json = {}
+        for run in runs:
+            for name, value in run.lock.get(key, {}).items():
+                differs = entries.get(name, value) != value
+                entries[f"{name} of {run.path}" if differs else name] = value
+        kept[key] = entries
+    return kept
+
+
+def _check_adapters(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:
     """(out, in) of every module. Raises UserError unless all adapters are standard LoRA, with the
     same base and shapes."""
     problems = []
@@ -142,8 +187,10 @@ def _check(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:
     for run in runs:
         adapter = run.adapter
         check_portable(adapter)
-        known = run.hashes and first.hashes
-        if run.hashes != first.hashes if known else run.peft_base != first.peft_base:
+        other_base = run.peft_base != first.peft_base
+        if run.hashes and first.hashes:  # a moved base is still the same
+            other_base = run.hashes != first.hashes
+        if other_base:
             bases = f"{run.peft_base[0]}, and {first.peft_base[0]} for {first.path}"
             problems.append(f"{run.path}: different bases or revisions: {bases}")
         for module, factors in adapter.factors.items():
@@ -162,7 +209,8 @@ def _notes(adapters: list[Adapter], modules: list[str]) -> list[str]:
         files = [adapter.folder / name for adapter in adapters]
         if len({file.read_bytes() if file.is_file() else None for file in files}) > 1:
             notes.append(f"the adapters have different {what}: using the first one's")
-    if partly := sum(any(m not in adapter.factors for adapter in adapters) for m in modules):
+    partly = sum(any(m not in adapter.factors for adapter in adapters) for m in modules)
+    if partly:
         notes.append(f"{partly} of {len(modules)} modules are missing in an adapter: counted as 0")
     return notes
 

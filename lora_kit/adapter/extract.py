@@ -13,8 +13,9 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_kit.adapter.files import WEIGHTS, write_json, write_standard
 from lora_kit.base.pin import pin
@@ -39,6 +40,17 @@ _LAYER = re.compile(r"(?:.+\.)?(?:layers|blocks)\.[0-9]+\..+\.weight")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.jinja")
 
 
+class NotCarried(TypedDict):
+    """A changed tensor that a LoRA cannot represent.
+
+    `relative`: ||dW||_F / ||W||_F; None: not comparable.
+    """
+
+    name: str
+    why: str
+    relative: float | None
+
+
 def row_slices(out: int, width: int) -> Iterator[slice]:
     """The rows of an (out, width) matrix, in blocks of 1 MiB."""
     step = max(1, _BLOCK // max(1, width))
@@ -47,7 +59,7 @@ def row_slices(out: int, width: int) -> Iterator[slice]:
 
 def factored(
     blocks: Blocks, shape: tuple[int, int], rank: int, seed: int, name: str
-) -> tuple[Any, Any, Any]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The factors B A of a rank that approximate a matrix M of `shape` (out, in) best.
 
     Randomized subspace iteration in blocks: Q <- orth(M^T M Q), then the SVD of M Q (Halko,
@@ -102,7 +114,7 @@ def write_metadata(folder: Path, tokenizer: Path, lock: Json) -> None:
 
 def extract(
     base: str, tuned: str, out: str | Path, rank: int = 16, seed: int = 0
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write the PEFT adapter of a rank that approximates a full fine-tune best.
 
     Args:
@@ -111,8 +123,7 @@ def extract(
 
     Returns:
         `modules`: a number; `relative_error`: ||dW - B A||_F / ||dW||_F over all modules, by rank;
-        `not_carried`: changed tensors that are not linear modules: `name`, `why`, and `relative`,
-        ||dW||_F / ||W||_F (None: not comparable).
+        `not_carried`: see `NotCarried`.
 
     Raises:
         UserError: the two have different shapes, or an unsupported architecture.
@@ -125,51 +136,53 @@ def extract(
     before, after = (stored_in(folder) for folder in folders)
     linear = _linear(before, after, folders[0])
     changed = [name for name in linear if _differs(before[name], after[name])]
-    rest = [
-        {"name": name, **change}
-        for name in sorted((before.keys() | after.keys()) - set(linear))
-        if (change := _change(before.get(name), after.get(name)))
-    ]
+    not_carried = _not_carried(before, after, set(linear))
     if not changed:
-        others = ", ".join(one["name"] for one in rest[:5])
-        what = f"only tensors that a LoRA cannot represent ({others})" if rest else "nothing"
+        what = "nothing"
+        if not_carried:
+            others = ", ".join(one["name"] for one in not_carried[:5])
+            what = f"only tensors that a LoRA cannot represent ({others})"
         raise CheckFailed(f"{tuned}: {what} changed since {base}: there is nothing to extract")
-    modules = [name.removesuffix(".weight") for name in changed]
-    sizes = [before[name].shape for name in changed]
+    sizes = {name: (before[name].shape[0], before[name].shape[1]) for name in changed}
     factors: dict[str, torch.Tensor] = {}
     errors: list[torch.Tensor] = []
-    with new_folder(out, 4 * rank * sum(map(sum, sizes))) as folder:
-        for module, name, (rows, columns) in zip(modules, changed, sizes, strict=True):
-            old, new = before[name], after[name]
-
-            def blocks(old: Stored = old, new: Stored = new) -> Iterator[Block]:
-                return ((rows, change) for rows, _, change in _differences(old, new))
-
-            b, a, error = factored(blocks, (rows, columns), rank, seed, f"{new.file}: {new.name}")
+    with new_folder(out, 4 * rank * sum(map(sum, sizes.values()))) as folder:
+        for name in changed:
+            blocks = partial(_changed_rows, before[name], after[name])
+            where = f"{after[name].file}: {after[name].name}"
+            b, a, error = factored(blocks, sizes[name], rank, seed, where)
+            module = name.removesuffix(".weight")
             factors[f"base_model.model.{module}.lora_A.weight"] = a
             factors[f"base_model.model.{module}.lora_B.weight"] = b
             errors.append(error)
         # PEFT alone must find the base: by its Hub id and commit, or its folder.
         named = pins[0].model if pins[0].revision else pins[0].folder
-        targets = _targets(modules, [name.removesuffix(".weight") for name in linear])
+        targets = _targets(changed, linear)
         write_standard(folder, factors, (named, pins[0].revision), rank, targets)
         lock = {
             "base": pins[0].to_lock(),
             "extracted": {"from": Path(tuned).name, "hashes": pins[1].hashes, "seed": seed},
         }
         # The tuned model's tokenizer, unless it has tokens without embeddings in the base.
-        resized = any("rows" in one["why"] for one in rest)
+        resized = any("rows" in one["why"] for one in not_carried)
         write_metadata(folder, folders[0] if resized else folders[1], lock)
-    left = {}  # by rank; modules narrower than a rank keep their last error
-    for r in sorted({0, *(2**n for n in range(rank.bit_length())), rank}):
-        left[r] = math.hypot(*(float(some[min(r, len(some) - 1)]) for some in errors))
     return {
         "out": str(out),
         "rank": rank,
-        "modules": len(modules),
-        "relative_error": {str(r): error / left[0] for r, error in left.items() if r},
-        "not_carried": rest,
+        "modules": len(changed),
+        "relative_error": _relative_errors(errors, rank),
+        "not_carried": not_carried,
     }
+
+
+def _relative_errors(errors: list[torch.Tensor], rank: int) -> dict[str, float]:
+    """The error of all modules together, relative to that of rank 0, for powers of 2 up to the rank
+    and for the rank itself; modules narrower than a rank keep their last error."""
+    found = {}
+    for r in sorted({0, *(2**n for n in range(rank.bit_length())), rank}):
+        each = [float(error[min(r, len(error) - 1)]) for error in errors]
+        found[r] = math.hypot(*each)
+    return {str(r): error / found[0] for r, error in found.items() if r}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -186,11 +199,12 @@ def show(found: dict[str, Any]) -> None:
     print(f"{found['out']}: rank {found['rank']}, {found['modules']} modules")
 
 
-def _targets(modules: list[str], known: list[str]) -> list[str]:
-    """Name endings if they match exactly these modules, else full names."""
+def _targets(changed: list[str], linear: list[str]) -> list[str]:
+    """Name endings if they match exactly the modules of these weights, else full names."""
+    modules = [name.removesuffix(".weight") for name in changed]
     endings = {module.rpartition(".")[2] for module in modules}
-    meant = [module for module in known if module.rpartition(".")[2] in endings]
-    return sorted(endings) if set(meant) == set(modules) else modules
+    matched = [name for name in linear if name.split(".")[-2] in endings]
+    return sorted(endings) if set(matched) == set(changed) else modules
 
 
 def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -> list[str]:
@@ -220,12 +234,15 @@ def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -
         if old.shape != new.shape and name not in head:
             sizes = f"{old.shape} in one and {new.shape} in the other"
             raise UserError(f"{name}: {sizes}: name the base that it was fine-tuned from")
-        if packed := {old.dtype, new.dtype} - FLOATS:
+        packed = {old.dtype, new.dtype} - FLOATS
+        if packed:
             raise UserError(f"{name}: stored as {min(packed)}: name the unquantized model")
     return [name for name in found if before[name].shape == after[name].shape]
 
 
-def _differences(before: Stored, after: Stored) -> Iterator[tuple[slice, Any, Any]]:
+def _differences(
+    before: Stored, after: Stored
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """(rows, W, dW) in blocks, float32, flattened to two dimensions; for rows that both have."""
     rows = min(before.shape[0], after.shape[0]) if before.shape else 1
     for some in row_slices(rows, math.prod(before.shape[1:])):
@@ -234,22 +251,35 @@ def _differences(before: Stored, after: Stored) -> Iterator[tuple[slice, Any, An
         yield some, old, new.sub_(old)
 
 
+def _changed_rows(before: Stored, after: Stored) -> Iterator[Block]:
+    return ((rows, change) for rows, _, change in _differences(before, after))
+
+
 def _differs(before: Stored, after: Stored) -> bool:
-    return any(bool(change.any()) for _, _, change in _differences(before, after))
+    return any(bool(change.any()) for _, change in _changed_rows(before, after))
 
 
-def _change(before: Stored | None, after: Stored | None) -> dict[str, Any] | None:
-    """How much a tensor changed, and why a LoRA cannot represent it; None if unchanged."""
-    if before is None or after is None:
-        return {"why": f"only in {'TUNED' if before is None else 'BASE'}", "relative": None}
-    if before.shape[1:] != after.shape[1:]:
-        return {"why": f"{before.shape} became {after.shape}", "relative": None}
-    norms = [(float(old.norm()), float(new.norm())) for _, old, new in _differences(before, after)]
-    size, moved = (math.hypot(*each) for each in zip(*norms, strict=True))
-    if before.shape != after.shape:
-        why = f"{before.shape[0]} rows became {after.shape[0]}"
-    elif moved == 0:
-        return None
-    else:
-        why = "a norm or bias" if len(before.shape) < 2 else "not a linear module of a layer"
-    return {"why": why, "relative": moved / size if size else None}
+def _not_carried(
+    before: dict[str, Stored], after: dict[str, Stored], linear: set[str]
+) -> list[NotCarried]:
+    """The changed tensors that are not among the linear ones."""
+    found = []
+    for name in sorted((before.keys() | after.keys()) - linear):
+        old, new = before.get(name), after.get(name)
+        why, relative = None, None
+        if old is None or new is None:
+            why = "only in TUNED" if old is None else "only in BASE"
+        elif old.shape[1:] != new.shape[1:]:
+            why = f"{old.shape} became {new.shape}"
+        else:
+            norms = [(float(w.norm()), float(dw.norm())) for _, w, dw in _differences(old, new)]
+            size = math.hypot(*(norm for norm, _ in norms))
+            moved = math.hypot(*(norm for _, norm in norms))
+            relative = moved / size if size else None
+            if old.shape != new.shape:
+                why = f"{old.shape[0]} rows became {new.shape[0]}"
+            elif moved:
+                why = "a norm or bias" if len(old.shape) < 2 else "not a linear module of a layer"
+        if why:
+            found.append(NotCarried(name=name, why=why, relative=relative))
+    return found

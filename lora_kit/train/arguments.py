@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from lora_kit.adapter.attach import OWN_FIELDS as OWN_ADAPTER_FIELDS
-from lora_kit.adapter.attach import config_class
 from lora_kit.base.load import gpu_is_used
 from lora_kit.errors import RunFileError
 from lora_kit.schema import Run, Train
@@ -95,11 +94,12 @@ def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = 
         RunFileError: the installed version does not have a field, or has another type for it; or
             a package of `train.report_to` is not installed.
     """
+    from peft import LoraConfig
     from transformers import TrainingArguments
 
     problems = []
     for section, upstream, own in (
-        ("adapter", config_class(), OWN_ADAPTER_FIELDS),
+        ("adapter", LoraConfig, OWN_ADAPTER_FIELDS),
         ("train", arguments_class or TrainingArguments, _NOT_UPSTREAM),
     ):
         hints = typing.get_type_hints(upstream)
