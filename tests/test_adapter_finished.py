@@ -88,7 +88,7 @@ def test_one_object_opens_a_run_its_adapter_and_an_adapter_alone(run: Path, work
         edit(run / "run.lock.json", lambda c, key=key: c.pop(key))
     older = FinishedRun(run)
     assert older.auto == "AutoModelForCausalLM" and older.facts == {}
-    assert older.fresh == () and older.pooling is None and older.labels is None
+    assert older.fresh == () and older.pooling is None and older.head.labels == ()
     older.require_language_model("serve")
     for key, value in {"auto": "os.system", "facts": [], "fresh": "x", "pooling": 1}.items():
         edit(run / "run.lock.json", lambda c, key=key, value=value: c.update({key: value}))

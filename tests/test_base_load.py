@@ -244,14 +244,14 @@ def test_a_tokenizer_that_would_train_nonsense_is_refused(
 ) -> None:
     damage(copied)
     with pytest.raises(UserError, match=words) as raised:
-        load_tokenizer(Pinned("x", str(copied)))
+        load_tokenizer(copied)
     assert str(copied) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_padding_falls_back_to_the_end_token_and_is_not_learned_from(copied: Path) -> None:
-    assert load_tokenizer(Pinned("x", str(copied))).pad_token == "<pad>"
+    assert load_tokenizer(copied).pad_token == "<pad>"
     edit(copied / "tokenizer_config.json", lambda c: c.pop("pad_token"))
-    tokenizer = load_tokenizer(Pinned("x", str(copied)))
+    tokenizer = load_tokenizer(copied)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
     assert tokenizer.padding_side == "right"
     # The end token is learned where it ends a row; as padding it is neither seen nor learned.

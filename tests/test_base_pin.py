@@ -214,7 +214,7 @@ def test_nothing_in_the_folder_runs(
 
     # An architecture that transformers has: its own classes are used.
     settings = Base(model=str(folder), dtype="float32")
-    load_tokenizer(pin(settings))
+    load_tokenizer(pin(settings).folder)
     assert type(load_base(settings, pin(settings))).__name__ == "LlamaForCausalLM"
     assert not canary.exists()
 
@@ -222,7 +222,10 @@ def test_nothing_in_the_folder_runs(
     unknown = {**known, "auto_map": auto, "model_type": "x", "architectures": ["X"]}
     (folder / "config.json").write_text(json.dumps(unknown))
     (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "tokenizer_class": "X"}))
-    for load in (lambda: load_base(settings, pin(settings)), lambda: load_tokenizer(pin(settings))):
+    for load in (
+        lambda: load_base(settings, pin(settings)),
+        lambda: load_tokenizer(pin(settings).folder),
+    ):
         with pytest.raises(UserError, match=r"model: .*code") as raised:
             load()
         assert "\n" not in str(raised.value)

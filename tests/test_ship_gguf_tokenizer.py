@@ -13,7 +13,6 @@ from gguf_models import make_model
 from gguf_tokenizers import BYTE_LEVEL, SENTENCE_PIECE, byte_level, with_spaces
 
 from lora_kit.base.load import load_tokenizer
-from lora_kit.base.pin import Pinned
 from lora_kit.errors import UserError
 from lora_kit.ship.gguf import write_model
 from lora_kit.ship.llama_cpp import run
@@ -40,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _split(model: Path, words: Path) -> tuple[list[list[int]], list[list[int]]]:
     """The ids of TEXTS by the tokenizer and by llama.cpp."""
     file = words / "model.gguf"
-    tokenizer = load_tokenizer(Pinned("", str(words)))
+    tokenizer = load_tokenizer(words)
     write_model(model, file, "f32", tokenizer=tokenizer)
     return [list(tokenizer(t).input_ids) for t in TEXTS], run(file, texts=TEXTS)["texts"]
 
@@ -82,7 +81,7 @@ def test_conversations_become_the_ids_they_were_trained_with(
             tokenizer = with_markers(folder)
         else:
             with_spaces(folder, kind)
-            tokenizer = load_tokenizer(Pinned("", str(folder)))
+            tokenizer = load_tokenizer(folder)
             tokenizer.add_special_tokens({"extra_special_tokens": MARKERS})
         tokenizer.chat_template = FAMILIES[name].source.replace("{#>#}", "").replace("{#<#}", "")
         tokenizer.save_pretrained(str(folder))
@@ -122,6 +121,6 @@ def test_a_way_of_splitting_that_is_not_known_is_refused(
     file = tmp_path / "tokenizer.json"
     parts = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**parts, **changes}), encoding="utf-8")
-    tokenizer = load_tokenizer(Pinned("", str(tmp_path)))
+    tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(UserError, match=reason):
         write_model(model, tmp_path / "model.gguf", "f32", tokenizer=tokenizer)

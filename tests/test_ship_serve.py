@@ -97,7 +97,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, base = folder / "runs/trained", Base(model="nano", dtype="float32")
     loud_adapter(run / "adapter", seed=2)
     pinned = pin(base)
-    load_tokenizer(pinned).save_pretrained(run / "adapter")
+    load_tokenizer(pinned.folder).save_pretrained(run / "adapter")
     values = {"recipe": "sft", "name": "trained", "base": base.model_dump()}
     (run / "run.yaml").write_text(json.dumps({**values, "data": {"train": "rows.jsonl"}}))
     (run / "run.lock.json").write_text(json.dumps({"base": pinned.to_lock()}))
@@ -297,7 +297,7 @@ def test_runs_that_cannot_be_served_together(
     other = loud_adapter(tmp_path / "other")
     edit(other / "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(base)))
     hostile = loud_adapter(tmp_path / "hostile")
-    tokenizer = load_tokenizer(pin(Base(model="nano")))
+    tokenizer = load_tokenizer(pin(Base(model="nano")).folder)
     tokenizer.chat_template = "{% for n in range(10 ** 9) %}{{ messages }}{% endfor %}"
     tokenizer.save_pretrained(hostile)
     with pytest.raises(UserError, match="template"):

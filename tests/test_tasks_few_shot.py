@@ -13,7 +13,6 @@ from prepared import supervised, unit_bytes
 from trained import labelled
 
 from lora_kit.base.load import load_tokenizer
-from lora_kit.base.pin import Pinned
 from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.few_shot import after_examples, choose_examples, concatenated, opening
 
@@ -72,7 +71,7 @@ def test_a_conversation_opens_once(name: str, tmp_path: Path) -> None:
     """Two exchanges concatenated are what the template writes for both of them."""
     family = FAMILIES[name]
     make_tokenizer(tmp_path, chat_template=family.source, bos=True)
-    tokenizer = load_tokenizer(Pinned("x", str(tmp_path)))
+    tokenizer = load_tokenizer(tmp_path)
     turns = [
         {"role": role, "content": text}
         for role, text in (
@@ -94,10 +93,10 @@ def test_a_conversation_opens_once(name: str, tmp_path: Path) -> None:
 
 def test_without_a_template_there_is_no_opening(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
-    assert opening(load_tokenizer(Pinned("x", str(tmp_path)))) == []
+    assert opening(load_tokenizer(tmp_path)) == []
     refuses = "{% if messages|length > 2 %}{{ raise_exception('no') }}{% endif %}"
     make_tokenizer(tmp_path, chat_template=refuses + "{{ messages[0].content }}")
-    assert opening(load_tokenizer(Pinned("x", str(tmp_path)))) == []
+    assert opening(load_tokenizer(tmp_path)) == []
 
 
 def test_the_draw_covers_all_rows() -> None:

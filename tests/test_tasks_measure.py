@@ -39,7 +39,7 @@ def model(base: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer(base: Path) -> Any:
-    return load_tokenizer(Pinned("x", str(base)))
+    return load_tokenizer(base)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_broken_weights_are_no_loss(base: Path, labelled: Rows) -> None:
 @pytest.mark.parametrize("bos", [True, False])
 def test_bits_per_byte_by_hand(model: Any, tmp_path: Path, bos: bool) -> None:
     make_tokenizer(tmp_path, bos=bos)
-    tokenizer = load_tokenizer(Pinned("x", str(tmp_path)))
+    tokenizer = load_tokenizer(tmp_path)
     text = "the quick brown föx 🦊 jumps over the lazy dog."
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
     (tmp_path / "other.jsonl").write_text('{"text": "a text to learn from"}')
@@ -192,7 +192,7 @@ def test_generation_stops_where_an_answer_ends(
     [first] = tokenizer(" bake", add_special_tokens=False).input_ids[:1]
     steered["after"] = {first: 3, 3: 100}
     assert generate(model, tokenizer, [[first]], 20) == [""]
-    plain = load_tokenizer(Pinned("x", str(plain_base)))
+    plain = load_tokenizer(plain_base)
     assert end_tokens(model, plain) == [0]
     assert generate(model, plain, [[0, first]], 20) != [""]
     steered["after"] = {first: 50, 50: 51, 51: 0, 0: 60}

@@ -134,7 +134,7 @@ def test_losses_are_those_of_trl(run_file: Any, tmp_path: Path) -> None:
     package.train(file)
     run = load_run(file)
     pinned = pin(run.base)
-    tokenizer = load_tokenizer(pinned)
+    tokenizer = load_tokenizer(pinned.folder)
     rows = list(prepared(run).train)
     model = AutoModelForCausalLM.from_pretrained(pinned.folder, dtype=torch.float32)
     names = ("learning_rate", "max_steps", "per_device_train_batch_size", "lr_scheduler_type")

@@ -110,8 +110,9 @@ def coverage(model: PeftModel) -> Coverage:
     inside: set[int] = set()
     for module in adapted.values():
         # PEFT adapts fused experts tensor by tensor.
-        one = hasattr(module, "get_param")
-        inside |= set(map(id, [module.get_param()] if one else module.base_layer.parameters()))
+        is_parameter = hasattr(module, "get_param")
+        parameters = [module.get_param()] if is_parameter else module.base_layer.parameters()
+        inside |= {id(parameter) for parameter in parameters}
     covered, outside = 0, Counter[str]()
     for name, parameter in model.named_parameters():
         if ".lora_" in name or parameter.requires_grad:
@@ -194,7 +195,8 @@ class Audit:
         self._group = _members(model, groups)  # tensor -> its group
         tensors = self._tensors()
         alive = {self._group[name] for name, tensor in tensors.items() if tensor.requires_grad}
-        if dead := [group for group in groups if group not in alive]:
+        dead = [group for group in groups if group not in alive]
+        if dead:
             what = f"{_named(dead)} does not train" if alive else "nothing trains"
             raise CheckFailed(
                 f"{what}: every tensor of {_named(dead)} is frozen: freeze the base before "
@@ -335,7 +337,8 @@ class Audit:
         names = list(self._tensors())
         modules = dict.fromkeys(map(_module, names))
         reached = {_module(name) for name, count in zip(names, counts, strict=True) if count}
-        if dead := self._without(reached):
+        dead = self._without(reached)
+        if dead:
             raise self.without_gradient(dead)
         missed = [m for m in modules if m not in reached and not _MAY_REST.search(m)]
         found = f"gradients reached {len(reached)} of {len(modules)} modules in the first steps"
@@ -449,7 +452,8 @@ def _members(model: PeftModel, groups: Groups) -> dict[str, str]:
     if strays and _ADAPTER in groups:
         saved = get_peft_model_state_dict(model, save_embedding_layers=False)
         found |= {name: _ADAPTER for name in strays if _saved_name(name) in saved}
-    if strays := [name for name in strays if name not in found]:
+    strays = [name for name in strays if name not in found]
+    if strays:
         more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
         raise CheckFailed(
             f"{strays[0].removeprefix('base_model.model.')}{more}: trainable, but not part of "

@@ -22,20 +22,22 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 _LARGEST_SCALE = 1e30  # far below the limit of float32
 _SECONDS_TO_MATCH = 10.0  # for all patterns of a config; usually a millisecond
+# fmt: off
 # Keys of adapter_config.json that are read ...
 _READ = {
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "bias"),
-    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "lora_bias"),
-    *("layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
-    *("fan_in_fan_out", "modules_to_save", "trainable_token_indices", "target_parameters"),
-    *("ensure_weight_tying", "init_lora_weights"),
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha",
+    "lora_dropout", "bias", "lora_bias", "target_modules", "exclude_modules", "target_parameters",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora",
+    "use_dora", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying", "init_lora_weights",
 }
 # ... and keys that do not affect a trained adapter's output, or name code to import. Other keys
 # with a value are rejected, since ignoring them could change the output.
 _DROPPED = {
-    *("auto_mapping", "inference_mode", "peft_version", "megatron_core", "runtime_config"),
-    *("qalora_group_size", "eva_config", "lora_ga_config", "velora_config"),
+    "auto_mapping", "inference_mode", "peft_version", "megatron_core", "runtime_config",
+    "qalora_group_size", "eva_config", "lora_ga_config", "velora_config",
 }
+# fmt: on
 _NAME = re.compile(r"\w+([.-]\w+)*")
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
 
@@ -234,20 +236,24 @@ def adapter_folder(run: str | Path) -> Path:
     inside = Path(run) / "adapter"
     for folder in (inside, Path(run)):
         if (folder / "adapter_config.json").is_file():
-            _check_links([inside] * (folder == inside) + sorted(folder.iterdir()))
+            if folder == inside:
+                _check_link(inside)
+            for file in sorted(folder.iterdir()):
+                _check_link(file)
             return folder.resolve()
     if (Path(run) / "run.yaml").is_file():
         raise UserError(f"{run}: this run has no adapter: it did not finish (train --resume)")
     raise UserError(f"{run}: neither a run directory nor an adapter folder")
 
 
-def _check_links(files: list[Path]) -> None:
-    """Raises UserError on links, through which local files could be copied along with an adapter;
+def _check_link(file: Path) -> None:
+    """Raises UserError on a link, through which local files could be copied along with an adapter;
     those of the Hub's cache, from snapshots/COMMIT/ to its blobs/, are allowed."""
-    for file in filter(Path.is_symlink, files):
-        snapshots = [a.parent for a in file.absolute().parents if a.parent.name == "snapshots"]
-        if file.resolve().parent not in [s.resolve().parent / "blobs" for s in snapshots]:
-            raise UserError(f"{file}: a link to elsewhere: replace it with the file")
+    if not file.is_symlink():
+        return
+    snapshots = [folder for folder in file.absolute().parents if folder.name == "snapshots"]
+    if file.resolve().parent not in [one.resolve().parent / "blobs" for one in snapshots]:
+        raise UserError(f"{file}: a link to elsewhere: replace it with the file")
 
 
 def open_adapter(path: str | Path) -> Adapter:
@@ -266,12 +272,13 @@ def open_adapter(path: str | Path) -> Adapter:
     tensors = stored(file)
     factors: dict[str, dict[str, Stored]] = defaultdict(dict)
     others = {}
-    if strange := [name for name in tensors if not _NAME.fullmatch(name) or len(name) > 512]:
-        raise UserError(f"{file}: {strange[0]!r:.80} is not a valid tensor name: copy it again")
+    for name in tensors:
+        if not _NAME.fullmatch(name) or len(name) > 512:
+            raise UserError(f"{file}: {name!r:.80} is not a valid tensor name: copy it again")
     for name in sorted(tensors, key=_in_order):
-        found = _FACTOR.fullmatch(name.removeprefix("base_model.model."))
-        if found:
-            module, letter = found.groups()
+        match = _FACTOR.fullmatch(name.removeprefix("base_model.model."))
+        if match:
+            module, letter = match.groups()
             if letter in factors[module]:
                 raise UserError(f"{file}: {module}: duplicate lora_{letter}: save it again")
             factors[module][letter] = tensors[name]
@@ -281,14 +288,14 @@ def open_adapter(path: str | Path) -> Adapter:
         raise UserError(f"{file}: no lora_A and lora_B: save the adapter again")
     adapter = Adapter(folder, config, dict(factors), others)
     try:
-        with time_limit(
-            _SECONDS_TO_MATCH, f"{folder}: a pattern of its config takes too long to match"
-        ):
+        late = f"{folder}: a pattern of its config takes too long to match"
+        with time_limit(_SECONDS_TO_MATCH, late):
             _check_settings(config)
-            problems = [problem for module in factors if (problem := _misfit(adapter, module))]
+            found = [_misfit(adapter, module) for module in factors]
     except (TypeError, AttributeError, ArithmeticError, re.error) as error:
         where = folder / "adapter_config.json"
         raise UserError(f"{where}: invalid: {error}") from None
+    problems = [problem for problem in found if problem]
     if problems:
         more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
         raise UserError(f"{file}: {problems[0]}{more}: PEFT cannot load all of it: save it again")
@@ -340,7 +347,8 @@ def _check_settings(config: Json) -> None:
 def _misfit(adapter: Adapter, module: str) -> str | None:
     """A problem of a module's factors, or None."""
     factors = adapter.factors[module]
-    if missing := {"A", "B"} - factors.keys():
+    missing = {"A", "B"} - factors.keys()
+    if missing:
         return f"{module} has no lora_{min(missing)}"
     a, b = (list(factors[letter].shape) for letter in "AB")
     r, scale = adapter.rank_and_scale(module)

@@ -106,10 +106,11 @@ class FinishedRun:
         """The model's head, from the lock file or from head.json."""
         name = self._locked("auto", str)
         if name is None:
-            return Head.beside(self.folder) or Head()
+            return Head.read(self.folder) or Head()
         if not re.fullmatch(r"AutoModel\w*", name):
             raise UserError(f"{self.home}/run.lock.json: auto: {name!r:.80} is not an auto class")
-        return Head(name, tuple(self.labels or ()), self.pooling)
+        labels = tuple(str(label) for label in self.facts.get("labels") or ())
+        return Head(name, labels, self.pooling)
 
     @property
     def auto(self) -> str:
@@ -130,12 +131,6 @@ class FinishedRun:
     def pooling(self) -> str | None:
         """The pooling of a sequence classifier; None: that of its class."""
         return self._locked("pooling", str)
-
-    @property
-    def labels(self) -> list[str] | None:
-        """Names of the classes, in order; None for other tasks."""
-        labels = self.facts.get("labels")
-        return None if labels is None else [str(label) for label in labels]
 
     def require_language_model(self, verb: str) -> None:
         """Raises UserError unless the model is a language model, which `verb` requires."""
@@ -275,10 +270,10 @@ class FinishedRun:
     def processor(self) -> PreTrainedTokenizerBase:
         """The tokenizer of training with its chat template; the base's if the adapter folder has
         none."""
-        folder = str(self.folder)
-        if not any(self.folder.glob("tokenizer*")):
-            folder = self.located.folder
-        tokenizer = load_tokenizer(Pinned("", folder), generates=self.auto == CAUSAL)
+        folder = self.folder
+        if not any(folder.glob("tokenizer*")):
+            folder = Path(self.located.folder)
+        tokenizer = load_tokenizer(folder, generates=self.auto == CAUSAL)
         set_template(tokenizer, None)  # rejects a template that does not terminate
         return tokenizer
 

@@ -265,7 +265,8 @@ class _MergePlanner:
         inside = all(type(n) is int and 0 <= n < source.shape[0] for n in chosen)
         if not (chosen and inside and rows.shape == (len(chosen), *source.shape[1:])):
             raise UserError(f"{module}: trainable_token_indices do not match the saved rows")
-        if (known := self.changes.get(name)) and known.module:
+        known = self.changes.get(name)
+        if known and known.module:
             raise UserError(f"{module}: both LoRA and trainable tokens: merge it with PEFT")
         self.changes[name] = Change(source, tokens=chosen, token_rows=rows)
 

@@ -8,25 +8,24 @@ from typing import TYPE_CHECKING
 
 from lora_kit.adapter import files
 from lora_kit.errors import UserError
-from lora_kit.schema import Adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 @contextmanager
-def as_at_start(model: PeftModel, adapter: Adapter) -> Iterator[None]:
-    """Inside, a PEFT model is as before its first step: the base, or the base with the adapter of
-    `adapter.start`.
+def as_at_start(model: PeftModel, start: str | None) -> Iterator[None]:
+    """Inside, a PEFT model is as before its first step: the base, or the base with the adapter
+    that it started from.
 
     Args:
-        model: with the adapter that `adapter` describes, trained or not; the adapter may be
-            disabled.
+        model: with its adapter, trained or not; the adapter may be disabled.
+        start: `adapter.start`.
 
     Raises:
         UserError: the start adapter is missing or corrupt.
     """
-    if adapter.start is None:
+    if start is None:
         with model.disable_adapter():
             yield
         return
@@ -38,7 +37,7 @@ def as_at_start(model: PeftModel, adapter: Adapter) -> Iterator[None]:
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     kept = {name: tensor.detach().clone() for name, tensor in own.items()}
     try:
-        started = files.open_adapter(adapter.start).tensors()
+        started = files.open_adapter(start).tensors()
     except UserError as error:
         raise UserError(f"adapter.start: {error}") from None
     try:

@@ -76,7 +76,7 @@ class Head:
         return cls(lock.get("auto") or CAUSAL, tuple(labels), lock.get("pooling"))
 
     @classmethod
-    def beside(cls, adapter: Path) -> Head | None:
+    def read(cls, adapter: Path) -> Head | None:
         """The head described in an adapter's folder by `write`; None if there is no such file.
 
         Raises:
@@ -210,25 +210,40 @@ def load_with_head(
 
     if head.auto == CAUSAL:
         return load_base(base, pinned, quantize), ()
-    unquantized_config(pinned)
+    unquantized_config(Path(pinned.folder))
     layout = _layout(pinned, head)
     torch.manual_seed(seed)
     if not layout.own:
         from lora_kit.base.pooled import PooledClassifier
 
-        options = {"config": layout.config, **_without_pooler(layout.config)}
         with _no_report():
-            encoder, missing = from_files(AutoModel, base, pinned, quantize, [], **options)
-        check_whole(pinned, [name for name in missing if not is_head(f"body.{name}", "body")])
+            encoder, missing = from_files(
+                AutoModel,
+                base,
+                pinned,
+                quantize,
+                unquantized=[],
+                config=layout.config,
+                **_without_pooler(layout.config),
+            )
+        in_body = [name for name in missing if not is_head(f"body.{name}", "body")]
+        check_whole(pinned.folder, in_body)
         pooled = PooledClassifier(encoder, str(layout.pooling))
         pooled.score.to(encoder.device)
         freeze(pooled)
         return pooled, ("score",)
-    options = {"config": layout.config, "ignore_mismatched_sizes": True}
     with _no_report():
-        model, missing = from_files(layout.auto, base, pinned, quantize, layout.layers, **options)
+        model, missing = from_files(
+            layout.auto,
+            base,
+            pinned,
+            quantize,
+            unquantized=layout.layers,
+            config=layout.config,
+            ignore_mismatched_sizes=True,
+        )
     prefix = model.base_model_prefix
-    check_whole(pinned, [name for name in missing if not is_head(name, prefix)])
+    check_whole(pinned.folder, [name for name in missing if not is_head(name, prefix)])
     fresh = {name.rpartition(".")[0] for name in missing}
     output = layout.layers[-1]
     if head.labels and head.labels != layout.stored_labels and output not in fresh:
@@ -309,7 +324,7 @@ def _layout(pinned: Pinned, head: Head) -> _HeadLayout:
         _name_outputs(config, head)
         shapes = skeleton_of(auto, config)
     except Exception as error:  # an invalid config.json can raise anything
-        raise unusable(pinned, "cannot be loaded", error) from None
+        raise unusable(folder, "cannot be loaded", error) from None
     pooling, own = head.pooling, True
     if head.auto == SEQUENCE:
         takes = getattr(_body_of(config), "main_input_name", "input_ids")
@@ -326,7 +341,7 @@ def _layout(pinned: Pinned, head: Head) -> _HeadLayout:
     if own and pooling == "last":
         # The head pools at the last token that is not padding; in an encoder-decoder at the
         # end-of-text token.
-        tokenizer = load_tokenizer(pinned, generates=False)
+        tokenizer = load_tokenizer(folder, generates=False)
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
         end = config.get_text_config().eos_token_id
         if config.is_encoder_decoder and tokenizer("a")["input_ids"][-1] != end:
@@ -387,7 +402,7 @@ def skeleton_of(
         return auto.from_config(copy.deepcopy(config), trust_remote_code=False)
 
 
-def head_layers(skeleton: PreTrainedModel) -> list[str]:
+def head_layers(skeleton: Model) -> list[str]:
     """Names of the layers of a model's head, the output layer last."""
     return [
         name

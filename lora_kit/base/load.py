@@ -67,10 +67,11 @@ def base_is_sharded() -> bool:
     return any(os.environ.get(name) == "true" for name in names)
 
 
-def load_tokenizer(pinned: Pinned, generates: bool = True) -> PreTrainedTokenizerBase:
-    """The base's fast tokenizer, with a padding token and right padding.
+def load_tokenizer(folder: str | Path, generates: bool = True) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a base, with a padding token and right padding.
 
     Args:
+        folder: of the base, or of an adapter that has a tokenizer.
         generates: the model generates text, so an end-of-text token is required.
 
     Raises:
@@ -81,24 +82,22 @@ def load_tokenizer(pinned: Pinned, generates: bool = True) -> PreTrainedTokenize
     try:
         # Without trust_remote_code, transformers asks at the terminal whether to run code.
         tokenizer = AutoTokenizer.from_pretrained(
-            pinned.folder, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # parsers raise anything on a corrupt file
-        raise unusable(pinned, "no usable tokenizer", error) from None
+        raise unusable(folder, "no usable tokenizer", error) from None
     if not tokenizer.is_fast:
-        raise UserError(
-            f"base.model: {pinned.folder}: no fast tokenizer: a tokenizer.json is required"
-        )
+        raise UserError(f"base.model: {folder}: no fast tokenizer: a tokenizer.json is required")
     if tokenizer.eos_token is None and (generates or tokenizer.pad_token is None):
         missing = "end-of-text token (eos_token)" if generates else "padding token (pad_token)"
         raise UserError(
-            f"base.model: {pinned.folder}: the tokenizer has no {missing}: "
+            f"base.model: {folder}: the tokenizer has no {missing}: "
             "name one in its tokenizer_config.json"
         )
-    embeddings = embedding_rows(Path(pinned.folder))
+    embeddings = embedding_rows(Path(folder))
     if embeddings is not None and len(tokenizer) > embeddings:
         raise UserError(
-            f"base.model: {pinned.folder}: the tokenizer has {len(tokenizer)} tokens, "
+            f"base.model: {folder}: the tokenizer has {len(tokenizer)} tokens, "
             f"the base {embeddings} embeddings: use the tokenizer of this base"
         )
     if tokenizer.pad_token is None:
@@ -143,28 +142,31 @@ def _config(folder: Path) -> Json:
     return config
 
 
-def unquantized_config(pinned: Pinned) -> Json:
+def unquantized_config(folder: Path) -> Json:
     """config.json. Raises UserError if it is invalid, the weights are already quantized, or files
     point outside of the folder or to code."""
-    config = _check_files(Path(pinned.folder))
-    if stored := config.get("quantization_config"):
+    config = _check_files(folder)
+    stored = config.get("quantization_config")
+    if stored:
         method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else "unknown"
         raise UserError(
-            f"base.model: {pinned.folder}: its weights are already quantized ({method}): name the "
+            f"base.model: {folder}: its weights are already quantized ({method}): name the "
             "original model, and choose base.quantize"
         )
     return config
 
 
-def unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
+def unusable(folder: str | Path, what: str, error: Exception) -> LoraKitError:
+    """The error for a base that a library cannot load."""
     if isinstance(error, LoraKitError):
         return error  # for instance a signal
     reason = " ".join(str(error).split())[:240] or type(error).__name__
-    if kinds := re.search(r"configuration class <class '.*\.(\w+)'> .*: (AutoModel\w*)\.", reason):
+    kinds = re.search(r"configuration class <class '.*\.(\w+)'> .*: (AutoModel\w*)\.", reason)
+    if kinds:
         reason = f"transformers has no {kinds[2]} for {kinds[1]}: use another base"
     if "trust_remote_code" in reason:
         reason = "needs remote code (auto_map), which is never run: use another base"
-    return UserError(f"base.model: {pinned.folder}: {what}: {reason}")
+    return UserError(f"base.model: {folder}: {what}: {reason}")
 
 
 def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> PreTrainedModel:
@@ -185,9 +187,9 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> PreTra
     """
     from transformers import AutoModelForCausalLM
 
-    unquantized_config(pinned)
+    unquantized_config(Path(pinned.folder))
     model, missing = from_files(AutoModelForCausalLM, base, pinned, quantize)
-    check_whole(pinned, missing)
+    check_whole(pinned.folder, missing)
     freeze(model)
     return model
 
@@ -254,16 +256,16 @@ def from_files(
             **options,
         )
     except Exception as error:  # as above; safetensors' own error is a bare Exception
-        raise unusable(pinned, "cannot be loaded", error) from None
+        raise unusable(pinned.folder, "cannot be loaded", error) from None
     return model, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
 
 
-def check_whole(pinned: Pinned, missing: list[str]) -> None:
+def check_whole(folder: str, missing: list[str]) -> None:
     """Raises UserError if weights are missing, which transformers would initialise randomly with
     only a warning."""
     if missing:
         raise UserError(
-            f"base.model: {pinned.folder}: weights are missing: {', '.join(missing[:3])}"
+            f"base.model: {folder}: weights are missing: {', '.join(missing[:3])}"
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             + ": download the base again, or use another"
         )

@@ -166,14 +166,16 @@ def stored_in(folder: Path) -> dict[str, Stored]:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index}: invalid shard index: copy the model again") from None
-        if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
-            raise UserError(f"{index}: lists a file outside of its folder: {strange[0]!r:.80}")
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{index}: lists a file outside of its folder: {name!r:.80}")
     found: dict[str, Stored] = {}
     for name in sorted(names):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing: copy the model again")
         shard = stored(folder / name)
-        if twice := sorted(found.keys() & shard.keys()):
+        twice = sorted(found.keys() & shard.keys())
+        if twice:
             raise UserError(f"{folder}: {twice[0]} is in two shards: copy the model again")
         found |= shard
     return found

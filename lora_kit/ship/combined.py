@@ -80,14 +80,19 @@ def combine_and_measure(
             shutil.rmtree(folder / name)
     without, combined = (_together(losses[name]).scores()[0] for name in (single, best))
     against = compared(without, combined, seed)
+    means: dict[str, dict[str, float]] = {}
+    for name, each in losses.items():
+        means[name] = {"mean": total[name]}
+        for path, loss in each.items():
+            means[name][path] = _mean(loss)
     return {
-        **{**found[best], "out": str(out), "notes": [*found[best]["notes"], *notes]},
-        "losses": {
-            name: {"mean": total[name], **{run: _mean(loss) for run, loss in each.items()}}
-            for name, each in losses.items()
-        },
+        **found[best],
+        "out": str(out),
+        "notes": [*found[best]["notes"], *notes],
+        "losses": means,
         "best_single": single,
-        **{key: against[key] for key in ("difference", "ci95")},
+        "difference": against["difference"],
+        "ci95": against["ci95"],
         "verdict": verdict(against, len(combined.sums)),
     }
 
@@ -114,9 +119,12 @@ def _losses(model: torch.nn.Module, held_out: dict[str, Rows], pad: int) -> dict
 
 def _together(losses: dict[str, Losses]) -> Losses:
     """The losses of all runs, each with the same total weight, whatever its number of tokens."""
-    each = [(one, one.tokens.sum()) for one in losses.values()]
-    parts = [(one.nats / n, one.tokens / n, one.bytes / n) for one, n in each]
-    return Losses(*map(np.concatenate, zip(*parts, strict=True)))
+    each = list(losses.values())
+    return Losses(
+        np.concatenate([one.nats / one.tokens.sum() for one in each]),
+        np.concatenate([one.tokens / one.tokens.sum() for one in each]),
+        np.concatenate([one.bytes / one.tokens.sum() for one in each]),
+    )
 
 
 def _mean(loss: Losses) -> float:

@@ -20,7 +20,6 @@ from lora_kit.adapter.files import Adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.portable import check_portable
 from lora_kit.base.load import load_tokenizer
-from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import Stored, stored_in
 from lora_kit.errors import UserError
 from lora_kit.run import read_json
@@ -173,7 +172,7 @@ def write_model(
     writer.add_string(WRITTEN_BY, version("lora-kit"))
     writer.add_name(file.stem)
     _add_settings(writer, source)
-    tokenizer = tokenizer or load_tokenizer(Pinned("", str(folder)))
+    tokenizer = tokenizer or load_tokenizer(folder)
     add_tokenizer(writer, tokenizer, rows, generation(folder, tokenizer)["eos_token_id"])
     whole = {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")
     writer.add_file_type(gguf.LlamaFileType[whole])

@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit.adapter.files import Adapter
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.base.head import CAUSAL, head_layers, is_head, skeleton_of, with_head_on_meta
+from lora_kit.base.head import CAUSAL, is_head, skeleton_of, with_head_on_meta
 from lora_kit.base.tensors import Stored
 from lora_kit.errors import UserError
 from lora_kit.schema import Json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from lora_kit.base.load import Model
 
 _PREFIX = "base_model.model."  # of names in an adapter's file
@@ -76,19 +74,6 @@ class Layout:
             score = {name: tensor.read().float() for name, tensor in self.score.items()}
             write_parts(folder, score, self.skeleton.pooling, max_length)
 
-    def on_meta(self, base: Path) -> tuple[PreTrainedModel, list[str]]:
-        """The model on the meta device, and the modules that are never quantized."""
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.quantizers.base import get_keys_to_not_convert
-
-        if self.skeleton is not None:
-            return self.skeleton, head_layers(self.skeleton)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        return model, get_keys_to_not_convert(model)
-
     def load(self, folder: Path, dtype: str) -> Model:
         """Load the merged model with transformers alone."""
         import transformers
@@ -135,7 +120,8 @@ def layout(run: FinishedRun, stored: Mapping[str, Stored]) -> Layout:
             tensors[whole] = replace(tensor, name=whole)
     head = {name: shape for name, shape in shapes.items() if is_head(name, outer)}
     brought = {name.removeprefix(_PREFIX): tensor for name, tensor in run.adapter.others.items()}
-    if missing := sorted(head.keys() - brought.keys() - tensors.keys()):
+    missing = sorted(head.keys() - brought.keys() - tensors.keys())
+    if missing:
         raise UserError(f"{run.folder}: {missing[0]} is neither in the adapter nor in the base")
     if not pooled:
         return Layout(run.adapter, tensors, run.auto, skeleton, head)

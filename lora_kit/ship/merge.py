@@ -21,7 +21,7 @@ from lora_kit.adapter.files import WEIGHTS, write_json
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import base_model, changed_base, with_turn_end
 from lora_kit.adapter.names import MergePlan
-from lora_kit.base.head import CAUSAL
+from lora_kit.base.head import CAUSAL, with_head_on_meta
 from lora_kit.base.load import unquantized_config
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import CheckFailed, UserError
@@ -103,12 +103,14 @@ def merge(
     if into == "dequantized" and known and trained.quantize != "nf4":
         raise UserError(f"{run.path}: not trained on nf4 ({trained.quantize}): remove --into")
     pinned = run.located
-    folder, config = Path(pinned.folder), unquantized_config(pinned)
+    folder = Path(pinned.folder)
+    config = unquantized_config(folder)
     tokenizer = run.processor if run.has_processor else None
     form = layout(run, stored_in(folder))
     weights = Weights(form.adapter, form.tensors, config, base.dtype, form.head, form.guard)
     if into == "dequantized":
-        weights.quantize(*form.on_meta(folder), trained.dtype)
+        model, _ = with_head_on_meta(trained, pinned, run.head)
+        weights.quantize(model, trained.dtype)
     legal = [file for pattern in _LEGAL for file in folder.glob(pattern) if file.is_file()]
     with new_folder(out, weights.bytes + _OTHER_FILES) as made:
         weights.write(made, run.hashes, run.refuse_base)

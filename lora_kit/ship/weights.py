@@ -11,7 +11,7 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from lora_kit.adapter.files import Adapter, write_json
 from lora_kit.adapter.names import Change, plan_merge, tensor_of
 from lora_kit.base import tensors as files
+from lora_kit.base.head import head_layers
 from lora_kit.base.tensors import DTYPES, FLOATS, INDEX, Stored, torch_dtype
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.hashes import file_hash
@@ -28,7 +29,8 @@ from lora_kit.schema import Json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+
+    from lora_kit.base.load import Model
 
 _ROWS = 64  # summed in float32 at once, so that they stay in the processor's cache
 _STORED_AS = {"bfloat16": "BF16", "float32": "F32"}
@@ -58,6 +60,7 @@ class Weights:
         guard: str | None = None,
     ) -> None:
         self.adapter, self.tensors = adapter, tensors
+        self.has_head = head is not None
         self.plan = plan_merge(adapter, tensors, config, head)
         self.changed = len(self.plan.changes)
         if guard is not None:
@@ -91,17 +94,18 @@ class Weights:
             return False
         return there.dtype == self.entries[name][0]
 
-    def quantize(self, model: PreTrainedModel, skipped: Sequence[str], dtype: str) -> None:
-        """Add B A to what NF4 leaves of all weights that bitsandbytes would quantize.
+    def quantize(self, model: Model, dtype: str) -> None:
+        """Use the NF4-dequantized weights wherever bitsandbytes would quantize.
 
         Args:
-            model: the base on the meta device.
-            skipped: modules that are not quantized.
+            model: the base with its head on the meta device.
             dtype: that it was trained in.
         """
         import torch
+        from transformers.quantizers.base import get_keys_to_not_convert
         from transformers.quantizers.quantizers_utils import should_convert_module
 
+        skipped = head_layers(model) if self.has_head else get_keys_to_not_convert(model)
         for name, module in model.named_modules():
             if type(module).__name__ == "Conv1D":
                 kind = model.config.model_type

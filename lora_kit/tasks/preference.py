@@ -232,7 +232,7 @@ class Preference(Task):
         margins = np.zeros(len(rows))
         if model is not None:
             if REFERENCE not in rows.columns:
-                with as_at_start(model, run.adapter):
+                with as_at_start(model, run.adapter.start):
                     rows = self.annotate(rows, model, processor, run)
             found = self._log_probabilities(model, rows, processor)
             ratios = found - np.stack([rows.cell(REFERENCE, n) for n in range(len(rows))])
@@ -282,7 +282,7 @@ class Preference(Task):
         longest = max(len(completion) for some in completions.values() for completion in some)
         room = min(_MOST_TOKENS, longest + _ROOM)
         adapted = generate_ids(model, processor, prompts, room)
-        with as_at_start(model, run.adapter):
+        with as_at_start(model, run.adapter.start):
             reference = generate_ids(model, processor, prompts, room)
         ends = set(end_tokens(model, processor))
         divergence = _divergence(model, run, processor.pad_token_id, prompts, adapted)
@@ -474,7 +474,7 @@ def _divergence(
     def divergence(model: Any, batch: Batch) -> torch.Tensor:
         row, place = (batch.pop("labels")[:, 1:] != IGNORED).nonzero().unbind(1)
         adapted = model(**batch).logits[row, place].float().log_softmax(-1)
-        with as_at_start(model, run.adapter):
+        with as_at_start(model, run.adapter.start):
             reference = model(**batch).logits[row, place].float().log_softmax(-1)
         each = (adapted.exp() * (adapted - reference)).sum(-1).double()  # (tokens,)
         sums = each.new_zeros(len(batch["input_ids"]), 2)

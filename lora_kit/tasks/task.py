@@ -166,7 +166,7 @@ class Task:
         from lora_kit.base.head import CAUSAL
         from lora_kit.base.load import load_tokenizer
 
-        return load_tokenizer(pinned, generates=self.auto == CAUSAL)
+        return load_tokenizer(pinned.folder, generates=self.auto == CAUSAL)
 
     def facts(self, train: Examples, run: Run) -> Facts:
         """Facts from the training examples that the model needs, such as label names; plain JSON.
