@@ -17,8 +17,10 @@ import numpy as np
 from lora_kit.errors import UserError
 from lora_kit.prove.scores import mean_score
 from lora_kit.run import nearest
+from lora_kit.schema import Json
 from lora_kit.tasks.bootstrap import compared
 from lora_kit.tasks.metrics import check_each, in_a_line
+from lora_kit.tasks.task import Processor
 from lora_kit.trust import check_own, metrics_checked
 
 
@@ -52,8 +54,8 @@ def check_tasks(tasks: list[str]) -> None:
 
 
 def run_harness(
-    model: Any, tokenizer: Any, tasks: list[str], seed: int = 0, at_once: int = 8
-) -> dict[str, dict[str, Any]]:
+    model: Any, tokenizer: Processor, tasks: list[str], seed: int = 0, at_once: int = 8
+) -> dict[str, Json]:
     """Figures of the base and of the adapted model on the same rows of each task.
 
     Prompts are the task's own, without the chat template, as the harness has it by default. Every
@@ -94,12 +96,12 @@ def run_harness(
     return table(base, adapted, seed)
 
 
-def table(base: dict[str, Any], adapted: dict[str, Any], seed: int) -> dict[str, dict[str, Any]]:
+def table(base: Json, adapted: Json, seed: int) -> dict[str, Json]:
     """What `run_harness` returns, of two results of `lm_eval.evaluate`. A group that has a figure
     of its own stands for its tasks."""
     groups = adapted.get("groups", {})
     inside = {task for group in groups for task in _tasks_of(group, adapted)}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Json] = {}
     for name, figures in adapted["results"].items():
         for key, after in figures.items():
             metric, comma, chosen = key.partition(",")  # `chosen`: the filter of the answers
@@ -123,7 +125,7 @@ def table(base: dict[str, Any], adapted: dict[str, Any], seed: int) -> dict[str,
     return rows
 
 
-def _tasks_of(name: str, result: dict[str, Any]) -> list[str]:
+def _tasks_of(name: str, result: Json) -> list[str]:
     """The tasks of a group and of the groups in it; of a task, itself."""
     if name in result["samples"]:
         return [name]
@@ -131,7 +133,7 @@ def _tasks_of(name: str, result: dict[str, Any]) -> list[str]:
     return [task for child in children for task in _tasks_of(child, result)]
 
 
-def _values(result: dict[str, Any], name: str, metric: str, chosen: str) -> list[Any]:
+def _values(result: Json, name: str, metric: str, chosen: str) -> list[Any]:
     """What the metric noted for each row: a number, or parts that a mean is not made of."""
     samples = [row for task in _tasks_of(name, result) for row in result["samples"][task]]
     return [row[metric] for row in samples if row["filter"] == chosen and metric in row]

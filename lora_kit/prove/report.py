@@ -1,16 +1,15 @@
-"""report.json and report.html: what a run came to, in figures and in one page.
+"""report.json and report.html: the result of a run, in figures and as a page.
 
-Everything shown is read from report.json, for every task; a report that an older version wrote
-lacks some of its entries.
+Everything shown is read from report.json, for every task; a report of an older version lacks some
+of its entries.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_kit.errors import UserError
 from lora_kit.folders import write_whole
@@ -24,7 +23,7 @@ from lora_kit.prove.scores import (
     not_measured,
 )
 from lora_kit.run import read_json, read_lock
-from lora_kit.schema import Run
+from lora_kit.schema import Json, Run
 from lora_kit.tasks.bootstrap import verdict
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import write_json
@@ -103,7 +102,7 @@ class Finding(NamedTuple):
     gain: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
-def write_report(directory: Path, run: Run, report: dict[str, Any]) -> None:
+def write_report(directory: Path, run: Run, report: Json) -> None:
     """Write both files of a finished run; all text from data is escaped.
 
     Raises:
@@ -137,7 +136,7 @@ def contender(name: str) -> str:
     return _CONTENDERS.get(name, f"the contender {name}")
 
 
-def in_lines(report: dict[str, Any]) -> list[str]:
+def in_lines(report: Json) -> list[str]:
     """A line for each result, as `train` ends with: figures, interval, verdict."""
     return [
         ": ".join(filter(None, (found.part, found.figures, found.sentence)))
@@ -145,7 +144,7 @@ def in_lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def findings(report: dict[str, Any]) -> list[Finding]:
+def findings(report: Json) -> list[Finding]:
     """The results in the order of importance; what was not measured is one as well, unless it does
     not apply to the task."""
     report = _filled(report)
@@ -179,7 +178,7 @@ def findings(report: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _domain(report: dict[str, Any]) -> Finding:
+def _domain(report: Json) -> Finding:
     name, score = decided_by(report)
     word = report["verdict"]["domain"]
     sentence = in_words(word, "domain", report["domain"].get("rival", "base"))
@@ -191,7 +190,7 @@ def _domain(report: dict[str, Any]) -> Finding:
     return found._replace(sentence=f"scored better, but {report['domain']['objection']}")
 
 
-def _withheld(report: dict[str, Any]) -> bool:
+def _withheld(report: Json) -> bool:
     """Whether the score alone would be better, and the verdict is not, for another reason."""
     name, score = decided_by(report)
     blind = (report["prompt_use"] or {}).get("blind")
@@ -202,7 +201,7 @@ def _withheld(report: dict[str, Any]) -> bool:
     return _gain(name, score, "")[1] > 0
 
 
-def _general(report: dict[str, Any]) -> Finding:
+def _general(report: Json) -> Finding:
     if not report["general"]:
         why = f"not measured: {not_measured(report, 'general')}"
         return Finding("general", PARTS["general"], "not measured", why)
@@ -215,7 +214,7 @@ def _general(report: dict[str, Any]) -> Finding:
     return found
 
 
-def _finding(part: str, name: str, score: dict[str, Any], word: str, sentence: str) -> Finding:
+def _finding(part: str, name: str, score: Json, word: str, sentence: str) -> Finding:
     """One of PARTS, by its deciding score."""
     title = PARTS[part] if name == "loss" else f"{PARTS[part]}: {name}"
     figures = _figures(name, score) if name == "loss" else f"{name} {_figures(name, score)}"
@@ -223,9 +222,7 @@ def _finding(part: str, name: str, score: dict[str, Any], word: str, sentence: s
     return Finding(part, title, word, sentence, figures, unit, _gain(name, score, unit))
 
 
-def _further(
-    report: dict[str, Any], name: str, score: dict[str, Any], units: int, rival: str
-) -> Finding:
+def _further(report: Json, name: str, score: Json, units: int, rival: str) -> Finding:
     """A score that does not decide."""
     figures = _figures(name, score)
     if score["ci95"] is None:
@@ -238,7 +235,7 @@ def _further(
     return Finding(name, name, word, sentence, figures, unit, _gain(name, score, unit))
 
 
-def _generation(part: dict[str, Any]) -> Finding:
+def _generation(part: Json) -> Finding:
     """How generated text changed: without a verdict of its own; an objection may follow from it."""
     changes = []
     for name, score in compared_scores(part).items():
@@ -247,7 +244,7 @@ def _generation(part: dict[str, Any]) -> Finding:
     return Finding("generation", "Generated text", "", "; ".join(changes))
 
 
-def _audit(audit: dict[str, Any] | None) -> Finding:
+def _audit(audit: Json | None) -> Finding:
     if not audit:
         why = "not checked: no training that came to its end was checked"
         return Finding("audit", "Did it train", "not checked", why)
@@ -262,7 +259,7 @@ def _audit(audit: dict[str, Any] | None) -> Finding:
     return Finding("audit", "Did it train", word, why)
 
 
-def _unit(name: str, score: dict[str, Any]) -> str:
+def _unit(name: str, score: Json) -> str:
     """A gain is told in points of 100 where the score is a share of 1, else in percent of the
     base's value; "" where that is 0."""
     share = better(name, score) == "higher" and name not in UNITS
@@ -271,7 +268,7 @@ def _unit(name: str, score: dict[str, Any]) -> str:
     return "%" if score["base"] else ""
 
 
-def _gain(name: str, score: dict[str, Any], unit: str) -> tuple[float, float, float]:
+def _gain(name: str, score: Json, unit: str) -> tuple[float, float, float]:
     """A difference and its interval as an improvement: positive where the adapted is better."""
     factor = 1.0 if better(name, score) == "higher" else -1.0
     if unit:
@@ -280,7 +277,7 @@ def _gain(name: str, score: dict[str, Any], unit: str) -> tuple[float, float, fl
     return factor * score["difference"], low, high
 
 
-def _figures(name: str, score: dict[str, Any]) -> str:
+def _figures(name: str, score: Json) -> str:
     """`3.442 -> 2.951 nats per token (-14.3%, 95% -16.3% to -12.5%)`: a loss in percent of the
     base's; other scores as they are."""
     percent = name == "loss" and score["base"]
@@ -294,7 +291,7 @@ def _figures(name: str, score: dict[str, Any]) -> str:
     return f"{score['base']:.3f} -> {score['adapted']:.3f}{unit} ({change})"
 
 
-def ahead(report: Mapping[str, Any]) -> list[tuple[str, float]]:
+def ahead(report: Json) -> list[tuple[str, float]]:
     """Contenders other than the rival that have a better deciding score than the adapted model:
     (what a person calls it, value), best first. No interval is known for them. Those with a
     verdict of their own (few_shot, scratch) are not among them."""
@@ -311,7 +308,7 @@ def ahead(report: Mapping[str, Any]) -> list[tuple[str, float]]:
     return sorted(found, key=lambda pair: -sign * pair[1])
 
 
-def contender_rows(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
+def contender_rows(report: Json) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
     """The table of all contenders: the scores' names, and (name, a value or None for each score),
     the adapted model last; no rows where there is nothing but the rival to compare with."""
     contenders = dict(report.get("contenders") or {})
@@ -325,12 +322,12 @@ def contender_rows(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str
     return names, rows
 
 
-def units_of(report: Mapping[str, Any]) -> str:
+def units_of(report: Json) -> str:
     """What `documents` counts, for people."""
     return "documents" if "loss" in report["domain"] else "rows"
 
 
-def _headline(report: dict[str, Any]) -> str:
+def _headline(report: Json) -> str:
     word, rival = report["verdict"]["domain"], report["domain"].get("rival", "base")
     name = "its base" if rival == "base" else contender(rival)
     if _withheld(report):
@@ -343,7 +340,7 @@ def _headline(report: dict[str, Any]) -> str:
     }[word]
 
 
-def _buts(report: dict[str, Any], found: list[Finding]) -> list[str]:
+def _buts(report: Json, found: list[Finding]) -> list[str]:
     """What the headline must not hide; the objection is there already."""
     buts = [_BUTS[one.part, one.word] for one in found if (one.part, one.word) in _BUTS]
     if "general text" in report["domain"].get("objection", "").lower():
@@ -356,12 +353,12 @@ def _buts(report: dict[str, Any], found: list[Finding]) -> list[str]:
     return buts
 
 
-def _filled(report: dict[str, Any]) -> dict[str, Any]:
+def _filled(report: Json) -> Json:
     """What was not measured, or not yet known to an older version, is null."""
     return defaultdict(lambda: None, report)
 
 
-def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
+def _page(directory: Path, run: Run, report: Json) -> str:
     report, found = _filled(report), findings(report)
     over = report["overfitting"] or {}
     fitted = next((name[6:] for name in over if name.startswith("train_")), "")

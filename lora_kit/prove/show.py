@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import load_model
@@ -13,6 +13,7 @@ from lora_kit.errors import harmless
 from lora_kit.prove.charts import confused
 from lora_kit.prove.report import PARTS, UNITS, contender_rows, findings, units_of
 from lora_kit.prove.scores import better, compared_scores, decided_by
+from lora_kit.schema import Json
 from lora_kit.tasks.measure import generate
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def comparison(report: dict[str, Any], title: str = "") -> None:
+def comparison(report: Json, title: str = "") -> None:
     """Print one report: a table of scores, one of contenders where there are several, and a line
     for each result. `title` is by default what is compared with what."""
     from rich.console import Console
@@ -36,7 +37,7 @@ def comparison(report: dict[str, Any], title: str = "") -> None:
     table.add_column("change", justify="right")
     table.add_column("95% interval", justify="right")
 
-    def add(name: str, count: int, found: dict[str, Any], percent: bool = False) -> None:
+    def add(name: str, count: int, found: Json, percent: bool = False) -> None:
         """A row; its change and interval in percent of the base where that is meant."""
         scale, form = (found["base"], "+.1%") if percent and found["base"] else (1, "+.3f")
         bounds = [format(bound / scale, form) for bound in found["ci95"] or ()]
@@ -66,7 +67,7 @@ def comparison(report: dict[str, Any], title: str = "") -> None:
     console.print(table)
     _contenders(report, console)
     if report.get("classes"):
-        found = confused(report["classes"])["pairs"][:5]
+        found = confused(report["classes"]).pairs[:5]
         pairs = [f"{true} as {predicted} ({count} of {n})" for true, predicted, count, n in found]
         if pairs:
             line = harmless(f"most frequent mistakes: {'; '.join(pairs)}")
@@ -77,7 +78,7 @@ def comparison(report: dict[str, Any], title: str = "") -> None:
             console.print(line, markup=False, highlight=False)
 
 
-def _contenders(report: dict[str, Any], console: Console) -> None:
+def _contenders(report: Json, console: Console) -> None:
     """A table of all contenders by the score that decides, best first; the rival is marked."""
     from rich.text import Text
 
@@ -92,8 +93,12 @@ def _contenders(report: dict[str, Any], console: Console) -> None:
         table.add_column(Text(harmless(name)), justify="right")
     place = names.index(deciding)
     sign = 1 if better(deciding, score) == "lower" else -1
-    rows.sort(key=lambda row: math.inf if row[1][place] is None else sign * row[1][place])
-    for who, values in rows:
+
+    def rank(row: tuple[str, list[float | None]]) -> float:
+        value = row[1][place]
+        return math.inf if value is None else sign * value
+
+    for who, values in sorted(rows, key=rank):
         label = f"{who} (rival)" if who == rival else who
         cells = ["" if value is None else f"{value:.3f}" for value in values]
         table.add_row(Text(harmless(label)), *cells)
@@ -106,7 +111,7 @@ def _table(title: str) -> Table:
     return Table(box=None, pad_edge=False, title=title or None, title_justify="left")
 
 
-def side_by_side(report: dict[str, Any]) -> None:
+def side_by_side(report: Json) -> None:
     """Print what base and adapted generated for some held-out rows."""
     for sample in report["samples"]:
         print(f"   chosen: {sample['chosen']}")
