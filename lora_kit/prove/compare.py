@@ -159,7 +159,11 @@ def _against_scratch(
     import torch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
 
-    train: dict[str, object] = {"eval_steps": None, "report_to": [], "gradient_accumulation_steps": passes}
+    train: dict[str, object] = {
+        "eval_steps": None,
+        "report_to": [],
+        "gradient_accumulation_steps": passes,
+    }
     if steps is not None:
         train["max_steps"] = steps
     changes = {

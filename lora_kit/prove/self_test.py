@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from lora_kit.adapter.attach import attach
@@ -295,7 +296,7 @@ def _step_by_hand(setup: Setup) -> Step:
     model.zero_grad()
     total = 0.0
     for batch in batches:
-        moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        moved = send_to_device(batch, device)
         if _token_labels(setup.rows):
             loss = _nats(model, moved) / items  # the model's own loss may be more than that
         else:
