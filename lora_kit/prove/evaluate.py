@@ -55,7 +55,7 @@ def check_prove(task: Task, data: Prepared, processor: Processor, run: Run) -> N
                 f"prove.gate.general: {gate.general}: not measured without data.general: name "
                 "general text there, or set it to null"
             )
-        known = [*task.scores, *_further(task, run)]
+        known = [*task.scores, *_extra_metrics(task, run)]
         unknown = ", ".join(name for name in gate.metrics if name not in known)
         if unknown:
             why = f"no score of this task, and not in prove.metrics (known: {', '.join(known)})"
@@ -93,7 +93,7 @@ def prove(trainer: Guards, data: Prepared, processor: Processor, fresh: tuple[st
     alone = trainer.accelerator.num_processes == 1
     if run.prove.harness and alone:
         add_harness(report, model, processor, run.prove.harness)
-    if (run.prove.harness and not alone) or (_further(task, run) and sharded):
+    if (run.prove.harness and not alone) or (_extra_metrics(task, run) and sharded):
         why = f"on several processes: measure it in one, with lora-kit compare {directory}"
         report["not_measured"].append(why)
     effect = report.pop("adapter_effect")
@@ -178,9 +178,11 @@ def evaluate(
     training = model.training
     model.eval()
     subject = _Subject(task, model, data, processor, run)
+    if not generates:
+        subject = _without_extra_metrics(subject)
     try:
         with torch.no_grad():
-            return _report(subject if generates else _cheap(subject), fresh, generates)
+            return _report(subject, fresh, generates)
     finally:
         model.train(training)
 
@@ -209,19 +211,19 @@ class _Subject:
     def _score(self, model: Any, rows: Rows) -> list[Score]:
         return self.task.score(model, rows, self.processor, self.data.facts, self.run)
 
-    def own(self, scores: Sequence[Score]) -> list[Score]:
+    def own_scores(self, scores: Sequence[Score]) -> list[Score]:
         """The task's own scores, the deciding one first if it is among them."""
-        own = [score for score in scores if score.name not in _further(self.task, self.run)]
+        own = [score for score in scores if score.name not in _extra_metrics(self.task, self.run)]
         return sorted(own, key=lambda score: score.name != self.task.deciding(self.run))
 
 
-def _further(task: Task, run: Run) -> list[str]:
+def _extra_metrics(task: Task, run: Run) -> list[str]:
     """The names in `prove.metrics` that are no scores of the task's own."""
     return [name for name in run.prove.metrics if name not in task.scores]
 
 
-def _cheap(subject: _Subject) -> _Subject:
-    """Without the metrics that a model has to generate for."""
+def _without_extra_metrics(subject: _Subject) -> _Subject:
+    """The subject without the metrics that a model has to generate for."""
     run = subject.run
     own = [name for name in run.prove.metrics if name in subject.task.scores]
     prove = run.prove.model_copy(update={"metrics": own})
@@ -239,17 +241,17 @@ def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
     for contender in contenders:
         scores[contender.name] = subject.score(data.eval, contender)
     report: Json = {"verdict": {}, **dict.fromkeys(_ABSENT), "not_measured": []}
-    before, after = subject.own(scores[rival.name]), subject.own(scores["adapted"])
+    before, after = subject.own_scores(scores[rival.name]), subject.own_scores(scores["adapted"])
     report["domain"] = against(rival.name, before, after, run.seed)
     report["contenders"] = {name: values(found) for name, found in scores.items()}
     report["classes"] = classes(scores["adapted"])
-    if further := _further(task, run):
-        report["metrics"] = _metrics(further, scores, rival.name, run.seed)
+    if extra := _extra_metrics(task, run):
+        report["metrics"] = _metrics(extra, scores, rival.name, run.seed)
     if run.prove.metrics:
         report["domain"]["decided_by"] = task.deciding(run)
     for contender in contenders[1:]:
         if contender.rows is not None:  # the same base, prompted otherwise
-            prompted = subject.own(scores[contender.name])
+            prompted = subject.own_scores(scores[contender.name])
             found = against(contender.name, prompted, after, run.seed)
             report[contender.name] = {**contender.about, **found}
     if task.general is not None and data.general is not None:
@@ -263,7 +265,8 @@ def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
         report |= more
     report.setdefault("samples", [])
     report["verdict"] = _verdicts(task, report, after[0].name, contenders[1:])
-    _object(task, report, untrained_head=bool(fresh) and rival.enter == model.disable_adapter)
+    untrained_head = bool(fresh) and rival.enter == model.disable_adapter
+    _apply_objection(task, report, untrained_head)
     report["adapter_effect"] = None
     if not fresh:
         change = scores["adapted"][0].sums[:, 0] - scores[rival.name][0].sums[:, 0]
@@ -290,7 +293,7 @@ def _check_scores(task: Task, scores: object) -> None:
 
 
 def _metrics(names: Sequence[str], scores: dict[str, list[Score]], rival: str, seed: int) -> Json:
-    """Further metrics of the rival, of the base with examples, and of the adapted model."""
+    """Extra metrics of the rival, of the base with examples, and of the adapted model."""
     found: Json = {}
     by_name = {who: {score.name: score for score in each} for who, each in scores.items()}
     for name in names:
@@ -306,7 +309,7 @@ def _metrics(names: Sequence[str], scores: dict[str, list[Score]], rival: str, s
 
 def _general(subject: _Subject, task: Task, rows: Rows) -> Json:
     """How base and adapted model score on general text."""
-    general = _cheap(replace(subject, task=task))
+    general = _without_extra_metrics(replace(subject, task=task))
     adapted = general.score(rows)
     base = general.score(rows, Contender("base", subject.model.disable_adapter))
     return against("base", base, adapted, subject.run.seed)
@@ -318,9 +321,9 @@ def _gap(subject: _Subject, rival: Contender, domain: Json) -> Json:
     rows = subject.data.rows("train")
     most = min(len(subject.data.eval), _GAP_ROWS)
     drawn = np.random.default_rng(subject.run.seed).permutation(len(rows))[:most]
-    some, cheap = rows.select(drawn), _cheap(subject)
-    before = subject.own(cheap.score(some, rival))[0]
-    after = subject.own(cheap.score(some))[0]
+    some, quick = rows.select(drawn), _without_extra_metrics(subject)
+    before = subject.own_scores(quick.score(some, rival))[0]
+    after = subject.own_scores(quick.score(some))[0]
     held_out = domain[after.name]["difference"]
     trained = after.figure - before.figure
     gap = held_out - trained if after.better == "lower" else trained - held_out
@@ -345,7 +348,7 @@ def _verdicts(task: Task, report: Json, first: str, others: Sequence[Contender])
     return found
 
 
-def _object(task: Task, report: Json, untrained_head: bool) -> None:
+def _apply_objection(task: Task, report: Json, untrained_head: bool) -> None:
     """Add the reason, if there is one, why a better score does not count as `better`."""
     word = report["verdict"]
     objection = task.objection(report)
@@ -354,8 +357,7 @@ def _object(task: Task, report: Json, untrained_head: bool) -> None:
     elif word["domain"] == "better" and not objection:
         above = ahead(report)
         if above:
-            name, value = above[0]
-            objection = f"{name} reached {value:.3f}"
+            objection = f"{above[0]} reached {above[1]:.3f}"
     if objection:
         report["domain"]["objection"] = objection
         for part in ("domain", "few_shot"):

@@ -36,7 +36,7 @@ PARTS = {
     "few_shot": "Against examples in the prompt",
     "scratch": "Against training from scratch",
 }
-# What a person calls a contender.
+# Contenders in words.
 _CONTENDERS = {
     "base": "the base",
     "few_shot": "the base with examples in its prompt",
@@ -78,7 +78,7 @@ MOODS = {
     "failed": "bad",
     "no different": "flat",
 }
-# What a headline must not hide: part and word of a finding.
+# What the headline adds after "But": part and word of a finding.
 _BUTS = {
     ("general", "forgot"): "it forgets general text",
     ("few_shot", "worse"): "it is worse than the base with examples in its prompt",
@@ -132,7 +132,7 @@ def in_words(word: str, part: str = "domain", rival: str = "base") -> str:
 
 
 def contender(name: str) -> str:
-    """What a person calls a contender."""
+    """A contender in words."""
     return _CONTENDERS.get(name, f"the contender {name}")
 
 
@@ -153,7 +153,7 @@ def findings(report: Json) -> list[Finding]:
     rival = report["domain"].get("rival", "base")
     for name, score in compared_scores(report["domain"]).items():
         if name != deciding and name not in _SHOWN_IN_TABLES_ONLY:
-            found.append(_further(report, name, score, report["domain"]["documents"], rival))
+            found.append(_other_score(report, name, score, report["domain"]["documents"], rival))
     if report["general"] or NO_LANGUAGE_MODEL not in (report["not_measured"] or []):
         found.append(_general(report))
     for part in ("few_shot", "scratch"):
@@ -163,9 +163,9 @@ def findings(report: Json) -> list[Finding]:
             found.append(_finding(part, name, score, word, in_words(word, part)))
     for name, score in (report["metrics"] or {}).items():
         if name != deciding:
-            found.append(_further(report, name, score, score["rows"], rival))
+            found.append(_other_score(report, name, score, score["rows"], rival))
     for name, score in (report["harness"] or {}).items():
-        found.append(_further(report, name, score, score["rows"], "base"))
+        found.append(_other_score(report, name, score, score["rows"], "base"))
     if report["generation"]:
         found.append(_generation(report["generation"]))
     if gate := report["gate"]:
@@ -191,7 +191,7 @@ def _domain(report: Json) -> Finding:
 
 
 def _withheld(report: Json) -> bool:
-    """Whether the score alone would be better, and the verdict is not, for another reason."""
+    """Whether the score is better but the verdict is not, because of a control or an objection."""
     name, score = decided_by(report)
     blind = (report["prompt_use"] or {}).get("blind")
     if report["verdict"]["domain"] != "no different" or not score["ci95"]:
@@ -215,24 +215,23 @@ def _general(report: Json) -> Finding:
 
 
 def _finding(part: str, name: str, score: Json, word: str, sentence: str) -> Finding:
-    """One of PARTS, by its deciding score."""
-    title = PARTS[part] if name == "loss" else f"{PARTS[part]}: {name}"
-    figures = _figures(name, score) if name == "loss" else f"{name} {_figures(name, score)}"
-    unit = _unit(name, score)
+    """A result by one score; `part` is one of PARTS, or the score itself."""
+    title, figures, unit = part, _figures(name, score), _unit(name, score)
+    if part in PARTS:
+        title = PARTS[part]
+        if name != "loss":
+            title, figures = f"{title}: {name}", f"{name} {figures}"
     return Finding(part, title, word, sentence, figures, unit, _gain(name, score, unit))
 
 
-def _further(report: Json, name: str, score: Json, units: int, rival: str) -> Finding:
+def _other_score(report: Json, name: str, score: Json, units: int, rival: str) -> Finding:
     """A score that does not decide."""
-    figures = _figures(name, score)
     if score["ci95"] is None:
         why = "not evaluated: it is no mean over rows, so it has no interval"
-        return Finding(name, name, "not evaluated", why, figures)
+        return Finding(name, name, "not evaluated", why, _figures(name, score))
     computed = verdict({**score, "better": better(name, score)}, units)
     word = report["verdict"].get(name, computed)
-    unit = _unit(name, score)
-    sentence = in_words(word, name, rival)
-    return Finding(name, name, word, sentence, figures, unit, _gain(name, score, unit))
+    return _finding(name, name, score, word, in_words(word, name, rival))
 
 
 def _generation(part: Json) -> Finding:
@@ -251,17 +250,17 @@ def _audit(audit: Json | None) -> Finding:
     problems = [f"{p['what']}. {p['cause']}. {p['fix']}" for p in audit["problems"]]
     failed = [check["found"] for check in audit["checks"] if check["passed"] is False]
     word = "failed" if problems or failed else "passed"
-    left = [check["name"] for check in audit["checks"] if check["passed"] is None]
-    fine = (
-        f"every check passed but {', '.join(left)}: not checked" if left else "every check passed"
-    )
+    skipped = [check["name"] for check in audit["checks"] if check["passed"] is None]
+    fine = "every check passed"
+    if skipped:
+        fine += f" but {', '.join(skipped)}: not checked"
     why = "; ".join(problems or failed or [fine])
     return Finding("audit", "Did it train", word, why)
 
 
 def _unit(name: str, score: Json) -> str:
-    """A gain is told in points of 100 where the score is a share of 1, else in percent of the
-    base's value; "" where that is 0."""
+    """The unit of a gain: points of 100 where the score is a share of 1, else percent of the base's
+    value; "" where that is 0."""
     share = better(name, score) == "higher" and name not in UNITS
     if share and 0 <= score["base"] <= 1 and 0 <= score["adapted"] <= 1:
         return " points"
@@ -269,7 +268,7 @@ def _unit(name: str, score: Json) -> str:
 
 
 def _gain(name: str, score: Json, unit: str) -> tuple[float, float, float]:
-    """A difference and its interval as an improvement: positive where the adapted is better."""
+    """A difference and its interval, positive where the adapted model is better."""
     factor = 1.0 if better(name, score) == "higher" else -1.0
     if unit:
         factor *= 100 / (abs(score["base"]) if unit == "%" else 1)
@@ -291,21 +290,20 @@ def _figures(name: str, score: Json) -> str:
     return f"{score['base']:.3f} -> {score['adapted']:.3f}{unit} ({change})"
 
 
-def ahead(report: Json) -> list[tuple[str, float]]:
-    """Contenders other than the rival that have a better deciding score than the adapted model:
-    (what a person calls it, value), best first. No interval is known for them. Those with a
-    verdict of their own (few_shot, scratch) are not among them."""
+def ahead(report: Json) -> tuple[str, float] | None:
+    """The contender with the best deciding score, if it is better than the adapted model's: its
+    name in words, and the score; no interval is known for it. The rival, and contenders with a
+    verdict of their own (few_shot, scratch), do not count."""
     name, score = decided_by(report)
     rival = report["domain"].get("rival", "base")
     sign = 1 if better(name, score) == "higher" else -1
-    found = [
-        (contender(other), values[name])
-        for other, values in (report.get("contenders") or {}).items()
-        if other not in ("adapted", "base", rival, *report["verdict"])
-        and name in values
-        and sign * (values[name] - score["adapted"]) > 0
-    ]
-    return sorted(found, key=lambda pair: -sign * pair[1])
+    best, found = score["adapted"], None
+    for other, values in (report.get("contenders") or {}).items():
+        if other in ("adapted", "base", rival, *report["verdict"]) or name not in values:
+            continue
+        if sign * (values[name] - best) > 0:
+            best, found = values[name], (contender(other), values[name])
+    return found
 
 
 def contender_rows(report: Json) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
@@ -341,13 +339,13 @@ def _headline(report: Json) -> str:
 
 
 def _buts(report: Json, found: list[Finding]) -> list[str]:
-    """What the headline must not hide; the objection is there already."""
+    """What the headline adds after "But", besides the objection."""
     buts = [_BUTS[one.part, one.word] for one in found if (one.part, one.word) in _BUTS]
     if "general text" in report["domain"].get("objection", "").lower():
         buts = [but for but in buts if but != _BUTS["general", "forgot"]]
-    for name, value in ahead(report)[:1]:
-        if not _withheld(report):  # for that reason
-            buts.append(f"{name} scored better ({value:.3f})")
+    above = ahead(report)
+    if above and not _withheld(report):  # for that reason
+        buts.append(f"{above[0]} scored better ({above[1]:.3f})")
     if worse := [one.part for one in found if one.word == "worse" and one.part not in PARTS]:
         buts.append(f"it is worse on {' and '.join(worse)}")
     return buts

@@ -119,10 +119,10 @@ def create(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -
         "versions": versions,
         "finished": False,
     }
-    describe(run, pinned, hashes, {**fixed, **entries})
+    write_run_files(run, pinned, hashes, {**fixed, **entries})
 
 
-def describe(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -> None:
+def write_run_files(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -> None:
     """Write run.yaml and these entries of run.lock.json; on resume again, since some keys may
     change, and data and base may have moved. Atomic, since other ranks read them."""
     path = run.directory

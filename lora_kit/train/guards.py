@@ -40,7 +40,7 @@ _UNUSED_FILES = ("training_args.bin", "README.md")
 _ROLLOUT = "rollout_{rank}.pt"  # sampled and not yet used completions (GRPO, RLOO)
 
 
-class Guard:
+class GuardState:
     """State of the guards, as `trainer.guard`: in one attribute, so that none of its names is one
     of the trainer's.
 
@@ -89,7 +89,7 @@ class Guards(Trainer):
     """
 
     model: Any  # never None here
-    guard: Guard
+    guard: GuardState
     _step: int  # GRPO and RLOO: index of the sampled batch in use
     _buffered_inputs: Any
 
@@ -103,7 +103,7 @@ class Guards(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.guard = Guard(self, task, run, directory, stop, groups)
+        self.guard = GuardState(self, task, run, directory, stop, groups)
         if self.guard.own_loss:  # divided by the items of the whole step, not of a micro-batch
             self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
