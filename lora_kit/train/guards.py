@@ -153,7 +153,7 @@ class Guards(Trainer):
         inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
         guard = self.guard
         if guard.own_loss:
             loss = guard.task.loss(model, inputs, num_items_in_batch, guard.run)
