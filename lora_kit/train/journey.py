@@ -89,7 +89,7 @@ class Journey:
             if run.recipe.endswith(".py") and begun_with not in (None, recipe["sha256"]):
                 self.say(f"{run.recipe} changed since the run began: it continues with the new one")
             if directory.is_first_rank():
-                directory.reopen(run, pinned, data.hashes, recipe)
+                directory.write_run_files(run, pinned, data.hashes, {"recipe": recipe})
         else:
             labels = data.facts.get("labels", ())
             directory.check_start(run.adapter, pinned, task.auto, labels)
