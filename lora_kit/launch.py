@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError, redact
-from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, nearest, recipe_path, shipped
+from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, nearest, recipe_file, shipped
 from lora_kit.schema import Run
 from lora_kit.tasks.recipe import Main, Recipe, load_recipe
 from lora_kit.tasks.task import Task
@@ -193,7 +193,7 @@ def start(
     options = ["--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
     options += ["--num_processes", str(processes)] if processes else []
     options += [
-        str(script or recipe_path(run)),
+        str(script or recipe_file(run.recipe)),
         str(path),
         *overrides,
         *(["--resume"] if resume else []),

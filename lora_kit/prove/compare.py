@@ -15,7 +15,7 @@ from lora_kit.prove.evaluate import check_prove, evaluate, measure_tasks
 from lora_kit.prove.gate import held
 from lora_kit.prove.report import write_report
 from lora_kit.prove.scratch import against_scratch
-from lora_kit.run import read_json, recipe_path
+from lora_kit.run import read_json, recipe_file
 from lora_kit.schema import Gate
 from lora_kit.tasks.bootstrap import verdict
 from lora_kit.tasks.encode import Prepared, rows_of
@@ -94,7 +94,7 @@ def task_of(finished: FinishedRun) -> Task:
         UserError: the recipe is gone, or is not as it was when the run was trained.
     """
     run = finished.require_run()
-    file = recipe_path(run)
+    file = recipe_file(run.recipe)
     known = finished.lock.get("recipe") or {}
     if not file.is_file():
         raise UserError(f"{finished.path}: recipe: {file}: no such file: put it back there")

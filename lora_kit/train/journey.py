@@ -11,7 +11,7 @@ from lora_kit.base.load import check_length
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, LoraKitError
 from lora_kit.hashes import file_hash
-from lora_kit.run import read_lock, recipe_path
+from lora_kit.run import read_lock, recipe_file
 from lora_kit.schema import Run
 from lora_kit.tasks.task import Processor, Task
 from lora_kit.train import checkpoint, directory
@@ -110,7 +110,10 @@ class Journey:
         self.say(f"sample: {self._sample(data, processor)!r}")
 
     def _recipe(self) -> dict[str, str]:
-        return {"name": Path(self.run.recipe).stem, "sha256": file_hash(recipe_path(self.run))}
+        return {
+            "name": Path(self.run.recipe).stem,
+            "sha256": file_hash(recipe_file(self.run.recipe)),
+        }
 
     def _entries(self, data: Prepared) -> dict[str, Any]:
         """What the lock file keeps of recipe and data, so that no later verb has to run the
