@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lora_kit.adapter.load import end_tokens, rendered
 from lora_kit.base.load import quiet_libraries
-from lora_kit.ship.llama_cpp import answer_with, ask
+from lora_kit.ship.llama_cpp import Consumed, answer_with, ask
 
 TOP = 64  # log-probabilities that are compared at a step
 TOKENS = 32  # answered at most
@@ -89,7 +89,7 @@ def reloaded(
     adapter: str | Path | None,
     prompts: Sequence[Sequence[int]],
     ends: Sequence[int] | None = None,
-) -> dict[str, Any] | None:
+) -> Consumed | None:
     """What a fresh process makes of an export, computed in float32.
 
     Args:
@@ -97,8 +97,7 @@ def reloaded(
         ends: the end tokens that it is told; None: it knows them.
 
     Returns:
-        "answers", "texts" and "conversations" as `llama_cpp.run` gives them, and "ends", the end
-        tokens it knows; None: mlx-lm, or the mlx that it needs, is not installed here.
+        None: mlx-lm, or the mlx that it needs, is not installed here.
 
     Raises:
         CheckFailed: it is not loaded.
@@ -108,7 +107,7 @@ def reloaded(
         **{"prompts": [list(p) for p in prompts], "ends": ends and list(ends)},
     }
     answer = ask("lora_kit.ship.reload", request, f"{adapter or model}: {consumer}")
-    return answer or None
+    return cast(Consumed, answer) if answer else None
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
