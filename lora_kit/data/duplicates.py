@@ -140,7 +140,8 @@ def near_pairs(signed: np.ndarray) -> np.ndarray:
     # Neighbours are determined by content, not by row order.
     by_content = np.argsort(_row_hashes(signed[:, :POSITIONS]), kind="stable")
     for start in range(0, POSITIONS, BAND):
-        band = _row_hashes(signed[by_content, start : start + BAND])
+        # Hashes are reordered, not signatures, which are sixteen times as large.
+        band = _row_hashes(signed[:, start : start + BAND])[by_content]
         order = np.argsort(band, kind="stable")
         same = band[order][1:] == band[order][:-1]
         a, b = by_content[order][:-1][same], by_content[order][1:][same]
