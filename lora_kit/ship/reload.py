@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_kit.adapter.load import end_tokens, rendered
 from lora_kit.base.load import quiet_libraries
 from lora_kit.schema import Json
-from lora_kit.ship.llama_cpp import answer_with, ask
+from lora_kit.ship.llama_cpp import Consumed, answer_with, ask
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def reloaded(
     adapter: str | Path | None,
     prompts: Sequence[Sequence[int]],
     ends: Sequence[int] | None = None,
-) -> Json | None:
+) -> Consumed | None:
     """Load an export in a new process and generate from it, in float32.
 
     Args:
@@ -110,8 +110,7 @@ def reloaded(
         ends: end tokens to stop at; None: those of the export.
 
     Returns:
-        "answers", "texts" and "conversations" as in `llama_cpp.run`, and "ends", the end tokens of
-        the export; None: mlx-lm or mlx is not installed.
+        None: mlx-lm or mlx is not installed.
 
     Raises:
         CheckFailed: it cannot be loaded.
@@ -124,7 +123,7 @@ def reloaded(
         "ends": None if ends is None else list(ends),
     }
     answer = ask("lora_kit.ship.reload", request, f"{adapter or model}: {consumer}")
-    return answer or None
+    return cast(Consumed, answer) if answer else None
 
 
 def _answer(request: Json) -> dict[str, object]:
