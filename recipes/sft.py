@@ -56,7 +56,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
         # 5. The adapter: what trains.
         strategy = choose(run.train, run.adapter, model, fresh)
         model = attach(model, strategy.adapter, fresh, run.seed)
-        journey.say(str(describe(model)))
+        journey.say(describe(model))
 
         # 6. Train.
         trainer = make_trainer(journey, model, fresh, processor, data, strategy, plan)

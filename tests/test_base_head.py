@@ -12,7 +12,8 @@ from classifiers import FAMILIES, make_body
 from conftest import make_tokenizer
 from tokenizers import processors
 
-from lora_kit.adapter.attach import _freeze_statistics, attach, describe, load_adapter
+from lora_kit.adapter.attach import _freeze_statistics, attach, load_adapter
+from lora_kit.adapter.audit import coverage
 from lora_kit.adapter.files import open_adapter
 from lora_kit.base.head import SEQUENCE, Head, load_with_head, with_head_on_meta
 from lora_kit.base.load import check_causal, load_base
@@ -73,7 +74,7 @@ def test_a_new_head_is_trained_whole_and_comes_again_exactly(
     assert not any("Linear4bit" in type(head).__name__ for head in heads)
     assert {p.dtype for head in heads for p in head.parameters()} == {torch.float32}
     model = trained(attach(model, Adapter(r=4), fresh, 0))
-    assert set(describe(model).whole) == set(fresh)
+    assert set(coverage(model).whole) == set(fresh)
     assert not any(".lora_" in n and ".modules_to_save." in n for n, _ in model.named_parameters())
     wanted = logits(model)
     with model.disable_adapter():
@@ -283,12 +284,12 @@ def test_a_head_is_described_in_the_lock_and_beside_the_adapter(tmp_path: Path) 
     head = Head(SEQUENCE, LABELS, "mean")
     lock = {"auto": SEQUENCE, "facts": {"labels": list(LABELS)}, "pooling": "mean"}
     assert Head.of(lock) == head and Head.of({}) == Head()
-    assert Head.beside(tmp_path) is None
+    assert Head.read(tmp_path) is None
     head.write(tmp_path)
-    assert Head.beside(tmp_path) == head
+    assert Head.read(tmp_path) == head
     (tmp_path / "head.json").write_text("{}")
     with pytest.raises(UserError, match=r"head\.json: corrupt"):
-        Head.beside(tmp_path)
+        Head.read(tmp_path)
 
 
 def test_a_model_of_pictures_does_not_classify_texts(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from conftest import make_base
 from trained import prepared
 
 import lora_kit as package
-from lora_kit.adapter.attach import attach, describe
+from lora_kit.adapter.attach import attach
+from lora_kit.adapter.audit import coverage
 from lora_kit.base.load import load_base, load_tokenizer
 from lora_kit.base.pin import pin
 from lora_kit.errors import RunFileError
@@ -152,7 +153,7 @@ def test_adapter_reaches_the_model(key: str, base: Path, all_linear: dict[str, A
     one |= {"rank_pattern": (1, 32.0), "alpha_pattern": (16, 1 / 16)}
     if key == "target_modules":
         assert sorted(found) == sorted(q_proj)
-        assert describe(model).modules == {"q_proj": 2}
+        assert coverage(model).modules == {"q_proj": 2}
     elif key == "exclude_modules":
         assert sorted(found) == sorted(set(all_linear) - set(q_proj))
     elif key == "layers_to_transform":

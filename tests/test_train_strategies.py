@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 import lora_kit as package
 from lora_kit.adapter import files
 from lora_kit.adapter.attach import attach, describe, load_adapter
+from lora_kit.adapter.audit import coverage
 from lora_kit.errors import CheckFailed, RunFileError, UserError
 from lora_kit.run import load_run
 from lora_kit.schema import Adapter, Train
@@ -55,7 +56,7 @@ def test_top_layers_hold_the_adapter() -> None:
     strategy = choose(Train(top_layers=1), Adapter(target_modules=TARGETS), generator(), ())
     assert strategy.adapter.layers_to_transform == [3]
     model = attach(generator(), strategy.adapter, (), 0)
-    assert describe(model).modules == {"q_proj": 1, "down_proj": 1}
+    assert coverage(model).modules == {"q_proj": 1, "down_proj": 1}
     assert all(".layers.3." in name for name in trained(model))
     assert first_trained_layer(model) == 3  # what the frozen prefix goes by
     groups: Any = {"adapter": lambda name: ".lora_" in name}
@@ -85,7 +86,7 @@ def test_the_head_alone(tmp_path: Path) -> None:
     assert isinstance(strategy, HeadOnly)
     model = attach(classifier(), strategy.adapter, ("score",), 0)
     assert trained(model) == ["base_model.model.score.modules_to_save.default.weight"]
-    assert str(describe(model)).startswith("no LoRA: 96 trainable parameters ")
+    assert describe(model).startswith("no LoRA: 96 trainable parameters ")
     with torch.no_grad():
         model.get_parameter(trained(model)[0]).add_(1)
     model.save_pretrained(tmp_path)

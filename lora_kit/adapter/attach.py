@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_kit.adapter import files
-from lora_kit.adapter.audit import Coverage, coverage
+from lora_kit.adapter.audit import coverage
 from lora_kit.errors import UserError
 from lora_kit.run import nearest
 from lora_kit.schema import Adapter
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
     from lora_kit.base.load import Model
 
@@ -25,52 +24,6 @@ OWN_FIELDS = {"start"}
 _PATTERNS = ("target_modules", "exclude_modules")  # a string there is a regular expression
 # PEFT's value for LoRA on no module (it rejects an empty list), to train only a new head.
 NO_MODULE = "dummy-target-modules"
-
-
-@dataclass(frozen=True)
-class Attached:
-    """An attached adapter: its coverage, trainable and total parameters (as stored), and modules
-    that are fully trained, without LoRA."""
-
-    coverage: Coverage
-    trainable: int
-    total: int
-    whole: tuple[str, ...] = ()
-
-    @property
-    def modules(self) -> dict[str, int]:
-        """{name ending: number of modules}"""
-        return self.coverage.modules
-
-    def __str__(self) -> str:
-        names = ", ".join(f"{count} {name}" for name, count in self.modules.items())
-        share = self.trainable / self.total
-        train = f"{self.trainable:,} trainable parameters ({share:.2%} of all)"
-        lines = [f"no LoRA: {train}"]
-        if self.modules:
-            lines = [f"adapter on {names}: {train}", f"adapted modules hold {self.coverage}"]
-        if self.whole:
-            lines.append(f"new layers, fully trained: {', '.join(self.whole)}")
-        lines += [
-            "warning: {what}: {cause}; {fix}".format(**problem)
-            for problem in self.coverage.problems
-        ]
-        return "\n".join(lines)
-
-
-def lora_config(adapter: Adapter, generates: bool = True, whole: Sequence[str] = ()) -> LoraConfig:
-    """The `peft.LoraConfig` of `adapter:`.
-
-    Args:
-        generates: for a causal language model. Other models get no task type, for which PEFT would
-            add modules to train by name and replace heads.
-        whole: modules that are fully trained and saved, without LoRA (modules_to_save).
-    """
-    from peft import LoraConfig
-
-    fields = adapter.model_dump(exclude=OWN_FIELDS)
-    kind = "CAUSAL_LM" if generates else None
-    return LoraConfig(task_type=kind, modules_to_save=list(whole) or None, **fields)
 
 
 def attach(model: Model, adapter: Adapter, fresh: Sequence[str], seed: int) -> PeftModel:
@@ -85,7 +38,7 @@ def attach(model: Model, adapter: Adapter, fresh: Sequence[str], seed: int) -> P
     Raises:
         UserError: the patterns match no module, or the start adapter does not fit the base.
     """
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     set_seed(seed)
@@ -103,22 +56,33 @@ def attach(model: Model, adapter: Adapter, fresh: Sequence[str], seed: int) -> P
         # PEFT supports layers_to_transform only with a list of names.
         adapter = adapter.model_copy(update={"target_modules": linear})
     try:
-        config = lora_config(adapter, model.can_generate(), _whole(model, fresh))
+        config = LoraConfig(
+            # With a task type PEFT adds modules to train by name, and replaces heads.
+            task_type="CAUSAL_LM" if model.can_generate() else None,
+            modules_to_save=_whole(model, fresh) or None,
+            **adapter.model_dump(exclude=OWN_FIELDS),
+        )
         attached = get_peft_model(model, config)
     except ValueError as error:
-        wanted = adapter.target_modules
-        hint = nearest(wanted, linear) if isinstance(wanted, str) else ""
-        if isinstance(wanted, str) and wanted in linear:
-            hint = f"; a string is a regular expression for the full name: write [{wanted}]"
-        reason = " ".join(str(error).split())
-        if "not found in the base model" in reason or "No modules were targeted" in reason:
-            raise UserError(
-                f"adapter.target_modules: {wanted!r} matches no module{hint}; "
-                f"linear modules: {', '.join(linear)}"
-            ) from None
-        raise UserError(f"adapter: {reason[:240]}") from None
+        raise _rejected(adapter, linear, error) from None
     _check_patterns(attached, adapter)
     return attached
+
+
+def _rejected(adapter: Adapter, linear: list[str], error: ValueError) -> UserError:
+    """The error for settings that PEFT rejects."""
+    reason = " ".join(str(error).split())
+    if "not found in the base model" not in reason and "No modules were targeted" not in reason:
+        return UserError(f"adapter: {reason[:240]}")
+    wanted, hint = adapter.target_modules, ""
+    if isinstance(wanted, str):
+        hint = nearest(wanted, linear)
+        if wanted in linear:
+            hint = f"; a string is a regular expression for the full name: write [{wanted}]"
+    return UserError(
+        f"adapter.target_modules: {wanted!r} matches no module{hint}; "
+        f"linear modules: {', '.join(linear)}"
+    )
 
 
 def _whole(model: Model, fresh: Sequence[str]) -> list[str]:
@@ -237,18 +201,20 @@ def _settings(found: files.Adapter) -> dict[str, Any]:
     return values
 
 
-def describe(model: PeftModel) -> Attached:
-    """Count the adapted modules by name ending, and the parameters of adapter and base."""
-    from peft.utils import ModulesToSaveWrapper
-
+def describe(model: PeftModel) -> str:
+    """What trains, how much of the base it covers, and likely mistakes: a line each."""
+    covered = coverage(model)
     trainable, total = model.get_nb_trainable_parameters()
-    start = "base_model.model."
-    whole = tuple(
-        name.removeprefix(start)
-        for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    )
-    return Attached(coverage(model), trainable, total, whole)
+    train = f"{trainable:,} trainable parameters ({trainable / total:.2%} of all)"
+    lines = [f"no LoRA: {train}"]
+    if covered.modules:
+        names = ", ".join(f"{count} {name}" for name, count in covered.modules.items())
+        lines = [f"adapter on {names}: {train}", f"adapted modules hold {covered}"]
+    if covered.whole:
+        lines.append(f"new layers, fully trained: {', '.join(covered.whole)}")
+    for problem in covered.problems:
+        lines.append("warning: {what}: {cause}; {fix}".format(**problem))
+    return "\n".join(lines)
 
 
 def _linear_names(model: Model) -> list[str]:

@@ -79,12 +79,20 @@ _PROBLEMS = {
 
 @dataclass(frozen=True)
 class Coverage:
-    """{name ending: number of adapted modules}, their share of the base's parameters, {part: share}
-    of large parts that are not adapted, and likely mistakes."""
+    """The part of the base that an adapter covers.
+
+    Attributes:
+        modules: {name ending: number of adapted modules}.
+        share: of the base's parameters that are in adapted modules.
+        not_covered: {part: share} of large parts that are not adapted.
+        whole: names of modules that are fully trained, without LoRA.
+        problems: likely mistakes.
+    """
 
     modules: dict[str, int]
     share: float
     not_covered: dict[str, float]
+    whole: list[str]
     problems: list[dict[str, str]]
 
     def __str__(self) -> str:
@@ -100,9 +108,10 @@ class Coverage:
 
 
 def coverage(model: PeftModel) -> Coverage:
-    """The part of the base that a PEFT model's adapter covers, by number of parameters; 4-bit
-    parameters count unpacked, tied ones once."""
+    """The coverage of a PEFT model's adapter, by number of parameters; 4-bit parameters count
+    unpacked, tied ones once."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     adapted: dict[str, Any] = {
         name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -134,6 +143,11 @@ def coverage(model: PeftModel) -> Coverage:
             for part, size in outside.most_common()
             if size >= SMALLEST_PART * total
         },
+        whole=[
+            name.removeprefix("base_model.model.")
+            for name, module in model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        ],
         problems=list(_partial(model, set(adapted))),
     )
 

@@ -235,7 +235,8 @@ def _summed(
 def _sparse(
     pairs: list[tuple[float, Update]], method: str, rank: int, density: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for methods that need every entry of the updates, by PEFT's functions."""
+    """The same for `ties` and `dare`, by PEFT's functions, which need the whole updates in memory:
+    one matrix of the module's size for each adapter."""
     import torch
     from peft.utils.merge_utils import dare_linear, ties
 

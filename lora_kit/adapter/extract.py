@@ -1,8 +1,8 @@
 """Extract a LoRA from a full fine-tune: dW = TUNED - BASE of each linear module, rank-truncated.
 
-Matrices are processed in blocks of rows, so memory is (in + out) x rank numbers whatever their
-size. B = U sqrt(S) and A = sqrt(S) V^T; their first k columns and rows are the best approximation
-of rank k (Eckart & Young 1936).
+Matrices are read in blocks of rows: only the factors, (in + out) x rank numbers for each module,
+are in memory. B = U sqrt(S) and A = sqrt(S) V^T; their first k columns and rows are the best
+approximation of rank k (Eckart & Young 1936).
 """
 
 from __future__ import annotations

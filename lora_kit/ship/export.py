@@ -24,7 +24,7 @@ from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.run import nearest, read_json
 from lora_kit.ship import gguf, llama_cpp, ollama, reload
-from lora_kit.ship.fidelity import rough_weights
+from lora_kit.ship.fidelity import dequantized_weights
 from lora_kit.ship.merge import FLOAT32_TOLERANCE, LESS, Into, merge, seen_scale
 from lora_kit.ship.mlx import write_mlx
 
@@ -194,7 +194,7 @@ def _reference(run: FinishedRun, into: Into, alone: bool) -> Reference:
     model = load_adapter(load_base(exact, run.pinned), run.adapter)
     if into == "dequantized":
         trained = load_adapter(load_base(run.base, run.pinned), run.adapter)
-        for _, weight, rough in rough_weights(trained, model):
+        for _, weight, rough in dequantized_weights(trained, model):
             weight.copy_(rough.to(weight))
     with_it, without = contextlib.nullcontext, model.disable_adapter
     asked, other = (without, with_it) if alone else (with_it, without)

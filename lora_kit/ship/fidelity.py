@@ -65,8 +65,8 @@ def fidelity(run: FinishedRun) -> dict[str, object]:
         if into == "base":
             found |= _norms(run, trained, model)
         else:
-            for _, weight, rough in rough_weights(trained, model):
-                weight.copy_(rough.to(weight))
+            for _, weight, dequantized in dequantized_weights(trained, model):
+                weight.copy_(dequantized.to(weight))
         if not model.config.get_text_config().tie_word_embeddings or not _on_ends(model):
             model.merge_adapter()  # so that it is rounded as in a merged model
         sums[into] = _measured(trained, model, rows, tokenizer.pad_token_id)
@@ -76,13 +76,13 @@ def fidelity(run: FinishedRun) -> dict[str, object]:
     found |= {"documents": int(evaluated.sum()), "tokens": int(size.sum())}
     found["loss"] = float(sums["base"][0].sum() / size.sum())
     for into in INTO:
-        before, after, apart, _ = sums[into]
+        before, after, divergence, _ = sums[into]
         change = (after - before)[evaluated]
         found[into] = {
             "loss": float(after.sum() / size.sum()),
             "difference": float(change.sum() / size.sum()),
             "ci95": list(interval(change, size, opened.seed)),
-            "kl": float(apart.sum() / size.sum()),
+            "kl": float(divergence.sum() / size.sum()),
         }
     low, high = interval((sums["base"][1] - sums["dequantized"][1])[evaluated], size, opened.seed)
     return {"run": run.path, **found, **_advice(run.path, found, low, high)}
@@ -110,22 +110,22 @@ def _advice(run: str, found: dict[str, Any], low: float, high: float) -> dict[st
     }
 
 
-def rough_weights(
+def dequantized_weights(
     trained: PeftModel, model: PeftModel
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(name, 16-bit weight, NF4-dequantized weight) of each quantized module, both (out, in)."""
     from bitsandbytes.functional import dequantize_4bit
 
-    sharp = dict(model.get_base_model().named_modules())
+    unquantized = dict(model.get_base_model().named_modules())
     for inner, module in trained.get_base_model().named_modules():
         if type(module).__name__ != "Linear4bit":
             continue
         name = inner.removesuffix(".base_layer")
-        layer: Any = getattr(sharp[name], "base_layer", sharp[name])
-        rough = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        layer: Any = getattr(unquantized[name], "base_layer", unquantized[name])
+        dequantized = dequantize_4bit(module.weight.data, module.weight.quant_state)
         # GPT-2's Conv1D keeps (in, out).
         weight = layer.weight.data
-        yield name, weight.T if type(layer).__name__ == "Conv1D" else weight, rough
+        yield name, weight.T if type(layer).__name__ == "Conv1D" else weight, dequantized
 
 
 def _norms(run: FinishedRun, trained: PeftModel, model: PeftModel) -> dict[str, Any]:
@@ -134,10 +134,10 @@ def _norms(run: FinishedRun, trained: PeftModel, model: PeftModel) -> dict[str, 
         {
             "module": name,
             "weight": float(weight.float().norm()),
-            "error": float((weight.float() - rough.to(weight.device).float()).norm()),
+            "error": float((weight.float() - dequantized.to(weight.device).float()).norm()),
             "update": adapter.update(name).norm(),
         }
-        for name, weight, rough in rough_weights(trained, model)
+        for name, weight, dequantized in dequantized_weights(trained, model)
         if name in adapter.factors
     ]
     return {"modules": modules, "whole": _together(modules)}
@@ -179,8 +179,8 @@ def _measured(trained: PeftModel, merged: PeftModel, rows: Rows, pad_id: int) ->
                 logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]
                 logs.append(logits[row, place].float().log_softmax(-1).cpu())
         nats = [-log.gather(1, targets)[:, 0] for log in logs]
-        apart = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
-        figures = torch.stack([*nats, apart, torch.ones_like(apart)]).double()
+        divergence = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+        figures = torch.stack([*nats, divergence, torch.ones_like(divergence)]).double()
         sums.index_add_(1, torch.from_numpy(units[numbers])[row], figures)
     if not bool(sums.isfinite().all()):
         raise CheckFailed("a held-out loss is not finite: look for NaN with lora-kit inspect")

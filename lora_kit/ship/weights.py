@@ -84,7 +84,7 @@ class Weights:
             kept = exact or source.dtype not in FLOATS
             self.entries[name] = (source.dtype if kept else _STORED_AS[dtype], source.shape)
         self.bytes = sum(math.prod(s) * DTYPES[d][1] for d, s in self.entries.values())
-        # The factors of fused experts are those of many tensors.
+        # The experts of a layer share one pair of factors, which is needed for many tensors.
         self._factors_of = lru_cache(maxsize=2)(self._read_factors)
 
     def copied(self, name: str) -> bool:
