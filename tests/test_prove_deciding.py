@@ -18,13 +18,12 @@ from lora_kit.errors import UserError
 from lora_kit.prove.evaluate import check_prove, evaluate
 from lora_kit.prove.gate import held
 from lora_kit.prove.report import in_lines
-from lora_kit.prove.scores import mean_score
 from lora_kit.schema import Gate, Run
 from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.preference import Preference
 from lora_kit.tasks.sequence import Classification
-from lora_kit.tasks.task import Contender, Score, Task
+from lora_kit.tasks.task import Contender, Score, Task, mean_score
 
 ROWS = Rows.of({"input_ids": [5, 6], "unit": unit} for unit in range(40))
 

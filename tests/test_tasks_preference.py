@@ -21,7 +21,7 @@ from lora_kit.data.rows import Rows
 from lora_kit.run import validated
 from lora_kit.schema import Adapter, Base
 from lora_kit.speed.fast import documents_loss, make_fast
-from lora_kit.tasks.batches import collators
+from lora_kit.tasks.batches import collator, in_one_row
 from lora_kit.tasks.preference import Preference, log_probabilities
 from lora_kit.tasks.task import Dropped
 
@@ -83,7 +83,7 @@ def adapted(folder: Path, loud: bool = True) -> Any:
 
 
 def quick(model: Any) -> None:
-    assert make_fast(model, documents_loss(model, collators(0))) == {}
+    assert make_fast(model, documents_loss(model, collator(0), in_one_row)) == {}
 
 
 def step(model: Any, batches: list[Any], items: int, run: Any) -> tuple[float, torch.Tensor]:

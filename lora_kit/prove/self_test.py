@@ -24,7 +24,7 @@ from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
 from lora_kit.schema import Run
 from lora_kit.speed.fast import PARTS, documents_loss, make_fast, make_plain
-from lora_kit.tasks.batches import IGNORED, collator, collators
+from lora_kit.tasks.batches import IGNORED, collator, in_one_row
 from lora_kit.tasks.encode import Prepared, rows_of
 from lora_kit.tasks.packing import Packed, check_isolation
 from lora_kit.tasks.task import Collate, Facts, Processor, Task
@@ -157,15 +157,15 @@ def _packed_step(run: Run, model: Any, batch: Batch, packed: Packed) -> Step | N
 
 def _quick_step(run: Run, model: Any, batch: Batch) -> Step | None:
     """The step on the quick paths; None where there are none."""
-    collate = collators(batch.processor.pad_token_id)
+    pad = collator(batch.processor.pad_token_id)
     plain = dict.fromkeys(PARTS, "speed: plain")
     if run.speed == "auto":
-        plain = make_fast(model, documents_loss(model, collate))
+        plain = make_fast(model, documents_loss(model, pad, in_one_row))
     try:
         if plain.keys() == set(PARTS):
             return None
-        flat = collate("attention" not in plain)
-        return one_step(run, model, batch, batch.rows, (ROWS, 1), flat)
+        collate = pad if "attention" in plain else in_one_row
+        return one_step(run, model, batch, batch.rows, (ROWS, 1), collate)
     finally:
         make_plain(model)
 

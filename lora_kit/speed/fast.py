@@ -39,8 +39,9 @@ _IGNORED = -100  # torch's ignore_index
 def make_fast(model: Any, probe: Probe, parts: Sequence[str] | None = None) -> dict[str, str]:
     """Install the fast paths into a PEFT model, before it is wrapped for training.
 
-    >>> plain = make_fast(model, documents_loss(model, collate))  # a causal language model
-    >>> plain = make_fast(model, lambda flat: model(**batch).loss, ("linear", "norm"))  # any other
+    >>> # A causal language model, and any other one:
+    >>> plain = make_fast(model, documents_loss(model, collator(0), in_one_row))
+    >>> plain = make_fast(model, lambda flat: model(**batch).loss, ("linear", "norm"))
 
     Args:
         model: on its device, with the adapter attached.
@@ -78,11 +79,11 @@ def make_fast(model: Any, probe: Probe, parts: Sequence[str] | None = None) -> d
     return {name: why for name, why in plain.items() if (name, why) != ("norm", UNSUPPORTED)}
 
 
-def documents_loss(model: Any, collate: Callable[[bool], Collate]) -> Probe:
+def documents_loss(model: Any, pad: Collate, concatenate: Collate) -> Probe:
     """The loss of two documents, to compare the paths of a causal language model on.
 
     Args:
-        collate: (flat) -> a collator of rows with `input_ids` and `labels`; flat: without padding.
+        pad, concatenate: collators of rows with `input_ids` and `labels`, with and without padding.
     """
 
     def loss(flat: bool) -> torch.Tensor:
@@ -90,7 +91,8 @@ def documents_loss(model: Any, collate: Callable[[bool], Collate]) -> Probe:
         noise = torch.Generator().manual_seed(0)
         lengths = _lengths(causal_model(model).config.get_text_config())
         rows = [torch.randint(0, len(weight), (n,), generator=noise).numpy() for n in lengths]
-        batch = collate(flat)([{"input_ids": row, "labels": row.copy()} for row in rows])
+        collate = concatenate if flat else pad
+        batch = collate([{"input_ids": row, "labels": row.copy()} for row in rows])
         moved = {k: v.to(weight.device) if torch.is_tensor(v) else v for k, v in batch.items()}
         found: torch.Tensor = model(**moved, num_items_in_batch=sum(lengths)).loss
         return found

@@ -140,7 +140,6 @@ class Prefix:
         self._active = False
         self._rows: Sequence[int] = ()
         self._kept: torch.Tensor | None = None
-        self._gives_tuples = False
         for layer in self.layers:
             layer.forward = self._forward(layer.forward, layer is self.layers[-1])
 
@@ -173,13 +172,13 @@ class Prefix:
                 with torch.no_grad():
                     out = plain(*args, **kwargs)
                 if last and self.store and self._rows:
-                    self.store.write(self._rows, _states(out))
+                    self.store.write(self._rows, out)
                 return out
             states = args[0] if args else kwargs["hidden_states"]
             if last:
                 kept = self._kept.to(states.device, non_blocking=True)
                 states = torch.nn.functional.pad(kept, (0, 0, 0, states.shape[1] - kept.shape[1]))
-            return (states,) if self._gives_tuples else states
+            return states
 
         return forward
 
@@ -234,15 +233,19 @@ class Prefix:
         embeddings = self.model.get_input_embeddings().weight
         noise, device = torch.Generator().manual_seed(0), embeddings.device
         a, b = (torch.randint(0, len(embeddings), (n,), generator=noise) for n in (40, 24))
-        seen: list[tuple[Any, torch.Tensor]] = []  # last layer's output, random state after it
+        # The last layer's output, and the random state after it.
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def logits(*documents: torch.Tensor) -> torch.Tensor:
-            ids = torch.cat(documents)[None].to(device)
-            positions = torch.cat([torch.arange(len(d)) for d in documents])[None].to(device)
-            lengths = [len(d) for d in documents]
+            positions = [torch.arange(len(document)) for document in documents]
+            lengths = [len(document) for document in documents]
             torch.manual_seed(0)  # LoRA's own dropout is the same each time
-            given: Any = {"input_ids": ids, "position_ids": positions, "documents": lengths}
-            found: torch.Tensor = self.model(**given, use_cache=False).logits
+            found: torch.Tensor = self.model(
+                input_ids=torch.cat(documents)[None].to(device),
+                position_ids=torch.cat(positions)[None].to(device),
+                documents=lengths,
+                use_cache=False,
+            ).logits
             return found[:, : sum(lengths)]
 
         hook = self.layers[-1].register_forward_hook(
@@ -259,8 +262,9 @@ class Prefix:
                 torch.manual_seed(0)
                 if not torch.equal(after, _random_state(device)):
                     return "they use random numbers (dropout)"
-                states, self._gives_tuples = _states(out), isinstance(out, tuple)
-                states = states[:, : len(a) + len(b)]
+                if not torch.is_tensor(out):
+                    return "the layers return more than hidden states"
+                states = out[:, : len(a) + len(b)]
                 with self.batch(()):
                     self._kept = torch.cat(states.split([len(a), len(b)], 1)[::-1], 1)
                     found = logits(b, a)
@@ -298,11 +302,6 @@ def described(model: Any, tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
         "config": config.to_dict() | {"_name_or_path": None},
         "weights": hashlib.sha256(str([_sum(t) for t in tensors]).encode()).hexdigest(),
     }
-
-
-def _states(out: Any) -> torch.Tensor:
-    """(1, tokens, width): a layer's output, or the first item of it."""
-    return out[0] if isinstance(out, tuple) else out
 
 
 def _sum(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -17,7 +17,6 @@ from lora_kit.errors import CheckFailed
 from lora_kit.tasks.task import Score, ratio
 
 RESAMPLES = 10_000
-FEWEST_UNITS = FEWEST_TO_EVALUATE
 SMALLEST_SHARE = 0.005  # smaller relative differences count as no difference
 FEWEST_CHANGED = 6  # with five changed units the sign test cannot reach 5%
 _DRAWS_AT_ONCE = 2**22
@@ -85,7 +84,7 @@ def verdict(found: Mapping[str, Any], units: int) -> str:
         found: `base`, `difference`, `ci95`, `better`, and `changed` if known.
         units: number of compared units; fewer than 20 are too little data.
     """
-    if units < FEWEST_UNITS:
+    if units < FEWEST_TO_EVALUATE:
         return "too little data"
     low, high = found["ci95"]
     lower = found["better"] == "lower"

@@ -21,7 +21,6 @@ from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import NotUsable, UserError
 from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row, labels_with_loss
 from lora_kit.tasks.chat import ChatEncoder, Encoded
-from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import (
     Batch,
     Collate,
@@ -72,12 +71,7 @@ class Causal(Task):
         return loss
 
     def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
-        parts = halves(batch)
-        return [(part, 1.0) for part in parts] if len(parts) > 1 else []
-
-    def pack(self, rows: Rows, run: Run) -> Rows | Packed:
-        documents = self.packing(run) == "documents"
-        return Packed(rows, run.train.max_length) if documents else rows
+        return [(part, 1.0) for part, _ in halves(batch)]
 
     def supervised(self, rows: Rows) -> int:
         return labels_with_loss(rows, "labels")
@@ -102,7 +96,10 @@ class Causal(Task):
         if not self.supervised(data.eval):
             problems.append("data.eval: no row has two tokens, so there is nothing to predict")
         numbers = answers.drawn(data.eval, run.prove.answers, run.seed) if names else []
-        wanted = answers.expected(data.eval, numbers, self.chat, processor)
+        wanted = [
+            answers.text_of(processor, answers.question(data.eval[n], self.chat)[1])
+            for n in numbers
+        ]
         for check in (
             lambda: metrics.check_names(names, self.chat),
             lambda: metrics.check_fit(names, wanted),
@@ -125,7 +122,8 @@ class Causal(Task):
         from lora_kit.tasks.measure import positions
 
         longest = int(data.eval.sizes("input_ids").max())
-        longest += answers.room_for_completion(run.prove.metrics)
+        if run.prove.metrics:
+            longest += answers.LONGER  # of a generated completion
         examples = few_shot.choose_examples(
             data.rows("train"), longest, positions(model), run.prove.shots, self.chat, run.seed
         )
@@ -429,13 +427,7 @@ def _running(sources: Sequence[Rows], processor: Processor, length: int) -> Iter
     def chunk(size: int) -> Row:
         ids = left[:size]
         markers = int(closed[:size].sum())
-        return {
-            "input_ids": ids,
-            "labels": ids,
-            "bytes": 0,
-            "end_markers": markers,
-            **left_place,
-        }
+        return {"input_ids": ids, "labels": ids, "bytes": 0, "end_markers": markers, **left_place}
 
     for rows in sources:
         for stream, place in _documents(rows, processor):

@@ -48,7 +48,6 @@ def measure(
     rows: Rows,
     pad_id: int,
     rows_at_once: int = 8,
-    numbers: np.ndarray | None = None,
 ) -> Losses:
     """The loss of all labels, summed per unit.
 
@@ -56,7 +55,6 @@ def measure(
         model: a causal language model, on its device.
         rows_at_once: rows of the longest length per batch; fewer if their logits would exceed
             LOGITS_AT_ONCE.
-        numbers: indices of the rows to measure; None: all. Other units get no tokens.
 
     Raises:
         CheckFailed: a loss is NaN or infinite.
@@ -80,9 +78,7 @@ def measure(
 
     lengths, units = rows.sizes("input_ids"), rows.column("unit")
     what = "the loss of held-out row"
-    found = each_row(
-        model, rows, collator(pad_id), lengths, rows_at_once, nats_and_tokens, what, numbers
-    )
+    found = each_row(model, rows, collator(pad_id), lengths, rows_at_once, nats_and_tokens, what)
     nats, tokens, size = (
         np.bincount(units, values, minlength=rows.units).astype(np.float64)
         for values in (*found.T, rows.column("bytes"))
@@ -98,13 +94,12 @@ def each_row(
     rows_at_once: int,
     of: Callable[[Any, Batch], torch.Tensor],
     what: str,
-    numbers: np.ndarray | None = None,
 ) -> np.ndarray:
     """Apply a function to all rows in batches: (rows, width) in its dtype. Rows are sorted by
     length, to reduce padding, and distributed over the ranks; every rank returns all results.
 
     Args:
-        lengths, rows_at_once, numbers: as in `batches_of`; skipped rows are zero.
+        lengths, rows_at_once: as in `batches_of`.
         of: (model, batch) -> (rows of the batch, width).
         what: name of the value, for the error message.
 
@@ -114,7 +109,7 @@ def each_row(
     import torch
     import torch.distributed as dist
 
-    batches = batches_of(model, lengths, rows_at_once, numbers)
+    batches = batches_of(model, lengths, rows_at_once)
     device = next(model.parameters()).device
     rank, ranks = rank_and_ranks()
     found: Any = None
@@ -168,17 +163,14 @@ def _row_nats(logits: Any, targets: Any) -> Any:
     return nats
 
 
-def batches_of(
-    model: Any, lengths: np.ndarray, rows_at_once: int, numbers: np.ndarray | None = None
-) -> list[list[int]]:
+def batches_of(model: Any, lengths: np.ndarray, rows_at_once: int) -> list[list[int]]:
     """Row indices in batches, longest first: `rows_at_once` of the longest rows, more of shorter
     ones; fewer if their logits would exceed LOGITS_AT_ONCE.
 
     Args:
-        lengths: int64 (rows,), tokens per row. numbers: indices of the rows to use; None: all.
+        lengths: int64 (rows,), tokens per row.
     """
-    chosen = np.arange(len(lengths)) if numbers is None else numbers
-    order = chosen[np.argsort(-lengths[chosen], kind="stable")].tolist()
+    order = np.argsort(-lengths, kind="stable").tolist()
     budget = rows_at_once * int(lengths[order[0]])  # tokens, padding counted
     budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     batches: list[list[int]] = []

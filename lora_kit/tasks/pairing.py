@@ -6,12 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 from lora_kit.data.rows import Row, Rows
+from lora_kit.data.splits import FEWEST_TO_EVALUATE
+from lora_kit.tasks.answers import Question
 from lora_kit.tasks.batches import IGNORED
-from lora_kit.tasks.bootstrap import FEWEST_UNITS, interval
+from lora_kit.tasks.bootstrap import interval
 from lora_kit.tasks.measure import measure
 
 KEPT = 0.75  # smallest share of the base's prompt use that must remain
-Question = tuple[list[int], list[int]]  # tokens of a prompt and of its completion
 
 
 def prompt_use(
@@ -30,7 +31,7 @@ def prompt_use(
         another prompt.
     """
     own, other = pairs(questions)
-    if len(own) < FEWEST_UNITS:
+    if len(own) < FEWEST_TO_EVALUATE:
         return None
     adapted = measure(model, other, pad_id).nats - measure(model, own, pad_id).nats
     with model.disable_adapter():
@@ -38,12 +39,11 @@ def prompt_use(
         base = measure(model, other, pad_id).nats - right.nats
     low, high = interval(adapted, right.tokens, seed)
     lost = interval(adapted - KEPT * base, right.tokens, seed)[1] < 0
-    worth = {
-        name: x.sum() / right.tokens.sum() for name, x in (("base", base), ("adapted", adapted))
-    }
+    tokens = right.tokens.sum()
     return {
         "rows": len(own),
-        **{name: round(float(value), 4) for name, value in worth.items()},
+        "base": round(float(base.sum() / tokens), 4),
+        "adapted": round(float(adapted.sum() / tokens), 4),
         "ci95": [round(low, 4), round(high, 4)],
         "blind": low <= 0 or lost,
     }

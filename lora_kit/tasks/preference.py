@@ -30,8 +30,8 @@ from lora_kit.data.census import NO_SUPERVISION
 from lora_kit.data.formats import Example, message_text, normalised
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import NotUsable, UserError
-from lora_kit.schema import Section, Train
-from lora_kit.tasks.batches import IGNORED, collator, in_one_row, labels_with_loss
+from lora_kit.schema import Json, Section, Train
+from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row, labels_with_loss
 from lora_kit.tasks.causal import Text, chat_encoder
 from lora_kit.tasks.chat import Encoded
 from lora_kit.tasks.task import (
@@ -44,6 +44,7 @@ from lora_kit.tasks.task import (
     Score,
     Shown,
     Task,
+    mean_score,
 )
 
 if TYPE_CHECKING:
@@ -210,17 +211,14 @@ class Preference(Task):
         return total.float()
 
     def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
-        """Split by pairs, sorted by length; a pair is never split."""
-        pairs = self.items(batch)
-        if pairs < 2:
-            return []
-        sizes = batch.get("documents")
-        if sizes is None:
-            mask = batch.get("attention_mask")
-            sizes = [batch["labels"].shape[1]] * 2 * pairs if mask is None else mask.sum(1).tolist()
-        longest = np.reshape(sizes, (pairs, 2)).max(1)
-        order = np.argsort(-longest, kind="stable").tolist()
-        return [(_some(batch, some), 1.0) for some in (order[: pairs // 2], order[pairs // 2 :])]
+        """Split by pairs; a pair is never split."""
+        parts = []
+        for part, sides in halves(batch, together=2):
+            part["counts"] = [batch["counts"][side] for side in sides]
+            if REFERENCE in batch:
+                part[REFERENCE] = batch[REFERENCE][[side // 2 for side in sides[::2]]]
+            parts.append((part, 1.0))
+        return parts
 
     # ------------------------------------------------------------------ evaluation
     def score(
@@ -238,10 +236,10 @@ class Preference(Task):
             ratios = found - np.stack([rows.cell(REFERENCE, n) for n in range(len(rows))])
             margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
         right = (margins > 0) + (margins == 0) / 2
-        ones, units = np.ones(len(rows)), rows.column("unit")
+        units = rows.column("unit")
         return [
-            Score("accuracy", np.stack([right, ones], 1), units=units),
-            Score("margin", np.stack([margins, ones], 1), units=units),
+            mean_score("accuracy", right, units=units),
+            mean_score("margin", margins, units=units),
         ]
 
     def rivals(
@@ -286,18 +284,24 @@ class Preference(Task):
             reference = generate_ids(model, processor, prompts, room)
         ends = set(end_tokens(model, processor))
         divergence = _divergence(model, run, processor.pad_token_id, prompts, adapted)
-        found: dict[str, Any] = {
+
+        def compare(name: str, better: str, before: np.ndarray, after: np.ndarray) -> Json:
+            base, tuned = mean_score(name, before, better), mean_score(name, after, better)
+            return compared(base, tuned, run.seed)
+
+        none = Score("kl", divergence * [0.0, 1.0], better="lower")  # of the reference itself
+        found = {
             "prompts": len(prompts),
             "room": room,
             "chosen_length": round(float(chosen_length), 2),
+            "length": compare(
+                "length", "higher", _lengths(reference, ends), _lengths(adapted, ends)
+            ),
+            "unfinished": compare(
+                "unfinished", "lower", _unfinished(reference, ends), _unfinished(adapted, ends)
+            ),
+            "kl": compared(none, Score("kl", divergence, better="lower"), run.seed),
         }
-        for name, better, before, after in (
-            ("length", "higher", _lengths(reference, ends), _lengths(adapted, ends)),
-            ("unfinished", "lower", _unfinished(reference, ends), _unfinished(adapted, ends)),
-            ("kl", "lower", divergence * [0.0, 1.0], divergence),
-        ):
-            base = Score(name, before, better=better)
-            found[name] = compared(base, Score(name, after, better=better), run.seed)
         return {"generation": found}
 
     def objection(self, report: dict[str, Any]) -> str | None:
@@ -377,28 +381,6 @@ def _pair(
     return [row]
 
 
-def _some(batch: Batch, pairs: list[int]) -> Batch:
-    """The batch with these pairs only."""
-    import torch
-
-    sides = [2 * pair + side for pair in pairs for side in (0, 1)]
-    part: Batch = {"counts": [batch["counts"][side] for side in sides]}
-    if REFERENCE in batch:
-        part[REFERENCE] = batch[REFERENCE][pairs]
-    documents = batch.get("documents")
-    if documents is None:
-        names = [name for name in ("input_ids", "labels", "attention_mask") if name in batch]
-        mask = batch.get("attention_mask")
-        width = None if mask is None else int(mask[sides].sum(1).max())
-        return part | {name: batch[name][sides, :width] for name in names}
-    for name in ("input_ids", "labels", "position_ids"):
-        each = batch[name][0].split(documents)
-        part[name] = torch.cat([each[side] for side in sides])[None]
-    part["documents"] = [documents[side] for side in sides]
-    part["places"] = (part["labels"][0, 1:] != IGNORED).nonzero().squeeze(1)
-    return part
-
-
 def _reference_key(model: Any, rows: Rows, run: Run) -> str:
     """A cache key of everything that the reference of the rows depends on."""
     from lora_kit.speed.fast import takes_flat
@@ -446,15 +428,13 @@ def _prompts(
 
 
 def _lengths(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
-    """Tokens without the end token, and 1: float64 (generations, 2)."""
-    lengths = [len(ids) - (ids[-1] in ends) if ids else 0 for ids in generated]
-    return np.stack([lengths, np.ones(len(lengths))], 1)
+    """Tokens without the end token: int64 (generations,)."""
+    return np.array([len(ids) - (ids[-1] in ends) if ids else 0 for ids in generated])
 
 
 def _unfinished(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
-    """1 if there is no end token else 0, and 1: float64 (generations, 2)."""
-    unfinished = [float(not ids or ids[-1] not in ends) for ids in generated]
-    return np.stack([unfinished, np.ones(len(unfinished))], 1)
+    """1 if there is no end token, else 0: float64 (generations,)."""
+    return np.array([float(not ids or ids[-1] not in ends) for ids in generated])
 
 
 def _divergence(

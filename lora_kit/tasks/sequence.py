@@ -23,6 +23,7 @@ from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import UserError
 from lora_kit.schema import Base
 from lora_kit.tasks import probe
+from lora_kit.tasks.batches import halves, padded
 from lora_kit.tasks.task import (
     Batch,
     Collate,
@@ -137,7 +138,20 @@ class Classification(Task):
 
     # ------------------------------------------------------------------ training
     def collate(self, processor: Processor, flat: bool = False) -> Collate:
-        return _Collate(processor.pad_token_id)
+        """Right-pads to the longest row: `input_ids` and `attention_mask`, int64 (rows, longest);
+        `labels`, int64 (rows,)."""
+
+        def collate(rows: Sequence[Row]) -> Batch:
+            import torch
+
+            ids = [row["input_ids"] for row in rows]
+            return {
+                "input_ids": padded(ids, processor.pad_token_id).long(),
+                "attention_mask": padded([np.ones(len(row), np.int64) for row in ids], 0),
+                "labels": torch.tensor([int(row["labels"]) for row in rows]),
+            }
+
+        return collate
 
     def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
         """Cross entropy in nats, from float32 logits.
@@ -152,17 +166,7 @@ class Classification(Task):
         return nats / items
 
     def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
-        rows = len(batch["labels"])
-        if rows < 2:
-            return []
-        lengths = batch["attention_mask"].sum(1)
-        order = lengths.argsort(descending=True, stable=True)  # for less padding
-        parts = []
-        for side in (order[: rows // 2], order[rows // 2 :]):
-            width = int(lengths[side].max())
-            part = {name: values[side][:, :width] for name, values in _inputs(batch).items()}
-            parts.append(({**part, "labels": batch["labels"][side]}, 1.0))
-        return parts
+        return [(part, 1.0) for part, _ in halves(batch)]
 
     # ------------------------------------------------------------------ evaluation
     def score(
@@ -240,27 +244,6 @@ class Classification(Task):
             Shown("text", ids, [False] * len(ids)),
             Shown("label", text=facts["labels"][row["labels"]]),
         ]
-
-
-@dataclass(frozen=True)
-class _Collate:
-    """Right-pads to the longest row: `input_ids` and `attention_mask`, int64 (rows,
-    longest); `labels`, int64 (rows,)."""
-
-    pad_id: int
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        import torch
-
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        ids = torch.full((len(rows), int(lengths.max())), self.pad_id)
-        for number, row in enumerate(rows):
-            ids[number, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
-        return {
-            "input_ids": ids,
-            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-            "labels": torch.tensor([int(row["labels"]) for row in rows]),
-        }
 
 
 def _check_names(labels: Sequence[str], key: str) -> None:

@@ -98,6 +98,13 @@ class Score:
         return float(self.value(self.sums.sum(0)))
 
 
+def mean_score(
+    name: str, each: np.ndarray, better: str = "higher", units: np.ndarray | None = None
+) -> Score:
+    """The mean of a number per unit, float64 (units,), as a `Score`."""
+    return Score(name, np.stack([each, np.ones(len(each))], axis=1), better=better, units=units)
+
+
 @dataclass(frozen=True)
 class Contender:
     """Something that the adapted model is compared with.
@@ -199,10 +206,6 @@ class Task:
         """Training rows made of the encoded ones, such as chunks of concatenated text; None:
         unchanged. `replayed`: rows of `general` that are also trained on (`data.replay`)."""
         return None
-
-    def pack(self, rows: Rows, run: Run) -> Any:
-        """The training rows, packed if the task and run file ask for it."""
-        return rows
 
     def packing(self, run: Run) -> str:
         """The packing in use: `none`, `documents` or `running` (see `data.packing`)."""

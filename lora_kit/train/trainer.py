@@ -15,7 +15,7 @@ from lora_kit.schema import Run
 from lora_kit.speed.fast import Probe, documents_loss, make_fast, make_plain
 from lora_kit.speed.memory import recompute
 from lora_kit.speed.prefix import Prefix
-from lora_kit.tasks.batches import collators
+from lora_kit.tasks.batches import collator, in_one_row
 from lora_kit.tasks.packing import Packed, check_isolation, content_hash
 from lora_kit.tasks.task import Processor, Task
 from lora_kit.train import checkpoint
@@ -153,7 +153,7 @@ def _make_fast(journey: Journey, model: Any, processor: Processor, data: Prepare
         journey.say("speed: standard path, since the base is sharded")
         return False
     if task.flat:
-        plain = make_fast(model, documents_loss(model, collators(0)))
+        plain = make_fast(model, documents_loss(model, collator(0), in_one_row))
     else:
         plain = make_fast(model, _rows_loss(task, run, model, processor, data), _FOR_ANY_MODEL)
     if plain:
