@@ -223,7 +223,7 @@ class _Planner:
         return costs.on_meta(collate(short), self.masked)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        return self.task.loss(model, batch, 1, self.run)
+        return self.task.loss(model, batch, 1, self.run.train)
 
     def work(self, micro: int, recomputed: int) -> PassCost:
         """The cost of the largest micro-batch of an epoch with shuffled rows."""

@@ -215,7 +215,7 @@ def test_any_score_of_a_task_may_decide_and_no_other(task: Task) -> None:
     data: Any = None
     for name in task.scores:
         run = run_with(metrics=[name])
-        assert task.check(data, None, {}, run) == [] and task.deciding(run) == name
+        assert task.check(data, None, {}, run) == [] and task.deciding(run.prove) == name
     (problem,) = task.check(data, None, {}, run_with(metrics=[task.scores[1], "rouge_l"]))
     assert problem.startswith("prove.metrics: rouge_l: ") and ", ".join(task.scores) in problem
 

@@ -91,7 +91,7 @@ def step(model: Any, batches: list[Any], items: int, run: Any) -> tuple[float, t
     model.zero_grad()
     total = 0.0
     for batch in batches:
-        loss = TASK.loss(model, batch, items, run)
+        loss = TASK.loss(model, batch, items, run.train)
         loss.backward()
         total += float(loss.detach())
     grads = [p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]

@@ -127,7 +127,7 @@ def _evaluated(
     for name, found in (report["metrics"] or {}).items():
         word[name] = verdict(found, found["rows"])
     if run.prove.metrics:
-        report["domain"]["decided_by"] = task.deciding(run)
+        report["domain"]["decided_by"] = task.deciding(run.prove)
     deciding, found = decided_by(report)
     word["domain"] = word.get(deciding) or verdict(found, report["domain"]["documents"])
     for contender in contenders[1:]:
@@ -198,7 +198,7 @@ def _further(task: Task, run: Run) -> list[str]:
 def _own(task: Task, scores: Sequence[Score], run: Run) -> list[Score]:
     """The scores that the task has anyway, the deciding one first if it is among them."""
     own = [score for score in scores if score.name not in _further(task, run)]
-    return sorted(own, key=lambda score: score.name != task.deciding(run))
+    return sorted(own, key=lambda score: score.name != task.deciding(run.prove))
 
 
 def _metrics(

@@ -334,7 +334,7 @@ def each_alone(run: Run, model: Any, batch: Batch) -> Step:
     loss = 0.0
     for row in rows:
         moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in collate([row]).items()}
-        part = task.loss(model, moved, items, run)
+        part = task.loss(model, moved, items, run.train)
         part.backward()
         loss += part.item()
     return Step(loss, gradient_of(model))

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_kit.base.pin import Pinned
-    from lora_kit.schema import Run
+    from lora_kit.schema import Data, Run, Train
     from lora_kit.tasks.encode import Prepared
 
 _PAIRED_ROWS = 128  # at most; held-out rows whose completions are scored after another prompt
@@ -65,7 +65,9 @@ class Causal(Task):
     def items(self, batch: Batch) -> torch.Tensor:
         return (batch["labels"][:, 1:] != IGNORED).sum()
 
-    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: Batch, items: int | torch.Tensor, train: Train
+    ) -> torch.Tensor:
         """Cross entropy in nats over all supervised tokens of the step: transformers' own loss."""
         loss: torch.Tensor = model(**batch, num_items_in_batch=items).loss
         return loss
@@ -193,7 +195,7 @@ class Text(Causal):
         *("prove.metrics", "prove.answers"),
     )
 
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         return {"kind": "text", "joiner": ""}
 
     def encode(
@@ -233,14 +235,14 @@ class Text(Causal):
         """
         sources = [rows] if replayed is None else [rows, replayed]
         length = run.train.max_length
-        if self.packing(run) == "running":
+        if self.packing(run.data) == "running":
             yield from _running(sources, processor, length)
         else:
             for some in sources:
                 yield from _closed(some, processor, length)
 
-    def packing(self, run: Run) -> str:
-        return run.data.packing or "running"
+    def packing(self, data: Data) -> str:
+        return data.packing or "running"
 
 
 Text.general = Text()
@@ -258,24 +260,24 @@ class Conversations(Causal):
     general = Text()
     chat = True
 
-    def packing(self, run: Run) -> str:
-        return run.data.packing or "none"
+    def packing(self, data: Data) -> str:
+        return data.packing or "none"
 
     def notes(self, formats: set[str], facts: Facts) -> list[str]:
         if "preference" not in formats:
             return []
         return ["preference rows: only the chosen completions are trained on"]
 
-    def processor(self, pinned: Pinned, run: Run) -> Processor:
-        if run.data.packing == "running":
+    def processor(self, pinned: Pinned, data: Data) -> Processor:
+        if data.packing == "running":
             raise UserError(
                 "data.packing: running is for text: use none or documents for conversations"
             )
-        tokenizer = super().processor(pinned, run)
-        set_template(tokenizer, run.data.chat_template)
+        tokenizer = super().processor(pinned, data)
+        set_template(tokenizer, data.chat_template)
         return tokenizer
 
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         return {"kind": "chat", "joiner": next(iter(train)).joiner}
 
     def encode(

@@ -119,7 +119,7 @@ def encode(
         stop()
     census = json.loads((folder / "census.json").read_text(encoding="utf-8"))
     found = {file.stem: Rows.open(file) for file in folder.glob("*.arrow")}
-    documents = task.packing(run) == "documents"
+    documents = task.packing(run.data) == "documents"
     prepared = Prepared(
         train=Packed(found["train"], run.train.max_length) if documents else found["train"],
         eval=found["eval"],
@@ -145,9 +145,9 @@ def rows_of(
     Args:
         lock: see `data.prepare.prepare`. limits: see `encode`.
     """
-    processor = task.processor(pinned, run)
+    processor = task.processor(pinned, run.data)
     split = prepare(run.data, task, run.seed, lock)
-    facts = task.facts(split.train, run)
+    facts = task.facts(split.train, run.data)
     return processor, encode(task, split, processor, facts, run, limits)
 
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from lora_kit.base.pin import Pinned
     from lora_kit.data.examples import Examples
-    from lora_kit.schema import Run
+    from lora_kit.schema import Data, Run
     from lora_kit.tasks.encode import Prepared
 
 SIDES = ("chosen", "rejected")
@@ -114,12 +114,12 @@ class Preference(Task):
         """Pairs of one prompt stay in the same split."""
         return example.group or normalised(example.question)
 
-    def processor(self, pinned: Pinned, run: Run) -> Processor:
-        tokenizer = super().processor(pinned, run)
-        set_template(tokenizer, run.data.chat_template)
+    def processor(self, pinned: Pinned, data: Data) -> Processor:
+        tokenizer = super().processor(pinned, data)
+        set_template(tokenizer, data.chat_template)
         return tokenizer
 
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         return {"kind": "chat", "joiner": next(iter(train)).joiner}
 
     # ------------------------------------------------------------------ rows
@@ -197,7 +197,9 @@ class Preference(Task):
         """Pairs."""
         return len(batch["counts"]) // 2
 
-    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: Batch, items: int | torch.Tensor, train: Train
+    ) -> torch.Tensor:
         """-log sigmoid(margin), summed over the pairs of the batch, divided by the pairs of the
         step. On the meta device (memory plan) there is no reference."""
         import torch
@@ -205,7 +207,7 @@ class Preference(Task):
         ratios = log_probabilities(model, batch)  # (pairs, 2)
         if not ratios.is_meta:
             ratios = ratios - batch[REFERENCE]
-        margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
+        margins = _beta(train) * (ratios[:, 0] - ratios[:, 1])
         losses = -torch.nn.functional.logsigmoid(margins)
         total: torch.Tensor = losses.sum() / items
         return total.float()
@@ -234,7 +236,7 @@ class Preference(Task):
                     rows = self.annotate(rows, model, processor, run)
             found = self._log_probabilities(model, rows, processor)
             ratios = found - np.stack([rows.cell(REFERENCE, n) for n in range(len(rows))])
-            margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
+            margins = _beta(run.train) * (ratios[:, 0] - ratios[:, 1])
         right = (margins > 0) + (margins == 0) / 2
         units = rows.column("unit")
         return [
@@ -345,6 +347,11 @@ class Preference(Task):
         sizes = 2 * np.maximum(rows.sizes("chosen_input_ids"), rows.sizes("rejected_input_ids"))
         what = "the log-probability of pair"
         return each_row(model, rows, collate, sizes, _PAIRS_AT_ONCE, log_probabilities, what)
+
+
+def _beta(train: Train) -> float:
+    assert isinstance(train, PreferenceTrain)  # `Preference.settings`
+    return train.beta
 
 
 def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

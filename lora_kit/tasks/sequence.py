@@ -39,7 +39,7 @@ from lora_kit.tasks.task import (
 if TYPE_CHECKING:
     import torch
 
-    from lora_kit.schema import Run
+    from lora_kit.schema import Data, Run, Train
     from lora_kit.tasks.encode import Prepared
 
 _ROWS_AT_ONCE = 32
@@ -84,10 +84,10 @@ class Classification(Task):
     unread = tuple(key for key in Task.unread if key != "data.labels")
 
     # ------------------------------------------------------------------ examples and rows
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         """`labels`: class names in order; `rows`: number of training rows per class."""
         counts = train.labels
-        named = label_names(run.data.labels)
+        named = label_names(data.labels)
         labels = named or tuple(counts)
         _check_names(labels, "data.labels" if named else "data.train")
         if len(counts) < 2:
@@ -153,7 +153,9 @@ class Classification(Task):
 
         return collate
 
-    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: Batch, items: int | torch.Tensor, train: Train
+    ) -> torch.Tensor:
         """Cross entropy in nats, from float32 logits.
 
         Not transformers' own, which is a mean over the micro-batch: its gradients are N times too
@@ -219,7 +221,7 @@ class Classification(Task):
 
         def figure(predicted: np.ndarray) -> float:
             scores = self.score(Rule(lambda _: predicted), held_out, processor, facts, run)
-            return next(score.figure for score in scores if score.name == self.deciding(run))
+            return next(score.figure for score in scores if score.name == self.deciding(run.prove))
 
         of_probe, of_majority = figure(fitted.predicted), figure(majority.classes(held_out))
         return found if of_probe > of_majority else found[::-1]

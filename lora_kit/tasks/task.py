@@ -22,7 +22,7 @@ from lora_kit.data.examples import Examples
 from lora_kit.data.formats import Example
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import UserError
-from lora_kit.schema import Section
+from lora_kit.schema import Data, Prove, Section, Train
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,10 @@ class Contender:
 
 
 class Task:
-    """A task. `run` is the whole run file; its sections also have the keys of `settings`.
+    """A task.
+
+    Methods get the section of the run file that they need, or the whole `run` if it is several. A
+    section also has the task's own keys (`settings`).
 
     Attributes:
         formats: row formats of `data.formats.FORMATS` that it reads.
@@ -168,14 +171,14 @@ class Task:
         """Examples of the same group stay in the same split; None: only duplicates do."""
         return None
 
-    def processor(self, pinned: Pinned, run: Run) -> Processor:
+    def processor(self, pinned: Pinned, data: Data) -> Processor:
         """The base's tokenizer or processor; the model is not loaded."""
         from lora_kit.base.head import CAUSAL
         from lora_kit.base.load import load_tokenizer
 
         return load_tokenizer(pinned, generates=self.auto == CAUSAL)
 
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         """Facts from the training examples that the model needs, such as label names; plain JSON.
 
         Raises:
@@ -207,7 +210,7 @@ class Task:
         unchanged. `replayed`: rows of `general` that are also trained on (`data.replay`)."""
         return None
 
-    def packing(self, run: Run) -> str:
+    def packing(self, data: Data) -> str:
         """The packing in use: `none`, `documents` or `running` (see `data.packing`)."""
         return "none"
 
@@ -269,11 +272,13 @@ class Task:
         """The collator; None: the trainer's own."""
         raise NotImplementedError
 
-    def items(self, batch: Batch) -> Any:
+    def items(self, batch: Batch) -> int | torch.Tensor:
         """The divisor of a batch's loss, an int or a tensor (): number of labels, pairs or rows."""
         return len(next(iter(batch.values())))
 
-    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: Batch, items: int | torch.Tensor, train: Train
+    ) -> torch.Tensor:
         """The loss of a micro-batch, () float32: its sum divided by the `items` of the whole
         optimizer step, over all micro-batches and processes, so that it does not depend on the
         batch layout. Not overridden: the trainer computes the loss."""
@@ -302,9 +307,9 @@ class Task:
         exists, `model.generate`."""
         raise NotImplementedError
 
-    def deciding(self, run: Run) -> str:
+    def deciding(self, prove: Prove) -> str:
         """The score that decides the verdict: the first of `prove.metrics`, else of `scores`."""
-        return (run.prove.metrics or self.scores)[0]
+        return (prove.metrics or self.scores)[0]
 
     def rivals(
         self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run

@@ -38,7 +38,7 @@ def held_out_loss(trainer: Any) -> float:
             chosen = [rows[number] for number in order[first : first + size].tolist()]
             batch = trainer._prepare_inputs(trainer.data_collator(chosen))
             items = torch.as_tensor(task.items(batch), device=args.device)
-            loss = task.loss(trainer.model_wrapped, batch, 1, guard.run)
+            loss = task.loss(trainer.model_wrapped, batch, 1, guard.run.train)
             if mine < len(starts):
                 sums += torch.stack([loss.double(), items.double()])
             trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)

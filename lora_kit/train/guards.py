@@ -148,7 +148,8 @@ class Guards(Trainer):
         if guard.own_loss:
             items = options["num_items_in_batch"]
             # DDP averages gradients over the ranks.
-            loss = guard.task.loss(model, inputs, items, guard.run) * self.accelerator.num_processes
+            loss: Any = guard.task.loss(model, inputs, items, guard.run.train)
+            loss = loss * self.accelerator.num_processes
         else:
             loss = super().compute_loss(model, inputs, *args, **options)
         if not isinstance(inputs, Batch):  # called from the trainer's own evaluation

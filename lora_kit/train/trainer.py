@@ -171,7 +171,7 @@ def _rows_loss(task: Task, run: Run, model: Any, processor: Processor, data: Pre
 
     def loss(flat: bool) -> torch.Tensor:
         moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        return task.loss(model, moved, task.items(moved), run)
+        return task.loss(model, moved, task.items(moved), run.train)
 
     return loss
 
