@@ -34,8 +34,8 @@ from lora_kit.speed import memory as costs
 from lora_kit.speed.memory import Choice, Machine, PassCost
 from lora_kit.tasks.encode import Prepared, rows_of
 from lora_kit.tasks.task import Batch, Processor, Task
-from lora_kit.train.checkpoint import checkpoint_bytes
 from lora_kit.train.guards import has_own_loss
+from lora_kit.train.save import checkpoint_bytes
 from lora_kit.train.strategies import choose
 
 _MIB = 2**20

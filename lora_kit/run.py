@@ -36,7 +36,7 @@ Models = Mapping[str, type[Section]]  # section -> its class, as `data.limits`
 # The classes of nested sections.
 _INNER: Models = {"data.limits": schema.Limits, "prove.gate": schema.Gate}
 _PROGRAMS = ("metrics", "harness")  # keys of `prove:` that may name programs
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95}")
 _FILE_ENDINGS = {
     *(".txt", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
     *(".gz", ".html", ".htm", ".pdf", ".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf"),
@@ -468,7 +468,7 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name that is not a path can be a Hub id (owner/name)."""
-    return bool(_HUB_ID.fullmatch(name)) and os.path.splitext(name)[1].lower() not in _FILE_ENDINGS
+    return bool(HUB_ID.fullmatch(name)) and os.path.splitext(name)[1].lower() not in _FILE_ENDINGS
 
 
 def _missing_sources(values: dict[str, Any]) -> list[str]:

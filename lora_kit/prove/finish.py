@@ -13,7 +13,7 @@ from lora_kit.prove.report import in_lines, write_report
 from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.task import Processor
 from lora_kit.train.callbacks import read_metrics
-from lora_kit.train.directory import is_first_rank
+from lora_kit.train.directory import add_to_lock, is_first_rank, say
 from lora_kit.train.guards import Guards, best_step, stopped_early
 
 
@@ -36,7 +36,7 @@ def prove(
     model: Any = trainer.model_wrapped if sharded else trainer.model
     general = f" and {data.general.units} general ones" if data.general else ""
     units = "documents" if "loss" in guard.task.scores else "rows"
-    directory.say(f"evaluating on {data.eval.units} held-out {units}{general}")
+    say(f"evaluating on {data.eval.units} held-out {units}{general}")
     # A sharded model would have to generate on all ranks in step: it does not generate.
     report = evaluate(guard.task, model, data, processor, run, fresh, generates=not sharded)
     alone = trainer.accelerator.num_processes == 1
@@ -44,7 +44,7 @@ def prove(
         measure_tasks(report, model, processor, run.prove.harness)
     further = set(run.prove.metrics) - set(guard.task.scores)
     if (run.prove.harness and not alone) or (further and sharded):
-        why = f"on several processes: measure it in one, with lora-kit compare {directory.path}"
+        why = f"on several processes: measure it in one, with lora-kit compare {directory}"
         report["not_measured"].append(why)
     effect = report.pop("adapter_effect")
     if effect is not None:
@@ -55,7 +55,7 @@ def prove(
         "best_step": best_step(trainer.state),
         "stopped_early": stopped_early(trainer.state, patience),
     }
-    rows = read_metrics(directory.metrics)
+    rows = read_metrics(directory / "metrics.jsonl")
     last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     plan = guard.plan
     report["training"] = {
@@ -76,12 +76,12 @@ def prove(
     }
     report["gate"] = held(report, run.prove.gate) if run.prove.gate else None
     if is_first_rank():
-        report["layers"] = open_adapter(directory.adapter).figures()
-        write_report(directory.path, run, report)
-        directory.lock(finished=True)
+        report["layers"] = open_adapter(directory / "adapter").figures()
+        write_report(directory, run, report)
+        add_to_lock(directory, finished=True)
         for line in in_lines(report):
-            directory.say(line)
-        directory.say(f"written to {directory.path}")
+            say(line)
+        say(f"written to {directory}")
     failed = [f"{p['what']}: {p['cause']}; {p['fix']}" for p in report["audit"]["problems"]]
     failed += [f"gate: {line}" for line in (report["gate"] or {}).get("failed", [])]
     if failed:

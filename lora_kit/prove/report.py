@@ -27,7 +27,7 @@ from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Run
 from lora_kit.tasks.bootstrap import verdict
 from lora_kit.train.callbacks import read_metrics
-from lora_kit.train.checkpoint import write_json
+from lora_kit.train.directory import write_json
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 # The parts of a report that `scores.against` returned, and what each is about.

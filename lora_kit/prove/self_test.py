@@ -29,7 +29,7 @@ from lora_kit.tasks.encode import Prepared, rows_of
 from lora_kit.tasks.packing import Packed, check_isolation
 from lora_kit.tasks.task import Collate, Facts, Processor, Task
 from lora_kit.train.arguments import check_installed
-from lora_kit.train.directory import RunDirectory, is_first_rank
+from lora_kit.train.directory import check_processes, is_first_rank
 from lora_kit.train.guards import guarded, has_own_loss
 from lora_kit.train.interrupt import StopSignal
 from lora_kit.train.strategies import choose as choose_strategy
@@ -302,14 +302,13 @@ def one_step(
     task = batch.task
     trainer_class, arguments_class = task.classes()
     with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory(Path(folder))
-        arguments = training_arguments(run, directory.path, None, arguments_class)
+        arguments = training_arguments(run, Path(folder), None, arguments_class)
         arguments.save_strategy = "no"
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         trainer = guarded(trainer_class)(
             task,
             run,
-            directory,
+            Path(folder),
             StopSignal(),
             {"adapter": trained.__contains__},
             model=model,
@@ -318,7 +317,7 @@ def one_step(
             data_collator=collate or task.collate(batch.processor),
             callbacks=[Catch()],
         )
-        directory.check_world(trainer.accelerator.num_processes)
+        check_processes(trainer.accelerator.num_processes)
         loss = trainer.train().training_loss
     return Step(loss, caught[0])
 

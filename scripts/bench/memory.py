@@ -116,7 +116,8 @@ from lora_kit.prove import finish
 from lora_kit.train.callbacks import peak_mib, read_metrics
 
 def measured(trainer, *_):
-    last = [row for row in read_metrics(trainer.guard.directory.metrics) if "loss" in row][-1]
+    rows = read_metrics(trainer.guard.directory / "metrics.jsonl")
+    last = [row for row in rows if "loss" in row][-1]
     return {"mib": peak_mib(), "tokens_per_second": last["tokens_per_second"]}
 
 finish.prove = measured
