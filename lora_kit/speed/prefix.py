@@ -16,12 +16,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from lora_kit import cache
+from lora_kit.schema import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STATES = "states.bin"
 # Increased whenever the same model and rows give a different file.
@@ -33,7 +37,7 @@ _CHECK_BYTES = 4
 _LIBRARIES = ("lora-kit", "torch", "transformers", "bitsandbytes")
 
 
-def decoder_layers(model: Any) -> torch.nn.ModuleList:
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The decoder layers of a PEFT or transformers model; empty if they are not found."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -46,7 +50,7 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     return torch.nn.ModuleList()
 
 
-def first_trained_layer(model: Any) -> int:
+def first_trained_layer(model: torch.nn.Module) -> int:
     """Index of the lowest layer that trains; 0 if embeddings train, or anything else outside of the
     layers and the head; the number of layers if only the head trains."""
     layers = decoder_layers(model)
@@ -60,9 +64,15 @@ def first_trained_layer(model: Any) -> int:
     return min(trained, default=len(layers))
 
 
-def causal_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model."""
-    return getattr(model, "get_base_model", lambda: model)()
+def causal_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model; a transformers model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return cast("PreTrainedModel", unwrap() if unwrap else model)
+
+
+def embedding_weight(model: torch.nn.Module) -> torch.Tensor:
+    """(vocabulary, width)"""
+    return cast(torch.Tensor, causal_model(model).get_input_embeddings().weight)
 
 
 class Store:
@@ -133,7 +143,7 @@ class Prefix:
         model: on its device, neither wrapped nor sharded, with the adapter attached.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.layers = list(decoder_layers(model))[: first_trained_layer(model)]
         self.store: Store | None = None
@@ -211,7 +221,9 @@ class Prefix:
         except OSError as error:
             return f"{frozen}; their output is not cached: {error.strerror}"
 
-    def _open_store(self, file: Path, lengths: np.ndarray, states: Any, passes: float) -> str:
+    def _open_store(
+        self, file: Path, lengths: np.ndarray, states: torch.Tensor, passes: float
+    ) -> str:
         existing = file.stat() if file.exists() else None
         earlier = existing is not None and existing.st_size > 0
         if passes <= 1 and not earlier:
@@ -230,7 +242,7 @@ class Prefix:
     def _try(self) -> torch.Tensor | str:
         """Run two documents with the layers, and again with cached states in reverse order. Returns
         the states (1, tokens, width) if the logits agree, else the reason why they do not."""
-        embeddings = self.model.get_input_embeddings().weight
+        embeddings = embedding_weight(self.model)
         noise, device = torch.Generator().manual_seed(0), embeddings.device
         a, b = (torch.randint(0, len(embeddings), (n,), generator=noise) for n in (40, 24))
         # The last layer's output, and the random state after it.
@@ -277,7 +289,7 @@ class Prefix:
             return "later layers depend on more than these states"
         return states
 
-    def _about(self, content: str) -> dict[str, Any]:
+    def _about(self, content: str) -> Json:
         """Everything that the states depend on."""
         above = decoder_layers(self.model)[len(self.layers) :]
         other = {id(p) for p in above.parameters()}
@@ -291,7 +303,7 @@ class Prefix:
         }
 
 
-def described(model: Any, tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
+def described(model: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> Json:
     """Everything that the outputs of a model with these tensors depend on, as plain JSON. Weights
     are hashed in memory, since a start adapter may differ from the files on disk."""
     config = causal_model(model).config
