@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_kit.data.rows import Row, Rows
+from lora_kit.schema import Json
 from lora_kit.tasks import metrics
 from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.measure import generate
 from lora_kit.tasks.task import Processor, Score, mean_score
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Question = tuple[list[int], list[int]]  # tokens of a prompt and of its reference completion
 _SHOWN_EACH = 2  # samples of each kind: first, largest gain, largest loss
@@ -39,7 +43,12 @@ def drawn(rows: Rows, most: int, seed: int) -> list[int]:
 
 
 def completion_scores(
-    model: Any, rows: Rows, chat: bool, processor: Processor, names: list[str], numbers: list[int]
+    model: PeftModel,
+    rows: Rows,
+    chat: bool,
+    processor: Processor,
+    names: list[str],
+    numbers: list[int],
 ) -> list[Score]:
     """The score of each metric on greedy completions of these rows.
 
@@ -59,8 +68,8 @@ def completion_scores(
 
 
 def samples(
-    model: Any, rows: Rows, chat: bool, processor: Processor, base: Score, adapted: Score
-) -> list[dict[str, Any]]:
+    model: PeftModel, rows: Rows, chat: bool, processor: Processor, base: Score, adapted: Score
+) -> list[Json]:
     """Greedy generations of base and adapted model for the first held-out units, and for those with
     the largest gain and the largest loss.
 

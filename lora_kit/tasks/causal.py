@@ -36,9 +36,10 @@ from lora_kit.tasks.words import WordEncoder
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
     from lora_kit.base.pin import Pinned
-    from lora_kit.schema import Data, Run, Train
+    from lora_kit.schema import Data, Json, Run, Train
     from lora_kit.tasks.encode import Prepared
 
 _PAIRED_ROWS = 128  # at most; held-out rows whose completions are scored after another prompt
@@ -117,7 +118,7 @@ class Causal(Task):
         return problems
 
     def rivals(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self, model: PeftModel, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
         """The base with `prove.shots` training rows in its prompt, if they fit."""
         from lora_kit.tasks import answers, few_shot
@@ -143,17 +144,17 @@ class Causal(Task):
 
     def examine(
         self,
-        model: Any,
+        model: PeftModel,
         data: Prepared,
         scores: Mapping[str, list[Score]],
         processor: Processor,
         facts: Facts,
         run: Run,
-    ) -> dict[str, Any]:
+    ) -> Json:
         from lora_kit.tasks import answers
         from lora_kit.tasks.pairing import prompt_use
 
-        found: dict[str, Any] = {"prompt_use": None}
+        found: Json = {"prompt_use": None}
         if run.prove.shots and "few_shot" not in scores:
             why = "few_shot: the base's context is too short for examples"
             found["not_measured"] = [why]
@@ -170,7 +171,7 @@ class Causal(Task):
         found["samples"] = answers.samples(model, rows, self.chat, processor, base, adapted)
         return found
 
-    def objection(self, report: dict[str, Any]) -> str | None:
+    def objection(self, report: Json) -> str | None:
         """The loss can improve by the frequency of completions alone, without using the prompt."""
         used = report.get("prompt_use")
         return "completions hardly depend on their prompts" if used and used["blind"] else None

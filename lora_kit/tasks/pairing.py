@@ -3,21 +3,23 @@ trained on them learns which completions occur, so its loss still falls."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_kit.data.rows import Row, Rows
 from lora_kit.data.splits import FEWEST_TO_EVALUATE
+from lora_kit.schema import Json
 from lora_kit.tasks.answers import Question
 from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.bootstrap import interval
 from lora_kit.tasks.measure import measure
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 KEPT = 0.75  # smallest share of the base's prompt use that must remain
 
 
-def prompt_use(
-    model: Any, pad_id: int, questions: list[Question], seed: int
-) -> dict[str, Any] | None:
+def prompt_use(model: PeftModel, pad_id: int, questions: list[Question], seed: int) -> Json | None:
     """How much a completion's own prompt lowers its loss: the loss after another completion's
     prompt, minus the loss after its own.
 

@@ -49,6 +49,7 @@ from lora_kit.tasks.task import (
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
     from lora_kit.base.pin import Pinned
     from lora_kit.data.examples import Examples
@@ -245,7 +246,7 @@ class Preference(Task):
         ]
 
     def rivals(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self, model: PeftModel, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
         """The reference, which is the base unless the run starts from an adapter."""
         if run.adapter.start is None:
@@ -257,13 +258,13 @@ class Preference(Task):
 
     def examine(
         self,
-        model: Any,
+        model: PeftModel,
         data: Prepared,
         scores: Mapping[str, list[Score]],
         processor: Processor,
         facts: Facts,
         run: Run,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """`generation`: greedy completions of held-out prompts by the reference (`base`) and the
         adapted model.
 
@@ -306,7 +307,7 @@ class Preference(Task):
         }
         return {"generation": found}
 
-    def objection(self, report: dict[str, Any]) -> str | None:
+    def objection(self, report: Json) -> str | None:
         """Accuracy alone is not enough: a model that always stops immediately, or never, can have
         an accuracy of 1."""
         if (report.get("verdict") or {}).get("general") == "forgot":
@@ -338,7 +339,9 @@ class Preference(Task):
             for side in SIDES
         ]
 
-    def _log_probabilities(self, model: Any, rows: Rows, processor: Processor) -> np.ndarray:
+    def _log_probabilities(
+        self, model: torch.nn.Module, rows: Rows, processor: Processor
+    ) -> np.ndarray:
         """Log-probabilities of both completions, float64 (rows, 2), on every rank."""
         from lora_kit.speed.fast import takes_flat
         from lora_kit.tasks.measure import each_row
@@ -388,7 +391,7 @@ def _pair(
     return [row]
 
 
-def _reference_key(model: Any, rows: Rows, run: Run) -> str:
+def _reference_key(model: torch.nn.Module, rows: Rows, run: Run) -> str:
     """A cache key of everything that the reference of the rows depends on."""
     from lora_kit.speed.fast import takes_flat
     from lora_kit.speed.prefix import described
@@ -445,7 +448,7 @@ def _unfinished(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarra
 
 
 def _divergence(
-    model: Any,
+    model: PeftModel,
     run: Run,
     pad_id: int,
     prompts: Sequence[Sequence[int]],
@@ -458,7 +461,7 @@ def _divergence(
     from lora_kit.adapter.start import as_at_start
     from lora_kit.tasks.measure import each_row
 
-    def divergence(model: Any, batch: Batch) -> torch.Tensor:
+    def divergence(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         row, place = (batch.pop("labels")[:, 1:] != IGNORED).nonzero().unbind(1)
         adapted = model(**batch).logits[row, place].float().log_softmax(-1)
         with as_at_start(model, run.adapter):

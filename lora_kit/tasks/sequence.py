@@ -38,6 +38,7 @@ from lora_kit.tasks.task import (
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
     from lora_kit.schema import Data, Run, Train
     from lora_kit.tasks.encode import Prepared
@@ -196,7 +197,7 @@ class Classification(Task):
         ]
 
     def rivals(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self, model: PeftModel, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
         """The majority class and the linear probe, the better one first by the deciding score in
         cross-validation on training rows."""
@@ -228,8 +229,8 @@ class Classification(Task):
 
     def _each(
         self,
-        model: Any,
-        of: Callable[[Any, Batch], torch.Tensor],
+        model: torch.nn.Module,
+        of: Callable[[torch.nn.Module, Batch], torch.Tensor],
         rows: Rows,
         processor: Processor,
     ) -> np.ndarray:
@@ -262,16 +263,17 @@ def _inputs(batch: Batch) -> Batch:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def _logits(model: Any, batch: Batch) -> torch.Tensor:
+def _logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     logits: torch.Tensor = model(**_inputs(batch)).logits.float()
     return logits
 
 
-def _mean_of_body(model: Any, batch: Batch) -> torch.Tensor:
+def _mean_of_body(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The mean of the last hidden states of each text: float32 (rows, width)."""
     from lora_kit.base.pooled import pool
+    from lora_kit.speed.prefix import causal_model
 
-    body = model.get_base_model().base_model
+    body: Any = causal_model(model).base_model
     if body.config.is_encoder_decoder:
         body = body.get_encoder()
     found: list[Any] = []

@@ -22,11 +22,12 @@ from lora_kit.data.examples import Examples
 from lora_kit.data.formats import Example
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import UserError
-from lora_kit.schema import Data, Prove, Section, Train
+from lora_kit.schema import Data, Json, Prove, Section, Train
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Trainer, TrainingArguments
+    from peft import PeftModel
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
     from lora_kit.base.head import Head
     from lora_kit.base.pin import Pinned
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]  # what `collate` returns: tensors and plain values by name
 Collate = Callable[[Sequence[Row]], Batch]
-Facts = dict[str, Any]  # plain JSON from the training rows, such as label names
+Facts = Json  # from the training rows, such as label names; in the lock
 Processor = Any  # a tokenizer; for images and speech their processor
 
 
@@ -227,7 +228,9 @@ class Task:
         return len(rows)
 
     # ------------------------------------------------------------------ model
-    def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
+    def model(
+        self, pinned: Pinned, facts: Facts, run: Run
+    ) -> tuple[PreTrainedModel, tuple[str, ...]]:
         """The frozen base and the names of its fresh modules: those without weights in the base's
         files, such as a new head. Fresh modules are fully trained and saved, without LoRA.
         `facts["labels"]` are the names of a head's outputs."""
@@ -239,7 +242,9 @@ class Task:
             check_causal(model, pinned)
         return model, fresh
 
-    def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
+    def skeleton(
+        self, pinned: Pinned, facts: Facts, run: Run
+    ) -> tuple[PreTrainedModel, tuple[str, ...]]:
         """`model` on torch's meta device, in the compute dtype, for planning memory and time."""
         from lora_kit.base.head import with_head_on_meta
 
@@ -264,7 +269,7 @@ class Task:
 
         return Trainer, TrainingArguments
 
-    def options(self, processor: Processor, facts: Facts, run: Run) -> dict[str, Any]:
+    def options(self, processor: Processor, facts: Facts, run: Run) -> dict[str, object]:
         """Further arguments for the trainer, such as reward functions."""
         return {}
 
@@ -312,7 +317,7 @@ class Task:
         return (prove.metrics or self.scores)[0]
 
     def rivals(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self, model: PeftModel, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
         """Baselines besides the base: a majority class, a linear probe, examples in the prompt. If
         the base has fresh modules, the verdict is against the first of the list, which must be the
@@ -331,13 +336,13 @@ class Task:
 
     def examine(
         self,
-        model: Any,
+        model: PeftModel,
         data: Prepared,
         scores: Mapping[str, list[Score]],
         processor: Processor,
         facts: Facts,
         run: Run,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Further entries of report.json, such as generated samples.
 
         Args:
@@ -346,7 +351,7 @@ class Task:
         """
         return {}
 
-    def objection(self, report: dict[str, Any]) -> str | None:
+    def objection(self, report: Json) -> str | None:
         """Why a better score does not count as `better`; None: it does."""
         return None
 
