@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from lora_kit.errors import UserError
 from lora_kit.folders import new_folder
@@ -32,7 +31,7 @@ DAYS_KEPT = 30
 _SEAL = "seal.json"
 
 
-def key_of(*parts: Any, libraries: Iterable[str] = ()) -> str:
+def key_of(*parts: object, libraries: Iterable[str] = ()) -> str:
     """A cache key of plain values and the versions of libraries that affect the result."""
     versions = {name: installed(name) for name in ("lora-kit", *libraries)}
     text = json.dumps([VERSION, versions, parts], default=str)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_kit.data.formats import REJECTED
 from lora_kit.errors import UserError
-from lora_kit.schema import Limits
+from lora_kit.schema import Json, Limits
 
 NO_SUPERVISION = "without supervised tokens"  # data.limits.without_supervision counts them
 LEAKED = "that are also in data.train"  # rows of data.eval: data.limits.exact_leaks counts them
@@ -106,7 +106,7 @@ class Census:
     compared: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Totals over train and eval as `rows_read`, ...; and each of the three uses."""
         both = self.train + self.eval
         totals = {name: getattr(both, name) for name in (*_SUMMED, "dropped", "truncated")}
@@ -119,7 +119,7 @@ class Census:
         return totals | asdict(self) | {"leaks": totals["leaks"], "leaks_by_source": self.leaks}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Census:
+    def from_json(cls, values: Json) -> Census:
         names = ("held_out", "duplicates", "compared", "notes")
         rest: dict[str, Any] = {name: values[name] for name in names}
         rest |= {name: Count(**values[name]) for name in ("train", "eval", "general")}

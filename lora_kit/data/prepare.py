@@ -27,7 +27,7 @@ from lora_kit.data.duplicates import SignatureSample
 from lora_kit.data.examples import Examples, ReadFile, SignedExamples
 from lora_kit.data.formats import Columns, format_of, unread
 from lora_kit.data.readers import OpenedSource, RowBatch
-from lora_kit.data.reading import DataTask, Reader, ReadJob, ReadSettings
+from lora_kit.data.reading import DataTask, Reader, ReadJob
 from lora_kit.data.rows import Rows, RowsWriter
 from lora_kit.data.sources import check_apart, open_sources
 from lora_kit.data.splits import divide
@@ -92,7 +92,7 @@ def prepare(data: Data, task: DataTask, seed: int, lock: Json | None = None) -> 
         label_names(data.labels),
         data.group,
     )
-    settings = ReadSettings(columns, seed, questions="decontaminate" in opened)
+    reader = Reader(task, columns, seed, questions="decontaminate" in opened)
     decisive = {"eval", "replay", "decontaminate", "columns", "labels", "group"}
     key = cache.key_of(
         {  # the same content under another file name can be another format
@@ -100,13 +100,14 @@ def prepare(data: Data, task: DataTask, seed: int, lock: Json | None = None) -> 
             for use, found in opened.items()
         },
         data.model_dump(mode="json", include=decisive),
-        asdict(settings),
+        asdict(columns),
+        seed,
         task.formats,
         cache.code_of(task),
         libraries=_LIBRARIES,
     )
     try:
-        folder = cache.prepared(key, partial(_build, data, opened, settings, task))
+        folder = cache.prepared(key, partial(_build, data, opened, reader))
     except BaseException:
         stop()
         raise
@@ -138,19 +139,18 @@ def _opened(data: Data, commits: dict[str, str]) -> dict[str, list[OpenedSource]
 def _build(
     data: Data,
     opened: dict[str, list[OpenedSource]],
-    settings: ReadSettings,
-    task: DataTask,
+    reader: Reader,
     folder: Path,
 ) -> None:
     """Write the files of a cache entry, which `_load` reads."""
     files: list[ReadFile] = []
     census = Census()
-    found = _read(folder, opened, settings, task, files, census, worker_count(data))
+    found = _read(folder, opened, reader, files, census, worker_count(data))
     for source in chain.from_iterable(opened.values()):
         if source.skipped:
             note = f"{source.name}: skipped {source.skipped:,} file(s) of unsupported types"
             census.notes.append(note)
-    masks = divide(data, opened, settings.seed, found, census)
+    masks = divide(data, opened, reader.seed, found, census)
     # Rows held out of data.train are counted as read for data.eval.
     if census.held_out:
         census.eval.rows_read = int(masks["train", "eval"].sum())
@@ -210,8 +210,7 @@ def label_names(labels: str | list[str] | None) -> tuple[str, ...]:
 def _read(
     folder: Path,
     opened: dict[str, list[OpenedSource]],
-    settings: ReadSettings,
-    task: DataTask,
+    reader: Reader,
     files: list[ReadFile],
     census: Census,
     workers: int,
@@ -222,8 +221,8 @@ def _read(
     samples = {use: SignatureSample() for use in uses}
     counts = {use: Count() for use in uses}
     reported, total = time.monotonic(), 0
-    jobs = _jobs(opened, settings, task, files, census, samples)
-    for part in in_order(Reader(task, settings), jobs, workers):
+    jobs = _jobs(opened, reader, files, census, samples)
+    for part in in_order(reader, jobs, workers):
         use = files[part.file].use
         samples[use].add(part.signatures, first=writers[use].count)
         writers[use].write(part.examples)
@@ -244,8 +243,7 @@ def _read(
 
 def _jobs(
     opened: dict[str, list[OpenedSource]],
-    settings: ReadSettings,
-    task: DataTask,
+    reader: Reader,
     files: list[ReadFile],
     census: Census,
     samples: dict[str, SignatureSample],
@@ -256,26 +254,26 @@ def _jobs(
         for source in opened[use]:
             known: dict[str, int] = {}
             for batch in source.batches():
-                batch = replace(batch, plain=use == "general")
+                plain = use == "general"
                 if batch.name not in known:
-                    found = _format(batch, settings, task, census)
+                    found = _format(batch, plain, reader, census)
                     known[batch.name] = len(files)
                     files.append(ReadFile(batch.name, batch.style, use, number, found))
                 file = known[batch.name]
-                yield ReadJob(file, batch, files[file].format, sample.below)
+                yield ReadJob(file, batch, files[file].format, plain, sample.below)
             if not known:
                 raise UserError(f"{source.name}: empty: there is nothing to train on")
             number += 1
 
 
-def _format(batch: RowBatch, settings: ReadSettings, task: DataTask, census: Census) -> str:
+def _format(batch: RowBatch, plain: bool, reader: Reader, census: Census) -> str:
     row = next(batch.parsed())
-    if batch.plain:
+    if plain:
         columns, formats = Columns(), _TEXT
         if "text" not in row.columns:
             raise UserError("data.general: expected text (txt, md, or a `text` column)")
     else:
-        columns, formats = settings.columns, task.formats
+        columns, formats = reader.columns, reader.task.formats
     name = format_of(row, columns, formats)
     ignored = unread(row, name, columns)
     note = f"unused columns: {', '.join(ignored)[:200]}"

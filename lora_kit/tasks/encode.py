@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,8 @@ from lora_kit.data.splits import FEWEST_TO_EVALUATE, mix, take
 from lora_kit.data.workers import in_order, stop
 from lora_kit.errors import UserError
 from lora_kit.run import section_fields, validated
-from lora_kit.schema import Run
+from lora_kit.schema import Json, Run
+from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import Dropped, Facts, Processor, Task
 
 _SECONDS_BETWEEN_LINES = 15
@@ -48,7 +49,7 @@ class Prepared:
         cached: the result was in the cache.
     """
 
-    train: Any
+    train: Rows | Packed
     eval: Rows
     general: Rows | None
     facts: Facts
@@ -57,12 +58,11 @@ class Prepared:
     files: list[ReadFile]
     cached: bool
     commits: dict[str, str] = field(default_factory=dict)
-    unpacked: Rows | None = None
 
     def rows(self, use: str) -> Rows:
         """The rows of a use, not packed."""
-        if use == "train" and self.unpacked is not None:
-            return self.unpacked
+        if use == "train":
+            return self.train.rows if isinstance(self.train, Packed) else self.train
         found: Rows = getattr(self, use)
         return found
 
@@ -73,7 +73,7 @@ class Prepared:
     def summary(self) -> list[str]:
         """The census as lines, and notes before the start."""
         lines = self.census.lines()
-        if self.train is not self.rows("train"):
+        if isinstance(self.train, Packed):
             lines.append(f"packing: {len(self.train):,} rows, {self.train.fill:.1%} full")
         if self.eval.units < FEWEST_TO_EVALUATE:
             lines.append(
@@ -129,7 +129,6 @@ def encode(
         files=split.files,
         cached=not encoding.started,
         commits=split.commits,
-        unpacked=found["train"],
     )
     if limits:
         prepared.census.check(run.data.limits)
@@ -137,7 +136,7 @@ def encode(
 
 
 def rows_of(
-    task: Task, run: Run, pinned: Pinned, lock: dict[str, Any] | None = None, limits: bool = True
+    task: Task, run: Run, pinned: Pinned, lock: Json | None = None, limits: bool = True
 ) -> tuple[Processor, Prepared]:
     """Processor and rows of a run, for verbs; recipes call the steps themselves.
 
@@ -150,11 +149,11 @@ def rows_of(
     return processor, encode(task, split, processor, facts, run, limits)
 
 
-def identity(processor: Processor) -> Any:
+def identity(processor: Processor) -> str | list[object]:
     """The settings of a tokenizer or processor that its output depends on, for the cache key."""
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is None:
-        return processor.to_json_string()
+        return str(processor.to_json_string())
     # Padding and truncation are set on use and have no effect here.
     model = json.loads(backend.to_str()) | {"padding": 0, "truncation": 0}
     special = [processor.bos_token_id, processor.eos_token_id]

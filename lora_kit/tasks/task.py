@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lora_kit.base.pin import Pinned
     from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
+    from lora_kit.tasks.packing import Packed
 
 Batch = dict[str, Any]  # what `collate` returns: tensors and plain values by name
 Collate = Callable[[Sequence[Row]], Batch]
@@ -200,7 +201,7 @@ class Task:
         unchanged. `replayed`: rows of `general` that are also trained on (`data.replay`)."""
         return None
 
-    def pack(self, rows: Rows, run: Run) -> Any:
+    def pack(self, rows: Rows, run: Run) -> Rows | Packed:
         """The training rows, packed if the task and run file ask for it."""
         return rows
 
