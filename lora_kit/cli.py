@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -58,7 +58,7 @@ Out = Annotated[Path, typer.Option(help="Output folder; must not exist.")]
 Adapter = Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")]
 
 
-def _answer(found: dict[str, Any], as_json: bool, show: Callable[[Any], None] | str) -> None:
+def _answer(found: Mapping[str, object], as_json: bool, show: Callable[[Any], None] | str) -> None:
     """Print a verb's result: as one JSON object, as a text, or with the function `show`."""
     if as_json or isinstance(show, str):
         print(json.dumps(found) if as_json else show)
@@ -248,12 +248,12 @@ def generate(
     Example: lora-kit generate runs/demo/sft "What does `heapq.heappush` do?"
     """
     _prepare()
-    from lora_kit.prove.show import say
+    from lora_kit.prove.show import complete
 
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("PROMPT: not UTF-8: convert it, for example with iconv")
 
-    answer = say(_opened(run, base), prompt, no_adapter, max_new_tokens)
+    answer = complete(_opened(run, base), prompt, no_adapter, max_new_tokens)
     print(harmless(answer) if sys.stdout.isatty() else answer)
 
 

@@ -28,8 +28,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
     from lora_kit.plan import plan_training
-    from lora_kit.prove.evaluate import check_prove
-    from lora_kit.prove.finish import prove
+    from lora_kit.prove.evaluate import check_prove, prove
     from lora_kit.tasks.encode import encode
     from lora_kit.train.journey import Journey
     from lora_kit.train.save import save_run

@@ -22,10 +22,9 @@ from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
-from lora_kit.train.checkpoint import read_seal
 from lora_kit.train.guards import Guards, best_step, guarded, stopped_early
 from lora_kit.train.interrupt import StopSignal
-from lora_kit.train.save import save_run
+from lora_kit.train.save import read_seal, save_run
 from lora_kit.train.trainer import fit
 
 

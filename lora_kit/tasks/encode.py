@@ -28,7 +28,7 @@ from lora_kit.data.sources import source_list
 from lora_kit.data.splits import FEWEST_TO_EVALUATE, mix, take
 from lora_kit.data.workers import in_order, stop
 from lora_kit.errors import UserError
-from lora_kit.run import section_fields, validated
+from lora_kit.run import run_class, section_fields
 from lora_kit.schema import Json, Run
 from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import Dropped, Facts, Processor, Task
@@ -194,7 +194,7 @@ class Encoder:
     @cached_property
     def _run(self) -> Run:
         # The run class with a task's own keys is created in each process.
-        return validated(self._settings, self.task)
+        return run_class(self.task).model_validate(self._settings)
 
     def __call__(self, work: _EncodeJob) -> _EncodedBatch:
         task = self.task.general if work.use == "general" else self.task
