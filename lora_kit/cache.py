@@ -122,7 +122,8 @@ def _remove_old(root: Path) -> None:
     affected: on Linux mapped files stay until they are closed."""
     oldest = time.time() - DAYS_KEPT * 86400
     # Only folders with a seal, and leftovers of killed processes.
-    found = [*(seal.parent for seal in root.glob(f"*/{_SEAL}")), *root.glob(".*.lora-kit-partial")]
+    found = [seal.parent for seal in root.glob(f"*/{_SEAL}")]
+    found += root.glob(".*.lora-kit-partial")
     for folder in found:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             if folder.stat().st_mtime < oldest:

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -64,7 +64,7 @@ class Split:
     fractions: list[float]
     hashes: dict[str, str]
     census: Census
-    commits: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, str]
 
     @property
     def train(self) -> Examples:
@@ -111,9 +111,21 @@ def prepare(data: Data, task: DataTask, seed: int, lock: Json | None = None) -> 
     except BaseException:
         stop()
         raise
-    found = _load(folder, key)
-    found.commits = {s.name: s.commit for used in opened.values() for s in used if s.commit}
-    return found
+    sources = list(chain.from_iterable(opened.values()))
+    files, masks, census = _load(folder)
+    examples = {
+        file.stem: _all_examples(Rows.open(file), files) for file in folder.glob("*.examples")
+    }
+    return Split(
+        key=key,
+        examples=examples,
+        masks=masks,
+        files=files,
+        fractions=[source.fraction for source in opened["train"] if source.fraction],
+        hashes={source.name: source.digest for source in sources},
+        census=census,
+        commits={source.name: source.commit for source in sources if source.commit},
+    )
 
 
 def _opened(data: Data, commits: dict[str, str]) -> dict[str, list[OpenedSource]]:
@@ -159,33 +171,21 @@ def _build(
     np.savez(folder / "masks.npz", **arrays)
     meta = {
         "files": files,
-        "fractions": [s.fraction for s in opened["train"] if s.fraction],
-        "hashes": {s.name: s.digest for s in chain.from_iterable(opened.values())},
         "census": census.to_json(),
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _load(folder: Path, key: str) -> Split:
+def _load(folder: Path) -> tuple[list[ReadFile], dict[tuple[str, str], np.ndarray], Census]:
+    """The files that were read, the masks of the split, and the census."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    files = [ReadFile(*values) for values in meta["files"]]
     masks: dict[tuple[str, str], np.ndarray] = {}
     with np.load(folder / "masks.npz") as stored:
         for name in stored:
             read, use = name.split("/")
             masks[read, use] = stored[name]
-    examples = {
-        file.stem: _all_examples(Rows.open(file), files) for file in folder.glob("*.examples")
-    }
-    return Split(
-        key=key,
-        examples=examples,
-        masks=masks,
-        files=files,
-        fractions=meta["fractions"],
-        hashes=meta["hashes"],
-        census=Census.from_json(meta["census"]),
-    )
+    files = [ReadFile(*values) for values in meta["files"]]
+    return files, masks, Census.from_json(meta["census"])
 
 
 def _all_examples(rows: Rows, files: list[ReadFile]) -> Examples:

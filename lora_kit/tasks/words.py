@@ -165,12 +165,18 @@ def _ascii(pattern: str) -> str | None:
 
 
 def _pattern_of(pre_tokenizer: Json | None) -> str | None:
+    """The regular expression that splits text into words; None if it is not split so."""
+    if pre_tokenizer is None:
+        return None
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    for part in parts:
+        part.pop("trim_offsets", None)  # changes no token
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    listed = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    plain = [{k: v for k, v in (part or {}).items() if k != "trim_offsets"} for part in listed]
-    if plain == [bytes_only | {"use_regex": True}]:
+    if parts == [bytes_only | {"use_regex": True}]:
         return _GPT2
-    if len(plain) == 2 and plain[1] == bytes_only and plain[0].get("type") == "Split":
-        isolated = plain[0]["behavior"] == "Isolated" and not plain[0]["invert"]
-        return plain[0]["pattern"].get("Regex") if isolated else None
-    return None
+    if len(parts) != 2 or parts[1] != bytes_only or parts[0]["type"] != "Split":
+        return None
+    if parts[0]["behavior"] != "Isolated" or parts[0]["invert"]:
+        return None
+    pattern: str | None = parts[0]["pattern"].get("Regex")
+    return pattern
