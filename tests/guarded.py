@@ -125,7 +125,7 @@ class Labels(Task):
     def items(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def loss(self, model: Any, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+    def loss(self, model: Any, batch: Batch, items: Any, train: Any) -> torch.Tensor:
         given = {name: value for name, value in batch.items() if name != "labels"}
         logits = model(**given).logits.float()
         nats = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")

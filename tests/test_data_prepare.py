@@ -219,7 +219,7 @@ def test_rows_are_packed_as_asked(
 def test_conversations_are_never_running_text(tmp_path: Path, tokenizer: Any) -> None:
     run = run_of(train=put(tmp_path / "a.jsonl", chats(9)), packing="running")
     with pytest.raises(UserError, match=r"data\.packing: running is for text"):
-        Conversations().processor(Pinned("", str(tmp_path)), run)
+        Conversations().processor(Pinned("", str(tmp_path)), run.data)
 
 
 def test_places_lead_back_to_the_file(tmp_path: Path, tokenizer: Any) -> None:

@@ -17,13 +17,13 @@ from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
 from lora_kit.prove.evaluate import check_prove, evaluate
 from lora_kit.prove.report import in_lines
-from lora_kit.prove.scores import check_gate, mean_score
+from lora_kit.prove.scores import check_gate
 from lora_kit.schema import Gate, Run
 from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.preference import Preference
 from lora_kit.tasks.sequence import Classification
-from lora_kit.tasks.task import Contender, Score, Task
+from lora_kit.tasks.task import Contender, Score, Task, mean_score
 
 ROWS = Rows.of({"input_ids": [5, 6], "unit": unit} for unit in range(40))
 
@@ -215,7 +215,7 @@ def test_any_score_of_a_task_may_decide_and_no_other(task: Task) -> None:
     data: Any = None
     for name in task.scores:
         run = run_with(metrics=[name])
-        assert task.check(data, None, {}, run) == [] and task.deciding(run) == name
+        assert task.check(data, None, {}, run) == [] and task.deciding(run.prove) == name
     (problem,) = task.check(data, None, {}, run_with(metrics=[task.scores[1], "rouge_l"]))
     assert problem.startswith("prove.metrics: rouge_l: ") and ", ".join(task.scores) in problem
 

@@ -138,7 +138,7 @@ def spoiled(change: Callable[[dict[str, Any], int], None]) -> Callable[..., Any]
 
     def collate(self: Causal, processor: Any, flat: bool = False) -> Any:
         def changed(rows: Any) -> dict[str, Any]:
-            batch = module.collators(processor.pad_token_id)(flat)(rows)
+            batch = (module.in_one_row if flat else module.collator(processor.pad_token_id))(rows)
             change(batch, processor.pad_token_id)
             return batch
 

@@ -112,7 +112,7 @@ def test_evaluation_is_the_mean_over_all_labels(kind: str, tmp_path: Path) -> No
     with torch.no_grad():
         for row in rows:
             batch = trainers[0].data_collator([row])
-            total += float(guard.task.loss(trainers[0].model.eval(), batch, 1, guard.run))
+            total += float(guard.task.loss(trainers[0].model.eval(), batch, 1, guard.run.train))
             items += int(guard.task.items(batch))
     for trainer in trainers:
         found = trainer.evaluate()["eval_loss"]

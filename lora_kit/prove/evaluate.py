@@ -214,7 +214,7 @@ class _Subject:
     def own_scores(self, scores: Sequence[Score]) -> list[Score]:
         """The task's own scores, the deciding one first if it is among them."""
         own = [score for score in scores if score.name not in _extra_metrics(self.task, self.run)]
-        return sorted(own, key=lambda score: score.name != self.task.deciding(self.run))
+        return sorted(own, key=lambda score: score.name != self.task.deciding(self.run.prove))
 
 
 def _extra_metrics(task: Task, run: Run) -> list[str]:
@@ -248,7 +248,7 @@ def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
     if extra := _extra_metrics(task, run):
         report["metrics"] = _metrics(extra, scores, rival.name, run.seed)
     if run.prove.metrics:
-        report["domain"]["decided_by"] = task.deciding(run)
+        report["domain"]["decided_by"] = task.deciding(run.prove)
     for contender in contenders[1:]:
         if contender.rows is not None:  # the same base, prompted otherwise
             prompted = subject.own_scores(scores[contender.name])

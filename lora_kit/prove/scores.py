@@ -37,11 +37,6 @@ def against(rival: str, base: Sequence[Score], adapted: Sequence[Score], seed: i
     return found
 
 
-def mean_score(name: str, each: np.ndarray, better: str = "higher") -> Score:
-    """The mean of a number for each unit, float64 (units,), as a `Score`."""
-    return Score(name, np.stack([each, np.ones(len(each))], axis=1), better=better)
-
-
 def values(scores: Sequence[Score]) -> dict[str, float]:
     """Plain numbers, as in `contenders.NAME` of report.json.
 

@@ -26,7 +26,7 @@ from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
 from lora_kit.schema import Json, Run
 from lora_kit.speed.fast import PARTS, documents_loss, make_fast, make_plain
-from lora_kit.tasks.batches import IGNORED, collators
+from lora_kit.tasks.batches import IGNORED, collator, in_one_row
 from lora_kit.tasks.encode import rows_of
 from lora_kit.tasks.packing import Packed, check_isolation
 from lora_kit.tasks.task import Batch, Collate, Processor, Task
@@ -158,9 +158,9 @@ def make_setup(run: Run, task: Task) -> Setup:
     pinned = pin(run.base)
     processor, data = rows_of(task, run, pinned, limits=False)
     rows = _unequal_rows(data.rows("train"), run.seed)
-    model, fresh = task.model(pinned, data.facts, run)
-    strategy = choose(run.train, run.adapter, model, fresh)
-    model = attach(model, strategy.adapter, fresh, run.seed)
+    base, fresh = task.model(pinned, data.facts, run)
+    strategy = choose(run.train, run.adapter, base, fresh)
+    model = attach(base, strategy.adapter, fresh, run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "_B" in name and parameter.requires_grad and not parameter.any():
@@ -275,12 +275,13 @@ def _quick_step(setup: Setup) -> Step | None:
     """The step on the quick paths; None where there are none."""
     if setup.run.speed == "plain":
         return None
-    collate = collators(setup.processor.pad_token_id)
-    plain = make_fast(setup.model, documents_loss(setup.model, collate))
+    pad = collator(setup.processor.pad_token_id)
+    plain = make_fast(setup.model, documents_loss(setup.model, pad, in_one_row))
     try:
         if plain.keys() == set(PARTS):
             return None
-        return one_step(setup, setup.rows, ROWS, 1, collate("attention" not in plain))
+        collate = pad if "attention" in plain else in_one_row
+        return one_step(setup, setup.rows, ROWS, 1, collate)
     finally:
         make_plain(setup.model)
 
@@ -300,7 +301,7 @@ def _step_by_hand(setup: Setup) -> Step:
         if _token_labels(setup.rows):
             loss = _nats(model, moved) / items  # the model's own loss may be more than that
         else:
-            loss = task.loss(model, moved, items, setup.run)
+            loss = task.loss(model, moved, items, setup.run.train)
         loss.backward()
         total += loss.item()
     return Step(total, _gradient_of(model))

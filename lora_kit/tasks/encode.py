@@ -45,7 +45,7 @@ class Prepared:
     """The training and evaluation rows of a run.
 
     Attributes:
-        train: possibly packed (see `Task.pack`); `rows("train")` are not packed.
+        train: packed if `Task.packing` is `documents`; `rows("train")` are not packed.
         files: all files that were read, for the columns `file` and `number` of rows.
         hashes: {source: sha256} of everything that was read. commits: {Hub data set: commit}.
         cached: the result was in the cache.
@@ -120,9 +120,9 @@ def encode(
         stop()
     census = json.loads((folder / "census.json").read_text(encoding="utf-8"))
     found = {file.stem: Rows.open(file) for file in folder.glob("*.arrow")}
-    packed = task.pack(found["train"], run)
+    documents = task.packing(run.data) == "documents"
     prepared = Prepared(
-        train=packed,
+        train=Packed(found["train"], run.train.max_length) if documents else found["train"],
         eval=found["eval"],
         general=found.get("general"),
         facts=facts,
@@ -145,9 +145,9 @@ def rows_of(
     Args:
         lock: see `data.prepare.prepare`. limits: see `encode`.
     """
-    processor = task.processor(pinned, run)
+    processor = task.processor(pinned, run.data)
     split = prepare(run.data, task, run.seed, lock)
-    facts = task.facts(split.train, run)
+    facts = task.facts(split.train, run.data)
     return processor, encode(task, split, processor, facts, run, limits)
 
 

@@ -156,7 +156,8 @@ class Guards(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         guard = self.guard
         if guard.own_loss:
-            loss = guard.task.loss(model, inputs, num_items_in_batch, guard.run)
+            assert num_items_in_batch is not None  # from `_get_num_items_in_batch`
+            loss = guard.task.loss(model, inputs, num_items_in_batch, guard.run.train)
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over the ranks
         else:
             found = super().compute_loss(
@@ -222,7 +223,7 @@ class Guards(Trainer):
                 chosen = [rows[number] for number in order[first : first + size].tolist()]
                 batch = self._prepare_inputs(collate(chosen))
                 items = torch.as_tensor(task.items(batch), device=args.device)
-                loss = task.loss(model, batch, 1, self.guard.run)
+                loss = task.loss(model, batch, 1, self.guard.run.train)
                 if mine < len(starts):
                     sums += torch.stack([loss.double(), items.double()])
                 self.callback_handler.on_prediction_step(args, self.state, self.control)

@@ -17,7 +17,7 @@ from lora_kit.schema import Run, Train
 from lora_kit.speed.fast import Probe, documents_loss, make_fast, make_plain
 from lora_kit.speed.memory import Choice, recompute
 from lora_kit.speed.prefix import Prefix
-from lora_kit.tasks.batches import collators
+from lora_kit.tasks.batches import collator, in_one_row
 from lora_kit.tasks.packing import Packed, check_isolation, content_hash
 from lora_kit.tasks.task import Processor, Task
 from lora_kit.train.arguments import training_arguments
@@ -139,7 +139,7 @@ def _make_fast(
         say("speed: standard path, since the base is sharded")
         return False
     if task.flat:
-        plain = make_fast(model, documents_loss(model, collators(0)))
+        plain = make_fast(model, documents_loss(model, collator(0), in_one_row))
     else:
         rows = data.rows("train")
         first = [rows[number] for number in range(min(2, len(rows)))]
@@ -157,7 +157,7 @@ def _loss_of(
     collate = task.collate(processor)
     assert collate is not None  # a task with its own loss has a collator
     batch = send_to_device(collate(rows), next(model.parameters()).device)
-    return lambda flat: task.loss(model, batch, task.items(batch), run)
+    return lambda flat: task.loss(model, batch, task.items(batch), run.train)
 
 
 def _rows_and_collator(
