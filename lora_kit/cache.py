@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from lora_kit.errors import UserError
 from lora_kit.folders import new_folder
@@ -32,7 +31,7 @@ DAYS_KEPT = 30
 _SEAL = "seal.json"
 
 
-def key_of(*parts: Any, libraries: Iterable[str] = ()) -> str:
+def key_of(*parts: object, libraries: Iterable[str] = ()) -> str:
     """A cache key of plain values and the versions of libraries that affect the result."""
     versions = {name: installed(name) for name in ("lora-kit", *libraries)}
     text = json.dumps([VERSION, versions, parts], default=str)
@@ -123,7 +122,8 @@ def _remove_old(root: Path) -> None:
     affected: on Linux mapped files stay until they are closed."""
     oldest = time.time() - DAYS_KEPT * 86400
     # Only folders with a seal, and leftovers of killed processes.
-    found = [*(seal.parent for seal in root.glob(f"*/{_SEAL}")), *root.glob(".*.lora-kit-partial")]
+    found = [seal.parent for seal in root.glob(f"*/{_SEAL}")]
+    found += root.glob(".*.lora-kit-partial")
     for folder in found:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             if folder.stat().st_mtime < oldest:

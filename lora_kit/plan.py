@@ -33,6 +33,7 @@ from lora_kit.schema import Run
 from lora_kit.speed import memory as costs
 from lora_kit.speed.memory import Choice, Machine, PassCost
 from lora_kit.tasks.encode import Prepared, rows_of
+from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import Batch, Processor, Task
 from lora_kit.train.guards import has_own_loss
 from lora_kit.train.save import checkpoint_bytes
@@ -208,8 +209,8 @@ class _Planner:
         self.rows = self.own * run.train.gradient_accumulation_steps
         self.processes = PartialState(cpu=not gpu_is_used()).num_processes
         self.works: dict[tuple[int, int], PassCost] = {}
-        packed = data.train is not data.rows("train")
-        self.tokens = data.train.lengths if packed else task.tokens(data.train)
+        rows = data.train
+        self.tokens = rows.lengths if isinstance(rows, Packed) else task.tokens(rows)
         # For a smaller max_length, as tried by `_what_would_fit`.
         sequences = max(1, round(float(self.tokens.max()) / run.train.max_length))
         self.tokens = np.minimum(self.tokens, sequences * run.train.max_length)

@@ -8,7 +8,7 @@ import pytest
 from test_data_formats import ANSWER, ASK, GPT, HUMAN, OTHER, QA, dropped, one, refused, turns
 
 from lora_kit.data.formats import FORMATS, Columns, format_of, to_example
-from lora_kit.data.readers import Row
+from lora_kit.data.readers import RawRow
 from lora_kit.errors import NotUsable
 
 ALPACA = {"instruction": "Q", "input": "", "output": "A", "text": "Below is an instruction."}
@@ -25,7 +25,7 @@ def test_columns_are_renamed_even_where_the_names_are_swapped() -> None:
     # The row's own `prompt` is not what was asked for.
     told = Columns({"prompt": "q"})
     with pytest.raises(NotUsable, match="without `prompt`"):
-        to_example(Row("f:2", {"prompt": "Q", "completion": "A"}), "prompt-completion", told)
+        to_example(RawRow("f:2", {"prompt": "Q", "completion": "A"}), "prompt-completion", told)
     # Renames are for tables: a file of text has one column.
     assert one({"text": "x"}, renames={"prompt": "text", "completion": "y"}, group="z").text == "x"
 
@@ -52,7 +52,7 @@ def test_what_an_error_suggests_tells_formats_apart() -> None:
     for first in names:
         for second in names:
             needed = {*FORMATS[first].needed, *FORMATS[second].needed}
-            row = Row("f:1", dict.fromkeys(sorted(needed), "x"))
+            row = RawRow("f:1", dict.fromkeys(sorted(needed), "x"))
             try:
                 assert format_of(row, Columns(), names) in (first, second, "unpaired-preference")
             except ValueError as error:
@@ -237,5 +237,5 @@ def test_a_row_without_a_column_of_its_file_is_dropped() -> None:
             values = dict.fromkeys(form.needed, "x")
             del values[missing]
             with pytest.raises(NotUsable) as caught:
-                to_example(Row("f:2", values), name, Columns())
+                to_example(RawRow("f:2", values), name, Columns())
             assert caught.value.reason == f"without `{missing}`"

@@ -17,7 +17,7 @@ from lora_kit.data.formats import (
     normalised,
     to_example,
 )
-from lora_kit.data.readers import Row
+from lora_kit.data.readers import RawRow
 from lora_kit.errors import UserError
 from lora_kit.schema import Column
 
@@ -31,7 +31,7 @@ HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 
 def one(values: Values, **columns: Any) -> Example:
     told = Columns(**columns)
-    row = Row("f:1", values)
+    row = RawRow("f:1", values)
     return to_example(row, format_of(row, told, list(FORMATS)), told)
 
 
@@ -111,7 +111,7 @@ CLOSE = ("prompt-completion", "messages", "sharegpt", "preference", "unpaired-pr
 def test_the_columns_name_the_format(name: str, values: Values, expected: Any) -> None:
     if isinstance(expected, tuple):
         expected = list(zip(("user", "assistant"), expected, strict=True))
-    assert format_of(Row("f:1", values), Columns(), list(FORMATS)) == name
+    assert format_of(RawRow("f:1", values), Columns(), list(FORMATS)) == name
     assert turns(values) == expected
     example = one(values)
     # What stands between prompt and answer where there is no chat template.

@@ -15,7 +15,7 @@ from prepared import prepared
 
 from lora_kit.data import readers
 from lora_kit.data.prepare import prepare
-from lora_kit.data.readers import FEWEST_DOCUMENTS, OpenedSource, Row
+from lora_kit.data.readers import FEWEST_DOCUMENTS, OpenedSource, RawRow
 from lora_kit.data.sources import check_apart, open_sources
 from lora_kit.errors import UserError
 from lora_kit.schema import EMBEDDED, Data, Source
@@ -29,7 +29,7 @@ def put(folder: Path, name: str, content: str | bytes) -> str:
     return str(file)
 
 
-def rows(*sources: Any) -> list[Row]:
+def rows(*sources: Any) -> list[RawRow]:
     return [r for s in open_sources(list(sources)) for b in s.batches() for r in b.parsed()]
 
 

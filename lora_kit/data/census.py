@@ -11,15 +11,15 @@ import numpy as np
 
 from lora_kit.data.formats import REJECTED
 from lora_kit.errors import UserError
-from lora_kit.schema import Limits
+from lora_kit.schema import Json, Limits
 
 NO_SUPERVISION = "without supervised tokens"  # data.limits.without_supervision counts them
 LEAKED = "that are also in data.train"  # rows of data.eval: data.limits.exact_leaks counts them
 
 _SUMMED = (
-    *("rows_read", "rows_kept", "unused", "samples", "tokens", "supervised_tokens"),
-    *("samples_without_supervision", "end_markers_supervised"),
-)
+    "rows_read", "rows_kept", "unused", "samples", "tokens", "supervised_tokens",
+    "samples_without_supervision", "end_markers_supervised",
+)  # fmt: skip
 
 
 @dataclass
@@ -62,12 +62,14 @@ class Count:
 
     def __add__(self, other: Count) -> Count:
         """The sum of both, without the histogram of lengths."""
-        return Count(
-            **{name: getattr(self, name) + getattr(other, name) for name in _SUMMED},
+        total = Count(
             dropped=dict(Counter(self.dropped) + Counter(other.dropped)),
             truncated=dict(Counter(self.truncated) + Counter(other.truncated)),
             first=other.first | self.first,
         )
+        for name in _SUMMED:
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
 
     def measure(self, tokens: np.ndarray, supervised: int) -> None:
         """Count tokens per row, int64 (rows,), and the number of supervised tokens."""
@@ -106,7 +108,7 @@ class Census:
     compared: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Totals over train and eval as `rows_read`, ...; and each of the three uses."""
         both = self.train + self.eval
         totals = {name: getattr(both, name) for name in (*_SUMMED, "dropped", "truncated")}
@@ -119,7 +121,7 @@ class Census:
         return totals | asdict(self) | {"leaks": totals["leaks"], "leaks_by_source": self.leaks}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Census:
+    def from_json(cls, values: Json) -> Census:
         names = ("held_out", "duplicates", "compared", "notes")
         rest: dict[str, Any] = {name: values[name] for name in names}
         rest |= {name: Count(**values[name]) for name in ("train", "eval", "general")}
@@ -138,7 +140,8 @@ class Census:
                 lost = Counter(getattr(count, what))
                 for reason in (LEAKED, REJECTED):
                     del lost[reason]
-                if read and (total := lost.total()) > limit * read:
+                total = lost.total()
+                if read and total > limit * read:
                     most = lost.most_common(1)[0][0]
                     long = "train.max_length" in most or what == "truncated"
                     fix = "raise train.max_length" if long else "fix them"
@@ -170,7 +173,8 @@ class Census:
 
     def check(self, limits: Limits) -> None:
         """Raises UserError with one line per exceeded limit."""
-        if problems := self.problems(limits):
+        problems = self.problems(limits)
+        if problems:
             raise UserError("\n".join(problems))
 
     def lines(self) -> list[str]:

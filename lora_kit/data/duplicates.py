@@ -182,8 +182,8 @@ def union_clusters(roots: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarra
         lowest = np.minimum(left, right)
         np.minimum.at(roots, left, lowest)
         np.minimum.at(roots, right, lowest)
-        while not np.array_equal(up := roots[roots], roots):
-            roots = up
+        while not np.array_equal(roots[roots], roots):
+            roots = roots[roots]
 
 
 def near_pairs(signed: np.ndarray) -> np.ndarray:

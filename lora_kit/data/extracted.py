@@ -6,9 +6,7 @@ import codecs
 import io
 import logging
 import re
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from lora_kit.data.json_rows import PIECE, error_text, open_bytes, text_pieces
 from lora_kit.errors import UserError
@@ -22,8 +20,14 @@ _WHOLE_PAGE = re.compile(r"<(?:!doctype|html|head|body)\b", re.IGNORECASE)
 _DECLARED_WITHIN = 4096  # bytes
 # Encodings that browsers use instead of the declared one (the Encoding Standard's labels).
 _BROWSER_ENCODINGS = {
-    **{"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "utf-8": "utf-8-sig"},
-    **{"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"},
+    "ascii": "cp1252",
+    "euc_kr": "cp949",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "shift_jis": "cp932",
+    "utf-8": "utf-8-sig",
 }
 
 
@@ -36,35 +40,38 @@ def text_of(file: Path, suffix: str) -> str:
             library is not installed.
     """
     try:
-        library: Any = import_module("pypdf" if suffix == ".pdf" else "trafilatura")
+        text = _of_pdf(file) if suffix == ".pdf" else _of_html(file)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(
             f"{file}: reading it needs {error.name or error_text(error)}: pip install "
             "'lora-kit[documents]', or remove the file"
         ) from None
-    # Their warnings about a file's defects are no use to the user.
-    logging.getLogger(library.__name__).setLevel(logging.CRITICAL)
-    try:
-        with open_bytes(file) as opened:
-            raw = opened.read()
-        text = _of_pdf(library, file, raw) if suffix == ".pdf" else _of_html(library, file, raw)
-    except UserError:
-        raise
     except Exception as error:  # the libraries raise anything on a corrupt file
         raise UserError(f"{file}: cannot extract text ({error_text(error)})") from None
     return text.replace("\0", "")
 
 
-def _of_pdf(pypdf: Any, file: Path, raw: bytes) -> str:
-    reader = pypdf.PdfReader(io.BytesIO(raw))
+def _of_pdf(file: Path) -> str:
+    import pypdf
+
+    # Warnings about a file's defects are no use to the user.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+    with open_bytes(file) as opened:
+        reader = pypdf.PdfReader(io.BytesIO(opened.read()))
     if reader.is_encrypted and not reader.decrypt(""):
         raise UserError(f"{file}: encrypted: save it without a password, or remove it")
     return "\n\n".join(page.extract_text() for page in reader.pages)
 
 
-def _of_html(trafilatura: Any, file: Path, raw: bytes) -> str:
+def _of_html(file: Path) -> str:
     """The main text of a page in the encoding it declares, or in UTF-8."""
-    declared = _DECLARED.search(raw, 0, _DECLARED_WITHIN)
+    import trafilatura
+
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
+    with open_bytes(file) as opened:
+        declared = _DECLARED.search(opened.read(_DECLARED_WITHIN))
     known = codecs.lookup((declared[1] or declared[2]).decode() if declared else "utf-8").name
     encoding = _BROWSER_ENCODINGS.get(known, known)
     page = "".join(piece for _, piece in text_pieces(file, PIECE, encoding))

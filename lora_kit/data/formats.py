@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_kit.data.json_rows import short_repr
-from lora_kit.data.readers import Row
+from lora_kit.data.readers import RawRow
 from lora_kit.errors import NotUsable, UserError
+from lora_kit.schema import Json
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -141,7 +142,7 @@ class Columns:
     labels: tuple[str, ...] = ()
     group: str | None = None
 
-    def rename(self, columns: dict[str, Any]) -> dict[str, Any]:
+    def rename(self, columns: Json) -> Json:
         # Text files and embedded texts have no columns to rename.
         if not self.renames or columns.keys() == {"text"}:
             return columns
@@ -150,7 +151,7 @@ class Columns:
         return kept | {o: columns[t] for o, t in self.renames.items() if t in columns}
 
 
-def format_of(row: Row, columns: Columns, formats: Sequence[str]) -> str:
+def format_of(row: RawRow, columns: Columns, formats: Sequence[str]) -> str:
     """Detect the format of a file from the columns of its first row.
 
     Args:
@@ -221,7 +222,7 @@ def _with_other_names(values: dict[str, Any], formats: Iterable[str]) -> dict[st
     return renamed
 
 
-def unread(row: Row, format_name: str, columns: Columns) -> list[str]:
+def unread(row: RawRow, format_name: str, columns: Columns) -> list[str]:
     """The columns of a row that its format does not read."""
     known = FORMATS[format_name]
     wanted = (*known.needed, *known.optional)
@@ -255,7 +256,7 @@ def _suggested(values: dict[str, Any], formats: Sequence[str]) -> str:
     return ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items())
 
 
-def to_example(row: Row, format_name: str, columns: Columns) -> Example:
+def to_example(row: RawRow, format_name: str, columns: Columns) -> Example:
     """Read a row in its file's format.
 
     Raises:
@@ -283,43 +284,52 @@ def to_example(row: Row, format_name: str, columns: Columns) -> Example:
     text: str | None = None
     label: str | None = None
     rejected: list[Message] = []
-    match format_name:
-        case "messages" | "sharegpt":
-            messages = _turns(values[known.needed[0]])
-        case "tokens-tags":
-            messages = _tagged(values, columns.labels)
-        case "text-label":
-            label, text = _label(values["label"], columns.labels), _text(values, "text")
-            messages = _pair(text, label)
-        case "sentence-pair":
-            label, text = _score(values["score"]), _text(values, "sentence1")
-            messages = _pair(text, _text(values, "sentence2"))
-        case "preference":
-            messages, rejected = _preference(values)
-        case "prompt-completion":
-            messages = _prompted(values, "completion")
-        case "unpaired-preference":
-            messages = _preferred(values)
-        case _:
-            ask, answer = known.needed
-            parts = [_optional(values, "context"), _text(values, ask), _optional(values, "input")]
-            messages = _pair("\n\n".join(filter(None, parts)), _text(values, answer))
+    if format_name == "preference":
+        messages, rejected = _preference(values)
+    elif format_name == "text-label":
+        label, text = _label(values["label"], columns.labels), _text(values, "text")
+        messages = _pair(text, label)
+    elif format_name == "sentence-pair":
+        label, text = _score(values["score"]), _text(values, "sentence1")
+        messages = _pair(text, _text(values, "sentence2"))
+    else:
+        messages = _conversation(values, format_name, columns.labels)
     system = _optional(values, "system")
-    messages = _with_system(messages, system)
-    _check_turns(messages)
-    if rejected:
-        rejected = _with_system(rejected, system)
-        _check_turns(rejected)
     return Example(
         place=row.place,
         text=text,
-        messages=tuple(messages),
-        rejected=tuple(rejected),
+        messages=_checked(messages, system),
+        rejected=_checked(rejected, system) if rejected else (),
         joiner=known.joiner,
         tools=tools,
         group=group,
         label=label,
     )
+
+
+def _conversation(values: Json, format_name: str, labels: tuple[str, ...]) -> list[Message]:
+    """The turns of a row without a label or a rejected completion."""
+    needed = FORMATS[format_name].needed
+    match format_name:
+        case "messages" | "sharegpt":
+            return _turns(values[needed[0]])
+        case "tokens-tags":
+            return _tagged(values, labels)
+        case "prompt-completion":
+            return _prompted(values, "completion")
+        case "unpaired-preference":
+            return _preferred(values)
+    ask, answer = needed
+    parts = [_optional(values, "context"), _text(values, ask), _optional(values, "input")]
+    return _pair("\n\n".join(filter(None, parts)), _text(values, answer))
+
+
+def _checked(messages: list[Message], system: str) -> tuple[Message, ...]:
+    """The turns with this system prompt first, if there is one. Raises NotUsable if they are
+    invalid."""
+    messages = _with_system(messages, system)
+    _check_turns(messages)
+    return tuple(messages)
 
 
 def _with_system(messages: list[Message], system: str) -> list[Message]:

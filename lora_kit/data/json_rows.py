@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_kit.errors import UserError
+from lora_kit.schema import Json
 
 PIECE = 2**20  # characters
 _LONGEST = 2**26  # characters of one object; beyond, a syntax error is reported
@@ -57,13 +58,13 @@ def text_pieces(
         raise UserError(f"{file}:{line}: cannot be read ({error_text(error)})") from None
 
 
-def short_repr(value: Any) -> str:
+def short_repr(value: object) -> str:
     """A value for a message, in at most 40 characters."""
     text = repr(value) if isinstance(value, str) and len(value) < 40 else reprlib.repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def leaves(value: Any, levels: int = 100) -> Iterator[Any]:
+def leaves(value: object, levels: int = 100) -> Iterator[object]:
     """The values inside nested lists and objects. Raises RecursionError beyond `levels`."""
     if not levels:
         raise RecursionError
@@ -82,7 +83,7 @@ def error_text(error: Exception) -> str:
     return " ".join(message.split())[:120] or type(error).__name__
 
 
-def parse_line(line: str, name: str, number: int) -> dict[str, Any]:
+def parse_line(line: str, name: str, number: int) -> Json:
     """One line of JSON: an object without duplicate keys."""
     try:
         value = json.loads(line, object_pairs_hook=_unique_keys)
@@ -107,7 +108,7 @@ class JsonList:
         self.pieces = text_pieces(file, PIECE)
         self.decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
-    def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def objects(self) -> Iterator[tuple[int, Json]]:
         """(number, row). Raises UserError with the line if this is no list of objects."""
         opening = self._next()
         if not opening:
@@ -198,7 +199,7 @@ class JsonList:
         return UserError(f"{self.file}:{self._line()}: {what}")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
@@ -214,7 +215,7 @@ def _not_json(place: str, error: Exception) -> UserError:
     return UserError(f"{place}: not readable as JSON: {error}")
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
+def _object(value: object, place: str) -> Json:
     if not isinstance(value, dict):
         raise UserError(f"{place}: expected an object with named columns, not {short_repr(value)}")
     return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from lora_kit.data.examples import SignedExamples
 from lora_kit.data.formats import normalised
 from lora_kit.data.json_rows import leaves
 from lora_kit.data.readers import OpenedSource
+from lora_kit.schema import Json
 
 # Words from which a text field of a benchmark row is also matched on its own.
 FEWEST_WORDS = 6
@@ -104,7 +104,7 @@ def _leak(looked_for: _Texts, known: _Texts, count: int) -> tuple[np.ndarray, Le
     return exact, leak
 
 
-def _texts(columns: dict[str, Any]) -> list[str]:
+def _texts(columns: Json) -> list[str]:
     """The normalised texts of a benchmark row: all of it, and each longer text."""
     parts = [part for part in leaves(columns) if isinstance(part, str) and part.strip()]
     if not parts:

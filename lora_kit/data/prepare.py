@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from lora_kit.data.duplicates import SignatureSample
 from lora_kit.data.examples import Examples, ReadFile, SignedExamples
 from lora_kit.data.formats import Columns, format_of, unread
 from lora_kit.data.readers import OpenedSource, RowBatch
-from lora_kit.data.reading import DataTask, Reader, ReadJob, ReadSettings
+from lora_kit.data.reading import DataTask, Reader, ReadJob
 from lora_kit.data.rows import Rows, RowsWriter
 from lora_kit.data.sources import check_apart, open_sources
 from lora_kit.data.splits import divide
@@ -64,7 +64,7 @@ class Split:
     fractions: list[float]
     hashes: dict[str, str]
     census: Census
-    commits: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, str]
 
     @property
     def train(self) -> Examples:
@@ -92,7 +92,7 @@ def prepare(data: Data, task: DataTask, seed: int, lock: Json | None = None) -> 
         label_names(data.labels),
         data.group,
     )
-    settings = ReadSettings(columns, seed, questions="decontaminate" in opened)
+    reader = Reader(task, columns, seed, questions="decontaminate" in opened)
     decisive = {"eval", "replay", "decontaminate", "columns", "labels", "group"}
     key = cache.key_of(
         {  # the same content under another file name can be another format
@@ -100,19 +100,32 @@ def prepare(data: Data, task: DataTask, seed: int, lock: Json | None = None) -> 
             for use, found in opened.items()
         },
         data.model_dump(mode="json", include=decisive),
-        asdict(settings),
+        asdict(columns),
+        seed,
         task.formats,
         cache.code_of(task),
         libraries=_LIBRARIES,
     )
     try:
-        folder = cache.prepared(key, partial(_build, data, opened, settings, task))
+        folder = cache.prepared(key, partial(_build, data, opened, reader))
     except BaseException:
         stop()
         raise
-    found = _load(folder, key)
-    found.commits = {s.name: s.commit for used in opened.values() for s in used if s.commit}
-    return found
+    sources = list(chain.from_iterable(opened.values()))
+    files, masks, census = _load(folder)
+    examples = {
+        file.stem: _all_examples(Rows.open(file), files) for file in folder.glob("*.examples")
+    }
+    return Split(
+        key=key,
+        examples=examples,
+        masks=masks,
+        files=files,
+        fractions=[source.fraction for source in opened["train"] if source.fraction],
+        hashes={source.name: source.digest for source in sources},
+        census=census,
+        commits={source.name: source.commit for source in sources if source.commit},
+    )
 
 
 def _opened(data: Data, commits: dict[str, str]) -> dict[str, list[OpenedSource]]:
@@ -138,19 +151,18 @@ def _opened(data: Data, commits: dict[str, str]) -> dict[str, list[OpenedSource]
 def _build(
     data: Data,
     opened: dict[str, list[OpenedSource]],
-    settings: ReadSettings,
-    task: DataTask,
+    reader: Reader,
     folder: Path,
 ) -> None:
     """Write the files of a cache entry, which `_load` reads."""
     files: list[ReadFile] = []
     census = Census()
-    found = _read(folder, opened, settings, task, files, census, worker_count(data))
+    found = _read(folder, opened, reader, files, census, worker_count(data))
     for source in chain.from_iterable(opened.values()):
         if source.skipped:
             note = f"{source.name}: skipped {source.skipped:,} file(s) of unsupported types"
             census.notes.append(note)
-    masks = divide(data, opened, settings.seed, found, census)
+    masks = divide(data, opened, reader.seed, found, census)
     # Rows held out of data.train are counted as read for data.eval.
     if census.held_out:
         census.eval.rows_read = int(masks["train", "eval"].sum())
@@ -159,33 +171,21 @@ def _build(
     np.savez(folder / "masks.npz", **arrays)
     meta = {
         "files": files,
-        "fractions": [s.fraction for s in opened["train"] if s.fraction],
-        "hashes": {s.name: s.digest for s in chain.from_iterable(opened.values())},
         "census": census.to_json(),
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _load(folder: Path, key: str) -> Split:
+def _load(folder: Path) -> tuple[list[ReadFile], dict[tuple[str, str], np.ndarray], Census]:
+    """The files that were read, the masks of the split, and the census."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    files = [ReadFile(*values) for values in meta["files"]]
     masks: dict[tuple[str, str], np.ndarray] = {}
     with np.load(folder / "masks.npz") as stored:
         for name in stored:
             read, use = name.split("/")
             masks[read, use] = stored[name]
-    examples = {
-        file.stem: _all_examples(Rows.open(file), files) for file in folder.glob("*.examples")
-    }
-    return Split(
-        key=key,
-        examples=examples,
-        masks=masks,
-        files=files,
-        fractions=meta["fractions"],
-        hashes=meta["hashes"],
-        census=Census.from_json(meta["census"]),
-    )
+    files = [ReadFile(*values) for values in meta["files"]]
+    return files, masks, Census.from_json(meta["census"])
 
 
 def _all_examples(rows: Rows, files: list[ReadFile]) -> Examples:
@@ -210,8 +210,7 @@ def label_names(labels: str | list[str] | None) -> tuple[str, ...]:
 def _read(
     folder: Path,
     opened: dict[str, list[OpenedSource]],
-    settings: ReadSettings,
-    task: DataTask,
+    reader: Reader,
     files: list[ReadFile],
     census: Census,
     workers: int,
@@ -222,8 +221,8 @@ def _read(
     samples = {use: SignatureSample() for use in uses}
     counts = {use: Count() for use in uses}
     reported, total = time.monotonic(), 0
-    jobs = _jobs(opened, settings, task, files, census, samples)
-    for part in in_order(Reader(task, settings), jobs, workers):
+    jobs = _jobs(opened, reader, files, census, samples)
+    for part in in_order(reader, jobs, workers):
         use = files[part.file].use
         samples[use].add(part.signatures, first=writers[use].count)
         writers[use].write(part.examples)
@@ -244,8 +243,7 @@ def _read(
 
 def _jobs(
     opened: dict[str, list[OpenedSource]],
-    settings: ReadSettings,
-    task: DataTask,
+    reader: Reader,
     files: list[ReadFile],
     census: Census,
     samples: dict[str, SignatureSample],
@@ -256,26 +254,26 @@ def _jobs(
         for source in opened[use]:
             known: dict[str, int] = {}
             for batch in source.batches():
-                batch = replace(batch, plain=use == "general")
+                plain = use == "general"
                 if batch.name not in known:
-                    found = _format(batch, settings, task, census)
+                    found = _format(batch, plain, reader, census)
                     known[batch.name] = len(files)
                     files.append(ReadFile(batch.name, batch.style, use, number, found))
                 file = known[batch.name]
-                yield ReadJob(file, batch, files[file].format, sample.below)
+                yield ReadJob(file, batch, files[file].format, plain, sample.below)
             if not known:
                 raise UserError(f"{source.name}: empty: there is nothing to train on")
             number += 1
 
 
-def _format(batch: RowBatch, settings: ReadSettings, task: DataTask, census: Census) -> str:
+def _format(batch: RowBatch, plain: bool, reader: Reader, census: Census) -> str:
     row = next(batch.parsed())
-    if batch.plain:
+    if plain:
         columns, formats = Columns(), _TEXT
         if "text" not in row.columns:
             raise UserError("data.general: expected text (txt, md, or a `text` column)")
     else:
-        columns, formats = settings.columns, task.formats
+        columns, formats = reader.columns, reader.task.formats
     name = format_of(row, columns, formats)
     ignored = unread(row, name, columns)
     note = f"unused columns: {', '.join(ignored)[:200]}"

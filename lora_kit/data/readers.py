@@ -30,17 +30,16 @@ from lora_kit.data.json_rows import (
     text_pieces,
 )
 from lora_kit.errors import UserError
+from lora_kit.schema import Json
 
 END_OF_TEXT = "<|endoftext|>"
-TEXT_SUFFIXES = {
-    *(".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs"),
-    *(".sh", ".sql", ".tex", *extracted.SUFFIXES),
-}
+_CODE_SUFFIXES = {
+    ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs", ".sh", ".sql",
+}  # fmt: skip
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".tex"} | _CODE_SUFFIXES | extracted.SUFFIXES
 _IOB_SUFFIXES = {".iob", ".iob2", ".bio", ".conll"}
-TABLE_SUFFIXES = {
-    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
-    *_IOB_SUFFIXES,
-}
+_ROW_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"}
+TABLE_SUFFIXES = _ROW_SUFFIXES | _IOB_SUFFIXES
 SUFFIXES = TEXT_SUFFIXES | TABLE_SUFFIXES
 _TAG = re.compile(r"O|[BIESLU]-\S+")
 # The unit of work of one worker: small, so that its tokens stay in the CPU caches.
@@ -51,11 +50,11 @@ _LONGEST_LINE = 2**26
 
 
 @dataclass(frozen=True)
-class Row:
-    """A raw row. `place` is file:line, or file[n] for the n-th item of a list."""
+class RawRow:
+    """A row before it is checked. `place` is file:line, or file[n] for the n-th item of a list."""
 
     place: str
-    columns: dict[str, Any]
+    columns: Json
 
 
 @dataclass(frozen=True)
@@ -69,19 +68,18 @@ class RowBatch:
     name: str
     style: str
     numbers: list[int]
-    rows: Sequence[dict[str, Any] | str]
+    rows: Sequence[Json | str]
     whole: bool = False
     starts: bool = True
-    plain: bool = False  # general text: `data.columns` and `data.group` do not apply
 
     def place(self, number: int) -> str:
         return self.style.format(self.name, number)
 
-    def parsed(self) -> Iterator[Row]:
+    def parsed(self) -> Iterator[RawRow]:
         """The rows. Raises UserError with file and line if one is not a JSON object."""
         for number, row in zip(self.numbers, self.rows, strict=True):
             columns = parse_line(row, self.name, number) if isinstance(row, str) else row
-            yield Row(self.place(number), columns)
+            yield RawRow(self.place(number), columns)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class OpenedSource:
     files: tuple[Path, ...] = ()
     labels: dict[str, list[str]] = field(default_factory=dict)
     commit: str | None = None
-    rows: list[dict[str, Any]] | None = None
+    rows: list[Json] | None = None
     skipped: int = 0
 
     def batches(self) -> Iterator[RowBatch]:
@@ -207,10 +205,10 @@ def text_batches(files: Iterable[Path], whole: bool) -> Iterator[RowBatch]:
 
 
 def _batches(
-    file: Path | str, style: str, rows: Iterable[tuple[int, dict[str, Any] | str]]
+    file: Path | str, style: str, rows: Iterable[tuple[int, Json | str]]
 ) -> Iterator[RowBatch]:
     numbers: list[int] = []
-    kept: list[dict[str, Any] | str] = []
+    kept: list[Json | str] = []
     size = 0
     for number, row in rows:
         numbers.append(number)
@@ -245,7 +243,7 @@ def _has_json_lines(file: Path) -> bool:
         return False  # its reader reports what is wrong
 
 
-def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, Json]]:
     csv.field_size_limit(2**31 - 1)
     lines = (text for _, text in _lines(file))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -288,7 +286,7 @@ def _fields(line: str) -> list[str]:
     return [field for field in line.strip(" \n").split(" ") if field]
 
 
-def _tagged(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _tagged(file: Path) -> Iterator[tuple[int, Json]]:
     """Sentences of a file with one token per line and its IOB tag in the last column."""
     tokens: list[str] = []
     tags: list[str] = []
@@ -311,7 +309,7 @@ def _tagged(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         tags.append(fields[-1])
 
 
-def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, Json]]:
     """Rows of Parquet or Arrow, numbered from 0; the numbers of a ClassLabel become its names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -367,22 +365,22 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
     }
 
 
-def named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+def named(row: Json, names: dict[str, list[str]]) -> Json:
     """A row with class numbers replaced by class names (-1, no class, becomes null)."""
-
-    def name(value: Any, known: list[str]) -> Any:
-        if isinstance(value, list):
-            return [name(v, known) for v in value]
-        if isinstance(value, str) and value not in known and value.lstrip("-").isdecimal():
-            value = int(value)  # of csv
-        if isinstance(value, bool) or not isinstance(value, int):
-            return value
-        return known[value] if 0 <= value < len(known) else None
-
     for column, known in names.items():
         if column in row:
-            row[column] = name(row[column], known)
+            row[column] = _class_name(row[column], known)
     return row
+
+
+def _class_name(value: object, known: list[str]) -> object:
+    if isinstance(value, list):
+        return [_class_name(part, known) for part in value]
+    if isinstance(value, str) and value not in known and value.lstrip("-").isdecimal():
+        value = int(value)  # of csv
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    return known[value] if 0 <= value < len(known) else None
 
 
 def _is_cut(files: list[Path]) -> bool:

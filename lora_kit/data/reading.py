@@ -16,7 +16,7 @@ from lora_kit.data.census import Count
 from lora_kit.data.duplicates import UNSIGNED, Signatures, hashed, ranks, sign
 from lora_kit.data.examples import to_batch
 from lora_kit.data.formats import Columns, Example, normalised, to_example
-from lora_kit.data.readers import Row, RowBatch
+from lora_kit.data.readers import RowBatch
 from lora_kit.errors import NotUsable
 
 BLOCK_BYTES = 2048
@@ -33,22 +33,14 @@ class DataTask(Protocol):
     def group(self, example: Example) -> str | None: ...
 
 
-@dataclass(frozen=True)
-class ReadSettings:
-    """How rows are read. `questions`: also hash the prompts, to match them against the files of
-    `data.decontaminate`."""
-
-    columns: Columns
-    seed: int
-    questions: bool
-
-
 class ReadJob(NamedTuple):
-    """A batch to read, its format, and the rank below which its rows get a signature."""
+    """A batch to read, its format, and the rank below which its rows get a signature. `plain`:
+    general text, to which `data.columns`, `data.group` and the task do not apply."""
 
     file: int
     batch: RowBatch
     format: str
+    plain: bool
     sampled_below: int
 
 
@@ -62,52 +54,56 @@ class ReadBatch:
     count: Count
 
 
+@dataclass(frozen=True)
 class Reader:
-    """Reads batches of raw rows."""
+    """Reads batches of raw rows.
 
-    def __init__(self, task: DataTask, settings: ReadSettings) -> None:
-        self.task = task
-        self.settings = settings
+    Attributes:
+        seed: of the order in which examples are sampled.
+        questions: also hash the prompts, to match them against the files of data.decontaminate.
+    """
 
-    def __call__(self, work: ReadJob) -> ReadBatch:
+    task: DataTask
+    columns: Columns
+    seed: int
+    questions: bool
+
+    def __call__(self, job: ReadJob) -> ReadBatch:
         count = Count()
-        if work.batch.whole:
-            found = list(_blocks(work.batch))
+        if job.batch.whole:
+            found = list(_blocks(job.batch))
             count.rows_read = len(found)
         else:
-            found = list(self._examples(work.batch, work.format, count))
-        return self._hashed(work, [n for n, _ in found], [e for _, e in found], count)
+            found = list(self._examples(job, count))
+        return self._hashed(job, [n for n, _ in found], [e for _, e in found], count)
 
-    def _examples(
-        self, batch: RowBatch, format_name: str, count: Count
-    ) -> Iterator[tuple[int, Example]]:
-        columns = Columns() if batch.plain else self.settings.columns
-        for number, row in zip(batch.numbers, batch.parsed(), strict=True):
+    def _examples(self, job: ReadJob, count: Count) -> Iterator[tuple[int, Example]]:
+        columns = Columns() if job.plain else self.columns
+        for number, row in zip(job.batch.numbers, job.batch.parsed(), strict=True):
             count.rows_read += 1
             try:
-                yield number, to_example(row, format_name, columns)
+                yield number, to_example(row, job.format, columns)
             except NotUsable as error:
                 detail = f"{row.place}: {error.detail}" if error.detail else row.place
                 count.count_lost(error.reason, detail)
 
     def _hashed(
-        self, work: ReadJob, numbers: list[int], examples: list[Example], count: Count
+        self, job: ReadJob, numbers: list[int], examples: list[Example], count: Count
     ) -> ReadBatch:
         """Examples with the hashes and signatures that deduplication and splitting need."""
-        plain = work.batch.plain
-        texts = [example.key if plain else self.task.key(example) for example in examples]
-        groups = [self._group(example, plain) for example in examples]
+        texts = [example.key if job.plain else self.task.key(example) for example in examples]
+        groups = [self._group(example, job.plain) for example in examples]
         keys = _hashes(texts)
-        order = ranks(keys, self.settings.seed)
-        sampled = np.flatnonzero(order < np.uint64(work.sampled_below))
+        order = ranks(keys, self.seed)
+        sampled = np.flatnonzero(order < np.uint64(job.sampled_below))
         questions, signed_questions = np.zeros(len(keys), np.uint64), UNSIGNED
-        if self.settings.questions:
+        if self.questions:
             asked = [normalised(example.question) for example in examples]
             questions = _hashes(asked)
             signed_questions = sign([asked[n] for n in sampled])
         return ReadBatch(
-            file=work.file,
-            examples=to_batch(work.file, numbers, examples, keys, questions, _hashes(groups)),
+            file=job.file,
+            examples=to_batch(job.file, numbers, examples, keys, questions, _hashes(groups)),
             signatures=Signatures(
                 rows=sampled,
                 ranks=order[sampled],
@@ -131,7 +127,7 @@ def _hashes(texts: Sequence[str | None]) -> np.ndarray:
 
 def _blocks(batch: RowBatch) -> Iterator[tuple[int, Example]]:
     """Cut a long text into blocks of about 2 KiB, at line ends."""
-    row: Row = next(batch.parsed())
+    row = next(batch.parsed())
     text, line, start = row.columns["text"], batch.numbers[0], 0
     for end in _block_ends(text):
         joins = start > 0 or not batch.starts

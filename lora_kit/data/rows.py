@@ -121,7 +121,7 @@ class Rows:
         chosen = np.asarray(numbers, dtype=np.int64)
         return Rows(self.table, chosen if self.order is None else self.order[chosen])
 
-    def with_column(self, name: str, values: Sequence[Any] | np.ndarray) -> Rows:
+    def with_column(self, name: str, values: Sequence[object] | np.ndarray) -> Rows:
         """The rows with one more column."""
         table = self.table if self.order is None else self.table.take(self.order)
         return Rows(table.append_column(name, pa.array(list(values))))

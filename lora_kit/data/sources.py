@@ -82,8 +82,7 @@ def _open(source: Source, commits: dict[str, str]) -> OpenedSource:
     if name.startswith("nano:"):
         return _open_nano(source)
     if os.path.isdir(name):
-        found = sorted(p for p in Path(name).rglob("*") if p.is_file())
-        found = [p for p in found if not any(n[0] == "." for n in p.relative_to(name).parts)]
+        found = sorted(p for p in Path(name).rglob("*") if p.is_file() and not _is_hidden(p, name))
     elif os.path.isfile(name):
         found = [Path(name)]
         if readers.suffix_of(found[0]) in _BINARY_DOCUMENTS:
@@ -110,6 +109,11 @@ def _open(source: Source, commits: dict[str, str]) -> OpenedSource:
     _check_not_empty(name, files)
     others = len(found) - len(files)
     return OpenedSource(name, source.fraction, digest.hexdigest(), tuple(files), skipped=others)
+
+
+def _is_hidden(file: Path, folder: str) -> bool:
+    """Whether a file, or a folder below `folder` that it is in, begins with a dot."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _check_not_empty(name: str, files: Iterable[Path]) -> None:

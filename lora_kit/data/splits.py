@@ -208,7 +208,8 @@ def hold_out(
     np.minimum.at(head, kinds, order)
     order_of_labels = np.lexsort((head, -counts, quota - exact))
     most = counts - 1
-    while (left := wanted - quota.sum()) > 0:
+    while quota.sum() < wanted:
+        left = wanted - quota.sum()
         some = order_of_labels[(quota < most)[order_of_labels]]
         most = most if len(some) else counts
         quota[some[:left]] += 1

@@ -5,6 +5,7 @@ The result is cached under a key of everything that it depends on (`lora_kit.cac
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from lora_kit.base.pin import Pinned
 from lora_kit.data.census import NO_SUPERVISION, Census
 from lora_kit.data.duplicates import ranks
 from lora_kit.data.examples import ReadFile, from_batch
+from lora_kit.data.formats import Example
 from lora_kit.data.prepare import Split, prepare, worker_count
 from lora_kit.data.rows import Row, Rows, RowsWriter, record_batch, record_batches
 from lora_kit.data.sources import source_list
@@ -29,7 +31,7 @@ from lora_kit.data.splits import FEWEST_TO_EVALUATE, mix, take
 from lora_kit.data.workers import in_order, stop
 from lora_kit.errors import UserError
 from lora_kit.run import run_class, section_fields
-from lora_kit.schema import Run
+from lora_kit.schema import Json, Run
 from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import Dropped, Facts, Processor, Task
 
@@ -49,7 +51,7 @@ class Prepared:
         cached: the result was in the cache.
     """
 
-    train: Any
+    train: Rows | Packed
     eval: Rows
     general: Rows | None
     facts: Facts
@@ -58,12 +60,11 @@ class Prepared:
     files: list[ReadFile]
     cached: bool
     commits: dict[str, str] = field(default_factory=dict)
-    unpacked: Rows | None = None
 
     def rows(self, use: str) -> Rows:
         """The rows of a use, not packed."""
-        if use == "train" and self.unpacked is not None:
-            return self.unpacked
+        if use == "train":
+            return self.train.rows if isinstance(self.train, Packed) else self.train
         found: Rows = getattr(self, use)
         return found
 
@@ -74,7 +75,7 @@ class Prepared:
     def summary(self) -> list[str]:
         """The census as lines, and notes before the start."""
         lines = self.census.lines()
-        if self.train is not self.rows("train"):
+        if isinstance(self.train, Packed):
             lines.append(f"packing: {len(self.train):,} rows, {self.train.fill:.1%} full")
         if self.eval.units < FEWEST_TO_EVALUATE:
             lines.append(
@@ -130,7 +131,6 @@ def encode(
         files=split.files,
         cached=not encoding.started,
         commits=split.commits,
-        unpacked=found["train"],
     )
     if limits:
         prepared.census.check(run.data.limits)
@@ -138,7 +138,7 @@ def encode(
 
 
 def rows_of(
-    task: Task, run: Run, pinned: Pinned, lock: dict[str, Any] | None = None, limits: bool = True
+    task: Task, run: Run, pinned: Pinned, lock: Json | None = None, limits: bool = True
 ) -> tuple[Processor, Prepared]:
     """Processor and rows of a run, for verbs; recipes call the steps themselves.
 
@@ -151,11 +151,11 @@ def rows_of(
     return processor, encode(task, split, processor, facts, run, limits)
 
 
-def identity(processor: Processor) -> Any:
+def identity(processor: Processor) -> str | list[object]:
     """The settings of a tokenizer or processor that its output depends on, for the cache key."""
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is None:
-        return processor.to_json_string()
+        return str(processor.to_json_string())
     # Padding and truncation are set on use and have no effect here.
     model = json.loads(backend.to_str()) | {"padding": 0, "truncation": 0}
     special = [processor.bos_token_id, processor.eos_token_id]
@@ -198,54 +198,66 @@ class Encoder:
         # The run class with a task's own keys is created in each process.
         return run_class(self.task).model_validate(self._settings)
 
-    def __call__(self, work: _EncodeJob) -> _EncodedBatch:
-        task = self.task.general if work.use == "general" else self.task
-        assert task is not None
-        examples = from_batch(work.examples, self.files)
-        files = work.examples.column("file").to_pylist()
-        numbers = work.examples.column("number").to_pylist()
+    def __call__(self, job: _EncodeJob) -> _EncodedBatch:
+        task = _task_of(self.task, job.use)
+        examples = from_batch(job.examples, self.files)
+        files = job.examples.column("file").to_pylist()
+        numbers = job.examples.column("number").to_pylist()
         rows: list[Row] = []
-        counts: list[int] = []
+        counts = np.zeros(len(examples), np.int32)
         own_lengths: list[int] = []
         dropped, truncated = [], []
-        encoded = list(task.encode(examples, self.processor, self.facts, self._run))
-        if len(encoded) != len(examples):
-            raise UserError(f"TASK.encode: {len(encoded)} results for {len(examples)} examples")
-        for n, (example, found) in enumerate(zip(examples, encoded, strict=True)):
+        for n, found in enumerate(self._encoded(task, examples)):
+            place = examples[n].place
             if isinstance(found, Dropped):
-                where = f"{example.place}: {found.detail}" if found.detail else example.place
+                where = f"{place}: {found.detail}" if found.detail else place
                 dropped.append((n, found.reason, where))
-                counts.append(0)
                 continue
-            if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-                kind = type(found).__name__
-                raise UserError(
-                    f"TASK.encode: {example.place}: expected a list of rows, not {kind}"
-                )
-            counts.append(len(found))
+            counts[n] = len(found)
             for row in found:
-                if reason := row.get("truncated"):
-                    truncated.append((n, reason, example.place))
+                if row.get("truncated"):
+                    truncated.append((n, row["truncated"], place))
                 if "length" in row:
                     own_lengths.append(row["length"])
                 kept = {name: value for name, value in row.items() if name not in _COUNTED}
-                place = {"example": work.first + n, "file": files[n], "number": numbers[n]}
-                rows.append({**kept, **place})
-        of_row = np.repeat(np.arange(len(examples)), counts)
+                kept |= {"example": job.first + n, "file": files[n], "number": numbers[n]}
+                rows.append(kept)
         if any(row.keys() != rows[0].keys() for row in rows):
             raise UserError("TASK.encode: rows must all have the same columns")
         lengths = np.zeros(len(examples), np.int64)
+        batch: pa.RecordBatch | None = None
         try:
-            batch = record_batch(rows) if rows else None
-            if batch is not None:
+            if rows:
+                batch = record_batch(rows)
                 each = own_lengths or task.tokens(Rows(pa.Table.from_batches([batch])))
-                np.add.at(lengths, of_row, each)
+                np.add.at(lengths, np.repeat(np.arange(len(examples)), counts), each)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"TASK.encode: TASK.tokens failed on its rows ({why})") from error
-        return _EncodedBatch(
-            work.use, work.first, batch, np.array(counts, np.int32), lengths, dropped, truncated
-        )
+        return _EncodedBatch(job.use, job.first, batch, counts, lengths, dropped, truncated)
+
+    def _encoded(self, task: Task, examples: list[Example]) -> list[list[Row] | Dropped]:
+        """The rows of each example. Raises UserError if the task's results are no rows."""
+        encoded = list(task.encode(examples, self.processor, self.facts, self._run))
+        if len(encoded) != len(examples):
+            raise UserError(f"TASK.encode: {len(encoded)} results for {len(examples)} examples")
+        for example, found in zip(examples, encoded, strict=True):
+            if isinstance(found, Dropped):
+                continue
+            if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+                raise UserError(
+                    f"TASK.encode: {example.place}: expected a list of rows, not "
+                    f"{type(found).__name__}"
+                )
+        return encoded
+
+
+def _task_of(task: Task, use: str) -> Task:
+    """The task that encodes a use: general text is encoded by the task's `general`."""
+    if use not in ("general", "replay"):
+        return task
+    assert task.general is not None
+    return task.general
 
 
 class _UseWriter:
@@ -287,7 +299,7 @@ class _Encoding:
 
     def run(self, folder: Path) -> None:
         self.started = True
-        self.census = Census.from_json(self.split.census.to_json())
+        self.census = copy.deepcopy(self.split.census)
         self.census.notes += self.task.notes({file.format for file in self.split.files}, self.facts)
         writers = self._encode(folder)
         rows = {use: writer.writer.close() for use, writer in writers.items()}
@@ -311,12 +323,10 @@ class _Encoding:
                 "data.train: fewer than two tokens of text: there is nothing to train on"
             )
         (folder / "replay.arrow").unlink(missing_ok=True)
-        self._count("train", self.task, train)
+        self._count("train", train)
         for use, writer in writers.items():
             if use in ("eval", "general"):
-                task = self.task if use == "eval" else self.task.general
-                assert task is not None
-                self._count(use, task, rows[use])
+                self._count(use, rows[use])
                 getattr(self.census, use).rows_kept += writer.units
         self.census.train.rows_kept = int(chosen.sum())
         text = json.dumps(self.census.to_json())
@@ -396,16 +406,14 @@ class _Encoding:
         used = rows.select(np.flatnonzero(np.isin(rows.column("unit"), chosen)))
         self.census.general.unused = writer.units - len(chosen)
         self.census.general.rows_kept += len(chosen)
-        general = self.task.general
-        assert general is not None
+        supervised = _task_of(self.task, "replay").supervised(used)
         self.census.notes.append(
-            f"replay: also training on {len(chosen):,} general rows "
-            f"({general.supervised(used):,} tokens)"
+            f"replay: also training on {len(chosen):,} general rows ({supervised:,} tokens)"
         )
         return used
 
-    def _count(self, use: str, task: Task, rows: Rows) -> None:
-        count = getattr(self.census, use)
+    def _count(self, use: str, rows: Rows) -> None:
+        task, count = _task_of(self.task, use), getattr(self.census, use)
         count.measure(task.tokens(rows), task.supervised(rows))
         if "end_markers" in rows.columns:
             count.end_markers_supervised = int(rows.column("end_markers").sum())

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
 from lora_kit.tasks.batches import IGNORED
+
+if TYPE_CHECKING:
+    import torch
 
 
 def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
@@ -103,7 +106,7 @@ def content_hash(rows: Rows | Packed) -> str:
     return digest.hexdigest()
 
 
-def check_isolation(model: Any) -> None:
+def check_isolation(model: torch.nn.Module) -> None:
     """Check that a packed document's logits do not depend on the document before it.
 
     transformers isolates packed documents by `position_ids` in most architectures; in those that do
@@ -118,13 +121,13 @@ def check_isolation(model: Any) -> None:
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
     training = model.training
     model.eval()
+    logits = []
     with torch.no_grad():
-        first, second = (
-            model(input_ids=torch.tensor([[*some, 5, 6, 7, 8]], device=device),
-                  position_ids=positions).logits[0, 4:]
-            for some in ((9, 10, 11, 12), (13, 14, 15, 16))
-        )  # fmt: skip
+        for before in ([9, 10, 11, 12], [13, 14, 15, 16]):
+            ids = torch.tensor([[*before, 5, 6, 7, 8]], device=device)
+            logits.append(model(input_ids=ids, position_ids=positions).logits[0, 4:])
     model.train(training)
+    first, second = logits
     # In a mixture of experts, other tokens change the rounding of sums.
     if (first - second).abs().max() > 0.05 * first.std():
         named = getattr(model, "get_base_model", lambda: model)()

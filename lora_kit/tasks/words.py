@@ -11,9 +11,15 @@ from __future__ import annotations
 import json
 import re
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from lora_kit.schema import Json
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from tokenizers.models import Model
 
 # The pattern built into ByteLevel.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -50,27 +56,21 @@ class WordEncoding:
 
 
 class WordEncoder:
-    """Encodes texts without adding special tokens, like `tokenizer.encode_batch`.
+    """Encodes texts without adding special tokens, like `tokenizer.encode_batch`."""
 
-    Args:
-        tokenizer: a tokenizers.Tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.words = _words_of(tokenizer)
         self.count = 0
         if self.words and any(not self._agrees(text) for text in _PROBES):
             self.words = None
 
-    def __call__(self, texts: list[str]) -> list[Any]:
+    def __call__(self, texts: list[str]) -> list[WordEncoding | Encoding]:
         """Encodings with `ids`, `len`, `char_to_token`, `token_to_chars`."""
-        found = [self._fast(text) for text in texts]
-        slow = [n for n, encoding in enumerate(found) if encoding is None]
-        encoded = self.tokenizer.encode_batch([texts[n] for n in slow], add_special_tokens=False)
-        for n, encoding in zip(slow, encoded, strict=True):
-            found[n] = encoding
-        return found
+        fast = [self._fast(text) for text in texts]
+        others = [text for text, found in zip(texts, fast, strict=True) if found is None]
+        encoded = iter(self.tokenizer.encode_batch(others, add_special_tokens=False))
+        return [next(encoded) if found is None else found for found in fast]
 
     def _fast(self, text: str) -> WordEncoding | None:
         if self.words is None or not text.isascii() or _CONTROL.search(text):
@@ -91,7 +91,9 @@ class WordEncoder:
 class _Words(dict[str, list[int]]):
     """A cache: word -> its tokens."""
 
-    def __init__(self, model: Any, pattern: str, added: dict[str, int], sizes: np.ndarray) -> None:
+    def __init__(
+        self, model: Model, pattern: str, added: dict[str, int], sizes: np.ndarray
+    ) -> None:
         super().__init__()
         self.model = model
         self.sizes = sizes
@@ -121,7 +123,7 @@ class _Words(dict[str, list[int]]):
 _BYTES = {code: chr(256 + code) for code in range(33)} | {127: chr(256 + 33)}
 
 
-def _words_of(tokenizer: Any) -> _Words | None:
+def _words_of(tokenizer: Tokenizer) -> _Words | None:
     """The word cache for a tokenizer; None if it is not supported (see above)."""
     parts = json.loads(tokenizer.to_str())
     model, added = parts["model"], parts["added_tokens"] or []
@@ -162,13 +164,19 @@ def _ascii(pattern: str) -> str | None:
     return None if groups else "".join(parts)  # `findall` would return groups, not words
 
 
-def _pattern_of(pre_tokenizer: Any) -> str | None:
+def _pattern_of(pre_tokenizer: Json | None) -> str | None:
+    """The regular expression that splits text into words; None if it is not split so."""
+    if pre_tokenizer is None:
+        return None
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    for part in parts:
+        part.pop("trim_offsets", None)  # changes no token
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    listed = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    plain = [{k: v for k, v in (part or {}).items() if k != "trim_offsets"} for part in listed]
-    if plain == [bytes_only | {"use_regex": True}]:
+    if parts == [bytes_only | {"use_regex": True}]:
         return _GPT2
-    if len(plain) == 2 and plain[1] == bytes_only and plain[0].get("type") == "Split":
-        isolated = plain[0]["behavior"] == "Isolated" and not plain[0]["invert"]
-        return plain[0]["pattern"].get("Regex") if isolated else None
-    return None
+    if len(parts) != 2 or parts[1] != bytes_only or parts[0]["type"] != "Split":
+        return None
+    if parts[0]["behavior"] != "Isolated" or parts[0]["invert"]:
+        return None
+    pattern: str | None = parts[0]["pattern"].get("Regex")
+    return pattern

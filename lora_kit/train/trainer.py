@@ -169,7 +169,9 @@ def _rows_and_collator(
     flat: bool,
 ) -> dict[str, Any]:
     """The trainer's arguments that depend on the rows and on the task."""
-    train: Any = task.annotate(data.train, model, processor, run)
+    train: Any = data.train
+    if not isinstance(data.train, Packed):
+        train = task.annotate(data.train, model, processor, run)
     held_out: Any = None
     if run.train.eval_steps:
         held_out = task.annotate(data.eval, model, processor, run)

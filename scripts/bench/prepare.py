@@ -228,7 +228,7 @@ def memory(gib: float, workers: int, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     prepared = prepared_rows(file, workers)
     made = time.perf_counter() - started
-    tokens = sum(len(row["input_ids"]) for row in prepared.train)
+    tokens = sum(len(row["input_ids"]) for row in prepared.rows("train"))
     ended.set()
     watcher.join()
     assert tokens == prepared.census.train.tokens
