@@ -204,7 +204,7 @@ class _Planner:
     def __post_init__(self) -> None:
         run, task, data = self.run, self.task, self.data
         self.model, self.held, self.file, self.merged = _on_meta(run, task, self.pinned, data)
-        self.machine = self.measured or _machine(run, self.model)
+        self.machine = self.measured or _machine(run.base.dtype, self.model)
         fast = self.quick and run.speed == "auto"
         self.flat = bool(fast and costs.assume_fast(self.model, task.flat))
         self.masked = not (self.flat or costs.count_attention(self.model.get_base_model()))
@@ -436,7 +436,7 @@ def free_memory() -> int:
     return max(0, free)
 
 
-def _machine(run: Run, model: Any) -> Machine:
+def _machine(base_dtype: str, model: Any) -> Machine:
     """The device: available memory, and its rates, measured briefly with the shape of the model's
     largest layer; of several processes the one with the least memory."""
     framework = int(psutil.Process().memory_info().rss)  # before the measurements
@@ -445,7 +445,7 @@ def _machine(run: Run, model: Any) -> Machine:
     head = {model.get_input_embeddings().weight.shape}
     out, into = max(linear - head or head, key=math.prod)
     rates: dict[str, float] = {}
-    for name in ("float32", run.base.dtype):
+    for name in ("float32", base_dtype):
         dtype = getattr(torch, name)
         x = torch.ones(_PROBED_ROWS, into, dtype=dtype, device=device)
         w = torch.ones(into, out, dtype=dtype, device=device)

@@ -125,7 +125,7 @@ def create(
     Raises:
         UserError: it exists, or cannot be created.
     """
-    check_free(run)
+    check_free(run.directory)
     try:
         directory.path.mkdir(parents=True)
     except OSError as error:
