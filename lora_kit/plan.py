@@ -34,8 +34,8 @@ from lora_kit.speed import memory as costs
 from lora_kit.speed.memory import Choice, Machine, PassCost
 from lora_kit.tasks.encode import Prepared, rows_of
 from lora_kit.tasks.task import Batch, Processor, Task
-from lora_kit.train.checkpoint import checkpoint_bytes
 from lora_kit.train.guards import has_own_loss
+from lora_kit.train.save import checkpoint_bytes
 from lora_kit.train.strategies import choose
 
 _MIB = 2**20
@@ -232,7 +232,7 @@ class _Planner:
         return costs.on_meta(collate(short), self.masked)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return self.task.loss(model, batch, 1, self.run)
+        return self.task.loss(model, batch, 1, self.run.train)
 
     def work(self, micro: int, recomputed: int) -> PassCost:
         """The cost of the largest micro-batch of an epoch with shuffled rows."""
@@ -358,14 +358,14 @@ def _on_meta(
         pinned.folder, local_files_only=True, trust_remote_code=False
     )
     stored = config.dtype or dtype  # before it is set to the compute dtype
-    model, fresh = task.skeleton(pinned, data.facts, run)
-    model.requires_grad_(False)
-    model.config.get_text_config().use_cache = False
-    values = sum(p.numel() for p in model.parameters())
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    head, quantized = model.get_output_embeddings(), run.base.quantize != "none"
-    new = {id(m) for name in fresh for m in model.get_submodule(name).modules()} | {id(head)}
-    linear = [m for m in model.modules() if type(m) is torch.nn.Linear and id(m) not in new]
+    base, fresh = task.skeleton(pinned, data.facts, run)
+    base.requires_grad_(False)
+    base.config.get_text_config().use_cache = False
+    values = sum(p.numel() for p in base.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in base.buffers())
+    head, quantized = base.get_output_embeddings(), run.base.quantize != "none"
+    new = {id(m) for name in fresh for m in base.get_submodule(name).modules()} | {id(head)}
+    linear = [m for m in base.modules() if type(m) is torch.nn.Linear and id(m) not in new]
     packed = [m.weight for m in linear] if quantized else []
     inside = sum(w.numel() for w in packed)
     held = {f"weights {run.base.dtype}": (values - inside) * dtype.itemsize}
@@ -379,8 +379,8 @@ def _on_meta(
     # A start adapter is read from its file; torch warns that copies to meta have no effect.
     with torch.device("cpu" if run.adapter.start else "meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        strategy = choose(run.train, run.adapter, model, fresh)
-        model = attach(model, strategy.adapter, fresh, run.seed).train()
+        strategy = choose(run.train, run.adapter, base, fresh)
+        model = attach(base, strategy.adapter, fresh, run.seed).train()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     held |= {"adapter": 4 * sum(trained), "gradients": 4 * sum(trained)}
     # bitsandbytes keeps 32-bit state for small tensors.

@@ -156,7 +156,7 @@ def _shown(processor: Processor, sequence: Shown, most_tokens: int) -> list[Piec
 def packing(task: Task, run: Run, prepared: Prepared) -> dict[str, object]:
     """Packing mode, number of rows, and the share of their positions that are tokens; null if rows
     are padded to the longest in the batch."""
-    rows, mode = prepared.train, task.packing(run)
+    rows, mode = prepared.train, task.packing(run.data)
     tokens = int(task.tokens(prepared.rows("train")).sum())
     fill = None if mode == "none" else round(tokens / (len(rows) * run.train.max_length), 4)
     return {"mode": mode, "rows": len(rows), "fill": fill}

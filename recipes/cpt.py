@@ -12,23 +12,20 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685); QLoRA: Dettmers et al. 2023 (arXiv:2305
 
 from __future__ import annotations
 
-from typing import Any
-
 from lora_kit.launch import recipe_main
-from lora_kit.schema import Run
+from lora_kit.schema import Json, Run
 from lora_kit.tasks.causal import Text
 
 TASK = Text()
 
 
-def main(run: Run, resume: bool = False) -> dict[str, Any]:
+def main(run: Run, resume: bool = False) -> Json:
     """Run the whole journey; returns what report.json holds."""
     from lora_kit.adapter.attach import attach, describe
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
     from lora_kit.plan import plan_training
-    from lora_kit.prove.evaluate import check_prove
-    from lora_kit.prove.finish import prove
+    from lora_kit.prove.evaluate import check_prove, prove
     from lora_kit.tasks.encode import encode
     from lora_kit.train.journey import Journey
     from lora_kit.train.save import save_run
@@ -38,9 +35,9 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     with Journey(run, TASK, resume) as journey:
         # 1. The base's files, and the data: read, checked, split, encoded.
         pinned = pin(run.base, journey.lock)
-        processor = TASK.processor(pinned, run)
+        processor = TASK.processor(pinned, run.data)
         split = prepare(run.data, TASK, run.seed, journey.lock)
-        facts = TASK.facts(split.train, run)
+        facts = TASK.facts(split.train, run.data)
         data = encode(TASK, split, processor, facts, run)
         check_prove(TASK, data, processor, run)
 
@@ -51,11 +48,11 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
         plan = plan_training(run, TASK, pinned, processor, data, journey.say)
 
         # 4. The base, frozen, in its type or quantized.
-        model, fresh = TASK.model(pinned, facts, run)
+        base, fresh = TASK.model(pinned, facts, run)
 
         # 5. The adapter: what trains.
-        strategy = choose(run.train, run.adapter, model, fresh)
-        model = attach(model, strategy.adapter, fresh, run.seed)
+        strategy = choose(run.train, run.adapter, base, fresh)
+        model = attach(base, strategy.adapter, fresh, run.seed)
         journey.say(str(describe(model)))
 
         # 6. Train.

@@ -31,7 +31,6 @@ from lora_kit.tasks.causal import Text
 from lora_kit.tasks.task import Batch, Collate, Task
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.callbacks import Metrics
-from lora_kit.train.directory import RunDirectory
 from lora_kit.train.guards import Guards, guarded
 from lora_kit.train.interrupt import StopSignal
 from lora_kit.train.trainer import fit
@@ -126,7 +125,7 @@ class Labels(Task):
     def items(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def loss(self, model: Any, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+    def loss(self, model: Any, batch: Batch, items: Any, train: Any) -> torch.Tensor:
         given = {name: value for name, value in batch.items() if name != "labels"}
         logits = model(**given).logits.float()
         nats = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
@@ -309,7 +308,6 @@ def make(
         train=made.train(**{**SETTINGS, **train}),
         speed=speed,  # type: ignore[arg-type]
     )
-    directory = RunDirectory(folder)
     folder.mkdir(parents=True, exist_ok=True)
     trainer_class, arguments_class = task.classes()
     options: dict[str, Any] = {name: value() for name, value in made.options.items()}
@@ -317,16 +315,16 @@ def make(
         options["data_collator"] = collate
     options |= {
         "model": model or made.model(),
-        "args": training_arguments(run, directory.checkpoints, None, arguments_class),
+        "args": training_arguments(run, folder / "checkpoints", None, arguments_class),
         "train_dataset": made.rows(),
         "eval_dataset": made.rows().select(range(8)) if run.train.eval_steps else None,
-        "callbacks": [Metrics(directory.metrics), *callbacks],
+        "callbacks": [Metrics(folder / "metrics.jsonl"), *callbacks],
     }
     if not guards:
         return trainer_class(**options)  # type: ignore[return-value]
     fresh = ("score",) if made.labels else ()
     return guarded(trainer_class)(
-        task, run, directory, stop or StopSignal(), groups or task.groups(fresh), **options
+        task, run, folder, stop or StopSignal(), groups or task.groups(fresh), **options
     )
 
 

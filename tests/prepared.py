@@ -72,7 +72,7 @@ def prepared(
     task = Text() if kind == "text" else Conversations()
     run = run_of("cpt" if kind == "text" else "sft", max_length, seed, **data)
     split = prepare(run.data, task, run.seed)
-    facts = task.facts(split.train, run)
+    facts = task.facts(split.train, run.data)
     return encode(task, split, tokenizer, facts, run, limits=check)
 
 

@@ -153,7 +153,7 @@ def test_the_same_is_prepared_to_the_same_bytes_and_only_once(
     first = of_settings(tmp_path, tokenizer, settings)
     again = of_settings(tmp_path, tokenizer, settings)
     assert (first.cached, again.cached) == (False, True) and result(first) == result(again)
-    assert again.names == first.names
+    assert again.files == first.files
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "other"))
     assert not of_settings(tmp_path, tokenizer, settings).cached
     kept = hashes(cache)
@@ -219,7 +219,7 @@ def test_rows_are_packed_as_asked(
 def test_conversations_are_never_running_text(tmp_path: Path, tokenizer: Any) -> None:
     run = run_of(train=put(tmp_path / "a.jsonl", chats(9)), packing="running")
     with pytest.raises(UserError, match=r"data\.packing: running is for text"):
-        Conversations().processor(Pinned("", str(tmp_path)), run)
+        Conversations().processor(Pinned("", str(tmp_path)), run.data)
 
 
 def test_places_lead_back_to_the_file(tmp_path: Path, tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from lora_kit import nano
 from lora_kit.errors import UserError, redact, secret_values
 from lora_kit.ship.secrets import refuse_secrets
-from lora_kit.train.directory import RunDirectory
+from lora_kit.train.directory import say
 
 # {text: what it is taken for}. Put together here, so that no scanner takes this file for a leak.
 FOUND = {
@@ -180,5 +180,5 @@ def test_tokens_are_taken_out_of_what_is_printed(
     assert redact("at http://me:pw-1@proxy:80/") == "at http://***@proxy:80/"
     assert redact("nothing here") == "nothing here"
     # A sample of the data, as a training shows it.
-    RunDirectory(tmp_path).say(f"sample: {f'is{chr(10)}{key}'!r}")
+    say(f"sample: {f'is{chr(10)}{key}'!r}")
     assert capsys.readouterr().err == "sample: 'is\\n***'\n"

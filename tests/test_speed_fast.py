@@ -9,7 +9,7 @@ import torch
 
 from lora_kit.speed import attention, fast, linear, patch
 from lora_kit.speed.fast import documents_loss, label_nats, make_fast, make_plain
-from lora_kit.tasks.batches import collator, collators, in_one_row
+from lora_kit.tasks.batches import collator, in_one_row
 
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
@@ -68,7 +68,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **adapter: Any) ->
 
 
 def fast_paths(model: Any) -> dict[str, str]:
-    return make_fast(model, documents_loss(model, collators(0)))
+    return make_fast(model, documents_loss(model, collator(0), in_one_row))
 
 
 def some_rows() -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def test_the_loss_of_each_label_is_that_of_the_standard_path(family: str) -> Non
     assert torch.allclose(nats, each[labels != -100], atol=1e-5)
     plain = fast_paths(model)
     for flat in {False, "attention" not in plain}:
-        found, other = weighted(model, collators(0)(flat)(some_rows()))
+        found, other = weighted(model, (in_one_row if flat else collator(0))(some_rows()))
         assert torch.allclose(found, nats, atol=1e-5)
         assert float((other - gradient).norm() / gradient.norm()) < 1e-4
 

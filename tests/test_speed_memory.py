@@ -15,7 +15,7 @@ from lora_kit.adapter.attach import attach
 from lora_kit.schema import Adapter
 from lora_kit.speed import fast, memory
 from lora_kit.speed.memory import Choice, Machine, PassCost, choose_batch, on_meta, recompute
-from lora_kit.tasks.batches import collators
+from lora_kit.tasks.batches import collator, in_one_row
 
 
 def llama(device: str, **adapter: Any) -> Any:
@@ -42,7 +42,7 @@ def rows_on_meta(rows: list[list[int]], flat: bool) -> dict[str, Any]:
         positions = np.concatenate([np.arange(length) for length in documents])
         row = {"input_ids": ids, "labels": ids.copy()}
         made.append(row if len(documents) == 1 else {**row, "position_ids": positions})
-    return on_meta(collators(0)(flat)(made))
+    return on_meta((in_one_row if flat else collator(0))(made))
 
 
 def count(model: Any, batch: dict[str, Any]) -> PassCost:
@@ -81,7 +81,7 @@ def test_of_the_quick_paths_too() -> None:
         model = llama(device)
         batch = rows_on_meta([[16], [7, 9]], flat=True)
         if device == "cpu":
-            assert fast.make_fast(model, fast.documents_loss(model, collators(0))) == {}
+            assert fast.make_fast(model, fast.documents_loss(model, collator(0), in_one_row)) == {}
             places = torch.arange(batch["places"].numel())
             batch = {**on_cpu(batch), "places": places}
         else:
@@ -135,7 +135,7 @@ def test_computing_again_changes_memory_and_time_and_no_gradient(flat: bool) -> 
         model = llama("cpu")
         batch = on_cpu(rows_on_meta([[60]] * 4, flat))
         if flat:
-            assert fast.make_fast(model, fast.documents_loss(model, collators(0))) == {}
+            assert fast.make_fast(model, fast.documents_loss(model, collator(0), in_one_row)) == {}
             batch["places"] = torch.arange(batch["places"].numel())
         recompute(model, again)
         work = count(model, dict(batch))

@@ -15,7 +15,7 @@ from trained import labelled
 from lora_kit.speed import prefix as module
 from lora_kit.speed.fast import documents_loss, make_fast
 from lora_kit.speed.prefix import Prefix, first_trained_layer
-from lora_kit.tasks.batches import collators, in_one_row
+from lora_kit.tasks.batches import collator, in_one_row
 from lora_kit.tasks.packing import Packed, content_hash
 
 LAYERS = 4
@@ -159,7 +159,7 @@ def test_the_same_is_learned_and_the_layers_run_once(family: str, dtype: torch.d
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_is_kept_is_what_was_computed_though_rows_are_padded(family: str) -> None:
     model, rows = adapted(family, base(family).to(torch.bfloat16)), data(2)
-    assert make_fast(model, documents_loss(model, collators(0))) == {}
+    assert make_fast(model, documents_loss(model, collator(0), in_one_row)) == {}
     prefix, calls = Prefix(model), Calls(model)
     keep(prefix, rows, 3)
     calls.new()

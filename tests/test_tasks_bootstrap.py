@@ -12,10 +12,9 @@ import pytest
 import scipy.stats
 
 from lora_kit.errors import CheckFailed
-from lora_kit.prove.scores import mean_score
 from lora_kit.tasks import bootstrap
 from lora_kit.tasks.bootstrap import bca_interval, compared, interval, retention, verdict
-from lora_kit.tasks.task import Score, ratio
+from lora_kit.tasks.task import Score, mean_score, ratio
 
 Pair = tuple[Score, Score]
 

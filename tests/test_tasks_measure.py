@@ -83,16 +83,6 @@ def test_measure_equals_a_plain_loop(
     assert found.bytes.tolist() == [10, 20, 30, 40]
 
 
-def test_some_rows_are_measured_alone(model: Any, labelled: Rows) -> None:
-    rows = np.array([5, 1])  # of units 3 and 0
-    found = measure(model, labelled, pad_id=1, numbers=rows)
-    _, tokens = naive(model, labelled)
-    assert found.tokens[[1, 2]].tolist() == [0, 0] and found.tokens[0] < tokens[0]
-    alone = measure(model, labelled, pad_id=1, numbers=rows[:1])
-    assert alone.tokens.tolist() == [0, 0, 0, found.tokens[3]]
-    assert alone.nats[3] == pytest.approx(found.nats[3], rel=1e-5)
-
-
 @pytest.mark.parametrize(("rows_at_once", "logits"), [(3, 2**28), (100, 400 * 130)])
 def test_a_batch_is_no_larger_than_what_it_is_allowed(
     model: Any,

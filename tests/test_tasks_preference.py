@@ -21,7 +21,7 @@ from lora_kit.data.rows import Rows
 from lora_kit.run import run_class
 from lora_kit.schema import Adapter, Base
 from lora_kit.speed.fast import documents_loss, make_fast
-from lora_kit.tasks.batches import collators
+from lora_kit.tasks.batches import collator, in_one_row
 from lora_kit.tasks.preference import Preference, log_probabilities
 from lora_kit.tasks.task import Dropped
 
@@ -83,7 +83,7 @@ def adapted(folder: Path, loud: bool = True) -> Any:
 
 
 def quick(model: Any) -> None:
-    assert make_fast(model, documents_loss(model, collators(0))) == {}
+    assert make_fast(model, documents_loss(model, collator(0), in_one_row)) == {}
 
 
 def step(model: Any, batches: list[Any], items: int, run: Any) -> tuple[float, torch.Tensor]:
@@ -91,7 +91,7 @@ def step(model: Any, batches: list[Any], items: int, run: Any) -> tuple[float, t
     model.zero_grad()
     total = 0.0
     for batch in batches:
-        loss = TASK.loss(model, batch, items, run)
+        loss = TASK.loss(model, batch, items, run.train)
         loss.backward()
         total += float(loss.detach())
     grads = [p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]

@@ -46,9 +46,9 @@ def made(folder: Path, family: str = "Bert", **changes: Any) -> tuple[Any, ...]:
 
 # ------------------------------------------------------------------ labels
 def facts(labels: dict[str, int], names: Any = None, dropped: str = "") -> dict[str, Any]:
-    run: Any = SimpleNamespace(data=SimpleNamespace(labels=names))
+    data: Any = SimpleNamespace(labels=names)
     train: Any = SimpleNamespace(labels=labels, dropped=dropped)
-    return TASK.facts(train, run)
+    return TASK.facts(train, data)
 
 
 def test_labels_are_in_alphabetical_order_or_in_that_of_the_run_file() -> None:
@@ -153,7 +153,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(
 
     def gradients(batches: list[Any]) -> tuple[float, list[torch.Tensor]]:
         model.zero_grad()
-        losses = [TASK.loss(model, batch, 8, run) for batch in batches]
+        losses = [TASK.loss(model, batch, 8, run.train) for batch in batches]
         sum(losses).backward()  # type: ignore[union-attr]
         found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
         return sum(loss.item() for loss in losses), found

@@ -22,10 +22,9 @@ from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
-from lora_kit.train.checkpoint import read_seal
 from lora_kit.train.guards import Guards, best_step, guarded, stopped_early
 from lora_kit.train.interrupt import StopSignal
-from lora_kit.train.save import save_run
+from lora_kit.train.save import read_seal, save_run
 from lora_kit.train.trainer import fit
 
 
@@ -113,7 +112,7 @@ def test_evaluation_is_the_mean_over_all_labels(kind: str, tmp_path: Path) -> No
     with torch.no_grad():
         for row in rows:
             batch = trainers[0].data_collator([row])
-            total += float(guard.task.loss(trainers[0].model.eval(), batch, 1, guard.run))
+            total += float(guard.task.loss(trainers[0].model.eval(), batch, 1, guard.run.train))
             items += int(guard.task.items(batch))
     for trainer in trainers:
         found = trainer.evaluate()["eval_loss"]

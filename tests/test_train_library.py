@@ -13,7 +13,7 @@ import lora_kit as package
 from lora_kit.hashes import file_hash
 from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
-from lora_kit.train.checkpoint import read_seal
+from lora_kit.train.save import read_seal
 
 pytestmark = pytest.mark.slow
 TASK = '''

@@ -24,7 +24,7 @@ from lora_kit.tasks.packing import Packed
 from lora_kit.train import arguments
 from lora_kit.train.arguments import check_installed
 from lora_kit.train.callbacks import Progress, read_metrics
-from lora_kit.train.enough import too_little
+from lora_kit.train.trainer import too_little
 
 
 def test_a_line_for_each_logged_step(run_file: RunMaker, capfd: Any) -> None:
@@ -177,7 +177,7 @@ LITTLE: dict[str, tuple[int, int, dict[str, Any], int, list[str]]] = {
 @pytest.mark.parametrize("case", LITTLE)
 def test_too_little(case: str) -> None:
     count, tokens, train, parameters, words = LITTLE[case]
-    said = too_little(Text(), a_run(**train), rows_of(count, tokens), parameters)
+    said = too_little(Text(), a_run(**train).train, rows_of(count, tokens), parameters)
     assert len(said) == len(words)
     for line, word in zip(said, words, strict=True):
         assert line.startswith("warning: ") and word in line and "\n" not in line
@@ -189,7 +189,7 @@ def test_packed_rows_are_fewer() -> None:
     packed = Packed(data.train, room=100)
     assert len(packed) == 7
     both = SimpleNamespace(train=packed, rows=data.rows)
-    (line,) = too_little(Text(), a_run(max_steps=20), both, 1)
+    (line,) = too_little(Text(), a_run(max_steps=20).train, both, 1)
     assert f"{20 * 8 / 7:.1f} epochs over {64 * 9} labels" in line
     assert np.isclose(float(line.split()[1]), 20 * 8 / 7, atol=0.05)
 

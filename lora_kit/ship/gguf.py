@@ -358,14 +358,14 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 1.0)
     for module in adapter.factors:
         name, update = source.name(f"{module}.weight"), adapter.update(module)
-        a, b = update.a[0].float(), update.b[0].float()
-        size = (len(b), a.shape[1])
+        down, up = update.a[0].float(), update.b[0].float()
+        size = (len(up), down.shape[1])
         if name is None or shapes.get(name) != (size[::-1] if "token_embd" in name else size):
             raise UserError(
                 f"{adapter.folder}: {module} is {size[0]} x {size[1]}, which {source.folder} has "
                 "no weight for: name the base that it was trained on"
             )
-        a, b = a.numpy(), (b * (update.scale * b.shape[1])).numpy()
+        a, b = down.numpy(), (up * (update.scale * up.shape[1])).numpy()
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise UserError(f"{adapter.folder}: {module} is not finite: NaN, or more than float32")
         if heads := source.heads_permuted(name):

@@ -75,7 +75,7 @@ class DocumentAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         blocks, end, scale, window = ctx.rest
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -154,7 +154,7 @@ def _probabilities(
 
 
 def attention(
-    module: Any,
+    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -192,7 +192,7 @@ def attention(
     return compute((query[0], key[0], value[0]), documents, scale, sliding_window)[None], None
 
 
-def _kind(module: Any) -> str:
+def _kind(module: torch.nn.Module) -> str:
     """The kind of attention that transformers' mask gives a layer."""
     config = getattr(module, "config", None)
     if getattr(config, "attention_chunk_size", None):

@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_kit.speed import attention, linear, norm
 from lora_kit.speed.loss import causal_loss, causal_nats, labelled_places
 from lora_kit.speed.patch import also_without_gradients, part_of, put_in, take_out
-from lora_kit.speed.prefix import causal_model
+from lora_kit.speed.prefix import causal_model, embedding_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Batch = dict[str, Any]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]  # rows -> a batch
@@ -36,11 +39,14 @@ _NOT_MODEL_INPUTS = {"numbers", "places"}
 _IGNORED = -100  # torch's ignore_index
 
 
-def make_fast(model: Any, probe: Probe, parts: Sequence[str] | None = None) -> dict[str, str]:
+def make_fast(
+    model: torch.nn.Module, probe: Probe, parts: Sequence[str] | None = None
+) -> dict[str, str]:
     """Install the fast paths into a PEFT model, before it is wrapped for training.
 
-    >>> plain = make_fast(model, documents_loss(model, collate))  # a causal language model
-    >>> plain = make_fast(model, lambda flat: model(**batch).loss, ("linear", "norm"))  # any other
+    >>> # A causal language model, and any other one:
+    >>> plain = make_fast(model, documents_loss(model, collator(0), in_one_row))
+    >>> plain = make_fast(model, lambda flat: model(**batch).loss, ("linear", "norm"))
 
     Args:
         model: on its device, with the adapter attached.
@@ -78,19 +84,20 @@ def make_fast(model: Any, probe: Probe, parts: Sequence[str] | None = None) -> d
     return {name: why for name, why in plain.items() if (name, why) != ("norm", UNSUPPORTED)}
 
 
-def documents_loss(model: Any, collate: Callable[[bool], Collate]) -> Probe:
+def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -> Probe:
     """The loss of two documents, to compare the paths of a causal language model on.
 
     Args:
-        collate: (flat) -> a collator of rows with `input_ids` and `labels`; flat: without padding.
+        pad, concatenate: collators of rows with `input_ids` and `labels`, with and without padding.
     """
 
     def loss(flat: bool) -> torch.Tensor:
-        weight = model.get_input_embeddings().weight
+        weight = embedding_weight(model)
         noise = torch.Generator().manual_seed(0)
         lengths = _lengths(causal_model(model).config.get_text_config())
         rows = [torch.randint(0, len(weight), (n,), generator=noise).numpy() for n in lengths]
-        batch = collate(flat)([{"input_ids": row, "labels": row.copy()} for row in rows])
+        collate = concatenate if flat else pad
+        batch = collate([{"input_ids": row, "labels": row.copy()} for row in rows])
         moved = {k: v.to(weight.device) if torch.is_tensor(v) else v for k, v in batch.items()}
         found: torch.Tensor = model(**moved, num_items_in_batch=sum(lengths)).loss
         return found
@@ -98,7 +105,7 @@ def documents_loss(model: Any, collate: Callable[[bool], Collate]) -> Probe:
     return loss
 
 
-def label_nats(model: Any, batch: Batch) -> torch.Tensor:
+def label_nats(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The loss of each label in nats, float32 (count,), with the fast paths of the model.
 
     They are used with and without gradients, so that a reference computed before training has the
@@ -124,32 +131,32 @@ def label_nats(model: Any, batch: Batch) -> torch.Tensor:
     )
 
 
-def takes_flat(model: Any) -> bool:
+def takes_flat(model: torch.nn.Module) -> bool:
     """Whether the model takes batches without padding: its attention separates documents."""
     found: str = _unwrapped(model).config._attn_implementation
     return found == attention.NAME
 
 
-def _unwrapped(model: Any) -> Any:
+def _unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     """transformers' own model inside PEFT's, and inside wrappers such as DDP."""
     from accelerate.utils import extract_model_from_parallel
 
     return causal_model(extract_model_from_parallel(model))
 
 
-def make_plain(model: Any) -> None:
+def make_plain(model: torch.nn.Module) -> None:
     """Remove the fast paths."""
     for _, remove in reversed(PARTS.values()):
         remove(model)
 
 
-def _dtype(model: Any) -> torch.dtype:
+def _dtype(model: torch.nn.Module) -> torch.dtype:
     """The model's compute dtype: that of embeddings and norms, even if it is quantized."""
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad)
     return next((dtype for dtype in frozen if dtype.is_floating_point), torch.float32)
 
 
-def _install_attention(model: Any) -> bool:
+def _install_attention(model: torch.nn.Module) -> bool:
     whole = causal_model(model)
     by_interface = getattr(whole, "_supports_attention_backend", False)
     hooked = part_of(whole) is not None  # by another library
@@ -161,14 +168,14 @@ def _install_attention(model: Any) -> bool:
     return True
 
 
-def _remove_attention(model: Any) -> None:
+def _remove_attention(model: torch.nn.Module) -> None:
     whole = causal_model(model)
     if takes_flat(model):
         whole.set_attn_implementation("sdpa")
         take_out(model, "attention")
 
 
-def _install_loss(model: Any) -> bool:
+def _install_loss(model: torch.nn.Module) -> bool:
     whole = causal_model(model)
     head = whole.get_output_embeddings()
     simple = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
@@ -181,7 +188,7 @@ def _install_loss(model: Any) -> bool:
     return True
 
 
-def _remove_loss(model: Any) -> None:
+def _remove_loss(model: torch.nn.Module) -> None:
     whole = causal_model(model)
     take_out(model, "loss")
     if takes_flat(model):
@@ -197,7 +204,9 @@ PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
 }
 
 
-def _with_forward(whole: Any, make: Callable[..., Callable[..., Any]], part: str) -> None:
+def _with_forward(
+    whole: PreTrainedModel, make: Callable[..., Callable[..., Any]], part: str
+) -> None:
     """Replace a model's forward, keeping the signature of its class's."""
     plain = type(whole).forward
     put_in(whole, functools.wraps(plain)(make(plain)), part)
@@ -248,7 +257,7 @@ def _alone(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in _NOT_MODEL_INPUTS}
 
 
-def _is_only_the_head(whole: Any, head: torch.nn.Linear) -> bool:
+def _is_only_the_head(whole: PreTrainedModel, head: torch.nn.Linear) -> bool:
     """Whether the logits are the head's output itself, with no softcap or scale after it."""
     made: list[Any] = []
     hook = head.register_forward_hook(lambda module, given, out: made.append(out))
@@ -265,7 +274,7 @@ def _is_only_the_head(whole: Any, head: torch.nn.Linear) -> bool:
 
 
 @contextlib.contextmanager
-def _random_adapter(model: Any) -> Iterator[None]:
+def _random_adapter(model: torch.nn.Module) -> Iterator[None]:
     """Inside, LoRA's weights have noise added, so that A has a gradient; restored afterwards."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     before = [parameter.detach().clone() for _, parameter in trained]
@@ -287,7 +296,9 @@ def _random_adapter(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _loss_and_gradients(model: Any, probe: Probe, flat: bool) -> tuple[float, torch.Tensor]:
+def _loss_and_gradients(
+    model: torch.nn.Module, probe: Probe, flat: bool
+) -> tuple[float, torch.Tensor]:
     """The loss of the probe's batch, and all gradients concatenated, float32."""
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
@@ -310,11 +321,11 @@ def _lengths(config: Any) -> tuple[int, int]:
     return min(max([_TOKENS[0], *(n + 11 for n in ends if n <= _MOST)]), room), _TOKENS[1]
 
 
-def _keeps_apart(model: Any) -> bool:
+def _keeps_apart(model: torch.nn.Module) -> bool:
     """Whether a document's logits do not depend on the document before it. Convolutions and
     recurrent states leak across documents, too little to show in gradients. One forward pass is in
     training mode, since attention may reject dropout; random states are restored."""
-    device = model.get_input_embeddings().weight.device
+    device = embedding_weight(model).device
     ids = torch.arange(24, device=device)[None]
     others = torch.cat([ids[:, 12:].flip(1), ids[:, 12:]], 1)
     given: dict[str, Any] = {"position_ids": ids % 12, "documents": [12, 12]}

@@ -53,7 +53,7 @@ class LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         seen, inner, A, B = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         inward = (grad @ B).mul_(ctx.scale)  # (rows, r)
@@ -69,7 +69,7 @@ class LoraLinear(torch.autograd.Function):
         return grad_x, grad_seen, None, None, grad_a, grad_b, None
 
 
-def install(model: Any) -> int:
+def install(model: torch.nn.Module) -> int:
     """Replace the forward of PEFT's LoRA layers, used where `is_fast`. Returns how many.
 
     Unchanged: DoRA, several adapters, a bias of B, int8, and NF4 of a width that bitsandbytes' CPU

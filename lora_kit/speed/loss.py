@@ -55,7 +55,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         return losses[:count, 0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         scale = gradient.new_zeros(len(gradient), 1)  # one per label
         scale[: len(grads[0]), 0] = grads[0]
@@ -92,7 +92,7 @@ def causal_loss(
     hidden: torch.Tensor,
     head: torch.Tensor,
     labels: torch.Tensor,
-    items: Any = None,
+    items: int | torch.Tensor | None = None,
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean of `causal_nats`, as transformers computes it: float32 ().

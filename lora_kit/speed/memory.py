@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -21,8 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lora_kit.speed import attention, fast
-from lora_kit.speed.prefix import decoder_layers, first_trained_layer
+from lora_kit.speed import fast
+from lora_kit.speed.fast import Batch
+from lora_kit.speed.prefix import decoder_layers, embedding_weight, first_trained_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ATEN = torch.ops.aten
 for _end in (
@@ -136,7 +140,7 @@ def choose_batch(
     return min(found, key=lambda choice: found[choice], default=None)
 
 
-def recompute(model: Any, count: int) -> int:
+def recompute(model: torch.nn.Module, count: int) -> int:
     """Recompute the activations of the lowest `count` layers with gradients in the backward pass
     (gradient checkpointing: Chen et al. 2016, arXiv:1604.06174). Returns how many such layers the
     model has.
@@ -151,7 +155,7 @@ def recompute(model: Any, count: int) -> int:
     return len(layers)
 
 
-def assume_fast(model: Any, flat: bool = True) -> bool:
+def assume_fast(model: torch.nn.Module, flat: bool = True) -> bool:
     """Install the fast paths of `fast.make_fast` into a model on the meta device, untested. Returns
     whether batches are without padding.
 
@@ -161,13 +165,13 @@ def assume_fast(model: Any, flat: bool = True) -> bool:
     for name, (install, _) in fast.PARTS.items():
         if flat or name in ("linear", "norm"):
             install(model)
-    return flat and bool(model.get_base_model().config._attn_implementation == attention.NAME)
+    return flat and fast.takes_flat(model)
 
 
-Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
+Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
 
 
-def count(model: Any, batch: dict[str, Any], loss: Loss, backward: bool = True) -> PassCost:
+def count(model: torch.nn.Module, batch: Batch, loss: Loss, backward: bool = True) -> PassCost:
     """Run a micro-batch on the meta device.
 
     Args:
@@ -175,7 +179,7 @@ def count(model: Any, batch: dict[str, Any], loss: Loss, backward: bool = True) 
         batch: its inputs (see `on_meta`). loss: a function of model and batch.
         backward: False: only the forward pass, as in evaluation.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = len(embedding_weight(model))
     known = [*model.parameters(), *model.buffers(), *batch.values()]
     counter = _CostCounter([x for x in known if torch.is_tensor(x)], vocabulary)
     tokens = sum(v.numel() for name, v in batch.items() if name.endswith("input_ids"))
@@ -187,7 +191,7 @@ def count(model: Any, batch: dict[str, Any], loss: Loss, backward: bool = True) 
     return PassCost(tokens, counter.peak, counter.logits, dict(counter.done))
 
 
-def on_meta(batch: dict[str, Any], masked: bool = False) -> dict[str, Any]:
+def on_meta(batch: Batch, masked: bool = False) -> Batch:
     """A collated batch on the meta device.
 
     Padding is masked with a four-dimensional mask, which transformers passes through: on the meta
@@ -250,7 +254,7 @@ class _CostCounter(TorchDispatchMode):
         self.alive_logits -= size * wide
 
 
-def count_attention(model: Any) -> bool:
+def count_attention(model: PreTrainedModel) -> bool:
     """Make the standard path of a model on the meta device use the attention kernel of a real
     device. Returns False for a model that does not use torch's SDPA."""
     from transformers import AttentionInterface

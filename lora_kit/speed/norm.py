@@ -27,7 +27,7 @@ class FrozenRMSNorm(torch.autograd.Function):
         return normal * weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         normal, scale, weight = ctx.saved_tensors
         grad, wide = (grads[0] * weight).float(), normal.float()
         along = torch.linalg.vecdot(grad, wide).unsqueeze(-1).div_(normal.shape[-1])
@@ -35,7 +35,7 @@ class FrozenRMSNorm(torch.autograd.Function):
         return grad_x.to(grads[0].dtype), None, None
 
 
-def install(model: Any) -> int:
+def install(model: torch.nn.Module) -> int:
     """Replace the forward of a model's RMSNorm layers, used where `is_fast`. Returns how many.
 
     Only modules whose class is named ...RMSNorm, with a frozen weight, and whose output on random

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
 
 import torch
 
@@ -33,19 +32,19 @@ def is_fast() -> bool:
     return _without_gradients or torch.is_grad_enabled()
 
 
-def put_in(module: Any, forward: Callable[..., Any], part: str) -> None:
+def put_in(module: torch.nn.Module, forward: Callable[..., object], part: str) -> None:
     """Replace a module's forward, tagged with the name of a fast path."""
     forward.part = part  # type: ignore[attr-defined]
     module.forward = MethodType(forward, module)
 
 
-def part_of(module: Any) -> str | None:
+def part_of(module: torch.nn.Module) -> str | None:
     """The fast path whose forward a module has; "": another library's; None: its class's."""
     forward = vars(module).get("forward")
     return None if forward is None else getattr(forward, "part", "")
 
 
-def take_out(model: Any, part: str) -> None:
+def take_out(model: torch.nn.Module, part: str) -> None:
     """Restore the class's forward of all modules with this fast path."""
     for module in model.modules():
         if part_of(module) == part:

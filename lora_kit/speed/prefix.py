@@ -16,12 +16,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from lora_kit import cache
+from lora_kit.schema import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STATES = "states.bin"
 # Increased whenever the same model and rows give a different file.
@@ -33,7 +37,7 @@ _CHECK_BYTES = 4
 _LIBRARIES = ("lora-kit", "torch", "transformers", "bitsandbytes")
 
 
-def decoder_layers(model: Any) -> torch.nn.ModuleList:
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The decoder layers of a PEFT or transformers model; empty if they are not found."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -46,7 +50,7 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     return torch.nn.ModuleList()
 
 
-def first_trained_layer(model: Any) -> int:
+def first_trained_layer(model: torch.nn.Module) -> int:
     """Index of the lowest layer that trains; 0 if embeddings train, or anything else outside of the
     layers and the head; the number of layers if only the head trains."""
     layers = decoder_layers(model)
@@ -60,9 +64,15 @@ def first_trained_layer(model: Any) -> int:
     return min(trained, default=len(layers))
 
 
-def causal_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model."""
-    return getattr(model, "get_base_model", lambda: model)()
+def causal_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model; a transformers model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return cast("PreTrainedModel", unwrap() if unwrap else model)
+
+
+def embedding_weight(model: torch.nn.Module) -> torch.Tensor:
+    """(vocabulary, width)"""
+    return cast(torch.Tensor, causal_model(model).get_input_embeddings().weight)
 
 
 class Store:
@@ -133,14 +143,13 @@ class Prefix:
         model: on its device, neither wrapped nor sharded, with the adapter attached.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.layers = list(decoder_layers(model))[: first_trained_layer(model)]
         self.store: Store | None = None
         self._active = False
         self._rows: Sequence[int] = ()
         self._kept: torch.Tensor | None = None
-        self._gives_tuples = False
         for layer in self.layers:
             layer.forward = self._forward(layer.forward, layer is self.layers[-1])
 
@@ -173,13 +182,13 @@ class Prefix:
                 with torch.no_grad():
                     out = plain(*args, **kwargs)
                 if last and self.store and self._rows:
-                    self.store.write(self._rows, _states(out))
+                    self.store.write(self._rows, out)
                 return out
             states = args[0] if args else kwargs["hidden_states"]
             if last:
                 kept = self._kept.to(states.device, non_blocking=True)
                 states = torch.nn.functional.pad(kept, (0, 0, 0, states.shape[1] - kept.shape[1]))
-            return (states,) if self._gives_tuples else states
+            return states
 
         return forward
 
@@ -212,7 +221,9 @@ class Prefix:
         except OSError as error:
             return f"{frozen}; their output is not cached: {error.strerror}"
 
-    def _open_store(self, file: Path, lengths: np.ndarray, states: Any, passes: float) -> str:
+    def _open_store(
+        self, file: Path, lengths: np.ndarray, states: torch.Tensor, passes: float
+    ) -> str:
         existing = file.stat() if file.exists() else None
         earlier = existing is not None and existing.st_size > 0
         if passes <= 1 and not earlier:
@@ -231,18 +242,22 @@ class Prefix:
     def _try(self) -> torch.Tensor | str:
         """Run two documents with the layers, and again with cached states in reverse order. Returns
         the states (1, tokens, width) if the logits agree, else the reason why they do not."""
-        embeddings = self.model.get_input_embeddings().weight
+        embeddings = embedding_weight(self.model)
         noise, device = torch.Generator().manual_seed(0), embeddings.device
         a, b = (torch.randint(0, len(embeddings), (n,), generator=noise) for n in (40, 24))
-        seen: list[tuple[Any, torch.Tensor]] = []  # last layer's output, random state after it
+        # The last layer's output, and the random state after it.
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def logits(*documents: torch.Tensor) -> torch.Tensor:
-            ids = torch.cat(documents)[None].to(device)
-            positions = torch.cat([torch.arange(len(d)) for d in documents])[None].to(device)
-            lengths = [len(d) for d in documents]
+            positions = [torch.arange(len(document)) for document in documents]
+            lengths = [len(document) for document in documents]
             torch.manual_seed(0)  # LoRA's own dropout is the same each time
-            given: Any = {"input_ids": ids, "position_ids": positions, "documents": lengths}
-            found: torch.Tensor = self.model(**given, use_cache=False).logits
+            found: torch.Tensor = self.model(
+                input_ids=torch.cat(documents)[None].to(device),
+                position_ids=torch.cat(positions)[None].to(device),
+                documents=lengths,
+                use_cache=False,
+            ).logits
             return found[:, : sum(lengths)]
 
         hook = self.layers[-1].register_forward_hook(
@@ -259,8 +274,9 @@ class Prefix:
                 torch.manual_seed(0)
                 if not torch.equal(after, _random_state(device)):
                     return "they use random numbers (dropout)"
-                states, self._gives_tuples = _states(out), isinstance(out, tuple)
-                states = states[:, : len(a) + len(b)]
+                if not torch.is_tensor(out):
+                    return "the layers return more than hidden states"
+                states = out[:, : len(a) + len(b)]
                 with self.batch(()):
                     self._kept = torch.cat(states.split([len(a), len(b)], 1)[::-1], 1)
                     found = logits(b, a)
@@ -273,7 +289,7 @@ class Prefix:
             return "later layers depend on more than these states"
         return states
 
-    def _about(self, content: str) -> dict[str, Any]:
+    def _about(self, content: str) -> Json:
         """Everything that the states depend on."""
         above = decoder_layers(self.model)[len(self.layers) :]
         other = {id(p) for p in above.parameters()}
@@ -287,7 +303,7 @@ class Prefix:
         }
 
 
-def described(model: Any, tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
+def described(model: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> Json:
     """Everything that the outputs of a model with these tensors depend on, as plain JSON. Weights
     are hashed in memory, since a start adapter may differ from the files on disk."""
     config = causal_model(model).config
@@ -298,11 +314,6 @@ def described(model: Any, tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
         "config": config.to_dict() | {"_name_or_path": None},
         "weights": hashlib.sha256(str([_sum(t) for t in tensors]).encode()).hexdigest(),
     }
-
-
-def _states(out: Any) -> torch.Tensor:
-    """(1, tokens, width): a layer's output, or the first item of it."""
-    return out[0] if isinstance(out, tuple) else out
 
 
 def _sum(tensor: torch.Tensor) -> tuple[Any, ...]:

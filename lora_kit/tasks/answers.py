@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_kit.data.rows import Row, Rows
+from lora_kit.schema import Json
 from lora_kit.tasks import metrics
 from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.measure import generate
-from lora_kit.tasks.task import Processor, Score
+from lora_kit.tasks.task import Processor, Score, mean_score
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Question = tuple[list[int], list[int]]  # tokens of a prompt and of its reference completion
 _SHOWN_EACH = 2  # samples of each kind: first, largest gain, largest loss
 _SHOWN_TOKENS = 48
 _LONGEST = 512  # tokens of a completion at most
-_LONGER = 8  # tokens beyond the longest reference completion
+LONGER = 8  # tokens beyond the longest reference completion
 
 
 def question(row: Row, chat: bool) -> Question:
@@ -38,12 +42,13 @@ def drawn(rows: Rows, most: int, seed: int) -> list[int]:
     return sorted(chosen.tolist())
 
 
-def expected(rows: Rows, numbers: list[int], chat: bool, processor: Processor) -> list[str]:
-    return [text_of(processor, question(rows[n], chat)[1]) for n in numbers]
-
-
 def completion_scores(
-    model: Any, rows: Rows, chat: bool, processor: Processor, names: list[str], numbers: list[int]
+    model: PeftModel,
+    rows: Rows,
+    chat: bool,
+    processor: Processor,
+    names: list[str],
+    numbers: list[int],
 ) -> list[Score]:
     """The score of each metric on greedy completions of these rows.
 
@@ -53,24 +58,18 @@ def completion_scores(
     asked = [question(rows[n], chat) for n in numbers]
     wanted = [text_of(processor, answer) for _, answer in asked]
     # Tokens beyond the longest reference cannot make a completion right.
-    length = min(_LONGEST, max(len(answer) for _, answer in asked) + _LONGER)
+    length = min(_LONGEST, max(len(answer) for _, answer in asked) + LONGER)
     found = generate(model, processor, [prompt for prompt, _ in asked], length)
     scores = []
     for name in names:
         each = metrics.score(name, found, wanted)
-        sums = np.stack([each, np.ones(len(each))], 1)
-        scores.append(Score(name, sums, units=rows.column("unit")[numbers]))
+        scores.append(mean_score(name, each, units=rows.column("unit")[numbers]))
     return scores
 
 
-def room_for_completion(names: list[str]) -> int:
-    """Tokens beyond the longest row that generation may need."""
-    return _LONGER if names else 0
-
-
 def samples(
-    model: Any, rows: Rows, chat: bool, processor: Processor, base: Score, adapted: Score
-) -> list[dict[str, Any]]:
+    model: PeftModel, rows: Rows, chat: bool, processor: Processor, base: Score, adapted: Score
+) -> list[Json]:
     """Greedy generations of base and adapted model for the first held-out units, and for those with
     the largest gain and the largest loss.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_kit.data.rows import Rows
+from lora_kit.data.rows import Row, Rows
+from lora_kit.tasks.task import Batch, Collate
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,15 @@ def labels_with_loss(rows: Rows, column: str) -> int:
     return count
 
 
-def collator(pad_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+def padded(sequences: Sequence[np.ndarray], padding: int) -> torch.Tensor:
+    """Integers, (tokens,) each -> (sequences, longest), padded on the right."""
+    import torch
+
+    parts = [torch.as_tensor(sequence) for sequence in sequences]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
+
+
+def collator(pad_id: int) -> Collate:
     """Pads a batch on the right to its longest row.
 
     The returned function takes rows with `input_ids` and `labels` and returns int64 tensors of
@@ -34,26 +43,22 @@ def collator(pad_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torc
     its own.
     """
 
-    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        import torch
-
-        def padded(name: str, padding: int) -> torch.Tensor:
-            parts = [torch.as_tensor(row[name]) for row in rows]
-            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
-
-        batch = {"input_ids": padded("input_ids", pad_id), "labels": padded("labels", IGNORED)}
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    def collate(rows: Sequence[Row]) -> Batch:
+        ids = [row["input_ids"] for row in rows]
+        batch = {
+            "input_ids": padded(ids, pad_id),
+            "labels": padded([row["labels"] for row in rows], IGNORED),
+        }
         if "position_ids" in rows[0]:
-            batch["position_ids"] = padded("position_ids", 0)
-        elif lengths.min() < lengths.max():
-            real = torch.arange(int(lengths.max())) < lengths[:, None]
-            batch["attention_mask"] = real.long()
+            batch["position_ids"] = padded([row["position_ids"] for row in rows], 0)
+        elif any(len(row) < batch["input_ids"].shape[1] for row in ids):
+            batch["attention_mask"] = padded([np.ones(len(row), np.int64) for row in ids], 0)
         return batch
 
     return collate
 
 
-def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def in_one_row(rows: Sequence[Row]) -> Batch:
     """Concatenate the rows of a batch into a single row, without padding.
 
     >>> batch = in_one_row([{"input_ids": [1, 5, 6], "labels": [-100, 5, 6]},
@@ -88,39 +93,74 @@ def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def collators(pad_id: int) -> Callable[[bool], Callable[[Sequence[Any]], dict[str, Any]]]:
-    """(flat) -> `in_one_row` if flat, else `collator(pad_id)`."""
-    return lambda flat: in_one_row if flat else collator(pad_id)
+def halves(batch: Batch, together: int = 1) -> list[tuple[Batch, list[int]]]:
+    """Split a batch in two parts whose losses add up to its own; [] if it cannot be split.
 
+    Padded rows are sorted by length first, which reduces padding. Documents without padding are cut
+    near the middle.
 
-def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split a batch of at least two rows in two, whose losses add up to its own. Padded rows are
-    sorted by length, to reduce padding."""
+    Args:
+        batch: of `collator` or `in_one_row`.
+        together: rows, or documents, that stay in one part: 2 for a batch of pairs.
+
+    Returns:
+        Of each part its tensors (and `documents`), and the indices of its rows in the batch.
+    """
     documents = batch.get("documents")
-    if documents is None:
-        rows, width = batch["input_ids"].shape
-        mask = batch.get("attention_mask")
-        lengths = batch["labels"].new_full((rows,), width) if mask is None else mask.sum(1)
-        order = lengths.argsort(descending=True, stable=True)
-        parts = [part for part in (order[: rows // 2], order[rows // 2 :]) if len(part)]
-        longest = [int(lengths[part].max()) for part in parts]
-        return [
-            {name: values[part][:, :most] for name, values in batch.items()}
-            for part, most in zip(parts, longest, strict=True)
-        ]
-    if len(documents) < 2:
-        return [batch]
-    ends = np.cumsum(documents)
-    last = int(np.argmin(abs(ends[:-1] - ends[-1] / 2))) + 1  # documents in the first half
-    cut, parts = int(ends[last - 1]), []
-    for some, tokens in ((slice(last), slice(cut)), (slice(last, None), slice(cut, None))):
-        part = {k: batch[k][:, tokens] for k in ("input_ids", "labels", "position_ids")}
-        places = (part["labels"][0, 1:] != IGNORED).nonzero().squeeze(1)
-        parts.append({**part, "documents": documents[some], "places": places})
+    if documents is not None:
+        lengths = np.reshape(documents, (-1, together)).sum(1)
+        order = np.arange(len(lengths))
+        ends = np.cumsum(lengths)
+        middle = int(np.argmin(abs(ends[:-1] - ends[-1] / 2))) + 1 if len(lengths) > 1 else 0
+    else:
+        lengths = np.reshape(_lengths(batch), (-1, together)).max(1)
+        order = np.argsort(-lengths, kind="stable")
+        middle = len(lengths) // 2
+    if not middle:
+        return []
+    parts = []
+    for some in (order[:middle], order[middle:]):
+        rows = (some[:, None] * together + np.arange(together)).reshape(-1).tolist()
+        part = _padded_rows(batch, rows) if documents is None else _documents(batch, rows)
+        parts.append((part, rows))
     return parts
 
 
-def real_tokens(batch: dict[str, Any]) -> Any:
+def _lengths(batch: Batch) -> list[int]:
+    """Tokens of the rows of a padded batch; packed rows count their padding."""
+    rows, width = batch["input_ids"].shape
+    mask = batch.get("attention_mask")
+    return [width] * rows if mask is None else mask.sum(1).tolist()
+
+
+def _padded_rows(batch: Batch, rows: list[int]) -> Batch:
+    """The tensors of a padded batch with these rows only, as wide as the longest of them."""
+    import torch
+
+    lengths, width = _lengths(batch), batch["input_ids"].shape[1]
+    longest = max(lengths[row] for row in rows)
+    part: Batch = {}
+    for name, values in batch.items():
+        if torch.is_tensor(values) and len(values) == len(lengths):
+            some = values[rows]
+            part[name] = some[:, :longest] if some.shape[1:] == (width,) else some
+    return part
+
+
+def _documents(batch: Batch, documents: list[int]) -> Batch:
+    """A batch without padding with these documents only."""
+    import torch
+
+    part: Batch = {}
+    for name in ("input_ids", "labels", "position_ids"):
+        each = batch[name][0].split(batch["documents"])
+        part[name] = torch.cat([each[number] for number in documents])[None]
+    part["documents"] = [batch["documents"][number] for number in documents]
+    part["places"] = (part["labels"][0, 1:] != IGNORED).nonzero().squeeze(1)
+    return part
+
+
+def real_tokens(batch: Batch) -> int | torch.Tensor:
     """Number of tokens of a collated batch without padding: an int, or an int64 tensor ()."""
     if "documents" in batch:
         return batch["input_ids"].numel()

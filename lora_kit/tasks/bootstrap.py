@@ -6,25 +6,24 @@ from the sums of each resample, for mean losses, macro-F1 and correlations alike
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
 from lora_kit.data.splits import FEWEST_TO_EVALUATE
 from lora_kit.errors import CheckFailed
+from lora_kit.schema import Json
 from lora_kit.tasks.task import Score, ratio
 
 RESAMPLES = 10_000
-FEWEST_UNITS = FEWEST_TO_EVALUATE
 SMALLEST_SHARE = 0.005  # smaller relative differences count as no difference
 FEWEST_CHANGED = 6  # with five changed units the sign test cannot reach 5%
 _DRAWS_AT_ONCE = 2**22
 _ROUNDING = 1e-12  # relative rounding error of sums
 
 
-def compared(base: Score, adapted: Score, seed: int) -> dict[str, Any]:
+def compared(base: Score, adapted: Score, seed: int) -> Json:
     """Compare a score of two models on the same units: values, difference and its interval.
 
     Units without anything to count in both models (no label to predict) are dropped.
@@ -75,7 +74,7 @@ def counted(base: Score, adapted: Score) -> np.ndarray:
     return np.any(base.sums, axis=1) | np.any(adapted.sums, axis=1)
 
 
-def verdict(found: Mapping[str, Any], units: int) -> str:
+def verdict(found: Json, units: int) -> str:
     """`better`, `worse`, `no different` or `too little data`, from the result of `compared`.
 
     Different means: the interval excludes 0, at least six units changed, and the difference is at
@@ -85,7 +84,7 @@ def verdict(found: Mapping[str, Any], units: int) -> str:
         found: `base`, `difference`, `ci95`, `better`, and `changed` if known.
         units: number of compared units; fewer than 20 are too little data.
     """
-    if units < FEWEST_UNITS:
+    if units < FEWEST_TO_EVALUATE:
         return "too little data"
     low, high = found["ci95"]
     lower = found["better"] == "lower"
@@ -96,7 +95,7 @@ def verdict(found: Mapping[str, Any], units: int) -> str:
     return "better" if (found["difference"] < 0) == lower else "worse"
 
 
-def retention(found: Mapping[str, Any], units: int) -> str:
+def retention(found: Json, units: int) -> str:
     """The verdict on general text, which need not improve: `kept`, `forgot` or `too little
     data`."""
     words = {"better": "kept", "no different": "kept", "worse": "forgot"}

@@ -21,7 +21,6 @@ from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import NotUsable, UserError
 from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row, labels_with_loss
 from lora_kit.tasks.chat import ChatEncoder, Encoded
-from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import (
     Batch,
     Collate,
@@ -37,9 +36,10 @@ from lora_kit.tasks.words import WordEncoder
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
     from lora_kit.base.pin import Pinned
-    from lora_kit.schema import Run
+    from lora_kit.schema import Data, Json, Run, Train
     from lora_kit.tasks.encode import Prepared
 
 _PAIRED_ROWS = 128  # at most; held-out rows whose completions are scored after another prompt
@@ -66,18 +66,15 @@ class Causal(Task):
     def items(self, batch: Batch) -> torch.Tensor:
         return (batch["labels"][:, 1:] != IGNORED).sum()
 
-    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: Batch, items: int | torch.Tensor, train: Train
+    ) -> torch.Tensor:
         """Cross entropy in nats over all supervised tokens of the step: transformers' own loss."""
         loss: torch.Tensor = model(**batch, num_items_in_batch=items).loss
         return loss
 
     def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
-        parts = halves(batch)
-        return [(part, 1.0) for part in parts] if len(parts) > 1 else []
-
-    def pack(self, rows: Rows, run: Run) -> Rows | Packed:
-        documents = self.packing(run) == "documents"
-        return Packed(rows, run.train.max_length) if documents else rows
+        return [(part, 1.0) for part, _ in halves(batch)]
 
     def supervised(self, rows: Rows) -> int:
         return labels_with_loss(rows, "labels")
@@ -102,7 +99,10 @@ class Causal(Task):
         if not self.supervised(data.eval):
             problems.append("data.eval: no row has two tokens, so there is nothing to predict")
         numbers = answers.drawn(data.eval, run.prove.answers, run.seed) if names else []
-        wanted = answers.expected(data.eval, numbers, self.chat, processor)
+        wanted = [
+            answers.text_of(processor, answers.question(data.eval[n], self.chat)[1])
+            for n in numbers
+        ]
         for check in (
             lambda: metrics.check_names(names, self.chat),
             lambda: metrics.check_fit(names, wanted),
@@ -118,14 +118,15 @@ class Causal(Task):
         return problems
 
     def rivals(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self, model: PeftModel, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
         """The base with `prove.shots` training rows in its prompt, if they fit."""
         from lora_kit.tasks import answers, few_shot
         from lora_kit.tasks.measure import positions
 
         longest = int(data.eval.sizes("input_ids").max())
-        longest += answers.room_for_completion(run.prove.metrics)
+        if run.prove.metrics:
+            longest += answers.LONGER  # of a generated completion
         examples = few_shot.choose_examples(
             data.rows("train"), longest, positions(model), run.prove.shots, self.chat, run.seed
         )
@@ -143,17 +144,17 @@ class Causal(Task):
 
     def examine(
         self,
-        model: Any,
+        model: PeftModel,
         data: Prepared,
         scores: Mapping[str, list[Score]],
         processor: Processor,
         facts: Facts,
         run: Run,
-    ) -> dict[str, Any]:
+    ) -> Json:
         from lora_kit.tasks import answers
         from lora_kit.tasks.pairing import prompt_use
 
-        found: dict[str, Any] = {"prompt_use": None}
+        found: Json = {"prompt_use": None}
         if run.prove.shots and "few_shot" not in scores:
             why = "few_shot: the base's context is too short for examples"
             found["not_measured"] = [why]
@@ -170,7 +171,7 @@ class Causal(Task):
         found["samples"] = answers.samples(model, rows, self.chat, processor, base, adapted)
         return found
 
-    def objection(self, report: dict[str, Any]) -> str | None:
+    def objection(self, report: Json) -> str | None:
         """The loss can improve by the frequency of completions alone, without using the prompt."""
         used = report.get("prompt_use")
         return "completions hardly depend on their prompts" if used and used["blind"] else None
@@ -195,7 +196,7 @@ class Text(Causal):
         *("prove.metrics", "prove.answers"),
     )
 
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         return {"kind": "text", "joiner": ""}
 
     def encode(
@@ -235,14 +236,14 @@ class Text(Causal):
         """
         sources = [rows] if replayed is None else [rows, replayed]
         length = run.train.max_length
-        if self.packing(run) == "running":
+        if self.packing(run.data) == "running":
             yield from _running(sources, processor, length)
         else:
             for some in sources:
                 yield from _closed(some, processor, length)
 
-    def packing(self, run: Run) -> str:
-        return run.data.packing or "running"
+    def packing(self, data: Data) -> str:
+        return data.packing or "running"
 
 
 Text.general = Text()
@@ -260,24 +261,24 @@ class Conversations(Causal):
     general = Text()
     chat = True
 
-    def packing(self, run: Run) -> str:
-        return run.data.packing or "none"
+    def packing(self, data: Data) -> str:
+        return data.packing or "none"
 
     def notes(self, formats: set[str], facts: Facts) -> list[str]:
         if "preference" not in formats:
             return []
         return ["preference rows: only the chosen completions are trained on"]
 
-    def processor(self, pinned: Pinned, run: Run) -> Processor:
-        if run.data.packing == "running":
+    def processor(self, pinned: Pinned, data: Data) -> Processor:
+        if data.packing == "running":
             raise UserError(
                 "data.packing: running is for text: use none or documents for conversations"
             )
-        tokenizer = super().processor(pinned, run)
-        set_template(tokenizer, run.data.chat_template)
+        tokenizer = super().processor(pinned, data)
+        set_template(tokenizer, data.chat_template)
         return tokenizer
 
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         return {"kind": "chat", "joiner": next(iter(train)).joiner}
 
     def encode(
@@ -429,13 +430,7 @@ def _running(sources: Sequence[Rows], processor: Processor, length: int) -> Iter
     def chunk(size: int) -> Row:
         ids = left[:size]
         markers = int(closed[:size].sum())
-        return {
-            "input_ids": ids,
-            "labels": ids,
-            "bytes": 0,
-            "end_markers": markers,
-            **left_place,
-        }
+        return {"input_ids": ids, "labels": ids, "bytes": 0, "end_markers": markers, **left_place}
 
     for rows in sources:
         for stream, place in _documents(rows, processor):

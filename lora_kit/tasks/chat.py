@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from lora_kit.data.formats import Example, Message
 from lora_kit.errors import NotUsable, UserError
 from lora_kit.tasks.batches import IGNORED
 from lora_kit.tasks.words import WordEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 Span = tuple[int, int]
@@ -66,7 +69,7 @@ class ChatEncoder:
         max_length: tokens of a row at most.
     """
 
-    def __init__(self, tokenizer: Any, supervise: str, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, supervise: str, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.supervise = supervise
         self.max_length = max_length

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from lora_kit.base.templates import render
 from lora_kit.data.rows import Rows
 from lora_kit.errors import NotUsable
 from lora_kit.tasks.batches import IGNORED
+from lora_kit.tasks.task import Processor
 
 _MOST_TRIED = 1000  # rows searched for short enough examples
 
@@ -55,7 +54,7 @@ def after_examples(rows: Rows, examples: list[list[int]], opening: list[int]) ->
     return Rows.of(longer)
 
 
-def opening(tokenizer: Any) -> list[int]:
+def opening(tokenizer: Processor) -> list[int]:
     """Tokens that the chat template writes once, before the first turn: beginning-of-text, a
     default system prompt. Found by rendering one and two exchanges."""
     if not tokenizer.chat_template:

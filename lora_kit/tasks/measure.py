@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from lora_kit.adapter.load import end_tokens
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import CheckFailed
+from lora_kit.speed.prefix import causal_model
 from lora_kit.tasks.batches import IGNORED, collator
 from lora_kit.tasks.task import Batch, Collate, Score
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Most float32 logits of one batch: 2**28 values are 1 GiB, or 1,700 tokens of a vocabulary of 152k.
 # A single row may be longer.
@@ -44,11 +47,10 @@ class Losses:
 
 
 def measure(
-    model: Any,
+    model: torch.nn.Module,
     rows: Rows,
     pad_id: int,
     rows_at_once: int = 8,
-    numbers: np.ndarray | None = None,
 ) -> Losses:
     """The loss of all labels, summed per unit.
 
@@ -56,17 +58,15 @@ def measure(
         model: a causal language model, on its device.
         rows_at_once: rows of the longest length per batch; fewer if their logits would exceed
             LOGITS_AT_ONCE.
-        numbers: indices of the rows to measure; None: all. Other units get no tokens.
 
     Raises:
         CheckFailed: a loss is NaN or infinite.
     """
     import torch
 
-    whole = getattr(model, "get_base_model", lambda: model)()
-    trims = "logits_to_keep" in inspect.signature(whole.forward).parameters
+    trims = "logits_to_keep" in inspect.signature(causal_model(model).forward).parameters
 
-    def nats_and_tokens(model: Any, batch: Batch) -> torch.Tensor:
+    def nats_and_tokens(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         labels = batch.pop("labels")
         # Logits before the first label are not needed.
         supervised = (labels[:, 1:] != IGNORED).any(0).nonzero()
@@ -80,9 +80,7 @@ def measure(
 
     lengths, units = rows.sizes("input_ids"), rows.column("unit")
     what = "the loss of held-out row"
-    found = each_row(
-        model, rows, collator(pad_id), lengths, rows_at_once, nats_and_tokens, what, numbers
-    )
+    found = each_row(model, rows, collator(pad_id), lengths, rows_at_once, nats_and_tokens, what)
     nats, tokens, size = (
         np.bincount(units, values, minlength=rows.units).astype(np.float64)
         for values in (*found.T, rows.column("bytes"))
@@ -91,20 +89,19 @@ def measure(
 
 
 def each_row(
-    model: Any,
+    model: torch.nn.Module,
     rows: Rows | Sequence[Row],
     collate: Collate,
     lengths: np.ndarray,
     rows_at_once: int,
-    of: Callable[[Any, Batch], torch.Tensor],
+    of: Callable[[torch.nn.Module, Batch], torch.Tensor],
     what: str,
-    numbers: np.ndarray | None = None,
 ) -> np.ndarray:
     """Apply a function to all rows in batches: (rows, width) in its dtype. Rows are sorted by
     length, to reduce padding, and distributed over the ranks; every rank returns all results.
 
     Args:
-        lengths, rows_at_once, numbers: as in `batches_of`; skipped rows are zero.
+        lengths, rows_at_once: as in `batches_of`.
         of: (model, batch) -> (rows of the batch, width).
         what: name of the value, for the error message.
 
@@ -114,10 +111,10 @@ def each_row(
     import torch
     import torch.distributed as dist
 
-    batches = batches_of(model, lengths, rows_at_once, numbers)
+    batches = batches_of(model, lengths, rows_at_once)
     device = next(model.parameters()).device
     rank, ranks = rank_and_ranks()
-    found: Any = None
+    found: torch.Tensor | None = None
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -133,6 +130,7 @@ def each_row(
             if mine < len(batches):
                 found[some] = values
     model.train(training)
+    assert found is not None  # there are rows
     if ranks > 1:
         dist.all_reduce(found)
     broken = (~torch.isfinite(found).all(1)).nonzero()
@@ -152,7 +150,7 @@ def rank_and_ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _row_nats(logits: Any, targets: Any) -> Any:
+def _row_nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Summed loss per row, float64 (rows,), from logits (rows, length, vocabulary) and targets
     (rows, length). In pieces, since float32 logits of the whole batch would triple its memory."""
     import torch
@@ -168,19 +166,16 @@ def _row_nats(logits: Any, targets: Any) -> Any:
     return nats
 
 
-def batches_of(
-    model: Any, lengths: np.ndarray, rows_at_once: int, numbers: np.ndarray | None = None
-) -> list[list[int]]:
+def batches_of(model: torch.nn.Module, lengths: np.ndarray, rows_at_once: int) -> list[list[int]]:
     """Row indices in batches, longest first: `rows_at_once` of the longest rows, more of shorter
     ones; fewer if their logits would exceed LOGITS_AT_ONCE.
 
     Args:
-        lengths: int64 (rows,), tokens per row. numbers: indices of the rows to use; None: all.
+        lengths: int64 (rows,), tokens per row.
     """
-    chosen = np.arange(len(lengths)) if numbers is None else numbers
-    order = chosen[np.argsort(-lengths[chosen], kind="stable")].tolist()
+    order = np.argsort(-lengths, kind="stable").tolist()
     budget = rows_at_once * int(lengths[order[0]])  # tokens, padding counted
-    budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    budget = min(budget, LOGITS_AT_ONCE // causal_model(model).config.get_text_config().vocab_size)
     batches: list[list[int]] = []
     width = 0
     for n in order:
@@ -192,14 +187,17 @@ def batches_of(
     return batches
 
 
-def positions(model: Any) -> int:
+def positions(model: torch.nn.Module) -> int:
     """Longest row that the base supports; a large number if it states none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    return (
+        getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
+        or 2**31
+    )
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     at_once: int = 16,
@@ -211,8 +209,8 @@ def generate(
 
 
 def generate_ids(
-    model: Any,
-    tokenizer: Any,
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     at_once: int = 16,
@@ -254,7 +252,7 @@ def generate_ids(
             ids[row, start:] = torch.as_tensor(prompts[n], device=device)
             mask[row, start:] = 1
         with torch.inference_mode():
-            out = model.generate(
+            out = cast(Any, model).generate(  # of transformers' GenerationMixin
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=length,

@@ -3,20 +3,23 @@ trained on them learns which completions occur, so its loss still falls."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_kit.data.rows import Row, Rows
+from lora_kit.data.splits import FEWEST_TO_EVALUATE
+from lora_kit.schema import Json
+from lora_kit.tasks.answers import Question
 from lora_kit.tasks.batches import IGNORED
-from lora_kit.tasks.bootstrap import FEWEST_UNITS, interval
+from lora_kit.tasks.bootstrap import interval
 from lora_kit.tasks.measure import measure
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 KEPT = 0.75  # smallest share of the base's prompt use that must remain
-Question = tuple[list[int], list[int]]  # tokens of a prompt and of its completion
 
 
-def prompt_use(
-    model: Any, pad_id: int, questions: list[Question], seed: int
-) -> dict[str, Any] | None:
+def prompt_use(model: PeftModel, pad_id: int, questions: list[Question], seed: int) -> Json | None:
     """How much a completion's own prompt lowers its loss: the loss after another completion's
     prompt, minus the loss after its own.
 
@@ -30,7 +33,7 @@ def prompt_use(
         another prompt.
     """
     own, other = pairs(questions)
-    if len(own) < FEWEST_UNITS:
+    if len(own) < FEWEST_TO_EVALUATE:
         return None
     adapted = measure(model, other, pad_id).nats - measure(model, own, pad_id).nats
     with model.disable_adapter():
@@ -38,12 +41,11 @@ def prompt_use(
         base = measure(model, other, pad_id).nats - right.nats
     low, high = interval(adapted, right.tokens, seed)
     lost = interval(adapted - KEPT * base, right.tokens, seed)[1] < 0
-    worth = {
-        name: x.sum() / right.tokens.sum() for name, x in (("base", base), ("adapted", adapted))
-    }
+    tokens = right.tokens.sum()
     return {
         "rows": len(own),
-        **{name: round(float(value), 4) for name, value in worth.items()},
+        "base": round(float(base.sum() / tokens), 4),
+        "adapted": round(float(adapted.sum() / tokens), 4),
         "ci95": [round(low, 4), round(high, 4)],
         "blind": low <= 0 or lost,
     }

@@ -30,8 +30,8 @@ from lora_kit.data.census import NO_SUPERVISION
 from lora_kit.data.formats import Example, message_text, normalised
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import NotUsable, UserError
-from lora_kit.schema import Section, Train
-from lora_kit.tasks.batches import IGNORED, collator, in_one_row, labels_with_loss
+from lora_kit.schema import Json, Section, Train
+from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row, labels_with_loss
 from lora_kit.tasks.causal import Text, chat_encoder
 from lora_kit.tasks.chat import Encoded
 from lora_kit.tasks.task import (
@@ -44,14 +44,16 @@ from lora_kit.tasks.task import (
     Score,
     Shown,
     Task,
+    mean_score,
 )
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
     from lora_kit.base.pin import Pinned
     from lora_kit.data.examples import Examples
-    from lora_kit.schema import Run
+    from lora_kit.schema import Data, Run
     from lora_kit.tasks.encode import Prepared
 
 SIDES = ("chosen", "rejected")
@@ -113,12 +115,12 @@ class Preference(Task):
         """Pairs of one prompt stay in the same split."""
         return example.group or normalised(example.question)
 
-    def processor(self, pinned: Pinned, run: Run) -> Processor:
-        tokenizer = super().processor(pinned, run)
-        set_template(tokenizer, run.data.chat_template)
+    def processor(self, pinned: Pinned, data: Data) -> Processor:
+        tokenizer = super().processor(pinned, data)
+        set_template(tokenizer, data.chat_template)
         return tokenizer
 
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         return {"kind": "chat", "joiner": next(iter(train)).joiner}
 
     # ------------------------------------------------------------------ rows
@@ -196,7 +198,9 @@ class Preference(Task):
         """Pairs."""
         return len(batch["counts"]) // 2
 
-    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: Batch, items: int | torch.Tensor, train: Train
+    ) -> torch.Tensor:
         """-log sigmoid(margin), summed over the pairs of the batch, divided by the pairs of the
         step. On the meta device (memory plan) there is no reference."""
         import torch
@@ -204,23 +208,20 @@ class Preference(Task):
         ratios = log_probabilities(model, batch)  # (pairs, 2)
         if not ratios.is_meta:
             ratios = ratios - batch[REFERENCE]
-        margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
+        margins = _beta(train) * (ratios[:, 0] - ratios[:, 1])
         losses = -torch.nn.functional.logsigmoid(margins)
         total: torch.Tensor = losses.sum() / items
         return total.float()
 
     def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
-        """Split by pairs, sorted by length; a pair is never split."""
-        pairs = self.items(batch)
-        if pairs < 2:
-            return []
-        sizes = batch.get("documents")
-        if sizes is None:
-            mask = batch.get("attention_mask")
-            sizes = [batch["labels"].shape[1]] * 2 * pairs if mask is None else mask.sum(1).tolist()
-        longest = np.reshape(sizes, (pairs, 2)).max(1)
-        order = np.argsort(-longest, kind="stable").tolist()
-        return [(_some(batch, some), 1.0) for some in (order[: pairs // 2], order[pairs // 2 :])]
+        """Split by pairs; a pair is never split."""
+        parts = []
+        for part, sides in halves(batch, together=2):
+            part["counts"] = [batch["counts"][side] for side in sides]
+            if REFERENCE in batch:
+                part[REFERENCE] = batch[REFERENCE][[side // 2 for side in sides[::2]]]
+            parts.append((part, 1.0))
+        return parts
 
     # ------------------------------------------------------------------ evaluation
     def score(
@@ -236,16 +237,16 @@ class Preference(Task):
                     rows = self.annotate(rows, model, processor, run)
             found = self._log_probabilities(model, rows, processor)
             ratios = found - np.stack([rows.cell(REFERENCE, n) for n in range(len(rows))])
-            margins = run.train.beta * (ratios[:, 0] - ratios[:, 1])  # type: ignore[attr-defined]
+            margins = _beta(run.train) * (ratios[:, 0] - ratios[:, 1])
         right = (margins > 0) + (margins == 0) / 2
-        ones, units = np.ones(len(rows)), rows.column("unit")
+        units = rows.column("unit")
         return [
-            Score("accuracy", np.stack([right, ones], 1), units=units),
-            Score("margin", np.stack([margins, ones], 1), units=units),
+            mean_score("accuracy", right, units=units),
+            mean_score("margin", margins, units=units),
         ]
 
     def rivals(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self, model: PeftModel, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
         """The reference, which is the base unless the run starts from an adapter."""
         if run.adapter.start is None:
@@ -257,13 +258,13 @@ class Preference(Task):
 
     def examine(
         self,
-        model: Any,
+        model: PeftModel,
         data: Prepared,
         scores: Mapping[str, list[Score]],
         processor: Processor,
         facts: Facts,
         run: Run,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """`generation`: greedy completions of held-out prompts by the reference (`base`) and the
         adapted model.
 
@@ -286,21 +287,27 @@ class Preference(Task):
             reference = generate_ids(model, processor, prompts, room)
         ends = set(end_tokens(model, processor))
         divergence = _divergence(model, run, processor.pad_token_id, prompts, adapted)
-        found: dict[str, Any] = {
+
+        def compare(name: str, better: str, before: np.ndarray, after: np.ndarray) -> Json:
+            base, tuned = mean_score(name, before, better), mean_score(name, after, better)
+            return compared(base, tuned, run.seed)
+
+        none = Score("kl", divergence * [0.0, 1.0], better="lower")  # of the reference itself
+        found = {
             "prompts": len(prompts),
             "room": room,
             "chosen_length": round(float(chosen_length), 2),
+            "length": compare(
+                "length", "higher", _lengths(reference, ends), _lengths(adapted, ends)
+            ),
+            "unfinished": compare(
+                "unfinished", "lower", _unfinished(reference, ends), _unfinished(adapted, ends)
+            ),
+            "kl": compared(none, Score("kl", divergence, better="lower"), run.seed),
         }
-        for name, better, before, after in (
-            ("length", "higher", _lengths(reference, ends), _lengths(adapted, ends)),
-            ("unfinished", "lower", _unfinished(reference, ends), _unfinished(adapted, ends)),
-            ("kl", "lower", divergence * [0.0, 1.0], divergence),
-        ):
-            base = Score(name, before, better=better)
-            found[name] = compared(base, Score(name, after, better=better), run.seed)
         return {"generation": found}
 
-    def objection(self, report: dict[str, Any]) -> str | None:
+    def objection(self, report: Json) -> str | None:
         """Accuracy alone is not enough: a model that always stops immediately, or never, can have
         an accuracy of 1."""
         if (report.get("verdict") or {}).get("general") == "forgot":
@@ -332,7 +339,9 @@ class Preference(Task):
             for side in SIDES
         ]
 
-    def _log_probabilities(self, model: Any, rows: Rows, processor: Processor) -> np.ndarray:
+    def _log_probabilities(
+        self, model: torch.nn.Module, rows: Rows, processor: Processor
+    ) -> np.ndarray:
         """Log-probabilities of both completions, float64 (rows, 2), on every rank."""
         from lora_kit.speed.fast import takes_flat
         from lora_kit.tasks.measure import each_row
@@ -341,6 +350,11 @@ class Preference(Task):
         sizes = 2 * np.maximum(rows.sizes("chosen_input_ids"), rows.sizes("rejected_input_ids"))
         what = "the log-probability of pair"
         return each_row(model, rows, collate, sizes, _PAIRS_AT_ONCE, log_probabilities, what)
+
+
+def _beta(train: Train) -> float:
+    assert isinstance(train, PreferenceTrain)  # `Preference.settings`
+    return train.beta
 
 
 def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -377,29 +391,7 @@ def _pair(
     return [row]
 
 
-def _some(batch: Batch, pairs: list[int]) -> Batch:
-    """The batch with these pairs only."""
-    import torch
-
-    sides = [2 * pair + side for pair in pairs for side in (0, 1)]
-    part: Batch = {"counts": [batch["counts"][side] for side in sides]}
-    if REFERENCE in batch:
-        part[REFERENCE] = batch[REFERENCE][pairs]
-    documents = batch.get("documents")
-    if documents is None:
-        names = [name for name in ("input_ids", "labels", "attention_mask") if name in batch]
-        mask = batch.get("attention_mask")
-        width = None if mask is None else int(mask[sides].sum(1).max())
-        return part | {name: batch[name][sides, :width] for name in names}
-    for name in ("input_ids", "labels", "position_ids"):
-        each = batch[name][0].split(documents)
-        part[name] = torch.cat([each[side] for side in sides])[None]
-    part["documents"] = [documents[side] for side in sides]
-    part["places"] = (part["labels"][0, 1:] != IGNORED).nonzero().squeeze(1)
-    return part
-
-
-def _reference_key(model: Any, rows: Rows, run: Run) -> str:
+def _reference_key(model: torch.nn.Module, rows: Rows, run: Run) -> str:
     """A cache key of everything that the reference of the rows depends on."""
     from lora_kit.speed.fast import takes_flat
     from lora_kit.speed.prefix import described
@@ -446,19 +438,17 @@ def _prompts(
 
 
 def _lengths(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
-    """Tokens without the end token, and 1: float64 (generations, 2)."""
-    lengths = [len(ids) - (ids[-1] in ends) if ids else 0 for ids in generated]
-    return np.stack([lengths, np.ones(len(lengths))], 1)
+    """Tokens without the end token: int64 (generations,)."""
+    return np.array([len(ids) - (ids[-1] in ends) if ids else 0 for ids in generated])
 
 
 def _unfinished(generated: Sequence[Sequence[int]], ends: set[int]) -> np.ndarray:
-    """1 if there is no end token else 0, and 1: float64 (generations, 2)."""
-    unfinished = [float(not ids or ids[-1] not in ends) for ids in generated]
-    return np.stack([unfinished, np.ones(len(unfinished))], 1)
+    """1 if there is no end token, else 0: float64 (generations,)."""
+    return np.array([float(not ids or ids[-1] not in ends) for ids in generated])
 
 
 def _divergence(
-    model: Any,
+    model: PeftModel,
     run: Run,
     pad_id: int,
     prompts: Sequence[Sequence[int]],
@@ -471,7 +461,7 @@ def _divergence(
     from lora_kit.adapter.start import as_at_start
     from lora_kit.tasks.measure import each_row
 
-    def divergence(model: Any, batch: Batch) -> torch.Tensor:
+    def divergence(_: torch.nn.Module, batch: Batch) -> torch.Tensor:
         row, place = (batch.pop("labels")[:, 1:] != IGNORED).nonzero().unbind(1)
         adapted = model(**batch).logits[row, place].float().log_softmax(-1)
         with as_at_start(model, run.adapter):

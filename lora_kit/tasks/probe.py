@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -104,31 +103,30 @@ def _path(
 
     weight = torch.zeros(count, x.shape[1] + 1)
     for strength in strengths:
-        weight = weight.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [weight], max_iter=_ITERATIONS, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
-        )
-        with torch.enable_grad():
-            optimizer.step(partial(_loss, optimizer, x, y, weight, strength))
-        weight = weight.detach()
+        weight = _minimised(x, y, weight, strength)
         yield weight
 
 
-def _loss(
-    optimizer: torch.optim.Optimizer,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    weight: torch.Tensor,
-    strength: float,
+def _minimised(
+    x: torch.Tensor, y: torch.Tensor, start: torch.Tensor, strength: float
 ) -> torch.Tensor:
-    """The loss (), with its gradient in `weight`."""
     import torch
 
-    optimizer.zero_grad()
-    loss = torch.nn.functional.cross_entropy(_logits(x, weight), y)
-    loss = loss + strength / 2 * weight[:, :-1].square().sum()
-    loss.backward()
-    return loss
+    weight = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight], max_iter=_ITERATIONS, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        found = torch.nn.functional.cross_entropy(_logits(x, weight), y)
+        found = found + strength / 2 * weight[:, :-1].square().sum()
+        found.backward()
+        return found
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return weight.detach()
 
 
 def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

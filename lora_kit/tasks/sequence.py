@@ -23,6 +23,7 @@ from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import UserError
 from lora_kit.schema import Base
 from lora_kit.tasks import probe
+from lora_kit.tasks.batches import halves, padded
 from lora_kit.tasks.task import (
     Batch,
     Collate,
@@ -37,8 +38,9 @@ from lora_kit.tasks.task import (
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
-    from lora_kit.schema import Run
+    from lora_kit.schema import Data, Run, Train
     from lora_kit.tasks.encode import Prepared
 
 _ROWS_AT_ONCE = 32
@@ -83,10 +85,10 @@ class Classification(Task):
     unread = tuple(key for key in Task.unread if key != "data.labels")
 
     # ------------------------------------------------------------------ examples and rows
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         """`labels`: class names in order; `rows`: number of training rows per class."""
         counts = train.labels
-        named = label_names(run.data.labels)
+        named = label_names(data.labels)
         labels = named or tuple(counts)
         _check_names(labels, "data.labels" if named else "data.train")
         if len(counts) < 2:
@@ -137,9 +139,24 @@ class Classification(Task):
 
     # ------------------------------------------------------------------ training
     def collate(self, processor: Processor, flat: bool = False) -> Collate:
-        return _Collate(processor.pad_token_id)
+        """Right-pads to the longest row: `input_ids` and `attention_mask`, int64 (rows, longest);
+        `labels`, int64 (rows,)."""
 
-    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+        def collate(rows: Sequence[Row]) -> Batch:
+            import torch
+
+            ids = [row["input_ids"] for row in rows]
+            return {
+                "input_ids": padded(ids, processor.pad_token_id).long(),
+                "attention_mask": padded([np.ones(len(row), np.int64) for row in ids], 0),
+                "labels": torch.tensor([int(row["labels"]) for row in rows]),
+            }
+
+        return collate
+
+    def loss(
+        self, model: torch.nn.Module, batch: Batch, items: int | torch.Tensor, train: Train
+    ) -> torch.Tensor:
         """Cross entropy in nats, from float32 logits.
 
         Not transformers' own, which is a mean over the micro-batch: its gradients are N times too
@@ -152,17 +169,7 @@ class Classification(Task):
         return nats / items
 
     def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
-        rows = len(batch["labels"])
-        if rows < 2:
-            return []
-        lengths = batch["attention_mask"].sum(1)
-        order = lengths.argsort(descending=True, stable=True)  # for less padding
-        parts = []
-        for side in (order[: rows // 2], order[rows // 2 :]):
-            width = int(lengths[side].max())
-            part = {name: values[side][:, :width] for name, values in _inputs(batch).items()}
-            parts.append(({**part, "labels": batch["labels"][side]}, 1.0))
-        return parts
+        return [(part, 1.0) for part, _ in halves(batch)]
 
     # ------------------------------------------------------------------ evaluation
     def score(
@@ -190,7 +197,7 @@ class Classification(Task):
         ]
 
     def rivals(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self, model: PeftModel, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
         """The majority class and the linear probe, the better one first by the deciding score in
         cross-validation on training rows."""
@@ -215,15 +222,15 @@ class Classification(Task):
 
         def figure(predicted: np.ndarray) -> float:
             scores = self.score(Rule(lambda _: predicted), held_out, processor, facts, run)
-            return next(score.figure for score in scores if score.name == self.deciding(run))
+            return next(score.figure for score in scores if score.name == self.deciding(run.prove))
 
         of_probe, of_majority = figure(fitted.predicted), figure(majority.classes(held_out))
         return found if of_probe > of_majority else found[::-1]
 
     def _each(
         self,
-        model: Any,
-        of: Callable[[Any, Batch], torch.Tensor],
+        model: torch.nn.Module,
+        of: Callable[[torch.nn.Module, Batch], torch.Tensor],
         rows: Rows,
         processor: Processor,
     ) -> np.ndarray:
@@ -242,27 +249,6 @@ class Classification(Task):
         ]
 
 
-@dataclass(frozen=True)
-class _Collate:
-    """Right-pads to the longest row: `input_ids` and `attention_mask`, int64 (rows,
-    longest); `labels`, int64 (rows,)."""
-
-    pad_id: int
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        import torch
-
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        ids = torch.full((len(rows), int(lengths.max())), self.pad_id)
-        for number, row in enumerate(rows):
-            ids[number, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
-        return {
-            "input_ids": ids,
-            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-            "labels": torch.tensor([int(row["labels"]) for row in rows]),
-        }
-
-
 def _check_names(labels: Sequence[str], key: str) -> None:
     """Raises UserError if class names are empty or equal up to white space."""
     counts = Counter(label.strip() for label in labels)
@@ -277,16 +263,17 @@ def _inputs(batch: Batch) -> Batch:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def _logits(model: Any, batch: Batch) -> torch.Tensor:
+def _logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     logits: torch.Tensor = model(**_inputs(batch)).logits.float()
     return logits
 
 
-def _mean_of_body(model: Any, batch: Batch) -> torch.Tensor:
+def _mean_of_body(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The mean of the last hidden states of each text: float32 (rows, width)."""
     from lora_kit.base.pooled import pool
+    from lora_kit.speed.prefix import causal_model
 
-    body = model.get_base_model().base_model
+    body: Any = causal_model(model).base_model
     if body.config.is_encoder_decoder:
         body = body.get_encoder()
     found: list[Any] = []

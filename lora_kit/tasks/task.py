@@ -22,20 +22,22 @@ from lora_kit.data.examples import Examples
 from lora_kit.data.formats import Example
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import UserError
-from lora_kit.schema import Section
+from lora_kit.schema import Data, Json, Prove, Section, Train
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import Trainer, TrainingArguments
 
     from lora_kit.base.head import Head
+    from lora_kit.base.load import Model
     from lora_kit.base.pin import Pinned
     from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
 
 Batch = dict[str, Any]  # what `collate` returns: tensors and plain values by name
 Collate = Callable[[Sequence[Row]], Batch]
-Facts = dict[str, Any]  # plain JSON from the training rows, such as label names
+Facts = Json  # from the training rows, such as label names; in the lock
 Processor = Any  # a tokenizer; for images and speech their processor
 
 
@@ -98,6 +100,13 @@ class Score:
         return float(self.value(self.sums.sum(0)))
 
 
+def mean_score(
+    name: str, each: np.ndarray, better: str = "higher", units: np.ndarray | None = None
+) -> Score:
+    """The mean of a number per unit, float64 (units,), as a `Score`."""
+    return Score(name, np.stack([each, np.ones(len(each))], axis=1), better=better, units=units)
+
+
 @dataclass(frozen=True)
 class Contender:
     """Something that the adapted model is compared with.
@@ -118,7 +127,10 @@ class Contender:
 
 
 class Task:
-    """A task. `run` is the whole run file; its sections also have the keys of `settings`.
+    """A task.
+
+    Methods get the section of the run file that they need, or the whole `run` if it is several. A
+    section also has the task's own keys (`settings`).
 
     Attributes:
         formats: row formats of `data.formats.FORMATS` that it reads.
@@ -161,14 +173,14 @@ class Task:
         """Examples of the same group stay in the same split; None: only duplicates do."""
         return None
 
-    def processor(self, pinned: Pinned, run: Run) -> Processor:
+    def processor(self, pinned: Pinned, data: Data) -> Processor:
         """The base's tokenizer or processor; the model is not loaded."""
         from lora_kit.base.head import CAUSAL
         from lora_kit.base.load import load_tokenizer
 
         return load_tokenizer(pinned, generates=self.auto == CAUSAL)
 
-    def facts(self, train: Examples, run: Run) -> Facts:
+    def facts(self, train: Examples, data: Data) -> Facts:
         """Facts from the training examples that the model needs, such as label names; plain JSON.
 
         Raises:
@@ -200,11 +212,7 @@ class Task:
         unchanged. `replayed`: rows of `general` that are also trained on (`data.replay`)."""
         return None
 
-    def pack(self, rows: Rows, run: Run) -> Any:
-        """The training rows, packed if the task and run file ask for it."""
-        return rows
-
-    def packing(self, run: Run) -> str:
+    def packing(self, data: Data) -> str:
         """The packing in use: `none`, `documents` or `running` (see `data.packing`)."""
         return "none"
 
@@ -221,7 +229,7 @@ class Task:
         return len(rows)
 
     # ------------------------------------------------------------------ model
-    def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
+    def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Model, tuple[str, ...]]:
         """The frozen base and the names of its fresh modules: those without weights in the base's
         files, such as a new head. Fresh modules are fully trained and saved, without LoRA.
         `facts["labels"]` are the names of a head's outputs."""
@@ -233,7 +241,7 @@ class Task:
             check_causal(model, pinned)
         return model, fresh
 
-    def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Any, tuple[str, ...]]:
+    def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Model, tuple[str, ...]]:
         """`model` on torch's meta device, in the compute dtype, for planning memory and time."""
         from lora_kit.base.head import with_head_on_meta
 
@@ -258,7 +266,7 @@ class Task:
 
         return Trainer, TrainingArguments
 
-    def options(self, processor: Processor, facts: Facts, run: Run) -> dict[str, Any]:
+    def options(self, processor: Processor, facts: Facts, run: Run) -> dict[str, object]:
         """Further arguments for the trainer, such as reward functions."""
         return {}
 
@@ -266,11 +274,13 @@ class Task:
         """The collator; None: the trainer's own."""
         raise NotImplementedError
 
-    def items(self, batch: Batch) -> Any:
+    def items(self, batch: Batch) -> int | torch.Tensor:
         """The divisor of a batch's loss, an int or a tensor (): number of labels, pairs or rows."""
         return len(next(iter(batch.values())))
 
-    def loss(self, model: torch.nn.Module, batch: Batch, items: Any, run: Run) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: Batch, items: int | torch.Tensor, train: Train
+    ) -> torch.Tensor:
         """The loss of a micro-batch, () float32: its sum divided by the `items` of the whole
         optimizer step, over all micro-batches and processes, so that it does not depend on the
         batch layout. Not overridden: the trainer computes the loss."""
@@ -299,12 +309,12 @@ class Task:
         exists, `model.generate`."""
         raise NotImplementedError
 
-    def deciding(self, run: Run) -> str:
+    def deciding(self, prove: Prove) -> str:
         """The score that decides the verdict: the first of `prove.metrics`, else of `scores`."""
-        return (run.prove.metrics or self.scores)[0]
+        return (prove.metrics or self.scores)[0]
 
     def rivals(
-        self, model: Any, data: Prepared, processor: Processor, facts: Facts, run: Run
+        self, model: PeftModel, data: Prepared, processor: Processor, facts: Facts, run: Run
     ) -> list[Contender]:
         """Baselines besides the base: a majority class, a linear probe, examples in the prompt. If
         the base has fresh modules, the verdict is against the first of the list, which must be the
@@ -323,13 +333,13 @@ class Task:
 
     def examine(
         self,
-        model: Any,
+        model: PeftModel,
         data: Prepared,
         scores: Mapping[str, list[Score]],
         processor: Processor,
         facts: Facts,
         run: Run,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Further entries of report.json, such as generated samples.
 
         Args:
@@ -338,7 +348,7 @@ class Task:
         """
         return {}
 
-    def objection(self, report: dict[str, Any]) -> str | None:
+    def objection(self, report: Json) -> str | None:
         """Why a better score does not count as `better`; None: it does."""
         return None
 

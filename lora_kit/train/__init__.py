@@ -1,1 +1,7 @@
-"""The trainer, its arguments, checkpoints and the run directory."""
+"""Training: a base with an adapter, and encoded rows -> the trained adapter in its run directory.
+
+In come the run file, the pinned base, the rows of `tasks.encode` and a model with its adapter; out
+go runs/<name>/adapter, the completed lock file, and the trainer with what the guards observed. A
+recipe calls, in this order, `Journey` (journey.py), `choose` (strategies.py), `make_trainer` and
+`fit` (trainer.py), `save_run` (save.py). guards.py is what makes any Trainer safe.
+"""

@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
 from lora_kit.adapter.attach import OWN_FIELDS as OWN_ADAPTER_FIELDS
-from lora_kit.adapter.attach import config_class
 from lora_kit.base.load import gpu_is_used
 from lora_kit.errors import RunFileError
-from lora_kit.schema import Run, Train
+from lora_kit.schema import Json, Run, Train
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # Fields of `train:` that TrainingArguments does not have.
 _NOT_UPSTREAM = {"trainable", "top_layers", "max_length", "early_stopping_patience"}
-# Fields that our own code reads: max_length truncates rows, save_total_limit limits sealed
-# checkpoints (the guards track the best); max_steps and eval_steps are translated below.
-OWN_FIELDS = _NOT_UPSTREAM | {
-    "max_steps",
-    "save_total_limit",
-    "eval_steps",
-    "load_best_model_at_end",
-}
+# Fields that are not handed on as they are: the guards track the best checkpoint and limit sealed
+# ones; max_steps and eval_steps are translated below.
+_NOT_HANDED_ON = {"max_steps", "eval_steps", "save_total_limit", "load_best_model_at_end"}
 
 
 def training_arguments(
     run: Run,
     checkpoints: Path,
-    planned: dict[str, Any] | None = None,
+    planned: Mapping[str, object] | None = None,
     arguments_class: type[TrainingArguments] | None = None,
-) -> Any:
+) -> TrainingArguments:
     """The trainer's arguments for a run; `checkpoints` is the output directory.
 
     Args:
@@ -48,11 +43,10 @@ def training_arguments(
     train = run.train
     made = arguments_class or TrainingArguments
     known = {field.name for field in dataclasses.fields(made)}
-    values = {
-        name: value
-        for name, value in train.model_dump(exclude=OWN_FIELDS).items()
-        if name in known or name in Train.model_fields  # may be read by the task only
-    }
+    values = train.model_dump(exclude=_NOT_UPSTREAM | _NOT_HANDED_ON)
+    for name in values.keys() - known - Train.model_fields.keys():
+        del values[name]  # a key that only the task reads
+    values |= planned or {}
     if "max_length" in known:  # TRL truncates rows as well; ours are truncated already
         values["max_length"] = train.max_length
     arguments = made(
@@ -74,7 +68,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         label_names=["labels"],
         remove_unused_columns=False,  # else position_ids
-        **{**values, **(planned or {})},
+        **values,
     )
     # With several visible GPUs one process would use DataParallel and multiply the batch size; here
     # each GPU has a process. Reading `device` sets the private field that is overwritten.
@@ -95,28 +89,17 @@ def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = 
         RunFileError: the installed version does not have a field, or has another type for it; or
             a package of `train.report_to` is not installed.
     """
+    from peft import LoraConfig
     from transformers import TrainingArguments
 
-    problems = []
-    for section, upstream, own in (
-        ("adapter", config_class(), OWN_ADAPTER_FIELDS),
-        ("train", arguments_class or TrainingArguments, _NOT_UPSTREAM),
-    ):
-        hints = typing.get_type_hints(upstream)
-        fields = {field.name for field in dataclasses.fields(upstream)}
-        for name, value in getattr(run, section):
-            if name in own or value is None:
-                continue
-            if section == "train" and name not in Train.model_fields and name not in fields:
-                continue  # a task's own key, for its loss only
-            if name not in fields:
-                problems.append(
-                    f"{section}.{name}: the installed {upstream.__name__} has no such field"
-                )
-            elif not _fits(value, hints[name]):
-                problems.append(
-                    f"{section}.{name}: {value!r} has the wrong type for {upstream.__name__}"
-                )
+    made = arguments_class or TrainingArguments
+    adapter = {k: v for k, v in run.adapter if k not in OWN_ADAPTER_FIELDS}
+    fields = {field.name for field in dataclasses.fields(made)}
+    # A task's own key may be read by its loss only.
+    expected = Train.model_fields.keys() - _NOT_UPSTREAM | fields
+    train = {k: v for k, v in run.train if k in expected}
+    problems = _not_accepted("adapter", adapter, LoraConfig)
+    problems += _not_accepted("train", train, made)
     for name in run.train.report_to:
         packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
         if not any(map(find_spec, packages)):
@@ -125,10 +108,25 @@ def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = 
         raise RunFileError("run.yaml", problems)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value fits a type annotation; enums are matched by value."""
-    try:
-        TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
-    except ValidationError:
-        return False
-    return True
+def _not_accepted(section: str, values: Json, upstream: type) -> list[str]:
+    """Keys of a section that a dataclass of the installed libraries lacks, or takes as another
+    type. None is always accepted."""
+    hints = typing.get_type_hints(upstream)
+    fields = {field.name for field in dataclasses.fields(upstream)}
+    problems = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name not in fields:
+            problems.append(
+                f"{section}.{name}: the installed {upstream.__name__} has no such field"
+            )
+            continue
+        try:  # enums are matched by value
+            hint = TypeAdapter(hints[name], config={"arbitrary_types_allowed": True})
+            hint.validate_python(value)
+        except ValidationError:
+            problems.append(
+                f"{section}.{name}: {value!r} has the wrong type for {upstream.__name__}"
+            )
+    return problems

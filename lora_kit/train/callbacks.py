@@ -1,4 +1,4 @@
-"""The progress display and metrics.jsonl."""
+"""What is counted and shown of a training: tokens and seconds, metrics.jsonl, progress."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ import math
 import re
 import resource
 import sys
+import time
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerState
 
 from lora_kit.base.load import gpu_is_used
 from lora_kit.folders import write_whole
+from lora_kit.schema import Json
+from lora_kit.tasks.batches import real_tokens
+from lora_kit.tasks.task import Batch
 
-_FIRST = ("loss", "eval_loss", "learning_rate", "grad_norm")
-_LAST = ("tokens", "tokens_per_second", "seconds")
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+Logs = dict[str, float] | None
 # Logged values that are not written: the step, evaluation speed, and TRL's token count, which
 # restarts at 0 in a resumed run.
 _NOT_KEPT = re.compile(r"epoch|step|(eval_)?num_tokens|eval_(\w+_)?(runtime|\w+_per_second)")
@@ -34,31 +42,35 @@ class Metrics(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
         if not state.is_world_process_zero:
             return
         rows = read_metrics(self.path)
         kept = [row for row in rows if row["step"] <= state.global_step]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self, args: object, state: TrainerState, control: object, logs: Logs = None, **_: object
+    ) -> None:
+        logs = logs or {}
         if not state.is_world_process_zero or not ({"loss", "eval_loss"} & logs.keys()):
             return
-        others = [name for name in logs if name not in _FIRST + _LAST]
-        kept = [name for name in others if not _NOT_KEPT.fullmatch(name)]
-        row = {name: _number(logs[name]) for name in (*_FIRST, *kept, *_LAST) if name in logs}
+        row: Json = {"step": state.global_step}
+        for name, value in logs.items():
+            if not _NOT_KEPT.fullmatch(name):
+                row[name] = _number(value)
         with self.path.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps({"step": state.global_step, **row}) + "\n")
+            opened.write(json.dumps(row) + "\n")
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     """A logged value for JSON; None if it is no finite number."""
     if not isinstance(value, Real) or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(value)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Json]:
     """The rows of metrics.jsonl, up to a line truncated by a crash."""
     if not path.is_file():
         return []
@@ -73,59 +85,127 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class Meter(TrainerCallback):
+    """Counts tokens (without padding) and seconds of training, including the earlier parts of a
+    resumed run. Both are saved in the seal of each checkpoint."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.seconds = 0.0
+        self._tokens_before, self._seconds_before = 0, 0.0
+        self._tokens_here: torch.Tensor | int = 0  # on this rank, on its device
+        self._counted_to = 0.0
+
+    def resume(self, tokens: int, seconds: float) -> None:
+        """Continue from the counts of a checkpoint."""
+        self._tokens_before = tokens
+        self.seconds = self._seconds_before = seconds
+
+    def count(self, batch: Batch) -> None:
+        """Add the tokens of a micro-batch."""
+        if "input_ids" in batch:
+            self._tokens_here += real_tokens(batch)
+        else:  # GRPO's sampled batches
+            for name in ("prompt_mask", "completion_mask"):
+                if name in batch:
+                    self._tokens_here += batch[name].sum()
+
+    def tokens(self) -> int:
+        """Tokens on all ranks; a collective operation."""
+        here = torch.as_tensor(self._tokens_here, device=self.accelerator.device)
+        return self._tokens_before + int(self.accelerator.reduce(here, "sum").item())
+
+    def figures(self) -> dict[str, float]:
+        """Values for a logged step; a collective operation."""
+        tokens = self.tokens()
+        here, spent = tokens - self._tokens_before, self.seconds - self._seconds_before
+        return {
+            "tokens": tokens,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(here / spent, 1) if spent > 0 else 0.0,
+        }
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._counted_to
+        self._counted_to = now
+
+    # The time between two steps counts, except for evaluating and saving.
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self._counted_to = time.perf_counter()
+
+    def on_evaluate(self, *_: object, **__: object) -> None:
+        self._counted_to = time.perf_counter()
+
+    def on_save(self, *_: object, **__: object) -> None:
+        self._counted_to = time.perf_counter()
+
+
 class Progress(TrainerCallback):
     """A progress bar with losses, tokens/s, memory and time left; without a terminal, one line per
     logged step and evaluation."""
 
     def __init__(self) -> None:
-        self.bar: Any = None
-        self.task: Any = None
+        self.bar: Bar | None = None
         self.eval_loss = ""
         self.evaluating = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
         if not state.is_world_process_zero or not sys.stderr.isatty():
             return
         from rich import progress
         from rich.console import Console
 
-        parts = (
-            *("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn()),
-            *("{task.fields[figures]}", progress.TimeRemainingColumn()),
+        self.bar = progress.Progress(
+            "{task.description}",
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            "{task.fields[figures]}",
+            progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
         )
-        self.bar = progress.Progress(*parts, console=Console(stderr=True))
-        self.task = self.bar.add_task(
-            "training", total=state.max_steps, completed=state.global_step, figures=""
-        )
+        total, done = state.max_steps, state.global_step
+        self.bar.add_task("training", total=total, completed=done, figures="")
         self.bar.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_prediction_step(
+        self, args: object, state: TrainerState, *_: object, **__: object
+    ) -> None:
         if state.is_world_process_zero and not self.evaluating:
             self.evaluating = True
             self._show(state, "evaluating on held-out rows", description="evaluating")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self, args: object, state: TrainerState, control: object, logs: Logs = None, **_: object
+    ) -> None:
+        logs = logs or {}
         if not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
-            self.evaluating, self.eval_loss = False, f"  eval_loss {logs['eval_loss']:.3f}"
-            self._show(state, self.eval_loss.strip(), description="training")
+            self.evaluating = False
+            line = f"eval_loss {logs['eval_loss']:.3f}"
+            self.eval_loss = f"  {line}"
+            self._show(state, line)
         elif "loss" in logs:
             figures = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,.0f} tokens/s"
             figures += f"  {peak_mib():,.0f} MiB"
             self._show(state, figures, figures=figures + self.eval_loss)
 
-    def _show(self, state: Any, line: str, **fields: str) -> None:
+    def _show(
+        self, state: TrainerState, line: str, description: str = "training", figures: str = ""
+    ) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, **fields)
+            (task,) = self.bar.tasks
+            figures = figures or task.fields["figures"]
+            self.bar.update(task.id, description=description, figures=figures)
         else:
             print(f"step {state.global_step}/{state.max_steps}  {line}", file=sys.stderr)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, *_: object, **__: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -137,8 +217,6 @@ class Progress(TrainerCallback):
 
 def peak_mib() -> float:
     """Peak memory of this process in MiB: allocated on the GPU if one is used, else resident."""
-    import torch
-
     if gpu_is_used():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB

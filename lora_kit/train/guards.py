@@ -1,6 +1,6 @@
 """Safety checks for any transformers Trainer: transformers' own, TRL's, or a subclass.
 
-Most are callbacks; `Guards` holds the rest, a mixin in front of the trainer's class:
+`GuardEvents` is a callback; `Guards` holds the rest, a mixin in front of the trainer's class:
 
     trainer = guarded(DPOTrainer)(task, run, directory, stop, groups, model=model, args=arguments)
 
@@ -14,74 +14,82 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import shutil
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 
 from lora_kit.adapter.audit import Audit, Groups
 from lora_kit.errors import CheckFailed
 from lora_kit.schema import Run
 from lora_kit.speed.prefix import Prefix
-from lora_kit.tasks.batches import real_tokens
-from lora_kit.tasks.task import Task
-from lora_kit.train import checkpoint
-from lora_kit.train.directory import RunDirectory
-from lora_kit.train.evaluation import check_finite, held_out_loss, own_random_numbers
-from lora_kit.train.halving import Batch, Halving
+from lora_kit.tasks.task import Batch, Task
+from lora_kit.train.callbacks import Meter
+from lora_kit.train.halving import Halving, MicroBatch
 from lora_kit.train.interrupt import StopSignal
+from lora_kit.train.save import Checkpoint, rotate, seal
 
 # Files in each checkpoint that contain local paths and that nothing reads.
 _UNUSED_FILES = ("training_args.bin", "README.md")
 _ROLLOUT = "rollout_{rank}.pt"  # sampled and not yet used completions (GRPO, RLOO)
 
 
-@dataclass
-class Guard:
-    """State of the guards, as `trainer.guard`.
+class GuardState:
+    """State of the guards, as `trainer.guard`: in one attribute, so that none of its names is one
+    of the trainer's.
 
     Attributes:
+        directory: the run directory.
         own_loss: whether the task computes the loss, instead of the trainer.
         prefix: the frozen layers, if batches are without padding.
-        plan: the memory plan in use.
+        plan: the memory plan in use, a `lora_kit.plan.MemoryPlan`.
         peak_mib: peak memory at the end of training.
     """
 
-    task: Task
-    run: Run
-    directory: RunDirectory
-    stop: StopSignal
-    own_loss: bool
-    audit: Audit
-    meter: Meter
-    halving: Halving
-    prefix: Prefix | None = None
-    plan: Any = None
-    peak_mib: float = 0.0
-
-    def frozen(self, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """Context of a batch's forward pass; `numbers` are the row indices of the batch."""
-        if self.prefix is None:
-            return contextlib.nullcontext()
-        return self.prefix.batch(batch.get("numbers", ()))
+    def __init__(
+        self,
+        trainer: Guards,
+        task: Task,
+        run: Run,
+        directory: Path,
+        stop: StopSignal,
+        groups: Groups,
+    ) -> None:
+        self.task, self.run, self.directory, self.stop = task, run, directory, stop
+        self.own_loss = has_own_loss(task)
+        accelerator = trainer.accelerator
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        self.audit = Audit(trainer.model, accelerator, groups)
+        self.meter = Meter(accelerator)
+        self.halving = Halving(
+            task.halve,
+            [p for p in trainer.model.parameters() if p.requires_grad],
+            allowed=accelerator.num_processes == 1 and not sharded,
+            by_length=self.own_loss and run.speed == "auto",
+        )
+        self.prefix: Prefix | None = None
+        self.plan: Any = None
+        self.peak_mib = 0.0
 
 
 class Guards(Trainer):
     """A mixin with the guards that cannot be callbacks; `guarded` puts it first in the MRO.
 
     Args:
+        directory: the run directory, for messages and files; `options["args"]` names the one for
+            checkpoints.
         groups: {name: which tensors must train}.
         options: of the trainer.
     """
 
     model: Any  # never None here
-    guard: Guard
+    guard: GuardState
     _step: int  # GRPO and RLOO: index of the sampled batch in use
     _buffered_inputs: Any
 
@@ -89,97 +97,141 @@ class Guards(Trainer):
         self,
         task: Task,
         run: Run,
-        directory: RunDirectory,
+        directory: Path,
         stop: StopSignal,
         groups: Groups,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        own_loss = has_own_loss(task)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        audit = Audit(self.model, self.accelerator, groups)
-        meter = Meter(self.accelerator)
-        halving = Halving(
-            task.halve,
-            trained,
-            directory.say,
-            allowed=self.accelerator.num_processes == 1 and not sharded,
-            by_length=own_loss and run.speed == "auto",
-        )
-        self.guard = Guard(task, run, directory, stop, own_loss, audit, meter, halving)
-        if own_loss:  # divided by the items of the whole step, not of a micro-batch
+        self.guard = GuardState(self, task, run, directory, stop, groups)
+        if self.guard.own_loss:  # divided by the items of the whole step, not of a micro-batch
             self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
-        for callback in (Auditing(audit), meter, Best(run.train.early_stopping_patience)):
-            self.add_callback(callback)
-        self.add_callback(Stopping(stop, self.accelerator))
-        self.add_callback(Sealing(self))
+        self.add_callback(GuardEvents(self))
+        self.add_callback(self.guard.meter)
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         model.train()  # GRPO samples in _prepare_inputs, depending on the mode
-        batch = Batch(self._prepare_inputs(inputs))
+        batch = MicroBatch(self._prepare_inputs(inputs))
         self.guard.meter.count(batch)
         turn = getattr(self, "_step", None)  # all parts of a batch use the same sampled batch
+        prefix = self.guard.prefix
 
-        def step(part: Batch) -> torch.Tensor:
+        def step(part: MicroBatch) -> torch.Tensor:
             if turn is not None:
                 self._step = turn
-            given = Batch(part)  # a copy, since SFTTrainer adds keys
-            given.factor = part.factor
-            with self.guard.frozen(given):
+            given = MicroBatch(part, part.factor)  # a copy, since SFTTrainer adds keys
+            # `numbers` are the row indices of the batch.
+            frozen = prefix.batch(given.get("numbers", ())) if prefix else contextlib.nullcontext()
+            with frozen:
                 return super(Guards, self).training_step(model, given, num_items_in_batch)
 
         return self.guard.halving.run(batch, step)
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        return inputs if isinstance(inputs, MicroBatch) else super()._prepare_inputs(inputs)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Batch], device: torch.device
+    ) -> torch.Tensor | int | None:
         """The divisor of the loss: items of all micro-batches of a step, on all ranks."""
         if not self.guard.own_loss or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
-        counted = (torch.as_tensor(self.guard.task.items(batch)) for batch in batch_samples)
+        counted = [torch.as_tensor(self.guard.task.items(batch)) for batch in batch_samples]
         items = torch.stack([count.to(device) for count in counted]).sum()
-        return self.accelerator.reduce(items, "sum").float()
+        divisor: torch.Tensor = self.accelerator.reduce(items, "sum").float()
+        return divisor
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
         guard = self.guard
         if guard.own_loss:
-            items = options["num_items_in_batch"]
-            # DDP averages gradients over the ranks.
-            loss = guard.task.loss(model, inputs, items, guard.run) * self.accelerator.num_processes
+            assert num_items_in_batch is not None  # from `_get_num_items_in_batch`
+            loss = guard.task.loss(model, inputs, num_items_in_batch, guard.run.train)
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over the ranks
         else:
-            loss = super().compute_loss(model, inputs, *args, **options)
-        if not isinstance(inputs, Batch):  # called from the trainer's own evaluation
+            found = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+            if isinstance(found, tuple):
+                return found
+            loss = found
+        if not isinstance(inputs, MicroBatch):  # called from the trainer's own evaluation
             return loss
         if not loss.requires_grad:
             raise guard.audit.without_gradient()
         return loss if inputs.factor == 1 else loss * inputs.factor
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(
+        self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None
+    ) -> torch.Tensor | float | None:
         """Checks for NaN between the backward pass and the optimizer step. The norm is over all
         ranks, so all of them stop; DeepSpeed exposes nothing else of the gradients."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if grad_norm is not None and not math.isfinite(grad_norm):  # None: DeepSpeed has none yet
+        norm: torch.Tensor | float | None = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has none yet
             raise CheckFailed(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
-                f"(gradient norm {float(grad_norm)}): stopped before the optimizer step; earlier "
+                f"(gradient norm {float(norm)}): stopped before the optimizer step; earlier "
                 "checkpoints are kept; lower train.learning_rate, or check the base's weights"
             )
-        return grad_norm
+        return norm
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         if not self.guard.own_loss:
-            with own_random_numbers(self.args.seed):
+            with _own_random_numbers(self.args.seed):
                 metrics = super().evaluate(*args, **options)
-            check_finite(metrics.get("eval_loss", 0.0), self.state.global_step)
+            _check_finite(metrics.get("eval_loss", 0.0), self.state.global_step)
             return metrics
-        metrics = {"eval_loss": held_out_loss(self)}
+        metrics = {"eval_loss": self._held_out_loss()}
         self.log(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _held_out_loss(self) -> float:
+        """The mean loss over all items of the held-out rows: sum of `task.loss` / sum of
+        `task.items`.
+
+        It does not depend on batch size and number of ranks; transformers' is a mean over batches,
+        of which the last may be smaller. All ranks must call it.
+
+        Raises:
+            CheckFailed: it is NaN or infinite.
+        """
+        args, task, rows = self.args, self.guard.task, cast(Any, self.eval_dataset)
+        model, collate = self.model_wrapped, cast(Any, self.data_collator)
+        size, ranks = args.per_device_eval_batch_size, args.world_size
+        starts = range(0, len(rows), size)
+        order = task.tokens(rows).argsort(kind="stable")  # by length, for little padding
+        sums = torch.zeros(2, dtype=torch.float64, device=args.device)  # losses, items
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for turn in range(0, len(starts), ranks):
+                mine = turn + args.process_index
+                # Every rank runs the same number of batches, as a sharded model needs.
+                first = starts[min(mine, len(starts) - 1)]
+                chosen = [rows[number] for number in order[first : first + size].tolist()]
+                batch = self._prepare_inputs(collate(chosen))
+                items = torch.as_tensor(task.items(batch), device=args.device)
+                loss = task.loss(model, batch, 1, self.guard.run.train)
+                if mine < len(starts):
+                    sums += torch.stack([loss.double(), items.double()])
+                self.callback_handler.on_prediction_step(args, self.state, self.control)
+        model.train()
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        mean: float = total / count if count else math.nan
+        _check_finite(mean, self.state.global_step, f" over {count:.0f} held-out labels")
+        return mean
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -194,7 +246,7 @@ class Guards(Trainer):
         else:
             super()._run_epoch(*args, **options)
 
-    def create_model_card(self, *args: Any, **options: Any) -> None:
+    def create_model_card(self, *args: object, **options: object) -> None:
         """Disabled: TRL would write a template with local paths into each checkpoint."""
 
 
@@ -213,94 +265,88 @@ def has_own_loss(task: Task) -> bool:
     return type(task).loss is not Task.loss
 
 
-class Meter(TrainerCallback):
-    """Counts tokens (without padding) and seconds of training, including the earlier parts of a
-    resumed run. Both are saved in the seal of each checkpoint."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-        self.seconds = 0.0
-        self._tokens_before, self._seconds_before = 0, 0.0
-        self._tokens_here: torch.Tensor | int = 0  # on this rank, on its device
-        self._counted_to = 0.0
-
-    def resume(self, found: checkpoint.Checkpoint) -> None:
-        self._tokens_before = found.tokens
-        self.seconds = self._seconds_before = found.seconds
-
-    def count(self, batch: Batch) -> None:
-        if "input_ids" in batch:
-            self._tokens_here += real_tokens(batch)
-        else:  # GRPO's sampled batches
-            for name in ("prompt_mask", "completion_mask"):
-                if name in batch:
-                    self._tokens_here += batch[name].sum()
-
-    def tokens(self) -> int:
-        """Tokens on all ranks; a collective operation."""
-        here = torch.as_tensor(self._tokens_here, device=self.accelerator.device)
-        return self._tokens_before + int(self.accelerator.reduce(here, "sum").item())
-
-    def figures(self) -> dict[str, Any]:
-        """Values for a logged step; a collective operation."""
-        tokens = self.tokens()
-        here, spent = tokens - self._tokens_before, self.seconds - self._seconds_before
-        return {
-            "tokens": tokens,
-            "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(here / spent, 1) if spent > 0 else 0.0,
-        }
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._counted_to = time.perf_counter()
-
-    # The time between two steps counts, except for evaluating and saving.
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._counted_to = time.perf_counter()
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._counted_to = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._counted_to
-        self._counted_to = now
+def resume_from(trainer: Guards, found: Checkpoint) -> None:
+    """Restore what a sealed checkpoint holds besides transformers' own state."""
+    trainer.guard.meter.resume(found.tokens, found.seconds)
+    file = found.folder / _ROLLOUT.format(rank=trainer.args.process_index)
+    if file.is_file():
+        sampled = torch.load(file, map_location="cpu", weights_only=True)
+        trainer._step = sampled["step"]
+        trainer._buffered_inputs = send_to_device(sampled["inputs"], trainer.args.device)
 
 
-class Auditing(TrainerCallback):
-    """Runs the audit (`adapter.audit`) during training; `fit` ends it."""
+class GuardEvents(TrainerCallback):
+    """What the guards do at the events of a training: audit it, save the best step, stop it early
+    or after a signal, seal its checkpoints."""
 
-    def __init__(self, audit: Audit) -> None:
-        self.audit = audit
+    def __init__(self, trainer: Guards) -> None:
+        self.trainer, self.guard = trainer, trainer.guard
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.audit.begin()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.audit.observe()
-
-
-class Best(TrainerCallback):
-    """Saves a checkpoint at the lowest eval_loss, and stops early."""
-
-    def __init__(self, patience: int | None) -> None:
-        self.patience = patience
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.guard.audit.begin()
         # A resumed state has the old intervals.
-        state.compute_steps(args, state.max_steps)
+        state = self.trainer.state
+        state.compute_steps(self.trainer.args, state.max_steps)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+        self.guard.audit.observe()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
         if args.eval_steps and state.global_step >= state.max_steps:
             control.should_evaluate = True  # the last step may be the best
+        signum = self.guard.stop.signum or 0
+        # Signals can reach the ranks at different steps; all stop at the same one.
+        if args.world_size > 1:
+            mine = torch.tensor([signum], device=args.device)
+            signum = int(self.trainer.accelerator.gather(mine).max())
+        if signum:
+            self.guard.stop.signum = signum
+            control.should_save = control.should_training_stop = True
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        stops = stopped_early(state, self.patience)
+    def on_evaluate(self, *_: object, **__: object) -> None:
+        state, control = self.trainer.state, self.trainer.control
+        stops = stopped_early(state, self.guard.run.train.early_stopping_patience)
         control.should_training_stop |= stops
         control.should_save |= stops or best_step(state) == state.global_step
 
+    def on_save(self, *_: object, **__: object) -> None:
+        """Seal the checkpoint once all its files are written, and remove old ones."""
+        trainer, meter = self.trainer, self.guard.meter
+        step, first = trainer.state.global_step, trainer.state.is_world_process_zero
+        folder = self.guard.directory / "checkpoints" / f"checkpoint-{step}"
+        finite = self._weights_are_finite()
+        if finite and hasattr(trainer, "_buffered_inputs"):
+            sampled = {"step": trainer._step, "inputs": trainer._buffered_inputs}
+            torch.save(sampled, folder / _ROLLOUT.format(rank=trainer.args.process_index))
+        tokens = meter.tokens()
+        trainer.accelerator.wait_for_everyone()  # each rank writes its own random state
+        if first and finite:
+            for name in _UNUSED_FILES:
+                (folder / name).unlink(missing_ok=True)
+            seal(folder, step, tokens, meter.seconds)
+            rotate(folder.parent, self.guard.run.train.save_total_limit, best_step(trainer.state))
+        elif first:
+            shutil.rmtree(folder)
+        trainer.accelerator.wait_for_everyone()
+        if not finite:
+            raise CheckFailed(
+                f"step {step}: the adapter's weights are no longer finite: "
+                "the previous checkpoint is kept; lower train.learning_rate"
+            )
 
-def _evaluations(state: TrainerState) -> list[tuple[float, int]]:
+    def _weights_are_finite(self) -> bool:
+        """Weights can overflow although the gradient was finite; such a checkpoint must not replace
+        the last good one."""
+        broken = torch.zeros((), device=self.trainer.args.device)
+        for parameter in self.trainer.model.parameters():
+            if parameter.requires_grad:
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                broken += (~torch.isfinite(local.detach()).all()).float()
+        return not float(self.trainer.accelerator.reduce(broken, "sum"))
+
+
+def _evaluations(state: TrainerState) -> Sequence[tuple[float, int]]:
     """(eval_loss, step), from the state in the checkpoint: the same on all ranks and after a
     resume."""
     rows = [row for row in state.log_history if "eval_loss" in row]
@@ -321,70 +367,24 @@ def stopped_early(state: TrainerState, patience: int | None) -> bool:
     return sum(step > best for _, step in _evaluations(state)) >= patience
 
 
-class Stopping(TrainerCallback):
-    """Saves and stops after the step in which a signal arrived."""
-
-    def __init__(self, stop: StopSignal, accelerator: Any) -> None:
-        self.stop, self.accelerator = stop, accelerator
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        signum = self.stop.signum or 0
-        # Signals can reach the ranks at different steps; all stop at the same one.
-        if args.world_size > 1:
-            mine = torch.tensor([signum], device=args.device)
-            signum = int(self.accelerator.gather(mine).max())
-        if signum:
-            self.stop.signum = signum
-            control.should_save = control.should_training_stop = True
+def _check_finite(loss: float, step: int, over: str = "") -> None:
+    """Raises CheckFailed if eval_loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise CheckFailed(
+            f"step {step}: eval_loss is {loss}{over}: check data.eval, or lower train.learning_rate"
+        )
 
 
-class Sealing(TrainerCallback):
-    """Seals each checkpoint once all its files are written, and removes old ones."""
-
-    def __init__(self, trainer: Guards) -> None:
-        self.trainer = trainer
-
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        trainer, first = self.trainer, state.is_world_process_zero
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        finite = self._finite(model)
-        if finite and hasattr(trainer, "_buffered_inputs"):
-            sampled = {"step": trainer._step, "inputs": trainer._buffered_inputs}
-            torch.save(sampled, folder / _ROLLOUT.format(rank=args.process_index))
-        guard = trainer.guard
-        tokens = guard.meter.tokens()
-        trainer.accelerator.wait_for_everyone()  # each rank writes its own random state
-        if first and finite:
-            for name in _UNUSED_FILES:
-                (folder / name).unlink(missing_ok=True)
-            checkpoint.seal(folder, state.global_step, tokens, guard.meter.seconds)
-            keep = guard.run.train.save_total_limit
-            checkpoint.rotate(folder.parent, keep, best_step(state))
-        elif first:
-            shutil.rmtree(folder)
-        trainer.accelerator.wait_for_everyone()
-        if not finite:
-            raise CheckFailed(
-                f"step {state.global_step}: the adapter's weights are no longer finite: "
-                "the previous checkpoint is kept; lower train.learning_rate"
-            )
-
-    def _finite(self, model: Any) -> bool:
-        """Weights can overflow although the gradient was finite; such a checkpoint must not replace
-        the last good one."""
-        broken = torch.zeros((), device=self.trainer.args.device)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-                broken += (~torch.isfinite(local.detach()).all()).float()
-        return not float(self.trainer.accelerator.reduce(broken, "sum"))
-
-
-def resume_from(trainer: Guards, found: checkpoint.Checkpoint) -> None:
-    """Restore what a sealed checkpoint holds besides transformers' own state."""
-    trainer.guard.meter.resume(found)
-    file = found.folder / _ROLLOUT.format(rank=trainer.args.process_index)
-    if file.is_file():
-        sampled = torch.load(file, map_location="cpu", weights_only=True)
-        trainer._step = sampled["step"]
-        trainer._buffered_inputs = send_to_device(sampled["inputs"], trainer.args.device)
+@contextlib.contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    """Inside the block, random numbers start from `seed`; afterwards the earlier state is restored,
+    so that evaluations do not change the training."""
+    before = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count())
+    with torch.random.fork_rng(gpus):
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from lora_kit.errors import UserError
+from lora_kit.tasks.task import Batch
+from lora_kit.train.directory import say
 
 MOST = 3  # a micro-batch is halved at most 3 times: 8 parts
 _NO_MEMORY = (
@@ -18,17 +20,19 @@ _NO_MEMORY = (
 _NO_MEMORY_TEXTS = ("DefaultCPUAllocator", "could not create a primitive")
 
 
-class Batch(dict[str, Any]):
+class MicroBatch(dict[str, Any]):
     """The inputs of a micro-batch, or of a part of one.
 
     Attributes:
         factor: scales a part's loss, so that the losses of all parts sum to the whole's.
     """
 
-    factor = 1.0
+    def __init__(self, inputs: Batch, factor: float = 1.0) -> None:
+        super().__init__(inputs)
+        self.factor = factor
 
 
-Step = Callable[[Batch], torch.Tensor]  # forward and backward of a part; returns its loss
+Step = Callable[[MicroBatch], torch.Tensor]  # forward and backward of a part; returns its loss
 
 
 class Halving:
@@ -38,7 +42,6 @@ class Halving:
         halve: `Task.halve`: batch -> two halves, each with the factor on its loss; [] if it cannot
             be halved.
         trained: the parameters that get gradients.
-        say: called with a message on each halving.
         allowed: False if several processes would have to halve together.
         by_length: also split batches with a third or more padding; `halve` must sort by length.
 
@@ -48,18 +51,17 @@ class Halving:
 
     def __init__(
         self,
-        halve: Callable[[dict[str, Any]], Sequence[tuple[dict[str, Any], float]]],
+        halve: Callable[[Batch], Sequence[tuple[Batch, float]]],
         trained: Sequence[torch.nn.Parameter],
-        say: Callable[[str], None],
-        allowed: bool = True,
-        by_length: bool = False,
+        allowed: bool,
+        by_length: bool,
     ) -> None:
-        self._halve, self._say = halve, say
-        self._allowed, self._by_length = allowed, allowed and by_length
+        self._halve, self._allowed = halve, allowed
+        self._by_length = by_length and allowed
         self._trained = trained if allowed else []
         self.times = 0
 
-    def run(self, batch: Batch, step: Step) -> Any:
+    def run(self, batch: MicroBatch, step: Step) -> torch.Tensor:
         """The loss of a micro-batch; its gradients are accumulated.
 
         Raises:
@@ -70,9 +72,9 @@ class Halving:
             parts = [half for part in parts for half in self._halves(part) or [part]]
         if self._by_length:
             parts = [narrow for part in parts for narrow in self._narrow(part)]
-        return sum(self._part(part, step, self.times) for part in parts)
+        return _total([self._part(part, step, self.times) for part in parts])
 
-    def _part(self, part: Batch, step: Step, halved: int) -> Any:
+    def _part(self, part: MicroBatch, step: Step, halved: int) -> torch.Tensor:
         """Run a part that was halved `halved` times; on out-of-memory, its two halves."""
         before = [parameter.grad for parameter in self._trained]
         for parameter in self._trained:
@@ -85,34 +87,40 @@ class Halving:
                 raise
         # Outside of the handler, whose traceback keeps activations alive.
         if loss is None:
-            halves = self._halves(part)
-            if halved == MOST or not halves:
-                raise UserError(_NO_MEMORY.format(times=halved))
             for parameter, grad in zip(self._trained, before, strict=True):
                 parameter.grad = grad
-            halved += 1
-            if halved > self.times:
-                self.times = halved
-                self._say(f"out of memory: each micro-batch now runs in {2**halved} parts")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return sum(self._part(half, step, halved) for half in halves)
+            return self._in_halves(part, step, halved)
         for parameter, grad in zip(self._trained, before, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
         return loss
 
-    def _halves(self, part: Batch) -> list[Batch]:
-        halves = []
-        for half, factor in self._halve(part) if self._allowed else []:
-            halves.append(Batch(half))
-            halves[-1].factor = part.factor * factor
-        return halves
+    def _in_halves(self, part: MicroBatch, step: Step, halved: int) -> torch.Tensor:
+        """Run a part that had no room in two halves, and the following micro-batches as well."""
+        halves = self._halves(part)
+        if halved == MOST or not halves:
+            raise UserError(_NO_MEMORY.format(times=halved))
+        halved += 1
+        if halved > self.times:
+            self.times = halved
+            say(f"out of memory: each micro-batch now runs in {2**halved} parts")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return _total([self._part(half, step, halved) for half in halves])
 
-    def _narrow(self, part: Batch) -> list[Batch]:
+    def _halves(self, part: MicroBatch) -> list[MicroBatch]:
+        if not self._allowed:
+            return []
+        return [MicroBatch(half, part.factor * factor) for half, factor in self._halve(part)]
+
+    def _narrow(self, part: MicroBatch) -> list[MicroBatch]:
         """Split a padded part into parts of similar length: the same sum, less padding."""
-        halves = self._halves(part) if wasteful(part) else []
+        halves = self._halves(part) if _wasteful(part) else []
         return [narrow for half in halves for narrow in self._narrow(half)] or [part]
+
+
+def _total(losses: list[torch.Tensor]) -> torch.Tensor:
+    return sum(losses, start=torch.zeros(()))
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -121,7 +129,7 @@ def out_of_memory(error: BaseException) -> bool:
     return texts or isinstance(error, torch.OutOfMemoryError)
 
 
-def wasteful(batch: dict[str, Any]) -> bool:
+def _wasteful(batch: Batch) -> bool:
     """Whether a batch of several rows is at least a third padding."""
     mask = batch.get("attention_mask")
     if mask is None or mask.device.type != "cpu":  # on a GPU this would synchronize

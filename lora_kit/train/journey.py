@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_kit.base.load import check_length
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, LoraKitError
 from lora_kit.hashes import file_hash
 from lora_kit.run import read_lock, recipe_file
-from lora_kit.schema import Run
+from lora_kit.schema import Json, Run
 from lora_kit.tasks.task import Processor, Task
-from lora_kit.train import checkpoint, directory
+from lora_kit.train import directory
 from lora_kit.train.arguments import check_installed
-from lora_kit.train.directory import RunDirectory, is_first_rank
 from lora_kit.train.interrupt import StopSignal
 
 if TYPE_CHECKING:
@@ -39,7 +37,6 @@ class Journey:
 
     Attributes:
         lock: run.lock.json of the run to resume; empty for a new one.
-        directory: paths of the run's files.
         stop: the received signal.
 
     Raises:
@@ -48,21 +45,18 @@ class Journey:
 
     def __init__(self, run: Run, task: Task, resume: bool = False) -> None:
         self.run, self.task, self.resume = run, task, resume
-        self.directory = RunDirectory(run.directory)
-        self.lock: dict[str, Any] = read_lock(run.directory) if resume else {}
+        self.lock: Json = read_lock(run.directory) if resume else {}
         self.stop = StopSignal()
-        self._listening = contextlib.ExitStack()
-        self._begun = False
+        self._listening = self.stop.listening()
+        self._created = False
 
     def say(self, text: str) -> None:
         """A line for people, on stderr, once for all ranks."""
-        self.directory.say(text)
+        directory.say(text)
 
     def __enter__(self) -> Journey:
-        with contextlib.ExitStack() as listening:
-            listening.enter_context(self.stop.listening())
-            check_installed(self.run, self.task.classes()[1])
-            self._listening = listening.pop_all()
+        check_installed(self.run, self.task.classes()[1])
+        self._listening.__enter__()
         return self
 
     def __exit__(
@@ -72,10 +66,9 @@ class Journey:
         trace: TracebackType | None,
     ) -> None:
         users = isinstance(error, LoraKitError) and not isinstance(error, CheckFailed)
-        mine = self._begun and not self.resume and is_first_rank()
-        if users and mine and not any(self.directory.checkpoints.glob("*")):
-            directory.remove(self.directory)
-        self._listening.close()
+        if users and self._created and not any(self.run.directory.glob("checkpoints/*")):
+            directory.remove(self.run.directory)
+        self._listening.__exit__(None, None, None)
 
     def begin(self, pinned: Pinned, data: Prepared, processor: Processor) -> None:
         """Create the run directory, or open the one to resume; print the census and a sample.
@@ -86,52 +79,37 @@ class Journey:
                 base or other classes; or rows are longer than the base's positions go.
             CheckFailed: not as many processes run as were asked for.
         """
-        run = self.run
-        self.directory.check_world(directory.processes())
+        run, task = self.run, self.task
+        directory.check_processes(directory.processes())
         check_length(pinned, run.train.max_length)
+        recipe = {"name": Path(run.recipe).stem, "sha256": file_hash(recipe_file(run.recipe))}
         if self.resume:
-            directory.check_same(self.directory, run, self.task, pinned, data.hashes)
+            directory.check_same(run, task, pinned, data.hashes)
             begun_with = (self.lock.get("recipe") or {}).get("sha256")
-            if run.recipe.endswith(".py") and begun_with not in (None, self._recipe()["sha256"]):
+            if run.recipe.endswith(".py") and begun_with not in (None, recipe["sha256"]):
                 self.say(f"{run.recipe} changed since the run began: it continues with the new one")
+            if directory.is_first_rank():
+                directory.write_run_files(run, pinned, data.hashes, {"recipe": recipe})
         else:
             labels = data.facts.get("labels", ())
-            directory.check_start(run.adapter, pinned, self.task.auto, labels)
-        if is_first_rank():
-            if self.resume:
-                directory.reopen(self.directory, run, pinned, data.hashes)
-                self.directory.lock(recipe=self._recipe())
-            else:
-                directory.create(self.directory, run, pinned, data.hashes, self._entries(data))
-                self._begun = True
-                file = self.directory.path / "census.json"
-                checkpoint.write_json(file, data.census.to_json())
+            directory.check_start(run.adapter, pinned, task.auto, labels)
+            if directory.is_first_rank():
+                # What later verbs read, so that none of them has to run the recipe.
+                known = {"facts": data.facts, "commits": data.commits}
+                for name in ("kind", "joiner"):  # of causal tasks
+                    if name in data.facts:
+                        known[name] = data.facts[name]
+                entries = {"recipe": recipe, "auto": task.auto, **known}
+                directory.create(run, pinned, data.hashes, entries)
+                self._created = True
+                directory.write_json(run.directory / "census.json", data.census.to_json())
         self.say("\n".join(data.summary()))
         self.say(f"sample: {self._sample(data, processor)!r}")
-
-    def _recipe(self) -> dict[str, str]:
-        return {
-            "name": Path(self.run.recipe).stem,
-            "sha256": file_hash(recipe_file(self.run.recipe)),
-        }
-
-    def _entries(self, data: Prepared) -> dict[str, Any]:
-        """What the lock file keeps of recipe and data, so that no later verb has to run the
-        recipe."""
-        entries: dict[str, Any] = {
-            "recipe": self._recipe(),
-            "auto": self.task.auto,
-            "facts": data.facts,
-            "commits": data.commits,
-        }
-        for name in ("kind", "joiner"):  # of causal tasks; verbs read them here
-            if name in data.facts:
-                entries[name] = data.facts[name]
-        return entries
 
     def _sample(self, data: Prepared, processor: Processor) -> str:
         """The beginning of the first training row."""
         shown = self.task.show(data.rows("train")[0], processor, data.facts)[0]
-        tokenizer: Any = getattr(processor, "tokenizer", processor)
-        text: str = shown.text or tokenizer.decode(shown.ids[:_SAMPLE_TOKENS])
-        return text
+        if shown.text:
+            return shown.text
+        tokenizer: Processor = getattr(processor, "tokenizer", processor)
+        return str(tokenizer.decode(shown.ids[:_SAMPLE_TOKENS]))

@@ -1,40 +1,132 @@
-"""Saves the trained adapter, checked, and completes the lock file."""
+"""What a training saves: checkpoints with a seal, and the adapter at its end.
+
+The seal is written last and lists every file with its sha256. A run never resumes from a checkpoint
+that is incomplete or was changed; transformers would silently use it, with a fresh optimizer or
+wrong weights.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_kit.adapter.files import WEIGHTS
 from lora_kit.base.head import CAUSAL, Head
 from lora_kit.base.pin import Pinned
-from lora_kit.errors import CheckFailed
+from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import read_lock
 from lora_kit.tasks.task import Processor
-from lora_kit.train.directory import is_first_rank
+from lora_kit.train.directory import add_to_lock, is_first_rank, say, write_json
 
 if TYPE_CHECKING:
     from lora_kit.train.guards import Guards
 
-_TOKENIZER = "tokenizer.json"
+SEAL = "seal.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A sealed checkpoint: folder, optimizer step, and tokens and seconds trained so far."""
+
+    folder: Path
+    step: int
+    tokens: int
+    seconds: float
+
+
+def seal(folder: Path, step: int, tokens: int, seconds: float) -> None:
+    """Write the seal: every file of the checkpoint with its hash. Atomic; must come last."""
+    files = {
+        str(file.relative_to(folder)): file_hash(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != SEAL
+    }
+    content = {"step": step, "tokens": tokens, "seconds": seconds, "files": files}
+    write_json(folder / SEAL, content)
+
+
+def read_seal(folder: Path) -> Checkpoint:
+    """Verify a checkpoint.
+
+    Raises:
+        UserError: it has no seal, or a file is missing or changed.
+    """
+    try:
+        content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        files = dict(content["files"])
+        sealed = Checkpoint(folder, content["step"], content["tokens"], content["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: incomplete: the run was stopped while saving it") from None
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{folder}: {name} is missing")
+        if file_hash(file) != expected:
+            raise UserError(f"{folder}: {name} was changed after it was saved")
+    return sealed
+
+
+def newest_intact(directory: Path) -> Checkpoint:
+    """The checkpoint from which a run directory is resumed; problems of newer ones are reported.
+
+    Raises:
+        UserError: there is none.
+    """
+    problems = []
+    for folder in _newest_first(directory / "checkpoints"):
+        try:
+            return read_seal(folder)
+        except UserError as error:
+            say(f"skipping a checkpoint: {error}")
+            problems.append(str(error))
+    raise UserError(
+        f"{directory}: no intact checkpoint to resume from "
+        f"({'; '.join(problems) or 'none was saved'}): remove the folder and start again, or "
+        "choose another with name=NAME"
+    )
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """The checkpoint folders of a run, sealed or not, newest first."""
+    folders = [f for f in checkpoints.glob("checkpoint-*") if f.name[11:].isdigit()]
+    return sorted(folders, key=lambda folder: -int(folder.name[11:]))
+
+
+def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
+    """Keep only the newest `keep` sealed checkpoints and that of step `best`."""
+    folders = _newest_first(checkpoints)
+    sealed = [folder for folder in folders if (folder / SEAL).is_file()]
+    for folder in folders:
+        if folder not in sealed[:keep] and folder.name != f"checkpoint-{best}":
+            # The seal first, so that an interrupted removal leaves no sealed checkpoint.
+            (folder / SEAL).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+
+
+def checkpoint_bytes(trainable: int, keep: int, optim: str) -> int:
+    """Disk space of the kept checkpoints and the adapter: fp32 weights and optimizer state.
+
+    AdamW has two states per parameter (8 bytes in fp32, 2 bytes in 8-bit). While a checkpoint is
+    written there is one more than `keep`.
+    """
+    state = 2 if "8bit" in optim else 8
+    return (keep + 1) * trainable * (4 + state) + trainable * 4 + (keep + 1) * (1 << 20)
 
 
 def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
     """Write runs/<name>/adapter/ and complete the lock file. All ranks must call it.
 
     The folder is a standard PEFT adapter with its fresh modules in the same file, and the tokenizer
-    with its chat template, or another processor. It is renamed into place once it is complete and
-    all weights are finite.
-
-    Raises:
-        CheckFailed: a weight of the adapter is NaN or infinite.
+    with its chat template, or another processor. It is renamed into place once it is complete. Its
+    weights are finite: they were checked with the last checkpoint.
     """
     directory = trainer.guard.directory
-    partial = directory.path / "adapter.partial"
+    partial, adapter = directory / "adapter.partial", directory / "adapter"
     if is_first_rank():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -46,22 +138,15 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
         for other in list(partial.glob("*/adapter_config.json")):
             shutil.rmtree(other.parent)  # TRL's reference adapter
         _name_base(partial / "adapter_config.json", pinned)
-        head = Head.of(read_lock(directory.path))
+        head = Head.of(read_lock(directory))
         if head.auto != CAUSAL:
             head.write(partial)
         processor.save_pretrained(str(partial))
-        _check_finite(partial / WEIGHTS)
         trainer.guard.audit.check_saved(partial / WEIGHTS)
-        if directory.adapter.exists():  # this run was stopped after saving
-            shutil.rmtree(directory.adapter)
-        partial.replace(directory.adapter)
-        entries: dict[str, Any] = {"adapter": {"sha256": file_hash(directory.adapter / WEIGHTS)}}
-        if (directory.adapter / _TOKENIZER).is_file():
-            entries["tokenizer"] = {"sha256": file_hash(directory.adapter / _TOKENIZER)}
-            template = getattr(processor, "chat_template", None)
-            sha256 = template and hashlib.sha256(str(template).encode()).hexdigest()
-            entries["chat_template"] = sha256
-        directory.lock(**entries)
+        if adapter.exists():  # this run was stopped after saving
+            shutil.rmtree(adapter)
+        partial.replace(adapter)
+        add_to_lock(directory, **_hashes_of(adapter, processor))
     trainer.accelerator.wait_for_everyone()
 
 
@@ -78,11 +163,13 @@ def _name_base(config: Path, pinned: Pinned) -> None:
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_finite(weights: Path) -> None:
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(str(weights), framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 - not a dict
-            if not bool(torch.isfinite(opened.get_tensor(name)).all()):
-                raise CheckFailed(f"{weights}: {name} is not finite: the adapter was not saved")
+def _hashes_of(adapter: Path, processor: Processor) -> dict[str, object]:
+    """Entries of the lock file about a saved adapter."""
+    entries: dict[str, object] = {"adapter": {"sha256": file_hash(adapter / WEIGHTS)}}
+    tokenizer = adapter / "tokenizer.json"
+    if tokenizer.is_file():
+        entries["tokenizer"] = {"sha256": file_hash(tokenizer)}
+        template = getattr(processor, "chat_template", None)
+        sha256 = template and hashlib.sha256(str(template).encode()).hexdigest()
+        entries["chat_template"] = sha256
+    return entries

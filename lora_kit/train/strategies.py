@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_kit.adapter.attach import NO_MODULE
 from lora_kit.adapter.audit import Groups
 from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Train
+
+if TYPE_CHECKING:
+    from lora_kit.base.load import Model
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class HeadOnly(Strategy):
         return {name: has for name, has in groups.items() if name != "adapter"}
 
 
-def choose(train: Train, adapter: Adapter, model: Any, fresh: Sequence[str]) -> Strategy:
+def choose(train: Train, adapter: Adapter, model: Model, fresh: Sequence[str]) -> Strategy:
     """The strategy set in the run file.
 
     Args:
@@ -69,12 +72,17 @@ def _head_only(adapter: Adapter, fresh: Sequence[str]) -> Strategy:
             "train.trainable: head: conflicts with adapter.start, whose LoRA modules would not "
             "train: remove one of the two"
         )
-    own: dict[str, Any] = {"target_modules": NO_MODULE, "exclude_modules": None}
-    own |= {"layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
+    own: dict[str, object] = {
+        "target_modules": NO_MODULE,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
     return HeadOnly(adapter.model_copy(update=own))
 
 
-def _top_layers(count: int, adapter: Adapter, model: Any) -> Strategy:
+def _top_layers(count: int, adapter: Adapter, model: Model) -> Strategy:
     """`train.top_layers: k`: LoRA in the k layers closest to the head; the layers below run without
     gradients."""
     if adapter.layers_to_transform is not None:

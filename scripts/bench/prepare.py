@@ -169,7 +169,7 @@ def prepared_rows(file: Path, workers: int) -> Prepared:
 
     run, task = run_of(file, workers), Conversations()
     split = prepare(run.data, task, run.seed)
-    return encode(task, split, tokenizer(), task.facts(split.train, run), run)
+    return encode(task, split, tokenizer(), task.facts(split.train, run.data), run)
 
 
 def race(count: int, workers: int, rounds: int, folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ often the 95% interval holds the value of the full set.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -98,7 +99,6 @@ def throughput(run: Path, rounds: int) -> None:
     from lora_kit.schema import Run
     from lora_kit.tasks.causal import Conversations
     from lora_kit.tasks.measure import measure
-    from lora_kit.train.directory import RunDirectory
     from lora_kit.train.journey import Journey
     from lora_kit.train.strategies import Strategy
     from lora_kit.train.trainer import make_trainer
@@ -108,9 +108,9 @@ def throughput(run: Path, rounds: int) -> None:
         parameter.requires_grad_("lora_" in name)  # the trainer wants something that trains
     values = opened.model_dump()
     values["train"] |= {"eval_steps": 1}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         journey = Journey(Run(**values), Conversations())
-        journey.directory = RunDirectory(Path(folder))
+        journey.run.directory.mkdir(parents=True)
         strategy = Strategy(opened.adapter)
         trainer = make_trainer(journey, model, (), tokenizer, data, strategy)
         tokens = int(data.eval.sizes("input_ids").sum())
