@@ -1,5 +1,10 @@
 """lora_kit: adapt a language model to your field, prove that it got better, ship it.
 
+In: a run file (`schema`, `run`) with its data and base. Out: a run directory with the adapter, a
+lock file and a report. The steps are the subpackages, in this order: `data` (sources to rows),
+`base`, `speed`, `adapter`, `tasks` (rows to batches, losses and scores), `train`, `prove`, `ship`.
+`plan`, `launch`, `preview`, `doctor` and `demo` are verbs of `cli`.
+
 The public names are `train`, `load` and `compare`; each is imported on first use, so that
 `import lora_kit` and `lora-kit --help` are fast.
 """

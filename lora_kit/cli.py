@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -69,6 +70,16 @@ def _answer(found: Mapping[str, object], as_json: bool, show: Callable[[Any], No
 def _say(text: str) -> None:
     """Print to stderr, without secrets and control characters."""
     print(harmless(redact(text)), file=sys.stderr, flush=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Print the lines of an error and exit; with --debug, the traceback first."""
+    if os.environ.get("LORA_KIT_DEBUG"):
+        print(redact(traceback.format_exc()), file=sys.stderr)
+    for line in redact(message).splitlines():
+        # Names and texts of the user may contain control characters.
+        print(f"error: {harmless(line)}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 def _opened(path: Path, base: str | None = None) -> FinishedRun:
@@ -414,18 +425,21 @@ def combine(
         raise UserError(
             f"--weights {weights}: expected numbers separated by commas, as 0.7,0.3"
         ) from None
-    settings: dict[str, Any] = {"rank": rank, "density": density, "seed": seed, "weights": numbers}
     opened = [_opened(path, base) for path in adapters]
     if on:
         _prepare()
         from lora_kit.ship.combined import combine_and_measure, show
 
         runs = [_opened(path, base) for path in on]
-        found = combine_and_measure(opened, out, runs, method, **settings)
+        found = combine_and_measure(
+            opened, out, runs, method, rank=rank, density=density, seed=seed, weights=numbers
+        )
     else:
         from lora_kit.adapter.combine import combine as run_combine
 
-        found = run_combine(opened, out, method or "linear", **settings)
+        found = run_combine(
+            opened, out, method or "linear", rank=rank, density=density, seed=seed, weights=numbers
+        )
     for note in found["notes"]:
         _say(f"note: {note}")
     if on and not as_json:
@@ -611,12 +625,12 @@ def doctor(
 
     Example: lora-kit doctor --loss run.yaml
     """
-    from lora_kit.doctor import check_loss, examine
+    from lora_kit import doctor as view
 
     if loss is not None:
         from lora_kit.prove.self_test import show
 
-        tested = check_loss(loss, overrides or [])
+        tested = view.check_loss(loss, overrides or [])
         _answer(tested, as_json, show)
         failed = [one for one in tested["comparisons"] if one["passed"] is False]
         if failed:
@@ -624,29 +638,13 @@ def doctor(
         return
     if overrides:
         raise UserError(f"{overrides[0]}: settings need --loss RUN.yaml")
-    found = examine()
-    _answer(found, as_json, _print_doctor)
+    found = view.examine()
+    _answer(found, as_json, view.show)
     if found["problems"]:
         raise typer.Exit(1)
 
 
-def _print_doctor(found: dict[str, Any]) -> None:
-    print(f"Python {found['python']} on {found['system']}, {found['cores']} cores")
-    print(f"memory: {found['memory_mib']:,} MiB, {found['memory_free_mib']:,} free")
-    print(f"disk here: {found['disk_free_mib']:,} MiB free; Hub: {found['hub']}")
-    for device in found["devices"]:
-        memory = f", {device['memory_mib']:,} MiB" if device["memory_mib"] else ""
-        print(f"device: {device['name']}{memory}")
-    print(", ".join(f"{name} {number}" for name, number in found["versions"].items() if number))
-    for name, (what, how) in found["missing"].items():
-        print(f"not installed: {name}, for {what}: {how}")
-    for problem in found["problems"]:
-        print(f"PROBLEM: {problem['what']}: {problem['fix']}")
-    if not found["problems"]:
-        print("Ready.")
-
-
-def _terminated(signum: int, frame: Any) -> None:
+def _terminated(signum: int, frame: FrameType | None) -> None:
     """Raise, so that partial output is removed, as after Ctrl-C."""
     raise Interrupted(signum, "stopped by SIGTERM")
 
@@ -664,24 +662,12 @@ def main() -> None:
     try:
         code = app(arguments, prog_name="lora-kit", standalone_mode=False)
     except LoraKitError as error:
-        if os.environ.get("LORA_KIT_DEBUG"):
-            print(redact(traceback.format_exc()), file=sys.stderr)
-        for line in redact(str(error)).splitlines():
-            # Names and texts of the user may contain control characters.
-            print(f"error: {harmless(line)}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        _fail(str(error), error.exit_code)
     except (OSError, UnicodeError) as error:  # for instance invalid paths
-        if os.environ.get("LORA_KIT_DEBUG"):
-            print(redact(traceback.format_exc()), file=sys.stderr)
-        line = " ".join(redact(str(error)).split())
-        print(f"error: {harmless(line)} (more: lora-kit --debug)", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(f"{' '.join(str(error).split())} (more: lora-kit --debug)", 2)
     except typer.Abort:
-        print("error: stopped by SIGINT", file=sys.stderr)
-        raise SystemExit(130) from None
+        _fail("stopped by SIGINT", 130)
     except _WrongUsage as error:
         verb = error.ctx.command_path if error.ctx else "lora-kit"
-        line = " ".join(error.format_message().split())
-        print(f"error: {redact(line)} (see {verb} --help)", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(f"{' '.join(error.format_message().split())} (see {verb} --help)", 2)
     raise SystemExit(code or 0)

@@ -11,13 +11,13 @@ from typing import Any
 
 from lora_kit.cache import installed
 from lora_kit.run import recipe_file
-from lora_kit.schema import Run
+from lora_kit.schema import Json, Run
 
 NEEDED = (
-    *("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "evaluate"),
-    *("huggingface_hub", "safetensors", "pydantic", "typer", "rich"),
-    *("pyarrow", "rensa", "loky", "filelock"),
-)
+    "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "evaluate",
+    "huggingface_hub", "safetensors", "pydantic", "typer", "rich", "pyarrow", "rensa", "loky",
+    "filelock",
+)  # fmt: skip
 # package -> (purpose, how to install)
 OPTIONAL = {
     "lm_eval": ("tasks of lm-evaluation-harness", "pip install 'lora-kit[harness]'"),
@@ -27,6 +27,7 @@ OPTIONAL = {
 }
 
 
+# Any: values that are printed or written as JSON, of several types.
 def examine() -> dict[str, Any]:
     """Versions, devices, memory, disk and problems: the output of `lora-kit doctor --json`."""
     import psutil
@@ -70,7 +71,24 @@ def _devices(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
     return [{"name": f"CPU, {torch.get_num_threads()} threads", "memory_mib": None}]
 
 
-def check_loss(path: Path, overrides: list[str]) -> dict[str, Any]:
+def show(found: dict[str, Any]) -> None:
+    """Print what `examine` found."""
+    print(f"Python {found['python']} on {found['system']}, {found['cores']} cores")
+    print(f"memory: {found['memory_mib']:,} MiB, {found['memory_free_mib']:,} free")
+    print(f"disk here: {found['disk_free_mib']:,} MiB free; Hub: {found['hub']}")
+    for device in found["devices"]:
+        memory = f", {device['memory_mib']:,} MiB" if device["memory_mib"] else ""
+        print(f"device: {device['name']}{memory}")
+    print(", ".join(f"{name} {number}" for name, number in found["versions"].items() if number))
+    for name, (what, how) in found["missing"].items():
+        print(f"not installed: {name}, for {what}: {how}")
+    for problem in found["problems"]:
+        print(f"PROBLEM: {problem['what']}: {problem['fix']}")
+    if not found["problems"]:
+        print("Ready.")
+
+
+def check_loss(path: Path, overrides: list[str]) -> Json:
     """`lora-kit doctor --loss`: the result of `prove.self_test`."""
     from lora_kit.launch import prepare_process, read_run, start
 
@@ -87,7 +105,7 @@ def check_loss(path: Path, overrides: list[str]) -> dict[str, Any]:
         return self_test(run, recipe.task, two)
 
 
-def main(run: Run, resume: bool = False) -> dict[str, Any]:
+def main(run: Run, resume: bool = False) -> Json:
     """One of the two processes of `check_loss`."""
     from lora_kit.prove.self_test import one_rank
     from lora_kit.tasks.recipe import load_recipe

@@ -80,7 +80,7 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Run, Reci
     if run.ship.target:
         from lora_kit.ship.targets import refuse_settings
 
-        refuse_settings(run)
+        refuse_settings(run.adapter, run.ship.target)
     return run, found[0]
 
 
@@ -183,7 +183,7 @@ def start(
     run, _ = read_run(path, overrides)
     config = accelerate_config(accelerate)
     if not resume:
-        check_free(run)
+        check_free(run.directory)
     values = _check_devices(config)
     if processes is None and accelerate is None and gpu_count() > 1:
         processes = gpu_count()

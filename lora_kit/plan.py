@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from torch.utils.benchmark import Timer
 from transformers import AutoConfig
 
-import lora_kit.train.trainer  # noqa: F401 - what a run imports, it holds
+import lora_kit.train.trainer  # noqa: F401 - counts as `framework` memory
 from lora_kit.adapter.attach import attach
 from lora_kit.base.load import base_is_sharded, check_length, gpu_is_used
 from lora_kit.base.pin import Pinned, pin
@@ -45,6 +45,7 @@ _ADAM_BYTES, _ADAM_CALLS = 40, 12  # bytes read and written per value; operation
 _CODES = 2 * 16 * 4 + 256 * 4  # bytes of the lookup tables of NF4 and of its 8-bit scales
 _FEWEST_TOKENS = 64  # smallest max_length to suggest
 _CGROUPS = Path("/sys/fs/cgroup")
+Change = dict[str, dict[str, object]]  # {section: {key: new value}}
 
 
 class Uncountable(UserError):
@@ -83,7 +84,7 @@ class MemoryPlan:
         """Required memory: pages of a mapped file can be reclaimed."""
         return self.total - self.memory.get("mapped file", 0)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The output of `plan --json`."""
 
         def mib(sizes: dict[str, int]) -> dict[str, float]:
@@ -142,8 +143,8 @@ def plan_run(
     """
     try:
         here = _Planner(run, task, pinned, processor, data, quick)
-        here.machine = _machine(run, here.model)
-        if (choice := here.choose()) is None:
+        choice = here.choose()
+        if choice is None:
             raise UserError(_what_would_fit(here))
         return here.plan(choice)
     except LoraKitError:
@@ -183,24 +184,29 @@ def plan_training(
     return found
 
 
+@dataclass(eq=False)
 class _Planner:
-    """The measurements of a plan; each micro-batch shape is counted once."""
+    """The costs of a run, by micro-batch and number of recomputed layers; each is counted once.
 
-    machine: Machine
+    `measured`: the device, if it was measured before. `held`: bytes by cause that do not depend on
+    the batch; `file` and `merged`: bytes of the base's file and of the merged model; `flat`:
+    batches are concatenated instead of padded; `masked`: attention gets a mask; `own`: the run
+    file's micro-batch; `forced`: layers recomputed by the run file; `rows`: rows per step.
+    """
 
-    def __init__(
-        self,
-        run: Run,
-        task: Task,
-        pinned: Pinned,
-        processor: Processor,
-        data: Prepared,
-        quick: bool,
-    ) -> None:
-        self.run, self.task, self.pinned = run, task, pinned
-        self.processor, self.data, self.quick = processor, data, quick
-        self.model, self.held, self.file, self.merged = _on_meta(run, task, pinned, data)
-        fast = quick and run.speed == "auto"
+    run: Run
+    task: Task
+    pinned: Pinned
+    processor: Processor
+    data: Prepared
+    quick: bool
+    measured: Machine | None = None
+
+    def __post_init__(self) -> None:
+        run, task, data = self.run, self.task, self.data
+        self.model, self.held, self.file, self.merged = _on_meta(run, task, self.pinned, data)
+        self.machine = self.measured or _machine(run.base.dtype, self.model)
+        fast = self.quick and run.speed == "auto"
         self.flat = bool(fast and costs.assume_fast(self.model, task.flat))
         self.masked = not (self.flat or costs.count_attention(self.model.get_base_model()))
         self.layers = costs.recompute(self.model, 0)
@@ -218,12 +224,15 @@ class _Planner:
     def batch(self, rows: Sequence[Row]) -> Batch:
         """A micro-batch of rows on the meta device, truncated to max_length."""
         length = self.run.train.max_length
-        short = [{name: _cut(value, length) for name, value in row.items()} for row in rows]
+        short = [
+            {name: v[:length] if isinstance(v, np.ndarray) else v for name, v in row.items()}
+            for row in rows
+        ]
         collate = self.task.collate(self.processor, self.flat)
         assert collate is not None
         return costs.on_meta(collate(short), self.masked)
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return self.task.loss(model, batch, 1, self.run.train)
 
     def work(self, micro: int, recomputed: int) -> PassCost:
@@ -340,10 +349,6 @@ class _Planner:
         return what
 
 
-def _cut(value: Any, length: int) -> Any:
-    return value[:length] if isinstance(value, np.ndarray) else value
-
-
 def _on_meta(
     run: Run, task: Task, pinned: Pinned, data: Prepared
 ) -> tuple[Any, dict[str, int], int, int]:
@@ -394,24 +399,20 @@ def _what_would_fit(here: _Planner) -> str:
         f"micro-batch and all layers recomputed; {room / _MIB:,.0f} MiB available after a margin: "
         f"{(least - room) / _MIB:,.1f} MiB too much; "
     )
-    four: dict[str, Any] = {"base": {"quantize": "nf4"}} if run.base.quantize != "nf4" else {}
-    # A start adapter keeps its rank.
-    rank: dict[str, Any] = {} if run.adapter.start else {"adapter": {"r": -(-run.adapter.r // 4)}}
+    four_bits: Change = {}
+    if run.base.quantize != "nf4":
+        four_bits = {"base": {"quantize": "nf4"}}
+    rank: Change = {}
+    if not run.adapter.start:  # which keeps its rank
+        rank = {"adapter": {"r": math.ceil(run.adapter.r / 4)}}
     halved = [run.train.max_length >> n for n in range(1, 7)]
-    lengths = [{"train": {"max_length": n}} for n in halved if n >= _FEWEST_TOKENS]
-    both = [four | length for length in lengths]
-    tried = [four, *lengths, rank, *both, *(some | rank for some in [four, *both])]
+    lengths: list[Change] = [{"train": {"max_length": n}} for n in halved if n >= _FEWEST_TOKENS]
+    both = [four_bits | length for length in lengths]
+    tried = [four_bits, *lengths, rank, *both]
+    tried += [change | rank for change in [four_bits, *both]]
     for change in filter(None, tried):
         parts = {name: getattr(run, name).model_copy(update=new) for name, new in change.items()}
-        other = _Planner(
-            run.model_copy(update=parts),
-            here.task,
-            here.pinned,
-            here.processor,
-            here.data,
-            here.quick,
-        )
-        other.machine = here.machine
+        other = replace(here, run=run.model_copy(update=parts), measured=here.machine)
         values = [f"{name}.{key}={new[key]}" for name, new in change.items() for key in new]
         if other.fits(1, other.layers):
             return text + " ".join(values) + " would fit"
@@ -436,7 +437,7 @@ def free_memory() -> int:
     return max(0, free)
 
 
-def _machine(run: Run, model: Any) -> Machine:
+def _machine(base_dtype: str, model: Any) -> Machine:
     """The device: available memory, and its rates, measured briefly with the shape of the model's
     largest layer; of several processes the one with the least memory."""
     framework = int(psutil.Process().memory_info().rss)  # before the measurements
@@ -445,21 +446,22 @@ def _machine(run: Run, model: Any) -> Machine:
     head = {model.get_input_embeddings().weight.shape}
     out, into = max(linear - head or head, key=math.prod)
     rates: dict[str, float] = {}
-    for name in ("float32", run.base.dtype):
-        kind: Any = {"dtype": getattr(torch, name), "device": device}
-        x, w = torch.ones(_PROBED_ROWS, into, **kind), torch.ones(into, out, **kind)
+    for name in ("float32", base_dtype):
+        dtype = getattr(torch, name)
+        x = torch.ones(_PROBED_ROWS, into, dtype=dtype, device=device)
+        w = torch.ones(into, out, dtype=dtype, device=device)
         rates[name] = 2 * x.numel() * out / _time(torch.mm, x, w)
     bandwidth = 3 * x.numel() * x.element_size() / _time(torch.mul, x, x)
     if device.type == "cuda":
         room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     else:
-        # Other local processes need the same.
+        # Divided by the number of local processes.
         room = framework + free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mine = Machine(device.type, room, framework, rates, bandwidth)
     return min(gather_object([mine]), key=lambda machine: machine.room)
 
 
-def _time(work: Callable[..., Any], *given: Any) -> float:
+def _time(work: Callable[..., torch.Tensor], *given: torch.Tensor) -> float:
     """Seconds of a call: the minimum of several, since other processes may interfere."""
     timer = Timer("work(*given)", globals=locals(), num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=_PROBED_S).times)

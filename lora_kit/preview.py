@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from lora_kit.pages import render_page
 from lora_kit.schema import Run
 from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.task import Processor, Shown, Task
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 SAMPLES_OF_A_PAGE = 50  # per split
 TOKENS_OF_A_PAGE = 800  # per sample: 120,000 tokens are a page of about 5 MB
@@ -61,7 +64,7 @@ class Sample:
 
 
 def pieces(
-    tokenizer: Any, ids: list[int], supervised: list[bool], start: int, stop: int
+    tokenizer: Processor, ids: list[int], supervised: list[bool], start: int, stop: int
 ) -> Iterator[Piece]:
     """The tokens ids[start:stop] of a row with their texts; tokens without text and special tokens
     with their names."""
@@ -78,7 +81,7 @@ def pieces(
         before, start = start, end
 
 
-def _next(tokenizer: Any, ids: list[int], before: int, start: int) -> tuple[int, str]:
+def _next(tokenizer: Processor, ids: list[int], before: int, start: int) -> tuple[int, str]:
     """The end and text of the piece that begins with a token: one token, or more if they form one
     character."""
 
@@ -115,7 +118,8 @@ def samples(
         shown: list[Piece] = []
         for sequence in sequences:
             if sequence.name:
-                shown.append(Piece(f"{chr(10) if shown else ''}{sequence.name}: ", ()))
+                line_end = "\n" if shown else ""
+                shown.append(Piece(f"{line_end}{sequence.name}: ", ()))
             shown += _shown(processor, sequence, most_tokens)
         found.append(
             Sample(
@@ -123,7 +127,7 @@ def samples(
                 number + 1,
                 " ".join(harmless(prepared.place(rows, number)).split()),
                 sum(len(sequence.ids) for sequence in sequences),
-                sum(map(sum, (sequence.trained for sequence in sequences))),
+                sum(sum(sequence.trained) for sequence in sequences),
                 shown,
             )
         )
@@ -149,16 +153,16 @@ def _shown(processor: Processor, sequence: Shown, most_tokens: int) -> list[Piec
     ]
 
 
-def packing(task: Task, run: Run, prepared: Prepared) -> dict[str, Any]:
-    """Packing mode, number of rows, and the share of the rows that is tokens; null if rows are
-    padded to the longest in the batch."""
+def packing(task: Task, run: Run, prepared: Prepared) -> dict[str, object]:
+    """Packing mode, number of rows, and the share of their positions that are tokens; null if rows
+    are padded to the longest in the batch."""
     rows, mode = prepared.train, task.packing(run.data)
     tokens = int(task.tokens(prepared.rows("train")).sum())
     fill = None if mode == "none" else round(tokens / (len(rows) * run.train.max_length), 4)
     return {"mode": mode, "rows": len(rows), "fill": fill}
 
 
-def to_json(task: Task, run: Run, prepared: Prepared, problems: list[str]) -> dict[str, Any]:
+def to_json(task: Task, run: Run, prepared: Prepared, problems: list[str]) -> dict[str, object]:
     """The output of `preview --json`: the census and more."""
     return {
         "recipe": run.recipe,
@@ -193,9 +197,7 @@ def show(task: Task, prepared: Prepared, processor: Processor, use: str, count: 
     if not counted.labels_are_tokens:
         verb = ""
     if found and coloured and verb:
-        legend = (
-            Text("\n").append(verb, _SUPERVISED).append(" and ").append(f"not {verb}", _CONTEXT)
-        )
+        legend = Text.assemble("\n", (verb, _SUPERVISED), " and ", (f"not {verb}", _CONTEXT))
         console.print(legend)
     elif found and verb:
         console.print(f"\n⟦{verb}⟧ and not {verb}")
@@ -206,18 +208,22 @@ def show(task: Task, prepared: Prepared, processor: Processor, use: str, count: 
         console.print(_drawn(sample, coloured))
 
 
-def _drawn(sample: Sample, coloured: bool) -> Any:
+def _drawn(sample: Sample, coloured: bool) -> Text:
     """A sample for the terminal, supervised tokens in colour or in ⟦ ⟧, with visible line ends."""
     from rich.text import Text
 
     text = Text()
     for supervised, run in groupby(sample.pieces, attrgetter("supervised")):
-        text.append("⟦" * (supervised and not coloured))
+        bracketed = supervised and not coloured
+        if bracketed:
+            text.append("⟦")
         for piece in run:
             style = _SUPERVISED if supervised else _SPECIAL if piece.special else _CONTEXT
-            style += " underline" * piece.special
+            if piece.special:
+                style += " underline"
             text.append(piece.text.replace("\n", "↵\n"), style if coloured else "")
-        text.append("⟧" * (supervised and not coloured))
+        if bracketed:
+            text.append("⟧")
     return text
 
 

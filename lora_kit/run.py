@@ -313,9 +313,8 @@ def write_run(run: Run, path: Path) -> None:
     path.write_text(f"{header}\n{body}", encoding="utf-8")
 
 
-def check_free(run: Run) -> None:
-    """Raises UserError if the run's directory exists."""
-    path = run.directory
+def check_free(path: Path) -> None:
+    """Raises UserError if a run directory exists."""
     if not path.exists():
         return
     saved = any((path / "checkpoints").glob("*/seal.json"))

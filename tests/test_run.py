@@ -199,20 +199,20 @@ def test_a_finished_run_is_read_without_its_data(folder: Path) -> None:
 
 def test_an_existing_run_directory_is_not_taken(folder: Path) -> None:
     run = load_run(write(folder, GOOD))
-    check_free(run)
+    check_free(run.directory)
     run.directory.mkdir(parents=True)
     with pytest.raises(UserError, match="exists: choose another"):
-        check_free(run)
+        check_free(run.directory)
     write_run(run, run.directory / "run.yaml")
     with pytest.raises(UserError, match="exists: choose another"):  # nothing to continue from
-        check_free(run)
+        check_free(run.directory)
     (run.directory / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     (run.directory / "checkpoints" / "checkpoint-1" / "seal.json").touch()
     with pytest.raises(UserError, match="--resume"):
-        check_free(run)
+        check_free(run.directory)
     (run.directory / "run.lock.json").write_text('{"finished": true}', encoding="utf-8")
     with pytest.raises(UserError, match="exists: choose another"):
-        check_free(run)
+        check_free(run.directory)
     (run.directory / "run.lock.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="edited or corrupt"):
         read_lock(run.directory)

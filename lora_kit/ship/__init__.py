@@ -1,1 +1,8 @@
-"""What leaves the toolkit: merged models."""
+"""What leaves the toolkit: merged models, exports, a server, repositories on the Hub.
+
+In: a finished run or an adapter (`adapter.finished.FinishedRun`). Out: the merged model (`merge`);
+the adapter for another program (`export`: portable PEFT, GGUF, Ollama, MLX); an OpenAI-compatible
+API (`serve`); a pushed or pulled repository with its model card (`hub`, `card`). Every export is
+loaded by the program that it is meant for and compared before its folder appears; no code or pickle
+of a repository is executed; nothing is uploaded before it was scanned for secrets.
+"""

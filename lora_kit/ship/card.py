@@ -168,9 +168,11 @@ def _vllm_rank(config: Json) -> int | None:
 
 
 def _terms(licence: str, base: str) -> Terms:
-    """Llama: section 1.b of https://www.llama.com/llama3_3/license; Gemma 1 to 3: section 3.1 of
-    https://ai.google.dev/gemma/terms (Gemma 4 has Apache's licence). Without a known licence, the
-    owner's name decides."""
+    """The terms of Llama and Gemma; without a known licence, the owner's name decides.
+
+    Llama: section 1.b of https://www.llama.com/llama3_3/license. Gemma 1 to 3: section 3.1 of
+    https://ai.google.dev/gemma/terms; Gemma 4 has Apache's licence.
+    """
     unknown = licence in ("unknown", "other")
     meta = re.match(r"meta-llama/(?:Meta-)?Llama-(\d(?:\.\d)?)", base, re.IGNORECASE)
     if found := re.fullmatch(r"llama(\d(?:\.\d)?)", licence) or (meta if unknown else None):

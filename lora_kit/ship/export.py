@@ -266,6 +266,8 @@ def _compared(
     to: str,
 ) -> tuple[Figures, list[str]]:
     """Figures and notes; `limits`: of `_allowed`. Raises CheckFailed if they are exceeded."""
+    import torch
+
     least, share, scale_allowed = limits
     allowed = max(least, share * reference.effect)
     worst, steps, along, whole, count = 0.0, 0, 0.0, 0.0, 0
@@ -275,16 +277,17 @@ def _compared(
         rows, tops = known.log_probabilities, answer["top"]
         for row, near, top in zip(rows, less, tops, strict=False):
             steps, count = steps + 1, count + len(top)
+            ids = torch.tensor([int(n) for n in top])
             # llama.cpp has null for NaN.
-            top = {n: math.nan if value is None else value for n, value in top.items()}
-            apart = [abs(float(row[int(n)]) - value) for n, value in top.items()]
-            for n, value in top.items():
-                own = float(row[int(n)] - near[int(n)])
-                along += own * (value - float(row[int(n)]))
-                whole += own * own
-            # max() would ignore a NaN.
-            worst = max(worst, *apart) if math.isfinite(sum(apart)) else math.inf
-            said, wanted = int(max(top, key=top.__getitem__)), int(row.argmax())
+            numbers = [math.nan if value is None else value for value in top.values()]
+            values = torch.tensor(numbers, dtype=torch.float64)
+            differences = values - row[ids].double()
+            effects = (row[ids] - near[ids]).double()
+            along += float(effects @ differences)
+            whole += float(effects @ effects)
+            largest = float(differences.abs().max())
+            worst = max(worst, largest) if math.isfinite(largest) else math.inf
+            said, wanted = int(ids[values.argmax()]), int(row.argmax())
             if said != wanted and not {said, wanted} <= set(reference.ends):
                 # Of two equally likely tokens either may be chosen; all later ones then differ.
                 if not float(row[wanted] - row[said]) <= allowed:

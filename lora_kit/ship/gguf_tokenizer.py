@@ -69,7 +69,7 @@ def add_tokenizer(
     texts |= {token["id"]: token["content"] for token in parts["added_tokens"]}
     writer.add_token_list([texts.get(n, f"[PAD{n}]") for n in range(vocab_size)])
     writer.add_token_types(_kinds(parts, vocab_size))
-    before, after = _surroundings(parts)
+    before, after = _added_tokens(tokenizer)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
     # Without ids llama.cpp uses token 11, or 1 and 2.
@@ -177,20 +177,12 @@ def _kinds(parts: Json, vocab_size: int) -> list[TokenType]:
     return kinds
 
 
-def _surroundings(parts: Json) -> tuple[list[int], list[int]]:
-    """The tokens that are added before and after each text, at most one each."""
-    before: list[int] = []
-    after: list[int] = []
-    for step in _steps(parts["post_processor"], "processors"):
-        if step["type"] == "TemplateProcessing":
-            side = before
-            for piece in step["single"]:
-                if "Sequence" in piece:
-                    side = after
-                else:
-                    side += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-        elif step["type"] != "ByteLevel":
-            raise UserError(f"the tokenizer's {step['type']} is not known to llama.cpp")
+def _added_tokens(tokenizer: Processor) -> tuple[list[int], list[int]]:
+    """The special tokens that are added before and after each text, at most one each."""
+    encoded = tokenizer.backend_tokenizer.encode("a")
+    first = encoded.special_tokens_mask.index(0)
+    end = first + encoded.special_tokens_mask.count(0)
+    before, after = encoded.ids[:first], encoded.ids[end:]
     if max(len(before), len(after)) > 1:
         raise UserError("the tokenizer adds several tokens to a text: llama.cpp, one")
     return before, after

@@ -1,4 +1,4 @@
-"""What must not be uploaded: tokens, passwords, paths of this machine, e-mail addresses."""
+"""A scan of files before an upload: tokens, passwords, local paths, e-mail addresses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_kit.errors import TOKENS, UserError, secret_values
 
-# All are bounded in length, or start at a fixed text: a line may have a megabyte.
+# All patterns are bounded in length, or begin with a fixed text: a line may have a megabyte.
 _KEYS = {kind: re.compile(pattern) for kind, pattern in TOKENS.items()}
 _PATHS = {
     "a home folder": re.compile(
@@ -17,38 +17,38 @@ _PATHS = {
     )
 }
 _PROSE = {
-    # RFC 2606 keeps example.com, .net, .org and .example free of people; git@ is a login.
+    # RFC 2606 reserves example.com, .net, .org and .example; git@ is a login.
     "an e-mail address": re.compile(
         r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@"
         r"(?!(?:[A-Za-z0-9-]{1,63}\.){0,5}example(?:\.(?:com|net|org))?(?![\w-]|\.\w))"
         r"(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}\b"
     ),
     "a password or key": re.compile(
-        # A template sets variables of any name, to words.
+        # In a chat template, `set` gives variables of such names ordinary words.
         r"""(?i)(?<![a-z])(?:(?<!set )|(?<=set )(?=[^%\n]{0,80}\d))"""
         r"""(?:passw(?:or)?d|passphrase|secret|api[_-]?key|access[_-]?key"""
         r"""|auth[_-]?token|client[_-]?secret)["']?\s{0,3}[:=]\s{0,3}["']?"""
         r"""(?!none\b|null\b|true\b|false\b)[^\s"',;{}<>()$*\[\]]{6,}"""
     ),
 }
-# Vocabularies spell anything, and licences name whom to write to.
+# Files without the patterns of _PROSE: vocabularies contain any word, and licences addresses.
 _NO_PROSE = re.compile(
     r"vocab\.json|merges\.txt|vocab\.txt|(?:LICEN[CS]E|USE_POLICY|COPYING|NOTICE).*"
 )
-# Of a tokenizer.json the added tokens, which somebody wrote.
+# The added tokens of a tokenizer.json: the other tokens may spell anything.
 _ADDED = re.compile(r'"content": ?"(.{0,999}?)"')
 _LONGEST_SHOWN = 8
 
 
 def refuse_secrets(files: Mapping[str, bytes | Path], private: Iterable[str] = ()) -> None:
-    """Search what is about to be uploaded; of safetensors the header, of other binaries the text.
+    """Scan files that are about to be uploaded: text, and the headers of safetensors.
 
     Args:
-        files: {name: content, or the file that holds it}.
-        private: texts that only this machine should know, such as the paths of a run's data.
+        files: {name: content, or the file with it}.
+        private: texts that must not leave this machine, such as the paths of a run's data.
 
     Raises:
-        UserError: something was found; file, line and kind are named, the thing itself is not.
+        UserError: something was found; the message has file, line and kind, but not the value.
     """
     from huggingface_hub import get_token
 
@@ -75,7 +75,7 @@ def refuse_secrets(files: Mapping[str, bytes | Path], private: Iterable[str] = (
 
 
 def _text(name: str, content: bytes | Path) -> str:
-    """A file's text, of safetensors the header: names and metadata; JSON without its escapes."""
+    """A file's text, or the header of safetensors; JSON with its escapes decoded."""
     if isinstance(content, bytes):
         text = content.decode("utf-8", "replace")
     else:

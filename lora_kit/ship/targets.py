@@ -95,12 +95,11 @@ def check_settings(adapter: schema.Adapter, target: str) -> list[Problem]:
     ]
 
 
-def refuse_settings(run: schema.Run) -> None:
-    """Raises UserError, one line per problem, if `ship.target` would not load the adapter."""
-    if target := run.ship.target:
-        problems = check_settings(run.adapter, target)
-        if problems:
-            raise UserError("\n".join(f"ship.target: {target}: {in_words(p)}" for p in problems))
+def refuse_settings(adapter: schema.Adapter, target: str) -> None:
+    """Raises UserError, one line per problem, if `ship.target` would not load such an adapter."""
+    problems = check_settings(adapter, target)
+    if problems:
+        raise UserError("\n".join(f"ship.target: {target}: {in_words(p)}" for p in problems))
 
 
 def in_words(problem: Problem) -> str:

@@ -105,7 +105,7 @@ def create(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -
     Raises:
         UserError: it exists, or cannot be created.
     """
-    check_free(run)
+    check_free(run.directory)
     try:
         run.directory.mkdir(parents=True)
     except OSError as error:
