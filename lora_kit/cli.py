@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -58,7 +58,7 @@ Out = Annotated[Path, typer.Option(help="Output folder; must not exist.")]
 Adapter = Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")]
 
 
-def _answer(found: dict[str, Any], as_json: bool, show: Callable[[Any], None] | str) -> None:
+def _answer(found: Mapping[str, object], as_json: bool, show: Callable[[Any], None] | str) -> None:
     """Print a verb's result: as one JSON object, as a text, or with the function `show`."""
     if as_json or isinstance(show, str):
         print(json.dumps(found) if as_json else show)

@@ -20,8 +20,9 @@ from lora_kit.cli import app
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.nano import MODEL
-from lora_kit.ship.card import HUB_ID, LOCAL
-from lora_kit.ship.hub import Plan, make_plan
+from lora_kit.run import HUB_ID
+from lora_kit.ship.card import LOCAL
+from lora_kit.ship.hub import UploadPlan, make_plan
 
 SHA = "5" * 40
 HOME = "{}home/me/secret-project".format("/")
@@ -58,7 +59,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def texts(plan: Plan) -> dict[str, str]:
+def texts(plan: UploadPlan) -> dict[str, str]:
     """Of what is no tensor."""
     read = {n: c if isinstance(c, bytes) else c.read_bytes() for n, c in plan.files.items()}
     return {name: c.decode() for name, c in read.items() if not name.endswith(".safetensors")}

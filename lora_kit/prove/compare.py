@@ -17,7 +17,7 @@ from lora_kit.hashes import file_hash
 from lora_kit.prove.evaluate import add_harness, check_prove, evaluate
 from lora_kit.prove.report import write_report
 from lora_kit.prove.scores import against, check_gate
-from lora_kit.run import read_json, recipe_path
+from lora_kit.run import read_json, recipe_file
 from lora_kit.schema import Gate, Json, Run
 from lora_kit.tasks.bootstrap import verdict
 from lora_kit.tasks.encode import Prepared, rows_of
@@ -98,7 +98,7 @@ def task_of(finished: FinishedRun) -> Task:
         UserError: the recipe is gone, or is not as it was when the run was trained.
     """
     run = finished.require_run()
-    file = recipe_path(run)
+    file = recipe_file(run.recipe)
     known = finished.lock.get("recipe") or {}
     if not file.is_file():
         raise UserError(f"{finished.path}: recipe: {file}: no such file: put it back there")

@@ -1,25 +1,30 @@
-"""The model card: README.md of what is pushed, made from the lock file and the report alone."""
+"""The model card: README.md of a pushed repository, made from lock file and report alone."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_kit.adapter.loaders import VLLM_RANKS, vllm_rank
 from lora_kit.base.head import CAUSAL, SEQUENCE
 from lora_kit.base.pin import licence_of
 from lora_kit.errors import UserError, harmless
 from lora_kit.prove.scores import compared_scores
+from lora_kit.run import HUB_ID
+from lora_kit.schema import Json
 
-# The Hub's names of what a model is for.
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+# The Hub's names of tasks.
 _PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
-# A base that only whoever trained on it has; no name on the Hub, which somebody could take.
+# Stands for a base that is not on the Hub. It is no valid repository name, which somebody could
+# register.
 LOCAL = "a local folder"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-# What the terms of a set's licence ask, by the part of its id.
+# What a data set's licence requires, by the part of its id.
 _LIMITS = {
     "nc": "forbids commercial use",
     "nd": "forbids changed versions",
@@ -29,7 +34,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Card:
-    """`notice` is what a file NOTICE must hold, where the base's terms ask for one."""
+    """`notice`: the required content of a file NOTICE, if the base's terms ask for one."""
 
     text: str
     licence: str
@@ -38,19 +43,31 @@ class Card:
 
 
 class Terms(NamedTuple):
-    """What a base's own terms ask of whoever hands a changed version on."""
+    """What a base's own terms require for publishing a changed version."""
 
     family: str = ""
     notices: tuple[str, ...] = ()
     built_with: str = ""
-    begins: str = ""  # how the name must begin
+    begins: str = ""  # required beginning of the name
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A source of training data. `hub_id`, `commit` and `licence` are of a data set on the Hub;
+    `sha256` is that of the rows read."""
+
+    name: str
+    hub_id: str | None
+    commit: str | None
+    sha256: str
+    licence: str | None
 
 
 def make_card(
     repo: str,
-    config: dict[str, Any],
-    lock: dict[str, Any],
-    report: dict[str, Any],
+    config: Json,
+    lock: Json,
+    report: Json,
     *,
     merged: bool = False,
     has_licence: bool = False,
@@ -58,78 +75,105 @@ def make_card(
     pooled: str | None = None,
     chat: bool = False,
 ) -> Card:
-    """Write the card. What stands in the files may come from a stranger, and is escaped.
+    """Write the card. The files may be a stranger's: their values are escaped.
 
     Args:
         repo: owner/name of the Hub.
         config: adapter_config.json; its base is a Hub id, `nano`, or none: LOCAL.
         lock, report: without paths and samples; empty where there are none.
-        has_licence: whether the base's licence text goes along.
+        has_licence: whether the base's licence text is uploaded, too.
         auto: the class of transformers that loads the model.
-        pooled: the pooling of a merged model whose head is a file of its own; None: it has none.
+        pooled: the pooling of a merged model whose head is a separate file; None: there is none.
         chat: whether it was trained on conversations, in the tokenizer's chat template.
 
     Raises:
-        UserError: lock file or report are not as they were written.
+        UserError: a value of the lock file or the report has the wrong type.
     """
-    import yaml
-
     from lora_kit.prove.report import in_lines
 
     base, revision = config.get("base_model_name_or_path") or LOCAL, config.get("revision")
     name = repo.partition("/")[2]
     licence = (lock.get("base") or {}).get("licence") or "unknown"
-    lost = config.get("use_dora") or config.get("modules_to_save")
-    ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
     try:
         data, terms = _data(lock), _terms(licence, base)
         warnings = [*_asked(terms, name, has_licence), *_licence_warnings(licence, base, data)]
-        on_hub = bool(HUB_ID.fullmatch(base))
         library = "sentence-transformers" if pooled else "transformers" if merged else "peft"
-        sets = list(dict.fromkeys(one["set"] for one in data if one["set"]))
-        front: dict[str, Any] = {
-            **({"base_model": base} if on_hub or base == "nano" else {}),
-            "base_model_relation": "merge" if merged else "adapter",
-            "library_name": library,
-            "license": licence if re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", licence) else "other",
-            **({"pipeline_tag": _PIPELINES[auto]} if auto in _PIPELINES else {}),
-            "tags": ["lora", "lora-kit"],
-            **({"datasets": sets} if sets else {}),
-        }
-        # A result is filed under the name of a data set: right if all text came from one.
-        if len(sets) == 1 and all(one["set"] for one in data) and report.get("domain"):
-            front["model-index"] = [_result(name, data[0], report["domain"], auto)]
+        front = _front_matter(name, base, licence, data, report.get("domain"), auto, library)
         body = _render(
-            **{"repo": repo, "name": name, "config": config, "lock": lock, "report": report},
-            **{"base": base, "local": base == LOCAL, "merged": merged, "licence": licence},
-            **{"data": data, "terms": terms, "warnings": warnings},
+            repo=repo,
+            name=name,
+            config=config,
+            lock=lock,
+            report=report,
+            base=base,
+            local=base == LOCAL,
+            merged=merged,
+            licence=licence,
+            data=data,
+            terms=terms,
+            warnings=warnings,
             findings=in_lines(report) if report else [],
             scores_of=compared_scores,
             chat=chat,
             auto=auto,
             pooled=pooled,
             recipe=_recipe(lock),
-            on_hub=on_hub,
+            on_hub=bool(HUB_ID.fullmatch(base)),
             revision=revision if re.fullmatch("[0-9a-f]{40}", str(revision)) else None,
-            vllm_rank=None if lost or max(ranks) > VLLM_RANKS[-1] else vllm_rank(max(ranks)),
+            vllm_rank=_vllm_rank(config),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"run.lock.json or report.json: not as they were written ({error!r:.80}): copy the "
             "run again, or leave them out"
         ) from None
-    head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     notice = terms.notices[0] if terms.notices else None
-    return Card(f"---\n{head}---\n\n{body}", front["license"], notice, warnings)
+    return Card(f"---\n{front.to_yaml()}\n---\n\n{body}", str(front.license), notice, warnings)
+
+
+def _front_matter(
+    name: str,
+    base: str,
+    licence: str,
+    data: list[DataSource],
+    domain: Json | None,
+    auto: str,
+    library: str,
+) -> ModelCardData:
+    """The metadata that the Hub reads; `domain`: the scores of the report, if there is one."""
+    from huggingface_hub import ModelCardData
+
+    hub_ids = list(dict.fromkeys(source.hub_id for source in data if source.hub_id))
+    # A result is listed under a data set: only if all training text came from one.
+    one_set = len(hub_ids) == 1 and all(source.hub_id for source in data)
+    results = _results(data[0], domain, auto) if one_set and domain else None
+    return ModelCardData(
+        base_model=base if HUB_ID.fullmatch(base) or base == "nano" else None,
+        base_model_relation="adapter" if library == "peft" else "merge",
+        library_name=library,
+        license=licence if re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", licence) else "other",
+        pipeline_tag=_PIPELINES.get(auto),
+        tags=["lora", "lora-kit"],
+        datasets=hub_ids or None,
+        model_name=name if results else None,
+        eval_results=results,
+    )
+
+
+def _vllm_rank(config: Json) -> int | None:
+    """vLLM's --max-lora-rank for an adapter; None if vLLM does not load it."""
+    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    unsupported = config.get("use_dora") or config.get("modules_to_save")
+    return None if unsupported or rank > VLLM_RANKS[-1] else vllm_rank(rank)
 
 
 def _terms(licence: str, base: str) -> Terms:
     """Llama: section 1.b of https://www.llama.com/llama3_3/license; Gemma 1 to 3: section 3.1 of
-    https://ai.google.dev/gemma/terms (Gemma 4 is Apache's). A card that says nothing of its
-    licence is judged by the maker's name."""
-    unsaid = licence in ("unknown", "other")
+    https://ai.google.dev/gemma/terms (Gemma 4 has Apache's licence). Without a known licence, the
+    owner's name decides."""
+    unknown = licence in ("unknown", "other")
     meta = re.match(r"meta-llama/(?:Meta-)?Llama-(\d(?:\.\d)?)", base, re.IGNORECASE)
-    if found := re.fullmatch(r"llama(\d(?:\.\d)?)", licence) or (meta if unsaid else None):
+    if found := re.fullmatch(r"llama(\d(?:\.\d)?)", licence) or (meta if unknown else None):
         version = found[1]
         family, built_with, begins = {
             "2": ("Llama 2", "", ""),
@@ -139,7 +183,7 @@ def _terms(licence: str, base: str) -> Terms:
         notice = f"{family} is licensed under the {agreement} Community License, Copyright {sign} "
         notice += "Meta Platforms, Inc. All Rights Reserved."
         return Terms(family, (notice,), built_with, begins)
-    if licence == "gemma" or (unsaid and re.match(r"google/\w*gemma-(?!4)", base)):
+    if licence == "gemma" or (unknown and re.match(r"google/\w*gemma-(?!4)", base)):
         notice = "Gemma is provided under and subject to the Gemma Terms of Use found at "
         changed = "These weights are a changed version of Gemma; its terms, with what they forbid, "
         changed += "bind whoever uses them or passes them on."
@@ -148,7 +192,7 @@ def _terms(licence: str, base: str) -> Terms:
 
 
 def _asked(terms: Terms, name: str, has_licence: bool) -> list[str]:
-    """What is still to be done for the base's terms."""
+    """Unmet requirements of the base's terms."""
     found, ask = [], f"{terms.family}'s terms ask"
     if terms.begins and not name.lower().startswith(terms.begins.lower()):
         found.append(f"{ask} for a name that begins with {terms.begins}: {terms.begins}-{name}")
@@ -157,30 +201,33 @@ def _asked(terms: Terms, name: str, has_licence: bool) -> list[str]:
     return found
 
 
-def _licence_warnings(base: str, model: str, data: list[dict[str, Any]]) -> list[str]:
+def _licence_warnings(base: str, model: str, data: list[DataSource]) -> list[str]:
+    """Warnings about unknown and conflicting licences; `base`: the licence of the base."""
     found = ["the licence of the base is not known"] if base == "unknown" else []
-    found += ["the base was a local folder: it cannot be found by others"] * (model == LOCAL)
-    if unknown := sum(not one["licence"] for one in data):
+    if model == LOCAL:
+        found.append("the base was a local folder: it cannot be found by others")
+    unknown = sum(not source.licence for source in data)
+    if unknown:
         found.append(f"the licence of {unknown} of {len(data)} sets of data is not known")
-    for one in data:
-        own = set((one["licence"] or "").split("-")) - set(base.split("-"))
-        found += [
-            f"conflict of licences: {one['name']} is {one['licence']}, which {_LIMITS[mark]}; the "
-            f"base's {base} does not: settle what binds these weights"
-            for mark in sorted(own & _LIMITS.keys())
-        ]
+    for source in data:
+        own = set((source.licence or "").split("-")) - set(base.split("-"))
+        for mark in sorted(own & _LIMITS.keys()):
+            found.append(
+                f"conflict of licences: {source.name} is {source.licence}, which {_LIMITS[mark]}; "
+                f"the base's {base} does not: settle what binds these weights"
+            )
     return found
 
 
-def _data(lock: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was read: name, hash, and of the Hub's sets commit and licence."""
+def _data(lock: Json) -> list[DataSource]:
     found = []
     for name, digest in (lock.get("data") or {}).items():
         commit = (lock.get("commits") or {}).get(name)
         # owner/set[split] or owner/set/config[split]
         known = re.match(rf"({HUB_ID.pattern})(?=[/[]|$)", name) if commit else None
-        one = {"name": name, "set": known and known[1], "commit": commit, "sha256": digest}
-        found.append({**one, "licence": _licence_of(known[1], str(commit)) if known else None})
+        hub_id = known[1] if known else None
+        licence = _licence_of(hub_id, str(commit)) if hub_id else None
+        found.append(DataSource(name, hub_id, commit, digest, licence))
     return found
 
 
@@ -196,38 +243,48 @@ def _licence_of(name: str, commit: str) -> str | None:
     return value if value != "unknown" else None
 
 
-def _recipe(lock: dict[str, Any]) -> str:
-    """The name of the recipe; an older lock file has the kind of the rows instead."""
+def _recipe(lock: Json) -> str:
+    """The name of the recipe; older lock files have the kind of the rows instead."""
     recipe = (lock.get("recipe") or {}).get("name")
     return recipe or {"chat": "sft", "text": "cpt"}.get(str(lock.get("kind")), "not known")
 
 
-def _result(name: str, data: dict[str, Any], domain: dict[str, Any], auto: str) -> dict[str, Any]:
-    where = {"type": data["set"], "name": f"{data['set']}, held out", "revision": data["commit"]}
-    scores = compared_scores(domain)
-    metrics = [{"type": name, "value": found["adapted"]} for name, found in scores.items()]
-    task = {"type": _PIPELINES.get(auto, "other")}
-    return {"name": name, "results": [{"task": task, "dataset": where, "metrics": metrics}]}
+def _results(source: DataSource, domain: Json, auto: str) -> list[EvalResult]:
+    """The adapted model's scores on the held-out rows of a data set, as the Hub lists them."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type=_PIPELINES.get(auto, "other"),
+            dataset_type=str(source.hub_id),
+            dataset_name=f"{source.hub_id}, held out",
+            dataset_revision=source.commit,
+            metric_type=name,
+            metric_value=score["adapted"],
+        )
+        for name, score in compared_scores(domain).items()
+    ]
 
 
-def _render(**values: Any) -> str:
-    """The page. Whatever a value holds stays text: no link, HTML, heading or new line; `ours` is
-    for what was matched with the Hub's own alphabet."""
+def _render(**values: object) -> str:
+    """The page. Every value stays plain text: no link, HTML, heading or new line. The filter `ours`
+    marks values that match the Hub's own alphabet as safe."""
     import jinja2
     from markupsafe import Markup
 
-    def escape(value: Any) -> Any:
+    def plain(value: object) -> str:
+        return " ".join(harmless(str(value)).split())
+
+    def escape(value: object) -> str:
         if isinstance(value, Markup):
             return value
-        text = " ".join(harmless(str(value)).split())
-        text = re.sub(r"([\\`*_{}\[\]<>#|!~$&])", r"\\\1", text)
+        text = re.sub(r"([\\`*_{}\[\]<>#|!~$&])", r"\\\1", plain(value))
         return text.replace("://", ":\\//").replace("www.", "www\\.")
 
-    def code(value: Any) -> Any:
-        value = ", ".join(sorted(map(str, value))) if isinstance(value, list) else value
-        return Markup("`{}`").format(
-            Markup(" ".join(re.sub("[`|]", "", harmless(str(value))).split()))
-        )
+    def code(value: object) -> str:
+        if isinstance(value, list):
+            value = ", ".join(sorted(map(str, value)))
+        return Markup(f"`{re.sub('[`|]', '', plain(value))}`")
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, finalize=escape)
     environment.filters |= {"code": code, "ours": Markup}
