@@ -103,7 +103,7 @@ def heat(modules: Sequence[Json]) -> dict[str, object]:
     """Norm and effective rank of the adapter, kind of module × number of the layer.
 
     `model.layers.3.mlp.experts.7.up_proj` is of layer 3 and of the kind `mlp.experts.*.up_proj`;
-    modules that share both are averaged. A module outside of the layers stands in `others`.
+    modules that share both are averaged. A module outside of the layers is in `others`.
 
     Returns:
         `layers`, how many columns there are, a gap where a layer has no adapter; and `rows`, each

@@ -78,8 +78,8 @@ def compare(
     report |= {name: before.get(name) for name in ("training", "memory", "audit")}
     chosen = {"best_step": None, "stopped_early": False} | (before.get("overfitting") or {})
     report["overfitting"] = chosen | report["overfitting"]
-    asked = opened.prove.gate or (Gate() if gate else None)
-    report["gate"] = check_gate(report, asked) if asked else None
+    bounds = opened.prove.gate or (Gate() if gate else None)
+    report["gate"] = check_gate(report, bounds) if bounds else None
     if lost := _lost(before, report):
         print(
             f"report.json and report.html stay as they are: they hold {', '.join(lost)}, which was "

@@ -119,25 +119,25 @@ def check_gate(report: Json, gate: Gate) -> Json:
     """`gate` of report.json: {"passed": bool, "failed": [a line for each bound of `prove.gate` that
     does not hold]}.
 
-    What was not measured does not hold; general text is not asked for where the model has no
-    language-model head that could forget it.
+    What was not measured does not hold; general text does not count where the model
+    has no language-model head that could forget it.
     """
     failed = []
     for part in ("domain", "general", "few_shot"):
-        asked = getattr(gate, part)
+        bound: str | None = getattr(gate, part)
         if part == "general" and NO_LANGUAGE_MODEL in (report.get("not_measured") or []):
             continue
         word = report["verdict"].get(part)
-        if asked and word not in _REACHED[asked]:
+        if bound and word not in _REACHED[bound]:
             found = word or f"not measured: {not_measured(report, part)}"
-            failed.append(f"{part}: {found} (asked for: {asked})")
+            failed.append(f"{part}: {found} (asked for: {bound})")
     for problem in (report.get("audit") or {}).get("problems", []):
         failed.append(f"audit: {problem['what']}")
     scores = {**(report.get("metrics") or {}), **compared_scores(report["domain"])}
     if gate.loss is not None:
         failed += _broken("loss", report["domain"].get("loss"), gate.loss, " nats per token")
-    for name, bound in gate.metrics.items():
-        failed += _broken(name, scores.get(name), bound)
+    for name, limit in gate.metrics.items():
+        failed += _broken(name, scores.get(name), limit)
     return {"passed": not failed, "failed": failed}
 
 
