@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]  # rows -> a batch
-# Loss of a fixed batch for comparing paths: (flat: without padding) -> float32 ().
-Probe = Callable[[bool], torch.Tensor]
+# The loss of a fixed batch, to compare paths on: (flat: without padding) -> float32 ().
+FixedLoss = Callable[[bool], torch.Tensor]
 
 # Relative differences due to rounding, of the loss and of the concatenated gradients; a wrong
 # scale, mask or term causes larger ones.
@@ -40,7 +40,7 @@ _IGNORED = -100  # torch's ignore_index
 
 
 def make_fast(
-    model: torch.nn.Module, probe: Probe, parts: Sequence[str] | None = None
+    model: torch.nn.Module, fixed_loss: FixedLoss, parts: Sequence[str] | None = None
 ) -> dict[str, str]:
     """Install the fast paths into a PEFT model, before it is wrapped for training.
 
@@ -50,7 +50,7 @@ def make_fast(
 
     Args:
         model: on its device, with the adapter attached.
-        probe: returns the loss of the same batch on each call, with gradients.
+        fixed_loss: returns the loss of the same batch on each call, with gradients.
         parts: keys of `PARTS` to try; None: all. `attention` and `loss` are for causal language
             models only.
 
@@ -62,7 +62,7 @@ def make_fast(
     tried = {name: PARTS[name] for name in PARTS if parts is None or name in parts}
     with _random_adapter(model):
         try:
-            expected = _loss_and_gradients(model, probe, flat=False)
+            expected = _loss_and_gradients(model, fixed_loss, flat=False)
         except Exception as error:  # for instance nothing trains, which the audit reports
             return dict.fromkeys(tried, f"cannot be tested: {type(error).__name__}")
         for name, (install, remove) in tried.items():
@@ -71,7 +71,7 @@ def make_fast(
                 if not install(model):
                     plain[name] = UNSUPPORTED
                     continue
-                found = _loss_and_gradients(model, probe, flat)
+                found = _loss_and_gradients(model, fixed_loss, flat)
                 wrong = _difference(expected, found, _dtype(model))
                 if name == "attention" and not _keeps_apart(model):
                     wrong = "attends across documents"
@@ -84,7 +84,7 @@ def make_fast(
     return {name: why for name, why in plain.items() if (name, why) != ("norm", UNSUPPORTED)}
 
 
-def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -> Probe:
+def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -> FixedLoss:
     """The loss of two documents, to compare the paths of a causal language model on.
 
     Args:
@@ -214,7 +214,7 @@ def _with_forward(
 
 def _without_padding(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, **inputs: Any) -> Any:
-        return plain(self, **_alone(inputs))
+        return plain(self, **_own_inputs(inputs))
 
     return forward
 
@@ -224,12 +224,14 @@ def _with_own_loss(plain: Callable[..., Any]) -> Callable[..., Any]:
         from transformers.modeling_outputs import CausalLMOutput
 
         if args or inputs.get("labels") is None:
-            return plain(self, *args, **_alone(inputs))
-        labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
-        places, reduction = inputs.pop("places", None), inputs.pop("reduction", "mean")
+            return plain(self, *args, **_own_inputs(inputs))
+        labels = inputs.pop("labels")
+        items = inputs.pop("num_items_in_batch", None)
+        places = inputs.pop("places", None)
+        reduction = inputs.pop("reduction", "mean")
         # A KV cache would take memory and defeat the separation of packed documents.
         inputs["use_cache"] = False
-        hidden = self.base_model(**_alone(inputs))[0]
+        hidden = self.base_model(**_own_inputs(inputs))[0]
         head = self.get_output_embeddings().weight
         if reduction == "none":
             return CausalLMOutput(loss=causal_nats(hidden, head, labels, places))
@@ -238,7 +240,7 @@ def _with_own_loss(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _alone(inputs: dict[str, Any]) -> dict[str, Any]:
+def _own_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """The model's own inputs of a batch.
 
     A batch with `documents` gets an empty four-dimensional mask, which transformers passes through
@@ -297,14 +299,14 @@ def _random_adapter(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _loss_and_gradients(
-    model: torch.nn.Module, probe: Probe, flat: bool
+    model: torch.nn.Module, fixed_loss: FixedLoss, flat: bool
 ) -> tuple[float, torch.Tensor]:
-    """The loss of the probe's batch, and all gradients concatenated, float32."""
+    """The loss of the fixed batch, and all gradients concatenated, float32."""
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
     mixed = device.type == "cuda" and _dtype(model) == torch.bfloat16  # as in the trainer
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        loss = probe(flat)
+        loss = fixed_loss(flat)
     loss.backward()
     grads = [p.grad.float().reshape(-1) for p in model.parameters() if p.grad is not None]
     return float(loss.detach()), torch.cat(grads)
@@ -318,7 +320,8 @@ def _lengths(config: Any) -> tuple[int, int]:
         if ("window" in name or "chunk" in name) and isinstance(value, int)
     ]
     room = getattr(config, "max_position_embeddings", None) or _MOST
-    return min(max([_TOKENS[0], *(n + 11 for n in ends if n <= _MOST)]), room), _TOKENS[1]
+    longest = max([_TOKENS[0], *(n + 11 for n in ends if n <= _MOST)])
+    return min(longest, room), _TOKENS[1]
 
 
 def _keeps_apart(model: torch.nn.Module) -> bool:

@@ -50,7 +50,7 @@ def score(name: str, predictions: list[str], references: list[str]) -> np.ndarra
     Raises:
         UserError: the metric cannot be loaded, or does not accept text.
     """
-    metric = OWN.get(name) or _borrowed(name)
+    metric = OWN.get(name) or _from_evaluate(name)
     pairs = zip(predictions, references, strict=True)
     return np.array([metric(prediction, expected) for prediction, expected in pairs], np.float64)
 
@@ -176,7 +176,7 @@ def _longest_common(first: list[str], second: list[str]) -> int:
     return len(first) - row.bit_count()
 
 
-def _borrowed(name: str) -> Metric:
+def _from_evaluate(name: str) -> Metric:
     """A metric of the evaluate library, for one row."""
     hint = nearest(name, list(OWN))
     # evaluate has its own offline switch.

@@ -15,7 +15,7 @@ from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import Interrupted, UserError
 from lora_kit.folders import check_room
 from lora_kit.schema import Run, Train
-from lora_kit.speed.fast import Probe, documents_loss, make_fast, make_plain
+from lora_kit.speed.fast import FixedLoss, documents_loss, make_fast, make_plain
 from lora_kit.speed.memory import recompute
 from lora_kit.speed.prefix import Prefix
 from lora_kit.tasks.batches import collator, in_one_row
@@ -154,7 +154,7 @@ def _make_fast(
 
 def _rows_loss(
     task: Task, run: Run, model: torch.nn.Module, processor: Processor, rows: Sequence[Row]
-) -> Probe:
+) -> FixedLoss:
     """The loss of rows, to compare the paths on."""
     device = next(model.parameters()).device
     collate = task.collate(processor)
