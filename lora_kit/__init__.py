@@ -9,9 +9,16 @@ from __future__ import annotations
 import os
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lora_kit.train as _package
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_kit.adapter.load import load
+    from lora_kit.prove.compare import compare
+    from lora_kit.schema import Json
 
 __version__ = "0.1.0"
 __all__ = ["compare", "load", "train"]
@@ -28,7 +35,7 @@ class _CallablePackage(ModuleType):
     """`lora_kit.train` is both a subpackage and the function that runs a run file: Python binds the
     subpackage to the name on import, so it is made callable."""
 
-    def __call__(self, path: Any, *overrides: str, resume: bool = False) -> dict[str, Any]:
+    def __call__(self, path: str | Path, *overrides: str, resume: bool = False) -> Json:
         """See `lora_kit.launch.train`."""
         from lora_kit.launch import train
 
@@ -39,7 +46,7 @@ _package.__class__ = _CallablePackage
 train = sys.modules["lora_kit.train"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "load":
         from lora_kit.adapter.load import load
 

@@ -248,12 +248,12 @@ def generate(
     Example: lora-kit generate runs/demo/sft "What does `heapq.heappush` do?"
     """
     _prepare()
-    from lora_kit.prove.show import say
+    from lora_kit.prove.show import complete
 
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("PROMPT: not UTF-8: convert it, for example with iconv")
 
-    answer = say(_opened(run, base), prompt, no_adapter, max_new_tokens)
+    answer = complete(_opened(run, base), prompt, no_adapter, max_new_tokens)
     print(harmless(answer) if sys.stdout.isatty() else answer)
 
 

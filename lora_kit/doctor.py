@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.cache import installed
-from lora_kit.run import recipe_path
+from lora_kit.run import recipe_file
 from lora_kit.schema import Run
 
 NEEDED = (
@@ -92,7 +92,7 @@ def main(run: Run, resume: bool = False) -> dict[str, Any]:
     from lora_kit.prove.self_test import one_rank
     from lora_kit.tasks.recipe import load_recipe
 
-    return one_rank(run, load_recipe(recipe_path(run)).task)
+    return one_rank(run, load_recipe(recipe_file(run.recipe)).task)
 
 
 if __name__ == "__main__":

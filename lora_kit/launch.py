@@ -22,13 +22,13 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import yaml
 
 from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError, redact
-from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, nearest, recipe_path, shipped
-from lora_kit.schema import Run
+from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, nearest, recipe_file, shipped
+from lora_kit.schema import Json, Run
 from lora_kit.tasks.recipe import Main, Recipe, load_recipe
 from lora_kit.tasks.task import Task
 from lora_kit.train.interrupt import StopSignal, die_with_parent
@@ -43,7 +43,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PID = ".pid"  # suffix of the files with each rank's process id, in the same folder
 
 
-def train(path: str | Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
+def train(path: str | Path, *overrides: str, resume: bool = False) -> Json:
     """Run a run file's recipe in this process.
 
     >>> lora_kit.train("run.yaml", "train.max_steps=200")  # doctest: +SKIP
@@ -130,8 +130,9 @@ def recipe_main(main: Main) -> int:
 def _leave_outcome(folder: Path, rank: str, code: int, message: str) -> int:
     """Write this rank's outcome for `start`; returns the exit code for accelerate.
 
-    That is 0 even for an error, since accelerate would only add a traceback. Other ranks may hang
-    waiting for this one, deaf to signals: they are killed.
+    That is 0 even for an error, since accelerate would only add a traceback. Other ranks may be
+    inside a collective operation that waits for this one, where Python handles no signal: torchrun
+    would kill them after 30 s, this rank does after 5 s.
     """
     partial = folder / f"{rank}.partial"
     partial.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
@@ -191,13 +192,11 @@ def start(
     cores = len(os.sched_getaffinity(0)) // max(1, here)
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores)
     options = ["--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
-    options += ["--num_processes", str(processes)] if processes else []
-    options += [
-        str(script or recipe_path(run)),
-        str(path),
-        *overrides,
-        *(["--resume"] if resume else []),
-    ]
+    if processes:
+        options += ["--num_processes", str(processes)]
+    options += [str(script or recipe_file(run.recipe)), str(path), *overrides]
+    if resume:
+        options.append("--resume")
     print(shlex.join(["accelerate", "launch", *options]), file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, OUTCOME_VARIABLE: folder, WORLD_SIZE_VARIABLE: str(asked)}
@@ -266,7 +265,7 @@ def gpu_count() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def _check_devices(config: Path) -> dict[str, Any]:
+def _check_devices(config: Path) -> Json:
     """A config's values. Raises UserError if it needs a missing GPU or package."""
     values = _read_config(config)
     if not values.get("use_cpu") and gpu_count() == 0:
@@ -279,7 +278,8 @@ def _check_devices(config: Path) -> dict[str, Any]:
     return values
 
 
-def _read_config(config: Path) -> dict[str, Any]:
+def _read_config(config: Path) -> Json:
+    """A config's values, with the defaults of `num_processes` and `num_machines`."""
     try:
         values = dict(yaml.safe_load(config.read_text(encoding="utf-8")).items())
         for key in ("num_processes", "num_machines"):
@@ -295,13 +295,15 @@ def _run_child(
 ) -> tuple[int, int | None]:
     """Run a command in its own process group; returns its exit code and the received signal.
 
-    The first SIGINT or SIGTERM is forwarded; a second one kills all processes. Once all workers
-    have written their ids to `folder`, only they are signalled: they save and exit, and accelerate,
-    which would kill them after 30 s, exits with them. The child always exits with this process.
+    The first SIGINT or SIGTERM is forwarded; a second one kills all processes. Until all workers
+    have written their ids to `folder`, the launcher gets the signal; then only the workers do: they
+    save and exit, and accelerate exits with them. accelerate itself forwards nothing to a single
+    worker, and kills several after 30 s, which saving may exceed. The child always exits with this
+    process.
     """
     received: list[int] = []
 
-    def forward(signum: int, frame: Any) -> None:
+    def forward(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         ids = _worker_ids(folder)
         last = len(received) > 1
@@ -332,11 +334,13 @@ def _run_child(
 
 
 def _worker_ids(folder: Path) -> list[int]:
+    """The process ids that the workers wrote."""
     texts = [file.read_text() for file in sorted(folder.glob(f"*{_PID}"))]
     return [int(text) for text in texts if text]
 
 
 def _send(how: Callable[[int, int], None], pid: int, signum: int) -> None:
+    """Send a signal with os.kill or os.killpg, to a process that may have exited."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         how(pid, signum)
 
@@ -361,6 +365,7 @@ def _alive(group: int, pids: list[int]) -> bool:
 
 
 def _as_error(code: int, message: str) -> LoraKitError:
+    """A worker's error, from its exit code and message."""
     if code > 128:
         return Interrupted(code - 128, message)
     return CheckFailed(message) if code == 1 else UserError(message)

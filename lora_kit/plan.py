@@ -375,13 +375,13 @@ def _on_meta(
     with torch.device("cpu" if run.adapter.start else "meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         strategy = choose(run.train, run.adapter, model, fresh)
-        model = attach(model, strategy.adapter, fresh, run.seed).train()
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        adapted = attach(model, strategy.adapter, fresh, run.seed).train()
+    trained = [p.numel() for p in adapted.parameters() if p.requires_grad]
     held |= {"adapter": 4 * sum(trained), "gradients": 4 * sum(trained)}
     # bitsandbytes keeps 32-bit state for small tensors.
     eight = "8bit" in run.train.optim
     held["optimizer"] = sum(n * (2 if eight and n >= 4096 else 8) for n in trained)
-    return model, held, values * stored.itemsize, values * dtype.itemsize
+    return adapted, held, values * stored.itemsize, values * dtype.itemsize
 
 
 def _what_would_fit(here: _Planner) -> str:

@@ -14,8 +14,7 @@ from lora_kit.base.pin import pin
 from lora_kit.data.prepare import prepare
 from lora_kit.launch import recipe_main
 from lora_kit.plan import plan_training
-from lora_kit.prove.evaluate import check_prove
-from lora_kit.prove.finish import prove
+from lora_kit.prove.evaluate import check_prove, prove
 from lora_kit.tasks.encode import encode
 from lora_kit.tasks.task import Contender, Dropped, Score, Shown, Task
 from lora_kit.train.journey import Journey

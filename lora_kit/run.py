@@ -20,33 +20,37 @@ from typing import Any, Literal, Protocol, get_args
 
 import yaml
 from pydantic import ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from lora_kit import schema, trust
 from lora_kit.errors import RunFileError, UserError
-from lora_kit.schema import SECTIONS, Adapter, Run, Section
+from lora_kit.schema import SECTIONS, Adapter, Json, Run, Section
 
 # Keys that must be objects in the JSON files that a run writes.
 _OBJECTS = (
-    *("base", "adapter", "data", "batch", "commits", "verdict", "domain", "general", "overfitting"),
-    *("metrics", "harness", "audit", "training", "memory", "gate"),
-)
+    "base", "adapter", "data", "batch", "commits", "verdict", "domain", "general", "overfitting",
+    "metrics", "harness", "audit", "training", "memory", "gate",
+)  # fmt: skip
+KeyPath = list[str | int]  # `data.train[1].fraction` as ["data", "train", 1, "fraction"]
 # The keys of `data:` that name sources.
 SOURCE_KEYS = ("train", "eval", "general", "decontaminate")
-Models = Mapping[str, type[Section]]  # section -> its class, as `data.limits`
-# The classes of nested sections.
-_INNER: Models = {"data.limits": schema.Limits, "prove.gate": schema.Gate}
+# The class of each section, also of nested ones such as `data.limits`.
+Models = Mapping[str, type[Section]]
 _PROGRAMS = ("metrics", "harness")  # keys of `prove:` that may name programs
+# owner/name on the Hub.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95}")
+# A name with such an ending is a file, although it may look like a Hub id (`data/rows.jsonl`).
 _FILE_ENDINGS = {
-    *(".txt", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
-    *(".gz", ".html", ".htm", ".pdf", ".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf"),
-    *(".py", ".conll"),
-}
+    ".txt", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow",
+    ".gz", ".html", ".htm", ".pdf", ".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf", ".py",
+    ".conll",
+}  # fmt: skip
 # Set by `lora-kit train` for its workers: the requested number of processes.
 WORLD_SIZE_VARIABLE = "LORA_KIT_WORLD_SIZE"
 # Larger files are not run files.
 _LARGEST_BYTES = 2**20
 
+_REMOTE_CODE = "use --trust-remote-code on the command line; a file cannot allow code from the Hub"
 # Keys of the installed classes that are set elsewhere.
 _OWNERS = {
     "train.output_dir": "set `name:`; the run is written to runs/<name>",
@@ -72,10 +76,9 @@ _OWNERS = {
     "adapter.revision": "set `base.revision`",
     "adapter.task_type": "the recipe sets it",
     "base.trust_remote_code": "code from a model repository is never run",
-    **dict.fromkeys(
-        ("train.trust_remote_code", "prove.trust_remote_code", "data.trust_remote_code"),
-        "use --trust-remote-code on the command line; a file cannot allow code from the Hub",
-    ),
+    "train.trust_remote_code": _REMOTE_CODE,
+    "prove.trust_remote_code": _REMOTE_CODE,
+    "data.trust_remote_code": _REMOTE_CODE,
     "base.device_map": "accelerate places the model; see --accelerate",
     "base.load_in_4bit": "write `quantize: nf4`",
     "base.load_in_8bit": "write `quantize: int8`",
@@ -89,13 +92,21 @@ _MEANT = {
     "train.lr": "learning_rate",
     "train.early_stopping": "early_stopping_patience",
     "train.patience": "early_stopping_patience",
-    **{f"data.{key}.path": "source" for key in SOURCE_KEYS},
+    "data.train.path": "source",
+    "data.eval.path": "source",
+    "data.general.path": "source",
+    "data.decontaminate.path": "source",
 }
 
 # Types and bounds of a JSON schema, in words.
 _TYPES = {
-    **{"integer": "an integer", "number": "a number", "string": "a string", "null": "null"},
-    **{"boolean": "true or false", "array": "a list", "object": "a mapping"},
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "null": "null",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping",
 }
 _SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -179,23 +190,22 @@ def load_run(
     values, relative = _absolute(values, path.resolve().parent)
     task: TaskKeys | None = None
     # Checked before the schema, so that all mistakes are reported at once.
+    missing = _missing_recipe(values) if needs_sources else []
+    problems += missing
     if needs_sources:
-        missing = _missing_recipe(values)
-        problems += _missing_sources(values) + missing
-    else:
-        missing = []
+        problems += _missing_sources(values)
     if task_of is not None and not missing and isinstance(values.get("recipe"), str):
         try:
             task = task_of(recipe_file(values["recipe"]))
         except UserError as error:
             problems.append(str(error))
-    problems += _twice_decided(values)
+    problems += _overridden(values)
     if task is not None:
         problems += _unread(values, task)
     elif not needs_sources:
         values = _without_other_keys(values)
     try:
-        run = validated(values, task)
+        run = run_class(task).model_validate(values)
     except ValidationError as error:
         models = _models(task)
         raise RunFileError(str(path), problems + _describe(error, values, models)) from None
@@ -205,7 +215,7 @@ def load_run(
     return run
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Json:
     """The values of a run file."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a run file, such as {path / 'run.yaml'}")
@@ -224,13 +234,8 @@ def _read(path: Path) -> dict[str, Any]:
     return {k: {} if v is None and k in SECTIONS else v for k, v in values.items()}
 
 
-def validated(values: dict[str, Any], task: TaskKeys | None) -> Run:
-    """Validate values, including the keys of a task. Raises pydantic's ValidationError."""
-    return run_class(task).model_validate(values)
-
-
 def run_class(task: TaskKeys | None) -> type[Run]:
-    """The class of a run file with the keys of a task."""
+    """The class of a run file with the keys of a task; equal settings give the same class."""
     return _run_class(tuple(sorted(task.settings.items()))) if task else Run
 
 
@@ -243,7 +248,7 @@ def _run_class(settings: tuple[tuple[str, type[Section]], ...]) -> type[Run]:
     return create_model("Run", __base__=Run, **fields) if fields else Run
 
 
-def schema_of(task: TaskKeys | None) -> dict[str, Any]:
+def schema_of(task: TaskKeys | None) -> Json:
     """The JSON schema of a run file, with a task's own keys and without those it does not read."""
     found = run_class(task).model_json_schema()
     for key in task.unread if task else ():
@@ -263,10 +268,11 @@ def section_fields(task: TaskKeys) -> dict[str, set[str]]:
 
 
 def _models(task: TaskKeys | None) -> Models:
-    return {**SECTIONS, **(task.settings if task else {}), **_INNER}
+    inner: Models = {"data.limits": schema.Limits, "prove.gate": schema.Gate}
+    return {**SECTIONS, **(task.settings if task else {}), **inner}
 
 
-def _without_other_keys(values: dict[str, Any]) -> dict[str, Any]:
+def _without_other_keys(values: Json) -> Json:
     """Values without unknown keys, which are those of the run's task: mistakes were rejected when
     it was trained."""
     known = {
@@ -277,7 +283,7 @@ def _without_other_keys(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, **known}
 
 
-def _unread(values: dict[str, Any], task: TaskKeys) -> list[str]:
+def _unread(values: Json, task: TaskKeys) -> list[str]:
     """Problems: keys that are set but not read by the task."""
     problems = []
     for key in task.unread:
@@ -318,12 +324,12 @@ def check_free(run: Run) -> None:
     raise UserError(f"{path} exists: {more}choose another with name=NAME, or remove it")
 
 
-def read_lock(directory: str | Path) -> dict[str, Any]:
+def read_lock(directory: str | Path) -> Json:
     """run.lock.json of a run directory; {} if there is none."""
     return read_json(Path(directory) / "run.lock.json")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> Json:
     """A JSON file of a run; {} if there is none.
 
     Raises:
@@ -356,11 +362,6 @@ def recipe_file(name: str) -> Path:
     return shipped("recipes") / f"{name}.py" if name in shipped_recipes() else Path(name)
 
 
-def recipe_path(run: Run) -> Path:
-    """The file of a run's recipe."""
-    return recipe_file(run.recipe)
-
-
 def nearest(word: str, known: list[str]) -> str:
     """`; did you mean X?` for the most similar known word, or ""."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
@@ -382,7 +383,7 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _override(values: dict[str, Any], item: str) -> str | None:
+def _override(values: Json, item: str) -> str | None:
     """Set `a.b=c` in `values`; returns an error message, or None."""
     key, equals, text = item.partition("=")
     if not equals or not key:
@@ -402,13 +403,14 @@ def _override(values: dict[str, Any], item: str) -> str | None:
     return None
 
 
-def _absolute(values: dict[str, Any], folder: Path) -> tuple[dict[str, Any], set[str]]:
+def _absolute(values: Json, folder: Path) -> tuple[Json, set[str]]:
     """The values with absolute paths, and the paths that were relative.
 
     Names that are not paths (a Hub id, `nano`, `nano:topics`, a metric) are unchanged.
     """
     relative: set[str] = set()
 
+    # Any: a value of YAML, of which only texts, lists and sources are changed.
     def place(value: Any, *others: Path, must_exist: bool = False) -> Any:
         """`others`: further folders to search. `must_exist`: a missing path is a name."""
         if isinstance(value, list):
@@ -461,7 +463,7 @@ def _absolute(values: dict[str, Any], folder: Path) -> tuple[dict[str, Any], set
     return values, relative
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(values: Json, name: str) -> Json:
     found = values.get(name)
     return found if isinstance(found, dict) else {}
 
@@ -471,7 +473,7 @@ def is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and os.path.splitext(name)[1].lower() not in _FILE_ENDINGS
 
 
-def _missing_sources(values: dict[str, Any]) -> list[str]:
+def _missing_sources(values: Json) -> list[str]:
     """Problems: missing files, folders and embedded texts of `data:`."""
     problems, data = [], _section(values, "data")
     for key in SOURCE_KEYS:
@@ -499,7 +501,7 @@ def check_recipe(name: str) -> None:
         raise UserError(problems[0])
 
 
-def _missing_recipe(values: dict[str, Any]) -> list[str]:
+def _missing_recipe(values: Json) -> list[str]:
     recipe = values.get("recipe")
     names = shipped_recipes()
     if not isinstance(recipe, str) or recipe in names:
@@ -511,7 +513,7 @@ def _missing_recipe(values: dict[str, Any]) -> list[str]:
     return [] if os.path.isfile(recipe) else [f"recipe: {_short(recipe, 240)}: no such file"]
 
 
-def _programs(values: dict[str, Any]) -> list[str]:
+def _programs(values: Json) -> list[str]:
     """Problems: programs named in a run file that was fetched by `pull`."""
     prove = _section(values, "prove")
     named = {"recipe": values.get("recipe"), **{f"prove.{k}": prove.get(k) for k in _PROGRAMS}}
@@ -523,7 +525,7 @@ def _programs(values: dict[str, Any]) -> list[str]:
     ]
 
 
-def _twice_decided(values: dict[str, Any]) -> list[str]:
+def _overridden(values: Json) -> list[str]:
     """Problems: adapter keys that `adapter.start` or `train.trainable` overrides; default values
     are allowed, since a resolved run file has them."""
     adapter, fields = _section(values, "adapter"), Adapter.model_fields
@@ -540,38 +542,46 @@ def _twice_decided(values: dict[str, Any]) -> list[str]:
     )
 
 
-def _describe(error: ValidationError, values: dict[str, Any], models: Models) -> list[str]:
+def _describe(error: ValidationError, values: Json, models: Models) -> list[str]:
     """One line per mistake: key, value, expected type, nearest name."""
     lines: dict[str, str] = {}
     for item in error.errors():
-        # pydantic adds the names of union branches (`str`, `list[...]`) to the path: drop them.
-        known: list[str | int] = []
-        for part in item["loc"]:
-            here = _at(values, known)
-            fields = _model(_key(known), models).model_fields if item["type"] == "missing" else {}
-            listed = isinstance(part, int) and isinstance(here, list)
-            if listed or (isinstance(here, dict) and part in {**here, **fields}):
-                known.append(part)
-        key = _key(known)
-        value = _short(_at(values, known))
+        path = _path_in_file(item, values, models)
+        key, value = _key(path), _short(_at(values, path))
         if item["type"] == "extra_forbidden":
             lines[key] = _unknown(key, models)
         elif item["type"] == "missing":
-            lines[key] = f"{key}: missing: {_wanted(known, models)}"
+            lines[key] = f"{key}: missing: {_wanted(path, models)}"
         elif item["loc"][-1] == "[key]":  # of data.columns, the only mapping with known names
             names = list(get_args(schema.Column))
-            hint = nearest(str(known[-1]), names)
+            hint = nearest(str(path[-1]), names)
             lines[key] = f"{key}: no such column{hint} ({', '.join(names)})"
         elif item["type"] == "value_error":
             lines[key] = f"{key}: {value} is invalid: {item['ctx']['error']}"
         elif key not in lines:
-            lines[key] = f"{key}: {value} is invalid: {_wanted(known, models)}"
+            lines[key] = f"{key}: {value} is invalid: {_wanted(path, models)}"
     # Drop messages of other union branches if there is a more specific one.
     closer = {key for key in lines for other in lines if other.startswith((f"{key}.", f"{key}["))}
     return [line for key, line in lines.items() if key not in closer]
 
 
-def _at(values: Any, path: list[str | int]) -> Any:
+def _path_in_file(item: ErrorDetails, values: Json, models: Models) -> KeyPath:
+    """The path of a mistake, without the names of union branches (`str`, `list[...]`) that pydantic
+    adds to it."""
+    path: KeyPath = []
+    for part in item["loc"]:
+        here = _at(values, path)
+        # A missing key is not in the file.
+        missing = item["type"] == "missing" and part in _model(_key(path), models).model_fields
+        listed = isinstance(part, int) and isinstance(here, list)
+        if listed or (isinstance(here, dict) and (part in here or missing)):
+            path.append(part)
+    return path
+
+
+# Any: a value of YAML at any depth.
+def _at(values: Any, path: KeyPath) -> Any:
+    """The value at a path; None if there is none."""
     try:
         for part in path:
             values = values[part]
@@ -580,13 +590,13 @@ def _at(values: Any, path: list[str | int]) -> Any:
     return values
 
 
-def _key(path: list[str | int]) -> str:
+def _key(path: KeyPath) -> str:
     """The path as a key, such as `data.train[1].fraction`."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return "".join(parts).removeprefix(".")
 
 
-def _model(section: str, models: Models) -> Any:
+def _model(section: str, models: Models) -> type[Section]:
     """The pydantic class of a section, such as `base`, `data.limits` or `data.train[0]`."""
     plain = re.sub(r"\[\d+\]", "", section)
     if plain in {f"data.{key}" for key in SOURCE_KEYS}:
@@ -594,30 +604,28 @@ def _model(section: str, models: Models) -> Any:
     return models.get(plain, Run)
 
 
-def _short(value: Any, most: int = 60) -> str:
+def _short(value: object, most: int = 60) -> str:
     """A value as in a run file, cut to `most` characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def _wanted(path: list[str | int], models: Models) -> str:
+def _wanted(path: KeyPath, models: Models) -> str:
     """The expected type of a key and its description."""
-    names = [part for part in path if isinstance(part, str)]
-    if (inside := ".".join(names)) in models:
-        return f"keys such as {', '.join(list(_model(inside, models).model_fields)[:4])}"
-    model, name, inside = _model(".".join(names[:-1]), models), names[-1], ""
+    *sections, name = [part for part in path if isinstance(part, str)]
+    section = ".".join([*sections, name])
+    if section in models:
+        return f"keys such as {', '.join(list(models[section].model_fields)[:4])}"
+    inside = "items" if isinstance(path[-1], int) else ""
+    model = _model(".".join(sections), models)
     if name not in model.model_fields:  # a key of a mapping
-        model, name, inside = (
-            _model(".".join(names[:-2]), models),
-            names[-2],
-            "additionalProperties",
-        )
-    elif isinstance(path[-1], int):
-        inside = "items"
+        *sections, name = sections
+        inside = "additionalProperties"
+        model = _model(".".join(sections), models)
     return f"{_type_words(model, name, inside)}. {model.model_fields[name].description}"
 
 
-def _type_words(model: Any, name: str, inside: str = "") -> str:
+def _type_words(model: type[Section], name: str, inside: str = "") -> str:
     """`an integer >= 1`, `one of a, b`, from the JSON schema of the key, or of its `items` (list)
     or `additionalProperties` (mapping)."""
     node = model.model_json_schema()["properties"][name]
@@ -641,11 +649,8 @@ def _unknown(key: str, models: Models) -> str:
     section, _, name = key.rpartition(".")
     model = _model(section, models)
     elsewhere = [f"{s}.{name}" for s in SECTIONS if name in models[s].model_fields]
-    plain = re.sub(r"\[\d+\]", "", key)
-    if meant := [_MEANT[plain]] if plain in _MEANT else elsewhere:
-        hint = f"; did you mean `{meant[0]}`?"
-    else:
-        hint = nearest(name, list(model.model_fields))
+    meant = _MEANT.get(re.sub(r"\[\d+\]", "", key)) or next(iter(elsewhere), None)
+    hint = f"; did you mean `{meant}`?" if meant else nearest(name, list(model.model_fields))
     return f"{key}: unknown key{_upstream(section, name)}{hint}"
 
 

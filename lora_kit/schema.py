@@ -174,7 +174,7 @@ class Data(Section):
 
     @field_validator("eval")
     @classmethod
-    def _share(cls, value: Any) -> Any:
+    def _share(cls, value: float | Sources) -> float | Sources:
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError("a held-out share must be between 0 and 1")
         return value
@@ -250,14 +250,14 @@ class Train(Section):
 
     @field_validator("early_stopping_patience")
     @classmethod
-    def _counts_evaluations(cls, value: Any, info: ValidationInfo) -> Any:
+    def _counts_evaluations(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and info.data.get("eval_steps", 0) is None:
             raise ValueError("it counts evaluations: set train.eval_steps")
         return value
 
     @field_validator("top_layers")
     @classmethod
-    def _holds_lora(cls, value: Any, info: ValidationInfo) -> Any:
+    def _holds_lora(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and info.data.get("trainable") == "head":
             raise ValueError("conflicts with train.trainable: head: remove one of the two")
         return value

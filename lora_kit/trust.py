@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lora_kit.errors import UserError
@@ -46,8 +47,10 @@ def metrics_checked() -> Iterator[list[UserError]]:
     run. Yields the rejected ones, without which lm-eval continues."""
     from evaluate import loading
 
-    take, refused = loading.evaluation_module_factory, []
+    load = loading.evaluation_module_factory
+    rejected: list[UserError] = []
 
+    # Any: passed on unread.
     def checked(path: str, *args: Any, **options: Any) -> Any:
         # evaluate's search order: a file, a file of that name in a folder, else the Hub.
         named = path.endswith(".py")
@@ -61,15 +64,15 @@ def metrics_checked() -> Iterator[list[UserError]]:
                     "it there, then add --trust-remote-code"
                 )
         except UserError as error:
-            refused.append(error)
+            rejected.append(error)
             raise
-        return take(path, *args, **options)
+        return load(path, *args, **options)
 
     loading.evaluation_module_factory = checked
     try:
-        yield refused
+        yield rejected
     finally:
-        loading.evaluation_module_factory = take
+        loading.evaluation_module_factory = load
 
 
 def run_module(name: str) -> list[str]:
@@ -92,7 +95,7 @@ def time_limit(seconds: float, error: str) -> Iterator[None]:
         yield
         return
 
-    def stop(signum: int, frame: Any) -> None:
+    def stop(signum: int, frame: FrameType | None) -> None:
         raise UserError(error)
 
     before = signal.signal(signal.SIGALRM, stop)

@@ -26,8 +26,7 @@ def main(run: Run, resume: bool = False) -> Json:
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
     from lora_kit.plan import plan_training
-    from lora_kit.prove.evaluate import check_prove
-    from lora_kit.prove.finish import prove
+    from lora_kit.prove.evaluate import check_prove, prove
     from lora_kit.tasks.encode import encode
     from lora_kit.train.journey import Journey
     from lora_kit.train.save import save_run
@@ -50,11 +49,11 @@ def main(run: Run, resume: bool = False) -> Json:
         plan = plan_training(run, TASK, pinned, processor, data, journey.say)
 
         # 4. The base, frozen, in its type or quantized, and a new head.
-        model, fresh = TASK.model(pinned, facts, run)
+        base, fresh = TASK.model(pinned, facts, run)
 
         # 5. What trains: the adapter and the head.
-        strategy = choose(run.train, run.adapter, model, fresh)
-        model = attach(model, strategy.adapter, fresh, run.seed)
+        strategy = choose(run.train, run.adapter, base, fresh)
+        model = attach(base, strategy.adapter, fresh, run.seed)
         journey.say(str(describe(model)))
 
         # 6. Train.

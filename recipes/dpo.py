@@ -27,8 +27,7 @@ def main(run: Run, resume: bool = False) -> Json:
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
     from lora_kit.plan import plan_training
-    from lora_kit.prove.evaluate import check_prove
-    from lora_kit.prove.finish import prove
+    from lora_kit.prove.evaluate import check_prove, prove
     from lora_kit.tasks.encode import encode
     from lora_kit.train.journey import Journey
     from lora_kit.train.save import save_run
@@ -51,11 +50,11 @@ def main(run: Run, resume: bool = False) -> Json:
         plan = plan_training(run, TASK, pinned, processor, data, journey.say)
 
         # 4. The base, frozen, in its type or quantized.
-        model, fresh = TASK.model(pinned, facts, run)
+        base, fresh = TASK.model(pinned, facts, run)
 
         # 5. The adapter: what trains.
-        strategy = choose(run.train, run.adapter, model, fresh)
-        model = attach(model, strategy.adapter, fresh, run.seed)
+        strategy = choose(run.train, run.adapter, base, fresh)
+        model = attach(base, strategy.adapter, fresh, run.seed)
         journey.say(str(describe(model)))
 
         # 6. Train; before the first step, the reference.

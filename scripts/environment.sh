@@ -13,7 +13,8 @@ key="$(cat pyproject.toml scripts/constraints.txt | cksum) $("$python" --version
 if ! grep -qxF "$key $extras" .venv/installed 2>/dev/null; then
   echo "Installing into .venv (a few minutes the first time) ..." >&2
   [ -x .venv/bin/pip ] || "$python" -m venv --clear .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+  # Python compiles what it imports; compiling everything takes as long as the rest.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
     -c scripts/constraints.txt -e ".${extras:+[$extras]}"
   # One key a line: what was installed for other extras is still there, unless the key changed.
   grep -qF "$key" .venv/installed 2>/dev/null || : >.venv/installed

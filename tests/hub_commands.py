@@ -39,7 +39,7 @@ def card(repo, run, base):
     import re, torch, lora_kit
     from huggingface_hub import hf_hub_download
     from lora_kit.adapter.finished import FinishedRun
-    from lora_kit.prove.show import say
+    from lora_kit.prove.show import complete
 
     opened = FinishedRun(run, base)
     with open(hf_hub_download(repo, "README.md"), encoding="utf-8") as file:
@@ -62,7 +62,7 @@ def card(repo, run, base):
                 found["base"] = model(**batch).logits.tolist()
     else:
         prompt = "a question" if opened.lock["kind"] == "chat" else "The beginning of a text"
-        found["generated"] = say(opened, prompt, False, 64).strip()
+        found["generated"] = complete(opened, prompt, False, 64).strip()
     return {**found, "blocks": blocks}
 
 for arguments in json.loads(os.environ["COMMANDS"]):

@@ -16,7 +16,7 @@ from trained import edit
 
 from lora_kit.adapter.files import Update, open_adapter
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.adapter.inspect import compared, difference, inspect
+from lora_kit.adapter.inspect import compare_updates, difference, inspect
 from lora_kit.errors import UserError
 
 Maker = Callable[..., tuple[Any, Path]]
@@ -126,7 +126,7 @@ def test_a_known_rotation(rotation: float, cosine: float, apart: float) -> None:
     b, turned = torch.zeros(2, 1, 5, 1).double()
     b[0, 0] = 1
     turned[0, :2, 0] = torch.tensor([math.cos(turn), math.sin(turn)])
-    found = compared(Update("x", 2.0, a, b), Update("x", 1.0, 2 * a, turned))
+    found = compare_updates(Update("x", 2.0, a, b), Update("x", 1.0, 2 * a, turned))
     assert found["cosine"] == pytest.approx(cosine, abs=1e-12)
     assert found["relative"] == pytest.approx(apart, abs=1e-12)
 

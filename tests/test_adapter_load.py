@@ -19,7 +19,7 @@ from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import end_tokens
 from lora_kit.errors import UserError
-from lora_kit.prove.show import say
+from lora_kit.prove.show import complete
 
 IDS = torch.arange(4, 60)[None]
 
@@ -51,7 +51,7 @@ def test_load_gives_model_and_tokenizer_ready_to_answer(run: Path, base: Path) -
         plain = logits(model)
     assert (adapted - plain).abs().max() > 0.1
     # `base` is the base, and without it the adapter answers.
-    assert say(FinishedRun(run), "What is 3?", base=True, max_new_tokens=8) != say(
+    assert complete(FinishedRun(run), "What is 3?", base=True, max_new_tokens=8) != complete(
         FinishedRun(run), "What is 3?", base=False, max_new_tokens=8
     )
 
@@ -173,7 +173,7 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(run: Path, base: Path, w
     assert torch.equal(logits(model), logits(whole))
     assert tokenizer.get_vocab() == own.get_vocab()
     answers = {
-        say(FinishedRun(sent), "What is 3?", base=plain, max_new_tokens=8)
+        complete(FinishedRun(sent), "What is 3?", base=plain, max_new_tokens=8)
         for plain in (True, False)
     }
     assert len(answers) == 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
-import os
 import random
 import zlib
 from pathlib import Path
@@ -14,16 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_kit.base import tensors as room
-from lora_kit.base.tensors import (
-    INDEX,
-    PIECE,
-    Writer,
-    open_past_cache,
-    read_past_cache,
-    stored,
-    stored_in,
-)
+from lora_kit.base.tensors import INDEX, PIECE, stored, stored_in, write_file
 from lora_kit.errors import UserError
 
 DTYPES = [
@@ -58,57 +47,45 @@ def test_the_library_and_we_read_each_other(tmp_path: Path, seed: int) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         assert tensor.shape == tuple(wanted[name].shape) and same(tensor.read(), wanted[name])
-        assert (
-            b"".join(tensor.pieces())
-            == wanted[name].reshape(-1).view(torch.uint8).numpy(force=True).tobytes()
-        )
+        parts = [tensor.read(rows.start, rows.stop) for rows in tensor.blocks()]
+        if tensor.shape and tensor.size:
+            assert same(torch.cat(parts), wanted[name])
         if tensor.shape:
             assert same(tensor.read(1, 3), wanted[name][1:3])
-    with Writer(ours, {n: (t.dtype, t.shape) for n, t in found.items()}) as writer:
-        for name in found:
-            writer.put(name, wanted[name])
+    write_file(ours, {n: (t.dtype, t.shape) for n, t in found.items()}, lambda name: [wanted[name]])
     read = load_file(ours)
     assert read.keys() == wanted.keys() and all(same(read[n], wanted[n]) for n in wanted)
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["past the cache", "through it"])
-def test_large_tensors_in_pieces_of_any_length(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
-) -> None:
-    if not direct:  # as on a file system that knows no O_DIRECT
-        monkeypatch.setattr(room, "_DIRECT", 0)
+def test_large_tensors_in_pieces_of_any_length(tmp_path: Path) -> None:
     whole = torch.randint(0, 256, (2 * PIECE + 4097,), dtype=torch.uint8)
     file = tmp_path / "file"
-    with Writer(file, {"a": ("U8", tuple(whole.shape)), "b": ("F32", ())}) as writer:
-        for part in whole.split([5, PIECE - 1, 4096, PIECE + 4097 - 4100]):
-            writer.append("a", part)
-        writer.put("b", torch.tensor(0.5))
+    blocks = {
+        "a": whole.split([5, PIECE - 1, 4096, PIECE + 4097 - 4100]),
+        "b": [torch.tensor(0.5)],
+    }
+    crc = write_file(file, {"a": ("U8", tuple(whole.shape)), "b": ("F32", ())}, blocks.__getitem__)
     read = load_file(file)
     assert torch.equal(read["a"], whole) and read["b"] == 0.5
-    assert writer.crc == zlib.crc32(file.read_bytes())
-
-    buffer, descriptor = mmap.mmap(-1, 3 * 4096), open_past_cache(file, os.O_RDONLY)
-    content = file.read_bytes()
-    for at, size in ((0, 1), (4095, 2), (4096, 4096), (len(content) - 3, 3), (17, 4096)):
-        assert read_past_cache(descriptor, buffer, at, size) == content[at : at + size]
+    assert crc == zlib.crc32(file.read_bytes())
+    found = stored(file)["a"]
+    assert [rows.stop - rows.start for rows in found.blocks()] == [PIECE, PIECE, 4097]
+    assert next(found.blocks(3)).stop == PIECE // 3 * 3
+    file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match="truncated"):
-        read_past_cache(descriptor, buffer, len(content) - 3, 4)
-    os.close(descriptor)
+        found.read()
 
 
 def test_what_was_promised_must_be_written(tmp_path: Path) -> None:
     entries = {"a": ("F32", (2, 2)), "b": ("F32", (1,))}
-    wrong = pytest.raises(AssertionError, match="not the next one")
-    with wrong, Writer(tmp_path / "1", entries) as writer:
-        writer.put("b", torch.zeros(1))
-    wrong = pytest.raises(AssertionError, match="too long")
-    with wrong, Writer(tmp_path / "2", entries) as writer:
-        writer.append("a", torch.zeros(5))
-    wrong = pytest.raises(AssertionError, match="b was not written")
-    with wrong, Writer(tmp_path / "3", entries) as writer:
-        writer.put("a", torch.zeros(2, 2))
+    with pytest.raises(AssertionError, match=r"a is torch\.float64"):
+        write_file(tmp_path / "1", entries, lambda _: [torch.zeros(2, 2).double()])
+    with pytest.raises(AssertionError, match="a: 16 bytes declared, 20 written"):
+        write_file(tmp_path / "2", entries, lambda _: [torch.zeros(5)])
+    with pytest.raises(AssertionError, match="b: 4 bytes declared, 0 written"):
+        write_file(tmp_path / "3", entries, lambda n: [torch.zeros(2, 2)] if n == "a" else [])
     with pytest.raises(FileExistsError):
-        Writer(tmp_path / "1", entries)
+        write_file(tmp_path / "1", entries, lambda _: [])
 
 
 def raw(file: Path, header: str | bytes, data: bytes = b"", length: int | None = None) -> Path:

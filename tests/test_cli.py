@@ -14,7 +14,7 @@ import pytest
 
 from lora_kit import __version__, cli
 from lora_kit.launch import read_run
-from lora_kit.run import recipe_path, shipped, shipped_recipes
+from lora_kit.run import recipe_file, shipped, shipped_recipes
 from lora_kit.schema import Run
 
 VERBS = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
@@ -255,7 +255,7 @@ def test_copy_gives_a_recipe_and_a_run_file_that_work_and_overwrites_neither(
     assert sorted(p.name for p in folder.iterdir()) == sorted(["run.yaml", f"{recipe}.py"])
     put_data(folder)
     copied, _ = read_run(folder / "run.yaml", [])
-    assert recipe_path(copied) == folder / f"{recipe}.py"
+    assert recipe_file(copied.recipe) == folder / f"{recipe}.py"
     assert copied.name == f"my-{recipe}"
     text = (folder / "run.yaml").read_text(encoding="utf-8")
     assert "recipes/configs" not in text and "lora-kit train run.yaml" in text
@@ -289,7 +289,7 @@ def test_copy_gives_any_shipped_run_file(run: Shell, work: Path, name: str) -> N
     put_data(work / "mine")
     copied, _ = read_run(work / "mine" / "run.yaml", [])
     assert copied.name == f"my-{name}"
-    assert recipe_path(copied).parent == work / "mine"
+    assert recipe_file(copied.recipe).parent == work / "mine"
     header = (work / "mine" / "run.yaml").read_text(encoding="utf-8").split("recipe:")[0]
     assert "#   lora-kit train run.yaml" in header
     assert "copy" not in header and "my-field" not in header and "recipes/configs" not in header

@@ -17,7 +17,7 @@ from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, texts
 from processes import until
 
-from lora_kit.data import readers, table, workers
+from lora_kit.data import duplicates, readers, workers
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 
@@ -54,7 +54,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all that depends on several batches: samples, fractions, duplicates, dropped rows."""
-    monkeypatch.setattr(table, "LARGEST_SAMPLE", 60)
+    monkeypatch.setattr(duplicates, "LARGEST_SAMPLE", 60)
     rows = chats(400, 5)
     bad: list[dict[str, Any]] = [{"prompt": "?", "completion": None}] * 9
     mixed = [*rows, *bad, *rows[:30]]

@@ -10,7 +10,7 @@ import pytest
 from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, texts
 
-from lora_kit.data import table
+from lora_kit.data import duplicates
 from lora_kit.errors import UserError
 
 
@@ -191,7 +191,7 @@ def test_a_file_on_both_sides_is_refused(tmp_path: Path, tokenizer: Any, what: s
 def test_beyond_a_sample_near_ones_are_looked_for_in_it(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "LARGEST_SAMPLE", 200)
+    monkeypatch.setattr(duplicates, "LARGEST_SAMPLE", 200)
     train, other = chats(600), chats(60, seed=1)
     light = [{**row, "completion": edited(row["completion"], 1)} for row in train[:60]]
     data = {

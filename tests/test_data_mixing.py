@@ -40,8 +40,8 @@ def tokens_of(found: Prepared) -> dict[str, tuple[int, int]]:
     for file, length in zip(
         rows.column("file").tolist(), rows.sizes("input_ids").tolist(), strict=True
     ):
-        total, longest = counts.get(found.names[file][0], (0, 0))
-        counts[found.names[file][0]] = total + length, max(longest, length)
+        total, longest = counts.get(found.files[file].name, (0, 0))
+        counts[found.files[file].name] = total + length, max(longest, length)
     return counts
 
 
@@ -75,8 +75,8 @@ def test_fractions_are_shares_of_the_tokens(
     # As much as possible: of one source every row.
     read = {s["source"]: 0 for s in sources}
     for file in found.train.column("file").tolist():
-        read[found.names[file][0]] += 1
-    held = [found.names[file][0] for file in found.eval.column("file").tolist()]
+        read[found.files[file].name] += 1
+    held = [found.files[file].name for file in found.eval.column("file").tolist()]
     assert any(read[name] + held.count(name) == 300 for name in read)
 
 
@@ -89,7 +89,7 @@ def test_another_seed_mixes_other_rows(tmp_path: Path, plain: Any) -> None:
 
     def chosen(seed: int, sources: Any) -> set[int]:
         found = prepared(plain, train=sources, eval=eval_, seed=seed)
-        of_b = [found.names[f][0].endswith("b.jsonl") for f in found.train.column("file")]
+        of_b = [found.files[f].name.endswith("b.jsonl") for f in found.train.column("file")]
         return {int(n) for n, b in zip(found.train.column("number"), of_b, strict=True) if b}
 
     first = chosen(0, train)
@@ -109,7 +109,7 @@ def test_duplicates_are_not_mixed_in_before_others(tmp_path: Path, plain: Any) -
     of_b = [
         int(number)
         for file, number in zip(files, numbers, strict=True)
-        if found.names[file][0].endswith("b.jsonl")
+        if found.files[file].name.endswith("b.jsonl")
     ]
     assert 15 <= sum(n <= 100 for n in of_b) <= 35  # a quarter of the 100 rows taken
 
@@ -128,7 +128,7 @@ def test_replay_is_a_share_of_the_tokens_and_nothing_judged(
     found = prepared(tokenizer, kind, train=train, general=general, replay=share, packing="none")
     check_shares(found, {general: share})
     assert found.general is not None and found.general.units >= 20
-    of_general = [found.names[f][0] == general for f in found.train.column("file")]
+    of_general = [found.files[f].name == general for f in found.train.column("file")]
     replayed = {int(n) for n, g in zip(found.train.column("number"), of_general, strict=True) if g}
     judged = set(found.general.column("number").tolist())
     assert replayed and judged and not replayed & judged
@@ -157,7 +157,7 @@ def test_general_rows_that_repeat_each_other_are_judged_or_replayed(
     train = put(tmp_path / "a.jsonl", chats(60))
     found = prepared(plain, train=train, general=general, replay=0.3)
     assert found.general is not None
-    of_general = [found.names[f][0] == general for f in found.train.column("file")]
+    of_general = [found.files[f].name == general for f in found.train.column("file")]
     replayed = [row["input_ids"].tolist()[:-1] for n, row in enumerate(map(
         found.train.__getitem__, range(len(found.train)))) if of_general[n]]  # fmt: skip
     judged = [found.general[n]["input_ids"].tolist()[1:] for n in range(len(found.general))]

@@ -153,7 +153,7 @@ def test_the_same_is_prepared_to_the_same_bytes_and_only_once(
     first = of_settings(tmp_path, tokenizer, settings)
     again = of_settings(tmp_path, tokenizer, settings)
     assert (first.cached, again.cached) == (False, True) and result(first) == result(again)
-    assert again.names == first.names
+    assert again.files == first.files
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "other"))
     assert not of_settings(tmp_path, tokenizer, settings).cached
     kept = hashes(cache)

@@ -90,7 +90,7 @@ def test_documents_of_text_files_are_no_group(tmp_path: Path, tokenizer: Any) ->
     documents = put_texts(tmp_path / "b.txt", texts(45, seed=1))
     found = prepared(tokenizer, "text", train=[table, documents], eval=0.2, group="book")
     files, numbers = found.eval.column("file").tolist(), found.eval.column("number").tolist()
-    held = [(found.names[f][0], n) for f, n in zip(files, numbers, strict=True)]
+    held = [(found.files[f].name, n) for f, n in zip(files, numbers, strict=True)]
     assert 8 <= sum(name == documents for name, _ in held) <= 10
     books = {(n - 1) % 5 for name, n in held if name == table}
     assert len(held) == 10 * len(books) + sum(name == documents for name, _ in held)

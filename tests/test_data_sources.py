@@ -220,7 +220,7 @@ def test_a_file_that_becomes_another_kind_is_prepared_again(
     file.rename(file.with_suffix(".txt"))
     again = prepared(tokenizer, "text", **data)
     assert not again.cached
-    assert again.names[0][0].endswith("a.txt")
+    assert again.files[0].name.endswith("a.txt")
 
 
 def test_the_embedded_texts_are_sources(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_an_installed_wheel_finds_what_it_ships(tmp_path: Path) -> None:
             "-c",
             "import lora_kit.run as r; from lora_kit.launch import accelerate_config as a\n"
             "run = r.load_run(r.shipped('recipes') / 'configs' / 'nano-cpt.yaml')\n"
-            "print(r.__file__); print(r.recipe_path(run)); print(a('cpu'))",
+            "print(r.__file__); print(r.recipe_file(run.recipe)); print(a('cpu'))",
         ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(installed)},

@@ -88,13 +88,13 @@ def test_mistakes_are_counted_from_the_confusion_matrix() -> None:
         "per_class": {name: {**figures, "f1": n / 10} for n, name in enumerate("abcd")},
     }
     found = confused(made)
-    assert found["pairs"] == [("a", "b", 3, 8), ("c", "b", 2, 2)]
-    assert found["mistakes"] == 6
-    assert found["matrix"][0] == ("a", [(5, 0.625), (3, 0.375), (0, 0), (0, 0)])
-    assert [cell for _, cell in found["matrix"][3][1]] == [0, 0, 0, 0]
+    assert found.pairs == [("a", "b", 3, 8), ("c", "b", 2, 2)]
+    assert found.mistakes == 6
+    assert found.matrix[0] == ("a", [(5, 0.625), (3, 0.375), (0, 0), (0, 0)])
+    assert [cell for _, cell in found.matrix[3][1]] == [0, 0, 0, 0]
     # `d` is no class of the held-out rows: neither true nor predicted.
-    assert [label for label, _ in found["lowest"]] == ["a", "b", "c"]
-    assert [label for label, _ in found["every"]] == list("abcd")
+    assert [label for label, _ in found.lowest] == ["a", "b", "c"]
+    assert [label for label, _ in found.every] == list("abcd")
     many = confused(classifier(77)["classes"])
-    assert many["matrix"] is None and len(many["every"]) == 77
-    assert many["pairs"][0][2:] == (7, 10)
+    assert many.matrix is None and len(many.every) == 77
+    assert many.pairs[0][2:] == (7, 10)

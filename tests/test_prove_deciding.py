@@ -16,8 +16,8 @@ from lora_kit.data.census import Census
 from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError
 from lora_kit.prove.evaluate import check_prove, evaluate
-from lora_kit.prove.gate import held
 from lora_kit.prove.report import in_lines
+from lora_kit.prove.scores import check_gate
 from lora_kit.schema import Gate, Run
 from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.tasks.encode import Prepared
@@ -92,7 +92,7 @@ def test_other_metrics_are_reported_apart() -> None:
     assert {"accuracy", "macro_f1"} <= report["domain"].keys() and "f1" not in report["domain"]
     assert report["verdict"]["domain"] == "no different" and report["verdict"]["f1"] == "better"
     gate = Gate(domain=None, general=None, metrics={"macro_f1": 0.6, "f1": 0.9})
-    assert held(report, gate)["failed"] == ["macro_f1: 0.5 (asked for: 0.6 at least)"]
+    assert check_gate(report, gate)["failed"] == ["macro_f1: 0.5 (asked for: 0.6 at least)"]
 
 
 def test_what_a_sharded_model_cannot_generate_for_does_not_decide() -> None:
@@ -170,7 +170,7 @@ def test_nothing_is_better_while_a_contender_without_an_adapter_is_above(
     assert by_f1["domain"]["objection"] == "a linear probe on frozen features reached 0.800"
     (line, *_) = in_lines(by_f1)
     assert line.endswith("scored better, but a linear probe on frozen features reached 0.800")
-    assert not held(by_f1, Gate(general=None))["passed"]
+    assert not check_gate(by_f1, Gate(general=None))["passed"]
 
 
 class Alone(Two):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from reports import classifier, preferences, scored
 
-from lora_kit.prove.gate import held
+from lora_kit.prove.scores import check_gate
 from lora_kit.schema import Gate
 
 SCORE = {"base": 0.2, "adapted": 0.5}
@@ -42,7 +42,7 @@ def report(**verdicts: str) -> dict[str, Any]:
     ],
 )
 def test_bounds(gate: dict[str, Any], verdicts: dict[str, str], failed: list[str]) -> None:
-    found = held(report(**verdicts), Gate(**gate))
+    found = check_gate(report(**verdicts), Gate(**gate))
     assert found["passed"] is (not failed) and len(found["failed"]) == len(failed)
     assert all(line.startswith(start) for line, start in zip(found["failed"], failed, strict=True))
 
@@ -51,30 +51,34 @@ def test_what_was_not_measured_does_not_hold() -> None:
     unknown = report()
     del unknown["verdict"]["general"]
     unknown["metrics"] = None
-    assert held(unknown, Gate())["failed"] == [
+    assert check_gate(unknown, Gate())["failed"] == [
         "general: not measured: set data.general to text that must not be forgotten "
         "(asked for: kept)"
     ]
-    assert not held(unknown, Gate(general=None, metrics={"f1": 0.1}))["passed"]
+    assert not check_gate(unknown, Gate(general=None, metrics={"f1": 0.1}))["passed"]
 
 
 def test_any_score_of_the_domain_can_be_asked_for() -> None:
     found = classifier()
     held_to = {"accuracy": 0.8, "macro_f1": 0.81}
     gate = Gate(domain="no different", metrics=held_to)
-    assert held(found, gate)["failed"] == ["macro_f1: 0.799 (asked for: 0.81 at least)"]
+    assert check_gate(found, gate)["failed"] == ["macro_f1: 0.799 (asked for: 0.81 at least)"]
     found["domain"]["wer"] = scored(0.4, 0.3, -0.15, -0.05, "lower")
-    assert held(found, Gate(domain=None, metrics={"wer": 0.3}))["passed"]
-    failed = held(found, Gate(domain=None, metrics={"wer": 0.2}))["failed"]
+    assert check_gate(found, Gate(domain=None, metrics={"wer": 0.3}))["passed"]
+    failed = check_gate(found, Gate(domain=None, metrics={"wer": 0.2}))["failed"]
     assert failed == ["wer: 0.3 (asked for: 0.2 at most)"]
     # A loss in nats per token is for language models.
-    failed = held(found, Gate(domain=None, loss=2.0))["failed"]
+    failed = check_gate(found, Gate(domain=None, loss=2.0))["failed"]
     assert failed == ["loss: not measured (asked for: 2 at most)"]
-    assert held(preferences(), Gate(domain=None, general=None, metrics={"margin": 1}))["passed"]
+    assert check_gate(preferences(), Gate(domain=None, general=None, metrics={"margin": 1}))[
+        "passed"
+    ]
 
 
 def test_general_text_is_not_asked_of_a_model_without_a_language_model_head() -> None:
-    assert held(classifier(), Gate(domain="no different"))["passed"]
-    assert held(classifier(), Gate())["failed"] == ["domain: no different (asked for: better)"]
+    assert check_gate(classifier(), Gate(domain="no different"))["passed"]
+    assert check_gate(classifier(), Gate())["failed"] == [
+        "domain: no different (asked for: better)"
+    ]
     unknown = classifier() | {"not_measured": []}
-    assert not held(unknown, Gate(domain=None))["passed"]
+    assert not check_gate(unknown, Gate(domain=None))["passed"]

@@ -14,7 +14,7 @@ from conftest import sentences
 
 from lora_kit.errors import UserError
 from lora_kit.prove import harness
-from lora_kit.prove.harness import check_tasks, run_harness, table
+from lora_kit.prove.harness import check_tasks, compared_results, run_harness
 
 ROWS = [
     {
@@ -179,7 +179,7 @@ def results(first: list[float], second: list[float]) -> dict[str, Any]:
 
 
 def test_a_group_with_a_figure_stands_for_its_tasks() -> None:
-    found = table(results([0, 1], [0, 0, 0]), results([1, 1], [0, 1, 0]), seed=0)
+    found = compared_results(results([0, 1], [0, 0, 0]), results([1, 1], [0, 1, 0]), seed=0)
     assert found.keys() == {"both/acc"}
     figures = found["both/acc"]
     assert (figures["rows"], figures["base"], figures["adapted"]) == (5, 0.2, 0.6)

@@ -17,7 +17,7 @@ from processes import left_over, lora_kit, send_when
 
 from lora_kit.errors import UserError
 from lora_kit.prove import self_test as module
-from lora_kit.prove.self_test import choose, compare_steps, load_model, one_step, self_test
+from lora_kit.prove.self_test import compare_steps, make_setup, one_step, self_test
 from lora_kit.run import load_run
 from lora_kit.tasks.causal import Causal, Conversations, Text
 from lora_kit.train.guards import Guards
@@ -210,10 +210,10 @@ def test_summed_gradients_of_two_processes_are_found(run_file: Any) -> None:
     def two(scale: float) -> Callable[[str], None]:
         def start(config: str) -> None:
             assert config == "cpu_2proc"
-            told = json.loads(os.environ[module.STEP_VARIABLE])
-            batch = choose(run, Conversations())
-            step = one_step(run, load_model(run, batch), batch, batch.rows, (8, 1))
-            np.savez(told["file"], loss=step.loss, gradient=step.gradient * scale)
+            setup = make_setup(run, Conversations())
+            step = one_step(setup, setup.rows, 8, 1)
+            file = os.environ[module.STEP_VARIABLE]
+            np.savez(file, loss=step.loss, gradient=step.gradient * scale)
 
         return start
 
@@ -244,9 +244,9 @@ def test_rows_differ_where_all_answers_are_short(run_file: Any, work: Path, coun
     (work / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rows = [{"prompt": f"Is {n}{n} even?", "completion": "no"} for n in range(50, 80)]
     (work / "held.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    batch = choose(load_run(file), Conversations())
-    assert len(batch.rows) == 8
-    assert len({int((row["labels"][1:] != -100).sum()) for row in list(batch.rows)}) >= 2
+    rows = make_setup(load_run(file), Conversations()).rows
+    assert len(rows) == 8
+    assert len({int((row["labels"][1:] != -100).sum()) for row in list(rows)}) >= 2
 
 
 def test_the_command_checks_two_processes_and_leaves_nothing(run_file: Any, work: Path) -> None:

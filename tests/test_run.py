@@ -18,7 +18,6 @@ from lora_kit.run import (
     load_run,
     read_lock,
     recipe_file,
-    recipe_path,
     shipped,
     write_run,
 )
@@ -56,7 +55,7 @@ def test_a_short_run_file_gets_the_defaults_of_lora(folder: Path) -> None:
     assert (run.adapter.r, run.adapter.target_modules) == (16, "all-linear")
     assert (run.train.learning_rate, run.data.eval, run.seed) == (2e-4, 0.1, 0)
     assert run.directory == Path("runs/test")
-    assert recipe_path(run) == shipped("recipes") / "cpt.py"
+    assert recipe_file(run.recipe) == shipped("recipes") / "cpt.py"
 
 
 @pytest.mark.parametrize("text", ["2e-4", "2E-4", "2.0e-4", "0.0002", "+2e-4"])
@@ -82,7 +81,7 @@ def test_relative_paths_are_taken_from_the_run_file_not_from_the_working_folder(
     assert Path(run.data.train[0]).samefile(folder / "text.txt")
     assert run.data.train[1] == "nano:topics"
     assert (run.data.eval, run.base.model) == (str(inner / "more.md"), str(inner / "base"))
-    assert recipe_path(run) == inner / "mine.py"
+    assert recipe_file(run.recipe) == inner / "mine.py"
     assert Path(run.adapter.start or "").samefile(inner)
     assert load_run(file) == run
 

@@ -196,31 +196,31 @@ def test_a_merge_that_is_wrong_leaves_nothing(
 ) -> None:
     from lora_kit.ship.weights import Weights
 
-    right, before = Weights._halves, sorted(tmp_path.rglob("*"))
+    right, before = Weights._read_factors, sorted(tmp_path.rglob("*"))
     for factor, words in ((1.05, "merged model's logits differ by"), (float("nan"), "not written")):
         monkeypatch.setattr(
-            Weights, "_halves", lambda *a, by=factor: tuple(half * by for half in right(*a))
+            Weights, "_read_factors", lambda *a, by=factor: tuple(half * by for half in right(*a))
         )
         with pytest.raises(CheckFailed, match=words) as raised:
             merge(FinishedRun(run), tmp_path / "deep" / "er" / "merged", verify="logits")
         assert raised.value.exit_code == 1 and "\n" not in str(raised.value)
         assert sorted(tmp_path.rglob("*")) == before
-    monkeypatch.setattr(Weights, "_halves", right)
+    monkeypatch.setattr(Weights, "_read_factors", right)
 
     # What lies on the disk is not what was written.
     import lora_kit.ship.weights as room
 
-    reread = room._reread
+    check_file = room._check_file
 
-    def spoil(writer: Any) -> None:
-        with writer.file.open("r+b") as opened:
+    def spoil(file: Path, *written: Any) -> None:
+        with file.open("r+b") as opened:
             opened.seek(-1, 2)
             last = opened.read(1)[0]
             opened.seek(-1, 2)
             opened.write(bytes([last ^ 1]))
-        reread(writer)
+        check_file(file, *written)
 
-    monkeypatch.setattr(room, "_reread", spoil)
+    monkeypatch.setattr(room, "_check_file", spoil)
     with pytest.raises(CheckFailed, match="not what was written"):
         merge(FinishedRun(run), tmp_path / "merged")
     assert sorted(tmp_path.rglob("*")) == before

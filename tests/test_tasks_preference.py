@@ -18,7 +18,7 @@ from lora_kit.base.load import load_base
 from lora_kit.base.pin import pin
 from lora_kit.data.formats import Example
 from lora_kit.data.rows import Rows
-from lora_kit.run import validated
+from lora_kit.run import run_class
 from lora_kit.schema import Adapter, Base
 from lora_kit.speed.fast import documents_loss, make_fast
 from lora_kit.tasks.batches import collator, in_one_row
@@ -39,7 +39,7 @@ def run_of(**changes: Any) -> Any:
     for key, value in changes.items():
         section, name = key.split(".")
         values.setdefault(section, {})[name] = value
-    return validated(values, TASK)
+    return run_class(TASK).model_validate(values)
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> Example:

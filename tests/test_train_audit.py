@@ -212,7 +212,7 @@ def test_no_false_alarm_where_a_run_goes_on(run_file: Any, monkeypatch: pytest.M
         with pytest.raises(Interrupted):
             package.train(file)
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.evaluate.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file, resume=True)
     package.train(file, resume=True)

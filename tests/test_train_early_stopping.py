@@ -158,7 +158,7 @@ def test_continued_is_uninterrupted(
         with pytest.raises(ZeroDivisionError):
             package.train(file, PATIENCE)
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.evaluate.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file, PATIENCE, resume=True)
     package.train(file, PATIENCE, resume=True)
@@ -177,7 +177,7 @@ def test_continued_after_the_last_step_takes_no_other(
     file = run_file("cpt", **changes)
     package.train(file, "name=straight")
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.evaluate.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file)
     package.train(file, resume=True)
@@ -190,7 +190,7 @@ def test_the_best_checkpoint_is_damaged(
 ) -> None:
     file = run_file("cpt", **OVERFIT)
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.evaluate.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file)
     best = kept(Path("runs/test"))[0]

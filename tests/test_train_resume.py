@@ -236,7 +236,7 @@ def test_stopped_after_the_last_step(run_file: Any, monkeypatch: pytest.MonkeyPa
     file = run_file()
     package.train(file, "name=straight")
     with monkeypatch.context() as patch:
-        patch.setattr("lora_kit.prove.finish.evaluate", lambda *a, **b: 1 / 0)
+        patch.setattr("lora_kit.prove.evaluate.evaluate", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             package.train(file)
     report = package.train(file, resume=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.adapter import files
 from lora_kit.adapter.audit import Coverage, coverage
@@ -14,8 +14,15 @@ from lora_kit.errors import UserError
 from lora_kit.run import nearest
 from lora_kit.schema import Adapter
 
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+
+    from lora_kit.base.load import Model
+
 # Fields of `adapter:` that are not PEFT's.
 OWN_FIELDS = {"start"}
+_PATTERNS = ("target_modules", "exclude_modules")  # a string there is a regular expression
 # PEFT's value for LoRA on no module (it rejects an empty list), to train only a new head.
 NO_MODULE = "dummy-target-modules"
 
@@ -51,14 +58,7 @@ class Attached:
         return "\n".join(lines)
 
 
-def config_class() -> type[Any]:
-    """The installed `peft.LoraConfig`."""
-    from peft import LoraConfig
-
-    return LoraConfig
-
-
-def lora_config(adapter: Adapter, generates: bool = True, whole: Sequence[str] = ()) -> Any:
+def lora_config(adapter: Adapter, generates: bool = True, whole: Sequence[str] = ()) -> LoraConfig:
     """The `peft.LoraConfig` of `adapter:`.
 
     Args:
@@ -73,7 +73,7 @@ def lora_config(adapter: Adapter, generates: bool = True, whole: Sequence[str] =
     return LoraConfig(task_type=kind, modules_to_save=list(whole) or None, **fields)
 
 
-def attach(model: Any, adapter: Adapter, fresh: Sequence[str], seed: int) -> Any:
+def attach(model: Model, adapter: Adapter, fresh: Sequence[str], seed: int) -> PeftModel:
     """Attach a new adapter, or the one of `adapter.start`, to a frozen base.
 
     The seed is set first, so that A is initialised the same on every rank.
@@ -96,7 +96,7 @@ def attach(model: Any, adapter: Adapter, fresh: Sequence[str], seed: int) -> Any
             return load_adapter(model, found, trainable=True)
         except UserError as error:
             raise UserError(f"adapter.start: {error}") from None
-    linear = linear_names(model)
+    linear = _linear_names(model)
     _check_layers(model, adapter)
     _check_names(model, adapter, linear)
     if adapter.layers_to_transform and adapter.target_modules == "all-linear":
@@ -121,15 +121,13 @@ def attach(model: Any, adapter: Adapter, fresh: Sequence[str], seed: int) -> Any
     return attached
 
 
-def _whole(model: Any, fresh: Sequence[str]) -> list[str]:
+def _whole(model: Model, fresh: Sequence[str]) -> list[str]:
     """Full names for modules_to_save: PEFT matches name endings, also `pre_classifier` for
     `classifier`, and would put LoRA into modules that are not listed."""
-    return (
-        [name for name, _ in model.named_modules() if name.endswith(tuple(fresh))] if fresh else []
-    )
+    return [name for name, _ in model.named_modules() if name.endswith(tuple(fresh))]
 
 
-def _freeze_statistics(model: Any) -> None:
+def _freeze_statistics(model: Model) -> None:
     """Keep BatchNorm in evaluation mode during training: its running statistics are not saved with
     the adapter, so they must not change."""
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -139,12 +137,12 @@ def _freeze_statistics(model: Any) -> None:
             vars(module)["train"] = partial(_keep_mode, module)
 
 
-def _keep_mode(module: Any, mode: bool = True) -> Any:
+def _keep_mode(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
     """Replaces `Module.train`."""
     return module
 
 
-def load_adapter(model: Any, found: files.Adapter, trainable: bool = False) -> Any:
+def load_adapter(model: Model, found: files.Adapter, trainable: bool = False) -> PeftModel:
     """Load an adapter's files onto a base, as a PEFT model.
 
     PEFT gets only known settings and the tensors, never the folder, from which it would load
@@ -155,10 +153,7 @@ def load_adapter(model: Any, found: files.Adapter, trainable: bool = False) -> A
         UserError: the adapter does not fit the base, has unexpected tensors, or NaN.
     """
     from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
-    from peft import set_peft_model_state_dict as fill
-
-    def wrong(why: str) -> UserError:
-        return UserError(f"{found.folder}: the adapter does not fit the base: {why}")
+    from peft import set_peft_model_state_dict as load_tensors
 
     tensors = found.tensors()
     for name, tensor in tensors.items():
@@ -166,36 +161,58 @@ def load_adapter(model: Any, found: files.Adapter, trainable: bool = False) -> A
             raise UserError(
                 f"{found.folder}: {name}: NaN or infinite values, or not a floating dtype"
             )
-    ends_of_model = (model.get_input_embeddings(), model.get_output_embeddings())
-    whole = [module for module in ends_of_model if module is not None]
-    own = [name for name, module in model.named_modules() if module in whole]
-    ends = re.compile(rf"base_model\.model\.({'|'.join(own)})(\.base_layer)?\.weight")
-    saved = {end[1]: len(t) for name, t in tensors.items() if (end := ends.fullmatch(name))}
-    rows = set(saved.values()) - {len(whole[0].weight)}
-    if rows and len(saved) < len({id(end.weight) for end in whole}):
-        raise wrong(f"tokens were added, but only {next(iter(saved))} has their rows")
-    if len(rows) == 1:
-        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    whole = _resize_vocabulary(model, found, tensors)
     generates = model.can_generate()
-    kind, wrapper = ("CAUSAL_LM", PeftModelForCausalLM) if generates else (None, PeftModel)
+    wrapper: Any = PeftModelForCausalLM if generates else PeftModel
+    kind = "CAUSAL_LM" if generates else None
     try:
         config = LoraConfig(**_settings(found), task_type=kind, inference_mode=not trainable)
-        attached = wrapper(model, config)
+        attached: PeftModel = wrapper(model, config)
         # If tokens were added, PEFT saves embeddings and head as well.
         known = get_peft_model_state_dict(attached, save_embedding_layers=False).keys()
-        filled: Any = fill(attached, tensors)
+        loaded: Any = load_tensors(attached, tensors)
     except Exception as error:  # PEFT raises anything on settings and shapes
-        raise wrong(" ".join(str(error).split())[:200]) from None
-    strange = sorted(
-        {n for n in tensors.keys() - known if not (".lora_" in n or ends.fullmatch(n))}
-    )
-    if strange or filled.unexpected_keys:
-        raise wrong(f"unexpected tensor {[*strange, *filled.unexpected_keys][0]:.200}")
+        raise _does_not_fit(found, " ".join(str(error).split())[:200]) from None
+    unknown = [n for n in tensors if n not in known and n not in whole and ".lora_" not in n]
+    unexpected = [*sorted(unknown), *loaded.unexpected_keys]
+    if unexpected:
+        raise _does_not_fit(found, f"unexpected tensor {unexpected[0]:.200}")
     parts = ("lora_",) if generates else ("lora_", ".modules_to_save.")
-    missing = [n for n in filled.missing_keys if any(p in n for p in parts) and ".default" in n]
+    missing = [
+        name
+        for name in loaded.missing_keys
+        if ".default" in name and any(part in name for part in parts)
+    ]
     if missing:
-        raise wrong(f"missing tensor {missing[0]} and {len(missing) - 1} more")
+        raise _does_not_fit(found, f"missing tensor {missing[0]} and {len(missing) - 1} more")
     return attached if trainable else attached.eval()
+
+
+def _does_not_fit(found: files.Adapter, why: str) -> UserError:
+    return UserError(f"{found.folder}: the adapter does not fit the base: {why}")
+
+
+def _resize_vocabulary(
+    model: Model, found: files.Adapter, tensors: Mapping[str, torch.Tensor]
+) -> set[str]:
+    """Give the base as many tokens as the adapter's embeddings and head have.
+
+    Returns:
+        The names of the adapter's whole embeddings and head.
+    """
+    both: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = [module for module in both if module is not None]
+    names = [name for name, module in model.named_modules() if module in ends]
+    pattern = re.compile(rf"base_model\.model\.({'|'.join(names)})(\.base_layer)?\.weight")
+    whole = {name: match[1] for name in tensors if (match := pattern.fullmatch(name))}
+    rows = {len(tensors[name]) for name in whole} - {len(ends[0].weight)}
+    distinct = len({id(end.weight) for end in ends})  # tied ones count once
+    if rows and len(set(whole.values())) < distinct:
+        only = next(iter(whole.values()))
+        raise _does_not_fit(found, f"tokens were added, but only {only} has their rows")
+    if len(rows) == 1:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    return set(whole)
 
 
 def _settings(found: files.Adapter) -> dict[str, Any]:
@@ -206,20 +223,21 @@ def _settings(found: files.Adapter) -> dict[str, Any]:
     start = str(values.get("init_lora_weights"))
     # Only these initialisations change the base's weights when an adapter is attached.
     values["init_lora_weights"] = start if start.startswith(("pissa", "olora")) else True
-    patterns = ("target_modules", "exclude_modules")
-    if any(isinstance(values.get(key), str) for key in patterns) or values.get("layers_pattern"):
-        inside = tuple(p.rpartition(".")[0] for p in values.get("target_parameters") or [])
-        named: Any = [
-            m for m in found.factors if not m.removesuffix(".base_layer").endswith(inside)
-        ]
-        if not found.factors:
-            named = NO_MODULE
-        others = ("exclude_modules", "layers_to_transform", "layers_pattern")
-        values |= dict.fromkeys(others) | {"target_modules": named}
+    by_pattern = [key for key in _PATTERNS if isinstance(values.get(key), str)]
+    if by_pattern or values.get("layers_pattern"):
+        parents = [name.rpartition(".")[0] for name in values.get("target_parameters") or []]
+        modules = []
+        for module in found.factors:
+            # PEFT adapts parameters of fused experts by target_parameters.
+            if not module.removesuffix(".base_layer").endswith(tuple(parents)):
+                modules.append(module)
+        values["target_modules"] = modules if found.factors else NO_MODULE
+        for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            values[key] = None
     return values
 
 
-def describe(model: Any) -> Attached:
+def describe(model: PeftModel) -> Attached:
     """Count the adapted modules by name ending, and the parameters of adapter and base."""
     from peft.utils import ModulesToSaveWrapper
 
@@ -233,7 +251,7 @@ def describe(model: Any) -> Attached:
     return Attached(coverage(model), trainable, total, whole)
 
 
-def linear_names(model: Any) -> list[str]:
+def _linear_names(model: Model) -> list[str]:
     """The distinct name endings of the linear modules, without the head."""
     import torch
 
@@ -247,7 +265,7 @@ def linear_names(model: Any) -> list[str]:
     )
 
 
-def _check_layers(model: Any, adapter: Adapter) -> None:
+def _check_layers(model: Model, adapter: Adapter) -> None:
     """PEFT silently ignores layer numbers that do not exist."""
     count: int = model.config.get_text_config().num_hidden_layers
     beyond = [n for n in adapter.layers_to_transform or [] if not 0 <= n < count]
@@ -257,7 +275,7 @@ def _check_layers(model: Any, adapter: Adapter) -> None:
         )
 
 
-def _check_names(model: Any, adapter: Adapter, linear: list[str]) -> None:
+def _check_names(model: Model, adapter: Adapter, linear: list[str]) -> None:
     """Every given name must match a module; PEFT only requires that one of them does."""
     names = [name for name, _ in model.named_modules()]
     problems = []
@@ -276,7 +294,7 @@ def _check_names(model: Any, adapter: Adapter, linear: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _check_patterns(model: Any, adapter: Adapter) -> None:
+def _check_patterns(model: PeftModel, adapter: Adapter) -> None:
     """rank_pattern and alpha_pattern must match adapted modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

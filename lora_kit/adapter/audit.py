@@ -15,9 +15,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+    from torch import Tensor
 
 SMALLEST_PART = 0.01  # smaller shares of the base's parameters are not listed
 # A contiguous block of zero rows of this share is a lost shard; dead units are scattered.
@@ -94,7 +99,7 @@ class Coverage:
         return line
 
 
-def coverage(model: Any) -> Coverage:
+def coverage(model: PeftModel) -> Coverage:
     """The part of the base that a PEFT model's adapter covers, by number of parameters; 4-bit
     parameters count unpacked, tied ones once."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -139,9 +144,9 @@ def _part(name: str) -> str:
     return ".".join(words[words.index("experts") if "experts" in words else -1 :])
 
 
-def _partial(model: Any, adapted: set[str]) -> Iterator[dict[str, str]]:
+def _partial(model: PeftModel, adapted: set[str]) -> Iterator[dict[str, str]]:
     """Modules that are adapted in only some layers, without a setting that asks for it."""
-    config = model.peft_config[model.active_adapter]
+    config: Any = model.peft_config[str(model.active_adapter)]
     if config.layers_to_transform is not None or config.exclude_modules:
         return
     alike = defaultdict(list)
@@ -179,7 +184,7 @@ class Audit:
             does that is not saved with the adapter.
     """
 
-    def __init__(self, model: Any, accelerator: Any, groups: Groups) -> None:
+    def __init__(self, model: PeftModel, accelerator: Accelerator, groups: Groups) -> None:
         self.model, self.accelerator = model, accelerator
         self.coverage = coverage(model)
         self.problems = list(self.coverage.problems)
@@ -197,7 +202,7 @@ class Audit:
             )
         self._initial = _fetch({name: _checksum(tensor) for name, tensor in tensors.items()})
         self._frozen: dict[str, int] = {}
-        self._reached: Any = None  # bool (tensors,), on the device
+        self._reached: Tensor | None = None  # bool (tensors,), on the device
         self._steps = 0
         self._explained: set[str] = set()  # modules with a reported problem
 
@@ -288,7 +293,7 @@ class Audit:
         if most == 0 and not self._explained:
             self._problem("effect", "the adapter")
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, object]:
         """`audit` of report.json."""
         return {
             "modules": self.coverage.modules,
@@ -325,6 +330,7 @@ class Audit:
         return [group for group in self._groups if group not in alive]
 
     def _check_gradients(self) -> None:
+        assert self._reached is not None
         counts = self.accelerator.reduce(self._reached.float(), "sum").tolist()
         names = list(self._tensors())
         modules = dict.fromkeys(map(_module, names))
@@ -421,7 +427,7 @@ class Audit:
         self.problems.append({"what": f"{subject} {what}", "cause": cause, "fix": fix})
 
 
-def _members(model: Any, groups: Groups) -> dict[str, str]:
+def _members(model: PeftModel, groups: Groups) -> dict[str, str]:
     """{tensor: its group}. Tensors that PEFT saves with the adapter (such as those of a start
     adapter) belong to the adapter.
 
@@ -468,12 +474,12 @@ def _module(name: str) -> str:
     return _LORA_OR_SAVED.split(name)[0]
 
 
-def _local(tensor: Any) -> Any:
+def _local(tensor: Any) -> Tensor:
     """This rank's shard."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _zero_block(matrix: Any) -> Any:
+def _zero_block(matrix: Tensor) -> Tensor:
     """(rows, columns) -> (): the longest block of zero rows, as a share of all rows."""
     import torch
 
@@ -483,7 +489,7 @@ def _zero_block(matrix: Any) -> Any:
     return (index - last).max() / len(alive)
 
 
-def _checksum(tensor: Any) -> Any:
+def _checksum(tensor: Tensor) -> Tensor:
     """int64 () on the tensor's device: the sum modulo 2^64 of its 64-bit words, each times an odd
     number that depends on its position. Detects every change of a single word; makes no copy.
     """
@@ -503,7 +509,7 @@ def _checksum(tensor: Any) -> Any:
     return (sums * torch.arange(1, 2 * _COLUMNS, 2, device=sums.device)).sum()
 
 
-def _fetch(numbers: dict[str, Any]) -> dict[str, Any]:
+def _fetch(numbers: Mapping[str, Tensor]) -> dict[str, Any]:
     """Copy all numbers from the device in one transfer."""
     import torch
 

@@ -18,21 +18,23 @@ scale of sqrt(r).
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_kit.adapter.extract import factored, row_slices, write_factors, write_metadata
-from lora_kit.adapter.files import WEIGHTS, Adapter, Update
+from lora_kit.adapter.extract import factored, write_metadata
+from lora_kit.adapter.files import WEIGHTS, Adapter, Update, write_standard
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.portable import check_portable
-from lora_kit.base.tensors import Stored
 from lora_kit.errors import UserError
-from lora_kit.folders import new_folder
+from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
+from lora_kit.schema import Json
+
+if TYPE_CHECKING:
+    import torch
 
 _FROM_FIRST = ("base", "kind", "joiner", "chat_template")  # entries of the lock file
 METHODS = ("linear", "svd", "ties", "dare")
@@ -57,8 +59,8 @@ def combine(
         weights: one per adapter; None: equal, with sum 1.
         rank: of the result; None: the sum for `linear`, else the largest.
         density: share of the entries that `ties` and `dare` keep.
-        seed: of `dare`'s drop mask: as in PEFT after torch.manual_seed, for matrices of at most
-            2**18 entries in file order.
+        seed: of `dare`'s drop mask: as in PEFT after torch.manual_seed, with the modules in the
+            order of the file.
 
     Returns:
         `method`, `weights`, `rank`, `modules` (a number) and `notes` for the user.
@@ -66,78 +68,117 @@ def combine(
     Raises:
         UserError: the adapters have different bases or shapes, or more than LoRA updates.
     """
-    weights = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
-    problems = [
-        problem
-        for wrong, problem in (
-            (len(runs) < 2, "only one adapter: name two or more"),
-            (
-                len(weights) != len(runs),
-                f"--weights: {len(weights)} for {len(runs)} adapters: give one each, as 0.7,0.3",
-            ),
-            (
-                not all(abs(w) < 1e6 for w in weights),
-                "--weights: must be finite numbers below a million",
-            ),
-            (not 0 < density <= 1, f"--density {density}: must be > 0 and <= 1"),
-            (rank is not None and rank < 1, f"--rank {rank}: must be at least 1"),
-            (method not in METHODS, f"--method {method}: one of {', '.join(METHODS)}"),
+    weights = [1 / len(runs)] * len(runs) if weights is None else list(weights)
+    _check_settings(len(runs), method, weights, rank, density)
+    sizes = _check_adapters(runs)
+    refuse_existing(Path(out))
+    adapters = [run.adapter for run in runs]
+    exact = method == "linear" and rank is None
+    if rank is None:
+        rank = _default_rank(adapters, sum if exact else max)
+    factors = _combined(
+        list(zip(weights, adapters, strict=True)),
+        sizes,
+        method,
+        None if exact else rank,
+        density,
+        seed,
+    )
+    of = [{"adapter": run.name, "sha256": file_hash(run.folder / WEIGHTS)} for run in runs]
+    settings: dict[str, Any] = {"method": method, "weights": weights, "rank": rank, "of": of}
+    if method in ("ties", "dare"):
+        settings |= {"density": density, "seed": seed}
+    targets = {name for adapter in adapters for name in adapter.targets}
+    with new_folder(Path(out), 4 * rank * sum(map(sum, sizes.values()))) as folder:
+        write_standard(folder, factors, runs[0].peft_base, rank, sorted(targets))
+        write_metadata(folder, runs[0].folder, {**_kept_of_locks(runs), "combined": settings})
+    notes = _notes(adapters, list(sizes))
+    return {**settings, "out": str(out), "modules": len(sizes), "notes": notes}
+
+
+def _check_settings(
+    adapters: int, method: str, weights: list[float], rank: int | None, density: float
+) -> None:
+    """Raises UserError with a line for each invalid setting."""
+    problems = []
+    if adapters < 2:
+        problems.append("only one adapter: name two or more")
+    if len(weights) != adapters:
+        problems.append(
+            f"--weights: {len(weights)} for {adapters} adapters: give one each, as 0.7,0.3"
         )
-        if wrong
-    ]
+    if not all(abs(weight) < 1e6 for weight in weights):  # also for NaN
+        problems.append("--weights: must be finite numbers below a million")
+    if not 0 < density <= 1:
+        problems.append(f"--density {density}: must be > 0 and <= 1")
+    if rank is not None and rank < 1:
+        problems.append(f"--rank {rank}: must be at least 1")
+    if method not in METHODS:
+        problems.append(f"--method {method}: one of {', '.join(METHODS)}")
     if problems:
         raise UserError("\n".join(problems))
-    adapters = [run.adapter for run in runs]
-    sizes = _check(runs)
-    modules = list(sizes)
-    ranks = {m: [a.rank_and_scale(m)[0] for a in adapters if m in a.factors] for m in modules}
-    exact = method == "linear" and rank is None
-    width = rank or max(sum(some) if exact else max(some) for some in ranks.values())
-    factors = {m: pair for adapter in adapters for m, pair in adapter.factors.items()}
-    names = {m: {ab: tensor.name for ab, tensor in pair.items()} for m, pair in factors.items()}
-    needed = 4 * width * sum(map(sum, sizes.values()))
-    if method in ("ties", "dare"):  # plus one full update at a time
-        needed += 4 * max(map(math.prod, sizes.values()))
+
+
+def _default_rank(adapters: list[Adapter], of_module: Callable[[list[int]], int]) -> int:
+    """The largest rank that a module needs: the sum or the maximum of its ranks."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for adapter in adapters:
+        for module in adapter.factors:
+            ranks[module].append(adapter.rank_and_scale(module)[0])
+    return max(of_module(each) for each in ranks.values())
+
+
+def _combined(
+    adapters: list[tuple[float, Adapter]],
+    modules: Iterable[str],
+    method: str,
+    rank: int | None,
+    density: float,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """A and B of all modules, by their names in the file.
+
+    Args:
+        adapters: with their weights.
+        rank: see `_summed`.
+    """
     import torch
 
-    with new_folder(Path(out), needed) as folder, torch.random.fork_rng(devices=[]):
+    factors = {}
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-
-        def combined(module: str) -> tuple[Any, Any]:
-            pairs = [
-                (weight, adapter.update(module))
-                for weight, adapter in zip(weights, adapters, strict=True)
-                if module in adapter.factors
-            ]
-            if not all(update.finite for _, update in pairs):
+        for module in modules:
+            having = [(weight, one) for weight, one in adapters if module in one.factors]
+            updates = [(weight, adapter.update(module)) for weight, adapter in having]
+            if not all(update.finite for _, update in updates):
                 raise UserError(f"{module}: NaN or infinite values")
-            if method in ("linear", "svd"):
-                return _summed(pairs, None if exact else width)
-            return _sparse(pairs, method, width, density, seed, folder / "dW")
-
-        write_factors(folder / WEIGHTS, names, sizes, width, combined)
-        of = [{"adapter": run.name, "sha256": file_hash(run.folder / WEIGHTS)} for run in runs]
-        settings: dict[str, Any] = {"method": method, "weights": weights, "rank": width, "of": of}
-        if method in ("ties", "dare"):
-            settings |= {"density": density, "seed": seed}
-        lock = runs[0].lock
-        kept: dict[str, Any] = {k: lock[k] for k in _FROM_FIRST if k in lock}
-        if "base" in kept and runs[0].run:  # the path may be relative to the run
-            kept["base"] = {**kept["base"], "model": runs[0].base.model}
-        for key in ("data", "commits"):  # of all adapters, since their licences apply
-            kept[key] = {}
-            for run in runs:
-                for name, value in run.lock.get(key, {}).items():
-                    other = kept[key].get(name, value) != value
-                    kept[key][f"{name} of {run.path}" if other else name] = value
-        kept["combined"] = settings
-        targets = sorted({name for adapter in adapters for name in adapter.targets})
-        write_metadata(folder, runs[0].peft_base, width, targets, runs[0].folder, kept)
-    notes = _notes(adapters, modules)
-    return {**settings, "out": str(out), "modules": len(modules), "notes": notes}
+            if method in ("linear", "svd") or rank is None:
+                a, b = _summed(updates, rank)
+            else:
+                a, b = _sparse(updates, method, rank, density, seed)
+            stored = having[-1][1].factors[module]
+            factors[stored["A"].name] = a
+            factors[stored["B"].name] = b
+    return factors
 
 
-def _check(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:
+def _kept_of_locks(runs: Sequence[FinishedRun]) -> Json:
+    """The entries of the adapters' lock files that also hold for the combination."""
+    first = runs[0].lock
+    kept: Json = {key: first[key] for key in _FROM_FIRST if key in first}
+    if "base" in kept and runs[0].run:  # the path may be relative to the run
+        kept["base"] = {**kept["base"], "model": runs[0].base.model}
+    for key in ("data", "commits"):  # of all adapters, since their licences apply
+        entries: Json = {}
+        for run in runs:
+            for name, value in run.lock.get(key, {}).items():
+                differs = entries.get(name, value) != value
+                entries[f"{name} of {run.path}" if differs else name] = value
+        kept[key] = entries
+    return kept
+
+
+def _check_adapters(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:
     """(out, in) of every module. Raises UserError unless all adapters are standard LoRA, with the
     same base and shapes."""
     problems = []
@@ -146,8 +187,10 @@ def _check(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:
     for run in runs:
         adapter = run.adapter
         check_portable(adapter)
-        known = run.hashes and first.hashes
-        if run.hashes != first.hashes if known else run.peft_base != first.peft_base:
+        other_base = run.peft_base != first.peft_base
+        if run.hashes and first.hashes:  # a moved base is still the same
+            other_base = run.hashes != first.hashes
+        if other_base:
             bases = f"{run.peft_base[0]}, and {first.peft_base[0]} for {first.path}"
             problems.append(f"{run.path}: different bases or revisions: {bases}")
         for module, factors in adapter.factors.items():
@@ -166,12 +209,15 @@ def _notes(adapters: list[Adapter], modules: list[str]) -> list[str]:
         files = [adapter.folder / name for adapter in adapters]
         if len({file.read_bytes() if file.is_file() else None for file in files}) > 1:
             notes.append(f"the adapters have different {what}: using the first one's")
-    if partly := sum(any(m not in adapter.factors for adapter in adapters) for m in modules):
+    partly = sum(any(m not in adapter.factors for adapter in adapters) for m in modules)
+    if partly:
         notes.append(f"{partly} of {len(modules)} modules are missing in an adapter: counted as 0")
     return notes
 
 
-def _summed(pairs: list[tuple[float, Update]], rank: int | None) -> tuple[Any, Any]:
+def _summed(
+    pairs: list[tuple[float, Update]], rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (k, in) and B (out, k), float32, of one module's sum: exact for rank None, else truncated,
     by the SVD of the small core between two orthonormal bases."""
     import torch
@@ -187,67 +233,18 @@ def _summed(pairs: list[tuple[float, Update]], rank: int | None) -> tuple[Any, A
 
 
 def _sparse(
-    pairs: list[tuple[float, Update]],
-    method: str,
-    rank: int,
-    density: float,
-    seed: int,
-    scratch: Path,
-) -> tuple[Any, Any]:
-    """The same for methods that need every entry of the updates: computed once, in blocks of rows,
-    and stored in the file `scratch` for repeated reads."""
+    pairs: list[tuple[float, Update]], method: str, rank: int, density: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for methods that need every entry of the updates, by PEFT's functions."""
     import torch
     from peft.utils.merge_utils import dare_linear, ties
 
-    module, (_, out, width) = pairs[0][1].module, pairs[0][1].size
-    factors = [(u.scale, u.a[0].float(), u.b[0].float()) for _, u in pairs]
+    updates = [(u.b[0].float() @ u.a[0].float()) * u.scale for _, u in pairs]
     weights = torch.tensor([weight for weight, _ in pairs])
-    keep = max(1, int(density * out * width))
-
-    def updates(some: Sequence[tuple[float, Any, Any]]) -> Iterator[tuple[slice, list[Any]]]:
-        for rows in row_slices(out, width):
-            yield rows, [(b[rows] @ a) * scale for scale, a, b in some]
-
-    bounds = [_bound(partial(updates, [f]), keep) for f in factors if method == "ties"]
-
-    with scratch.open("wb") as opened, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The density")  # of 1: nothing is dropped
-        for _, parts in updates(factors):
-            if method == "dare":
-                merged = dare_linear(parts, weights, density)
-            else:
-                large = [p * (p.abs() >= bound) for p, bound in zip(parts, bounds, strict=True)]
-                merged = ties(large, weights, 1.0)
-            numbers: Any = merged.numpy()
-            opened.write(numbers)
-    whole = Stored(module, "F32", (out, width), scratch, 0, 4 * out * width)
-    try:
-        b, a, _ = factored(
-            lambda: ((rows, whole.read(rows.start, rows.stop)) for rows in row_slices(out, width)),
-            (out, width),
-            rank,
-            seed,
-            module,
-        )
-    finally:
-        scratch.unlink()
+        combined = (dare_linear if method == "dare" else ties)(updates, weights, density)
+    whole = slice(0, len(combined))
+    shape = (combined.shape[0], combined.shape[1])
+    b, a, _ = factored(lambda: [(whole, combined)], shape, rank, seed, pairs[0][1].module)
     return a, b
-
-
-def _bound(updates: Callable[[], Iterator[tuple[slice, list[Any]]]], keep: int) -> Any:
-    """The `keep`-th largest absolute value, by a radix selection over the upper and then the lower
-    16 bits: positive float32 numbers are ordered like their bits."""
-    import torch
-
-    found = 0
-    for upper in (True, False):
-        counts = torch.zeros(2**16, dtype=torch.int64)
-        for _, (block,) in updates():
-            bits = block.abs().view(torch.int32).flatten()
-            parts = bits >> 16 if upper else bits[bits >> 16 == found] & 0xFFFF
-            counts += torch.bincount(parts, minlength=2**16)
-        above = counts.flip(0).cumsum(0)
-        place = int((above < keep).sum())
-        keep -= int(above[place - 1]) if place else 0
-        found = (found << 16) + 2**16 - 1 - place
-    return torch.tensor(found, dtype=torch.int32).view(torch.float32)

@@ -13,19 +13,23 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from lora_kit.adapter.files import WEIGHTS, write_config, write_json
+from lora_kit.adapter.files import WEIGHTS, write_json, write_standard
 from lora_kit.base.pin import pin
-from lora_kit.base.tensors import FLOATS, Stored, Writer, stored_in
+from lora_kit.base.tensors import FLOATS, Stored, stored_in
 from lora_kit.errors import CheckFailed, UserError, harmless
 from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
-from lora_kit.schema import Base
+from lora_kit.schema import Base, Json
 
-# Yields (rows, block of these rows in float32), in order; called once per iteration.
-Blocks = Callable[[], Iterable[tuple[slice, Any]]]
+if TYPE_CHECKING:
+    import torch
+
+Block = tuple[slice, "torch.Tensor"]  # rows of a matrix, and these rows in float32
+Blocks = Callable[[], Iterable[Block]]  # all of a matrix in order; called once per iteration
 
 # Elements: 1 MiB in float32. Larger blocks fragment the heap: 16 MiB took 300 MiB more.
 _BLOCK = 2**18
@@ -36,6 +40,17 @@ _LAYER = re.compile(r"(?:.+\.)?(?:layers|blocks)\.[0-9]+\..+\.weight")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.jinja")
 
 
+class NotCarried(TypedDict):
+    """A changed tensor that a LoRA cannot represent.
+
+    `relative`: ||dW||_F / ||W||_F; None: not comparable.
+    """
+
+    name: str
+    why: str
+    relative: float | None
+
+
 def row_slices(out: int, width: int) -> Iterator[slice]:
     """The rows of an (out, width) matrix, in blocks of 1 MiB."""
     step = max(1, _BLOCK // max(1, width))
@@ -44,7 +59,7 @@ def row_slices(out: int, width: int) -> Iterator[slice]:
 
 def factored(
     blocks: Blocks, shape: tuple[int, int], rank: int, seed: int, name: str
-) -> tuple[Any, Any, Any]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The factors B A of a rank that approximate a matrix M of `shape` (out, in) best.
 
     Randomized subspace iteration in blocks: Q <- orth(M^T M Q), then the SVD of M Q (Halko,
@@ -82,50 +97,13 @@ def factored(
     return u[:, :k] * root, root[:, None] * (vt[:k] @ q.T), errors
 
 
-def write_factors(
-    file: Path,
-    names: dict[str, dict[str, str]],
-    sizes: dict[str, tuple[int, int]],
-    rank: int,
-    found: Callable[[str], tuple[Any, Any]],
-) -> None:
-    """Write the A and B of a standard LoRA, one module at a time, in float32.
+def write_metadata(folder: Path, tokenizer: Path, lock: Json) -> None:
+    """Complete the folder of a written adapter.
 
     Args:
-        names: {module: {"A": the tensor's name, "B": ...}}.
-        sizes: {module: (out, in)}.
-        found: returns A (k, in) and B (out, k) of a module; padded with zeros to the rank.
-    """
-    import torch
-
-    entries = {}
-    for module, (rows, columns) in sizes.items():
-        entries[names[module]["A"]] = ("F32", (rank, columns))
-        entries[names[module]["B"]] = ("F32", (rows, rank))
-    with Writer(file, entries) as writer:
-        for module in sizes:
-            for letter, tensor in zip("AB", found(module), strict=True):
-                filled = torch.zeros(entries[names[module][letter]][1])
-                filled[: tensor.shape[0], : tensor.shape[1]] = tensor
-                writer.put(names[module][letter], filled)
-
-
-def write_metadata(
-    folder: Path,
-    base: tuple[str | None, str | None],
-    rank: int,
-    targets: list[str],
-    tokenizer: Path,
-    lock: dict[str, Any],
-) -> None:
-    """Write the other files of a standard LoRA: its config with scale 1, the tokenizer and chat
-    template of another folder, and run.lock.json.
-
-    Args:
-        base: see `write_config`.
+        tokenizer: a folder whose tokenizer and chat template are copied.
         lock: entries of run.lock.json; the hashes of this folder's files are added.
     """
-    write_config(folder, base, rank, targets)
     for file in sorted({f for pattern in _TOKENIZER for f in tokenizer.glob(pattern)}):
         shutil.copyfile(file, folder / file.name)
     lock = {**lock, "adapter": {"sha256": file_hash(folder / WEIGHTS)}}
@@ -136,7 +114,7 @@ def write_metadata(
 
 def extract(
     base: str, tuned: str, out: str | Path, rank: int = 16, seed: int = 0
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write the PEFT adapter of a rank that approximates a full fine-tune best.
 
     Args:
@@ -145,8 +123,7 @@ def extract(
 
     Returns:
         `modules`: a number; `relative_error`: ||dW - B A||_F / ||dW||_F over all modules, by rank;
-        `not_carried`: changed tensors that are not linear modules: `name`, `why`, and `relative`,
-        ||dW||_F / ||W||_F (None: not comparable).
+        `not_carried`: see `NotCarried`.
 
     Raises:
         UserError: the two have different shapes, or an unsupported architecture.
@@ -159,52 +136,53 @@ def extract(
     before, after = (stored_in(folder) for folder in folders)
     linear = _linear(before, after, folders[0])
     changed = [name for name in linear if _differs(before[name], after[name])]
-    rest = [
-        {"name": name, **change}
-        for name in sorted((before.keys() | after.keys()) - set(linear))
-        if (change := _change(before.get(name), after.get(name)))
-    ]
+    not_carried = _not_carried(before, after, set(linear))
     if not changed:
-        others = ", ".join(one["name"] for one in rest[:5])
-        what = f"only tensors that a LoRA cannot represent ({others})" if rest else "nothing"
+        what = "nothing"
+        if not_carried:
+            others = ", ".join(one["name"] for one in not_carried[:5])
+            what = f"only tensors that a LoRA cannot represent ({others})"
         raise CheckFailed(f"{tuned}: {what} changed since {base}: there is nothing to extract")
-    modules = [name.removesuffix(".weight") for name in changed]
-    names = {m: {h: f"base_model.model.{m}.lora_{h}.weight" for h in "AB"} for m in modules}
-    sizes = {m: (before[f"{m}.weight"].shape[0], before[f"{m}.weight"].shape[1]) for m in modules}
-    errors: dict[str, Any] = {}
-
-    def found(module: str) -> tuple[Any, Any]:
-        old, new = before[f"{module}.weight"], after[f"{module}.weight"]
-
-        def blocks() -> Iterator[tuple[slice, Any]]:
-            return ((rows, change) for rows, _, change in _differences(old, new))
-
-        b, a, errors[module] = factored(
-            blocks, sizes[module], rank, seed, f"{new.file}: {new.name}"
-        )
-        return a, b
-
+    sizes = {name: (before[name].shape[0], before[name].shape[1]) for name in changed}
+    factors: dict[str, torch.Tensor] = {}
+    errors: list[torch.Tensor] = []
     with new_folder(out, 4 * rank * sum(map(sum, sizes.values()))) as folder:
-        write_factors(folder / WEIGHTS, names, sizes, rank, found)
-        resized = any("rows" in one["why"] for one in rest)
+        for name in changed:
+            blocks = partial(_changed_rows, before[name], after[name])
+            where = f"{after[name].file}: {after[name].name}"
+            b, a, error = factored(blocks, sizes[name], rank, seed, where)
+            module = name.removesuffix(".weight")
+            factors[f"base_model.model.{module}.lora_A.weight"] = a
+            factors[f"base_model.model.{module}.lora_B.weight"] = b
+            errors.append(error)
+        # PEFT alone must find the base: by its Hub id and commit, or its folder.
+        named = pins[0].model if pins[0].revision else pins[0].folder
+        targets = _targets(changed, linear)
+        write_standard(folder, factors, (named, pins[0].revision), rank, targets)
         lock = {
             "base": pins[0].to_lock(),
             "extracted": {"from": Path(tuned).name, "hashes": pins[1].hashes, "seed": seed},
         }
-        targets = _targets(modules, [name.removesuffix(".weight") for name in linear])
         # The tuned model's tokenizer, unless it has tokens without embeddings in the base.
-        base = pins[0].model if pins[0].revision else pins[0].folder  # so that PEFT alone finds it
-        write_metadata(folder, (base, pins[0].revision), rank, targets, folders[not resized], lock)
-    left = {}  # by rank; modules narrower than a rank keep their last error
-    for r in sorted({0, *(2**n for n in range(rank.bit_length())), rank}):
-        left[r] = math.hypot(*(float(some[min(r, len(some) - 1)]) for some in errors.values()))
+        resized = any("rows" in one["why"] for one in not_carried)
+        write_metadata(folder, folders[0] if resized else folders[1], lock)
     return {
         "out": str(out),
         "rank": rank,
-        "modules": len(modules),
-        "relative_error": {str(r): error / left[0] for r, error in left.items() if r},
-        "not_carried": rest,
+        "modules": len(changed),
+        "relative_error": _relative_errors(errors, rank),
+        "not_carried": not_carried,
     }
+
+
+def _relative_errors(errors: list[torch.Tensor], rank: int) -> dict[str, float]:
+    """The error of all modules together, relative to that of rank 0, for powers of 2 up to the rank
+    and for the rank itself; modules narrower than a rank keep their last error."""
+    found = {}
+    for r in sorted({0, *(2**n for n in range(rank.bit_length())), rank}):
+        each = [float(error[min(r, len(error) - 1)]) for error in errors]
+        found[r] = math.hypot(*each)
+    return {str(r): error / found[0] for r, error in found.items() if r}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -221,11 +199,12 @@ def show(found: dict[str, Any]) -> None:
     print(f"{found['out']}: rank {found['rank']}, {found['modules']} modules")
 
 
-def _targets(modules: list[str], known: list[str]) -> list[str]:
-    """Name endings if they match exactly these modules, else full names."""
+def _targets(changed: list[str], linear: list[str]) -> list[str]:
+    """Name endings if they match exactly the modules of these weights, else full names."""
+    modules = [name.removesuffix(".weight") for name in changed]
     endings = {module.rpartition(".")[2] for module in modules}
-    meant = [module for module in known if module.rpartition(".")[2] in endings]
-    return sorted(endings) if set(meant) == set(modules) else modules
+    matched = [name for name in linear if name.split(".")[-2] in endings]
+    return sorted(endings) if set(matched) == set(changed) else modules
 
 
 def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -> list[str]:
@@ -255,12 +234,15 @@ def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -
         if old.shape != new.shape and name not in head:
             sizes = f"{old.shape} in one and {new.shape} in the other"
             raise UserError(f"{name}: {sizes}: name the base that it was fine-tuned from")
-        if packed := {old.dtype, new.dtype} - FLOATS:
+        packed = {old.dtype, new.dtype} - FLOATS
+        if packed:
             raise UserError(f"{name}: stored as {min(packed)}: name the unquantized model")
     return [name for name in found if before[name].shape == after[name].shape]
 
 
-def _differences(before: Stored, after: Stored) -> Iterator[tuple[slice, Any, Any]]:
+def _differences(
+    before: Stored, after: Stored
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """(rows, W, dW) in blocks, float32, flattened to two dimensions; for rows that both have."""
     rows = min(before.shape[0], after.shape[0]) if before.shape else 1
     for some in row_slices(rows, math.prod(before.shape[1:])):
@@ -269,22 +251,35 @@ def _differences(before: Stored, after: Stored) -> Iterator[tuple[slice, Any, An
         yield some, old, new.sub_(old)
 
 
+def _changed_rows(before: Stored, after: Stored) -> Iterator[Block]:
+    return ((rows, change) for rows, _, change in _differences(before, after))
+
+
 def _differs(before: Stored, after: Stored) -> bool:
-    return any(bool(change.any()) for _, _, change in _differences(before, after))
+    return any(bool(change.any()) for _, change in _changed_rows(before, after))
 
 
-def _change(before: Stored | None, after: Stored | None) -> dict[str, Any] | None:
-    """How much a tensor changed, and why a LoRA cannot represent it; None if unchanged."""
-    if before is None or after is None:
-        return {"why": f"only in {'TUNED' if before is None else 'BASE'}", "relative": None}
-    if before.shape[1:] != after.shape[1:]:
-        return {"why": f"{before.shape} became {after.shape}", "relative": None}
-    norms = [(float(old.norm()), float(new.norm())) for _, old, new in _differences(before, after)]
-    size, moved = (math.hypot(*each) for each in zip(*norms, strict=True))
-    if before.shape != after.shape:
-        why = f"{before.shape[0]} rows became {after.shape[0]}"
-    elif moved == 0:
-        return None
-    else:
-        why = "a norm or bias" if len(before.shape) < 2 else "not a linear module of a layer"
-    return {"why": why, "relative": moved / size if size else None}
+def _not_carried(
+    before: dict[str, Stored], after: dict[str, Stored], linear: set[str]
+) -> list[NotCarried]:
+    """The changed tensors that are not among the linear ones."""
+    found = []
+    for name in sorted((before.keys() | after.keys()) - linear):
+        old, new = before.get(name), after.get(name)
+        why, relative = None, None
+        if old is None or new is None:
+            why = "only in TUNED" if old is None else "only in BASE"
+        elif old.shape[1:] != new.shape[1:]:
+            why = f"{old.shape} became {new.shape}"
+        else:
+            norms = [(float(w.norm()), float(dw.norm())) for _, w, dw in _differences(old, new)]
+            size = math.hypot(*(norm for norm, _ in norms))
+            moved = math.hypot(*(norm for _, norm in norms))
+            relative = moved / size if size else None
+            if old.shape != new.shape:
+                why = f"{old.shape[0]} rows became {new.shape[0]}"
+            elif moved:
+                why = "a norm or bias" if len(old.shape) < 2 else "not a linear module of a layer"
+        if why:
+            found.append(NotCarried(name=name, why=why, relative=relative))
+    return found

@@ -6,13 +6,18 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from lora_kit.base.tensors import Stored, stored
 from lora_kit.errors import UserError
+from lora_kit.schema import Json
 from lora_kit.trust import time_limit
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "adapter_model.safetensors"
 _LARGEST_SCALE = 1e30  # far below the limit of float32
@@ -35,6 +40,16 @@ _NAME = re.compile(r"\w+([.-]\w+)*")
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
 
 
+class Figures(TypedDict):
+    """See `Adapter.figures`."""
+
+    module: str
+    r: int
+    scale: float
+    norm: float | None
+    effective_rank: float | None
+
+
 @dataclass(frozen=True)
 class Update:
     """The update scale · B A of one module, in float64.
@@ -46,8 +61,8 @@ class Update:
 
     module: str
     scale: float
-    a: Any
-    b: Any
+    a: torch.Tensor
+    b: torch.Tensor
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -65,7 +80,7 @@ class Update:
         b = torch.cat([self.scale * self.b, -other.scale * other.b], dim=2)
         return Update(self.module, 1.0, torch.cat([self.a, other.a], dim=1), b)
 
-    def singular_values(self) -> Any:
+    def singular_values(self) -> torch.Tensor:
         """(experts, k), descending."""
         import torch
 
@@ -86,7 +101,7 @@ class Adapter:
     """
 
     folder: Path
-    config: dict[str, Any]
+    config: Json
     factors: dict[str, dict[str, Stored]]
     others: dict[str, Stored]
 
@@ -102,26 +117,30 @@ class Adapter:
         narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
         return list(self.factors) if narrowed or not isinstance(named, list) else named
 
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, by their names in the file."""
-        factors = {
-            stored.name: stored for pair in self.factors.values() for stored in pair.values()
-        }
-        return {name: stored.read() for name, stored in {**factors, **self.others}.items()}
+        found = {}
+        for pair in self.factors.values():
+            for factor in pair.values():
+                found[factor.name] = factor.read()
+        for name, tensor in self.others.items():
+            found[name] = tensor.read()
+        return found
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """As in PEFT: the scale is alpha / r, or alpha / sqrt(r) with rsLoRA; the first pattern
         that matches the end of the name applies."""
-        found = []
-        for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-            patterns: dict[str, Any] = self.config.get(pattern) or {}
-            value = self.config.get(key, 8)  # PEFT's default for both
-            own = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module))
-            found.append(next(own, value))
-        r, alpha = found
+        r = self._of_module("r", "rank_pattern", module)
+        alpha = self._of_module("lora_alpha", "alpha_pattern", module)
         return r, alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
-    def figures(self) -> list[dict[str, Any]]:
+    def _of_module(self, key: str, patterns: str, module: str) -> int:
+        for pattern, value in (self.config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return self.config.get(key, 8)  # PEFT's default for both
+
+    def figures(self) -> list[Figures]:
         """Of each module's update: r, scale, norm ||dW||_F and effective rank.
 
         The effective rank is exp(entropy of the singular values over their sum) (Roy & Vetterli
@@ -131,13 +150,18 @@ class Adapter:
 
     def update(self, module: str) -> Update:
         r, scale = self.rank_and_scale(module)
-        a, b = (self.factors[module][letter].read().double() for letter in "AB")
+        a, b = self.read_factors(module, r)
+        return Update(module, scale, a.double(), b.double())
+
+    def read_factors(self, module: str, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (experts, r, in) and B (experts, out, r) of a module, as stored."""
+        a, b = (self.factors[module][letter].read() for letter in "AB")
         # For fused experts PEFT stores A as (experts · r, in) and B as (out, r · experts).
         a = a.reshape(len(a) // r, r, -1)
-        return Update(module, scale, a, b.reshape(len(b), r, len(a)).permute(2, 0, 1))
+        return a, b.reshape(len(b), r, len(a)).permute(2, 0, 1)
 
 
-def _figures(update: Update) -> dict[str, Any]:
+def _figures(update: Update) -> Figures:
     import torch
 
     norm = effective = None
@@ -156,23 +180,48 @@ def _figures(update: Update) -> dict[str, Any]:
     }
 
 
-def write_config(
-    folder: Path, base: tuple[str | None, str | None], rank: int, targets: list[str], **more: Any
+def write_standard(
+    folder: Path,
+    factors: Mapping[str, torch.Tensor],
+    base: tuple[str | None, str | None],
+    rank: int,
+    targets: Sequence[str],
+    **more: object,
 ) -> None:
-    """Write the adapter_config.json of a standard LoRA with one rank and scale 1.
+    """Write a LoRA with one rank and scale 1: its tensors and adapter_config.json.
 
     Args:
+        factors: A (k, in) and B (out, k) by their names in the file; padded with zeros to the rank.
         base: its folder or Hub id, and its revision.
+        more: further keys of the config.
     """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, factor in factors.items():
+        match = _FACTOR.fullmatch(name)
+        assert match is not None, name
+        shape = list(factor.shape)
+        shape[0 if match[2] == "A" else 1] = rank
+        tensors[name] = factor.new_zeros(shape)
+        tensors[name][: factor.shape[0], : factor.shape[1]] = factor
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = {
-        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True},
-        **{"base_model_name_or_path": base[0], "revision": base[1]},
-        **{"r": rank, "lora_alpha": rank, "target_modules": sorted(targets), **more},
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "inference_mode": True,
+        "base_model_name_or_path": base[0],
+        "revision": base[1],
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(targets),
+        **more,
     }
     write_json(folder / "adapter_config.json", config)
 
 
-def write_json(file: Path, values: dict[str, Any]) -> None:
+def write_json(file: Path, values: Mapping[str, object]) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -246,7 +295,7 @@ def open_adapter(path: str | Path) -> Adapter:
     return adapter
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Json:
     """adapter_config.json, only with the keys that affect the output.
 
     Raises:
@@ -276,7 +325,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in _READ}
 
 
-def _check_settings(config: dict[str, Any]) -> None:
+def _check_settings(config: Json) -> None:
     """Raises TypeError or AttributeError if ranks, alphas or target modules have a wrong type."""
     named = config.get("target_modules") or ""
     if not all(isinstance(one, str) for one in (named if isinstance(named, list) else [named])):
@@ -305,6 +354,6 @@ def _misfit(adapter: Adapter, module: str) -> str | None:
     return None
 
 
-def _in_order(name: str) -> list[Any]:
+def _in_order(name: str) -> list[int | str]:
     """Sort key: layer 10 after layer 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]

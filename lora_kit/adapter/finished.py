@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kit import nano
 from lora_kit.adapter.files import WEIGHTS, Adapter, adapter_folder, open_adapter, read_config
@@ -19,7 +19,10 @@ from lora_kit.base.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import TaskKeys, load_run, read_json, read_lock
-from lora_kit.schema import Base, Run
+from lora_kit.schema import Base, Json, Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _OPTION = "--base FOLDER_OR_ID"
 # Tokenizer files.
@@ -114,7 +117,7 @@ class FinishedRun:
         return self.head.auto
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """Facts from the training rows, such as `labels`."""
         return self._locked("facts", dict) or {}
 
@@ -269,7 +272,7 @@ class FinishedRun:
         return any(file for pattern in _TOKENIZER for file in base.glob(pattern))
 
     @cached_property
-    def processor(self) -> Any:
+    def processor(self) -> PreTrainedTokenizerBase:
         """The tokenizer of training with its chat template; the base's if the adapter folder has
         none."""
         folder = str(self.folder)

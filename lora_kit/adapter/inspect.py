@@ -10,23 +10,44 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from lora_kit.adapter.files import WEIGHTS, Adapter, Update, open_adapter
+from lora_kit.adapter.files import WEIGHTS, Adapter, Figures, Update, open_adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.loaders import loader_issues
 from lora_kit.errors import UserError, harmless
 from lora_kit.hashes import file_hash
 from lora_kit.run import is_hub_id
+from lora_kit.schema import Json
+
+if TYPE_CHECKING:
+    import torch
 
 _FOLDER = re.compile(r"[/.~\\]|[A-Za-z]:|[^/]*/[^/]*/")
 
 
-def _issues(
-    adapter: Adapter, lock: dict[str, Any], modules: list[dict[str, Any]]
-) -> list[dict[str, str]]:
+class Comparison(TypedDict):
+    """Two updates compared: their `norms`, the norm of their `difference`, the same relative to the
+    larger norm, and <dW, dW'> / (||dW|| ||dW'||), None if one is 0."""
+
+    norms: list[float]
+    difference: float
+    relative: float
+    cosine: float | None
+
+
+class ModuleComparison(Comparison):
+    """The updates of one module compared."""
+
+    module: str
+
+
+_Row = TypeVar("_Row", bound=Mapping[str, object])
+
+
+def _issues(adapter: Adapter, lock: Json, modules: list[Figures]) -> list[dict[str, str]]:
     """Issues of an adapter: what, which program is affected, and what happens."""
     base = str(adapter.base["model"] or "")
     norms = [module["norm"] for module in modules]
@@ -43,13 +64,16 @@ def _issues(
         (no_tokenizer, "no tokenizer", "every target", "added tokens and chat template are lost"),
         (changed, "weights changed since the run saved them", "lora-kit", "not loaded"),
     ]
-    known = loader_issues(adapter.config, adapter.factors, adapter.others)
-    return [
-        {"what": one.what, "who": ", ".join(one.who), "happens": one.happens} for one in known
-    ] + [{"what": what, "who": who, "happens": happens} for odd, what, who, happens in own if odd]
+    found = []
+    for one in loader_issues(adapter.config, adapter.factors, adapter.others):
+        found.append({"what": one.what, "who": ", ".join(one.who), "happens": one.happens})
+    for applies, what, who, happens in own:
+        if applies:
+            found.append({"what": what, "who": who, "happens": happens})
+    return found
 
 
-def inspect(run: FinishedRun) -> dict[str, Any]:
+def inspect(run: FinishedRun) -> dict[str, object]:
     """Describe an adapter without loading its base.
 
     Returns:
@@ -63,14 +87,24 @@ def inspect(run: FinishedRun) -> dict[str, Any]:
     adapter = open_adapter(run.folder)
     modules = adapter.figures()
     norms = [module["norm"] for module in modules]
-    keys = ("task_type", "target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    keys = (
+        "task_type",
+        "target_modules",
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+    )
+    finite = [norm for norm in norms if norm is not None]
     return {
         "adapter": run.path,
         "auto": run.auto,
         "labels": list(run.head.labels),
         "base": {**_base(run), "hashes": run.hashes},
-        **{key: adapter.config.get(key) for key in (*keys, "use_rslora", "use_dora")},
-        "norm": None if None in norms else math.hypot(*norms),
+        **{key: adapter.config.get(key) for key in keys},
+        "norm": math.hypot(*finite) if len(finite) == len(norms) else None,
         "modules": modules,
         "others": {name: list(tensor.shape) for name, tensor in adapter.others.items()},
         "loaders": _issues(adapter, run.lock, modules),
@@ -82,14 +116,13 @@ def _base(run: FinishedRun) -> dict[str, str | None]:
     return {"model": model, "revision": revision}
 
 
-def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
+def difference(first: FinishedRun, second: FinishedRun) -> dict[str, object]:
     """Compare the updates of two adapters, dW and dW', including their scales.
 
     Returns:
-        `modules`, and `whole` for all of them as one matrix: `norms` of both, the norm of their
-        `difference`, the same relative to the larger norm (`relative`), and the `cosine`
-        <dW, dW'> / (||dW|| ||dW'||), None if one is 0. Not compared: `only_first`, `only_second`
-        and `other_shapes`. `others_differ`: other tensors than A and B. `same`: nothing differs.
+        `modules`: a `ModuleComparison` each; `whole`: the `Comparison` of all of them as one
+        matrix. Not compared: `only_first`, `only_second` and `other_shapes`. `others_differ`: other
+        tensors than A and B. `same`: nothing differs.
 
     Raises:
         UserError: see `open_adapter`; or values are not finite.
@@ -101,7 +134,7 @@ def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
     for module in (m for m in a.factors if m in b.factors):
         ours, theirs = a.update(module), b.update(module)
         if ours.size == theirs.size:
-            modules.append(compared(ours, theirs))
+            modules.append(compare_updates(ours, theirs))
         else:
             other_shapes.append(module)
     beside = a.others.keys() & b.others.keys()
@@ -123,29 +156,39 @@ def difference(first: FinishedRun, second: FinishedRun) -> dict[str, Any]:
     }
 
 
-def compared(ours: Update, theirs: Update) -> dict[str, Any]:
-    """An entry of `modules` of `difference`."""
+def compare_updates(ours: Update, theirs: Update) -> ModuleComparison:
+    """Compare the updates of one module.
+
+    Raises:
+        UserError: values are not finite.
+    """
     if not (ours.finite and theirs.finite):
         raise UserError(f"{ours.module}: NaN or infinite values in one of the two")
     same = ours.scale == theirs.scale and _equal(ours.a, theirs.a) and _equal(ours.b, theirs.b)
     apart = 0.0 if same else (ours - theirs).norm()
-    found = {"norms": [ours.norm(), theirs.norm()], "difference": apart}
-    return {"module": ours.module, **_together([found])}
+    return ModuleComparison(module=ours.module, **_comparison(ours.norm(), theirs.norm(), apart))
 
 
-def _equal(ours: Any, theirs: Any) -> bool:
+def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return ours.shape == theirs.shape and bool((ours == theirs).all())
 
 
-def _together(modules: list[dict[str, Any]]) -> dict[str, Any]:
+def _together(modules: list[ModuleComparison]) -> Comparison:
     """The comparison of several modules as one matrix."""
-    norms = [math.hypot(*(module["norms"][n] for module in modules)) for n in (0, 1)]
-    apart = math.hypot(*(module["difference"] for module in modules))
-    relative, cosine = apart / max(norms) if any(norms) else 0.0, None
-    if all(norms):
+    first = math.hypot(*(module["norms"][0] for module in modules))
+    second = math.hypot(*(module["norms"][1] for module in modules))
+    return _comparison(first, second, math.hypot(*(module["difference"] for module in modules)))
+
+
+def _comparison(first: float, second: float, apart: float) -> Comparison:
+    """From ||dW||, ||dW'|| and ||dW - dW'||."""
+    relative, cosine = 0.0, None
+    if first or second:
+        relative = apart / max(first, second)
+    if first and second:
         # ||dW - dW'||^2 = ||dW||^2 + ||dW'||^2 - 2 <dW, dW'>
-        cosine = (norms[0] ** 2 + norms[1] ** 2 - apart**2) / (2 * norms[0] * norms[1])
-    return {"norms": norms, "difference": apart, "relative": relative, "cosine": cosine}
+        cosine = (first**2 + second**2 - apart**2) / (2 * first * second)
+    return Comparison(norms=[first, second], difference=apart, relative=relative, cosine=cosine)
 
 
 def show(found: dict[str, Any]) -> None:
@@ -162,13 +205,12 @@ def show(found: dict[str, Any]) -> None:
     if modules:
         _say(f"{name}: r {found['r']}, lora_alpha {found['lora_alpha']}, scale {scales}")
 
-    def cells(group: list[dict[str, Any]]) -> list[Any]:
-        known = [module for module in group if module["norm"] is not None]
-        norms = [module["norm"] for module in known] or [math.nan]
-        rank = median([module["effective_rank"] for module in known] or [math.nan])
-        ranks = ", ".join(map(str, sorted({module["r"] for module in group})))
-        numbers = (math.hypot(*norms), min(norms), max(norms), rank)
-        return [len(group), ranks, *map(_text, numbers)]
+    def cells(group: list[Figures]) -> list[object]:
+        norms = [one["norm"] for one in group if one["norm"] is not None] or [math.nan]
+        effective = [one["effective_rank"] for one in group if one["effective_rank"] is not None]
+        ranks = ", ".join(str(r) for r in sorted({one["r"] for one in group}))
+        numbers = (math.hypot(*norms), min(norms), max(norms), median(effective or [math.nan]))
+        return [len(group), ranks, *(_text(number) for number in numbers)]
 
     if modules:  # else there is only a head
         module_table(["modules", "r", "norm", "least", "most", "effective rank"], modules, cells)
@@ -193,9 +235,10 @@ def show_difference(found: dict[str, Any]) -> None:
     if found["same"]:
         _say("the adapters are identical: difference 0")
 
-    def cells(group: list[dict[str, Any]]) -> list[Any]:
+    def cells(group: list[ModuleComparison]) -> list[object]:
         whole = _together(group)
-        return [*map(_text, (*whole["norms"], whole["relative"], whole["cosine"]))]
+        numbers = (*whole["norms"], whole["relative"], whole["cosine"])
+        return [_text(number) for number in numbers]
 
     module_table(["norm A", "norm B", "difference", "cosine"], found["modules"], cells)
     _say("difference: relative to the larger norm")
@@ -205,16 +248,22 @@ def show_difference(found: dict[str, Any]) -> None:
 
 def module_table(
     heads: list[str],
-    modules: list[dict[str, Any]],
-    cells: Callable[[list[dict[str, Any]]], list[Any]],
+    modules: list[_Row],
+    cells: Callable[[list[_Row]], Sequence[object]],
 ) -> None:
-    """Print a row for all modules, for each kind of module, and for each layer."""
+    """Print a row for all modules, for each kind of module, and for each layer.
+
+    Args:
+        modules: dictionaries with the name of a `module`.
+        cells: what to print of a group of them.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    kinds, layers = defaultdict(list), defaultdict(list)
+    kinds: dict[str, list[_Row]] = defaultdict(list)
+    layers: dict[str, list[_Row]] = defaultdict(list)
     for module in modules:
-        layer, kind = place(module["module"])
+        layer, kind = place(str(module["module"]))
         kinds[kind].append(module)
         layers[layer].append(module)
     made = Table(box=None, pad_edge=False)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from lora_kit.adapter.attach import load_adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.head import CAUSAL, load_with_head
-from lora_kit.base.load import gpu_is_used, quiet_libraries
+from lora_kit.base.load import quiet_libraries, to_gpu
 from lora_kit.base.templates import render
 from lora_kit.errors import NotUsable, UserError
 from lora_kit.schema import Base
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from lora_kit.base.load import Model
 
 
 def load(
@@ -21,7 +28,7 @@ def load(
     base: str | None = None,
     quantize: str | None = None,
     dtype: str | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a run's adapter onto its base.
 
     >>> model, tokenizer = lora_kit.load("runs/demo/sft")  # doctest: +SKIP
@@ -44,23 +51,22 @@ def load(
 
 def load_model(
     run: FinishedRun, quantize: str | None = None, dtype: str | None = None
-) -> tuple[Any, Any]:
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """`load` for an open run."""
     quiet_libraries()
     base = changed_base(run.base, quantize=quantize, dtype=dtype)
     model = base_model(run, base)
-    if gpu_is_used() and base.quantize == "none":
-        model = model.to("cuda")
+    to_gpu(model, base)
     processor = run.processor
-    model = load_adapter(model, run.adapter)
+    adapted = load_adapter(model, run.adapter)
     if run.auto == CAUSAL:
         # So that plain `generate` stops at the end of a completion.
-        model.generation_config.eos_token_id = end_tokens(model, processor)
-        model.generation_config.pad_token_id = processor.pad_token_id
-    return model, processor
+        adapted.generation_config.eos_token_id = end_tokens(adapted, processor)
+        adapted.generation_config.pad_token_id = processor.pad_token_id
+    return adapted, processor
 
 
-def base_model(run: FinishedRun, base: Base, quantize: str | None = None) -> Any:
+def base_model(run: FinishedRun, base: Base, quantize: str | None = None) -> Model:
     """The model without the adapter.
 
     Args:
@@ -82,20 +88,25 @@ def changed_base(base: Base, **changes: str | None) -> Base:
     return base.model_copy(update={k: v for k, v in changes.items() if v is not None})
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The token ids at which generation stops: the base's, the tokenizer's, and the end-of-turn
-    token of the chat template, which may be neither (ChatML's <|im_end|>)."""
+def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids at which generation stops: see `with_turn_end`."""
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return with_turn_end(known, tokenizer)
+
+
+def with_turn_end(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The base's end tokens, the tokenizer's, and the end-of-turn token of the chat template, which
+    may be neither (ChatML's <|im_end|>)."""
     ids = known if isinstance(known, list) else [known]
-    return sorted(
-        {n for n in [*ids, tokenizer.eos_token_id, _turn_end(tokenizer)] if n is not None}
-    )
+    found = {*ids, tokenizer.eos_token_id, _turn_end(tokenizer)}
+    return sorted(number for number in found if number is not None)
 
 
-def _turn_end(tokenizer: Any) -> int | None:
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The single token that the chat template writes after a completion."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "sentinelx"}]
-    if (text := rendered(tokenizer, turns, ask=False)) is None:
+    text = rendered(tokenizer, turns, ask=False)
+    if text is None:
         return None
     after = text.rpartition("sentinelx")[2].strip()
     ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
@@ -104,7 +115,9 @@ def _turn_end(tokenizer: Any) -> int | None:
     return ids[0] if ids and ids[0] in special else None
 
 
-def rendered(tokenizer: Any, turns: list[dict[str, str]], ask: bool = True) -> str | None:
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], ask: bool = True
+) -> str | None:
     """A conversation rendered with the tokenizer's chat template; None without a template, or if it
     rejects the turns. `ask`: add the generation prompt."""
     if tokenizer.chat_template:

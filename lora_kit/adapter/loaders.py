@@ -9,9 +9,11 @@ convert_lora_to_gguf.py, which uses lora_alpha / r as the scale.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from lora_kit.schema import Json
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank; default 16
 # Name endings with a buffer in SGLang (srt/lora/utils.py).
@@ -36,7 +38,7 @@ class LoaderIssue:
 
 
 def loader_issues(
-    config: Mapping[str, Any],
+    config: Json,
     modules: Iterable[str],
     beside: Iterable[str] = (),
     tied: bool = False,
@@ -74,7 +76,7 @@ def loader_issues(
     own = "an initialisation from the base's weights"
     another = "silently loaded onto a base that it was not trained on"
 
-    rows: list[tuple[str, Any, tuple[str, ...], str, Fix, str]] = [
+    rows: list[tuple[str, object, tuple[str, ...], str, Fix, str]] = [
         ("use_dora", None, all_of_them, lost, "merge", ""),
         ("use_rslora", None, ("SGLang", "llama.cpp"), unscaled, "portable", ""),
         ("rank_pattern", None, sglang, lost, "portable", ""),

@@ -12,12 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from operator import eq
-from typing import Any
 
 from lora_kit.adapter.files import Adapter
 from lora_kit.base.tensors import Stored
 from lora_kit.errors import UserError
+from lora_kit.schema import Json
 
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out")
@@ -81,7 +80,7 @@ def tensor_of(module: str, tensors: Mapping[str, Stored], kind: str = "weight") 
 def plan_merge(
     adapter: Adapter,
     tensors: Mapping[str, Stored],
-    config: Mapping[str, Any],
+    config: Json,
     head: Mapping[str, tuple[int, ...]] | None = None,
 ) -> MergePlan:
     """Plan the merge of an adapter into the base's `tensors`.
@@ -99,7 +98,7 @@ def plan_merge(
     if init.startswith(_TAKES_FROM_BASE):
         planner.problems.append(f"init_lora_weights: {init}: convert it to standard LoRA with PEFT")
     for name, tensor in adapter.others.items():
-        planner.attempt(planner.beside, name.removeprefix("base_model.model."), tensor)
+        planner.attempt(planner.add_other, name.removeprefix("base_model.model."), tensor)
     stray = {m for kind in (_MAGNITUDE, _BIAS) for m in planner.special[kind]}
     for module in sorted(stray - adapter.factors.keys()):
         planner.problems.append(f"{module}: without lora_A and lora_B")
@@ -109,31 +108,35 @@ def plan_merge(
         if core.endswith("experts"):
             experts[core].append(module)
         else:
-            planner.attempt(planner.matrix, module)
+            planner.attempt(planner.add_update, module)
     for core, modules in experts.items():
-        planner.attempt(planner.experts, core, modules)
+        planner.attempt(planner.add_experts, core, modules)
     for module, rows in planner.special[_TOKENS].items():
-        planner.attempt(planner.tokens, module, rows)
-    if problems := planner.problems:
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise UserError("\n".join(f"{adapter.folder}: {p}" for p in problems[:5] + more))
+        planner.attempt(planner.add_token_rows, module, rows)
+    problems = planner.problems
+    if len(problems) > 5:
+        problems = [*problems[:5], f"and {len(problems) - 5} more"]
+    if problems:
+        raise UserError("\n".join(f"{adapter.folder}: {problem}" for problem in problems))
     return planner.finish()
 
 
 class _MergePlanner:
+    """Collects the changes of all tensors of an adapter, and all problems."""
+
     def __init__(
         self,
         adapter: Adapter,
         tensors: Mapping[str, Stored],
-        config: Mapping[str, Any],
+        config: Json,
         head: Mapping[str, tuple[int, ...]] | None,
     ) -> None:
         self.adapter, self.tensors, self.config = adapter, tensors, config
-        self.brought = head or {}
+        self.head_shapes = head or {}
         self.problems: list[str] = []
         self.changes: dict[str, Change] = {}
         self.special: dict[str, dict[str, Stored]] = defaultdict(dict)
-        self.own: dict[str, Stored] = {}  # the adapter's full tensors, by the base's names
+        self.replaced: dict[str, Stored] = {}  # by the adapter's whole tensors; the base's names
         last = {name.split(".")[-2]: name for name in tensors if name.endswith(".weight")}
         self.embeddings = next((last[n] for n in _EMBEDDINGS if n in last), "")
         vocabulary = next((last[n] for n in _HEADS if n in last), "")
@@ -143,58 +146,67 @@ class _MergePlanner:
             self.tied = False
         self.head = vocabulary or ("embed_out" if "embed_in" in last else "lm_head") + ".weight"
 
-    def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
+    def attempt(self, step: Callable[..., None], *arguments: object) -> None:
         try:
             step(*arguments)
         except UserError as error:
             self.problems.append(str(error))
 
     def locate(self, module: str, kind: str = "weight") -> str:
+        """`tensor_of`, also for a tied head, which the files may omit."""
         if self.tied and kind == "weight" and module.split(".")[-1] in _HEADS and self.embeddings:
             return self.head
         return tensor_of(module, self.tensors, kind)
 
     def source(self, name: str) -> Stored:
         """The base's tensor, or the adapter's replacement."""
-        if self.tied and name == self.head and name not in self.own:
-            return self.own.get("tied") or self.tensors[self.embeddings]
-        return self.own.get(name) or self.tensors[name]
+        if self.tied and name == self.head and name not in self.replaced:
+            return self.replaced.get("tied") or self.tensors[self.embeddings]
+        return self.replaced.get(name) or self.tensors[name]
 
-    def beside(self, name: str, tensor: Stored) -> None:
+    def add_other(self, name: str, tensor: Stored) -> None:
         """Add a tensor that is neither A nor B."""
-        if match := _SPECIAL.fullmatch(name):
+        match = _SPECIAL.fullmatch(name)
+        if match:
             self.special[match[2]][match[1]] = tensor
         elif "lora_" in name:
             raise UserError(f"{name}: unsupported tensor, cannot be merged")
         else:
-            self.whole(name, tensor)
+            self.add_replacement(name, tensor)
 
-    def whole(self, name: str, tensor: Stored) -> None:
+    def add_replacement(self, name: str, tensor: Stored) -> None:
+        """Add a tensor that replaces one of the base, or is part of the head."""
         module, _, kind = re.sub(_WRAPPERS, "", name).rpartition(".")
-        if (shape := self.brought.get(f"{module}.{kind}")) is not None:
+        in_head = f"{module}.{kind}"
+        if in_head in self.head_shapes:
+            shape = self.head_shapes[in_head]
             if tensor.shape != shape:
                 raise UserError(f"{name} is {tensor.shape}, but base and labels need {shape}")
-            self.own[f"{module}.{kind}"] = tensor
-            self.changes[f"{module}.{kind}"] = Change(tensor)
+            self.replaced[in_head] = tensor
+            self.changes[in_head] = Change(tensor)
             return
         found = self.locate(module, kind)
-        ends = found in (self.embeddings, self.head)  # these may have another number of rows
-        there = self.source(found).shape
+        base_shape = self.source(found).shape
         saved = self.adapter.config.get("modules_to_save") or []
-        bias = kind == "bias" and self.adapter.config.get("bias", "none") != "none"
-        named = any(re.search(rf"{re.escape(one)}(\.|$)", module) for one in saved)
-        if not (ends or bias or named):
+        is_end = found in (self.embeddings, self.head)
+        is_bias = kind == "bias" and self.adapter.config.get("bias", "none") != "none"
+        is_listed = any(re.search(rf"{re.escape(one)}(\.|$)", module) for one in saved)
+        if not (is_end or is_bias or is_listed):
             raise UserError(f"{name}: a base weight that its config does not list")
-        if tensor.shape[ends:] != there[ends:] or not tensor.shape:
-            raise UserError(f"{name} is {tensor.shape}, {found} is {there}: another base")
-        if self.tied and ends and ".base_layer." in name:
-            self.own["tied"] = tensor  # the tied head uses the same base layer
-        self.own[found] = tensor
+        compared = slice(1 if is_end else 0, None)  # embeddings and head may have other rows
+        if tensor.shape[compared] != base_shape[compared] or not tensor.shape:
+            raise UserError(f"{name} is {tensor.shape}, {found} is {base_shape}: another base")
+        if self.tied and is_end and ".base_layer." in name:
+            self.replaced["tied"] = tensor  # the tied head uses the same base layer
+        self.replaced[found] = tensor
         self.changes[found] = Change(tensor)
 
-    def matrix(self, module: str) -> None:
-        name, pair = self.locate(module), self.adapter.factors[module]
-        source, (rank, scale) = self.source(name), self.adapter.rank_and_scale(module)
+    def add_update(self, module: str) -> None:
+        """Add scale · B A of a module, with DoRA's magnitude and B's bias."""
+        name = self.locate(module)
+        source = self.source(name)
+        pair = self.adapter.factors[module]
+        rank, scale = self.adapter.rank_and_scale(module)
         size = (pair["B"].shape[0], pair["A"].shape[1])
         conv1d = self.config.get("model_type") in _CONV1D and name != self.head
         turned = conv1d or "lora_embedding" in pair["A"].name
@@ -206,13 +218,20 @@ class _MergePlanner:
             raise UserError(f"{module}: B A is {size}, its magnitude (DoRA) {given}")
         change = Change(source, module, rank, scale, transposed=turned, magnitude=magnitude)
         self.changes[name] = change
-        if bias := self.special[_BIAS].get(module):
+        bias = self.special[_BIAS].get(module)
+        if bias:
             name = self.locate(module, "bias")
             if bias.shape != self.source(name).shape:
                 raise UserError(f"{module}: lora_B.bias is {bias.shape}: another base")
             self.changes[name] = Change(self.source(name), scale=scale, bias=bias)
 
-    def experts(self, core: str, modules: list[str]) -> None:
+    def add_experts(self, core: str, modules: list[str]) -> None:
+        """Add the updates of the fused experts of a layer, whose parameters are stored by expert.
+
+        Args:
+            core: the name of the experts' module.
+            modules: the adapted modules inside, `core` with a `.base_layer` for each but the last.
+        """
         targets = self.adapter.config.get("target_parameters") or []
         # PEFT matches the end of the name.
         kinds = [k for k in _EXPERTS if any(f".{core}.{k}".endswith(f".{t}") for t in targets)]
@@ -237,7 +256,8 @@ class _MergePlanner:
                     raise UserError(f"{core}.{kind}: B A is {size}, {name} {one.shape}")
                 self.changes[name] = Change(one, module, rank, scale, n, part * height)
 
-    def tokens(self, module: str, rows: Stored) -> None:
+    def add_token_rows(self, module: str, rows: Stored) -> None:
+        """Add trained embeddings of single tokens."""
         name, given = self.locate(module), self.adapter.config.get("trainable_token_indices")
         if isinstance(given, dict):
             given = next((v for k, v in given.items() if f".{module}".endswith(f".{k}")), None)
@@ -251,8 +271,8 @@ class _MergePlanner:
 
     def finish(self) -> MergePlan:
         """Untie embeddings and head if only one of them changes, or they change differently."""
-        if "tied" in self.own:
-            self.changes.setdefault(self.embeddings, Change(self.own["tied"]))
+        if "tied" in self.replaced:
+            self.changes.setdefault(self.embeddings, Change(self.replaced["tied"]))
         first, second = self.changes.get(self.embeddings), self.changes.get(self.head)
         rows = first.source.shape[0] if first else 0
         others = rows if first and rows != self.tensors[self.embeddings].shape[0] else None
@@ -266,7 +286,7 @@ class _MergePlanner:
                     "the head have their rows: save both with PEFT (modules_to_save)"
                 )
             return MergePlan(self.changes, False, others)
-        below = self.embeddings not in self.own or "tied" in self.own
+        below = self.embeddings not in self.replaced or "tied" in self.replaced
         together = below if first and first.tokens and not second else _equal(first, second)
         if not together and first and not second:
             self.changes[self.head] = Change(self.source(self.head))
@@ -283,6 +303,5 @@ def _equal(one: Change | None, other: Change | None) -> bool:
         return False
     pairs = [(one.source, other.source), (one.token_rows, other.token_rows)]
     return all(
-        a is b or (a and b and a.shape == b.shape and all(map(eq, a.pieces(), b.pieces())))
-        for a, b in pairs
+        a is b or (a and b and a.shape == b.shape and a.read().equal(b.read())) for a, b in pairs
     )

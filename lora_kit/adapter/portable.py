@@ -11,9 +11,8 @@ import math
 from pathlib import Path
 
 from lora_kit import nano
-from lora_kit.adapter.files import WEIGHTS, Adapter, write_config
+from lora_kit.adapter.files import Adapter, write_standard
 from lora_kit.adapter.loaders import loader_issues
-from lora_kit.base.tensors import DTYPES, Writer
 from lora_kit.errors import UserError
 from lora_kit.run import is_hub_id
 
@@ -30,32 +29,29 @@ def write_portable(adapter: Adapter, folder: Path) -> None:
     import torch
 
     check_portable(adapter)
-    rank = max(adapter.rank_and_scale(module)[0] for module in adapter.factors)
-    scales = {module: adapter.rank_and_scale(module)[1] for module in adapter.factors}
-    kept = all(_exact(pair["B"].dtype, scales[m]) for m, pair in adapter.factors.items())
-    found = [
-        (tensor, letter, scales[module] if letter == "B" else 1.0)
-        for module, pair in adapter.factors.items()
-        for letter, tensor in sorted(pair.items())
-    ]
-    entries = {}
-    for tensor, letter, _ in found:
-        shape = tensor.shape
-        padded = (rank, *shape[1:]) if letter == "A" else (shape[0], rank, *shape[2:])
-        entries[tensor.name] = (tensor.dtype if kept or tensor.dtype == "F64" else "F32", padded)
-    with Writer(folder / WEIGHTS, entries) as writer:
-        for tensor, _, scale in found:
-            dtype, padded = entries[tensor.name]
-            value = torch.zeros(padded, dtype=getattr(torch, DTYPES[dtype][0]))
-            value[: tensor.shape[0], : tensor.shape[1]] = tensor.read().float() * scale
-            writer.put(tensor.name, value)
+    settings = {module: adapter.rank_and_scale(module) for module in adapter.factors}
+    kept = all(_exact(pair["B"].dtype, settings[m][1]) for m, pair in adapter.factors.items())
+    factors = {}
+    for module, pair in adapter.factors.items():
+        for letter, stored in pair.items():
+            values = stored.read()
+            dtype = values.dtype if kept or stored.dtype == "F64" else torch.float32
+            scale = settings[module][1] if letter == "B" else 1.0
+            factors[stored.name] = (values.float() * scale).to(dtype)
+    rank = max(rank for rank, _ in settings.values())
     # Without local paths.
     base, revision = adapter.base["model"] or "", adapter.base["revision"]
     if not is_hub_id(base):
         base, revision = "nano" if base == str(nano.MODEL) else Path(base).name, None
-    more = {"task_type": adapter.config.get("task_type")}
-    more["fan_in_fan_out"] = bool(adapter.config.get("fan_in_fan_out"))
-    write_config(folder, (base, revision), rank, adapter.targets, **more)
+    write_standard(
+        folder,
+        factors,
+        (base, revision),
+        rank,
+        adapter.targets,
+        task_type=adapter.config.get("task_type"),
+        fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
+    )
 
 
 def check_portable(adapter: Adapter) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_kit.adapter import files
 from lora_kit.errors import UserError
 from lora_kit.schema import Adapter
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 @contextmanager
-def as_at_start(model: Any, adapter: Adapter) -> Iterator[None]:
+def as_at_start(model: PeftModel, adapter: Adapter) -> Iterator[None]:
     """Inside, a PEFT model is as before its first step: the base, or the base with the adapter of
     `adapter.start`.
 
@@ -40,9 +43,9 @@ def as_at_start(model: Any, adapter: Adapter) -> Iterator[None]:
         raise UserError(f"adapter.start: {error}") from None
     try:
         set_peft_model_state_dict(model, started)
-        model.base_model.enable_adapter_layers()
+        model.enable_adapter_layers()
         yield
     finally:
         set_peft_model_state_dict(model, kept)
         if disabled:
-            model.base_model.disable_adapter_layers()
+            model.disable_adapter_layers()

@@ -12,7 +12,7 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_kit.base.load import (
     base_on_meta,
     check_whole,
+    freeze,
     from_files,
-    frozen,
     load_base,
     load_tokenizer,
     unquantized_config,
@@ -30,10 +30,14 @@ from lora_kit.base.load import (
 from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import UserError
-from lora_kit.schema import Base
+from lora_kit.schema import Base, Json
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    from lora_kit.base.load import Model
 
 CAUSAL = "AutoModelForCausalLM"
 SEQUENCE = "AutoModelForSequenceClassification"
@@ -57,7 +61,8 @@ class Head:
         auto: the auto class of transformers. In the lock as `auto`.
         labels: names of its outputs, in order; empty: those of the base. In the lock as
             `facts.labels`.
-        pooling: how a text's vector is computed; None: see `settle`. In the lock as `pooling`.
+        pooling: how a text's vector is computed; None: see `choose_pooling`. In the lock as
+            `pooling`.
     """
 
     auto: str = CAUSAL
@@ -65,7 +70,7 @@ class Head:
     pooling: str | None = None
 
     @classmethod
-    def of(cls, lock: Mapping[str, Any]) -> Head:
+    def of(cls, lock: Json) -> Head:
         """The head that a lock file describes; causal if it has no such entries."""
         labels = (lock.get("facts") or {}).get("labels") or ()
         return cls(lock.get("auto") or CAUSAL, tuple(labels), lock.get("pooling"))
@@ -90,19 +95,32 @@ class Head:
 
     def write(self, adapter: Path) -> None:
         """Describe the head in an adapter's folder, for use without the run directory."""
-        values = {"auto": self.auto, "pooling": self.pooling, **self.names()}
+        values = {
+            "auto": self.auto,
+            "pooling": self.pooling,
+            "id2label": self.id2label,
+            "label2id": self.label2id,
+        }
         text = json.dumps(values, indent=2, ensure_ascii=False)
         (adapter / HEAD_FILE).write_text(text + "\n", encoding="utf-8")
 
-    def names(self) -> dict[str, dict[Any, Any]]:
-        """`id2label` and `label2id`, as in config.json."""
-        return {
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {name: number for number, name in enumerate(self.labels)},
-        }
+    @property
+    def id2label(self) -> dict[int, str]:
+        """As in config.json."""
+        return dict(enumerate(self.labels))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """As in config.json."""
+        return {name: number for number, name in enumerate(self.labels)}
 
 
-def settle(pooling: str | None, folder: Path, config: Any, skeleton: Any) -> tuple[str, bool]:
+def choose_pooling(
+    pooling: str | None,
+    folder: Path,
+    config: PreTrainedConfig,
+    skeleton: PreTrainedModel | None,
+) -> tuple[str, bool]:
     """The pooling of a classifier, and whether transformers' own class implements it.
 
     Args:
@@ -142,7 +160,7 @@ def settle(pooling: str | None, folder: Path, config: Any, skeleton: Any) -> tup
     return pooling, False
 
 
-def _own_pooling(config: Any, skeleton: Any) -> str:
+def _own_pooling(config: PreTrainedConfig, skeleton: PreTrainedModel) -> str:
     if hasattr(config, "classifier_pooling"):
         return "mean" if config.classifier_pooling in ("mean", "late") else "cls"
     last = hasattr(skeleton, "score") or config.model_type in _OTHER_DECODERS
@@ -170,7 +188,7 @@ def is_head(name: str, prefix: str) -> bool:
 
 def load_with_head(
     base: Base, pinned: Pinned, head: Head, seed: int, quantize: str | None = None
-) -> tuple[Any, tuple[str, ...]]:
+) -> tuple[Model, tuple[str, ...]]:
     """Load the base with a head, which may be newly initialised; every parameter is frozen.
 
     Args:
@@ -202,9 +220,10 @@ def load_with_head(
         with _no_report():
             encoder, missing = from_files(AutoModel, base, pinned, quantize, [], **options)
         check_whole(pinned, [name for name in missing if not is_head(f"body.{name}", "body")])
-        model = PooledClassifier(encoder, str(layout.pooling))
-        model.score.to(encoder.device)
-        return frozen(model), ("score",)
+        pooled = PooledClassifier(encoder, str(layout.pooling))
+        pooled.score.to(encoder.device)
+        freeze(pooled)
+        return pooled, ("score",)
     options = {"config": layout.config, "ignore_mismatched_sizes": True}
     with _no_report():
         model, missing = from_files(layout.auto, base, pinned, quantize, layout.layers, **options)
@@ -215,15 +234,17 @@ def load_with_head(
     if head.labels and head.labels != layout.stored_labels and output not in fresh:
         # The stored head has the right shape but was trained for other labels.
         torch.manual_seed(seed)
-        for parameter in model.get_submodule(output).parameters():
+        parameters: Iterator[Any] = model.get_submodule(output).parameters()
+        for parameter in parameters:
             parameter._is_hf_initialized = False  # transformers' flag for weights from a file
         model._init_weights(model.get_submodule(output))
         fresh.add(output)
-    _settle_types(model, layout, fresh)
-    return frozen(model), tuple(name for name in layout.layers if name in fresh)
+    _cast_head(model, layout, fresh)
+    freeze(model)
+    return model, tuple(name for name in layout.layers if name in fresh)
 
 
-def with_head_on_meta(base: Base, pinned: Pinned, head: Head) -> tuple[Any, tuple[str, ...]]:
+def with_head_on_meta(base: Base, pinned: Pinned, head: Head) -> tuple[Model, tuple[str, ...]]:
     """`load_with_head` on torch's meta device: only the names of the weights are read; if the
     weights were not downloaded, all layers of the head count as fresh."""
     import torch
@@ -251,7 +272,7 @@ def with_head_on_meta(base: Base, pinned: Pinned, head: Head) -> tuple[Any, tupl
         for name in layout.layers
         if not any(there.endswith(f"{name.removeprefix(prefix)}.weight") for there in stored)
     }
-    _settle_types(model, layout, fresh)
+    _cast_head(model, layout, fresh)
     return model, tuple(name for name in layout.layers if name in fresh)
 
 
@@ -265,9 +286,9 @@ class _HeadLayout:
         layers: names of the head's layers, the output layer last; empty unless `own`.
     """
 
-    config: Any
+    config: PreTrainedConfig
     stored_labels: tuple[str, ...]
-    auto: Any
+    auto: type[_BaseAutoModelClass]
     pooling: str | None
     own: bool
     layers: tuple[str, ...]
@@ -277,7 +298,7 @@ def _layout(pinned: Pinned, head: Head) -> _HeadLayout:
     import transformers
 
     folder = Path(pinned.folder)
-    auto = getattr(transformers, head.auto, None)
+    auto: Any = getattr(transformers, head.auto, None)
     if not hasattr(auto, "_model_mapping"):
         raise UserError(f"{head.auto!r:.80} is not an auto class of transformers")
     try:
@@ -296,7 +317,7 @@ def _layout(pinned: Pinned, head: Head) -> _HeadLayout:
             raise UserError(
                 f"base.model: {folder}: its input is {takes}, not text: use another base"
             )
-        pooling, own = settle(head.pooling, folder, config, shapes)
+        pooling, own = choose_pooling(head.pooling, folder, config, shapes)
     elif shapes is None:
         raise UserError(
             f"base.model: {folder}: {config.model_type} has no {head.auto} in transformers: "
@@ -313,11 +334,11 @@ def _layout(pinned: Pinned, head: Head) -> _HeadLayout:
                 f"base.model: {folder}: {config.model_type} classifies at the end-of-text token "
                 f"({end}), which the tokenizer does not add: change its tokenizer.json to add it"
             )
-    layers = head_layers(shapes) if own else []
+    layers = head_layers(shapes) if own and shapes is not None else []
     return _HeadLayout(config, stored_labels, auto, pooling, own, tuple(layers))
 
 
-def _settle_types(model: Any, layout: _HeadLayout, fresh: set[str]) -> None:
+def _cast_head(model: Any, layout: _HeadLayout, fresh: set[str]) -> None:
     """Put fresh layers in float32, since bfloat16 would round small updates away, and cast the
     inputs of the head's layers to their dtype."""
     for name in layout.layers:
@@ -343,28 +364,30 @@ def _no_report() -> Iterator[None]:
         logger.removeFilter(drop)
 
 
-def _name_outputs(config: Any, head: Head) -> None:
+def _name_outputs(config: PreTrainedConfig, head: Head) -> None:
     if not head.labels:
         return
-    for key, names in head.names().items():
-        setattr(config, key, names)
+    config.id2label, config.label2id = head.id2label, head.label2id
     if head.auto == SEQUENCE:
         several = len(head.labels) > 1
         config.problem_type = "single_label_classification" if several else "regression"
 
 
-def skeleton_of(auto: Any, config: Any) -> Any:
+def skeleton_of(
+    auto: type[_BaseAutoModelClass], config: PreTrainedConfig
+) -> PreTrainedModel | None:
     """The model of an auto class on the meta device; None if it does not support this
     architecture."""
     import torch
 
-    if type(config) not in auto._model_mapping:
+    mapping: Any = auto._model_mapping
+    if type(config) not in mapping:
         return None
     with torch.device("meta"):
         return auto.from_config(copy.deepcopy(config), trust_remote_code=False)
 
 
-def head_layers(skeleton: Any) -> list[str]:
+def head_layers(skeleton: PreTrainedModel) -> list[str]:
     """Names of the layers of a model's head, the output layer last."""
     return [
         name
@@ -373,7 +396,7 @@ def head_layers(skeleton: Any) -> list[str]:
     ]
 
 
-def _body_of(config: Any) -> Any:
+def _body_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class of a base without head; None if transformers has none."""
     from transformers import AutoModel
 
@@ -381,13 +404,17 @@ def _body_of(config: Any) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
-def _without_pooler(config: Any) -> dict[str, Any]:
+def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
     """The argument that omits the base's pooling layer, if it has one."""
-    takes_it = "add_pooling_layer" in inspect.signature(_body_of(config)).parameters
-    return {"add_pooling_layer": False} if takes_it else {}
+    body = _body_of(config)
+    if body is None or "add_pooling_layer" not in inspect.signature(body).parameters:
+        return {}
+    return {"add_pooling_layer": False}
 
 
-def _cast_inputs(layer: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cast_inputs(
+    layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
     """A forward pre-hook: cast floating-point inputs to the layer's dtype."""
     dtype = next(layer.parameters()).dtype
     return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)

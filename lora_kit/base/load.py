@@ -6,15 +6,24 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import LoraKitError, UserError
-from lora_kit.schema import Base
+from lora_kit.schema import Base, Json
 from lora_kit.trust import no_kernels_from_the_hub
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    from lora_kit.base.pooled import PooledClassifier
+
+    Model: TypeAlias = PreTrainedModel | PooledClassifier
 
 # Largest change of logits due to rounding (such as of batched experts in bfloat16), relative to
 # their standard deviation; an encoder with random weights changes them by 0.012, a trained one by
@@ -46,13 +55,19 @@ def gpu_is_used() -> bool:
     return torch.cuda.is_available() and not use_cpu
 
 
+def to_gpu(model: torch.nn.Module, base: Base) -> None:
+    """Move a model to the GPU, if this process uses one; quantized ones are loaded there."""
+    if gpu_is_used() and base.quantize == "none":
+        model.to("cuda")
+
+
 def base_is_sharded() -> bool:
     """Whether accelerate was told to divide the base among the processes: FSDP or DeepSpeed."""
     names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     return any(os.environ.get(name) == "true" for name in names)
 
 
-def load_tokenizer(pinned: Pinned, generates: bool = True) -> Any:
+def load_tokenizer(pinned: Pinned, generates: bool = True) -> PreTrainedTokenizerBase:
     """The base's fast tokenizer, with a padding token and right padding.
 
     Args:
@@ -116,7 +131,7 @@ def check_length(pinned: Pinned, max_length: int) -> None:
         )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> Json:
     """config.json. Raises UserError if it is not a JSON object."""
     file = folder / "config.json"
     try:
@@ -128,7 +143,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def unquantized_config(pinned: Pinned) -> dict[str, Any]:
+def unquantized_config(pinned: Pinned) -> Json:
     """config.json. Raises UserError if it is invalid, the weights are already quantized, or files
     point outside of the folder or to code."""
     config = _check_files(Path(pinned.folder))
@@ -152,7 +167,7 @@ def unusable(pinned: Pinned, what: str, error: Exception) -> LoraKitError:
     return UserError(f"base.model: {pinned.folder}: {what}: {reason}")
 
 
-def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
+def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> PreTrainedModel:
     """Load the base as a causal language model, every parameter frozen.
 
     Args:
@@ -173,22 +188,24 @@ def load_base(base: Base, pinned: Pinned, quantize: str | None = None) -> Any:
     unquantized_config(pinned)
     model, missing = from_files(AutoModelForCausalLM, base, pinned, quantize)
     check_whole(pinned, missing)
-    return frozen(model)
+    freeze(model)
+    return model
 
 
-def frozen(model: Any) -> Any:
-    """The model in evaluation mode, with all parameters frozen."""
+def freeze(model: torch.nn.Module) -> None:
+    """Set evaluation mode, and freeze all parameters."""
     model.requires_grad_(False)
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         # In evaluation mode bitsandbytes 0.50 permanently repacks 4-bit weights for AVX512-BF16.
         # That product has no gradient, so training after an evaluation would silently not train
         # the layers below; it also needs row counts divisible by 32.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval()
+    model.eval()
 
 
-def base_on_meta(base: Base, pinned: Pinned) -> Any:
+def base_on_meta(base: Base, pinned: Pinned) -> PreTrainedModel:
     """The base on torch's meta device: no weights are read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -203,13 +220,13 @@ def base_on_meta(base: Base, pinned: Pinned) -> Any:
 
 
 def from_files(
-    auto: Any,
+    auto: type[_BaseAutoModelClass],
     base: Base,
     pinned: Pinned,
     quantize: str | None,
     unquantized: Sequence[str] | None = None,
-    **options: Any,
-) -> tuple[Any, list[str]]:
+    **options: object,
+) -> tuple[PreTrainedModel, list[str]]:
     """A transformers model, and the names of parameters that its files lack or have in another
     shape.
 
@@ -252,7 +269,7 @@ def check_whole(pinned: Pinned, missing: list[str]) -> None:
         )
 
 
-def check_causal(model: Any, pinned: Pinned) -> None:
+def check_causal(model: Model, pinned: Pinned) -> None:
     """Check that no token changes the logits of earlier positions: encoders also load as causal
     language models (RoBERTa as RobertaForCausalLM), and would see the tokens that they predict.
 
@@ -279,7 +296,7 @@ def check_causal(model: Any, pinned: Pinned) -> None:
         )
 
 
-def _check_files(folder: Path) -> dict[str, Any]:
+def _check_files(folder: Path) -> Json:
     """config.json. Raises UserError if the shard index points outside of the folder, or config.json
     names a compiled attention kernel of the Hub."""
     try:
@@ -295,7 +312,9 @@ def _check_files(folder: Path) -> dict[str, Any]:
     return inside[0]
 
 
-def _quantization(kind: str, dtype: Any, unquantized: Sequence[str] | None = None) -> Any:
+def _quantization(
+    kind: str, dtype: torch.dtype, unquantized: Sequence[str] | None
+) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
     skipped = None if unquantized is None else list(unquantized)
@@ -311,5 +330,5 @@ def _quantization(kind: str, dtype: Any, unquantized: Sequence[str] | None = Non
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skipped,
         # FSDP shards tensors of a single floating dtype: store the packed 4-bit values in it.
-        **({"bnb_4bit_quant_storage": dtype} if sharded else {}),
+        bnb_4bit_quant_storage=dtype if sharded else None,
     )

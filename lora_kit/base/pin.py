@@ -6,13 +6,12 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_kit import hub_errors, nano
 from lora_kit.errors import UserError
 from lora_kit.hashes import cached_hash
 from lora_kit.run import is_hub_id
-from lora_kit.schema import Base
+from lora_kit.schema import Base, Json
 
 # Files of a base. Other weight formats than safetensors can run code and are not read. README.md
 # has the licence.
@@ -42,7 +41,7 @@ class Pinned:
         return {key: value for key, value in asdict(self).items() if key != "folder"}
 
 
-def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) -> Pinned:
+def pin(base: Base, lock: Json | None = None, weights: bool = True) -> Pinned:
     """Find the base, download it if it is on the Hub, and record its revision and hashes.
 
     Args:
@@ -75,7 +74,8 @@ def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) ->
         raise UserError(
             f"base.model: {folder}: no .safetensors weights (other formats are not supported)"
         )
-    files = {file for pattern in _HASHED + [_WEIGHTS] * weights for file in folder.glob(pattern)}
+    hashed = [*_HASHED, _WEIGHTS] if weights else _HASHED
+    files = {file for pattern in hashed for file in folder.glob(pattern)}
     hashes = {file.name: cached_hash(file) for file in sorted(files)}
     return Pinned(model, str(folder), revision, licence_of(folder / "README.md"), hashes)
 
@@ -83,18 +83,20 @@ def pin(base: Base, lock: dict[str, Any] | None = None, weights: bool = True) ->
 def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = _FILES + [_WEIGHTS] * weights
-    named: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": _NOT_READ}
+    wanted = [*_FILES, _WEIGHTS] if weights else _FILES
     suspect = bool(_QUANTIZED_NAME.search(model))
     if weights and suspect and _is_quantized(model, revision):  # before downloading gigabytes
         raise UserError(f"base.model: {model}: {_QUANTIZED}")
     try:
-        return Path(snapshot_download(model, revision=revision, **named))
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_READ
+        )
     except (OSError, ValueError) as error:
         problem = hub_errors.problem(error, model, revision, "model")
         if suspect and "hf download" in problem:
             problem = _QUANTIZED
         raise UserError(f"base.model: {model}: {problem}") from None
+    return Path(folder)
 
 
 def _is_quantized(model: str, revision: str | None) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any  # of attributes that are the encoder's
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lora_kit.base.head import POOLING_MODES, pooling_of
@@ -57,13 +58,14 @@ class PooledClassifier(nn.Module):
 
     base_model_prefix = "encoder"
 
-    def __init__(self, encoder: Any, pooling: str) -> None:
+    def __init__(self, encoder: PreTrainedModel, pooling: str) -> None:
         super().__init__()
-        config = encoder.config.get_text_config()
+        config: Any = encoder.config
+        text = config.get_text_config()
         self.encoder = encoder
-        self.score = nn.Linear(config.hidden_size, encoder.config.num_labels)
+        self.score = nn.Linear(text.hidden_size, config.num_labels)
         self.pooling = pooling
-        nn.init.normal_(self.score.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.normal_(self.score.weight, std=getattr(text, "initializer_range", 0.02))
         nn.init.zeros_(self.score.bias)
 
     def __getattr__(self, name: str) -> Any:
@@ -75,7 +77,7 @@ class PooledClassifier(nn.Module):
             return getattr(self.encoder, name)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **more: Any
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **more: object
     ) -> SequenceClassifierOutput:
         """input_ids, attention_mask: (texts, tokens) int64. `logits`: (texts, labels) float32."""
         out = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **more)
@@ -114,7 +116,7 @@ def write_parts(
     _write(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
 
 
-def guard_of(skeleton: Any) -> str | None:
+def guard_of(skeleton: PreTrainedModel | None) -> str | None:
     """The name of the output weight of transformers' own classifier.
 
     An empty tensor of this name in an encoder's folder makes `AutoModelForSequenceClassification`
@@ -129,23 +131,20 @@ def guard_of(skeleton: Any) -> str | None:
     return [n for n, _ in skeleton.named_parameters() if not n.startswith(prefix)][-1]
 
 
-def read_folder(folder: Path, **options: Any) -> PooledClassifier:
-    """Load a folder of `write_parts` with transformers alone, in evaluation mode.
-
-    Args:
-        options: arguments of `from_pretrained`, such as `dtype`.
-    """
+def read_folder(folder: Path, dtype: str = "float32") -> PooledClassifier:
+    """Load a folder of `write_parts` with transformers alone, in evaluation mode."""
     from safetensors.torch import load_file
     from transformers import AutoModel
 
-    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    encoder = AutoModel.from_pretrained(folder, **safe, **options)
+    encoder = AutoModel.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
     model = PooledClassifier(encoder, str(pooling_of(folder)))
     score = load_file(folder / DENSE / "model.safetensors")
     model.score.load_state_dict({k.removeprefix("linear."): v for k, v in score.items()})
     return model.eval()
 
 
-def _write(file: Path, values: Any) -> None:
+def _write(file: Path, values: object) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,17 +7,21 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.errors import LoraKitError, NotUsable, UserError
 from lora_kit.trust import time_limit
 
-Message = dict[str, Any]  # role, content, and other fields that templates read
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]  # role, content, and any other fields that a template reads
+Tool = dict[str, Any]  # the JSON schema of a function
 SECONDS_TO_RENDER = 10.0
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 
 
-def set_template(tokenizer: Any, name: str | None) -> None:
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
     """Set a shipped chat template; None keeps and checks the tokenizer's own.
 
     If the tokenizer has no <|im_end|>, chatml turns end with its end-of-text token, so that
@@ -41,7 +45,7 @@ def set_template(tokenizer: Any, name: str | None) -> None:
     tokenizer.chat_template = shipped
 
 
-def check_template(tokenizer: Any) -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError if a template cannot render a prompt and a completion within
     SECONDS_TO_RENDER."""
     import jinja2
@@ -79,9 +83,9 @@ def check_template(tokenizer: Any) -> None:
 
 
 def render(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: list[Message] | tuple[Message, ...],
-    tools: tuple[Any, ...] = (),
+    tools: tuple[Tool, ...] = (),
     add_generation_prompt: bool = False,
 ) -> str:
     """Render a conversation with the tokenizer's chat template.
@@ -94,16 +98,13 @@ def render(
 
 
 def render_many(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
-    tools: tuple[Any, ...] = (),
+    tools: tuple[Tool, ...] = (),
     add_generation_prompt: bool = False,
 ) -> list[str]:
     """`render` for several conversations with the same tools; fails if one of them does."""
-    plain = [
-        [{k: v for k, v in m.items() if k != "weight"} if "weight" in m else m for m in messages]
-        for messages in conversations
-    ]
+    plain = [[_without_weight(message) for message in messages] for messages in conversations]
     parsed = [[_with_parsed_calls(message) for message in messages] for messages in plain]
     if parsed == plain:
         return _rendered(tokenizer, plain, tools, add_generation_prompt)
@@ -111,6 +112,13 @@ def render_many(
         return _rendered(tokenizer, parsed, tools, add_generation_prompt)
     except NotUsable:  # the template expects arguments as text
         return _rendered(tokenizer, plain, tools, add_generation_prompt)
+
+
+def _without_weight(message: Message) -> Message:
+    """`weight` says whether a turn is trained on; it is not part of the text."""
+    if "weight" not in message:
+        return message
+    return {key: value for key, value in message.items() if key != "weight"}
 
 
 def _with_parsed_calls(message: Message) -> Message:
@@ -132,29 +140,35 @@ def _with_parsed_calls(message: Message) -> Message:
 
 
 def _rendered(
-    tokenizer: Any, plain: list[list[Message]], tools: tuple[Any, ...], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    tools: tuple[Tool, ...],
+    add_generation_prompt: bool,
 ) -> list[str]:
+    late = (
+        f"the chat template did not finish in {SECONDS_TO_RENDER:g} s: use the template of a base "
+        "you trust"
+    )
     try:
-        with time_limit(
-            SECONDS_TO_RENDER,
-            f"the chat template did not finish in {SECONDS_TO_RENDER:g} s: use "
-            "the template of a base you trust",
-        ):
-            return tokenizer.apply_chat_template(
-                plain,
+        with time_limit(SECONDS_TO_RENDER, late):
+            texts = tokenizer.apply_chat_template(
+                conversations,
+                tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **({"tools": list(tools)} if tools else {}),
             )
     except LoraKitError:  # the time limit, or an interruption
         raise
     except Exception as error:  # templates raise anything
-        roles = "-".join(turn["role"] for turn in plain[0])
+        roles = "-".join(turn["role"] for turn in conversations[0])
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise NotUsable("rejected by the chat template", f"{roles:.60}: {reason}") from None
+    return [str(text) for text in texts]
 
 
-def prompt_text(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] = ()) -> str:
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: tuple[Tool, ...] = ()
+) -> str:
     """The prompt for generation: rendered with the template, or the bare content without one.
 
     Some templates write more before a completion than their generation prompt has, such as Qwen3's
@@ -163,14 +177,13 @@ def prompt_text(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] 
     if not tokenizer.chat_template:
         return messages[-1]["content"]
     prompt = render(tokenizer, messages, tools, add_generation_prompt=True)
-    answer = {"role": "assistant", "content": "sentinelx"}
-    answered = render(tokenizer, [*messages, answer], tools)
-    trained_after, _, _ = answered.rpartition("sentinelx")
-    more = trained_after.removeprefix(prompt)
-    return trained_after if trained_after.startswith(prompt) and more.strip() else prompt
+    completion = {"role": "assistant", "content": "sentinelx"}
+    before, _, _ = render(tokenizer, [*messages, completion], tools).rpartition("sentinelx")
+    more = before.removeprefix(prompt)
+    return before if before.startswith(prompt) and more.strip() else prompt
 
 
-def context_token(tokenizer: Any) -> list[int]:
+def context_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token before a text: beginning-of-text if the tokenizer adds it, else end-of-text."""
     added = tokenizer("a").input_ids
     if tokenizer.bos_token_id is not None and added[:1] == [tokenizer.bos_token_id]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -77,6 +77,17 @@ class Count:
         self.lengths = histogram(tokens, self.longest)
 
 
+class Leak(TypedDict):
+    """The rows of one source that are training rows too. `near` excludes the exact ones; `first_*`:
+    the places of the first such row and of its training row, or ""."""
+
+    rows: int
+    exact: int
+    near: int
+    first_exact: str
+    first_near: str
+
+
 @dataclass
 class Census:
     """The counts that `preview` shows, the log prints and the run directory keeps as census.json.
@@ -91,7 +102,7 @@ class Census:
     general: Count = field(default_factory=Count)
     held_out: bool = False
     duplicates: dict[str, int] = field(default_factory=lambda: {"exact": 0, "near": 0})
-    leaks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    leaks: dict[str, Leak] = field(default_factory=dict)
     compared: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -102,7 +113,8 @@ class Census:
         totals["supervised_share"] = round(both.supervised_tokens / max(1, both.tokens), 4)
         totals["duplicates"] = self.duplicates
         totals["leaks"] = {
-            kind: sum(leak[kind] for leak in self.leaks.values()) for kind in ("exact", "near")
+            "exact": sum(leak["exact"] for leak in self.leaks.values()),
+            "near": sum(leak["near"] for leak in self.leaks.values()),
         }
         return totals | asdict(self) | {"leaks": totals["leaks"], "leaks_by_source": self.leaks}
 

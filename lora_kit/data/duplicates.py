@@ -10,6 +10,7 @@ positions in their whole signatures, which estimates the similarity.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +23,8 @@ SHINGLE = 5  # bytes
 UNSIGNED = np.zeros((0, POSITIONS + 1), np.uint32)  # the signatures of no texts
 _AT_ONCE = 2**15  # pairs of signatures compared at a time: 32 MB
 LONGEST = 2**16  # bytes of a text that are compared, from its beginning
+# Most texts with a signature (512 bytes each); of more, those of lowest rank are a sample.
+LARGEST_SAMPLE = 150_000
 
 
 def hashed(text: str, seed: int | None = None) -> int:
@@ -74,6 +77,60 @@ def sign(texts: list[str]) -> np.ndarray:
     )
     values = np.array(matrix.to_rows(), dtype=np.uint32)
     return np.column_stack([values, np.diff(offsets).astype(np.uint32)])
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """MinHash signatures of a sample of examples: those of lowest rank.
+
+    Attributes:
+        rows: int64 (sampled,): indices of the examples. ranks: uint64 (sampled,).
+        texts: signatures of their texts, as returned by `sign`.
+        questions: of their prompts; of no texts unless data.decontaminate is set.
+    """
+
+    rows: np.ndarray
+    ranks: np.ndarray
+    texts: np.ndarray
+    questions: np.ndarray
+
+    def below(self, rank: int) -> Signatures:
+        """Those of examples with a lower rank."""
+        low = self.ranks < np.uint64(rank)
+        questions = self.questions[low] if len(self.questions) else self.questions
+        return Signatures(self.rows[low], self.ranks[low], self.texts[low], questions)
+
+
+class SignatureSample:
+    """Collects the signatures of one use of the data; examples whose rank is not under `below`
+    need none."""
+
+    def __init__(self) -> None:
+        self.below = 2**64 - 1
+        self._parts: list[Signatures] = []
+        self._count = 0
+
+    def add(self, part: Signatures, first: int) -> None:
+        """Add the signatures of a batch that begins with example `first`."""
+        kept = part.below(self.below)  # a worker may have started before it was lowered
+        self._parts.append(replace(kept, rows=kept.rows + first))
+        self._count += len(kept.rows)
+        if self._count > LARGEST_SAMPLE:
+            # Halve the sample. The remaining rows do not depend on when this happens.
+            self.below //= 2
+            self._parts = [part.below(self.below) for part in self._parts]
+            self._count = sum(len(part.rows) for part in self._parts)
+
+    def collected(self) -> Signatures:
+        """All signatures, in reading order."""
+        none = Signatures(np.zeros(0, np.int64), np.zeros(0, np.uint64), UNSIGNED, UNSIGNED)
+        parts = [none, *self._parts]
+        return Signatures(
+            rows=np.concatenate([part.rows for part in parts]),
+            ranks=np.concatenate([part.ranks for part in parts]),
+            texts=np.concatenate([part.texts for part in parts]),
+            questions=np.concatenate([part.questions for part in parts]),
+        )
 
 
 def repeated(keys: np.ndarray) -> np.ndarray:
@@ -140,7 +197,8 @@ def near_pairs(signed: np.ndarray) -> np.ndarray:
     # Neighbours are determined by content, not by row order.
     by_content = np.argsort(_row_hashes(signed[:, :POSITIONS]), kind="stable")
     for start in range(0, POSITIONS, BAND):
-        band = _row_hashes(signed[by_content, start : start + BAND])
+        # Hashes are reordered, not signatures, which are sixteen times as large.
+        band = _row_hashes(signed[:, start : start + BAND])[by_content]
         order = np.argsort(band, kind="stable")
         same = band[order][1:] == band[order][:-1]
         a, b = by_content[order][:-1][same], by_content[order][1:][same]

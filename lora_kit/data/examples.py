@@ -1,41 +1,84 @@
 """Examples on disk, between reading and encoding: an Arrow stream, one record batch per batch.
 
 Text is stored as it is; the turns of a conversation as JSON, since a chat template may read any
-field of them.
+field of them. Hashes of the text, of the prompt and of the group are what the split works on.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from lora_kit.data.formats import Example
+from lora_kit.data.duplicates import Signatures, clusters
+from lora_kit.data.formats import FORMATS, Example
+from lora_kit.data.rows import Rows
 
 _SCHEMA = pa.schema(
     [
+        ("file", pa.int32()),
         ("number", pa.uint32()),
         ("joins", pa.bool_()),
         ("label", pa.string()),
         ("text", pa.string()),
         ("turns", pa.string()),  # JSON of [messages, rejected, tools, joiner], or null
+        ("key", pa.uint64()),  # hashes; of the prompt and the group 0 where they are not needed
+        ("question", pa.uint64()),
+        ("group", pa.uint64()),
     ]
 )
 
 
-def to_batch(numbers: Sequence[int], examples: Sequence[Example]) -> pa.RecordBatch:
-    """Examples as a record batch, without groups, which only the split needs."""
+class ReadFile(NamedTuple):
+    """A file that was read.
+
+    Attributes:
+        style: format of the place of a row, such as `{}:{}`.
+        use: of its rows: train, eval or general. source: index of its source over all uses.
+        format: row format, a key of FORMATS.
+    """
+
+    name: str
+    style: str
+    use: str
+    source: int
+    format: str
+
+    def place(self, number: int) -> str:
+        return self.style.format(self.name, number)
+
+
+def to_batch(
+    file: int,
+    numbers: Sequence[int],
+    examples: Sequence[Example],
+    keys: np.ndarray,
+    questions: np.ndarray,
+    groups: np.ndarray,
+) -> pa.RecordBatch:
+    """Examples of one file as a record batch.
+
+    Args:
+        file: index of the file. numbers: line or list index of each example.
+        keys, questions, groups: uint64 hashes, (examples,).
+    """
     return pa.RecordBatch.from_pydict(
         {
+            "file": np.full(len(examples), file, np.int32),
             "number": list(numbers),
             "joins": [example.joins for example in examples],
             "label": [example.label for example in examples],
             "text": [example.text for example in examples],
             "turns": [_turns(example) for example in examples],
+            "key": keys,
+            "question": questions,
+            "group": groups,
         },
         schema=_SCHEMA,
     )
@@ -48,21 +91,18 @@ def _turns(example: Example) -> str | None:
     return json.dumps(stored, default=str)  # for instance a date in a tool call's arguments
 
 
-def from_batch(batch: pa.RecordBatch, place: tuple[str, str]) -> list[Example]:
-    """The examples of a record batch.
-
-    Args:
-        place: the file's name and place format, such as `{}:{}`.
-    """
-    name, style = place
+def from_batch(batch: pa.RecordBatch, files: Sequence[ReadFile]) -> list[Example]:
+    """The examples of a record batch, without their groups."""
+    columns = [
+        batch.column(name).to_pylist()
+        for name in ("file", "number", "joins", "label", "text", "turns")
+    ]
     examples = []
-    for number, joins, label, text, turns in zip(
-        *(column.to_pylist() for column in batch.columns), strict=True
-    ):
+    for file, number, joins, label, text, turns in zip(*columns, strict=True):
         messages, rejected, tools, joiner = json.loads(turns) if turns else ((), (), (), "")
         examples.append(
             Example(
-                place=style.format(name, number),
+                place=files[file].place(number),
                 text=text,
                 messages=tuple(messages),
                 rejected=tuple(rejected),
@@ -75,66 +115,67 @@ def from_batch(batch: pa.RecordBatch, place: tuple[str, str]) -> list[Example]:
     return examples
 
 
-class ExamplesWriter:
-    """Writes record batches of examples and records the file of each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.files: list[int] = []  # index of the file of each record batch
-        self._sink = pa.OSFile(str(path), "wb")
-        self._stream = pa.ipc.new_stream(self._sink, _SCHEMA)
-
-    def write(self, file: int, batch: pa.RecordBatch) -> None:
-        self.files.append(file)
-        self._stream.write_batch(batch)
-
-    def close(self) -> None:
-        self._stream.close()
-        self._sink.close()
-
-
 @dataclass(frozen=True)
 class Examples:
     """The examples of one use of the data, in reading order.
 
     Attributes:
-        path: of the Arrow stream. files: index of the file of each record batch.
-        places: name and place format of each file.
+        rows: the stored examples, with the columns of `to_batch`; memory-mapped.
+        files: all files that were read.
         chosen: bool (examples,): the examples that iteration yields.
         dropped: which rows were dropped and why, for messages; "" if none were.
     """
 
-    path: Path
-    files: list[int]
-    places: list[tuple[str, str]]
+    rows: Rows
+    files: list[ReadFile]
     chosen: np.ndarray
     dropped: str = ""
 
     def __iter__(self) -> Iterator[Example]:
         start = 0
-        for file, batch in self.batches():
+        for batch in self.rows.table.to_batches():
             some = self.chosen[start : start + batch.num_rows]
             start += batch.num_rows
             if some.any():
-                yield from from_batch(batch.filter(pa.array(some)), self.places[file])
+                yield from from_batch(batch.filter(pa.array(some)), self.files)
 
     def __len__(self) -> int:
         return int(self.chosen.sum())
 
+    def place(self, row: int) -> str:
+        """file:line of an example, by its index over chosen and other ones."""
+        return self.files[self.rows.cell("file", row)].place(self.rows.cell("number", row))
+
     @property
     def labels(self) -> dict[str, int]:
         """{label: number of examples}, sorted by name."""
-        counts: dict[str, int] = {}
-        start = 0
-        for _, batch in self.batches():
-            some = self.chosen[start : start + batch.num_rows]
-            start += batch.num_rows
-            for label in batch.column("label").filter(pa.array(some)).to_pylist():
-                if label is not None:
-                    counts[label] = counts.get(label, 0) + 1
-        return dict(sorted(counts.items()))
+        labels = self.rows.table.column("label").filter(pa.array(self.chosen)).drop_null()
+        return dict(sorted(Counter(labels.to_pylist()).items()))
 
-    def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(index of the file, record batch) of all examples, chosen or not."""
-        with pa.memory_map(str(self.path)) as source:
-            yield from zip(self.files, pa.ipc.open_stream(source), strict=True)
+    def classes(self) -> tuple[list[str], np.ndarray]:
+        """The names of classes, and int32 (examples,): the index of each example's, or -1. The
+        score of a sentence pair is no class."""
+        named = np.array(["label" in FORMATS[file.format].needed for file in self.files])
+        has_class = pa.array(named[self.rows.column("file")])
+        labels = pc.if_else(
+            has_class, self.rows.table.column("label"), pa.scalar(None, pa.string())
+        )
+        codes = labels.combine_chunks().dictionary_encode()
+        return codes.dictionary.to_pylist(), codes.indices.fill_null(-1).to_numpy()
+
+
+@dataclass(frozen=True)
+class SignedExamples:
+    """All examples of one use, and the signatures of a sample of them."""
+
+    examples: Examples
+    signed: Signatures
+
+    @property
+    def keys(self) -> np.ndarray:
+        """uint64 (examples,): a hash of each text."""
+        return self.examples.rows.column("key")
+
+    def clusters(self) -> np.ndarray:
+        """int64 (examples,): see `duplicates.clusters`."""
+        return clusters(self.keys, self.signed.texts, self.signed.rows)

@@ -23,8 +23,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # Role names: OpenAI's (`developer` is its newer `system`) and ShareGPT's.
 _OPENAI = {"developer": "system", **{role: role for role in ROLES}}
 _SHAREGPT = _OPENAI | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-# Punctuation of prose, not of formulas and code. A NUL byte separates turns.
-_PUNCTUATION = {**dict.fromkeys(map(ord, ".,;:!?\"'`“”‘’„«»…"), " "), 0: " \0 "}
+_PUNCTUATION = ".,;:!?\"'`“”‘’„«»…"  # of prose, not of formulas and code
 # Dropped by design of the format, so not counted by data.limits.dropped.
 REJECTED = "with a rejected completion (`label` is false)"
 _TAG = re.compile(r"O|([BIESLU])-(\S+)")
@@ -123,7 +122,12 @@ def normalised(text: str) -> str:
     >>> normalised("What's  NEW?\\n") == normalised("what s new")
     True
     """
-    return " ".join(text.casefold().translate(_PUNCTUATION).split()) or text.strip()
+    words = text.casefold()
+    # Seven times as fast as str.translate, whose fast path ends at a NUL byte.
+    for mark in _PUNCTUATION:
+        words = words.replace(mark, " ")
+    words = words.replace("\0", " \0 ")  # a NUL byte separates turns
+    return " ".join(words.split()) or text.strip()
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ A batch is processed on its own, so the result is the same for any number of wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from lora_kit.data.census import Count
-from lora_kit.data.duplicates import UNSIGNED, hashed, ranks, sign
+from lora_kit.data.duplicates import UNSIGNED, Signatures, hashed, ranks, sign
 from lora_kit.data.examples import to_batch
-from lora_kit.data.formats import FORMATS, Columns, Example, normalised, to_example
+from lora_kit.data.formats import Columns, Example, normalised, to_example
 from lora_kit.data.readers import Row, RowBatch
 from lora_kit.errors import NotUsable
 
@@ -54,16 +54,11 @@ class ReadJob(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """A batch after reading: its examples as Arrow, and columns of one value per example: numbers,
-    labels, joins; keys, questions and groups as hashes. `signed`: MinHash signatures of the
-    examples below the sample's rank."""
+    """A batch after reading: its examples as Arrow, and signatures of those in the sample."""
 
     file: int
     examples: pa.RecordBatch
-    columns: dict[str, list[Any]]
-    signed_rows: np.ndarray
-    signed: np.ndarray
-    signed_questions: np.ndarray
+    signatures: Signatures
     count: Count
 
 
@@ -81,7 +76,7 @@ class Reader:
             count.rows_read = len(found)
         else:
             found = list(self._examples(work.batch, work.format, count))
-        return self._part(work, [n for n, _ in found], [e for _, e in found], count)
+        return self._hashed(work, [n for n, _ in found], [e for _, e in found], count)
 
     def _examples(
         self, batch: RowBatch, format_name: str, count: Count
@@ -95,44 +90,43 @@ class Reader:
                 detail = f"{row.place}: {error.detail}" if error.detail else row.place
                 count.count_lost(error.reason, detail)
 
-    def _part(
+    def _hashed(
         self, work: ReadJob, numbers: list[int], examples: list[Example], count: Count
     ) -> ReadBatch:
         """Examples with the hashes and signatures that deduplication and splitting need."""
         plain = work.batch.plain
         texts = [example.key if plain else self.task.key(example) for example in examples]
-        keys = [hashed(text) for text in texts]
-        order = ranks(np.array(keys, dtype=np.uint64), self.settings.seed)
-        signed_rows = np.flatnonzero(order < np.uint64(work.sampled_below))
-        questions, signed_questions = [0] * len(keys), UNSIGNED
-        classes = "label" in FORMATS[work.format].needed  # the score of a sentence pair is no class
+        groups = [self._group(example, plain) for example in examples]
+        keys = _hashes(texts)
+        order = ranks(keys, self.settings.seed)
+        sampled = np.flatnonzero(order < np.uint64(work.sampled_below))
+        questions, signed_questions = np.zeros(len(keys), np.uint64), UNSIGNED
         if self.settings.questions:
             asked = [normalised(example.question) for example in examples]
-            questions = [hashed(text) for text in asked]
-            signed_questions = sign([asked[n] for n in signed_rows])
+            questions = _hashes(asked)
+            signed_questions = sign([asked[n] for n in sampled])
         return ReadBatch(
             file=work.file,
-            examples=to_batch(numbers, examples),
-            columns={
-                "numbers": numbers,
-                "keys": keys,
-                "questions": questions,
-                "groups": [self._group(example, plain) for example in examples],
-                "labels": [example.label if classes else None for example in examples],
-                "joins": [example.joins for example in examples],
-            },
-            signed_rows=signed_rows,
-            signed=sign([texts[n] for n in signed_rows]),
-            signed_questions=signed_questions,
+            examples=to_batch(work.file, numbers, examples, keys, questions, _hashes(groups)),
+            signatures=Signatures(
+                rows=sampled,
+                ranks=order[sampled],
+                texts=sign([texts[n] for n in sampled]),
+                questions=signed_questions,
+            ),
             count=count,
         )
 
-    def _group(self, example: Example, plain: bool) -> int:
-        """The hash of an example's group, which stays in one split; 0: no group."""
-        group = example.group
-        if group is None and not plain:
-            group = self.task.group(example)
-        return 0 if group is None else hashed(group)
+    def _group(self, example: Example, plain: bool) -> str | None:
+        """Examples of one group stay in one split; None: no group."""
+        if example.group is None and not plain:
+            return self.task.group(example)
+        return example.group
+
+
+def _hashes(texts: Sequence[str | None]) -> np.ndarray:
+    """uint64 (texts,): the hash of each; 0 for None."""
+    return np.array([0 if text is None else hashed(text) for text in texts], dtype=np.uint64)
 
 
 def _blocks(batch: RowBatch) -> Iterator[tuple[int, Example]]:

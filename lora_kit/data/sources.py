@@ -16,12 +16,18 @@ from lora_kit.data.readers import OpenedSource
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import is_hub_id
-from lora_kit.schema import EMBEDDED, Source
+from lora_kit.schema import EMBEDDED, Source, Sources
 
 _BINARY_DOCUMENTS = (".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf")
 
 
-def open_sources(sources: Any, commits: dict[str, str] | None = None) -> list[OpenedSource]:
+def source_list(sources: Sources) -> list[Source]:
+    """The sources that a key of `data:` names."""
+    listed = sources if isinstance(sources, list) else [sources]
+    return [source if isinstance(source, Source) else Source(source=source) for source in listed]
+
+
+def open_sources(sources: Sources, commits: dict[str, str] | None = None) -> list[OpenedSource]:
     """Find every source and hash its content.
 
     Args:
@@ -32,8 +38,7 @@ def open_sources(sources: Any, commits: dict[str, str] | None = None) -> list[Op
         UserError: a source is missing, unsupported, or named twice; only some have a `fraction`,
             or the fractions do not sum to 1.
     """
-    listed = sources if isinstance(sources, list) else [sources]
-    wanted = [s if isinstance(s, Source) else Source(source=s) for s in listed]
+    wanted = source_list(sources)
     fractions = [source.fraction for source in wanted if source.fraction is not None]
     if fractions and len(fractions) < len(wanted):
         missing = next(s.source for s in wanted if s.fraction is None)

@@ -1,18 +1,164 @@
 """Which rows are trained on and which are held out, and how sources are mixed.
 
-Everything here works on hashes of rows: the result depends on the seed and the rows' text, not on
-their order or on the number of workers.
+Splits and mixtures work on hashes of rows: the result depends on the seed and the rows' text, not
+on their order or on the number of workers.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from lora_kit.data.duplicates import ranks
+from lora_kit.data.census import LEAKED, Census
+from lora_kit.data.duplicates import ranks, repeated, split_large_clusters, union_clusters
+from lora_kit.data.examples import Examples, SignedExamples
+from lora_kit.data.leaks import train_against_eval, train_against_files
+from lora_kit.data.readers import OpenedSource
+from lora_kit.data.sources import source_list
 from lora_kit.errors import UserError
+from lora_kit.run import nearest
+from lora_kit.schema import Data, Source
 
 # With fewer held-out documents, scores are reported without a verdict.
 FEWEST_TO_EVALUATE = 20
+
+
+def divide(
+    data: Data,
+    opened: dict[str, list[OpenedSource]],
+    seed: int,
+    read: dict[str, SignedExamples],
+    census: Census,
+) -> dict[tuple[str, str], np.ndarray]:
+    """Assign examples to uses, and count duplicates and leaks.
+
+    Args:
+        opened: the sources by use. seed: of the held-out selection. read: the examples by use.
+        census: of the rows that were read; it is extended.
+
+    Returns:
+        {(use that was read, use that it is for): bool (examples,)}, as in `prepare.Split.masks`.
+
+    Raises:
+        UserError: no training, held-out or general rows are left; or a label or a group is missing.
+    """
+    train = read["train"]
+    roots = train.clusters()
+    _count_duplicates(train, roots, census)
+    chosen = np.ones(len(roots), dtype=bool)
+    masks: dict[tuple[str, str], np.ndarray] = {}
+    if isinstance(data.eval, float):
+        census.held_out = True
+        held = _hold_out(train, roots, data.eval, data.group, seed, census)
+        chosen &= ~held
+        masks["train", "eval"] = held
+    else:
+        exact = _against_eval(train, read["eval"], source_list(data.eval), census)
+        _check_labels(train.examples, read["eval"].examples)
+        masks["eval", "eval"] = ~exact
+    if "decontaminate" in opened:
+        for name, leak in train_against_files(opened["decontaminate"], train, chosen):
+            census.leaks[f"data.decontaminate: {name}"] = leak
+    masks["train", "train"] = chosen
+    if "general" in read:
+        kept = _general_apart(read, census)
+        if data.replay is not None:
+            pool = _replay_pool(read["general"], kept, seed)
+            kept &= ~pool
+            masks["general", "replay"] = pool
+        masks["general", "general"] = kept
+    elif data.replay is not None:
+        raise UserError("data.replay is a share of general text: set data.general")
+    return masks
+
+
+def _count_duplicates(train: SignedExamples, roots: np.ndarray, census: Census) -> None:
+    exact = repeated(train.keys)
+    near = (roots != np.arange(len(roots))) & ~exact
+    census.duplicates = {"exact": int(exact.sum()), "near": int(near.sum())}
+    census.compared = len(train.signed.rows)
+    if census.compared < len(roots):
+        census.notes.append(
+            f"near duplicates and near leaks were searched among a random sample of "
+            f"{census.compared:,} of {len(roots):,} rows"
+        )
+
+
+def _hold_out(
+    train: SignedExamples,
+    roots: np.ndarray,
+    share: float,
+    group: str | None,
+    seed: int,
+    census: Census,
+) -> np.ndarray:
+    """bool (examples,): held out. Duplicates, and examples of one group, stay together."""
+    units = split_large_clusters(roots, train.keys)
+    apart = int((roots != units).sum())
+    if apart:
+        census.notes.append(
+            f"{apart:,} rows share long text with many others: of them only exact duplicates "
+            "are kept in the same split"
+        )
+    names, codes = train.examples.classes()
+    groups = train.examples.rows.column("group")
+    if group and not groups.any():
+        raise UserError(f"data.group: no row of data.train has a column `{group}`")
+    # Clusters that share a group are merged; documents of text files have no group.
+    rows = np.flatnonzero(groups)
+    first, inverse = np.unique(groups[rows], return_index=True, return_inverse=True)[1:]
+    units = union_clusters(units, rows, rows[first][inverse])
+    return hold_out(units, train.keys, share, seed, codes if names else None)
+
+
+def _against_eval(
+    train: SignedExamples, other: SignedExamples, sources: list[Source], census: Census
+) -> np.ndarray:
+    """bool (evaluation examples,): exact duplicates of training examples; counts all leaks."""
+    exact, leak = train_against_eval(train, other)
+    if exact.any():
+        place = other.examples.place(int(exact.argmax()))
+        census.eval.count_lost(LEAKED, place, leak["exact"])
+    if exact.all():
+        raise UserError("data.eval: every row is also in data.train: name a held-out set")
+    only = f": {sources[0].source}" if len(sources) == 1 else ""
+    census.leaks[f"data.eval{only}"] = leak
+    return exact
+
+
+def _check_labels(train: Examples, held_out: Examples) -> None:
+    names, codes = held_out.classes()
+    known = train.classes()[0]
+    unknown = [name for name in names if name not in known]
+    if unknown and known:
+        row = int(np.flatnonzero(codes == names.index(unknown[0]))[0])
+        raise UserError(
+            f"data.eval: {held_out.place(row)}: the label {unknown[0]!r:.60} is in no "
+            f"row of data.train{nearest(unknown[0], known)}"
+        )
+
+
+def _general_apart(read: dict[str, SignedExamples], census: Census) -> np.ndarray:
+    """bool (general examples,): those that are not in the domain data; the others are counted."""
+    general = read["general"]
+    known = np.concatenate([some.keys for use, some in read.items() if use != "general"])
+    there = np.isin(general.keys, known)
+    if there.any():
+        first = general.examples.place(int(there.argmax()))
+        census.general.count_lost("that are also in the domain data", first, int(there.sum()))
+    if there.all():
+        raise UserError(f"data.general: no rows left; dropped: {census.general.dropped_text()}")
+    return ~there
+
+
+def _replay_pool(general: SignedExamples, kept: np.ndarray, seed: int) -> np.ndarray:
+    """bool (general examples,): those that are not evaluated on, so they may be trained on."""
+    rows = np.flatnonzero(kept)
+    roots = split_large_clusters(general.clusters(), general.keys)[rows]
+    share = max(0.1, min(0.5, FEWEST_TO_EVALUATE / len(np.unique(roots))))
+    held = hold_out(roots, general.keys[rows], share, seed, key="data.general")
+    pool = np.zeros(len(kept), dtype=bool)
+    pool[rows[~held]] = True
+    return pool
 
 
 def hold_out(

@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import NamedTuple
+
+from lora_kit.schema import Json
 
 _LAYER = re.compile(r"\.(\d+)\.")
 MOST_CLASSES = 12  # of a confusion matrix that can be read
@@ -47,7 +49,7 @@ class Scale:
         return [(self.at(n * step), f"{n * step:,.{digits}f}") for n in range(first, last + 1)]
 
 
-def forest(rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
+def forest(rows: Sequence[tuple[float, float, float]]) -> dict[str, object]:
     """A forest plot of improvements, each (value, low, high) of its interval; more is better.
 
     Returns:
@@ -62,11 +64,11 @@ def forest(rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
     }
 
 
-def curves(rows: Sequence[dict[str, Any]], best_step: int | None = None) -> dict[str, Any] | None:
+def curves(rows: Sequence[Json], best_step: int | None = None) -> dict[str, object] | None:
     """Losses and learning rate over the steps of metrics.jsonl; None with fewer than two steps."""
 
     def points(name: str) -> list[tuple[int, float]]:
-        found = ((row["step"], row.get(name)) for row in rows)
+        found = [(row["step"], row.get(name)) for row in rows]
         return [(s, v) for s, v in found if v is not None and math.isfinite(v)]
 
     loss, held_out, rate = points("loss"), points("eval_loss"), points("learning_rate")
@@ -76,17 +78,18 @@ def curves(rows: Sequence[dict[str, Any]], best_step: int | None = None) -> dict
     y = Scale.of((value for _, value in loss + held_out), margin=0.05)
     top = Scale(0.0, max((value for _, value in rate), default=0.0) or 1.0)
 
-    def place(points: list[tuple[int, float]], scale: Scale) -> list[tuple[float, float]]:
-        return [(x.at(step), round(100 - scale.at(value), 2)) for step, value in points]
+    def place(step: int, value: float, scale: Scale) -> tuple[float, float]:
+        return x.at(step), round(100 - scale.at(value), 2)
 
     def line(points: list[tuple[int, float]], scale: Scale) -> str:
-        return " ".join(f"{across},{down}" for across, down in place(points, scale))
+        places = [place(step, value, scale) for step, value in points]
+        return " ".join(f"{across},{down}" for across, down in places)
 
     return {
         "x_ticks": x.ticks(),
         "y_ticks": [(round(100 - at, 2), label) for at, label in y.ticks()],
         "loss": line(loss, y),
-        "eval": [(*at, *point) for at, point in zip(place(held_out, y), held_out, strict=True)],
+        "eval": [(*place(step, value, y), step, value) for step, value in held_out],
         "eval_line": line(held_out, y),
         "rate": line(rate, top) if rate else "",
         "highest_rate": top.high,
@@ -96,7 +99,7 @@ def curves(rows: Sequence[dict[str, Any]], best_step: int | None = None) -> dict
     }
 
 
-def heat(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def heat(modules: Sequence[Json]) -> dict[str, object]:
     """Norm and effective rank of the adapter, kind of module × number of the layer.
 
     `model.layers.3.mlp.experts.7.up_proj` is of layer 3 and of the kind `mlp.experts.*.up_proj`;
@@ -106,7 +109,7 @@ def heat(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
         `layers`, how many columns there are, a gap where a layer has no adapter; and `rows`, each
         a `kind` with its cells.
     """
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    found: dict[str, dict[int, list[Json]]] = {}
     others = []
     for module in modules:
         if number := _LAYER.search(module["module"]):
@@ -122,46 +125,52 @@ def heat(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"layers": layers, "rows": rows, "others": others}
 
 
-def _means(modules: list[dict[str, Any]]) -> dict[str, float]:
+def _means(modules: list[Json]) -> dict[str, float]:
     return {name: fmean(m[name] for m in modules) for name in ("norm", "effective_rank", "r")}
 
 
-def confused(classes: dict[str, Any]) -> dict[str, Any]:
-    """What a classifier mistakes for what, from `classes` of report.json.
+class Mistakes(NamedTuple):
+    """What a classifier mistakes for what.
 
-    Returns:
-        `matrix`: of up to MOST_CLASSES classes, a row for each true class: (label, cells), a cell
-        (rows, share of the true class); else None. `pairs`: the mistakes that happened more than
-        once (true, predicted, rows, rows of the true class), most frequent first, up to
-        MOST_PAIRS; `mistakes`: how many rows in all. `lowest`: the classes
-        (label, figures) by F1, lowest first; classes that nothing is of and nothing was predicted
-        as are not among them. `every`: all classes in their order.
+    Attributes:
+        matrix: of up to MOST_CLASSES classes, a row for each true class: (label, cells), a cell
+            (rows, share of the true class); else None.
+        pairs: the mistakes that happened more than once (true, predicted, rows, rows of the true
+            class), most frequent first, up to MOST_PAIRS.
+        mistakes: how many rows in all.
+        lowest: the classes (label, figures) by F1, lowest first, without those that never occur,
+            neither true nor predicted.
+        every: all classes in their order.
     """
+
+    matrix: list[tuple[str, list[tuple[int, float]]]] | None
+    pairs: list[tuple[str, str, int, int]]
+    mistakes: int
+    lowest: list[tuple[str, Json]]
+    every: list[tuple[str, Json]]
+
+
+def confused(classes: Json) -> Mistakes:
+    """The mistakes in `classes` of report.json."""
     labels, confusion = classes["labels"], classes["confusion"]
     support = [sum(row) for row in confusion]
-    mistakes = [
-        (labels[true], labels[predicted], count, support[true])
-        for true, row in enumerate(confusion)
-        for predicted, count in enumerate(row)
-        if predicted != true and count
-    ]
-    repeated = [mistake for mistake in mistakes if mistake[2] > 1]
+    predicted = [sum(column) for column in zip(*confusion, strict=True)]
+    pairs, mistakes = [], 0
+    for true, row in enumerate(confusion):
+        for other, count in enumerate(row):
+            if other == true:
+                continue
+            mistakes += count
+            if count > 1:
+                pairs.append((labels[true], labels[other], count, support[true]))
+    pairs.sort(key=lambda pair: -pair[2])
     every = list(classes["per_class"].items())
-    seen = [
-        (label, figures)
-        for n, (label, figures) in enumerate(every)
-        if support[n] or any(row[n] for row in confusion)
-    ]
+    occurring = [one for n, one in enumerate(every) if support[n] or predicted[n]]
     matrix = None
     if len(labels) <= MOST_CLASSES:
         matrix = [
             (label, [(count, count / max(1, support[n])) for count in confusion[n]])
             for n, label in enumerate(labels)
         ]
-    return {
-        "matrix": matrix,
-        "pairs": sorted(repeated, key=lambda pair: -pair[2])[:MOST_PAIRS],
-        "mistakes": sum(count for _, _, count, _ in mistakes),
-        "lowest": sorted(seen, key=lambda pair: pair[1]["f1"]),
-        "every": every,
-    }
+    lowest = sorted(occurring, key=lambda one: one[1]["f1"])
+    return Mistakes(matrix, pairs[:MOST_PAIRS], mistakes, lowest, every)

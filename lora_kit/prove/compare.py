@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import load_model
+from lora_kit.base.load import gpu_is_used
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-from lora_kit.prove.evaluate import check_prove, evaluate, measure_tasks
-from lora_kit.prove.gate import held
+from lora_kit.prove.evaluate import add_harness, check_prove, evaluate
 from lora_kit.prove.report import write_report
-from lora_kit.prove.scratch import against_scratch
-from lora_kit.run import read_json, recipe_path
-from lora_kit.schema import Gate
+from lora_kit.prove.scores import against, check_gate
+from lora_kit.run import read_json, recipe_file
+from lora_kit.schema import Gate, Json, Run
 from lora_kit.tasks.bootstrap import verdict
 from lora_kit.tasks.encode import Prepared, rows_of
 from lora_kit.tasks.recipe import load_recipe
 from lora_kit.tasks.task import Processor, Task
+from lora_kit.train.arguments import training_arguments
 
 
 def compare(
@@ -30,7 +33,7 @@ def compare(
     gate: bool = False,
     scratch: bool = False,
     base: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Evaluate a finished run again, and write its report.json and report.html anew, unless they
     hold something that was not measured this time.
 
@@ -43,7 +46,7 @@ def compare(
         base: a folder or Hub id in place of the base that the run names.
 
     Returns:
-        What report.json holds.
+        The content of report.json.
 
     Raises:
         UserError: there is no finished run, or its data, base or recipe changed since it was
@@ -63,11 +66,12 @@ def compare(
     report = evaluate(task, model, data, processor, opened, finished.fresh)
     del report["adapter_effect"]  # of a training's audit
     if opened.prove.harness:
-        measure_tasks(report, model, processor, opened.prove.harness)
+        add_harness(report, model, processor, opened.prove.harness)
     report["layers"] = finished.adapter.figures()
     if scratch:
-        steps = (before.get("training") or {}).get("steps")
-        found = against_scratch(task, opened, model, processor, data, finished.lock["batch"], steps)
+        batch, steps = finished.lock["batch"], (before.get("training") or {}).get("steps")
+        passes = batch["processes"] * batch["gradient_accumulation_steps"]
+        found = _against_scratch(task, opened, model, processor, data, passes, steps)
         report["scratch"] = found
         report["verdict"]["scratch"] = verdict(found["loss"], found["documents"])
     # What only a training knows.
@@ -75,7 +79,7 @@ def compare(
     chosen = {"best_step": None, "stopped_early": False} | (before.get("overfitting") or {})
     report["overfitting"] = chosen | report["overfitting"]
     asked = opened.prove.gate or (Gate() if gate else None)
-    report["gate"] = held(report, asked) if asked else None
+    report["gate"] = check_gate(report, asked) if asked else None
     if lost := _lost(before, report):
         print(
             f"report.json and report.html stay as they are: they hold {', '.join(lost)}, which was "
@@ -94,7 +98,7 @@ def task_of(finished: FinishedRun) -> Task:
         UserError: the recipe is gone, or is not as it was when the run was trained.
     """
     run = finished.require_run()
-    file = recipe_path(run)
+    file = recipe_file(run.recipe)
     known = finished.lock.get("recipe") or {}
     if not file.is_file():
         raise UserError(f"{finished.path}: recipe: {file}: no such file: put it back there")
@@ -124,9 +128,73 @@ def prepared_again(finished: FinishedRun, task: Task) -> tuple[Processor, Prepar
     return finished.processor, data
 
 
-def _lost(before: dict[str, Any], report: dict[str, Any]) -> list[str]:
+def _lost(before: Json, report: Json) -> list[str]:
     """What an earlier report holds and this one does not."""
     lost = [name for name in ("few_shot", "scratch") if before.get(name) and not report[name]]
     for part in ("metrics", "harness"):
         lost += (before.get(part) or {}).keys() - (report[part] or {}).keys()
     return sorted(lost)
+
+
+def _against_scratch(
+    task: Task,
+    run: Run,
+    adapted: Any,
+    processor: Processor,
+    data: Prepared,
+    passes: int,
+    steps: int | None,
+) -> Json:
+    """What pretraining was worth: train random weights of the base's shape in float32 on the same
+    rows for as many steps, all of them trainable, with the run's own optimizer settings; compare
+    that model with the adapter.
+
+    Args:
+        adapted: the run's PEFT model. passes: micro-batches of a step, of all its processes.
+        steps: that the run took; None: as planned.
+
+    Returns:
+        {"parameters", "seconds", "steps"} and what `against` returns, the new model as the rival.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
+
+    train: dict[str, object] = {
+        "eval_steps": None,
+        "report_to": [],
+        "gradient_accumulation_steps": passes,
+    }
+    if steps is not None:
+        train["max_steps"] = steps
+    changes = {
+        "prove": run.prove.model_copy(update={"metrics": []}),
+        "train": run.train.model_copy(update=train),
+    }
+    run = run.model_copy(update=changes)
+    after = task.score(adapted, data.eval, processor, data.facts, run)
+    config = adapted.get_base_model().config.__class__.from_dict(adapted.config.to_dict())
+    config.quantization_config = None
+    set_seed(run.seed)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(run, Path(folder))
+        arguments.save_strategy = "no"
+        started = time.perf_counter()
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.train,
+            data_collator=task.collate(processor),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer._loss_shifts_labels = True  # as for every model here, whatever its class is called
+        trainer.train()
+    seconds = time.perf_counter() - started
+    model = model.to("cuda") if gpu_is_used() else model
+    before = task.score(model, data.eval, processor, data.facts, run)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds, 1),
+        "steps": trainer.state.global_step,
+        **against("scratch", before, after, seed=0),
+    }

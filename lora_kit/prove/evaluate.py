@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from lora_kit.adapter.files import open_adapter
 from lora_kit.data.rows import Rows
-from lora_kit.errors import UserError
+from lora_kit.errors import CheckFailed, UserError
 from lora_kit.prove.harness import check_tasks, run_harness
-from lora_kit.prove.report import ahead
-from lora_kit.prove.scores import NO_LANGUAGE_MODEL, against, classes, decided_by, values
-from lora_kit.schema import Run
+from lora_kit.prove.report import ahead, in_lines, write_report
+from lora_kit.prove.scores import (
+    NO_LANGUAGE_MODEL,
+    against,
+    check_gate,
+    classes,
+    decided_by,
+    values,
+)
+from lora_kit.schema import Json, Run
 from lora_kit.tasks.bootstrap import retention, verdict
 from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.task import Contender, Processor, Score, Task
+from lora_kit.train.callbacks import read_metrics
+from lora_kit.train.directory import add_to_lock, is_first_rank, say
+from lora_kit.train.guards import Guards, best_step, stopped_early
 
 _GAP_ROWS = 64  # training rows that are scored for the gap, at most
 # Entries that some reports have.
@@ -23,26 +36,26 @@ _ABSENT = ("general", "few_shot", "scratch", "prompt_use", "metrics", "harness",
 
 
 def check_prove(task: Task, data: Prepared, processor: Processor, run: Run) -> None:
-    """What `prove:` asks for can be measured on these rows; asked before anything trains.
+    """Check before training that what `prove:` asks for can be measured on these rows.
 
     Raises:
-        UserError: nothing can be evaluated; or a metric or a task of the harness is not there, or
+        UserError: nothing can be evaluated; or a metric or a task of the harness is unknown, or
             does not fit these rows.
     """
     problems = task.check(data, processor, data.facts, run)
-    gate = run.prove.gate
     if run.prove.harness:
         try:
             check_tasks(run.prove.harness)
         except UserError as error:
             problems.append(str(error))
+    gate = run.prove.gate
     if gate:
         if gate.general and task.general is not None and data.general is None:
             problems.append(
                 f"prove.gate.general: {gate.general}: not measured without data.general: name "
                 "general text there, or set it to null"
             )
-        known = [*task.scores, *_further(task, run)]
+        known = [*task.scores, *_extra_metrics(task, run)]
         unknown = ", ".join(name for name in gate.metrics if name not in known)
         if unknown:
             why = f"no score of this task, and not in prove.metrics (known: {', '.join(known)})"
@@ -57,6 +70,90 @@ def check_prove(task: Task, data: Prepared, processor: Processor, run: Run) -> N
         raise UserError("\n".join(problems))
 
 
+def prove(trainer: Guards, data: Prepared, processor: Processor, fresh: tuple[str, ...]) -> Json:
+    """The last step of a recipe: compare the adapted model with its contenders on all ranks; the
+    first writes report.json and report.html, and closes the lock file.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        CheckFailed: the adapter did not train as it should, or `prove.gate` does not hold. The run
+            is finished and reported all the same.
+    """
+    guard, run, task = trainer.guard, trainer.guard.run, trainer.guard.task
+    directory = guard.directory
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    model = trainer.model_wrapped if sharded else trainer.model
+    general = f" and {data.general.units} general ones" if data.general else ""
+    units = "documents" if "loss" in task.scores else "rows"
+    say(f"evaluating on {data.eval.units} held-out {units}{general}")
+    # A sharded model would have to generate on all ranks in step: it does not generate.
+    report = evaluate(task, model, data, processor, run, fresh, generates=not sharded)
+    alone = trainer.accelerator.num_processes == 1
+    if run.prove.harness and alone:
+        add_harness(report, model, processor, run.prove.harness)
+    if (run.prove.harness and not alone) or (_extra_metrics(task, run) and sharded):
+        why = f"on several processes: measure it in one, with lora-kit compare {directory}"
+        report["not_measured"].append(why)
+    effect = report.pop("adapter_effect")
+    if effect is not None:
+        guard.audit.effect(effect)
+    report["audit"] = guard.audit.report()
+    report["overfitting"] |= {
+        "best_step": best_step(trainer.state),
+        "stopped_early": stopped_early(trainer.state, run.train.early_stopping_patience),
+    }
+    report["training"] = _training(trainer)
+    report["memory"] = {
+        "predicted_mib": guard.plan and round(guard.plan.total / 2**20, 1),
+        "measured_mib": round(guard.peak_mib, 1),  # to the end of the training
+    }
+    report["gate"] = check_gate(report, run.prove.gate) if run.prove.gate else None
+    if is_first_rank():
+        report["layers"] = open_adapter(directory / "adapter").figures()
+        write_report(directory, run, report)
+        add_to_lock(directory, finished=True)
+        for line in in_lines(report):
+            say(line)
+        say(f"written to {directory}")
+    failed = [f"{p['what']}: {p['cause']}; {p['fix']}" for p in report["audit"]["problems"]]
+    if report["gate"]:
+        failed += [f"gate: {line}" for line in report["gate"]["failed"]]
+    if failed:
+        raise CheckFailed("\n".join(failed))
+    return report
+
+
+def _training(trainer: Guards) -> Json:
+    """`training` of report.json."""
+    guard, plan = trainer.guard, trainer.guard.plan
+    logged = read_metrics(guard.directory / "metrics.jsonl")
+    speeds = [row.get("tokens_per_second", 0.0) for row in logged if "loss" in row]
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 3),
+        "tokens": guard.meter.tokens(),
+        "tokens_per_second": speeds[-1] if speeds else 0.0,
+        "predicted_tokens_per_second": plan and round(plan.tokens_per_second, 1),
+        "seconds": round(guard.meter.seconds, 3),
+        "trainable_parameters": sum(
+            p.numel() for p in trainer.model.parameters() if p.requires_grad
+        ),
+        "world_size": trainer.accelerator.num_processes,
+        "chosen": plan and asdict(plan.choice),
+        "micro_batch_halved": guard.halving.times,
+    }
+
+
+def add_harness(report: Json, model: Any, processor: Processor, tasks: list[str]) -> None:
+    """Add the figures of lm-evaluation-harness to a report, or why there are none."""
+    try:
+        report["harness"] = run_harness(model, processor, tasks)
+    except UserError as error:
+        report["not_measured"].append(str(error))
+
+
 def evaluate(
     task: Task,
     model: Any,
@@ -65,7 +162,7 @@ def evaluate(
     run: Run,
     fresh: Sequence[str] = (),
     generates: bool = True,
-) -> dict[str, Any]:
+) -> Json:
     """A report of a PEFT model in memory; its adapter is switched off to score the base.
 
     Args:
@@ -78,179 +175,155 @@ def evaluate(
         What report.json holds of an evaluation, and `adapter_effect`: the largest difference that
         the adapter makes to a unit's part of the first score; None where the base is no contender.
     """
-    import torch
-
     training = model.training
     model.eval()
+    subject = _Subject(task, model, data, processor, run)
+    if not generates:
+        subject = _without_extra_metrics(subject)
     try:
         with torch.no_grad():
-            return _evaluated(task, model, data, processor, run, fresh, generates)
+            return _report(subject, fresh, generates)
     finally:
         model.train(training)
 
 
-def _evaluated(
-    task: Task,
-    model: Any,
-    data: Prepared,
-    processor: Processor,
-    run: Run,
-    fresh: Sequence[str],
-    generates: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Subject:
+    """A PEFT model in evaluation mode, and the rows of its run."""
+
+    task: Task
+    model: Any
+    data: Prepared
+    processor: Processor
+    run: Run
+
+    def score(self, rows: Rows, contender: Contender | None = None) -> list[Score]:
+        """Scores of the adapted model, or of a contender."""
+        if contender is None:
+            return self._score(self.model, rows)
+        if contender.rows is not None:
+            rows = contender.rows(rows)
+        with contender.enter() as entered:
+            # PEFT's own context yields nothing: the model itself is meant.
+            base = contender.enter == self.model.disable_adapter
+            return self._score(self.model if base else entered, rows)
+
+    def _score(self, model: Any, rows: Rows) -> list[Score]:
+        return self.task.score(model, rows, self.processor, self.data.facts, self.run)
+
+    def own_scores(self, scores: Sequence[Score]) -> list[Score]:
+        """The task's own scores, the deciding one first if it is among them."""
+        own = [score for score in scores if score.name not in _extra_metrics(self.task, self.run)]
+        return sorted(own, key=lambda score: score.name != self.task.deciding(self.run.prove))
+
+
+def _extra_metrics(task: Task, run: Run) -> list[str]:
+    """The names in `prove.metrics` that are no scores of the task's own."""
+    return [name for name in run.prove.metrics if name not in task.scores]
+
+
+def _without_extra_metrics(subject: _Subject) -> _Subject:
+    """The subject without the metrics that a model has to generate for."""
+    run = subject.run
+    own = [name for name in run.prove.metrics if name in subject.task.scores]
+    prove = run.prove.model_copy(update={"metrics": own})
+    return replace(subject, run=run.model_copy(update={"prove": prove}))
+
+
+def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
     """`evaluate` of a model that is in evaluation mode, without gradients."""
-    facts, seed = data.facts, run.seed
-    if not generates:
-        run = _without_further(task, run)
-    contenders = task.rivals(model, data, processor, facts, run)
-    base = Contender("base", model.disable_adapter)
-    if not contenders or (not fresh and not any(c.name == "base" for c in contenders)):
-        contenders = [base, *contenders]
+    task, model, data, run = subject.task, subject.model, subject.data, subject.run
+    processor, facts = subject.processor, subject.data.facts
+    contenders = _contenders(subject, fresh)
     rival = contenders[0]
-    scores = {"adapted": task.score(model, data.eval, processor, facts, run)}
-    given = scores["adapted"]
-    names = [score.name for score in given] if isinstance(given, list) else []
-    if names[: len(task.scores)] != list(task.scores):
-        asked = ", ".join(task.scores)
-        raise UserError(f"TASK.score: gives {', '.join(names) or 'none'}; TASK.scores: {asked}")
+    scores = {"adapted": subject.score(data.eval)}
+    _check_scores(task, scores["adapted"])
     for contender in contenders:
-        scores[contender.name] = _score(task, contender, model, data.eval, processor, facts, run)
-    report: dict[str, Any] = {"verdict": {}, **dict.fromkeys(_ABSENT), "not_measured": []}
-    further = _further(task, run)
-    own = {name: _own(task, found, run) for name, found in scores.items()}
-    report["domain"] = against(rival.name, own[rival.name], own["adapted"], seed)
+        scores[contender.name] = subject.score(data.eval, contender)
+    report: Json = {"verdict": {}, **dict.fromkeys(_ABSENT), "not_measured": []}
+    before, after = subject.own_scores(scores[rival.name]), subject.own_scores(scores["adapted"])
+    report["domain"] = against(rival.name, before, after, run.seed)
     report["contenders"] = {name: values(found) for name, found in scores.items()}
     report["classes"] = classes(scores["adapted"])
-    if further:
-        report["metrics"] = _metrics(further, scores, rival.name, seed)
-    word: dict[str, str] = report["verdict"]
-    for name, found in (report["metrics"] or {}).items():
-        word[name] = verdict(found, found["rows"])
+    if extra := _extra_metrics(task, run):
+        report["metrics"] = _metrics(extra, scores, rival.name, run.seed)
     if run.prove.metrics:
         report["domain"]["decided_by"] = task.deciding(run.prove)
-    deciding, found = decided_by(report)
-    word["domain"] = word.get(deciding) or verdict(found, report["domain"]["documents"])
     for contender in contenders[1:]:
         if contender.rows is not None:  # the same base, prompted otherwise
-            found = against(contender.name, own[contender.name], own["adapted"], seed)
+            prompted = subject.own_scores(scores[contender.name])
+            found = against(contender.name, prompted, after, run.seed)
             report[contender.name] = {**contender.about, **found}
-            word[contender.name] = verdict(found[own["adapted"][0].name], found["documents"])
-    report |= _general(task, model, data, processor, run)
-    if task.general and report["general"]:
-        first = report["general"][task.general.scores[0]]
-        word["general"] = retention(first, report["general"]["documents"])
-    elif task.general is None:
+    if task.general is not None and data.general is not None:
+        report["general"] = _general(subject, task.general, data.general)
+    if task.general is None:
         report["not_measured"].append(NO_LANGUAGE_MODEL)
-    report["overfitting"] = _gap(task, model, data, processor, run, report["domain"], rival)
+    report["overfitting"] = _gap(subject, rival, report["domain"])
     if generates:
         more = task.examine(model, data, scores, processor, facts, run)
         report["not_measured"] += more.pop("not_measured", [])
         report |= more
     report.setdefault("samples", [])
-    objection = task.objection(report)
-    if fresh and rival.enter == model.disable_adapter:
-        objection = "the rival is the base with an untrained head, which anything beats"
-    elif word["domain"] == "better" and (above := ahead(report)):
-        name, value = above[0]
-        objection = objection or f"{name} reached {value:.3f}"
-    if objection:
-        report["domain"]["objection"] = objection
-        for part in ("domain", "few_shot"):
-            if word.get(part) == "better":
-                word[part] = "no different"
-    effect = None
+    report["verdict"] = _verdicts(task, report, after[0].name, contenders[1:])
+    untrained_head = bool(fresh) and rival.enter == model.disable_adapter
+    _apply_objection(task, report, untrained_head)
+    report["adapter_effect"] = None
     if not fresh:
         change = scores["adapted"][0].sums[:, 0] - scores[rival.name][0].sums[:, 0]
-        effect = float(np.abs(change).max())
-    return report | {"adapter_effect": effect}
+        report["adapter_effect"] = float(np.abs(change).max())
+    return report
 
 
-def measure_tasks(report: dict[str, Any], model: Any, processor: Any, tasks: list[str]) -> None:
-    """Add the harness's figures to a report, or why there are none."""
-    try:
-        report["harness"] = run_harness(model, processor, tasks)
-    except UserError as error:
-        report["not_measured"].append(str(error))
+def _contenders(subject: _Subject, fresh: Sequence[str]) -> list[Contender]:
+    """The contenders, the rival first: the base, unless it has a fresh module."""
+    facts, run = subject.data.facts, subject.run
+    found = subject.task.rivals(subject.model, subject.data, subject.processor, facts, run)
+    named = any(contender.name == "base" for contender in found)
+    if not found or (not fresh and not named):
+        return [Contender("base", subject.model.disable_adapter), *found]
+    return found
 
 
-def _score(
-    task: Task,
-    contender: Contender,
-    model: Any,
-    rows: Rows,
-    processor: Processor,
-    facts: dict[str, Any],
-    run: Run,
-) -> list[Score]:
-    """A contender's scores. PEFT's own context yields nothing: the model itself is meant."""
-    if contender.rows is not None:
-        rows = contender.rows(rows)
-    with contender.enter() as entered:
-        inside = model if contender.enter == model.disable_adapter else entered
-        return task.score(inside, rows, processor, facts, run)
+def _check_scores(task: Task, scores: object) -> None:
+    """Raises UserError unless a task's scores are those that it declares."""
+    names = [score.name for score in scores] if isinstance(scores, list) else []
+    if names[: len(task.scores)] != list(task.scores):
+        asked = ", ".join(task.scores)
+        raise UserError(f"TASK.score: gives {', '.join(names) or 'none'}; TASK.scores: {asked}")
 
 
-def _further(task: Task, run: Run) -> list[str]:
-    """`prove.metrics` without the scores that the task has anyway."""
-    return [name for name in run.prove.metrics if name not in task.scores]
-
-
-def _own(task: Task, scores: Sequence[Score], run: Run) -> list[Score]:
-    """The scores that the task has anyway, the deciding one first if it is among them."""
-    own = [score for score in scores if score.name not in _further(task, run)]
-    return sorted(own, key=lambda score: score.name != task.deciding(run.prove))
-
-
-def _metrics(
-    names: Sequence[str], scores: Mapping[str, Sequence[Score]], rival: str, seed: int
-) -> dict[str, dict[str, Any]]:
-    """Further metrics of the rival, of the base with examples, and of the adapted model."""
-    found = {}
+def _metrics(names: Sequence[str], scores: dict[str, list[Score]], rival: str, seed: int) -> Json:
+    """Extra metrics of the rival, of the base with examples, and of the adapted model."""
+    found: Json = {}
     by_name = {who: {score.name: score for score in each} for who, each in scores.items()}
     for name in names:
         before, after = by_name[rival][name], by_name["adapted"][name]
         prompted = by_name.get("few_shot", {}).get(name)
-        compared = against(rival, [before], [after], seed)
         found[name] = {
             "rows": len(after.sums),
             "few_shot": prompted and round(prompted.figure, 4),
-            **compared[name],
+            **against(rival, [before], [after], seed)[name],
         }
     return found
 
 
-def _general(
-    task: Task, model: Any, data: Prepared, processor: Processor, run: Run
-) -> dict[str, Any]:
+def _general(subject: _Subject, task: Task, rows: Rows) -> Json:
     """How base and adapted model score on general text."""
-    if task.general is None or data.general is None:
-        return {"general": None}
-    run = _without_further(task.general, run)
-    args = (data.general, processor, data.facts, run)
-    adapted = task.general.score(model, *args)
-    with model.disable_adapter():
-        base = task.general.score(model, *args)
-    return {"general": against("base", base, adapted, run.seed)}
+    general = _without_extra_metrics(replace(subject, task=task))
+    adapted = general.score(rows)
+    base = general.score(rows, Contender("base", subject.model.disable_adapter))
+    return against("base", base, adapted, subject.run.seed)
 
 
-def _gap(
-    task: Task,
-    model: Any,
-    data: Prepared,
-    processor: Processor,
-    run: Run,
-    domain: Mapping[str, Any],
-    rival: Contender,
-) -> dict[str, Any]:
+def _gap(subject: _Subject, rival: Contender, domain: Json) -> Json:
     """How much more the adapter gained on training rows than on held-out ones, by the deciding
     score; by the first of the task's own where the model would have to generate for that one."""
-    rows = data.rows("train")
-    drawn = np.random.default_rng(run.seed).permutation(len(rows))[: min(len(data.eval), _GAP_ROWS)]
-    some = rows.select(drawn)
-    cheap = _without_further(task, run)
-    found = _score(task, rival, model, some, processor, data.facts, cheap)
-    before = _own(task, found, run)[0]
-    after = _own(task, task.score(model, some, processor, data.facts, cheap), run)[0]
+    rows = subject.data.rows("train")
+    most = min(len(subject.data.eval), _GAP_ROWS)
+    drawn = np.random.default_rng(subject.run.seed).permutation(len(rows))[:most]
+    some, quick = rows.select(drawn), _without_extra_metrics(subject)
+    before = subject.own_scores(quick.score(some, rival))[0]
+    after = subject.own_scores(quick.score(some))[0]
     held_out = domain[after.name]["difference"]
     trained = after.figure - before.figure
     gap = held_out - trained if after.better == "lower" else trained - held_out
@@ -258,8 +331,35 @@ def _gap(
     return {f"train_{after.name}": figures, "gap": round(gap, 4)}
 
 
-def _without_further(task: Task, run: Run) -> Run:
-    """The run without the metrics that a model has to generate for."""
-    own = [name for name in run.prove.metrics if name in task.scores]
-    prove = run.prove.model_copy(update={"metrics": own})
-    return run.model_copy(update={"prove": prove})
+def _verdicts(task: Task, report: Json, first: str, others: Sequence[Contender]) -> Json:
+    """`verdict` of report.json, from the scores alone; `first`: the task's own deciding score."""
+    found: Json = {}
+    for name, metric in (report["metrics"] or {}).items():
+        found[name] = verdict(metric, metric["rows"])
+    deciding, score = decided_by(report)
+    found["domain"] = found.get(deciding) or verdict(score, report["domain"]["documents"])
+    for contender in others:
+        if contender.rows is not None:
+            part = report[contender.name]
+            found[contender.name] = verdict(part[first], part["documents"])
+    general = report["general"]
+    if task.general is not None and general is not None:
+        found["general"] = retention(general[task.general.scores[0]], general["documents"])
+    return found
+
+
+def _apply_objection(task: Task, report: Json, untrained_head: bool) -> None:
+    """Add the reason, if there is one, why a better score does not count as `better`."""
+    word = report["verdict"]
+    objection = task.objection(report)
+    if untrained_head:
+        objection = "the rival is the base with an untrained head, which anything beats"
+    elif word["domain"] == "better" and not objection:
+        above = ahead(report)
+        if above:
+            objection = f"{above[0]} reached {above[1]:.3f}"
+    if objection:
+        report["domain"]["objection"] = objection
+        for part in ("domain", "few_shot"):
+            if word.get(part) == "better":
+                word[part] = "no different"

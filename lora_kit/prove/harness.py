@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (EleutherAI), the base and the adapted model in the same table."""
+"""Tasks of lm-evaluation-harness (EleutherAI), on the base and on the adapted model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ import numpy as np
 
 from lora_kit.errors import UserError
 from lora_kit.run import nearest
+from lora_kit.schema import Json
 from lora_kit.tasks.bootstrap import compared
 from lora_kit.tasks.metrics import check_each, in_a_line
-from lora_kit.tasks.task import mean_score
+from lora_kit.tasks.task import Processor, mean_score
 from lora_kit.trust import check_own, metrics_checked
 
 
 def check_tasks(tasks: list[str]) -> None:
-    """Before training: loads the tasks with their data, so that nothing is missing afterwards.
+    """Load the tasks with their data, before training, so that nothing is missing afterwards.
 
     A task is a name that the harness knows, or the path of a task's .yaml; the data files it names
     are relative to the working folder. Such a file may name Python (`!function`), which runs here.
 
     Raises:
-        UserError: the harness is not installed, a task is not known, or its data cannot be had.
+        UserError: the harness is not installed, a task is unknown, or its data is not available.
     """
     try:
         import lm_eval  # noqa: F401
@@ -52,15 +53,15 @@ def check_tasks(tasks: list[str]) -> None:
 
 
 def run_harness(
-    model: Any, tokenizer: Any, tasks: list[str], seed: int = 0, at_once: int = 8
-) -> dict[str, dict[str, Any]]:
+    model: Any, tokenizer: Processor, tasks: list[str], seed: int = 0, at_once: int = 8
+) -> dict[str, Json]:
     """Figures of the base and of the adapted model on the same rows of each task.
 
-    Prompts are the task's own, without the chat template, as the harness has it by default. Every
-    rank runs all of it.
+    Prompts are the task's own, without the chat template, as is the harness's default. Every rank
+    runs all of it.
 
     Args:
-        model: a PEFT model; its adapter is switched off to measure the base.
+        model: a PEFT model; its adapter is switched off to evaluate the base.
         at_once: rows in a forward pass.
 
     Returns:
@@ -79,51 +80,56 @@ def run_harness(
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(seed)
         # In bfloat16 the likelihoods of two choices are often the same number.
-        judge = HFLM(
+        wrapped = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=at_once, softmax_dtype="float32"
         )
         try:
             with model.disable_adapter():
                 set_seed(seed)  # of tasks that sample
-                base = lm_eval.evaluate(judge, loaded, bootstrap_iters=0)
+                base = lm_eval.evaluate(wrapped, loaded, bootstrap_iters=0)
             set_seed(seed)
-            adapted = lm_eval.evaluate(judge, loaded, bootstrap_iters=0)
+            adapted = lm_eval.evaluate(wrapped, loaded, bootstrap_iters=0)
         except Exception as error:  # templates and functions are the task's own
             raise UserError(f"prove.harness: {in_a_line(error)}") from None
     model.train(training)
-    return table(base, adapted, seed)
+    return compared_results(base, adapted, seed)
 
 
-def table(base: dict[str, Any], adapted: dict[str, Any], seed: int) -> dict[str, dict[str, Any]]:
-    """What `run_harness` returns, of two results of `lm_eval.evaluate`. A group that has a figure
-    of its own stands for its tasks."""
-    groups = adapted.get("groups", {})
-    inside = {task for group in groups for task in _tasks_of(group, adapted)}
-    rows: dict[str, dict[str, Any]] = {}
+def compared_results(base: Json, adapted: Json, seed: int) -> dict[str, Json]:
+    """The return value of `run_harness`, from two results of `lm_eval.evaluate`. A group that has a
+    figure of its own replaces its tasks."""
+    grouped: set[str] = set()
+    for group in adapted.get("groups", {}):
+        grouped.update(_tasks_of(group, adapted))
+    rows: dict[str, Json] = {}
     for name, figures in adapted["results"].items():
+        if name in grouped:
+            continue
         for key, after in figures.items():
-            metric, comma, chosen = key.partition(",")  # `chosen`: the filter of the answers
-            if name in inside or not comma or metric.endswith("_stderr"):
+            metric, comma, filtered = key.partition(",")  # by which filter of the completions
+            if not comma or metric.endswith("_stderr"):
                 continue
-            before = base["results"][name][key]
-            pair = [_values(result, name, metric, chosen) for result in (base, adapted)]
             higher = adapted["higher_is_better"].get(name, {}).get(metric) is not False
-            if np.allclose([_mean(values) for values in pair], [before, after]):
+            before = base["results"][name][key]
+            each = _values(base, name, metric, filtered), _values(adapted, name, metric, filtered)
+            if np.allclose([_mean(each[0]), _mean(each[1])], [before, after]):
                 better = "higher" if higher else "lower"
-                without, adapter = (
-                    mean_score(metric, np.array(values, dtype=float), better) for values in pair
-                )
-                row = compared(without, adapter, seed)
+                first = mean_score(metric, np.array(each[0], dtype=float), better)
+                second = mean_score(metric, np.array(each[1], dtype=float), better)
+                row = compared(first, second, seed)
             else:
-                row = {"base": before, "adapted": after, "difference": after - before}
-                row = {word: round(float(number), 4) for word, number in row.items()}
-                row["ci95"] = None
-            title = f"{name}/{metric}" + (f" ({chosen})" if chosen != "none" else "")
-            rows[title] = {"rows": len(pair[1]), **row, "higher_is_better": higher}
+                row = {
+                    "base": round(float(before), 4),
+                    "adapted": round(float(after), 4),
+                    "difference": round(float(after - before), 4),
+                    "ci95": None,
+                }
+            title = f"{name}/{metric}" + (f" ({filtered})" if filtered != "none" else "")
+            rows[title] = {"rows": len(each[1]), **row, "higher_is_better": higher}
     return rows
 
 
-def _tasks_of(name: str, result: dict[str, Any]) -> list[str]:
+def _tasks_of(name: str, result: Json) -> list[str]:
     """The tasks of a group and of the groups in it; of a task, itself."""
     if name in result["samples"]:
         return [name]
@@ -131,10 +137,10 @@ def _tasks_of(name: str, result: dict[str, Any]) -> list[str]:
     return [task for child in children for task in _tasks_of(child, result)]
 
 
-def _values(result: dict[str, Any], name: str, metric: str, chosen: str) -> list[Any]:
-    """What the metric noted for each row: a number, or parts that a mean is not made of."""
+def _values(result: Json, name: str, metric: str, filtered: str) -> list[object]:
+    """The metric's value of each row: a number, or parts whose mean is not the figure."""
     samples = [row for task in _tasks_of(name, result) for row in result["samples"][task]]
-    return [row[metric] for row in samples if row["filter"] == chosen and metric in row]
+    return [row[metric] for row in samples if row["filter"] == filtered and metric in row]
 
 
 def _mean(values: list[Any]) -> float:
@@ -163,12 +169,12 @@ def _load(tasks: list[str]) -> dict[str, Any]:
         try:
             loaded: dict[str, Any] = manager.load(list(tasks))
         finally:
-            if refused:  # whatever came of it
+            if refused:  # whether or not the harness went on without it
                 raise UserError(f"{tasks[0]}: metric {refused[0]}") from None
     return loaded
 
 
 def _quiet() -> contextlib.redirect_stderr[Any]:
-    """The harness warns of what is meant here; its bars are for a terminal."""
+    """The harness warns about intended settings; its progress bars are for a terminal."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO())

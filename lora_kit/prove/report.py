@@ -1,16 +1,15 @@
-"""report.json and report.html: what a run came to, in figures and in one page.
+"""report.json and report.html: the result of a run, in figures and as a page.
 
-Everything shown is read from report.json, for every task; a report that an older version wrote
-lacks some of its entries.
+Everything shown is read from report.json, for every task; a report of an older version lacks some
+of its entries.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_kit.errors import UserError
 from lora_kit.folders import write_whole
@@ -24,7 +23,7 @@ from lora_kit.prove.scores import (
     not_measured,
 )
 from lora_kit.run import read_json, read_lock
-from lora_kit.schema import Run
+from lora_kit.schema import Json, Run
 from lora_kit.tasks.bootstrap import verdict
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import write_json
@@ -37,7 +36,7 @@ PARTS = {
     "few_shot": "Against examples in the prompt",
     "scratch": "Against training from scratch",
 }
-# What a person calls a contender.
+# Contenders in words.
 _CONTENDERS = {
     "base": "the base",
     "few_shot": "the base with examples in its prompt",
@@ -79,7 +78,7 @@ MOODS = {
     "failed": "bad",
     "no different": "flat",
 }
-# What a headline must not hide: part and word of a finding.
+# What the headline adds after "But": part and word of a finding.
 _BUTS = {
     ("general", "forgot"): "it forgets general text",
     ("few_shot", "worse"): "it is worse than the base with examples in its prompt",
@@ -103,7 +102,7 @@ class Finding(NamedTuple):
     gain: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
-def write_report(directory: Path, run: Run, report: dict[str, Any]) -> None:
+def write_report(directory: Path, run: Run, report: Json) -> None:
     """Write both files of a finished run; all text from data is escaped.
 
     Raises:
@@ -133,11 +132,11 @@ def in_words(word: str, part: str = "domain", rival: str = "base") -> str:
 
 
 def contender(name: str) -> str:
-    """What a person calls a contender."""
+    """A contender in words."""
     return _CONTENDERS.get(name, f"the contender {name}")
 
 
-def in_lines(report: dict[str, Any]) -> list[str]:
+def in_lines(report: Json) -> list[str]:
     """A line for each result, as `train` ends with: figures, interval, verdict."""
     return [
         ": ".join(filter(None, (found.part, found.figures, found.sentence)))
@@ -145,7 +144,7 @@ def in_lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def findings(report: dict[str, Any]) -> list[Finding]:
+def findings(report: Json) -> list[Finding]:
     """The results in the order of importance; what was not measured is one as well, unless it does
     not apply to the task."""
     report = _filled(report)
@@ -154,7 +153,7 @@ def findings(report: dict[str, Any]) -> list[Finding]:
     rival = report["domain"].get("rival", "base")
     for name, score in compared_scores(report["domain"]).items():
         if name != deciding and name not in _SHOWN_IN_TABLES_ONLY:
-            found.append(_further(report, name, score, report["domain"]["documents"], rival))
+            found.append(_other_score(report, name, score, report["domain"]["documents"], rival))
     if report["general"] or NO_LANGUAGE_MODEL not in (report["not_measured"] or []):
         found.append(_general(report))
     for part in ("few_shot", "scratch"):
@@ -164,9 +163,9 @@ def findings(report: dict[str, Any]) -> list[Finding]:
             found.append(_finding(part, name, score, word, in_words(word, part)))
     for name, score in (report["metrics"] or {}).items():
         if name != deciding:
-            found.append(_further(report, name, score, score["rows"], rival))
+            found.append(_other_score(report, name, score, score["rows"], rival))
     for name, score in (report["harness"] or {}).items():
-        found.append(_further(report, name, score, score["rows"], "base"))
+        found.append(_other_score(report, name, score, score["rows"], "base"))
     if report["generation"]:
         found.append(_generation(report["generation"]))
     if gate := report["gate"]:
@@ -179,7 +178,7 @@ def findings(report: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _domain(report: dict[str, Any]) -> Finding:
+def _domain(report: Json) -> Finding:
     name, score = decided_by(report)
     word = report["verdict"]["domain"]
     sentence = in_words(word, "domain", report["domain"].get("rival", "base"))
@@ -191,8 +190,8 @@ def _domain(report: dict[str, Any]) -> Finding:
     return found._replace(sentence=f"scored better, but {report['domain']['objection']}")
 
 
-def _withheld(report: dict[str, Any]) -> bool:
-    """Whether the score alone would be better, and the verdict is not, for another reason."""
+def _withheld(report: Json) -> bool:
+    """Whether the score is better but the verdict is not, because of a control or an objection."""
     name, score = decided_by(report)
     blind = (report["prompt_use"] or {}).get("blind")
     if report["verdict"]["domain"] != "no different" or not score["ci95"]:
@@ -202,7 +201,7 @@ def _withheld(report: dict[str, Any]) -> bool:
     return _gain(name, score, "")[1] > 0
 
 
-def _general(report: dict[str, Any]) -> Finding:
+def _general(report: Json) -> Finding:
     if not report["general"]:
         why = f"not measured: {not_measured(report, 'general')}"
         return Finding("general", PARTS["general"], "not measured", why)
@@ -215,30 +214,27 @@ def _general(report: dict[str, Any]) -> Finding:
     return found
 
 
-def _finding(part: str, name: str, score: dict[str, Any], word: str, sentence: str) -> Finding:
-    """One of PARTS, by its deciding score."""
-    title = PARTS[part] if name == "loss" else f"{PARTS[part]}: {name}"
-    figures = _figures(name, score) if name == "loss" else f"{name} {_figures(name, score)}"
-    unit = _unit(name, score)
+def _finding(part: str, name: str, score: Json, word: str, sentence: str) -> Finding:
+    """A result by one score; `part` is one of PARTS, or the score itself."""
+    title, figures, unit = part, _figures(name, score), _unit(name, score)
+    if part in PARTS:
+        title = PARTS[part]
+        if name != "loss":
+            title, figures = f"{title}: {name}", f"{name} {figures}"
     return Finding(part, title, word, sentence, figures, unit, _gain(name, score, unit))
 
 
-def _further(
-    report: dict[str, Any], name: str, score: dict[str, Any], units: int, rival: str
-) -> Finding:
+def _other_score(report: Json, name: str, score: Json, units: int, rival: str) -> Finding:
     """A score that does not decide."""
-    figures = _figures(name, score)
     if score["ci95"] is None:
         why = "not evaluated: it is no mean over rows, so it has no interval"
-        return Finding(name, name, "not evaluated", why, figures)
+        return Finding(name, name, "not evaluated", why, _figures(name, score))
     computed = verdict({**score, "better": better(name, score)}, units)
     word = report["verdict"].get(name, computed)
-    unit = _unit(name, score)
-    sentence = in_words(word, name, rival)
-    return Finding(name, name, word, sentence, figures, unit, _gain(name, score, unit))
+    return _finding(name, name, score, word, in_words(word, name, rival))
 
 
-def _generation(part: dict[str, Any]) -> Finding:
+def _generation(part: Json) -> Finding:
     """How generated text changed: without a verdict of its own; an objection may follow from it."""
     changes = []
     for name, score in compared_scores(part).items():
@@ -247,32 +243,32 @@ def _generation(part: dict[str, Any]) -> Finding:
     return Finding("generation", "Generated text", "", "; ".join(changes))
 
 
-def _audit(audit: dict[str, Any] | None) -> Finding:
+def _audit(audit: Json | None) -> Finding:
     if not audit:
         why = "not checked: no training that came to its end was checked"
         return Finding("audit", "Did it train", "not checked", why)
     problems = [f"{p['what']}. {p['cause']}. {p['fix']}" for p in audit["problems"]]
     failed = [check["found"] for check in audit["checks"] if check["passed"] is False]
     word = "failed" if problems or failed else "passed"
-    left = [check["name"] for check in audit["checks"] if check["passed"] is None]
-    fine = (
-        f"every check passed but {', '.join(left)}: not checked" if left else "every check passed"
-    )
+    skipped = [check["name"] for check in audit["checks"] if check["passed"] is None]
+    fine = "every check passed"
+    if skipped:
+        fine += f" but {', '.join(skipped)}: not checked"
     why = "; ".join(problems or failed or [fine])
     return Finding("audit", "Did it train", word, why)
 
 
-def _unit(name: str, score: dict[str, Any]) -> str:
-    """A gain is told in points of 100 where the score is a share of 1, else in percent of the
-    base's value; "" where that is 0."""
+def _unit(name: str, score: Json) -> str:
+    """The unit of a gain: points of 100 where the score is a share of 1, else percent of the base's
+    value; "" where that is 0."""
     share = better(name, score) == "higher" and name not in UNITS
     if share and 0 <= score["base"] <= 1 and 0 <= score["adapted"] <= 1:
         return " points"
     return "%" if score["base"] else ""
 
 
-def _gain(name: str, score: dict[str, Any], unit: str) -> tuple[float, float, float]:
-    """A difference and its interval as an improvement: positive where the adapted is better."""
+def _gain(name: str, score: Json, unit: str) -> tuple[float, float, float]:
+    """A difference and its interval, positive where the adapted model is better."""
     factor = 1.0 if better(name, score) == "higher" else -1.0
     if unit:
         factor *= 100 / (abs(score["base"]) if unit == "%" else 1)
@@ -280,7 +276,7 @@ def _gain(name: str, score: dict[str, Any], unit: str) -> tuple[float, float, fl
     return factor * score["difference"], low, high
 
 
-def _figures(name: str, score: dict[str, Any]) -> str:
+def _figures(name: str, score: Json) -> str:
     """`3.442 -> 2.951 nats per token (-14.3%, 95% -16.3% to -12.5%)`: a loss in percent of the
     base's; other scores as they are."""
     percent = name == "loss" and score["base"]
@@ -294,24 +290,23 @@ def _figures(name: str, score: dict[str, Any]) -> str:
     return f"{score['base']:.3f} -> {score['adapted']:.3f}{unit} ({change})"
 
 
-def ahead(report: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Contenders other than the rival that have a better deciding score than the adapted model:
-    (what a person calls it, value), best first. No interval is known for them. Those with a
-    verdict of their own (few_shot, scratch) are not among them."""
+def ahead(report: Json) -> tuple[str, float] | None:
+    """The contender with the best deciding score, if it is better than the adapted model's: its
+    name in words, and the score; no interval is known for it. The rival, and contenders with a
+    verdict of their own (few_shot, scratch), do not count."""
     name, score = decided_by(report)
     rival = report["domain"].get("rival", "base")
     sign = 1 if better(name, score) == "higher" else -1
-    found = [
-        (contender(other), values[name])
-        for other, values in (report.get("contenders") or {}).items()
-        if other not in ("adapted", "base", rival, *report["verdict"])
-        and name in values
-        and sign * (values[name] - score["adapted"]) > 0
-    ]
-    return sorted(found, key=lambda pair: -sign * pair[1])
+    best, found = score["adapted"], None
+    for other, values in (report.get("contenders") or {}).items():
+        if other in ("adapted", "base", rival, *report["verdict"]) or name not in values:
+            continue
+        if sign * (values[name] - best) > 0:
+            best, found = values[name], (contender(other), values[name])
+    return found
 
 
-def contender_rows(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
+def contender_rows(report: Json) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
     """The table of all contenders: the scores' names, and (name, a value or None for each score),
     the adapted model last; no rows where there is nothing but the rival to compare with."""
     contenders = dict(report.get("contenders") or {})
@@ -325,12 +320,12 @@ def contender_rows(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str
     return names, rows
 
 
-def units_of(report: Mapping[str, Any]) -> str:
+def units_of(report: Json) -> str:
     """What `documents` counts, for people."""
     return "documents" if "loss" in report["domain"] else "rows"
 
 
-def _headline(report: dict[str, Any]) -> str:
+def _headline(report: Json) -> str:
     word, rival = report["verdict"]["domain"], report["domain"].get("rival", "base")
     name = "its base" if rival == "base" else contender(rival)
     if _withheld(report):
@@ -343,25 +338,25 @@ def _headline(report: dict[str, Any]) -> str:
     }[word]
 
 
-def _buts(report: dict[str, Any], found: list[Finding]) -> list[str]:
-    """What the headline must not hide; the objection is there already."""
+def _buts(report: Json, found: list[Finding]) -> list[str]:
+    """What the headline adds after "But", besides the objection."""
     buts = [_BUTS[one.part, one.word] for one in found if (one.part, one.word) in _BUTS]
     if "general text" in report["domain"].get("objection", "").lower():
         buts = [but for but in buts if but != _BUTS["general", "forgot"]]
-    for name, value in ahead(report)[:1]:
-        if not _withheld(report):  # for that reason
-            buts.append(f"{name} scored better ({value:.3f})")
+    above = ahead(report)
+    if above and not _withheld(report):  # for that reason
+        buts.append(f"{above[0]} scored better ({above[1]:.3f})")
     if worse := [one.part for one in found if one.word == "worse" and one.part not in PARTS]:
         buts.append(f"it is worse on {' and '.join(worse)}")
     return buts
 
 
-def _filled(report: dict[str, Any]) -> dict[str, Any]:
+def _filled(report: Json) -> Json:
     """What was not measured, or not yet known to an older version, is null."""
     return defaultdict(lambda: None, report)
 
 
-def _page(directory: Path, run: Run, report: dict[str, Any]) -> str:
+def _page(directory: Path, run: Run, report: Json) -> str:
     report, found = _filled(report), findings(report)
     over = report["overfitting"] or {}
     fitted = next((name[6:] for name in over if name.startswith("train_")), "")

@@ -1,12 +1,12 @@
-"""What report.json holds of scores: two models against each other, each contender, each class."""
+"""What report.json holds of scores: comparisons, contenders, classes; and the gate on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from lora_kit.schema import Gate, Json
 from lora_kit.tasks.bootstrap import compared, counted
 from lora_kit.tasks.task import Score
 
@@ -14,9 +14,7 @@ from lora_kit.tasks.task import Score
 NO_LANGUAGE_MODEL = "general: this model has no language-model head"
 
 
-def against(
-    rival: str, base: Sequence[Score], adapted: Sequence[Score], seed: int
-) -> dict[str, Any]:
+def against(rival: str, base: Sequence[Score], adapted: Sequence[Score], seed: int) -> Json:
     """The scores of a rival and of the adapted model on the same units: `domain` of report.json,
     and `general`, `few_shot`, `scratch` and `generation`, which have the same form.
 
@@ -31,7 +29,7 @@ def against(
     Raises:
         CheckFailed: a score is not finite.
     """
-    found: dict[str, Any] = {"documents": int(counted(base[0], adapted[0]).sum()), "rival": rival}
+    found: Json = {"documents": int(counted(base[0], adapted[0]).sum()), "rival": rival}
     for before, after in zip(base, adapted, strict=True):
         if before.name != after.name:
             raise ValueError(f"{before.name} is compared with {after.name}")
@@ -48,12 +46,12 @@ def values(scores: Sequence[Score]) -> dict[str, float]:
     return {score.name: round(score.figure, 4) for score in scores}
 
 
-def compared_scores(part: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def compared_scores(part: Json) -> dict[str, Json]:
     """The scores in what `against` returned, without the plain values between them."""
     return {name: found for name, found in part.items() if isinstance(found, dict)}
 
 
-def decided_by(report: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def decided_by(report: Json) -> tuple[str, Json]:
     """The score that decides `verdict.domain`, and its figures: the one that `domain.decided_by`
     names, a score of the domain or one of `metrics`; else the first of the domain."""
     scores = compared_scores(report["domain"])
@@ -61,7 +59,7 @@ def decided_by(report: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, {**(report.get("metrics") or {}), **scores}[name]
 
 
-def better(name: str, score: Mapping[str, Any]) -> str:
+def better(name: str, score: Json) -> str:
     """`lower` or `higher`, whichever is better for a score; reports of older versions tell it by
     its name, the harness by `higher_is_better`."""
     if score.get("higher_is_better") is False or name in ("loss", "bits_per_byte"):
@@ -69,17 +67,17 @@ def better(name: str, score: Mapping[str, Any]) -> str:
     return str(score.get("better", "higher"))
 
 
-def not_measured(report: Mapping[str, Any], part: str) -> str:
+def not_measured(report: Json, part: str) -> str:
     """Why a part of the report is null."""
-    lines = (line.partition(": ") for line in report.get("not_measured") or [])
-    given = {name: why for name, _, why in lines}
-    default = "set data.general to text that must not be forgotten"
+    for line in reversed(report.get("not_measured") or []):
+        if line.startswith(f"{part}: "):
+            return str(line.removeprefix(f"{part}: "))
     if part == "few_shot":
-        default = "prove.shots: 0, or no room for examples in the base's context"
-    return given.get(part, default)
+        return "prove.shots: 0, or no room for examples in the base's context"
+    return "set data.general to text that must not be forgotten"
 
 
-def classes(scores: Sequence[Score]) -> dict[str, Any] | None:
+def classes(scores: Sequence[Score]) -> Json | None:
     """What a classifier got right and wrong: `classes` of report.json; None without classes.
 
     Args:
@@ -98,18 +96,56 @@ def classes(scores: Sequence[Score]) -> dict[str, Any] | None:
     labels = [str(label) for label in about["labels"]]
     hits, support, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
 
-    def share(count: np.ndarray, of: np.ndarray) -> list[float]:
-        return (count / np.maximum(of, 1)).round(4).tolist()
-
-    precision, recall = share(hits, predicted), share(hits, support)
-    f1 = share(2 * hits, predicted + support)
-    per_class = {
-        label: {
-            "precision": precision[n],
-            "recall": recall[n],
-            "f1": f1[n],
+    per_class = {}
+    for n, label in enumerate(labels):
+        precision = hits[n] / max(predicted[n], 1)
+        recall = hits[n] / max(support[n], 1)
+        f1 = 2 * hits[n] / max(predicted[n] + support[n], 1)
+        per_class[label] = {
+            "precision": round(float(precision), 4),
+            "recall": round(float(recall), 4),
+            "f1": round(float(f1), 4),
             "support": int(support[n]),
         }
-        for n, label in enumerate(labels)
-    }
     return {"labels": labels, "confusion": confusion.tolist(), "per_class": per_class}
+
+
+# ------------------------------------------------------------------ the gate
+# A bound and the words that reach it.
+_REACHED = {"better": {"better"}, "no different": {"better", "no different"}, "kept": {"kept"}}
+
+
+def check_gate(report: Json, gate: Gate) -> Json:
+    """`gate` of report.json: {"passed": bool, "failed": [a line for each bound of `prove.gate` that
+    does not hold]}.
+
+    What was not measured does not hold; general text is not asked for where the model has no
+    language-model head that could forget it.
+    """
+    failed = []
+    for part in ("domain", "general", "few_shot"):
+        asked = getattr(gate, part)
+        if part == "general" and NO_LANGUAGE_MODEL in (report.get("not_measured") or []):
+            continue
+        word = report["verdict"].get(part)
+        if asked and word not in _REACHED[asked]:
+            found = word or f"not measured: {not_measured(report, part)}"
+            failed.append(f"{part}: {found} (asked for: {asked})")
+    for problem in (report.get("audit") or {}).get("problems", []):
+        failed.append(f"audit: {problem['what']}")
+    scores = {**(report.get("metrics") or {}), **compared_scores(report["domain"])}
+    if gate.loss is not None:
+        failed += _broken("loss", report["domain"].get("loss"), gate.loss, " nats per token")
+    for name, bound in gate.metrics.items():
+        failed += _broken(name, scores.get(name), bound)
+    return {"passed": not failed, "failed": failed}
+
+
+def _broken(name: str, score: Json | None, bound: float, unit: str = "") -> list[str]:
+    """A line if the adapted model's score is not measured or beyond its bound, else none."""
+    lower = better(name, score or {}) == "lower"
+    value = score["adapted"] if score else None
+    if value is not None and (value <= bound if lower else value >= bound):
+        return []
+    found = "not measured" if value is None else f"{value}{unit}"
+    return [f"{name}: {found} (asked for: {bound:g} at {'most' if lower else 'least'})"]

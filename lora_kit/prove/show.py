@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import load_model
@@ -13,6 +13,7 @@ from lora_kit.errors import harmless
 from lora_kit.prove.charts import confused
 from lora_kit.prove.report import PARTS, UNITS, contender_rows, findings, units_of
 from lora_kit.prove.scores import better, compared_scores, decided_by
+from lora_kit.schema import Json
 from lora_kit.tasks.measure import generate
 
 if TYPE_CHECKING:
@@ -20,13 +21,33 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def comparison(report: dict[str, Any], title: str = "") -> None:
+def comparison(report: Json, title: str = "") -> None:
     """Print one report: a table of scores, one of contenders where there are several, and a line
     for each result. `title` is by default what is compared with what."""
     from rich.console import Console
-    from rich.text import Text
 
     console = Console()
+    console.print(_scores(report, title))
+    _contenders(report, console)
+    lines = []
+    if report.get("classes"):
+        mistakes = [
+            f"{true} as {predicted} ({count} of {rows})"
+            for true, predicted, count, rows in confused(report["classes"]).pairs[:5]
+        ]
+        if mistakes:
+            lines.append(f"most frequent mistakes: {'; '.join(mistakes)}")
+    for one in findings(report):
+        if one.part != "gate":  # where it fails it is printed as an error
+            lines.append(f"{one.part}: {one.sentence}")
+    for line in lines:
+        console.print(harmless(line), markup=False, highlight=False)
+
+
+def _scores(report: Json, title: str) -> Table:
+    """The table of all scores of the rival and the adapted model."""
+    from rich.text import Text
+
     rival = report["domain"].get("rival", "base")
     first = "Base" if rival == "base" else harmless(rival)
     table = _table(title or f"{first} against adapted")
@@ -36,48 +57,39 @@ def comparison(report: dict[str, Any], title: str = "") -> None:
     table.add_column("change", justify="right")
     table.add_column("95% interval", justify="right")
 
-    def add(name: str, count: int, found: dict[str, Any], percent: bool = False) -> None:
-        """A row; its change and interval in percent of the base where that is meant."""
-        scale, form = (found["base"], "+.1%") if percent and found["base"] else (1, "+.3f")
-        bounds = [format(bound / scale, form) for bound in found["ci95"] or ()]
-        change = format(found["difference"] / scale, form)
-        figures = (f"{found['base']:.3f}", f"{found['adapted']:.3f}")
-        table.add_row(Text(harmless(name)), str(count), *figures, change, " to ".join(bounds))
+    def add(label: str, count: int, score: Json, percent: bool = False) -> None:
+        """A row; with `percent`, change and interval are in percent of the base."""
+        scale, form = (score["base"], "+.1%") if percent and score["base"] else (1, "+.3f")
+        bounds = [format(bound / scale, form) for bound in score["ci95"] or ()]
+        change = format(score["difference"] / scale, form)
+        figures = (f"{score['base']:.3f}", f"{score['adapted']:.3f}")
+        table.add_row(Text(harmless(label)), str(count), *figures, change, " to ".join(bounds))
 
-    shots = (report.get("few_shot") or {}).get("shots")
+    few_shot = f"base with {(report.get('few_shot') or {}).get('shots')} examples"
     for part in PARTS:
-        found = report.get(part) or {}
-        for name, score in compared_scores(found).items():
+        compared = report.get(part) or {}
+        for name, score in compared_scores(compared).items():
             nats = name in ("loss", "bits_per_byte")
-            row = f"{part}, {UNITS[name] if nats else name}"
+            label = f"{part}, {UNITS[name] if nats else name}"
             if part in ("few_shot", "scratch"):
-                row = {"few_shot": f"base with {shots} examples"}.get(part, "trained from scratch")
                 if name == "bits_per_byte":
                     continue
-            add(row, found["documents"], score, percent=nats)
-    for name, found in {**(report.get("metrics") or {}), **(report.get("harness") or {})}.items():
-        add(name, found["rows"], found)
-        if found.get("few_shot") is not None:
-            table.add_row(f"  base with {shots} examples", "", f"{found['few_shot']:.3f}")
+                label = few_shot if part == "few_shot" else "trained from scratch"
+            add(label, compared["documents"], score, percent=nats)
+    for name, score in {**(report.get("metrics") or {}), **(report.get("harness") or {})}.items():
+        add(name, score["rows"], score)
+        if score.get("few_shot") is not None:
+            table.add_row(f"  {few_shot}", "", f"{score['few_shot']:.3f}")
     generated = report.get("generation") or {}
-    for name, found in compared_scores(generated).items():
-        row = f"generated, {name}" + (f" ({UNITS[name]})" if UNITS.get(name) else "")
-        add(row, generated.get("prompts", report["domain"]["documents"]), found)
-    console.print(table)
-    _contenders(report, console)
-    if report.get("classes"):
-        found = confused(report["classes"])["pairs"][:5]
-        pairs = [f"{true} as {predicted} ({count} of {n})" for true, predicted, count, n in found]
-        if pairs:
-            line = harmless(f"most frequent mistakes: {'; '.join(pairs)}")
-            console.print(line, markup=False, highlight=False)
-    for one in findings(report):
-        if one.part != "gate":  # where it fails it is printed as an error
-            line = harmless(f"{one.part}: {one.sentence}")
-            console.print(line, markup=False, highlight=False)
+    for name, score in compared_scores(generated).items():
+        label = f"generated, {name}"
+        if UNITS.get(name):
+            label += f" ({UNITS[name]})"
+        add(label, generated.get("prompts", report["domain"]["documents"]), score)
+    return table
 
 
-def _contenders(report: dict[str, Any], console: Console) -> None:
+def _contenders(report: Json, console: Console) -> None:
     """A table of all contenders by the score that decides, best first; the rival is marked."""
     from rich.text import Text
 
@@ -92,8 +104,12 @@ def _contenders(report: dict[str, Any], console: Console) -> None:
         table.add_column(Text(harmless(name)), justify="right")
     place = names.index(deciding)
     sign = 1 if better(deciding, score) == "lower" else -1
-    rows.sort(key=lambda row: math.inf if row[1][place] is None else sign * row[1][place])
-    for who, values in rows:
+
+    def rank(row: tuple[str, list[float | None]]) -> float:
+        value = row[1][place]
+        return math.inf if value is None else sign * value
+
+    for who, values in sorted(rows, key=rank):
         label = f"{who} (rival)" if who == rival else who
         cells = ["" if value is None else f"{value:.3f}" for value in values]
         table.add_row(Text(harmless(label)), *cells)
@@ -106,7 +122,7 @@ def _table(title: str) -> Table:
     return Table(box=None, pad_edge=False, title=title or None, title_justify="left")
 
 
-def side_by_side(report: dict[str, Any]) -> None:
+def side_by_side(report: Json) -> None:
     """Print what base and adapted generated for some held-out rows."""
     for sample in report["samples"]:
         print(f"   chosen: {sample['chosen']}")
@@ -122,9 +138,9 @@ def printable(text: str) -> str:
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def say(run: FinishedRun, prompt: str, base: bool, max_new_tokens: int) -> str:
-    """A run's completion of a prompt: the assistant's turn, if it was trained on conversations,
-    else the text that follows. `base`: without the adapter."""
+def complete(run: FinishedRun, prompt: str, base: bool, max_new_tokens: int) -> str:
+    """A run's completion of a prompt: the assistant turn if it was trained on conversations, else
+    the following text. `base`: without the adapter."""
     run.require_language_model("generate")
     model, tokenizer = load_model(run)
     lock = run.lock

@@ -1,12 +1,11 @@
-"""What a combination of adapters is worth: base, each adapter and each combination on held-out
-rows, and the best combination written."""
+"""Combine adapters, and evaluate base, adapters and combinations on held-out rows."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from lora_kit.adapter.attach import load_adapter
 from lora_kit.adapter.combine import METHODS, combine
 from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
-from lora_kit.base.load import gpu_is_used, load_base, quiet_libraries
+from lora_kit.base.load import load_base, quiet_libraries, to_gpu
 from lora_kit.data.rows import Rows
 from lora_kit.errors import UserError, harmless
 from lora_kit.folders import new_folder
@@ -22,28 +21,34 @@ from lora_kit.prove.compare import prepared_again, task_of
 from lora_kit.tasks.bootstrap import compared, verdict
 from lora_kit.tasks.measure import Losses, measure
 
+if TYPE_CHECKING:
+    import torch
+
 
 def combine_and_measure(
     adapters: Sequence[FinishedRun],
     out: Path,
     runs: Sequence[FinishedRun],
     method: str | None,
-    **settings: Any,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Combine by one method or by each, measure all on the rows that runs held out, keep the best.
+    """Combine by one method or by all, evaluate on the runs' held-out rows, and keep the best.
 
     Args:
         runs: finished runs on the same base; the mean of their losses counts.
-        settings: those of `combine`.
+        weights, rank, density, seed: as in `combine`.
 
     Returns:
-        What `combine` returns of the best, and `losses`: {name: {"mean", one for each run}} in nats
-        per token; `best_single`: the best adapter's name; `difference` of the written combination
-        to it, `ci95`, and `verdict`: better, no different, worse, or too little data. Where the
-        best of several methods was taken, it was chosen on these rows.
+        The result of `combine` for the best, and `losses`: {name: {"mean", one for each run}} in
+        nats per token; `best_single`: the best adapter's name; `difference` of the best combination
+        from it, `ci95`, and `verdict`: better, no different, worse, or too little data. If there
+        are several methods, the best is chosen on these same rows.
 
     Raises:
-        UserError: see `combine`; or a run is of another base or not scored by loss, or its data
+        UserError: see `combine`; or a run has another base, is not evaluated by loss, or its data
             changed.
     """
     quiet_libraries()
@@ -52,14 +57,12 @@ def combine_and_measure(
         run.require_language_model("combine --on")
     held_out = {run.path: _held_out(run, adapters, notes) for run in runs}
     with new_folder(out, 0) as folder:
-        found = {
-            name: combine(adapters, folder / name, name, **settings)
-            for name in ([method] if method else METHODS)
-        }
+        found = {}
+        for name in [method] if method else METHODS:
+            found[name] = combine(adapters, folder / name, name, weights, rank, density, seed)
         base = adapters[0].base
-        model = load_base(base, adapters[0].pinned)
-        if gpu_is_used() and base.quantize == "none":
-            model = model.to("cuda")
+        model: Any = load_base(base, adapters[0].pinned)
+        to_gpu(model, base)
         pad = adapters[0].processor.pad_token_id
         losses = {"base": _losses(model, held_out, pad)}
         files = {run.path: run.adapter for run in adapters}
@@ -75,7 +78,6 @@ def combine_and_measure(
             file.rename(folder / file.name)
         for name in found:
             shutil.rmtree(folder / name)
-    seed = settings.get("seed", 0)
     without, combined = (_together(losses[name]).scores()[0] for name in (single, best))
     against = compared(without, combined, seed)
     return {
@@ -106,12 +108,12 @@ def _held_out(run: FinishedRun, adapters: Sequence[FinishedRun], notes: list[str
     return prepared.eval
 
 
-def _losses(model: Any, held_out: dict[str, Rows], pad: int) -> dict[str, Losses]:
+def _losses(model: torch.nn.Module, held_out: dict[str, Rows], pad: int) -> dict[str, Losses]:
     return {run: measure(model, rows, pad) for run, rows in held_out.items()}
 
 
 def _together(losses: dict[str, Losses]) -> Losses:
-    """Of all runs, each with the same say, however many tokens it held out."""
+    """The losses of all runs, each with the same total weight, whatever its number of tokens."""
     each = [(one, one.tokens.sum()) for one in losses.values()]
     parts = [(one.nats / n, one.tokens / n, one.bytes / n) for one, n in each]
     return Losses(*map(np.concatenate, zip(*parts, strict=True)))
@@ -122,7 +124,7 @@ def _mean(loss: Losses) -> float:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the losses, lowest last, and whether the combination was worth it."""
+    """Print all losses, and whether the combination is better than the best adapter."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,8 +1,8 @@
-"""An adapter in the form that a program takes, compared in that program before it is there.
+"""An adapter in the format of another program, compared in that program before it is written.
 
-What base and adapter say in this process, in float32, is the truth. The export is loaded in a fresh
-process by what it is for, and must give the same log-probabilities along the same greedy answers,
-the same ids for texts and for conversations through its template, and stop where they stop.
+The reference is base and adapter in this process, in float32. The export is loaded by its program
+in a fresh process, and must give the same log-probabilities along the same greedy completions, the
+same token ids of texts and of conversations, and stop at the same end tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 from lora_kit.adapter.attach import load_adapter
 from lora_kit.adapter.files import WEIGHTS
@@ -28,37 +28,70 @@ from lora_kit.ship.fidelity import rough_weights
 from lora_kit.ship.merge import FLOAT32_TOLERANCE, LESS, Into, merge, seen_scale
 from lora_kit.ship.mlx import write_mlx
 
+if TYPE_CHECKING:
+    import torch
+
 FORMS = ("portable", "merged", "gguf", "ollama", "mlx")
-# By what log-probabilities may differ (nats): sums of float32 in another order; and, in llama.cpp
-# and MLX, by other kernels.
+# Allowed differences of log-probabilities (nats): of float32 sums in another order, and of the
+# kernels of llama.cpp and MLX.
 SAME_ARITHMETIC, OTHER_ARITHMETIC = FLOAT32_TOLERANCE, 1e-3
-# llama.cpp looks GELU up in a table of float16, which shows in Gemma alone: up to 4.6e-3 in random
-# models in float32, more where an adapter adds much. The second is a share of its effect.
+# llama.cpp has GELU, which only Gemma uses, as a float16 table: up to 4.6e-3 in random models in
+# float32, more with a large adapter. The second number is a share of the adapter's effect.
 ROUGH_GELU = 5e-3, 1e-3
-# Where values were rounded, what that may cost of the adapter's own effect on them. Of the embedded
-# model trained for 40 steps it is 0.002 in f16, 0.01 in bf16 and 0.05 in q8_0, and more where the
-# effect is less; twice the scale costs about 1.
+# Allowed difference by rounding, as a share of the adapter's effect. For the embedded model trained
+# for 40 steps it is 0.002 in f16, 0.01 in bf16 and 0.05 in q8_0, and more for a smaller effect;
+# twice the right scale gives about 1.
 ROUNDED = {"f32": 0.0, "f16": 0.1, "bf16": 0.25, "q8_0": 0.5}
-# By what the adapter's scale may seem another, fitted to all differences: they are set beside those
-# that LESS of it makes. Rounding points anywhere and nearly leaves that sum; a wrong scale is all
-# in it. Measured on nano and tiny models: 2e-4 in f16, 7e-4 in bf16, 0.006 in q8_0.
+# Allowed error of the adapter's scale, fitted to all differences by those that LESS of the adapter
+# makes: rounding errors nearly cancel in the fit, a wrong scale does not. Measured on nano and tiny
+# models: 2e-4 in f16, 7e-4 in bf16, 0.006 in q8_0.
 SCALE = {"f32": 1e-3, "f16": 0.02, "bf16": 0.1, "q8_0": 0.1}
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What base and adapter say: one of `answers` to each of `prompts`. `effect`: by how much a
-    log-probability along them differs without the adapter, at most. `less`: the log-probabilities
-    along each with the part `step` of the adapter taken away."""
+class Reference:
+    """The output of base and adapter in this process.
+
+    Args:
+        answers: a continuation of each of `prompts`.
+        less: the log-probabilities along each continuation, (steps, vocabulary), with the share
+            `step` of the adapter removed.
+        effect: the largest difference of these log-probabilities without the adapter.
+        texts, conversations: their token ids; ends: the end tokens.
+    """
 
     prompts: list[list[int]]
     answers: list[reload.Continued]
-    less: list[Any]
+    less: list[torch.Tensor]
     step: float
     effect: float
     texts: list[list[int]]
     conversations: list[list[int]]
     ends: list[int]
+
+
+class Figures(TypedDict):
+    """The result of a comparison: log-probabilities (nats), the fitted scale, and the number of
+    compared tokens."""
+
+    max_difference: float
+    allowed: float
+    adapter_effect: float
+    scale: float
+    tokens: int
+
+
+class Exported(TypedDict):
+    """The output of `export --json`. `reloaded`: None if the program does not run here; `notes`:
+    what the user of the export must know."""
+
+    to: str
+    out: str
+    kind: str | None
+    what: str | None
+    bytes_written: int
+    reloaded: Figures | None
+    notes: list[str]
 
 
 def export(
@@ -68,23 +101,19 @@ def export(
     kind: str | None = None,
     what: str | None = None,
     into: Into = "base",
-) -> dict[str, Any]:
+) -> Exported:
     """Write a run's adapter for another program, and compare it there.
 
     Args:
         to: portable, an adapter for every loader; merged, base and adapter in one; gguf; ollama,
             a GGUF with its Modelfile; or mlx.
-        kind: the type of a gguf's weights: f32, f16 (if None), bf16 or q8_0.
-        what: what becomes a gguf: adapter (ollama's None), merged (gguf's None) or base.
-        into: what a merged model is merged into; see `merge`.
-
-    Returns:
-        `to`, `out`, `kind`, `what`, `bytes_written`; `reloaded`: the figures of the comparison, or
-        None where the program does not run here; `notes`: what whoever loads it must know.
+        kind: the type of a gguf's weights: f32, f16, bf16 or q8_0; None: f16.
+        what: what the gguf contains: adapter, merged or base; None: merged, for ollama adapter.
+        into: the weights that a merged model is merged into; see `merge`.
 
     Raises:
-        UserError: the adapter does not go into this form, or `out` exists.
-        CheckFailed: the program says something else than base and adapter; nothing is left.
+        UserError: the format does not support the adapter, or `out` exists.
+        CheckFailed: the program's output differs from that of base and adapter; nothing is left.
     """
     out = Path(out)
     refuse_existing(out)
@@ -94,7 +123,7 @@ def export(
         raise UserError(f"--into {into}: only where a merged model is written: remove it")
     adapter, tokenizer, folder = run.adapter, run.processor, Path(run.pinned.folder)
     config = read_json(folder / "config.json")
-    # `merge` asks for its own room.
+    # `merge` checks the space that it needs itself.
     with new_folder(out, 2 * (adapter.folder / WEIGHTS).stat().st_size) as partial:
         if to == "portable":
             write_portable(adapter, partial)
@@ -109,14 +138,14 @@ def export(
             gguf.export_gguf(run, partial, stored, part, into)
         else:
             ollama.export_ollama(run, partial, stored, part, into)
-        truth = _truth(run, into, alone=part == "base")
-        got = _consumed(to, part, run, partial, truth)
+        reference = _reference(run, into, alone=part == "base")
+        got = _consumed(to, part, run, partial, reference)
         missing = "mlx-lm and mlx are not both installed: written, checked, not run here"
         figures, notes = None, [f"{missing}: pip install 'lora-kit[mlx]'"]
         if got:
             gemma = "gemma" in str(config.get("model_type"))
             limits = _allowed(to, stored, run.base.dtype, gemma)
-            figures, notes = _compared(out, truth, got, limits, to)
+            figures, notes = _compared(out, reference, got, limits, to)
         alone = (to, part) == ("gguf", "adapter")
         if alone and gguf.needs_untied(adapter, gguf.open_source(folder)):
             fitting = f"lora-kit export {run.path} --to gguf --what base --out FOLDER"
@@ -124,12 +153,19 @@ def export(
         if to == "ollama":
             notes.append("Ollama itself is not run: its GGUF was, in llama.cpp, without Modelfile")
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    known = {"to": to, "out": str(out), "kind": stored, "what": part, "bytes_written": written}
-    return {**known, "reloaded": figures, "notes": notes}
+    return Exported(
+        to=to,
+        out=str(out),
+        kind=stored,
+        what=part,
+        bytes_written=written,
+        reloaded=figures,
+        notes=notes,
+    )
 
 
 def _settled(to: str, kind: str | None, what: str | None) -> tuple[Any, Any]:
-    """The form's own defaults in place of None. Raises UserError on what does not apply."""
+    """`kind` and `what` with the format's defaults. Raises UserError if they do not apply to it."""
     if to not in FORMS:
         raise UserError(f"--to {to}: unknown{nearest(to, list(FORMS))}: one of {', '.join(FORMS)}")
     for flag, value, known in (("--type", kind, gguf.Kind), ("--what", what, gguf.What)):
@@ -148,7 +184,7 @@ def _settled(to: str, kind: str | None, what: str | None) -> tuple[Any, Any]:
     return kind or "f16", what
 
 
-def _truth(run: FinishedRun, into: Into, alone: bool) -> Truth:
+def _reference(run: FinishedRun, into: Into, alone: bool) -> Reference:
     """`alone`: of the base without the adapter."""
     import torch
     from peft.helpers import rescale_adapter_scale
@@ -170,7 +206,7 @@ def _truth(run: FinishedRun, into: Into, alone: bool) -> Truth:
     with asked():
         answers = [reload.continued(reload.torch_step(model), p, ends) for p in prompts]
 
-    def again(prompt: list[int], answer: reload.Continued) -> Any:
+    def again(prompt: list[int], answer: reload.Continued) -> torch.Tensor:
         ids = torch.tensor([[*prompt, *answer.tokens]])
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]
         return logits[: len(answer.log_probabilities)].float().log_softmax(-1)
@@ -183,32 +219,38 @@ def _truth(run: FinishedRun, into: Into, alone: bool) -> Truth:
         with rescale_adapter_scale(model, 1 - LESS), torch.inference_mode():
             less = list(map(again, prompts, answers))
     step = 1.0 if alone else LESS
-    return Truth(prompts, answers, less, step, effect, texts, conversations, ends)
+    return Reference(prompts, answers, less, step, effect, texts, conversations, ends)
 
 
 def _consumed(
-    to: str, what: str | None, run: FinishedRun, partial: Path, truth: Truth
-) -> dict[str, Any] | None:
-    """What the program that it is for makes of it."""
+    to: str, what: str | None, run: FinishedRun, partial: Path, reference: Reference
+) -> llama_cpp.Consumed | None:
+    """The output of the export's program; None if the program does not run here."""
     if to == "merged":
-        return reload.reloaded("transformers", partial, None, truth.prompts)
+        return reload.reloaded("transformers", partial, None, reference.prompts)
     if to in ("portable", "mlx"):
-        consumer, ends = ("peft", None) if to == "portable" else ("mlx", truth.ends)
-        return reload.reloaded(consumer, run.pinned.folder, partial, truth.prompts, ends)
+        consumer, ends = ("peft", None) if to == "portable" else ("mlx", reference.ends)
+        return reload.reloaded(consumer, run.pinned.folder, partial, reference.prompts, ends)
     with tempfile.TemporaryDirectory(dir=partial) as folder:
         files = sorted(partial.glob("*.gguf"))  # of Ollama's two the adapter is the first
         adapters = files[:1] if what == "adapter" else []
         if files == adapters:
             files = [gguf.export_gguf(run, Path(folder), "f32", "base")]
-        pairs = zip(reload.CONVERSATIONS, truth.conversations, strict=True)
-        asked: dict[str, Any] = {"tokens": reload.TOKENS, "top": reload.TOP, "texts": reload.TEXTS}
-        asked |= {"prompts": truth.prompts, "conversations": [turns for turns, ids in pairs if ids]}
-        return llama_cpp.run(files[-1], adapters, **asked)
+        pairs = zip(reload.CONVERSATIONS, reference.conversations, strict=True)
+        return llama_cpp.run(
+            files[-1],
+            adapters,
+            prompts=reference.prompts,
+            tokens=reload.TOKENS,
+            top=reload.TOP,
+            texts=reload.TEXTS,
+            conversations=[turns for turns, ids in pairs if ids],
+        )
 
 
 def _allowed(to: str, kind: str | None, dtype: str, gemma: bool) -> tuple[float, float, float]:
-    """What log-probabilities may differ by, by what share of the adapter's effect, and by what
-    share its scale."""
+    """The allowed difference of log-probabilities in nats and as a share of the adapter's effect,
+    and the allowed error of the adapter's scale."""
     if to in ("portable", "merged"):
         rounded = "bf16" if to == "merged" and dtype != "float32" else "f32"
         return SAME_ARITHMETIC, ROUNDED[rounded], SCALE[rounded]
@@ -217,30 +259,34 @@ def _allowed(to: str, kind: str | None, dtype: str, gemma: bool) -> tuple[float,
 
 
 def _compared(
-    out: Path, truth: Truth, got: dict[str, Any], limits: tuple[float, float, float], to: str
-) -> tuple[dict[str, Any], list[str]]:
-    """Figures and notes; `limits` of `_allowed`. Raises CheckFailed."""
+    out: Path,
+    reference: Reference,
+    got: llama_cpp.Consumed,
+    limits: tuple[float, float, float],
+    to: str,
+) -> tuple[Figures, list[str]]:
+    """Figures and notes; `limits`: of `_allowed`. Raises CheckFailed if they are exceeded."""
     least, share, scale_allowed = limits
-    allowed = max(least, share * truth.effect)
+    allowed = max(least, share * reference.effect)
     worst, steps, along, whole, count = 0.0, 0, 0.0, 0.0, 0
     wrong: list[str] = []
     notes: list[str] = []
-    for known, less, answer in zip(truth.answers, truth.less, got["answers"], strict=True):
+    for known, less, answer in zip(reference.answers, reference.less, got["answers"], strict=True):
         rows, tops = known.log_probabilities, answer["top"]
         for row, near, top in zip(rows, less, tops, strict=False):
             steps, count = steps + 1, count + len(top)
-            # llama.cpp says null where it has no number.
+            # llama.cpp has null for NaN.
             top = {n: math.nan if value is None else value for n, value in top.items()}
             apart = [abs(float(row[int(n)]) - value) for n, value in top.items()]
             for n, value in top.items():
                 own = float(row[int(n)] - near[int(n)])
                 along += own * (value - float(row[int(n)]))
                 whole += own * own
-            # A NaN is no number that max would keep.
+            # max() would ignore a NaN.
             worst = max(worst, *apart) if math.isfinite(sum(apart)) else math.inf
             said, wanted = int(max(top, key=top.__getitem__)), int(row.argmax())
-            if said != wanted and not {said, wanted} <= set(truth.ends):
-                # Of two tokens as likely as each other either may come, and all after it differs.
+            if said != wanted and not {said, wanted} <= set(reference.ends):
+                # Of two equally likely tokens either may be chosen; all later ones then differ.
                 if not float(row[wanted] - row[said]) <= allowed:
                     wrong.append(f"it says token {said} in place of {wanted}")
                 break
@@ -248,23 +294,29 @@ def _compared(
             if (answer["stopped"], len(tops)) != (known.stopped, len(rows)):
                 wrong.append("it does not stop where the answer ends")
     if not worst <= allowed:
-        at_most = f"allowed: {allowed:.2g}, the adapter's effect: {truth.effect:.2g}"
+        at_most = f"allowed: {allowed:.2g}, the adapter's effect: {reference.effect:.2g}"
         wrong.insert(0, f"its log-probabilities differ by {worst:.2g} ({at_most})")
-    scale, unsure = seen_scale(along, whole, truth.step, count, least)
+    scale, unsure = seen_scale(along, whole, reference.step, count, least)
     if not abs(1 - scale) <= max(scale_allowed, unsure):
         wrong.append(f"it acts as if the adapter's scale were {scale:.3f} times what it is")
-    same = [c for c in got["conversations"] if c] == [c for c in truth.conversations if c]
-    if got["texts"] != truth.texts:
-        # Where a template brings the beginning, llama.cpp may begin a bare text in its own way.
-        bare = to in ("gguf", "ollama") and same and any(truth.conversations)
+    same = [c for c in got["conversations"] if c] == [c for c in reference.conversations if c]
+    if got["texts"] != reference.texts:
+        # If the chat template writes the BOS token, llama.cpp may treat a bare text differently.
+        bare = to in ("gguf", "ollama") and same and any(reference.conversations)
         (notes if bare else wrong).append("it splits texts without a template into other tokens")
-    # mlx-lm has the base's own tokenizer, and takes both from the command line as well.
+    # mlx-lm uses the base's tokenizer; template and end tokens can be set on its command line.
     say = notes if to == "mlx" else wrong
-    if any(truth.conversations) and not same:
+    if any(reference.conversations) and not same:
         say.append("it writes conversations by another template (mlx-lm: --chat-template)")
-    if missing := sorted(set(truth.ends) - set(got.get("ends", truth.ends))):
+    if missing := sorted(set(reference.ends) - set(got.get("ends", reference.ends))):
         say.append(f"it does not stop at tokens {missing} (mlx-lm: --extra-eos-token)")
     if wrong:
         raise CheckFailed(f"{out}: not written: loaded again, {'; '.join(dict.fromkeys(wrong))}")
-    figures = {"max_difference": worst, "allowed": allowed, "adapter_effect": truth.effect}
-    return {**figures, "scale": scale, "tokens": steps}, notes
+    figures = Figures(
+        max_difference=worst,
+        allowed=allowed,
+        adapter_effect=reference.effect,
+        scale=scale,
+        tokens=steps,
+    )
+    return figures, notes

@@ -1,15 +1,16 @@
-"""What an adapter trained on 4 bits loses when merged: into its base, or what NF4 leaves of it.
+"""The loss of accuracy when an adapter trained on NF4 is merged: into the base, or dequantized.
 
-The adapter learned on the quantized base, and in part to undo its error. Merged into the 16-bit
-base it meets other weights; merged into the dequantized ones it meets the same, rounded once, and
-the error of the quantization stays in the model for good (peft#2321).
+Such an adapter partly compensates the quantization error. Merged into the 16-bit base, it is added
+to other weights than in training; merged into the NF4-dequantized ones, it is added to the same
+weights, rounded once, and the quantization error stays in the model (peft#2321).
 """
 
 from __future__ import annotations
 
 import math
 import shlex
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,23 +24,27 @@ from lora_kit.tasks.batches import IGNORED, collator
 from lora_kit.tasks.bootstrap import interval
 from lora_kit.tasks.measure import LOGITS_AT_ONCE
 
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
 INTO = ("dequantized", "base")
-# What a merge of a bfloat16 model loses by rounding alone, in nats per token: not worth a word.
+# The loss of a bfloat16 merge by rounding alone, in nats per token: not reported.
 _ROUNDING = 1e-3
 
 
-def fidelity(run: FinishedRun) -> dict[str, Any]:
-    """The losses of both merges on the run's held-out rows; two models are in memory at a time.
+def fidelity(run: FinishedRun) -> dict[str, object]:
+    """Evaluate both merges on the run's held-out rows; two models are in memory at a time.
 
-    The merged models are what `merge` writes, bit for bit, where the base's files are in the run's
-    type; of a base in float32 `merge` adds before it rounds, and is a little nearer.
+    The merged models equal what `merge` writes if the base's files have the run's dtype; for a
+    float32 base `merge` rounds later and is slightly more accurate.
 
     Returns:
-        `modules`: of each adapted and quantized one the norms of its weight W, of the error
-        ||W - Q(W)||_F and of the update ||dW||_F; `whole`: the same of all as one matrix;
-        `documents` and `tokens` judged; `loss` of the adapter on the 4-bit base; for each way of
-        INTO its `loss`, the `difference` with `ci95`, and `kl`, KL(4-bit || merged), all in nats
-        per token; `recommended`, of INTO, and `why` in words; `command`.
+        `modules`: for each adapted and quantized module the norms of its weight ||W||_F, of the
+        quantization error ||W - Q(W)||_F and of the update ||dW||_F; `whole`: the same for all as
+        one matrix; `documents` and `tokens` evaluated; `loss` of the adapter on the 4-bit base; for
+        each of INTO its `loss`, the `difference` with `ci95`, and `kl`, KL(4-bit || merged), all in
+        nats per token; `recommended`, one of INTO, and `why`; `command`.
 
     Raises:
         UserError: the run was not trained on NF4; see also `lora_kit.compare`.
@@ -66,25 +71,26 @@ def fidelity(run: FinishedRun) -> dict[str, Any]:
             model.merge_adapter()  # so that it is rounded as in a merged model
         sums[into] = _measured(trained, model, rows, tokenizer.pad_token_id)
     tokens = sums["base"][3]
-    judged = tokens > 0
-    size = tokens[judged]
-    found |= {"documents": int(judged.sum()), "tokens": int(size.sum())}
+    evaluated = tokens > 0
+    size = tokens[evaluated]
+    found |= {"documents": int(evaluated.sum()), "tokens": int(size.sum())}
     found["loss"] = float(sums["base"][0].sum() / size.sum())
     for into in INTO:
         before, after, apart, _ = sums[into]
-        change = (after - before)[judged]
+        change = (after - before)[evaluated]
         found[into] = {
             "loss": float(after.sum() / size.sum()),
             "difference": float(change.sum() / size.sum()),
             "ci95": list(interval(change, size, opened.seed)),
             "kl": float(apart.sum() / size.sum()),
         }
-    low, high = interval((sums["base"][1] - sums["dequantized"][1])[judged], size, opened.seed)
+    low, high = interval((sums["base"][1] - sums["dequantized"][1])[evaluated], size, opened.seed)
     return {"run": run.path, **found, **_advice(run.path, found, low, high)}
 
 
 def _advice(run: str, found: dict[str, Any], low: float, high: float) -> dict[str, str]:
-    """`low` and `high`: the interval of the base's loss over the dequantized one's."""
+    """`low` and `high`: the confidence interval of the difference in loss between the merge into
+    the base and the dequantized one."""
     apart = found["base"]["loss"] - found["dequantized"]["loss"]
     kept = found["dequantized"]["difference"]
     higher = f"{abs(kept):.4f} nats per token {'higher' if kept > 0 else 'lower'}"
@@ -104,8 +110,10 @@ def _advice(run: str, found: dict[str, Any], low: float, high: float) -> dict[st
     }
 
 
-def rough_weights(trained: Any, model: Any) -> Any:
-    """(name, the 16-bit weight, what NF4 leaves of it), both (out, in), float32."""
+def rough_weights(
+    trained: PeftModel, model: PeftModel
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, 16-bit weight, NF4-dequantized weight) of each quantized module, both (out, in)."""
     from bitsandbytes.functional import dequantize_4bit
 
     sharp = dict(model.get_base_model().named_modules())
@@ -120,7 +128,7 @@ def rough_weights(trained: Any, model: Any) -> Any:
         yield name, weight.T if type(layer).__name__ == "Conv1D" else weight, rough
 
 
-def _norms(run: FinishedRun, trained: Any, model: Any) -> dict[str, Any]:
+def _norms(run: FinishedRun, trained: PeftModel, model: PeftModel) -> dict[str, Any]:
     adapter = run.adapter
     modules = [
         {
@@ -139,23 +147,23 @@ def _together(modules: list[dict[str, Any]]) -> dict[str, float]:
     return {key: math.hypot(*(m[key] for m in modules)) for key in ("weight", "error", "update")}
 
 
-def _on_ends(model: Any) -> bool:
-    """Whether the adapter sits on embeddings or head: merged into a shared matrix, it would change
-    the other one as well."""
+def _on_ends(model: PeftModel) -> bool:
+    """Whether embeddings or head are adapted: merged into a tied matrix, the update would change
+    both."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return any(hasattr(end, "base_layer") for end in ends)
 
 
-def _measured(trained: Any, merged: Any, rows: Rows, pad_id: int) -> np.ndarray:
-    """By unit, float64 (4, units): nats of `trained` and of `merged`, KL(trained || merged) summed
-    over the labels, and how many those are."""
+def _measured(trained: PeftModel, merged: PeftModel, rows: Rows, pad_id: int) -> np.ndarray:
+    """float64 (4, units): for each unit the nats of `trained` and of `merged`, KL(trained ||
+    merged), all summed over its supervised tokens, and their number."""
     import torch
 
     collate = collator(pad_id)
     sums = torch.zeros((4, rows.units), dtype=torch.float64)
     lengths, units = rows.sizes("input_ids"), rows.column("unit").astype(np.int64)
     order = np.argsort(-lengths, kind="stable")
-    # Of two models, and their differences.
+    # Logits of two models, log-probabilities and their difference are in memory at once.
     vocabulary = trained.config.get_text_config().vocab_size
     at_once = min(8, max(1, LOGITS_AT_ONCE // (4 * vocabulary * int(lengths.max()))))
     for start in range(0, len(order), at_once):
@@ -180,12 +188,12 @@ def _measured(trained: Any, merged: Any, rows: Rows, pad_id: int) -> np.ndarray:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print what `fidelity` found: the norms by kind of module and by layer, losses, advice."""
+    """Print the result of `fidelity`: norms by kind of module and by layer, losses, advice."""
 
     def cells(group: list[dict[str, Any]]) -> list[str]:
-        of = _together(group)
-        share = of["error"] / of["update"] if of["update"] else math.inf
-        return [f"{number:.3g}" for number in (*of.values(), share)]
+        norms = _together(group)
+        ratio = norms["error"] / norms["update"] if norms["update"] else math.inf
+        return [f"{number:.3g}" for number in (*norms.values(), ratio)]
 
     module_table(["weight", "NF4 error", "update", "error / update"], found["modules"], cells)
     print(f"held-out loss of the adapter on the 4-bit base: {found['loss']:.4f}")

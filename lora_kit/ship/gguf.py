@@ -1,8 +1,8 @@
 """GGUF, llama.cpp's format: a model folder or a LoRA adapter, tensor by tensor, as one file.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What each architecture reads of
-the metadata is written nowhere but in llama.cpp's src/models/*.cpp; what it cannot compute is
-refused here, because it would compute something else without a word.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Which metadata an architecture
+reads is documented only in llama.cpp's src/models/*.cpp. Settings that llama.cpp does not support
+are rejected here, because it would ignore them silently.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_kit.adapter.files import Adapter
 from lora_kit.adapter.finished import FinishedRun
@@ -24,37 +25,54 @@ from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import Stored, stored_in
 from lora_kit.errors import UserError
 from lora_kit.run import read_json
+from lora_kit.schema import Json
 from lora_kit.ship.gguf_tokenizer import add_tokenizer
 from lora_kit.ship.llama_cpp import WRITTEN_BY
 from lora_kit.ship.merge import Into, generation, merge
+from lora_kit.tasks.task import Processor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFWriter
+    from gguf.tensor_mapping import TensorNameMap
 
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
 What = Literal["adapter", "merged", "base"]
 # transformers' model_type -> llama.cpp's architecture.
 _ARCHITECTURES = {
-    **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
-    **{"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"},
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
 }
 _NUMBERS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
-)
+)  # fmt: skip
 _Q8_BLOCK = 32  # values that share a scale, along a row
 # llama.cpp has no second matrix for the head of these.
 _ALWAYS_TIED = ("gemma", "gemma2")
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A model folder, as llama.cpp sees it. `names`: {tensor's name in the files: in GGUF}."""
+class GgufSource:
+    """A model folder, as llama.cpp sees it.
+
+    `config`: the text model's, with transformers' defaults; `tied`: embeddings and head share a
+    matrix; `names`: from the tensor's name in the files to that in GGUF.
+    """
 
     folder: Path
-    config: dict[str, Any]  # of the text model, as transformers completes it
+    config: Json
     architecture: str
     tied: bool
 
     @cached_property
-    def names(self) -> Any:
+    def names(self) -> TensorNameMap:
         import gguf
 
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -67,30 +85,31 @@ class _Source:
 
     @property
     def context(self) -> int:
-        """Tokens it sees; llama.cpp has sliding windows for Gemma alone."""
+        """The context length in tokens; llama.cpp supports sliding windows for Gemma only."""
         most, window = self.config["max_position_embeddings"], self.config.get("sliding_window")
         return most if "gemma" in self.architecture or not window else min(most, window)
 
     def heads_permuted(self, name: str) -> int:
-        """How many heads of a tensor's rows llama.cpp wants in another order; 0: none."""
+        """The number of heads whose rows llama.cpp has in another order; 0: the same order."""
         if self.architecture != "llama":
             return 0
         heads, of_keys = self.config["num_attention_heads"], self.config["num_key_value_heads"]
         return {"attn_q": heads, "attn_k": of_keys}.get(name.split(".")[-2], 0)
 
 
-def permuted(rows: Any, heads: int) -> Any:
-    """RoPE turns pairs of rows: transformers pairs row i of a head with i + half, llama.cpp's
-    `llama` its neighbours. (heads · d, ...) -> the same, 0 half 1 half+1 ... within each head."""
+def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """RoPE rotates pairs of rows: transformers pairs row i of a head with i + half, llama.cpp's
+    `llama` neighbouring rows. (heads · d, ...) -> the same shape, in the order 0, half, 1, half+1
+    ... within each head."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def open_source(folder: Path) -> _Source:
-    """Read config.json and refuse what llama.cpp would compute differently.
+def open_source(folder: Path) -> GgufSource:
+    """Read config.json, and reject a model that llama.cpp would compute differently.
 
     Raises:
-        UserError: not a dense Llama, Mistral, Qwen2, Qwen3 or Gemma, or with parts that its
-            llama.cpp architecture does not have.
+        UserError: not a dense Llama, Mistral, Qwen2, Qwen3 or Gemma, or with settings that its
+            llama.cpp architecture does not support.
     """
     from transformers import AutoConfig
 
@@ -111,7 +130,7 @@ def open_source(folder: Path) -> _Source:
     # Qwen2 has none.
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     architecture = _ARCHITECTURES[kind]
-    source = _Source(folder, config, architecture, config["tie_word_embeddings"])
+    source = GgufSource(folder, config, architecture, config["tie_word_embeddings"])
     if problems := list(_unknown_to_llama_cpp(source)):
         raise UserError(
             f"{folder}: llama.cpp's {architecture} does not compute {'; nor '.join(problems)}: "
@@ -120,14 +139,15 @@ def open_source(folder: Path) -> _Source:
     return source
 
 
-def _unknown_to_llama_cpp(source: _Source) -> Any:
+def _unknown_to_llama_cpp(source: GgufSource) -> Iterator[str]:
+    """Settings that the architecture in llama.cpp does not support."""
     config, architecture = source.config, source.architecture
     activation = config.get("hidden_activation") or config.get("hidden_act")
     gemma = architecture.startswith("gemma")
     if activation not in (("gelu_pytorch_tanh", "gelu", None) if gemma else ("silu",)):
         yield f"hidden_act {activation}"
     if architecture in ("gemma2", "gemma3"):
-        # It knows the 27B models by their number of layers, and their scale differs.
+        # llama.cpp recognises the 27B models by their number of layers; their scale differs.
         large = config["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[architecture]
         scale = config.get("query_pre_attn_scalar", 256)
         of_large = config["hidden_size"] // config["num_attention_heads"]
@@ -137,30 +157,30 @@ def _unknown_to_llama_cpp(source: _Source) -> Any:
         yield "a head of its own"
 
 
-def _ropes(source: _Source) -> dict[str, dict[str, Any]]:
-    """{"full_attention": ..., and for Gemma 3 "sliding_attention": ...}"""
+def _ropes(source: GgufSource) -> dict[str, Json]:
+    """The settings of RoPE: {"full_attention": ..., and for Gemma 3 "sliding_attention": ...}"""
     ropes = source.config["rope_parameters"]
     return ropes if "full_attention" in ropes else {"full_attention": ropes}
 
 
 def write_model(
-    folder: Path, file: Path, kind: Kind, *, untie: bool = False, tokenizer: Any = None
+    folder: Path, file: Path, kind: Kind, *, untie: bool = False, tokenizer: Processor = None
 ) -> None:
     """Write a model folder (config.json, safetensors, tokenizer) as one GGUF.
 
     Weights are read and converted one by one; those with one dimension stay float32, as llama.cpp
-    wants them.
+    requires.
 
     Args:
-        kind: q8_0 stores blocks of 32 values with one scale; rows that do not divide by 32 are
-            stored as f16, which is said on stderr.
-        untie: write the head of a tied model once more, so that an adapter can change the
-            embeddings or the head alone, which share one tensor otherwise.
-        tokenizer: another than the folder's, as a run has it with its own template.
+        kind: q8_0 stores blocks of 32 values with one scale; rows whose length is not a multiple of
+            32 are stored as f16, which is reported on stderr.
+        untie: also write the head of a tied model, so that an adapter can change only the
+            embeddings or only the head.
+        tokenizer: instead of the folder's, for instance a run's with its own chat template.
 
     Raises:
-        UserError: see `open_source`; a tensor has no place in the architecture, or its values none
-            in float16; the tokenizer is of a kind that llama.cpp splits differently.
+        UserError: see `open_source`; the architecture has no such tensor, or values exceed float16;
+            llama.cpp would split text differently than the tokenizer.
     """
     import gguf
     import numpy as np
@@ -200,8 +220,8 @@ def write_model(
     writer.close()
 
 
-def _tensors(source: _Source, untie: bool) -> dict[str, Stored]:
-    """{GGUF's name: as stored}, what is not of the text model and a tied head left out."""
+def _tensors(source: GgufSource, untie: bool) -> dict[str, Stored]:
+    """{name in GGUF: tensor} of the text model, without a tied head."""
     found = {}
     for name, tensor in stored_in(source.folder).items():
         if "vision_tower." in name or "multi_modal_projector." in name or "inv_freq" in name:
@@ -217,13 +237,14 @@ def _tensors(source: _Source, untie: bool) -> dict[str, Stored]:
 
 
 def _kind_of(shape: tuple[int, ...], kind: Kind) -> Kind:
+    """The type that a tensor of this shape is stored in."""
     if len(shape) < 2:
         return "f32"
     return "f16" if kind == "q8_0" and shape[-1] % _Q8_BLOCK else kind
 
 
-def _values(source: _Source, name: str, tensor: Stored, kind: Kind) -> Any:
-    """A tensor's values as GGUF keeps them."""
+def _values(source: GgufSource, name: str, tensor: Stored, kind: Kind) -> np.ndarray:
+    """A tensor's values as GGUF stores them."""
     import gguf
     import numpy as np
 
@@ -231,7 +252,7 @@ def _values(source: _Source, name: str, tensor: Stored, kind: Kind) -> Any:
     if heads := source.heads_permuted(name):
         values = permuted(values, heads)
     if source.architecture.startswith("gemma") and name.endswith("norm.weight"):
-        values = values + 1  # Gemma keeps its norms' distance from 1
+        values = values + 1  # Gemma stores the norms minus 1
     with np.errstate(over="ignore"):
         made = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
     if kind == "f16" and not np.isfinite(made).all():
@@ -241,7 +262,8 @@ def _values(source: _Source, name: str, tensor: Stored, kind: Kind) -> Any:
     return made
 
 
-def _add_settings(writer: Any, source: _Source) -> None:
+def _add_settings(writer: GGUFWriter, source: GgufSource) -> None:
+    """The architecture's metadata."""
     import gguf
 
     config, architecture = source.config, source.architecture
@@ -276,11 +298,11 @@ def _add_settings(writer: Any, source: _Source) -> None:
             add(value)
 
 
-def _rope_factors(source: _Source) -> Any:
-    """Llama 3.1's: by what each frequency is divided, (head_dim / 2,) float32; None for others.
+def _rope_factors(source: GgufSource) -> np.ndarray | None:
+    """Llama 3.1's divisor of each frequency, (head_dim / 2,) float32; None for other models.
 
-    Waves longer than what the model was trained on are stretched by `factor`, short ones not, those
-    between in part (https://arxiv.org/abs/2407.21783, and transformers' `llama3`)."""
+    Wavelengths beyond the original context are stretched by `factor`, short ones are not, and those
+    between are interpolated (https://arxiv.org/abs/2407.21783, and transformers' `llama3`)."""
     import numpy as np
 
     rope, size = _ropes(source)["full_attention"], source.config["head_dim"]
@@ -293,11 +315,11 @@ def _rope_factors(source: _Source) -> Any:
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
 
 
-def needs_untied(adapter: Adapter, source: _Source) -> bool:
-    """Whether the adapter changes embeddings or head of a model in which they are one matrix.
+def needs_untied(adapter: Adapter, source: GgufSource) -> bool:
+    """Whether the adapter changes only one of the tied embeddings and head.
 
     Raises:
-        UserError: it does, and llama.cpp has but one for this architecture.
+        UserError: it does, and llama.cpp has no separate head for this architecture.
     """
     places = {source.name(f"{module}.weight") for module in adapter.factors}
     parted = source.tied and bool(places & {"token_embd.weight", "output.weight"})
@@ -310,15 +332,15 @@ def needs_untied(adapter: Adapter, source: _Source) -> bool:
 
 
 def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
-    """Write a LoRA adapter as GGUF in float32, to be put on its base's GGUF by llama.cpp.
+    """Write a LoRA adapter as GGUF in float32, which llama.cpp applies to its base's GGUF.
 
-    llama.cpp has one alpha for all, here 1, and scales by alpha / rank of each module: the rest of
-    the scale is folded into B. If the adapter `needs_untied`, it fits the GGUF of a tied
-    base only if that was written with `untie`.
+    llama.cpp has one alpha for all modules, here 1, and scales by alpha / rank of each module: the
+    rest of the scale is folded into B. If the adapter `needs_untied`, it only fits a base that was
+    written with `untie`.
 
     Raises:
-        UserError: A and B do not express the adapter or are not finite, or it does not fit the
-            base.
+        UserError: A and B alone do not express the adapter (see `check_portable`) or are not
+            finite, or it does not fit the base.
     """
     import gguf
     import numpy as np
@@ -336,14 +358,14 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 1.0)
     for module in adapter.factors:
         name, update = source.name(f"{module}.weight"), adapter.update(module)
-        a, b = update.a[0].float(), update.b[0].float()
-        size = (len(b), a.shape[1])
+        down, up = update.a[0].float(), update.b[0].float()
+        size = (len(up), down.shape[1])
         if name is None or shapes.get(name) != (size[::-1] if "token_embd" in name else size):
             raise UserError(
                 f"{adapter.folder}: {module} is {size[0]} x {size[1]}, which {source.folder} has "
                 "no weight for: name the base that it was trained on"
             )
-        a, b = a.numpy(), (b * (update.scale * b.shape[1])).numpy()
+        a, b = down.numpy(), (up * (update.scale * up.shape[1])).numpy()
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise UserError(f"{adapter.folder}: {module} is not finite: NaN, or more than float32")
         if heads := source.heads_permuted(name):
@@ -359,11 +381,11 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
 
 
 def export_gguf(run: FinishedRun, out: Path, kind: Kind, what: What, into: Into = "base") -> Path:
-    """Write NAME.gguf, of the run's name, into an existing folder.
+    """Write NAME.gguf, with the run's name, into an existing folder.
 
     Args:
-        what: the `adapter` alone, the `merged` model, or the `base` as the adapter needs it.
-        into: what it is merged into; see `merge`.
+        what: only the `adapter`, the `merged` model, or the `base` as the adapter needs it.
+        into: the weights to merge into; see `merge`.
 
     Raises:
         UserError: see `write_model`, `write_adapter` and `merge`.
@@ -376,7 +398,7 @@ def export_gguf(run: FinishedRun, out: Path, kind: Kind, what: What, into: Into 
         write_model(folder, file, kind, untie=untie, tokenizer=run.processor)
     else:
         merged = out / ".merged"
-        # In bfloat16 a small update is lost in the rounding of the sum.
+        # In bfloat16 rounding the sum loses small updates.
         merge(run, merged, dtype="bfloat16" if kind == "bf16" else "float32", into=into)
         write_model(merged, file, kind)
         shutil.rmtree(merged)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_kit.errors import UserError
+from lora_kit.schema import Json
 from lora_kit.ship.reload import template_ids
+from lora_kit.tasks.task import Processor
 
-# llama.cpp knows pre-tokenizers by a name, which stands for expressions in src/llama-vocab.cpp:
-# it is found by the expressions of the tokenizer, and by whether it takes a whole word that is a
-# token without asking its merges (ignore_merges).
+if TYPE_CHECKING:
+    from gguf import GGUFWriter, TokenType
+
+# llama.cpp selects a pre-tokenizer by name; the name stands for regular expressions in
+# src/llama-vocab.cpp. It is found here by the tokenizer's own expressions, and by whether a word
+# that is a token skips the merges (ignore_merges).
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,15 +38,17 @@ _PRE = {
 }
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence[int]) -> None:
+def add_tokenizer(
+    writer: GGUFWriter, tokenizer: Processor, vocab_size: int, ends: Sequence[int]
+) -> None:
     """Add a transformers tokenizer to a `gguf.GGUFWriter`.
 
     Args:
-        vocab_size: rows of the embeddings; those without a token are filled up.
+        vocab_size: rows of the embeddings; rows without a token get a placeholder.
         ends: ids at which generation stops.
 
     Raises:
-        UserError: it is of a kind that llama.cpp does not have.
+        UserError: llama.cpp does not support this type of tokenizer.
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model = parts["model"]
@@ -65,11 +72,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence[i
     before, after = _surroundings(parts)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-    # llama.cpp takes token 11, or 1 and 2, for ids that are not named.
+    # Without ids llama.cpp uses token 11, or 1 and 2.
     bos = [*before, tokenizer.bos_token_id, tokenizer.eos_token_id]
     writer.add_bos_token_id(next(n for n in bos if n is not None))
     writer.add_eos_token_id(tokenizer.eos_token_id)
-    # It would put the token before conversations too, whose template may not write it.
+    # llama.cpp would add the token to conversations, too, whose template may not write it.
     writer.add_add_bos_token(bool(before) and _first(tokenizer) in (None, *before))
     writer.add_add_eos_token(bool(after))
     if tokenizer.unk_token_id is not None:
@@ -81,20 +88,20 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence[i
         add(n)
 
 
-def _first(tokenizer: Any) -> int | None:
+def _first(tokenizer: Processor) -> int | None:
     """The token that conversations begin with; None if there is no template."""
     return next(iter(template_ids(tokenizer, [{"role": "user", "content": "a"}])), None)
 
 
-def _steps(part: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
-    """Of a part that is a sequence all steps, which it keeps under the name `several`."""
+def _steps(part: Json | None, several: str) -> list[Json]:
+    """The steps of a part of tokenizer.json; a sequence has them under the key `several`."""
     if part is None:
         return []
     return part[several] if part["type"] == "Sequence" else [part]
 
 
-def _pre(parts: dict[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer splits a text before it merges."""
+def _pre(parts: Json) -> str:
+    """llama.cpp's name of a byte-level tokenizer's pre-tokenizer."""
     steps: list[str] = []
     for step in _steps(parts["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
@@ -119,8 +126,8 @@ def _pre(parts: dict[str, Any]) -> str:
     return _PRE[key]
 
 
-def _space_prefix(parts: dict[str, Any], tokenizer: Any) -> bool:
-    """Whether SentencePiece's kind puts a space before a text."""
+def _space_prefix(parts: Json, tokenizer: Processor) -> bool:
+    """Whether a tokenizer of SentencePiece's type adds a space before a text."""
     cleaned = _steps(parts["normalizer"], "normalizers")
     steps = [*cleaned, *_steps(parts["pre_tokenizer"], "pretokenizers")]
     prefix, spaces, specials = False, False, {token["id"] for token in parts["added_tokens"]}
@@ -131,7 +138,7 @@ def _space_prefix(parts: dict[str, Any], tokenizer: Any) -> bool:
             spaces = True
         elif step["type"] == "Metaspace" and step["replacement"] == "▁":
             spaces, prefix = True, prefix or step["prepend_scheme"] == "always"
-            # llama.cpp puts it after special tokens too, with one of which conversations begin.
+            # llama.cpp also adds it after a special token, with which conversations begin.
             prefix |= step["prepend_scheme"] == "first" and _first(tokenizer) not in specials
         elif step["type"] != "Split" or step["pattern"] != {"String": " "}:
             raise UserError(
@@ -143,9 +150,9 @@ def _space_prefix(parts: dict[str, Any], tokenizer: Any) -> bool:
     return prefix
 
 
-def _scores(vocab: dict[str, int], merges: list[Any], vocab_size: int) -> list[float]:
-    """llama.cpp merges two neighbours whose union is a token, the best score first: the scores
-    follow the merges. (SentencePiece's tokenizers merge all such pairs, as llama.cpp does.)"""
+def _scores(vocab: dict[str, int], merges: list[tuple[str, ...]], vocab_size: int) -> list[float]:
+    """A score for each token, by the rank of its merge: llama.cpp merges neighbours whose union is
+    a token, the highest score first. (SentencePiece merges all such pairs, too.)"""
     scores = [0.0] * vocab_size
     for rank, (left, right) in enumerate(merges):
         token = vocab.get(left + right)
@@ -154,7 +161,8 @@ def _scores(vocab: dict[str, int], merges: list[Any], vocab_size: int) -> list[f
     return scores
 
 
-def _kinds(parts: dict[str, Any], vocab_size: int) -> list[Any]:
+def _kinds(parts: Json, vocab_size: int) -> list[TokenType]:
+    """The type of each token: normal, byte, control, ..."""
     from gguf import TokenType
 
     fallback, kinds = parts["model"].get("byte_fallback"), [TokenType.UNUSED] * vocab_size
@@ -169,8 +177,8 @@ def _kinds(parts: dict[str, Any], vocab_size: int) -> list[Any]:
     return kinds
 
 
-def _surroundings(parts: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The token that is put before each text, if any, and the one after it."""
+def _surroundings(parts: Json) -> tuple[list[int], list[int]]:
+    """The tokens that are added before and after each text, at most one each."""
     before: list[int] = []
     after: list[int] = []
     for step in _steps(parts["post_processor"], "processors"):

@@ -1,10 +1,10 @@
-"""Which tensors a merged model has, by which names, and what its folder holds besides them.
+"""The layout of a merged model: which tensors it has, under which names, and in which class.
 
-A language model keeps the names of its base's files. A model with a head of its own has those of
-transformers' class: the files of its base may be those of the body alone (`encoder.layer.0...` for
-`bert.encoder.layer.0...`), or have a head that is not wanted (`cls.predictions...`). Where the
-pooling is none of that class (see `base.pooled`) it becomes a folder of sentence-transformers: the
-body, a pooling, and the head as a layer of its own.
+A language model keeps the names of its base's files. A model with another head uses the names of
+transformers' class: the base's files may have those of the body alone (`encoder.layer.0...` instead
+of `bert.encoder.layer.0...`), or another head (`cls.predictions...`), which is dropped. If that
+class does not support the pooling (see `base.pooled`), the result is a folder of
+sentence-transformers: the body, a pooling, and the head as a separate layer.
 """
 
 from __future__ import annotations
@@ -12,32 +12,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.adapter.files import Adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.head import CAUSAL, head_layers, is_head, skeleton_of, with_head_on_meta
 from lora_kit.base.tensors import Stored
 from lora_kit.errors import UserError
+from lora_kit.schema import Json
 
-_START = "base_model.model."  # of names in an adapter's file
-# Keys of config.json that the head decides.
-_DECIDED = ("id2label", "label2id", "problem_type", "classifier_pooling")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lora_kit.base.load import Model
+
+_PREFIX = "base_model.model."  # of names in an adapter's file
+# Keys of config.json that depend on the head.
+_HEAD_KEYS = ("id2label", "label2id", "problem_type", "classifier_pooling")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a merged model is made of.
+    """The parts of a merged model.
 
     Attributes:
-        adapter: what is merged.
-        tensors: {name in the merged model: as the base's files hold it}
+        adapter: the adapter, without a head that is in `score`.
+        tensors: {name in the merged model: tensor of the base's files}.
         auto: the class of transformers that loads it.
-        skeleton: a model with a head as shapes alone; None: a language model.
-        head: {name: shape} of the parameters that the adapter may bring whole; None: as skeleton.
-        unused: tensors of the base's files that the merged model does not have.
-        score: weight and bias of a head that is a file of its own.
-        guard: the name of a tensor without values to be written (see `base.pooled.guard_of`).
+        skeleton: the model on the meta device; None for a language model.
+        head: {name: shape} of head parameters that the adapter may replace or add; None for a
+            language model.
+        score: weight and bias of a head that gets a file of its own.
+        guard: the name of an empty tensor to be written (see `base.pooled.guard_of`).
     """
 
     adapter: Adapter
@@ -45,33 +51,33 @@ class Layout:
     auto: str = CAUSAL
     skeleton: Any = None
     head: dict[str, tuple[int, ...]] | None = None
-    unused: list[Stored] = field(default_factory=list)
     score: dict[str, Stored] = field(default_factory=dict)
     guard: str | None = None
 
-    def settle(self, config: dict[str, Any]) -> None:
-        """Name the class, its labels and its pooling in a config.json."""
+    def update_config(self, config: Json) -> None:
+        """Set the class, its labels and its pooling in a config.json."""
         if self.skeleton is None:
             return
-        named, own = self.skeleton, self.skeleton.config
-        config["architectures"] = [type(named.encoder if self.score else named).__name__]
-        for key in _DECIDED:
+        own = self.skeleton.config
+        saved = self.skeleton.encoder if self.score else self.skeleton
+        config["architectures"] = [type(saved).__name__]
+        for key in _HEAD_KEYS:
             if getattr(own, key, None) is not None:
                 config[key] = getattr(own, key)
-        # By it a decoder finds the end of a text.
+        # A decoder finds the end of a text by its padding token.
         part = config.get("text_config") or config
         part["pad_token_id"] = own.get_text_config().pad_token_id
 
     def write_parts(self, folder: Path, max_length: int) -> None:
-        """Write a head that is a file of its own, and its pooling."""
+        """Write a head that gets a file of its own, and its pooling."""
         if self.score:
             from lora_kit.base.pooled import write_parts
 
             score = {name: tensor.read().float() for name, tensor in self.score.items()}
             write_parts(folder, score, self.skeleton.pooling, max_length)
 
-    def on_meta(self, base: Path) -> tuple[Any, list[str]]:
-        """The model as shapes alone, and those of its modules that are never quantized."""
+    def on_meta(self, base: Path) -> tuple[PreTrainedModel, list[str]]:
+        """The model on the meta device, and the modules that are never quantized."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.quantizers.base import get_keys_to_not_convert
@@ -83,16 +89,16 @@ class Layout:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return model, get_keys_to_not_convert(model)
 
-    def load(self, folder: Path, dtype: str) -> Any:
-        """The merged model as an application loads it, by transformers alone."""
+    def load(self, folder: Path, dtype: str) -> Model:
+        """Load the merged model with transformers alone."""
         import transformers
 
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
-        if not self.score:
-            return getattr(transformers, self.auto).from_pretrained(folder, **options).eval()
         from lora_kit.base.pooled import read_folder
 
-        return read_folder(folder, dtype=dtype)
+        if self.score:
+            return read_folder(folder, dtype)
+        auto = getattr(transformers, self.auto)
+        return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
 
 def layout(run: FinishedRun, stored: Mapping[str, Stored]) -> Layout:
@@ -102,47 +108,47 @@ def layout(run: FinishedRun, stored: Mapping[str, Stored]) -> Layout:
         stored: the tensors of the base's files.
 
     Raises:
-        UserError: neither adapter nor base has a layer of the head; or the base takes no such head.
+        UserError: a layer of the head is neither in the adapter nor in the base, or the base does
+            not support the head.
     """
     if run.auto == CAUSAL:
         return Layout(run.adapter, dict(stored))
-    skeleton, _ = with_head_on_meta(run.base, run.located, run.head)
     import transformers
 
     from lora_kit.base.pooled import PooledClassifier, guard_of
 
+    skeleton: Any = with_head_on_meta(run.base, run.located, run.head)[0]
     pooled = isinstance(skeleton, PooledClassifier)
     outer = skeleton.base_model_prefix
     inner = f"{(skeleton.encoder if pooled else skeleton).base_model_prefix}."
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     prefixed = any(name.startswith(inner) for name in stored)
-    tensors, unused = {}, []
+    tensors = {}
     for name, tensor in stored.items():
         within = name.removeprefix(inner)
         in_body = within != name or not prefixed
         whole = f"{outer}.{within}" if in_body else name
-        if (pooled and not in_body) or (is_head(whole, outer) and whole not in shapes):
-            unused.append(tensor)
-        else:
-            there = within if pooled else whole
-            tensors[there] = replace(tensor, name=there)
+        unused = is_head(whole, outer) and whole not in shapes
+        if in_body and pooled and not unused:
+            tensors[within] = replace(tensor, name=within)
+        elif not pooled and not unused:
+            tensors[whole] = replace(tensor, name=whole)
     head = {name: shape for name, shape in shapes.items() if is_head(name, outer)}
-    brought = {name.removeprefix(_START): tensor for name, tensor in run.adapter.others.items()}
+    brought = {name.removeprefix(_PREFIX): tensor for name, tensor in run.adapter.others.items()}
     if missing := sorted(head.keys() - brought.keys() - tensors.keys()):
         raise UserError(f"{run.folder}: {missing[0]} is neither in the adapter nor in the base")
     if not pooled:
-        return Layout(run.adapter, tensors, run.auto, skeleton, head, unused)
+        return Layout(run.adapter, tensors, run.auto, skeleton, head)
     for name, shape in head.items():
         if brought[name].shape != shape:
             raise UserError(f"{run.folder}: {name} is {brought[name].shape}, not {shape}")
-    others = {n: t for n, t in run.adapter.others.items() if n.removeprefix(_START) not in head}
+    others = {n: t for n, t in run.adapter.others.items() if n.removeprefix(_PREFIX) not in head}
     return Layout(
         replace(run.adapter, others=others),
         tensors,
         run.auto,
         skeleton,
         head,
-        unused,
         {name.removeprefix("score."): brought[name] for name in head},
         guard_of(skeleton_of(getattr(transformers, run.auto), skeleton.config)),
     )

@@ -1,7 +1,7 @@
-"""llama.cpp through `xllamacpp`, in a process of its own: what a GGUF says, in ids and figures.
+"""llama.cpp through `xllamacpp`: the token ids and log-probabilities of a GGUF.
 
-llama.cpp logs to the process's own standard error and ends it when it meets what it does not take:
-`run` starts a fresh process and turns such an end into one line.
+llama.cpp logs to standard error, and aborts its process on what it does not support: `run` starts a
+fresh process, and turns an abort into an error of one line.
 """
 
 from __future__ import annotations
@@ -12,19 +12,42 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from lora_kit.errors import CheckFailed, UserError
+from lora_kit.schema import Json
 from lora_kit.trust import run_module
 
-# Every file of ours says who wrote it.
+if TYPE_CHECKING:
+    from xllamacpp import Server
+
+# The key of a GGUF that lora_kit wrote.
 WRITTEN_BY = "lora_kit.version"
-# The model's name in llama.cpp's answers. No text of theirs holds this: quotes are escaped.
+# The model's name in llama.cpp's responses, which `serve` replaces.
 ALIAS = "@lora-kit@"
 # The largest models on a slow CPU take minutes.
 _SECONDS_TO_ANSWER = 3600
+
+
+class Generated(TypedDict):
+    """A greedy continuation of a prompt: token ids without the end token; whether it `stopped` at
+    an end token; {token id: log-probability} of the likeliest tokens at each step."""
+
+    tokens: list[int]
+    stopped: bool
+    top: list[dict[str, float]]
+
+
+class Consumed(TypedDict):
+    """What a program makes of an export: a continuation of each prompt, the token ids of each text
+    and of each conversation; `ends`: the end tokens that it knows, where it reports them."""
+
+    answers: list[Generated]
+    texts: list[list[int]]
+    conversations: list[list[int]]
+    ends: NotRequired[list[int]]
 
 
 def need_llama_cpp() -> None:
@@ -34,12 +57,12 @@ def need_llama_cpp() -> None:
 
 
 def need_ours(file: Path) -> None:
-    """Raises UserError unless this toolkit wrote the GGUF: llama.cpp trusts what a header says."""
+    """Raises UserError unless lora_kit wrote the GGUF: llama.cpp does not validate headers."""
     from gguf import GGUFReader
 
     try:
         ours = GGUFReader(file).get_field(WRITTEN_BY) is not None
-    except Exception:  # it is missing, or whatever a damaged header leads numpy into
+    except Exception:  # missing, or any error of numpy on a damaged header
         ours = False
     if not ours:
         raise UserError(
@@ -57,36 +80,45 @@ def run(
     top: int = 0,
     texts: Sequence[str] = (),
     conversations: Sequence[Sequence[dict[str, str]]] = (),
-) -> dict[str, Any]:
-    """What llama.cpp makes of a GGUF of ours, in a fresh process, keys and values in float32.
+) -> Consumed:
+    """Run llama.cpp on a GGUF that lora_kit wrote, in a fresh process, with the key-value cache in
+    float32.
 
     Args:
-        adapters: adapter GGUFs that are put on it.
-        prompts: token ids, each continued greedily by `tokens` tokens at most.
-        top: of how many tokens the log-probabilities are wanted, in place of each that is chosen.
-        texts: to be split into ids, as a prompt is: with the BOS token if the model adds one.
-        conversations: messages to be rendered by the GGUF's template, an answer asked for.
-
-    Returns:
-        "answers": [{"tokens": ids, "stopped": by an end token, "top": [{id: log-probability}]}],
-        one for each prompt; "texts": ids of each; "conversations": ids of each.
+        adapters: adapter GGUFs to apply.
+        prompts: token ids; each is continued greedily by at most `tokens` tokens.
+        top: the number of log-probabilities per generated token.
+        texts: texts to tokenize as a prompt: with the BOS token if the model adds one.
+        conversations: messages to render with the GGUF's chat template, with the generation prompt,
+            and to tokenize.
 
     Raises:
-        UserError: the extra is missing, or a file is not ours.
-        CheckFailed: llama.cpp does not load it, or ended.
+        UserError: the extra is missing, or lora_kit did not write a file.
+        CheckFailed: llama.cpp does not load it, or crashed.
     """
     need_llama_cpp()
     for file in (model, *adapters):
         need_ours(file)
-    request: dict[str, Any] = {"model": model, "adapters": adapters, "prompts": prompts}
-    request |= {"tokens": tokens, "top": top, "texts": texts, "conversations": conversations}
-    return ask("lora_kit.ship.llama_cpp", request, f"{model}: llama.cpp")
+    request = {
+        "model": str(model),
+        "adapters": [str(file) for file in adapters],
+        "prompts": prompts,
+        "tokens": tokens,
+        "top": top,
+        "texts": texts,
+        "conversations": conversations,
+    }
+    answer = ask("lora_kit.ship.llama_cpp", request, f"{model}: llama.cpp")
+    return cast(Consumed, answer)
 
 
-def ask(module: str, request: dict[str, Any], who: str) -> dict[str, Any]:
-    """The JSON object that a module answers in a fresh process. Raises CheckFailed if it ends
-    otherwise, or not at all."""
-    asked = json.dumps(request, default=str).encode()
+def ask(module: str, request: Mapping[str, object], who: str) -> Json:
+    """Send a request to a module in a fresh process (see `answer_with`); returns its JSON object.
+
+    Raises:
+        CheckFailed: it crashed, or takes too long.
+    """
+    asked = json.dumps(request).encode()
     try:
         child = subprocess.run(
             run_module(module), input=asked, capture_output=True, timeout=_SECONDS_TO_ANSWER
@@ -95,16 +127,16 @@ def ask(module: str, request: dict[str, Any], who: str) -> dict[str, Any]:
         raise CheckFailed(f"{who} gave no answer for {_SECONDS_TO_ANSWER:,} s") from None
     if child.returncode:
         lines = child.stderr.decode(errors="replace").strip().splitlines() or ["no error message"]
-        # Below an assertion stands where it was; of Python's own traceback the last line counts.
+        # llama.cpp prints a backtrace after an assertion; of Python's the last line has the error.
         why = next((line for line in lines if "GGML_ASSERT" in line or " E " in line), lines[-1])
         raise CheckFailed(f"{who} ended ({child.returncode}): {why[:240]}")
     return dict(json.loads(child.stdout))
 
 
-def answer_with(make: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def answer_with(make: Callable[[Json], Mapping[str, object]]) -> None:
     """The other end of `ask`, in the fresh process."""
     result = os.dup(1)
-    os.dup2(2, 1)  # whatever the libraries print
+    os.dup2(2, 1)  # libraries may print to stdout
     answer = json.dumps(make(json.load(sys.stdin)))
     with os.fdopen(result, "w") as out:
         out.write(answer)
@@ -118,12 +150,12 @@ def open_server(
     slots: int = 1,
     exact: bool = True,
     verbosity: int = 1,  # errors only
-) -> Any:
-    """An `xllamacpp.Server`, which lives as long as the object, at an IP address or unix socket.
+) -> Server:
+    """A llama.cpp server at an IP address or unix socket, which runs as long as the object exists.
 
     Args:
-        context: tokens of one conversation, of which `slots` are held at the same time.
-        exact: compute in float32, on the CPU, and with this context or not at all.
+        context: tokens per conversation; `slots` conversations are held at the same time.
+        exact: compute in float32, on the CPU, and never with a smaller context.
 
     Raises:
         CheckFailed: llama.cpp does not start.
@@ -134,10 +166,10 @@ def open_server(
     params.model.path, params.model_alias, params.hostnames = str(model), {ALIAS}, [address]
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0) for file in adapters]
     params.port, params.n_parallel, params.n_ctx = 0, slots, slots * context
-    # What it keeps of prompts beyond its slots it finds again by their tokens, whatever the adapter
-    # was: one answer in a hundred came from another adapter's keys and values (llama.cpp b11549).
+    # The prompt cache is looked up by tokens, without the adapter: one answer in a hundred came
+    # from another adapter's keys and values (llama.cpp b11549).
     params.cache_ram_mib = 0
-    threads = int(os.environ.get("OMP_NUM_THREADS") or -1)  # as torch takes it
+    threads = int(os.environ.get("OMP_NUM_THREADS") or -1)  # as torch reads it
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.ui = params.endpoint_slots = False
     params.verbosity = verbosity
@@ -152,16 +184,17 @@ def open_server(
         raise CheckFailed(f"{model}: llama.cpp does not start with it: --debug shows why") from None
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
+def _answer(request: Json) -> Consumed:
     """`run`, within the fresh process."""
-    # All of it is taken at once: no more than is asked for.
+    # llama.cpp allocates the whole context: no more than needed.
     longest = max(map(len, request["prompts"]), default=0)
     context = longest + request["tokens"] + 32
     server = open_server(request["model"], request["adapters"], "127.0.0.1", context)
-    # Whatever proxy the environment names: this is loopback.
+    # Loopback: no proxy of the environment.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def post(path: str, body: dict[str, Any]) -> Any:
+    # Any: llama.cpp's responses.
+    def post(path: str, body: Mapping[str, object]) -> Any:
         headers = {"Content-Type": "application/json"}
         asked = urllib.request.Request(
             server.listening_address + path, json.dumps(body).encode(), headers
@@ -174,15 +207,15 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
     (*_, letter) = post("/tokenize", {"content": "a"})["tokens"]
 
-    def top_after(before: list[int]) -> dict[int, float]:
-        # Of a token that ends within a character llama.cpp keeps the figures back: whatever it
-        # would choose, it is made to choose a letter. The figures are those before the bias.
+    def top_after(before: list[int]) -> dict[str, float]:
+        # llama.cpp withholds log-probabilities for a token that ends within a character: a bias
+        # makes it choose a letter. The log-probabilities are those before the bias.
         body = {"prompt": before, "n_predict": 1, "n_probs": request["top"], "temperature": 0}
         got = post("/completion", {**body, "logit_bias": [[letter, 1e6]]})
         top = got["completion_probabilities"][0]["top_logprobs"]
-        return {each["id"]: each["logprob"] for each in top}
+        return {str(each["id"]): each["logprob"] for each in top}
 
-    answers = []
+    answers: list[Generated] = []
     for prompt in request["prompts"]:
         body = {"prompt": prompt, "n_predict": request["tokens"], "temperature": 0}
         got = post("/completion", {**body, "return_tokens": True})
@@ -190,10 +223,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         places = range(len(prompt), len(prompt) + len(chosen)) if request["top"] else ()
         top = [top_after([*prompt, *chosen][:end]) for end in places]
         answers.append({"tokens": chosen, "stopped": got["stop_type"] == "eos", "top": top})
-    texts = [ids(text) for text in request["texts"]]
     turns = [post("/apply-template", {"messages": each}) for each in request["conversations"]]
-    conversations = [ids(rendered["prompt"]) for rendered in turns]
-    return {"answers": answers, "texts": texts, "conversations": conversations}
+    return Consumed(
+        answers=answers,
+        texts=[ids(text) for text in request["texts"]],
+        conversations=[ids(rendered["prompt"]) for rendered in turns],
+    )
 
 
 if __name__ == "__main__":

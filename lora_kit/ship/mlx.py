@@ -1,8 +1,8 @@
-"""A LoRA adapter as mlx-lm keeps one (read in 0.31.3 and 0.32.2: tuner/utils.py, tuner/lora.py).
+"""A LoRA adapter in mlx-lm's layout (from tuner/utils.py and tuner/lora.py of 0.31.3 and 0.32.2).
 
-A module of mlx-lm adds scale · x a b, with a (in, r) and b (r, out): PEFT's halves transposed.
-There is one rank and one scale for all, so the adapter is made portable first. `keys` names modules
-within a layer, or by their whole name; a module that is named and has no tensors keeps b = 0.
+A module of mlx-lm adds scale · x a b, with a (in, r) and b (r, out): PEFT's A and B transposed.
+It has one rank and one scale for all modules, so the adapter is made portable first. `keys` names
+modules within a layer, or by their whole name; a named module without tensors keeps b = 0.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from lora_kit.adapter.files import Adapter, open_adapter, write_json
 from lora_kit.adapter.portable import write_portable
 from lora_kit.errors import UserError
+from lora_kit.schema import Json
 
-_LAYER = re.compile(r"model\.layers\.([0-9]+)\.(.+)")
+_LAYER = re.compile(r"^model\.layers\.([0-9]+)\.(.+)$")
 
 
-def write_mlx(adapter: Adapter, base: dict[str, Any], out: Path) -> None:
-    """Fill an existing empty folder with adapters.safetensors and adapter_config.json.
+def write_mlx(adapter: Adapter, base: Json, out: Path) -> None:
+    """Write adapters.safetensors and adapter_config.json into an existing empty folder.
 
     Args:
         base: the base's config.json.
 
     Raises:
-        UserError: the adapter is not portable, or changes one of two tied matrices or a module of
-            no dense language model.
+        UserError: the adapter is not portable, or changes one of two tied matrices, or a module
+            that dense language models do not have.
     """
     from safetensors.torch import save_file
 
@@ -41,7 +41,7 @@ def write_mlx(adapter: Adapter, base: dict[str, Any], out: Path) -> None:
         raise UserError(f"{where}: mlx-lm's names for such modules are others: {merge}")
     if outer and base.get("tie_word_embeddings", True):
         raise UserError(f"{where}: tied to the other in this base, and mlx-lm adapts both: {merge}")
-    keys = {m[2] if (m := _LAYER.fullmatch(module)) else module for module in adapter.factors}
+    keys = {_LAYER.sub(r"\2", module) for module in adapter.factors}
     with tempfile.TemporaryDirectory(dir=out) as folder:
         write_portable(adapter, Path(folder))
         portable = open_adapter(folder)

@@ -1,10 +1,10 @@
-"""GGUF and a Modelfile for Ollama, whose template writes what the tokenizer's own does.
+"""GGUF and a Modelfile for Ollama, with a template that renders what the chat template renders.
 
-Ollama does not run Jinja: without TEMPLATE it takes the one of its own that resembles the GGUF's
-(ollama#6823). What a chat template writes between turns depends, nearly always, on the two roles
-alone: it is found by rendering sentinels, written in Go's template language, and compared with the
-template on whole conversations. White space around what is said, which some templates remove, is
-kept: Go has nothing to remove it with. Tools are not written.
+Ollama does not run Jinja: without TEMPLATE it uses the built-in one that resembles the GGUF's
+(ollama#6823). The text between two turns depends, nearly always, only on their roles: it is found
+by rendering sentinels as contents, written in Go's template language, and compared with the chat
+template on whole conversations. Go cannot strip white space around contents, which some chat
+templates do. Tools are not supported.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import rendered
 from lora_kit.errors import UserError
 from lora_kit.ship.gguf import Kind, What, export_gguf, open_source
 from lora_kit.ship.merge import Into, generation
+from lora_kit.tasks.task import Processor
 
-# Memory for all of it is taken when the model is loaded.
+# Ollama allocates the whole context when it loads the model.
 _LARGEST_CONTEXT = 8192
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
-# Between the turns of these stands every pair of roles that a template may take.
+# Conversations that together have every pair of consecutive roles.
 _SAMPLES = ("u", "su", "uau", "suau", "usu", "uasu", "au", "sau", "uu")
-# Whether the pieces hold where they were not found.
+# Conversations on which the two templates are compared.
 _TRIED = ("u", "su", "uau", "uauau", "suauau")
 _CONTENTS = (
     "How are you?",
@@ -41,7 +41,7 @@ Joints = dict[tuple[str, str], str]
 
 
 def export_ollama(run: FinishedRun, out: Path, kind: Kind, what: What, into: Into = "base") -> Path:
-    """Fill an existing folder with what `ollama create NAME -f Modelfile` takes.
+    """Write the files for `ollama create NAME -f Modelfile` into an existing folder.
 
     Args:
         what: `adapter`: base.gguf and adapter.gguf; `merged` or `base`: one of them alone.
@@ -50,7 +50,7 @@ def export_ollama(run: FinishedRun, out: Path, kind: Kind, what: What, into: Int
         UserError: see `export_gguf`; or the chat template cannot be written for Ollama.
     """
     tokenizer, base = run.processor, Path(run.pinned.folder)
-    template = go_template(tokenizer)  # before anything large is written
+    template = go_template(tokenizer)  # fails before a large file is written
     parts: tuple[What, ...] = ("adapter", "base") if what == "adapter" else (what,)
     *rest, first = [
         export_gguf(run, out, kind, part, into).rename(out / f"{part}.gguf").name for part in parts
@@ -59,18 +59,18 @@ def export_ollama(run: FinishedRun, out: Path, kind: Kind, what: What, into: Int
     stops = [tokenizer.decode([n]) for n in generation(base, tokenizer)["eos_token_id"]]
     lines = [f"FROM ./{first}", *(f"ADAPTER ./{file}" for file in rest)]
     lines += [f'TEMPLATE """{template}"""', f"PARAMETER num_ctx {context}"]
-    lines += ["PARAMETER repeat_penalty 1"]  # it was trained without
+    lines += ["PARAMETER repeat_penalty 1"]  # Ollama's default is 1.1
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     modelfile = out / "Modelfile"
     modelfile.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return modelfile
 
 
-def go_template(tokenizer: Any) -> str:
+def go_template(tokenizer: Processor) -> str:
     """A tokenizer's chat template in Go's template language, over Ollama's `.Messages`.
 
     Raises:
-        UserError: what it writes depends on more than roles, so that Go's would differ.
+        UserError: the text between turns depends on more than their roles.
     """
     if not tokenizer.chat_template:
         return "{{ .Prompt }}"
@@ -86,7 +86,7 @@ def go_template(tokenizer: Any) -> str:
         print("the chat template writes the date: in Ollama it stays today's", file=sys.stderr)
     if ("", "system") not in known:
         print("the chat template takes no system turn: Ollama leaves it out", file=sys.stderr)
-    # The token that Ollama puts before a prompt itself, as the tokenizer does.
+    # Ollama adds the BOS token to the prompt itself.
     ids, begin = tokenizer("a").input_ids, ""
     if tokenizer.bos_token is not None and ids[:1] == [tokenizer.bos_token_id]:
         begin = str(tokenizer.bos_token)
@@ -107,9 +107,9 @@ def go_template(tokenizer: Any) -> str:
     return "\n".join(lines)
 
 
-def joints(tokenizer: Any) -> Joints:
-    """What is written between a turn's content and the next: {(role, next role): text}; before
-    the first role is "", after the last comes the prompt for an answer."""
+def joints(tokenizer: Processor) -> Joints:
+    """The text between the contents of two turns: {(role, next role): text}. The role before the
+    first turn and after the last is ""; the text after the last is the generation prompt."""
     known: Joints = {}
     for sample in _SAMPLES:
         roles = [_ROLES[letter] for letter in sample]
@@ -122,8 +122,8 @@ def joints(tokenizer: Any) -> Joints:
     return known
 
 
-def _holds(tokenizer: Any, known: Joints, sample: str) -> bool:
-    """Whether Go's template writes the same, or the template refuses such turns."""
+def _holds(tokenizer: Processor, known: Joints, sample: str) -> bool:
+    """Whether Go's template renders the same; true if the chat template rejects such turns."""
     roles = [_ROLES[letter] for letter in sample]
     contents = _CONTENTS[: len(roles)]
     if (wanted := rendered(tokenizer, _turns(roles, contents))) is None:
@@ -138,5 +138,5 @@ def _turns(roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, str]
 
 
 def _quoted(text: str) -> str:
-    """Go reads JSON's texts as its own; so no space is lost to its trimming."""
+    """A text as a Go expression, which template trimming leaves alone; Go's strings are JSON's."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

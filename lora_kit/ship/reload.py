@@ -1,7 +1,7 @@
-"""What was exported, loaded by the program it is for, in a process that knows nothing of the run.
+"""Load an export with the runtime it is for, in a new process without the run, and generate.
 
-`python -m lora_kit.ship.reload` reads a request on stdin and prints one JSON object; `reloaded` is
-its other end. llama.cpp has a process of its own, with the same answer (see `llama_cpp.run`).
+`reloaded` starts `python -m lora_kit.ship.reload`, which reads a request on stdin and prints one
+JSON object. llama.cpp has its own process with the same output (see `llama_cpp.run`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_kit.adapter.load import end_tokens, rendered
 from lora_kit.base.load import quiet_libraries
-from lora_kit.ship.llama_cpp import answer_with, ask
+from lora_kit.schema import Json
+from lora_kit.ship.llama_cpp import Consumed, answer_with, ask
 
-TOP = 64  # log-probabilities that are compared at a step
-TOKENS = 32  # answered at most
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Step = Callable[[list[int]], "torch.Tensor"]  # new token ids -> logits of the next one
+
+TOP = 64  # log-probabilities that are compared per token
+TOKENS = 32  # generated at most
 TEXTS = ("The quick brown fox,\n\tjumps: 1234567 x+=1; über 'naïve' ☃\n", " ", "a")
 CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "What do you know of your field?"}],
@@ -30,26 +38,31 @@ CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
 
 @dataclass(frozen=True)
 class Continued:
-    """Token ids that follow a prompt, the end token left out, and (steps, vocabulary) of float32:
-    the log-probabilities of which each was chosen, and of the end token, where it `stopped`."""
+    """A greedy completion.
+
+    Attributes:
+        tokens: its ids, without the end token.
+        stopped: whether an end token was generated.
+        log_probabilities: (steps, vocabulary) float32, a row per generated token, including the end
+            token.
+    """
 
     tokens: list[int]
     stopped: bool
-    log_probabilities: Any
+    log_probabilities: torch.Tensor
 
 
-def continued(
-    step: Callable[[list[int]], Any], prompt: Sequence[int], ends: Sequence[int]
-) -> Continued:
-    """Greedily, without the penalties that a generation config may ask for.
+def continued(step: Step, prompt: Sequence[int], ends: Sequence[int]) -> Continued:
+    """Generate greedily, without the penalties of a generation config.
 
     Args:
-        step: new token ids -> logits of the next one, (vocabulary,), all before being remembered.
+        step: called with the prompt, then with each generated token; returns (vocabulary,) logits.
+        ends: ids of end tokens.
     """
     import torch
 
     tokens: list[int] = []
-    rows: list[Any] = []
+    rows: list[torch.Tensor] = []
     new = list(prompt)
     while len(rows) < TOKENS:
         rows.append(torch.log_softmax(step(new).float(), dim=-1))
@@ -61,13 +74,13 @@ def continued(
     return Continued(tokens, False, torch.stack(rows))
 
 
-def torch_step(model: Any) -> Callable[[list[int]], Any]:
+def torch_step(model: PreTrainedModel | PeftModel) -> Step:
     """The `step` of a transformers model, for one prompt."""
     import torch
 
     cache: dict[str, Any] = {}
 
-    def step(new: list[int]) -> Any:
+    def step(new: list[int]) -> torch.Tensor:
         with torch.inference_mode():
             ids = torch.tensor([new], device=model.device)
             out = model(input_ids=ids, use_cache=True, **cache)
@@ -77,8 +90,8 @@ def torch_step(model: Any) -> Callable[[list[int]], Any]:
     return step
 
 
-def template_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """The ids of a prompt that asks for an answer; none without a template, or if it refuses."""
+def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """The ids of a prompt for generation; empty without a template, or if it rejects the turns."""
     text = rendered(tokenizer, messages)
     return [] if text is None else list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -89,30 +102,32 @@ def reloaded(
     adapter: str | Path | None,
     prompts: Sequence[Sequence[int]],
     ends: Sequence[int] | None = None,
-) -> dict[str, Any] | None:
-    """What a fresh process makes of an export, computed in float32.
+) -> Consumed | None:
+    """Load an export in a new process and generate from it, in float32.
 
     Args:
         consumer: `transformers`, `peft` (adapter on model) or `mlx`.
-        ends: the end tokens that it is told; None: it knows them.
+        ends: end tokens to stop at; None: those of the export.
 
     Returns:
-        "answers", "texts" and "conversations" as `llama_cpp.run` gives them, and "ends", the end
-        tokens it knows; None: mlx-lm, or the mlx that it needs, is not installed here.
+        None: mlx-lm or mlx is not installed.
 
     Raises:
-        CheckFailed: it is not loaded.
+        CheckFailed: it cannot be loaded.
     """
     request = {
-        **{"consumer": consumer, "model": str(model), "adapter": adapter and str(adapter)},
-        **{"prompts": [list(p) for p in prompts], "ends": ends and list(ends)},
+        "consumer": consumer,
+        "model": str(model),
+        "adapter": None if adapter is None else str(adapter),
+        "prompts": [list(prompt) for prompt in prompts],
+        "ends": None if ends is None else list(ends),
     }
     answer = ask("lora_kit.ship.reload", request, f"{adapter or model}: {consumer}")
-    return answer or None
+    return cast(Consumed, answer) if answer else None
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    """`reloaded`, within the fresh process; nothing without mlx-lm, where that is asked for."""
+def _answer(request: Json) -> dict[str, object]:
+    """`reloaded` in the new process; empty if mlx is needed and not installed."""
     if request["consumer"] == "mlx" and not _runs_mlx():
         return {}
     load = _load_mlx if request["consumer"] == "mlx" else _load_torch
@@ -146,7 +161,7 @@ def _load_torch(folder: str, adapter: str | None) -> tuple[Callable[[], Any], An
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
         ends = end_tokens(model, tokenizer)
-    else:  # as whoever loads the folder, who knows nothing of the template
+    else:  # what an application that loads the folder has
         known_ends = model.generation_config.eos_token_id
         ends = known_ends if isinstance(known_ends, list) else [known_ends]
     model.eval()
@@ -154,7 +169,8 @@ def _load_torch(folder: str, adapter: str | None) -> tuple[Callable[[], Any], An
 
 
 def _runs_mlx() -> bool:
-    """pip installs mlx-lm without mlx on Linux, and mlx without the library that computes."""
+    """Whether mlx can compute here: on Linux pip installs mlx-lm without mlx, or mlx without its
+    backend."""
     try:
         import mlx.core  # noqa: F401
         import mlx_lm  # noqa: F401

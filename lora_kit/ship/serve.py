@@ -1,8 +1,9 @@
-"""A base and its adapters behind one OpenAI-compatible address, on llama.cpp.
+"""A base and its adapters as one OpenAI-compatible API, on llama.cpp.
 
-llama.cpp's own HTTP server does the work, each request naming the adapter's scale. It listens on a
-unix socket in a folder that only this user can enter. Before it stands a small server of ours that
-knows what llama.cpp does not: names for the adapters, who may ask, and when a client has left.
+llama.cpp's own HTTP server generates; each request sets the scale of the adapters. It listens on a
+unix socket in a folder that only this user can enter. A small server in front of it does what
+llama.cpp does not: names for the adapters, protection from other sites' requests, and cancelling an
+answer when its client disconnects.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,13 +37,13 @@ from lora_kit.ship.llama_cpp import ALIAS, need_llama_cpp, open_server
 from lora_kit.tasks.encode import identity
 from lora_kit.train.interrupt import StopSignal
 
-SLOTS = 4  # answers that are made at the same time; others wait
-CONTEXT = 4096  # tokens of one conversation, if the base was made for as many
+SLOTS = 4  # concurrent requests; others wait
+CONTEXT = 4096  # tokens per conversation; at most the base's context length
 LARGEST_BODY = 2 * 2**20  # bytes of a request
-# Of llama.cpp alone: its parser of grammars can be led to end the process (b11549).
-_ENGINES_OWN = {"grammar", "grammar_lazy", "grammar_triggers", "json_schema", "preserved_tokens"}
+# Keys that only llama.cpp knows: its grammar parser can be made to crash (b11549).
+_REJECTED = {"grammar", "grammar_lazy", "grammar_triggers", "json_schema", "preserved_tokens"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-_FORMAT = 1  # raised whenever the same base is written as another GGUF than before
+_FORMAT = 1  # increased whenever the same base gives another GGUF
 
 
 def serve(
@@ -56,20 +57,20 @@ def serve(
 ) -> None:
     """Serve until SIGINT or SIGTERM.
 
-    The base is written as GGUF once and kept in the cache; adapters, which are small, are written
-    to a temporary folder at each start. Who asks before all is loaded, waits.
+    The base is written as GGUF once and cached; adapters, which are small, are written to a
+    temporary folder at each start. Requests wait until everything is loaded.
 
     Args:
         runs: of one base.
-        port: 0 takes a free one.
-        context: tokens of one conversation; never more than the base was made for.
-        public: allow an address that others can reach.
+        port: 0: any free one.
+        context: tokens per conversation; at most the base's context length.
+        public: allow an address that other machines can reach.
 
     Raises:
-        UserError: a run is not usable or of another base, llama.cpp cannot compute its adapter, or
-            the address is public or taken; nothing is left of what was written.
+        UserError: a run is not usable or of another base, llama.cpp does not support its adapter,
+            or the address is public or in use; nothing that was written is left.
         CheckFailed: llama.cpp does not start.
-        Interrupted: by the signal, which is how a server ends.
+        Interrupted: by the signal, the normal end.
     """
     need_llama_cpp()
     quiet_libraries()
@@ -94,13 +95,13 @@ def serve(
         base = prepared(key, build)
         front.engine, front.chats = str(temporary / "llama.sock"), bool(tokenizer.chat_template)
         exact, verbosity = kind == "f32", 3 if os.environ.get("LORA_KIT_DEBUG") else -1
-        # At neither verbosity it logs what is said.
+        # At these verbosities it does not log prompts or completions.
         engine = (front.engine, context, SLOTS, exact, verbosity)
         llama = [open_server(base / "base.gguf", files, *engine)]
-        stack.callback(llama.clear)  # its threads end with the object, if no answer is waited for
+        stack.callback(llama.clear)  # its threads end with the object, once no request is running
         stack.callback(front.hang_up)
-        # A signal is raised in the main thread: it waits there, and is within nothing. It looks up
-        # now and then, because the kernel may hand the signal to another thread.
+        # Signals are handled in the main thread, which only waits here. It wakes up regularly,
+        # since the kernel may deliver the signal to another thread.
         answering = threading.Thread(target=front.serve_forever, daemon=True)
         answering.start()
         stack.callback(front.shutdown)
@@ -111,16 +112,16 @@ def serve(
 
 
 def adapters_by_name(runs: Sequence[FinishedRun]) -> dict[str, Adapter | None]:
-    """{name: adapter}; the names of the base have None.
+    """{name: adapter}; None for the names of the base.
 
     Raises:
-        UserError: the runs do not share a base and a tokenizer, or a name is taken; all of it, a
-            line each.
+        UserError: the runs do not share a base and a tokenizer, or a name occurs twice; one line
+            per problem.
     """
     for run in runs:
         run.require_language_model("serve")
     first, pinned = runs[0], runs[0].pinned
-    # Of a folder its name, not the way there.
+    # The name of a local folder without its path.
     local = Path(pinned.model).is_dir()
     models: dict[str, Adapter | None] = {"base": None}
     models[Path(pinned.folder).name if local else pinned.model] = None
@@ -142,7 +143,7 @@ def adapters_by_name(runs: Sequence[FinishedRun]) -> dict[str, Adapter | None]:
 
 
 def _welcome(front: _Front, run: FinishedRun) -> str:
-    """The address, a line to try it with, and how others serve the same."""
+    """The address, a command to try it, and the commands that serve the same with other servers."""
     host, port = front.socket.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -174,10 +175,7 @@ def _welcome(front: _Front, run: FinishedRun) -> str:
 
 
 class _Front(socketserver.ThreadingTCPServer):
-    """The address that clients know.
-
-    `engine`: llama.cpp's socket; `calls`: the connections to it.
-    """
+    """The server for clients. `engine`: llama.cpp's socket; `calls`: the connections to it."""
 
     daemon_threads = allow_reuse_address = True
     request_queue_size = 64
@@ -201,24 +199,25 @@ class _Front(socketserver.ThreadingTCPServer):
             raise UserError(f"{host} port {port}: {why}: name another with --port") from None
 
     def hang_up(self) -> None:
-        """Give up the answers that are being made."""
+        """Cancel running requests."""
         self.engine = ""
         for call in self.calls.copy():
             with contextlib.suppress(OSError):
                 call.shutdown(socket.SHUT_RDWR)
 
+    # Signatures of the standard library: Any is what it passes.
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that left is none; of ours, one line without what was asked."""
+        """Ignore disconnected clients; report an error of ours in one line, without the prompt."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             print(f"a request failed: {type(error).__name__}", file=sys.stderr, flush=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request, whose connection ends with its answer: HTTP/1.0."""
+    """One request per connection: HTTP/1.0."""
 
     server_version, sys_version = "lora-kit", ""
-    timeout = 60  # seconds; a client that sends or takes nothing for so long is left
+    timeout = 60  # seconds without sending or receiving, after which a client is disconnected
     server: _Front
 
     def do_GET(self) -> None:
@@ -251,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_error(404, known, "model_not_found")
         if path == CHAT and not self.server.chats:
             return self.send_error(400, f"the base has no chat template: use {TEXT}")
-        if named := _ENGINES_OWN & request.keys():
+        if named := _REJECTED & request.keys():
             return self.send_error(400, f"{', '.join(sorted(named))}: not of OpenAI's interface")
         adapters = enumerate(adapter for adapter in models.values() if adapter)
         request["lora"] = [{"id": n, "scale": float(a is models[name])} for n, a in adapters]
@@ -268,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
             if call.fileno() in ready or self.connection.recv(1, socket.MSG_PEEK):
                 self._pass_on(engine.getresponse(), name)
         finally:
-            engine.close()  # llama.cpp leaves an answer that nobody waits for
+            engine.close()  # cancels it in llama.cpp
             self.server.calls.discard(call)
 
     def _pass_on(self, answer: http.client.HTTPResponse, name: str) -> None:
@@ -278,8 +277,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(line.replace(alias, ours))
 
     def _may_ask(self) -> bool:
-        """A page of another site must not reach it through the user's browser: neither by a name
-        that was made to point here (DNS rebinding), nor across origins."""
+        """Whether the request is local. A page of another site must not reach the server through
+        the user's browser: neither by a name that resolves to this address (DNS rebinding), nor as
+        a cross-origin request."""
         asked = [f"//{self.headers['Host']}", self.headers["Origin"] or "//localhost"]
         with contextlib.suppress(ValueError):
             if self.server.public or all(_is_loopback(urlsplit(a).hostname) for a in asked):
@@ -292,17 +292,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.end_headers()
 
-    def _say(self, status: int, value: dict[str, Any]) -> None:
+    def _say(self, status: int, value: Mapping[str, object]) -> None:
         self._begin(status)
         self.wfile.write(json.dumps(value).encode())
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """In OpenAI's shape; `explain` is its code. The library calls it as well."""
+        """An error in OpenAI's format; `explain` is its code. http.server calls this, too."""
         error = {"message": message, "type": "invalid_request_error", "code": explain}
         self._say(code, {"error": {**error, "param": None}})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is logged: what is asked is the client's business."""
+        """Log nothing: prompts are private."""
 
 
 def _is_loopback(host: str | None) -> bool:

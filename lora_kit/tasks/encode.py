@@ -20,13 +20,15 @@ import pyarrow as pa
 from lora_kit import cache
 from lora_kit.base.pin import Pinned
 from lora_kit.data.census import NO_SUPERVISION, Census
-from lora_kit.data.examples import from_batch
+from lora_kit.data.duplicates import ranks
+from lora_kit.data.examples import ReadFile, from_batch
 from lora_kit.data.prepare import Split, prepare, worker_count
 from lora_kit.data.rows import Row, Rows, RowsWriter, record_batch, record_batches
+from lora_kit.data.sources import source_list
 from lora_kit.data.splits import FEWEST_TO_EVALUATE, mix, take
 from lora_kit.data.workers import in_order, stop
 from lora_kit.errors import UserError
-from lora_kit.run import section_fields, validated
+from lora_kit.run import run_class, section_fields
 from lora_kit.schema import Run
 from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import Dropped, Facts, Processor, Task
@@ -42,7 +44,7 @@ class Prepared:
 
     Attributes:
         train: packed if `Task.packing` is `documents`; `rows("train")` are not packed.
-        names: (file name, place format), for the columns `file` and `number` of rows.
+        files: all files that were read, for the columns `file` and `number` of rows.
         hashes: {source: sha256} of everything that was read. commits: {Hub data set: commit}.
         cached: the result was in the cache.
     """
@@ -53,7 +55,7 @@ class Prepared:
     facts: Facts
     census: Census
     hashes: dict[str, str]
-    names: list[tuple[str, str]]
+    files: list[ReadFile]
     cached: bool
     commits: dict[str, str] = field(default_factory=dict)
     unpacked: Rows | None = None
@@ -67,9 +69,7 @@ class Prepared:
 
     def place(self, rows: Rows, row: int) -> str:
         """file:line of a row."""
-        found = rows[row]
-        name, style = self.names[found["file"]]
-        return style.format(name, found["number"])
+        return self.files[rows.cell("file", row)].place(rows.cell("number", row))
 
     def summary(self) -> list[str]:
         """The census as lines, and notes before the start."""
@@ -127,7 +127,7 @@ def encode(
         facts=facts,
         census=Census.from_json(census),
         hashes=split.hashes,
-        names=split.names,
+        files=split.files,
         cached=not encoding.started,
         commits=split.commits,
         unpacked=found["train"],
@@ -167,8 +167,6 @@ class _EncodeJob(NamedTuple):
 
     use: str
     first: int
-    file: int
-    place: tuple[str, str]
     examples: pa.RecordBatch
 
 
@@ -188,19 +186,23 @@ class _EncodedBatch(NamedTuple):
 class Encoder:
     """Encodes batches of examples; picklable for worker processes."""
 
-    def __init__(self, task: Task, processor: Processor, facts: Facts, run: Run) -> None:
+    def __init__(
+        self, task: Task, processor: Processor, facts: Facts, run: Run, files: list[ReadFile]
+    ) -> None:
         self.task, self.processor, self.facts = task, processor, facts
+        self.files = files
         self._settings = run.model_dump(mode="json")
 
     @cached_property
     def _run(self) -> Run:
         # The run class with a task's own keys is created in each process.
-        return validated(self._settings, self.task)
+        return run_class(self.task).model_validate(self._settings)
 
     def __call__(self, work: _EncodeJob) -> _EncodedBatch:
         task = self.task.general if work.use == "general" else self.task
         assert task is not None
-        examples = from_batch(work.examples, work.place)
+        examples = from_batch(work.examples, self.files)
+        files = work.examples.column("file").to_pylist()
         numbers = work.examples.column("number").to_pylist()
         rows: list[Row] = []
         counts: list[int] = []
@@ -227,7 +229,7 @@ class Encoder:
                 if "length" in row:
                     own_lengths.append(row["length"])
                 kept = {name: value for name, value in row.items() if name not in _COUNTED}
-                place = {"example": work.first + n, "file": work.file, "number": numbers[n]}
+                place = {"example": work.first + n, "file": files[n], "number": numbers[n]}
                 rows.append({**kept, **place})
         of_row = np.repeat(np.arange(len(examples)), counts)
         if any(row.keys() != rows[0].keys() for row in rows):
@@ -286,7 +288,7 @@ class _Encoding:
     def run(self, folder: Path) -> None:
         self.started = True
         self.census = Census.from_json(self.split.census.to_json())
-        self.census.notes += self.task.notes(set(self.split.formats), self.facts)
+        self.census.notes += self.task.notes({file.format for file in self.split.files}, self.facts)
         writers = self._encode(folder)
         rows = {use: writer.writer.close() for use, writer in writers.items()}
         for use in ("train", "eval", "general"):
@@ -329,7 +331,7 @@ class _Encoding:
         of_table: dict[str, list[str]] = {}
         for read, use in self.split.masks:
             of_table.setdefault(read, []).append(use)
-        encoder = Encoder(self.task, self.processor, self.facts, self.run_file)
+        encoder = Encoder(self.task, self.processor, self.facts, self.run_file, self.split.files)
         reported, count = time.monotonic(), 0
         for part in in_order(encoder, self._work(), worker_count(self.run_file.data)):
             for use in of_table[part.use]:
@@ -342,10 +344,10 @@ class _Encoding:
         return writers
 
     def _work(self) -> Iterator[_EncodeJob]:
-        for use, examples in self.split.tables.items():
+        for use, examples in self.split.examples.items():
             first = 0
-            for file, batch in examples.batches():
-                yield _EncodeJob(use, first, file, self.split.names[file], batch)
+            for batch in examples.rows.table.to_batches():
+                yield _EncodeJob(use, first, batch)
                 first += batch.num_rows
 
     def _count_lost(self, part: _EncodedBatch, uses: Sequence[str]) -> None:
@@ -366,14 +368,13 @@ class _Encoding:
         fractions = self.split.fractions
         if not fractions:
             return np.ones(writer.units, dtype=bool), int(lengths.sum())
-        sources = self.split.sources[examples]
-        listed = self.run_file.data.train
-        for number in range(len(fractions)):
+        train = self.split.examples["train"].rows
+        source_of_file = np.array([file.source for file in self.split.files])
+        sources = source_of_file[train.column("file")[examples]]
+        for number, source in enumerate(source_list(self.run_file.data.train)):
             if not lengths[sources == number].any():
-                name = listed[number] if isinstance(listed, list) else listed
-                name = getattr(name, "source", name)
-                raise UserError(f"{name}: has a fraction, but no rows left to train on")
-        order = self.split.ranks["train"][examples]
+                raise UserError(f"{source.source}: has a fraction, but no rows left to train on")
+        order = ranks(train.column("key")[examples], self.run_file.seed)
         chosen = mix(lengths, sources, order, dict(enumerate(fractions)))
         self.census.train.unused = int((~chosen).sum())
         return chosen, int(lengths[chosen].sum())
@@ -390,7 +391,8 @@ class _Encoding:
                 f"has {there:,} that are not held out: lower it to "
                 f"{there / (there + tokens):.3f}, or add text"
             )
-        chosen = take(lengths, self.split.ranks["general"][examples], wanted)
+        keys = self.split.examples["general"].rows.column("key")[examples]
+        chosen = take(lengths, ranks(keys, self.run_file.seed), wanted)
         used = rows.select(np.flatnonzero(np.isin(rows.column("unit"), chosen)))
         self.census.general.unused = writer.units - len(chosen)
         self.census.general.rows_kept += len(chosen)

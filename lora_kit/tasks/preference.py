@@ -461,7 +461,7 @@ def _divergence(
     from lora_kit.adapter.start import as_at_start
     from lora_kit.tasks.measure import each_row
 
-    def divergence(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def divergence(_: torch.nn.Module, batch: Batch) -> torch.Tensor:
         row, place = (batch.pop("labels")[:, 1:] != IGNORED).nonzero().unbind(1)
         adapted = model(**batch).logits[row, place].float().log_softmax(-1)
         with as_at_start(model, run.adapter):

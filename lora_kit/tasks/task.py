@@ -27,9 +27,10 @@ from lora_kit.schema import Data, Json, Prove, Section, Train
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     from lora_kit.base.head import Head
+    from lora_kit.base.load import Model
     from lora_kit.base.pin import Pinned
     from lora_kit.schema import Run
     from lora_kit.tasks.encode import Prepared
@@ -228,9 +229,7 @@ class Task:
         return len(rows)
 
     # ------------------------------------------------------------------ model
-    def model(
-        self, pinned: Pinned, facts: Facts, run: Run
-    ) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    def model(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Model, tuple[str, ...]]:
         """The frozen base and the names of its fresh modules: those without weights in the base's
         files, such as a new head. Fresh modules are fully trained and saved, without LoRA.
         `facts["labels"]` are the names of a head's outputs."""
@@ -242,9 +241,7 @@ class Task:
             check_causal(model, pinned)
         return model, fresh
 
-    def skeleton(
-        self, pinned: Pinned, facts: Facts, run: Run
-    ) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    def skeleton(self, pinned: Pinned, facts: Facts, run: Run) -> tuple[Model, tuple[str, ...]]:
         """`model` on torch's meta device, in the compute dtype, for planning memory and time."""
         from lora_kit.base.head import with_head_on_meta
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from lora_kit.adapter.attach import OWN_FIELDS as OWN_ADAPTER_FIELDS
-from lora_kit.adapter.attach import config_class
 from lora_kit.base.load import gpu_is_used
 from lora_kit.errors import RunFileError
 from lora_kit.schema import Json, Run, Train
@@ -90,6 +89,7 @@ def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = 
         RunFileError: the installed version does not have a field, or has another type for it; or
             a package of `train.report_to` is not installed.
     """
+    from peft import LoraConfig
     from transformers import TrainingArguments
 
     made = arguments_class or TrainingArguments
@@ -98,7 +98,7 @@ def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = 
     # A task's own key may be read by its loss only.
     expected = Train.model_fields.keys() - _NOT_UPSTREAM | fields
     train = {k: v for k, v in run.train if k in expected}
-    problems = _not_accepted("adapter", adapter, config_class())
+    problems = _not_accepted("adapter", adapter, LoraConfig)
     problems += _not_accepted("train", train, made)
     for name in run.train.report_to:
         packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)

@@ -25,8 +25,7 @@ from lora_kit.tasks.task import Batch
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-_FIRST = ("loss", "eval_loss", "learning_rate", "grad_norm")
-_LAST = ("tokens", "tokens_per_second", "seconds")
+Logs = dict[str, float] | None
 # Logged values that are not written: the step, evaluation speed, and TRL's token count, which
 # restarts at 0 in a resumed run.
 _NOT_KEPT = re.compile(r"epoch|step|(eval_)?num_tokens|eval_(\w+_)?(runtime|\w+_per_second)")
@@ -51,22 +50,15 @@ class Metrics(TrainerCallback):
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(
-        self,
-        args: object,
-        state: TrainerState,
-        control: object,
-        logs: dict[str, float] | None = None,
-        **_: object,
+        self, args: object, state: TrainerState, control: object, logs: Logs = None, **_: object
     ) -> None:
         logs = logs or {}
         if not state.is_world_process_zero or not ({"loss", "eval_loss"} & logs.keys()):
             return
-        others = [name for name in logs if name not in _FIRST + _LAST]
-        kept = [name for name in others if not _NOT_KEPT.fullmatch(name)]
         row: Json = {"step": state.global_step}
-        for name in (*_FIRST, *kept, *_LAST):
-            if name in logs:
-                row[name] = _number(logs[name])
+        for name, value in logs.items():
+            if not _NOT_KEPT.fullmatch(name):
+                row[name] = _number(value)
         with self.path.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(row) + "\n")
 
@@ -188,12 +180,7 @@ class Progress(TrainerCallback):
             self._show(state, "evaluating on held-out rows", description="evaluating")
 
     def on_log(
-        self,
-        args: object,
-        state: TrainerState,
-        control: object,
-        logs: dict[str, float] | None = None,
-        **_: object,
+        self, args: object, state: TrainerState, control: object, logs: Logs = None, **_: object
     ) -> None:
         logs = logs or {}
         if not state.is_world_process_zero:

@@ -110,26 +110,31 @@ def create(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -
         run.directory.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{run.directory}: cannot be created ({error.strerror})") from None
-    write_run(_with_commit(run, pinned), run.directory / "run.yaml")
-    versions = {name: version(name) for name in _LIBRARIES}
-    add_to_lock(
-        run.directory,
-        **_base_and_data(run, pinned, hashes),
-        batch=batch_geometry(run.train),
-        seed=run.seed,
-        versions={"python": platform.python_version(), **versions},
-        finished=False,
-        **entries,
-    )
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        versions[name] = version(name)
+    fixed = {
+        "batch": batch_geometry(run.train),
+        "seed": run.seed,
+        "versions": versions,
+        "finished": False,
+    }
+    write_run_files(run, pinned, hashes, {**fixed, **entries})
 
 
-def reopen(run: Run, pinned: Pinned, hashes: Mapping[str, str], recipe: Mapping[str, str]) -> None:
-    """Rewrite run.yaml with the keys that may change, atomically, since other ranks read it. Also
-    updates the paths in the lock file, since data and base may have moved, and the recipe."""
-    partial = run.directory / "run.yaml.partial"
-    write_run(_with_commit(run, pinned), partial)
-    partial.replace(run.directory / "run.yaml")
-    add_to_lock(run.directory, **_base_and_data(run, pinned, hashes), recipe=recipe)
+def write_run_files(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -> None:
+    """Write run.yaml and these entries of run.lock.json; on resume again, since some keys may
+    change, and data and base may have moved. Atomic, since other ranks read them."""
+    path = run.directory
+    # With the base's commit, so that the file alone reproduces the run.
+    base = run.base.model_copy(update={"revision": pinned.revision})
+    partial = path / "run.yaml.partial"
+    write_run(run.model_copy(update={"base": base}), partial)
+    partial.replace(path / "run.yaml")
+    locked = {**pinned.to_lock(), **run.base.model_dump(include={"dtype", "quantize"})}
+    locked["model"] = run.written(pinned.model, path)
+    data = {run.written(name, path): digest for name, digest in hashes.items()}
+    add_to_lock(path, base=locked, data=data, **entries)
 
 
 def remove(directory: Path) -> None:
@@ -139,20 +144,6 @@ def remove(directory: Path) -> None:
         if parent == Path(".") or any(parent.iterdir()):
             return
         parent.rmdir()
-
-
-def _with_commit(run: Run, pinned: Pinned) -> Run:
-    """The run with the base's commit, so that the file alone reproduces it."""
-    base = run.base.model_copy(update={"revision": pinned.revision})
-    return run.model_copy(update={"base": base})
-
-
-def _base_and_data(run: Run, pinned: Pinned, hashes: Mapping[str, str]) -> Json:
-    """Entries of the lock file: base and data with their hashes, named as in run.yaml."""
-    base = {**pinned.to_lock(), **run.base.model_dump(include={"dtype", "quantize"})}
-    base["model"] = run.written(pinned.model, run.directory)
-    data = {run.written(name, run.directory): digest for name, digest in hashes.items()}
-    return {"base": base, "data": data}
 
 
 def check_start(adapter: Adapter, pinned: Pinned, auto: str, labels: Sequence[str]) -> None:

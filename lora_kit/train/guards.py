@@ -17,22 +17,13 @@ import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 
 from lora_kit.adapter.audit import Audit, Groups
 from lora_kit.errors import CheckFailed
@@ -49,9 +40,9 @@ _UNUSED_FILES = ("training_args.bin", "README.md")
 _ROLLOUT = "rollout_{rank}.pt"  # sampled and not yet used completions (GRPO, RLOO)
 
 
-@dataclass
-class Guard:
-    """State of the guards, as `trainer.guard`.
+class GuardState:
+    """State of the guards, as `trainer.guard`: in one attribute, so that none of its names is one
+    of the trainer's.
 
     Attributes:
         directory: the run directory.
@@ -61,17 +52,30 @@ class Guard:
         peak_mib: peak memory at the end of training.
     """
 
-    task: Task
-    run: Run
-    directory: Path
-    stop: StopSignal
-    own_loss: bool
-    audit: Audit
-    meter: Meter
-    halving: Halving
-    prefix: Prefix | None = None
-    plan: Any = None
-    peak_mib: float = 0.0
+    def __init__(
+        self,
+        trainer: Guards,
+        task: Task,
+        run: Run,
+        directory: Path,
+        stop: StopSignal,
+        groups: Groups,
+    ) -> None:
+        self.task, self.run, self.directory, self.stop = task, run, directory, stop
+        self.own_loss = has_own_loss(task)
+        accelerator = trainer.accelerator
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        self.audit = Audit(trainer.model, accelerator, groups)
+        self.meter = Meter(accelerator)
+        self.halving = Halving(
+            task.halve,
+            [p for p in trainer.model.parameters() if p.requires_grad],
+            allowed=accelerator.num_processes == 1 and not sharded,
+            by_length=self.own_loss and run.speed == "auto",
+        )
+        self.prefix: Prefix | None = None
+        self.plan: Any = None
+        self.peak_mib = 0.0
 
 
 class Guards(Trainer):
@@ -85,7 +89,7 @@ class Guards(Trainer):
     """
 
     model: Any  # never None here
-    guard: Guard
+    guard: GuardState
     _step: int  # GRPO and RLOO: index of the sampled batch in use
     _buffered_inputs: Any
 
@@ -99,24 +103,8 @@ class Guards(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        own_loss = has_own_loss(task)
-        self.guard = Guard(
-            task=task,
-            run=run,
-            directory=directory,
-            stop=stop,
-            own_loss=own_loss,
-            audit=Audit(self.model, self.accelerator, groups),
-            meter=Meter(self.accelerator),
-            halving=Halving(
-                task.halve,
-                [p for p in self.model.parameters() if p.requires_grad],
-                allowed=self.accelerator.num_processes == 1 and not sharded,
-                by_length=own_loss and run.speed == "auto",
-            ),
-        )
-        if own_loss:  # divided by the items of the whole step, not of a micro-batch
+        self.guard = GuardState(self, task, run, directory, stop, groups)
+        if self.guard.own_loss:  # divided by the items of the whole step, not of a micro-batch
             self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.add_callback(GuardEvents(self))
@@ -165,7 +153,7 @@ class Guards(Trainer):
         inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
         guard = self.guard
         if guard.own_loss:
             assert num_items_in_batch is not None  # from `_get_num_items_in_batch`
@@ -292,64 +280,58 @@ class GuardEvents(TrainerCallback):
     or after a signal, seal its checkpoints."""
 
     def __init__(self, trainer: Guards) -> None:
-        self.trainer = trainer
+        self.trainer, self.guard = trainer, trainer.guard
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, *_: object, **__: object
-    ) -> None:
-        self.trainer.guard.audit.begin()
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.guard.audit.begin()
         # A resumed state has the old intervals.
-        state.compute_steps(args, state.max_steps)
+        state = self.trainer.state
+        state.compute_steps(self.trainer.args, state.max_steps)
 
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
-        self.trainer.guard.audit.observe()
+        self.guard.audit.observe()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_step_end(self, *_: object, **__: object) -> None:
+        args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
         if args.eval_steps and state.global_step >= state.max_steps:
             control.should_evaluate = True  # the last step may be the best
-        stop = self.trainer.guard.stop
-        signum = stop.signum or 0
+        signum = self.guard.stop.signum or 0
         # Signals can reach the ranks at different steps; all stop at the same one.
         if args.world_size > 1:
             mine = torch.tensor([signum], device=args.device)
             signum = int(self.trainer.accelerator.gather(mine).max())
         if signum:
-            stop.signum = signum
+            self.guard.stop.signum = signum
             control.should_save = control.should_training_stop = True
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        stops = stopped_early(state, self.trainer.guard.run.train.early_stopping_patience)
+    def on_evaluate(self, *_: object, **__: object) -> None:
+        state, control = self.trainer.state, self.trainer.control
+        stops = stopped_early(state, self.guard.run.train.early_stopping_patience)
         control.should_training_stop |= stops
         control.should_save |= stops or best_step(state) == state.global_step
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, *_: object, **__: object
-    ) -> None:
+    def on_save(self, *_: object, **__: object) -> None:
         """Seal the checkpoint once all its files are written, and remove old ones."""
-        trainer, guard, first = self.trainer, self.trainer.guard, state.is_world_process_zero
-        folder = Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}"
+        trainer, meter = self.trainer, self.guard.meter
+        step, first = trainer.state.global_step, trainer.state.is_world_process_zero
+        folder = self.guard.directory / "checkpoints" / f"checkpoint-{step}"
         finite = self._weights_are_finite()
         if finite and hasattr(trainer, "_buffered_inputs"):
             sampled = {"step": trainer._step, "inputs": trainer._buffered_inputs}
-            torch.save(sampled, folder / _ROLLOUT.format(rank=args.process_index))
-        tokens = guard.meter.tokens()
+            torch.save(sampled, folder / _ROLLOUT.format(rank=trainer.args.process_index))
+        tokens = meter.tokens()
         trainer.accelerator.wait_for_everyone()  # each rank writes its own random state
         if first and finite:
             for name in _UNUSED_FILES:
                 (folder / name).unlink(missing_ok=True)
-            seal(folder, state.global_step, tokens, guard.meter.seconds)
-            keep = guard.run.train.save_total_limit
-            rotate(folder.parent, keep, best_step(state))
+            seal(folder, step, tokens, meter.seconds)
+            rotate(folder.parent, self.guard.run.train.save_total_limit, best_step(trainer.state))
         elif first:
             shutil.rmtree(folder)
         trainer.accelerator.wait_for_everyone()
         if not finite:
             raise CheckFailed(
-                f"step {state.global_step}: the adapter's weights are no longer finite: "
+                f"step {step}: the adapter's weights are no longer finite: "
                 "the previous checkpoint is kept; lower train.learning_rate"
             )
 

@@ -10,7 +10,7 @@ from lora_kit.base.load import check_length
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, LoraKitError
 from lora_kit.hashes import file_hash
-from lora_kit.run import read_lock, recipe_path
+from lora_kit.run import read_lock, recipe_file
 from lora_kit.schema import Json, Run
 from lora_kit.tasks.task import Processor, Task
 from lora_kit.train import directory
@@ -82,14 +82,14 @@ class Journey:
         run, task = self.run, self.task
         directory.check_processes(directory.processes())
         check_length(pinned, run.train.max_length)
-        recipe = {"name": Path(run.recipe).stem, "sha256": file_hash(recipe_path(run))}
+        recipe = {"name": Path(run.recipe).stem, "sha256": file_hash(recipe_file(run.recipe))}
         if self.resume:
             directory.check_same(run, task, pinned, data.hashes)
             begun_with = (self.lock.get("recipe") or {}).get("sha256")
             if run.recipe.endswith(".py") and begun_with not in (None, recipe["sha256"]):
                 self.say(f"{run.recipe} changed since the run began: it continues with the new one")
             if directory.is_first_rank():
-                directory.reopen(run, pinned, data.hashes, recipe)
+                directory.write_run_files(run, pinned, data.hashes, {"recipe": recipe})
         else:
             labels = data.facts.get("labels", ())
             directory.check_start(run.adapter, pinned, task.auto, labels)

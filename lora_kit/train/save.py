@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lora_kit.adapter.files import WEIGHTS
 from lora_kit.base.head import CAUSAL, Head
 from lora_kit.base.pin import Pinned
-from lora_kit.errors import CheckFailed, UserError
+from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import read_lock
 from lora_kit.tasks.task import Processor
@@ -122,11 +122,8 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
     """Write runs/<name>/adapter/ and complete the lock file. All ranks must call it.
 
     The folder is a standard PEFT adapter with its fresh modules in the same file, and the tokenizer
-    with its chat template, or another processor. It is renamed into place once it is complete and
-    all weights are finite.
-
-    Raises:
-        CheckFailed: a weight of the adapter is NaN or infinite.
+    with its chat template, or another processor. It is renamed into place once it is complete. Its
+    weights are finite: they were checked with the last checkpoint.
     """
     directory = trainer.guard.directory
     partial, adapter = directory / "adapter.partial", directory / "adapter"
@@ -145,7 +142,6 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
         if head.auto != CAUSAL:
             head.write(partial)
         processor.save_pretrained(str(partial))
-        _check_finite(partial / WEIGHTS)
         trainer.guard.audit.check_saved(partial / WEIGHTS)
         if adapter.exists():  # this run was stopped after saving
             shutil.rmtree(adapter)
@@ -165,15 +161,6 @@ def _name_base(config: Path, pinned: Pinned) -> None:
         # PEFT's loader would import the base's class, which is one of ours.
         values["auto_mapping"] = None
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_finite(weights: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    for name, weight in load_file(weights).items():
-        if not bool(torch.isfinite(weight).all()):
-            raise CheckFailed(f"{weights}: {name} is not finite: the adapter was not saved")
 
 
 def _hashes_of(adapter: Path, processor: Processor) -> dict[str, object]:

@@ -17,7 +17,7 @@ from lora_kit.errors import UserError
 from lora_kit.schema import Adapter, Train
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from lora_kit.base.load import Model
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class HeadOnly(Strategy):
         return {name: has for name, has in groups.items() if name != "adapter"}
 
 
-def choose(
-    train: Train, adapter: Adapter, model: PreTrainedModel, fresh: Sequence[str]
-) -> Strategy:
+def choose(train: Train, adapter: Adapter, model: Model, fresh: Sequence[str]) -> Strategy:
     """The strategy set in the run file.
 
     Args:
@@ -84,7 +82,7 @@ def _head_only(adapter: Adapter, fresh: Sequence[str]) -> Strategy:
     return HeadOnly(adapter.model_copy(update=own))
 
 
-def _top_layers(count: int, adapter: Adapter, model: PreTrainedModel) -> Strategy:
+def _top_layers(count: int, adapter: Adapter, model: Model) -> Strategy:
     """`train.top_layers: k`: LoRA in the k layers closest to the head; the layers below run without
     gradients."""
     if adapter.layers_to_transform is not None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
+from accelerate.utils import send_to_device
 from transformers.integrations import TensorBoardCallback
 
 from lora_kit.base.load import base_is_sharded
@@ -16,7 +15,7 @@ from lora_kit.errors import Interrupted, UserError
 from lora_kit.folders import check_room
 from lora_kit.schema import Run, Train
 from lora_kit.speed.fast import FixedLoss, documents_loss, make_fast, make_plain
-from lora_kit.speed.memory import recompute
+from lora_kit.speed.memory import Choice, recompute
 from lora_kit.speed.prefix import Prefix
 from lora_kit.tasks.batches import collator, in_one_row
 from lora_kit.tasks.packing import Packed, check_isolation, content_hash
@@ -76,17 +75,13 @@ def make_trainer(
     pooling = getattr(model, "pooling", None)
     add_to_lock(directory, fresh=list(fresh), **({"pooling": pooling} if pooling else {}))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _check_disk(directory, run.train, trainable)
+    keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
+    needed = checkpoint_bytes(trainable, keep, run.train.optim)
+    check_room(directory, needed, "lower train.save_total_limit")
 
     # The batch that the plan chose.
-    choice = plan.choice if plan and run.speed == "auto" else None
-    planned = {}
-    if choice:
-        planned = {
-            "per_device_train_batch_size": choice.micro_batch,
-            "gradient_accumulation_steps": choice.accumulation,
-            "gradient_checkpointing": False,  # only in the layers that `recompute` sets
-        }
+    choice: Choice | None = plan.choice if plan and run.speed == "auto" else None
+    planned = _planned(choice) if choice else {}
     trainer_class, arguments_class = task.classes()
     arguments = training_arguments(run, directory / "checkpoints", planned, arguments_class)
 
@@ -126,10 +121,13 @@ def make_trainer(
     return trainer
 
 
-def _check_disk(directory: Path, train: Train, trainable: int) -> None:
-    keep = train.save_total_limit + bool(train.eval_steps)  # the best one
-    needed = checkpoint_bytes(trainable, keep, train.optim)
-    check_room(directory, needed, "lower train.save_total_limit")
+def _planned(choice: Choice) -> dict[str, object]:
+    """Fields of `train:` as the plan sets them."""
+    return {
+        "per_device_train_batch_size": choice.micro_batch,
+        "gradient_accumulation_steps": choice.accumulation,
+        "gradient_checkpointing": False,  # only in the layers that `recompute` sets
+    }
 
 
 def _make_fast(
@@ -145,27 +143,21 @@ def _make_fast(
     else:
         rows = data.rows("train")
         first = [rows[number] for number in range(min(2, len(rows)))]
-        plain = make_fast(model, _rows_loss(task, run, model, processor, first), _FOR_ANY_MODEL)
+        plain = make_fast(model, _loss_of(first, task, run, model, processor), _FOR_ANY_MODEL)
     if plain:
         parts = "; ".join(f"{part} ({why})" for part, why in plain.items())
         say(f"speed: standard path for {parts}")
     return task.flat and "attention" not in plain
 
 
-def _rows_loss(
-    task: Task, run: Run, model: torch.nn.Module, processor: Processor, rows: Sequence[Row]
+def _loss_of(
+    rows: Sequence[Row], task: Task, run: Run, model: torch.nn.Module, processor: Processor
 ) -> FixedLoss:
     """The loss of rows, to compare the paths on."""
-    device = next(model.parameters()).device
     collate = task.collate(processor)
     assert collate is not None  # a task with its own loss has a collator
-    batch = collate(rows)
-
-    def loss(flat: bool) -> torch.Tensor:
-        moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        return task.loss(model, moved, task.items(moved), run.train)
-
-    return loss
+    batch = send_to_device(collate(rows), next(model.parameters()).device)
+    return lambda flat: task.loss(model, batch, task.items(batch), run.train)
 
 
 def _rows_and_collator(
@@ -211,18 +203,17 @@ def _frozen_prefix(trainer: Guards, rows: Rows | Packed) -> Prefix:
     """The layers below the adapter; their output is cached if rows are reused."""
     prefix = Prefix(trainer.model)
     if prefix.layers:
-        task = trainer.guard.task
+        task, train = trainer.guard.task, trainer.guard.run.train
         lengths = rows.lengths if isinstance(rows, Packed) else task.tokens(rows)
-        say(prefix.keep(lengths, content_hash(rows), _epochs(trainer.args, len(rows))))
+        say(prefix.keep(lengths, content_hash(rows), _epochs(train, len(rows))))
     return prefix
 
 
-def _epochs(arguments: TrainingArguments, rows: int) -> float:
-    """Number of epochs of a run."""
-    if arguments.max_steps <= 0:
-        return float(arguments.num_train_epochs)
-    step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return float(arguments.max_steps * step / rows)
+def _epochs(train: Train, rows: int) -> float:
+    """How often a run trains on each of its (packed) rows."""
+    if not train.max_steps:
+        return train.num_train_epochs
+    return train.max_steps * batch_geometry(train)["rows_per_step"] / max(1, rows)
 
 
 def too_little(task: Task, train: Train, data: Prepared, trainable: int) -> list[str]:
@@ -231,10 +222,7 @@ def too_little(task: Task, train: Train, data: Prepared, trainable: int) -> list
     Args:
         trainable: number of trainable parameters.
     """
-    rows, labels = len(data.train), task.supervised(data.rows("train"))
-    epochs = train.num_train_epochs
-    if train.max_steps:
-        epochs = train.max_steps * batch_geometry(train)["rows_per_step"] / max(1, rows)
+    labels, epochs = task.supervised(data.rows("train")), _epochs(train, len(data.train))
     lines = []
     if trainable > PARAMETERS_PER_LABEL * labels * epochs:
         lines.append(

@@ -112,7 +112,7 @@ PLAN = "from lora_kit.cli import main; main()"
 TRAIN = """
 import json, sys
 from lora_kit import launch, run
-from lora_kit.prove import finish
+from lora_kit.prove import evaluate
 from lora_kit.train.callbacks import peak_mib, read_metrics
 
 def measured(trainer, *_):
@@ -120,7 +120,7 @@ def measured(trainer, *_):
     last = [row for row in rows if "loss" in row][-1]
     return {"mib": peak_mib(), "tokens_per_second": last["tokens_per_second"]}
 
-finish.prove = measured
+evaluate.prove = measured
 print(json.dumps(launch.train(sys.argv[1], *sys.argv[2:])))
 """
 

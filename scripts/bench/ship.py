@@ -22,8 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -62,7 +66,7 @@ def make(folder: Path, shape: dict[str, Any]) -> Path:
     from safetensors.torch import save_file
 
     from lora_kit import nano
-    from lora_kit.base.tensors import INDEX, Writer
+    from lora_kit.base.tensors import INDEX, write_file
     from lora_kit.hashes import file_hash
 
     base, run = folder / "base", folder / "run"
@@ -97,18 +101,20 @@ def make(folder: Path, shape: dict[str, Any]) -> Path:
     names = list(entries)
     each = -(-len(names) // SHARDS)
     index: dict[str, str] = {}
+
+    def random_weights(name: str) -> Iterator[torch.Tensor]:
+        left = int(np.prod(entries[name]))
+        while left:
+            part = random.integers(0, 2**16, min(left, 2**23), np.uint16)
+            part = (part & 0x80FF) | 0x3C00  # of either sign, about 0.01 to 0.03
+            yield torch.from_numpy(part).view(torch.bfloat16)
+            left -= len(part)
+
     for number in range(SHARDS):
         own = names[number * each : (number + 1) * each]
         file = base / f"model-{number + 1:05}-of-{SHARDS:05}.safetensors"
         index |= dict.fromkeys(own, file.name)
-        with Writer(file, {name: ("BF16", entries[name]) for name in own}) as writer:
-            for name in own:
-                left = 2 * int(np.prod(entries[name]))
-                while left:
-                    part = random.integers(0, 2**16, min(left, 2**24) // 2, np.uint16)
-                    part = (part & 0x80FF) | 0x3C00  # of either sign, about 0.01 to 0.03
-                    writer.append(name, part.view(np.uint8))
-                    left -= 2 * len(part)
+        write_file(file, {name: ("BF16", entries[name]) for name in own}, random_weights)
     (base / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     for file in nano.MODEL.glob("token*"):
         shutil.copy(file, base)

@@ -21,7 +21,7 @@ from test_train_settings import TRAIN
 import lora_kit
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import RunFileError, UserError
-from lora_kit.run import schema_of, validated
+from lora_kit.run import run_class, schema_of
 from lora_kit.tasks.causal import Conversations, Text
 from lora_kit.tasks.encode import rows_of
 from lora_kit.tasks.preference import Preference
@@ -224,7 +224,7 @@ def settings(recipe: str, changes: dict[str, Any], files: dict[str, str]) -> Any
     for key, value in changes.items():
         section, _, name = key.partition(".")
         values.setdefault(section, {})[name] = files.get(str(value), value)
-    return validated(values, TASKS[recipe])
+    return run_class(TASKS[recipe]).model_validate(values)
 
 
 @pytest.mark.parametrize(("recipe", "key", "value"), CHANGES)
