@@ -213,7 +213,8 @@ class Task:
         return None
 
     def packing(self, data: Data) -> str:
-        """The packing in use: `none`, `documents` or `running` (see `data.packing`)."""
+        """The packing in use: `none`, `documents` or `running` (see `data.packing`). With
+        `documents`, rows of `input_ids` and `labels` are packed after `arrange`."""
         return "none"
 
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
