@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_kit.errors import in_a_line
 from lora_kit.speed import attention, linear, norm
 from lora_kit.speed.loss import causal_loss, causal_nats, labelled_places
 from lora_kit.speed.patch import also_without_gradients, part_of, put_in, take_out
@@ -51,8 +52,7 @@ def make_fast(
     Args:
         model: on its device, with the adapter attached.
         fixed_loss: returns the loss of the same batch on each call, with gradients.
-        parts: keys of `PARTS` to try; None: all. `attention` and `loss` are for causal language
-            models only.
+        parts: keys of `PARTS` to try, such as FOR_ANY_MODEL; None: all.
 
     Returns:
         {part: why it was not installed}. Batches may be without padding (`documents`) unless
@@ -76,7 +76,7 @@ def make_fast(
                 if name == "attention" and not _keeps_apart(model):
                     wrong = "attends across documents"
             except Exception as error:  # an untested architecture can raise anything
-                wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                wrong = in_a_line(error)
             if wrong:
                 remove(model)
                 plain[name] = wrong
@@ -91,6 +91,8 @@ def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -
         pad, concatenate: collators of rows with `input_ids` and `labels`, with and without padding.
     """
 
+    from accelerate.utils import send_to_device
+
     def loss(flat: bool) -> torch.Tensor:
         weight = embedding_weight(model)
         noise = torch.Generator().manual_seed(0)
@@ -98,8 +100,8 @@ def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -
         rows = [torch.randint(0, len(weight), (n,), generator=noise).numpy() for n in lengths]
         collate = concatenate if flat else pad
         batch = collate([{"input_ids": row, "labels": row.copy()} for row in rows])
-        moved = {k: v.to(weight.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        found: torch.Tensor = model(**moved, num_items_in_batch=sum(lengths)).loss
+        batch = send_to_device(batch, weight.device)
+        found: torch.Tensor = model(**batch, num_items_in_batch=sum(lengths)).loss
         return found
 
     return loss
@@ -202,6 +204,7 @@ PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
     "attention": (_install_attention, _remove_attention),
     "loss": (_install_loss, _remove_loss),
 }
+FOR_ANY_MODEL = ("linear", "norm")  # the other parts are for causal language models
 
 
 def _with_forward(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from lora_kit import cache
+from lora_kit.errors import in_a_line
 from lora_kit.schema import Json
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ class Prefix:
                     self._kept = torch.cat(states.split([len(a), len(b)], 1)[::-1], 1)
                     found = logits(b, a)
         except Exception as error:  # an untested architecture can raise anything
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            return in_a_line(error)
         finally:
             hook.remove()
             self.model.train(training)

@@ -14,7 +14,7 @@ from lora_kit.tasks.measure import generate
 from lora_kit.tasks.task import Processor, Score, mean_score
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from lora_kit.adapter.load import PeftModel
 
 Question = tuple[list[int], list[int]]  # tokens of a prompt and of its reference completion
 _SHOWN_EACH = 2  # samples of each kind: first, largest gain, largest loss

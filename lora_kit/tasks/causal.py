@@ -35,8 +35,8 @@ from lora_kit.tasks.task import (
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
+    from lora_kit.adapter.load import PeftModel
     from lora_kit.base.pin import Pinned
     from lora_kit.schema import Data, Json, Run, Train
     from lora_kit.tasks.encode import Prepared

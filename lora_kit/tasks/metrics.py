@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, in_a_line
 from lora_kit.run import nearest
 from lora_kit.trust import metrics_checked
 
@@ -210,8 +210,3 @@ def _from_evaluate(name: str) -> Metric:
         return value
 
     return metric
-
-
-def in_a_line(error: BaseException) -> str:
-    """An exception's type and message in one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_kit.data.formats import FORMATS
-from lora_kit.errors import LoraKitError, UserError
+from lora_kit.errors import LoraKitError, UserError, in_a_line
 from lora_kit.run import nearest
 from lora_kit.schema import Json
 from lora_kit.tasks.task import Task
@@ -47,9 +47,9 @@ def load_recipe(file: Path) -> Recipe:
     except LoraKitError:
         raise
     except (Exception, SystemExit) as error:  # the user's code can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         line = _line_in(error, file)
-        raise UserError(f"recipe: {file}{line}: cannot be imported: {reason}") from error
+        why = in_a_line(error)
+        raise UserError(f"recipe: {file}{line}: cannot be imported: {why}") from error
     task, main = getattr(module, "TASK", None), getattr(module, "main", None)
     problems = _problems(task)
     if not callable(main):

@@ -26,9 +26,9 @@ from lora_kit.schema import Data, Json, Prove, Section, Train
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import Trainer, TrainingArguments
 
+    from lora_kit.adapter.load import PeftModel
     from lora_kit.base.head import Head
     from lora_kit.base.load import Model
     from lora_kit.base.pin import Pinned
