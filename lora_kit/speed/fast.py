@@ -65,7 +65,7 @@ def make_fast(
             expected = _loss_and_gradients(model, fixed_loss, flat=False)
         except Exception as error:  # for instance nothing trains, which the audit reports
             return dict.fromkeys(tried, f"cannot be tested: {type(error).__name__}")
-        for name, (install, remove) in tried.items():
+        for name, install in tried.items():
             flat = name in ("attention", "loss") and "attention" not in plain
             try:
                 if not install(model):
@@ -78,7 +78,7 @@ def make_fast(
             except Exception as error:  # an untested architecture can raise anything
                 wrong = in_a_line(error)
             if wrong:
-                remove(model)
+                _remove(model, name)
                 plain[name] = wrong
     # A model without RMSNorm is not worth reporting.
     return {name: why for name, why in plain.items() if (name, why) != ("norm", UNSUPPORTED)}
@@ -148,8 +148,16 @@ def _unwrapped(model: torch.nn.Module) -> PreTrainedModel:
 
 def make_plain(model: torch.nn.Module) -> None:
     """Remove the fast paths."""
-    for _, remove in reversed(PARTS.values()):
-        remove(model)
+    for part in reversed(PARTS):
+        _remove(model, part)
+
+
+def _remove(model: torch.nn.Module, part: str) -> None:
+    take_out(model, part)
+    if takes_flat(model) and part == "attention":
+        causal_model(model).set_attn_implementation("sdpa")
+    elif takes_flat(model) and part == "loss":  # whose forward replaced that of `attention`
+        _with_forward(causal_model(model), _without_padding, "attention")
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:
@@ -170,13 +178,6 @@ def _install_attention(model: torch.nn.Module) -> bool:
     return True
 
 
-def _remove_attention(model: torch.nn.Module) -> None:
-    whole = causal_model(model)
-    if takes_flat(model):
-        whole.set_attn_implementation("sdpa")
-        take_out(model, "attention")
-
-
 def _install_loss(model: torch.nn.Module) -> bool:
     whole = causal_model(model)
     head = whole.get_output_embeddings()
@@ -190,19 +191,12 @@ def _install_loss(model: torch.nn.Module) -> bool:
     return True
 
 
-def _remove_loss(model: torch.nn.Module) -> None:
-    whole = causal_model(model)
-    take_out(model, "loss")
-    if takes_flat(model):
-        _with_forward(whole, _without_padding, "attention")
-
-
 # In the order of installation; the last two replace the forward of the whole model.
-PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
-    "linear": (linear.install, functools.partial(take_out, part="linear")),
-    "norm": (norm.install, functools.partial(take_out, part="norm")),
-    "attention": (_install_attention, _remove_attention),
-    "loss": (_install_loss, _remove_loss),
+PARTS: dict[str, Callable[[torch.nn.Module], object]] = {
+    "linear": linear.install,
+    "norm": norm.install,
+    "attention": _install_attention,
+    "loss": _install_loss,
 }
 FOR_ANY_MODEL = ("linear", "norm")  # the other parts are for causal language models
 

@@ -166,7 +166,7 @@ def assume_fast(model: torch.nn.Module, flat: bool = True) -> bool:
     Args:
         flat: the task allows batches without padding; otherwise only the fast layers are installed.
     """
-    for name, (install, _) in fast.PARTS.items():
+    for name, install in fast.PARTS.items():
         if flat or name in fast.FOR_ANY_MODEL:
             install(model)
     return flat and fast.takes_flat(model)
