@@ -213,14 +213,14 @@ class Prefix:
         states = self._checked_states()
         if isinstance(states, str):
             return f"{frozen}; their output is not cached: {states}"
-        text = json.dumps(self._about(content), sort_keys=True, default=str)
-        key = hashlib.sha256(text.encode()).hexdigest()[:32]
+        about = self._about(content)
 
         def describe(new: Path) -> None:
+            text = json.dumps(about, sort_keys=True, default=str)
             (new / "about.json").write_text(text, encoding="utf-8")
 
         try:
-            file = cache.prepared(key, describe) / STATES
+            file = cache.prepared(cache.key_of(about), describe) / STATES
             return frozen + self._open_store(file, lengths, states, epochs)
         except OSError as error:
             return f"{frozen}; their output is not cached: {error.strerror}"
