@@ -75,6 +75,11 @@ class NotUsable(Exception):
         self.detail = detail
 
 
+def in_a_line(error: BaseException) -> str:
+    """An exception's type and message in one line of at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def harmless(text: str) -> str:
     """Text with control and bidirectional formatting characters replaced by their code points."""
     kept = {

@@ -188,7 +188,7 @@ def test_a_model_that_looks_across_documents_is_found_out() -> None:
     """Also where that changes the gradients by less than rounding in 16 bits may."""
     for family, apart in (("lfm2", False), ("llama", True), ("jetmoe", True)):
         model = model_of(family)
-        for install, _ in fast.PARTS.values():
+        for install in fast.PARTS.values():
             install(model)
         assert fast._keeps_apart(model.eval()) is apart
 

@@ -50,9 +50,9 @@ def recipe(work: Path) -> Path:
     text = (shipped("recipes") / "sft.py").read_text(encoding="utf-8")
     assert text.count("\nTASK = Conversations()\n") == 1
     text = text.replace("\nTASK = Conversations()\n", TASK)
-    imports = "from lora_kit.schema import Train\nfrom lora_kit.tasks.task import Task\n"
-    imports += "from typing import Any\n"
-    file.write_text(text.replace("from typing import Any\n", imports), encoding="utf-8")
+    imports = "from lora_kit.schema import Json, Run"
+    more = f"{imports}, Train\nfrom lora_kit.tasks.task import Task"
+    file.write_text(text.replace(imports, more), encoding="utf-8")
     return file
 
 

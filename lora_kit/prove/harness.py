@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, in_a_line
 from lora_kit.run import nearest
 from lora_kit.schema import Json
 from lora_kit.tasks.bootstrap import compared
-from lora_kit.tasks.metrics import check_each, in_a_line
+from lora_kit.tasks.metrics import check_each
 from lora_kit.tasks.task import Processor, mean_score
 from lora_kit.trust import check_own, metrics_checked
 

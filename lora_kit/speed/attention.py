@@ -28,8 +28,15 @@ _KINDS = ("full_attention", _SLIDING)
 # Arguments that do not change the arithmetic below; any other (softcap, sinks, a position bias) is
 # unsupported.
 _HARMLESS = {
-    *("position_ids", "use_cache", "cache_position", "past_key_values", "is_causal"),
-    *("num_items_in_batch", "output_attentions", "output_hidden_states", "position_embeddings"),
+    "cache_position",
+    "is_causal",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "use_cache",
 }
 
 _States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
@@ -185,7 +192,8 @@ def attention(
     unknown = sorted(given - _HARMLESS)
     if unknown or dropout or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'}")
-    if (kind := _kind(module)) not in _KINDS or (kind == _SLIDING and sliding_window is None):
+    kind = _kind(module)
+    if kind not in _KINDS or (kind == _SLIDING and sliding_window is None):
         raise NotImplementedError(f"{kind}, which needs a mask")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     compute = _on_gpu if query.is_cuda else _on_cpu

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_kit.errors import in_a_line
 from lora_kit.speed import attention, linear, norm
 from lora_kit.speed.loss import causal_loss, causal_nats, labelled_places
 from lora_kit.speed.patch import also_without_gradients, part_of, put_in, take_out
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]  # rows -> a batch
-# Loss of a fixed batch for comparing paths: (flat: without padding) -> float32 ().
-Probe = Callable[[bool], torch.Tensor]
+# The loss of a fixed batch, to compare paths on: (flat: without padding) -> float32 ().
+FixedLoss = Callable[[bool], torch.Tensor]
 
 # Relative differences due to rounding, of the loss and of the concatenated gradients; a wrong
 # scale, mask or term causes larger ones.
@@ -40,7 +41,7 @@ _IGNORED = -100  # torch's ignore_index
 
 
 def make_fast(
-    model: torch.nn.Module, probe: Probe, parts: Sequence[str] | None = None
+    model: torch.nn.Module, fixed_loss: FixedLoss, parts: Sequence[str] | None = None
 ) -> dict[str, str]:
     """Install the fast paths into a PEFT model, before it is wrapped for training.
 
@@ -50,9 +51,8 @@ def make_fast(
 
     Args:
         model: on its device, with the adapter attached.
-        probe: returns the loss of the same batch on each call, with gradients.
-        parts: keys of `PARTS` to try; None: all. `attention` and `loss` are for causal language
-            models only.
+        fixed_loss: returns the loss of the same batch on each call, with gradients.
+        parts: keys of `PARTS` to try, such as FOR_ANY_MODEL; None: all.
 
     Returns:
         {part: why it was not installed}. Batches may be without padding (`documents`) unless
@@ -62,34 +62,36 @@ def make_fast(
     tried = {name: PARTS[name] for name in PARTS if parts is None or name in parts}
     with _random_adapter(model):
         try:
-            expected = _loss_and_gradients(model, probe, flat=False)
+            expected = _loss_and_gradients(model, fixed_loss, flat=False)
         except Exception as error:  # for instance nothing trains, which the audit reports
             return dict.fromkeys(tried, f"cannot be tested: {type(error).__name__}")
-        for name, (install, remove) in tried.items():
+        for name, install in tried.items():
             flat = name in ("attention", "loss") and "attention" not in plain
             try:
                 if not install(model):
                     plain[name] = UNSUPPORTED
                     continue
-                found = _loss_and_gradients(model, probe, flat)
+                found = _loss_and_gradients(model, fixed_loss, flat)
                 wrong = _difference(expected, found, _dtype(model))
                 if name == "attention" and not _keeps_apart(model):
                     wrong = "attends across documents"
             except Exception as error:  # an untested architecture can raise anything
-                wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                wrong = in_a_line(error)
             if wrong:
-                remove(model)
+                _remove(model, name)
                 plain[name] = wrong
     # A model without RMSNorm is not worth reporting.
     return {name: why for name, why in plain.items() if (name, why) != ("norm", UNSUPPORTED)}
 
 
-def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -> Probe:
+def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -> FixedLoss:
     """The loss of two documents, to compare the paths of a causal language model on.
 
     Args:
         pad, concatenate: collators of rows with `input_ids` and `labels`, with and without padding.
     """
+
+    from accelerate.utils import send_to_device
 
     def loss(flat: bool) -> torch.Tensor:
         weight = embedding_weight(model)
@@ -98,8 +100,8 @@ def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -
         rows = [torch.randint(0, len(weight), (n,), generator=noise).numpy() for n in lengths]
         collate = concatenate if flat else pad
         batch = collate([{"input_ids": row, "labels": row.copy()} for row in rows])
-        moved = {k: v.to(weight.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        found: torch.Tensor = model(**moved, num_items_in_batch=sum(lengths)).loss
+        batch = send_to_device(batch, weight.device)
+        found: torch.Tensor = model(**batch, num_items_in_batch=sum(lengths)).loss
         return found
 
     return loss
@@ -146,8 +148,16 @@ def _unwrapped(model: torch.nn.Module) -> PreTrainedModel:
 
 def make_plain(model: torch.nn.Module) -> None:
     """Remove the fast paths."""
-    for _, remove in reversed(PARTS.values()):
-        remove(model)
+    for part in reversed(PARTS):
+        _remove(model, part)
+
+
+def _remove(model: torch.nn.Module, part: str) -> None:
+    take_out(model, part)
+    if takes_flat(model) and part == "attention":
+        causal_model(model).set_attn_implementation("sdpa")
+    elif takes_flat(model) and part == "loss":  # whose forward replaced that of `attention`
+        _with_forward(causal_model(model), _without_padding, "attention")
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:
@@ -168,13 +178,6 @@ def _install_attention(model: torch.nn.Module) -> bool:
     return True
 
 
-def _remove_attention(model: torch.nn.Module) -> None:
-    whole = causal_model(model)
-    if takes_flat(model):
-        whole.set_attn_implementation("sdpa")
-        take_out(model, "attention")
-
-
 def _install_loss(model: torch.nn.Module) -> bool:
     whole = causal_model(model)
     head = whole.get_output_embeddings()
@@ -188,20 +191,14 @@ def _install_loss(model: torch.nn.Module) -> bool:
     return True
 
 
-def _remove_loss(model: torch.nn.Module) -> None:
-    whole = causal_model(model)
-    take_out(model, "loss")
-    if takes_flat(model):
-        _with_forward(whole, _without_padding, "attention")
-
-
 # In the order of installation; the last two replace the forward of the whole model.
-PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
-    "linear": (linear.install, functools.partial(take_out, part="linear")),
-    "norm": (norm.install, functools.partial(take_out, part="norm")),
-    "attention": (_install_attention, _remove_attention),
-    "loss": (_install_loss, _remove_loss),
+PARTS: dict[str, Callable[[torch.nn.Module], object]] = {
+    "linear": linear.install,
+    "norm": norm.install,
+    "attention": _install_attention,
+    "loss": _install_loss,
 }
+FOR_ANY_MODEL = ("linear", "norm")  # the other parts are for causal language models
 
 
 def _with_forward(
@@ -214,7 +211,7 @@ def _with_forward(
 
 def _without_padding(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, **inputs: Any) -> Any:
-        return plain(self, **_alone(inputs))
+        return plain(self, **_own_inputs(inputs))
 
     return forward
 
@@ -224,12 +221,14 @@ def _with_own_loss(plain: Callable[..., Any]) -> Callable[..., Any]:
         from transformers.modeling_outputs import CausalLMOutput
 
         if args or inputs.get("labels") is None:
-            return plain(self, *args, **_alone(inputs))
-        labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
-        places, reduction = inputs.pop("places", None), inputs.pop("reduction", "mean")
+            return plain(self, *args, **_own_inputs(inputs))
+        labels = inputs.pop("labels")
+        items = inputs.pop("num_items_in_batch", None)
+        places = inputs.pop("places", None)
+        reduction = inputs.pop("reduction", "mean")
         # A KV cache would take memory and defeat the separation of packed documents.
         inputs["use_cache"] = False
-        hidden = self.base_model(**_alone(inputs))[0]
+        hidden = self.base_model(**_own_inputs(inputs))[0]
         head = self.get_output_embeddings().weight
         if reduction == "none":
             return CausalLMOutput(loss=causal_nats(hidden, head, labels, places))
@@ -238,7 +237,7 @@ def _with_own_loss(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _alone(inputs: dict[str, Any]) -> dict[str, Any]:
+def _own_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """The model's own inputs of a batch.
 
     A batch with `documents` gets an empty four-dimensional mask, which transformers passes through
@@ -297,14 +296,14 @@ def _random_adapter(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _loss_and_gradients(
-    model: torch.nn.Module, probe: Probe, flat: bool
+    model: torch.nn.Module, fixed_loss: FixedLoss, flat: bool
 ) -> tuple[float, torch.Tensor]:
-    """The loss of the probe's batch, and all gradients concatenated, float32."""
+    """The loss of the fixed batch, and all gradients concatenated, float32."""
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
     mixed = device.type == "cuda" and _dtype(model) == torch.bfloat16  # as in the trainer
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        loss = probe(flat)
+        loss = fixed_loss(flat)
     loss.backward()
     grads = [p.grad.float().reshape(-1) for p in model.parameters() if p.grad is not None]
     return float(loss.detach()), torch.cat(grads)
@@ -318,7 +317,8 @@ def _lengths(config: Any) -> tuple[int, int]:
         if ("window" in name or "chunk" in name) and isinstance(value, int)
     ]
     room = getattr(config, "max_position_embeddings", None) or _MOST
-    return min(max([_TOKENS[0], *(n + 11 for n in ends if n <= _MOST)]), room), _TOKENS[1]
+    longest = max([_TOKENS[0], *(n + 11 for n in ends if n <= _MOST)])
+    return min(longest, room), _TOKENS[1]
 
 
 def _keeps_apart(model: torch.nn.Module) -> bool:

@@ -80,8 +80,10 @@ def install(model: torch.nn.Module) -> int:
     changed = 0
     modules: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for module in modules:
-        free = part_of(module) is None  # not patched by another library
-        if free and (dense := _dense(module)) is not None:
+        if part_of(module) is not None:  # patched by another library
+            continue
+        dense = _dense(module)
+        if dense is not None:
             put_in(module, _forward(module.forward, dense), "linear")
             changed += 1
     return changed

@@ -29,14 +29,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATEN = torch.ops.aten
-for _end in (
-    "",
-    "_backward",
-):  # torch registers FLOPs for the GPU kernel only; the CPU's are the same
-    _gpu, _cpu = (f"_scaled_dot_product_flash_attention{where}{_end}" for where in ("", "_for_cpu"))
-    flop_registry[getattr(_ATEN, _cpu)] = flop_registry[getattr(_ATEN, _gpu)]
-for _name in ("addmm", "baddbmm"):  # in-place variants have no entry
-    flop_registry[getattr(_ATEN, f"{_name}_")] = flop_registry[getattr(_ATEN, _name)]
+# FLOPs that torch does not register: of the CPU's attention, which are those of the GPU's, and of
+# operations in place.
+for _known, _missing in (
+    ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+    (
+        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+    ("addmm", "addmm_"),
+    ("baddbmm", "baddbmm_"),
+):
+    flop_registry[getattr(_ATEN, _missing)] = flop_registry[getattr(_ATEN, _known)]
 CALL_S = 15e-6  # seconds of overhead per operation, including autograd
 _MARGIN = 0.10  # share of the available memory that is left free
 # Allocator overhead, fitted to measurements of scripts/bench/memory.py on a CPU: glibc splits freed
@@ -121,7 +125,7 @@ def choose_batch(
     """The fastest way to run a step of `rows` rows in micro-batches of at most `own` rows.
 
     Args:
-        again: numbers of recomputed layers to choose_batch from; nine evenly spaced ones are tried.
+        again: numbers of recomputed layers to choose from; nine evenly spaced ones are tried.
         fits, seconds: functions of (micro-batch, recomputed layers), for one micro-batch; more
             recomputed layers take less memory and more time.
 
@@ -162,8 +166,8 @@ def assume_fast(model: torch.nn.Module, flat: bool = True) -> bool:
     Args:
         flat: the task allows batches without padding; otherwise only the fast layers are installed.
     """
-    for name, (install, _) in fast.PARTS.items():
-        if flat or name in ("linear", "norm"):
+    for name, install in fast.PARTS.items():
+        if flat or name in fast.FOR_ANY_MODEL:
             install(model)
     return flat and fast.takes_flat(model)
 
@@ -230,7 +234,8 @@ class _CostCounter(TorchDispatchMode):
             read = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
             size = sum(x.numel() * x.element_size() for x in read + made)
             flops = 0
-            if formula := flop_registry.get(func.overloadpacket):
+            formula = flop_registry.get(func.overloadpacket)
+            if formula is not None:
                 flops = int(formula(*args, **kwargs, out_val=out))
             self.done[flops, size, str(made[0].dtype).removeprefix("torch.")] += 1
         for tensor in made:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from lora_kit import cache
+from lora_kit.errors import in_a_line
 from lora_kit.schema import Json
 
 if TYPE_CHECKING:
@@ -110,28 +111,31 @@ class Store:
         states = states[:, :count]
         if not self.grows or not bool(torch.isfinite(states).all()):
             return
+        found = (*states.shape, states.dtype)
+        wanted = (1, count, self.width, self.dtype)
+        if found != wanted:
+            self._stop(f"{found} instead of {wanted}")
+            return
         try:
-            wanted = (1, count, self.width, self.dtype)
-            if (*states.shape, states.dtype) != wanted:
-                raise OSError(0, f"{(*states.shape, states.dtype)} instead of {wanted}")
             for row, part in self._parts(rows, states[0].detach().cpu().contiguous()):
                 os.pwritev(self.file, [_checksum(part), part], int(self.starts[row]))
         except OSError as error:
-            self.grows = False
-            print(
-                f"speed: stopped caching hidden states: {error.strerror}",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._stop(str(error.strerror))
 
-    def _parts(self, rows: Sequence[int], states: torch.Tensor) -> Iterator[tuple[int, Any]]:
+    def _stop(self, why: str) -> None:
+        self.grows = False
+        print(f"speed: stopped caching hidden states: {why}", file=sys.stderr, flush=True)
+
+    def _parts(self, rows: Sequence[int], states: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
         """(row, its bytes) of (tokens, width)."""
         ends = np.cumsum(self.lengths[list(rows)])[:-1]
         # numpy has no bfloat16.
-        yield from zip(rows, np.split(states.view(torch.uint8).numpy(), ends), strict=True)
+        parts = np.split(states.view(torch.uint8).numpy(), ends)
+        for row, part in zip(rows, parts, strict=True):
+            yield row, part.data
 
 
-def _checksum(part: Any) -> bytes:
+def _checksum(part: memoryview) -> bytes:
     return zlib.crc32(part).to_bytes(_CHECK_BYTES, "little")
 
 
@@ -192,13 +196,13 @@ class Prefix:
 
         return forward
 
-    def keep(self, lengths: np.ndarray, content: str, passes: float) -> str:
+    def keep(self, lengths: np.ndarray, content: str, epochs: float) -> str:
         """Cache the states of the training rows, if they are reused and the model allows it.
 
         Args:
             lengths: int64 (rows,), tokens per row; `batch` takes row indices.
             content: a hash of all rows' tokens and their boundaries.
-            passes: epochs of this run.
+            epochs: of this run.
 
         Returns:
             The decision and its reason, in one line for the log.
@@ -206,27 +210,27 @@ class Prefix:
         if not self.layers:
             return "frozen layers: none below the trained ones"
         frozen = f"frozen layers: the first {len(self.layers)} run without gradients"
-        states = self._try()
+        states = self._checked_states()
         if isinstance(states, str):
             return f"{frozen}; their output is not cached: {states}"
-        text = json.dumps(self._about(content), sort_keys=True, default=str)
-        key = hashlib.sha256(text.encode()).hexdigest()[:32]
+        about = self._about(content)
 
         def describe(new: Path) -> None:
+            text = json.dumps(about, sort_keys=True, default=str)
             (new / "about.json").write_text(text, encoding="utf-8")
 
         try:
-            file = cache.prepared(key, describe) / STATES
-            return frozen + self._open_store(file, lengths, states, passes)
+            file = cache.prepared(cache.key_of(about), describe) / STATES
+            return frozen + self._open_store(file, lengths, states, epochs)
         except OSError as error:
             return f"{frozen}; their output is not cached: {error.strerror}"
 
     def _open_store(
-        self, file: Path, lengths: np.ndarray, states: torch.Tensor, passes: float
+        self, file: Path, lengths: np.ndarray, states: torch.Tensor, epochs: float
     ) -> str:
         existing = file.stat() if file.exists() else None
         earlier = existing is not None and existing.st_size > 0
-        if passes <= 1 and not earlier:
+        if epochs <= 1 and not earlier:
             return "; their output is not cached: there is only one epoch"
         needed = int(lengths.sum()) * states[0, 0].nbytes
         free = shutil.disk_usage(file.parent).free + (existing.st_blocks * 512 if existing else 0)
@@ -239,7 +243,7 @@ class Prefix:
         used = "reusing an earlier run's" if earlier else "later epochs skip them"
         return f"; their output is cached ({size}): {used}"
 
-    def _try(self) -> torch.Tensor | str:
+    def _checked_states(self) -> torch.Tensor | str:
         """Run two documents with the layers, and again with cached states in reverse order. Returns
         the states (1, tokens, width) if the logits agree, else the reason why they do not."""
         embeddings = embedding_weight(self.model)
@@ -281,7 +285,7 @@ class Prefix:
                     self._kept = torch.cat(states.split([len(a), len(b)], 1)[::-1], 1)
                     found = logits(b, a)
         except Exception as error:  # an untested architecture can raise anything
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            return in_a_line(error)
         finally:
             hook.remove()
             self.model.train(training)
@@ -312,11 +316,12 @@ def described(model: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> Json:
         "attention": config._attn_implementation,
         "device": model.device.type,
         "config": config.to_dict() | {"_name_or_path": None},
-        "weights": hashlib.sha256(str([_sum(t) for t in tensors]).encode()).hexdigest(),
+        "weights": hashlib.sha256(str([_fingerprint(t) for t in tensors]).encode()).hexdigest(),
     }
 
 
-def _sum(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _fingerprint(tensor: torch.Tensor) -> tuple[str | int, ...]:
+    """Type, shape and CRC-32 of the data."""
     raw: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     return (str(tensor.dtype), *tensor.shape, zlib.crc32(raw))
 

@@ -1,1 +1,7 @@
-"""One file a kind of work: examples to features, batches, loss and scores."""
+"""Tasks: what a row is, what is trained on, and how the result is scored.
+
+In come examples (text and columns), the tokenizer and a model; out go rows of numbers, batches,
+losses and scores. task.py is the contract; causal.py, sequence.py and preference.py are the tasks;
+encode.py applies one to all examples. The other files are what they are made of: chat templates,
+collators, generation, metrics, baselines and confidence intervals.
+"""

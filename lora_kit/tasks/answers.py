@@ -14,13 +14,13 @@ from lora_kit.tasks.measure import generate
 from lora_kit.tasks.task import Processor, Score, mean_score
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from lora_kit.adapter.load import PeftModel
 
 Question = tuple[list[int], list[int]]  # tokens of a prompt and of its reference completion
 _SHOWN_EACH = 2  # samples of each kind: first, largest gain, largest loss
 _SHOWN_TOKENS = 48
 _LONGEST = 512  # tokens of a completion at most
-LONGER = 8  # tokens beyond the longest reference completion
+BEYOND_REFERENCE = 8  # tokens generated beyond the longest reference completion
 
 
 def question(row: Row, chat: bool) -> Question:
@@ -58,7 +58,7 @@ def completion_scores(
     asked = [question(rows[n], chat) for n in numbers]
     wanted = [text_of(processor, answer) for _, answer in asked]
     # Tokens beyond the longest reference cannot make a completion right.
-    length = min(_LONGEST, max(len(answer) for _, answer in asked) + LONGER)
+    length = min(_LONGEST, max(len(answer) for _, answer in asked) + BEYOND_REFERENCE)
     found = generate(model, processor, [prompt for prompt, _ in asked], length)
     scores = []
     for name in names:

@@ -106,23 +106,22 @@ def halves(batch: Batch, together: int = 1) -> list[tuple[Batch, list[int]]]:
     Returns:
         Of each part its tensors (and `documents`), and the indices of its rows in the batch.
     """
-    documents = batch.get("documents")
-    if documents is not None:
-        lengths = np.reshape(documents, (-1, together)).sum(1)
-        order = np.arange(len(lengths))
-        ends = np.cumsum(lengths)
-        middle = int(np.argmin(abs(ends[:-1] - ends[-1] / 2))) + 1 if len(lengths) > 1 else 0
-    else:
-        lengths = np.reshape(_lengths(batch), (-1, together)).max(1)
-        order = np.argsort(-lengths, kind="stable")
-        middle = len(lengths) // 2
-    if not middle:
+    flat = "documents" in batch
+    lengths = np.reshape(batch["documents"] if flat else _lengths(batch), (-1, together))
+    if len(lengths) < 2:
         return []
+    if flat:
+        ends = np.cumsum(lengths.sum(1))
+        order = np.arange(len(lengths))
+        middle = int(np.argmin(abs(ends[:-1] - ends[-1] / 2))) + 1
+    else:
+        order = np.argsort(-lengths.max(1), kind="stable")
+        middle = len(lengths) // 2
+    groups = np.arange(lengths.size).reshape(-1, together)[order]
     parts = []
-    for some in (order[:middle], order[middle:]):
-        rows = (some[:, None] * together + np.arange(together)).reshape(-1).tolist()
-        part = _padded_rows(batch, rows) if documents is None else _documents(batch, rows)
-        parts.append((part, rows))
+    for some in (groups[:middle], groups[middle:]):
+        rows = some.reshape(-1).tolist()
+        parts.append((_documents(batch, rows) if flat else _padded_rows(batch, rows), rows))
     return parts
 
 

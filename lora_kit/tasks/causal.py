@@ -20,7 +20,7 @@ from lora_kit.data.formats import FORMATS, Example
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import NotUsable, UserError
 from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row, labels_with_loss
-from lora_kit.tasks.chat import ChatEncoder, Encoded
+from lora_kit.tasks.chat import ChatEncoder, word_encoder
 from lora_kit.tasks.task import (
     Batch,
     Collate,
@@ -32,12 +32,11 @@ from lora_kit.tasks.task import (
     Shown,
     Task,
 )
-from lora_kit.tasks.words import WordEncoder
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
+    from lora_kit.adapter.load import PeftModel
     from lora_kit.base.pin import Pinned
     from lora_kit.schema import Data, Json, Run, Train
     from lora_kit.tasks.encode import Prepared
@@ -87,7 +86,8 @@ class Causal(Task):
         from lora_kit.tasks.measure import measure
 
         scores = measure(model, rows, processor.pad_token_id).scores()
-        if names := run.prove.metrics:
+        names = run.prove.metrics
+        if names:
             numbers = drawn(rows, run.prove.answers, run.seed)
             scores += completion_scores(model, rows, self.chat, processor, names, numbers)
         return scores
@@ -126,7 +126,7 @@ class Causal(Task):
 
         longest = int(data.eval.sizes("input_ids").max())
         if run.prove.metrics:
-            longest += answers.LONGER  # of a generated completion
+            longest += answers.BEYOND_REFERENCE  # of a generated completion
         examples = few_shot.choose_examples(
             data.rows("train"), longest, positions(model), run.prove.shots, self.chat, run.seed
         )
@@ -192,8 +192,11 @@ class Text(Causal):
 
     formats = ("text",)
     unread = (
-        *("data.chat_template", "data.labels", "data.supervise"),
-        *("prove.metrics", "prove.answers"),
+        "data.chat_template",
+        "data.labels",
+        "data.supervise",
+        "prove.metrics",
+        "prove.answers",
     )
 
     def facts(self, train: Examples, data: Data) -> Facts:
@@ -203,6 +206,7 @@ class Text(Causal):
         self, examples: Sequence[Example], processor: Processor, facts: Facts, run: Run
     ) -> Iterator[list[Row] | Dropped]:
         begin = context_token(processor)
+        # Training adds an end-of-text token, and a beginning-of-text token if the tokenizer does.
         closing = 2 if begin == [processor.bos_token_id] else 1
         for example, tokens in zip(examples, _tokens(examples, processor), strict=True):
             if not len(tokens):
@@ -210,6 +214,7 @@ class Text(Causal):
                 continue
             stream = np.concatenate([begin, tokens]).astype(np.int32)
             size = len((example.text or "").encode())
+            length = len(tokens) if example.joins else len(tokens) + closing
             rows: list[Row] = []
             for window in _windows(stream, run.train.max_length):
                 first = not rows
@@ -219,8 +224,7 @@ class Text(Causal):
                         "bytes": size if first else 0,
                         "end_markers": 0,
                         "joins": example.joins,
-                        # Training adds an end-of-text and possibly a beginning-of-text token.
-                        "length": len(tokens) + closing * (not example.joins) if first else 0,
+                        "length": length if first else 0,
                     }
                 )
             yield rows
@@ -291,7 +295,15 @@ class Conversations(Causal):
             elif not found.supervised:
                 yield Dropped(NO_SUPERVISION)
             else:
-                yield [_conversation(found)]
+                ids, labels = found.ids_and_labels()
+                row = {
+                    "input_ids": ids,
+                    "labels": labels,
+                    "bytes": found.supervised_bytes,
+                    "end_markers": found.completions,
+                    "truncated": "cut after the last completion that fits" if found.cut else "",
+                }
+                yield [row]
 
     def arrange(
         self, rows: Rows, replayed: Rows | None, processor: Processor, facts: Facts, run: Run
@@ -318,23 +330,7 @@ def chat_encoder(processor: Processor, supervise: str, max_length: int) -> ChatE
     return ChatEncoder(processor, supervise, max_length)
 
 
-@functools.lru_cache(maxsize=2)
-def _word_encoder(processor: Processor) -> WordEncoder:
-    backend = processor.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return WordEncoder(backend)
-
-
-def _conversation(found: Encoded) -> Row:
-    ids, labels = found.ids_and_labels()
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "bytes": found.supervised_bytes,
-        "end_markers": found.completions,
-        "truncated": "cut after the last completion that fits" if found.cut else "",
-    }
+_cached_words = functools.lru_cache(maxsize=2)(word_encoder)
 
 
 def _tokens(examples: Sequence[Example], processor: Processor) -> list[Sequence[int]]:
@@ -346,7 +342,7 @@ def _tokens(examples: Sequence[Example], processor: Processor) -> list[Sequence[
             texts.append([])
         texts[-1].append(example.text or "")
     found: list[Sequence[int]] = []
-    encodings = _word_encoder(processor)(["".join(parts) for parts in texts])
+    encodings = _cached_words(processor)(["".join(parts) for parts in texts])
     for parts, encoding in zip(texts, encodings, strict=True):
         if len(parts) == 1:
             found.append(encoding.ids)

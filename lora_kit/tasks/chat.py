@@ -16,7 +16,7 @@ completion is the text after the template's generation prompt, up to the end-of-
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -75,10 +75,7 @@ class ChatEncoder:
         self.max_length = max_length
         self.renderer = _Renderer(tokenizer) if tokenizer.chat_template else None
         self.begin = context_token(tokenizer)
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        self.encode = WordEncoder(backend)
+        self.encode = word_encoder(tokenizer)
 
     def __call__(self, examples: list[Example]) -> Iterator[Encoded | NotUsable]:
         """For each example its tokens, or why it is dropped.
@@ -105,7 +102,9 @@ class ChatEncoder:
         for example, result in zip(examples, rendered, strict=True):
             if isinstance(result, NotUsable):
                 yield result
-            elif len(encoding := next(encodings)) <= self.max_length:
+                continue
+            encoding = next(encodings)
+            if len(encoding) <= self.max_length:
                 yield _tried(self._label, *result, encoding)
             else:
                 yield _tried(self._shortened, example, result[1], encoding)
@@ -122,30 +121,31 @@ class ChatEncoder:
     def _render(self, example: Example, text: str | None = None) -> tuple[str, list[Span], int]:
         """The text, its supervised spans of characters, and the number of completions in them."""
         assert self.renderer is not None
-        answers = [n for n, m in enumerate(example.messages) if m["role"] == "assistant"]
-        wanted = [n for n in answers if example.messages[n].get("weight") != 0]
+        turns = [n for n, turn in enumerate(example.messages) if turn["role"] == "assistant"]
+        supervised = [n for n in turns if example.messages[n].get("weight") != 0]
+        if self.supervise == "all":
+            others = [n for n in turns if n not in supervised]
+            text, spans = self.renderer(example, others, text)
+            return text, _between(spans, len(text)), len(supervised)
         if self.supervise == "last":
-            wanted = wanted[-1:] if wanted[-1:] == answers[-1:] else []
-        if self.supervise != "all":
-            text, spans = self.renderer(example, wanted, text)
-            return text, spans, len(spans)
-        unsupervised = [n for n in answers if n not in wanted]
-        text, spans = self.renderer(example, unsupervised, text)
-        return text, _between(spans, len(text)), len(wanted)
+            supervised = [n for n in supervised if n == turns[-1]]
+        text, spans = self.renderer(example, supervised, text)
+        return text, spans, len(spans)
 
     def _label(
-        self, text: str, spans: list[Span], answers: int, encoding: Any, cut: bool = False
+        self, text: str, spans: list[Span], completions: int, encoding: Any, cut: bool = False
     ) -> Encoded:
         ids = encoding.ids
         self._check_beginning(ids)
         if spans == [(0, len(text))]:
             supervised = [(0, len(ids))]
         else:
-            supervised = [found for a, b in spans if (found := _tokens(text, encoding, a, b))]
+            found = [_tokens(text, encoding, start, end) for start, end in spans]
+            supervised = [tokens for tokens in found if tokens is not None]
         if len(supervised) < len(spans) and self.supervise != "all":
             raise NotUsable("with a completion without any token")
         size = sum(len(text[a:b].encode()) for a, b in spans)
-        return Encoded(ids, supervised, answers, size, cut)
+        return Encoded(ids, supervised, completions, size, cut)
 
     def _check_beginning(self, ids: list[int]) -> None:
         begin = self.tokenizer.bos_token_id
@@ -153,14 +153,15 @@ class ChatEncoder:
             raise NotUsable("that begin with two beginning-of-text tokens")
 
     def _shortened(self, example: Example, spans: list[Span], encoding: Any) -> Encoded:
+        """A conversation over `max_length`, cut after the last completion that fits."""
         too_long = NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
         if self.supervise != "assistant":
             raise too_long
-        ends = [n for n, m in enumerate(example.messages, 1) if m["role"] == "assistant"]
+        ends = [n for n, turn in enumerate(example.messages, 1) if turn["role"] == "assistant"]
         supervised = [end for end in ends if example.messages[end - 1].get("weight") != 0]
         for end, span in reversed(list(zip(supervised, spans, strict=True))):
-            final = encoding.char_to_token(span[1] - 1)
-            if end == ends[-1] or final is None or final >= self.max_length:
+            last = encoding.char_to_token(span[1] - 1)
+            if end == ends[-1] or last is None or last >= self.max_length:
                 continue
             shorter = Example(example.place, messages=example.messages[:end], tools=example.tools)
             result = _tried(self._render, shorter)
@@ -180,19 +181,48 @@ class ChatEncoder:
                 f"{example.place}: a conversation, but the base has no chat template: "
                 "set data.chat_template: chatml"
             )
-        prompt, answer = (message["content"] for message in turns)
-        asked, answered = self.encode([prompt + example.joiner, answer])
-        before = [*self.begin, *asked.ids]
-        ids = [*before, *answered.ids, self.tokenizer.eos_token_id]
+        prompt, completion = turns[0]["content"] + example.joiner, turns[1]["content"]
+        of_prompt, of_completion = self.encode([prompt, completion])
+        before = [*self.begin, *of_prompt.ids]
+        ids = [*before, *of_completion.ids, self.tokenizer.eos_token_id]
         if len(ids) > self.max_length:
             raise NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
         self._check_beginning(ids)
         supervised = turns[1].get("weight") != 0
-        first, last = len(before), len(ids) if supervised else len(before)
-        size = len(answer.encode()) * supervised
+        first, last, size = len(before), len(before), 0
+        if supervised:
+            last = len(ids)
+            size += len(completion.encode())
         if self.supervise == "all":
-            first, size = 0, size + len((prompt + example.joiner).encode())
+            first = 0
+            size += len(prompt.encode())
         return Encoded(ids, [(first, last)] if first < last else [], int(supervised), size)
+
+
+def word_encoder(tokenizer: PreTrainedTokenizerBase) -> WordEncoder:
+    """The encoder of a tokenizer's words, which caches them; it adds no special tokens."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return WordEncoder(backend)
+
+
+def template_pieces(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[str]:
+    """What the chat template writes before, between and after the contents of turns.
+
+    Raises:
+        NotUsable: the template rejects such turns, or drops one.
+    """
+    marks = [f"sentinel{number}x" for number in range(len(roles))]
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    rest = render(tokenizer, turns)
+    pieces = []
+    for mark in marks:
+        piece, found, rest = rest.partition(mark)
+        if not found:
+            raise NotUsable("with a turn that the chat template drops", "-".join(roles))
+        pieces.append(piece)
+    return [*pieces, rest]
 
 
 def _tried(make: Callable[..., T], *args: Any) -> T | NotUsable:
@@ -214,7 +244,8 @@ def _between(spans: list[Span], length: int) -> list[Span]:
     >>> _between([(2, 4)], 9)
     [(0, 2), (4, 9)]
     """
-    starts, ends = [0, *(b for _, b in spans)], [*(a for a, _ in spans), length]
+    starts = [0, *(end for _, end in spans)]
+    ends = [*(start for start, _ in spans), length]
     return [(a, b) for a, b in zip(starts, ends, strict=True) if a < b]
 
 
@@ -238,8 +269,9 @@ def _tokens(text: str, encoding: Any, start: int, end: int) -> Span | None:
         raise NotUsable("whose end-of-turn token is incomplete in the tokenizer")
     count = len(encoding)
     # A character of several bytes can be several tokens.
-    while last + 1 < count and (chars := encoding.token_to_chars(last + 1)) and chars[0] < end:
-        if chars[1] <= chars[0]:
+    while last + 1 < count:
+        begins, ends = encoding.token_to_chars(last + 1) or (end, end)
+        if begins >= end or ends <= begins:
             break
         last += 1
     first = _with_blanks(encoding, first, start)
@@ -262,8 +294,15 @@ def _with_blanks(encoding: Any, first: int, start: int) -> int:
 
 
 def _belongs(text: str, chars: Span, start: int, end: int) -> bool:
+    """Whether a token of these characters belongs to text[start:end]: it may have only white space
+    outside.
+
+    Raises:
+        NotUsable: it has text both inside and outside.
+    """
     a, b = chars
-    inside, outside = text[max(a, start) : min(b, end)], text[a : max(a, start)] + text[end:b]
+    inside = text[max(a, start) : min(b, end)]
+    outside = text[a : max(a, start)] + text[end:b]
     if outside.strip() and inside.strip():
         raise NotUsable("with a token across a completion's boundary", repr(text[a:b]))
     return not outside or (not outside.strip() and bool(inside.strip()))
@@ -278,7 +317,7 @@ class _Renderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.known: dict[tuple[str, ...], list[str] | NotUsable] = {}
+        self.pieces: dict[tuple[str, ...], list[str] | NotUsable] = {}
         self.marker: str | None = None
         self.after = ""  # text after the last completion
 
@@ -291,9 +330,9 @@ class _Renderer:
         if example.tools or not all(map(_is_plain, example.messages)):
             return text, self._by_prompts(example, wanted, text)
         roles = tuple(message["role"] for message in example.messages)
-        if roles not in self.known:
-            self.known[roles] = _tried(self._pieces, roles)
-        pieces = self.known[roles]
+        if roles not in self.pieces:
+            self.pieces[roles] = _tried(self._pieces, roles)
+        pieces = self.pieces[roles]
         if isinstance(pieces, NotUsable):
             raise pieces
         contents = _as_written(text, pieces, [message["content"] for message in example.messages])
@@ -302,17 +341,7 @@ class _Renderer:
         return text, _spans(pieces, contents, wanted, len(self._end_of_turn()))
 
     def _pieces(self, roles: tuple[str, ...]) -> list[str]:
-        """The pieces before, between and after the contents."""
-        marks = [f"sentinel{number}x" for number in range(len(roles))]
-        turns = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
-        rest = render(self.tokenizer, turns)
-        pieces = []
-        for mark in marks:
-            piece, found, rest = rest.partition(mark)
-            if not found:
-                raise NotUsable("with a turn that the chat template drops", "-".join(roles))
-            pieces.append(piece)
-        pieces.append(rest)
+        pieces = template_pieces(self.tokenizer, roles)
         for role, piece in zip(roles, pieces[1:], strict=True):
             if role == "assistant" and not piece.startswith(self._end_of_turn()):
                 raise NotUsable(_NO_END)
@@ -354,9 +383,9 @@ class _Renderer:
                 raise NotUsable(_REWRITTEN, f"turn {number}")
         if not all(name in text for name in _names(example.tools)):
             raise NotUsable("whose tools the chat template drops")
-        return [self._answer(example, number, text) for number in wanted]
+        return [self._completion(example, number, text) for number in wanted]
 
-    def _answer(self, example: Example, number: int, text: str) -> Span:
+    def _completion(self, example: Example, number: int, text: str) -> Span:
         turns, message = list(example.messages[:number]), example.messages[number]
         prompt = render(self.tokenizer, turns, example.tools, add_generation_prompt=True)
         start, end = len(prompt), self._end(example, number, text)
@@ -381,13 +410,13 @@ class _Renderer:
             for variant in _variants(content):
                 if marked and written.endswith(variant):
                     return stop - len(variant), end
-            if _squeezed(written) != _squeezed(content):
+            if _without_space(written) != _without_space(content):
                 raise NotUsable(_REWRITTEN, f"turn {number + 1}")
             return start, end
         _check_calls(message, written, number + 1)
-        if _squeezed(content) not in _squeezed(written):
+        if _without_space(content) not in _without_space(written):
             raise NotUsable(_REWRITTEN, f"turn {number + 1}")
-        if _squeezed(str(thoughts)) not in _squeezed(written):
+        if _without_space(str(thoughts)) not in _without_space(written):
             raise NotUsable("whose thinking the chat template drops", f"turn {number + 1}")
         if not thoughts:
             turns.append({"role": "assistant", "content": "sentinelx"})
@@ -419,7 +448,8 @@ def _names(calls: Iterable[Any]) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def _squeezed(text: str) -> str:
+def _without_space(text: str) -> str:
+    """Without any white space, which templates change."""
     return "".join(text.split())
 
 

@@ -29,7 +29,7 @@ from lora_kit.data.rows import Row, Rows, RowsWriter, record_batch, record_batch
 from lora_kit.data.sources import source_list
 from lora_kit.data.splits import FEWEST_TO_EVALUATE, mix, take
 from lora_kit.data.workers import in_order, stop
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, in_a_line
 from lora_kit.run import run_class, section_fields
 from lora_kit.schema import Json, Run
 from lora_kit.tasks.packing import Packed
@@ -232,7 +232,7 @@ class Encoder:
                 each = own_lengths or task.tokens(Rows(pa.Table.from_batches([batch])))
                 np.add.at(lengths, np.repeat(np.arange(len(examples)), counts), each)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            why = in_a_line(error)
             raise UserError(f"TASK.encode: TASK.tokens failed on its rows ({why})") from error
         return _EncodedBatch(job.use, job.first, batch, counts, lengths, dropped, truncated)
 

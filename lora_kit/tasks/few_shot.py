@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_kit.base.templates import render
 from lora_kit.data.rows import Rows
 from lora_kit.errors import NotUsable
 from lora_kit.tasks.batches import IGNORED
+from lora_kit.tasks.chat import template_pieces
 from lora_kit.tasks.task import Processor
 
 _MOST_TRIED = 1000  # rows searched for short enough examples
@@ -59,16 +59,12 @@ def opening(tokenizer: Processor) -> list[int]:
     default system prompt. Found by rendering one and two exchanges."""
     if not tokenizer.chat_template:
         return []
-    turns = [
-        {"role": role, "content": f"sentinel{mark}"}
-        for role, mark in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    ]
     try:
-        one, two = render(tokenizer, turns[:2]), render(tokenizer, turns)
+        head, _, end = template_pieces(tokenizer, ("user", "assistant"))
+        exchanges = template_pieces(tokenizer, ("user", "assistant", "user", "assistant"))
     except NotUsable:  # the template rejects these turns
         return []
-    head, end = one.split("sentinela")[0], one.split("sentinelb")[-1]
-    between = two.split("sentinelb")[-1].split("sentinelc")[0]
+    between = exchanges[2]
     if not between.startswith(end) or not head.endswith(between[len(end) :]):
         return []
     text = head.removesuffix(between[len(end) :])

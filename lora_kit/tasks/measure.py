@@ -18,8 +18,9 @@ from lora_kit.tasks.task import Batch, Collate, Score
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lora_kit.adapter.load import PeftModel
 
 # Most float32 logits of one batch: 2**28 values are 1 GiB, or 1,700 tokens of a vocabulary of 152k.
 # A single row may be longer.
@@ -110,6 +111,7 @@ def each_row(
     """
     import torch
     import torch.distributed as dist
+    from accelerate.utils import send_to_device
 
     batches = batches_of(model, lengths, rows_at_once)
     device = next(model.parameters()).device
@@ -122,9 +124,8 @@ def each_row(
             mine = turn * ranks + rank
             # Every rank runs the same number of batches, as a sharded model needs.
             some = batches[min(mine, len(batches) - 1)]
-            batch = collate([rows[n] for n in some])
-            moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            values = of(model, moved)
+            batch = send_to_device(collate([rows[n] for n in some]), device)
+            values = of(model, batch)
             if found is None:
                 found = values.new_zeros(len(rows), values.shape[1])
             if mine < len(batches):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, in_a_line
 from lora_kit.run import nearest
 from lora_kit.trust import metrics_checked
 
@@ -50,7 +50,7 @@ def score(name: str, predictions: list[str], references: list[str]) -> np.ndarra
     Raises:
         UserError: the metric cannot be loaded, or does not accept text.
     """
-    metric = OWN.get(name) or _borrowed(name)
+    metric = OWN.get(name) or _from_evaluate(name)
     pairs = zip(predictions, references, strict=True)
     return np.array([metric(prediction, expected) for prediction, expected in pairs], np.float64)
 
@@ -176,7 +176,7 @@ def _longest_common(first: list[str], second: list[str]) -> int:
     return len(first) - row.bit_count()
 
 
-def _borrowed(name: str) -> Metric:
+def _from_evaluate(name: str) -> Metric:
     """A metric of the evaluate library, for one row."""
     hint = nearest(name, list(OWN))
     # evaluate has its own offline switch.
@@ -210,8 +210,3 @@ def _borrowed(name: str) -> Metric:
         return value
 
     return metric
-
-
-def in_a_line(error: BaseException) -> str:
-    """An exception's type and message in one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

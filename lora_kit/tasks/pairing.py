@@ -14,7 +14,7 @@ from lora_kit.tasks.bootstrap import interval
 from lora_kit.tasks.measure import measure
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from lora_kit.adapter.load import PeftModel
 
 KEPT = 0.75  # smallest share of the base's prompt use that must remain
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from lora_kit import cache
 from lora_kit.base.load import base_is_sharded
 from lora_kit.base.templates import set_template
 from lora_kit.data.census import NO_SUPERVISION
@@ -49,8 +48,8 @@ from lora_kit.tasks.task import (
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
+    from lora_kit.adapter.load import PeftModel
     from lora_kit.base.pin import Pinned
     from lora_kit.data.examples import Examples
     from lora_kit.schema import Data, Run
@@ -149,8 +148,6 @@ class Preference(Task):
             UserError: the base is sharded.
         """
         import torch.distributed as dist
-
-        from lora_kit import cache
 
         if base_is_sharded():
             raise UserError(
@@ -403,16 +400,14 @@ def _reference_key(model: torch.nn.Module, rows: Rows, run: Run) -> str:
         for tensor in model.state_dict(keep_vars=True).values()
         if run.adapter.start is not None or not tensor.requires_grad
     ]
-    about = {
-        "version": _VERSION,
-        "model": described(model, tensors),
-        "adapter": run.adapter.model_dump(mode="json"),
-        "speed": run.speed,
-        "flat": takes_flat(model),
-        "rows": rows.content(*columns).hex(),
-    }
-    text = json.dumps(about, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return cache.key_of(
+        _VERSION,
+        described(model, tensors),
+        run.adapter.model_dump(mode="json"),
+        run.speed,
+        takes_flat(model),
+        rows.content(*columns).hex(),
+    )
 
 
 def _prompts(

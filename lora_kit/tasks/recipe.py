@@ -6,15 +6,16 @@ import importlib.util
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_kit.data.formats import FORMATS
-from lora_kit.errors import LoraKitError, UserError
+from lora_kit.errors import LoraKitError, UserError, in_a_line
 from lora_kit.run import nearest
+from lora_kit.schema import Json
 from lora_kit.tasks.task import Task
 from lora_kit.trust import check_own
 
-Main = Callable[..., dict[str, Any]]
+Main = Callable[..., Json]
 _TUPLES = ("formats", "scores", "unread")
 _NEEDED = ("encode", "collate", "score", "show")
 
@@ -46,25 +47,11 @@ def load_recipe(file: Path) -> Recipe:
     except LoraKitError:
         raise
     except (Exception, SystemExit) as error:  # the user's code can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         line = _line_in(error, file)
-        raise UserError(f"recipe: {file}{line}: cannot be imported: {reason}") from error
+        why = in_a_line(error)
+        raise UserError(f"recipe: {file}{line}: cannot be imported: {why}") from error
     task, main = getattr(module, "TASK", None), getattr(module, "main", None)
-    problems = []
-    if not isinstance(task, Task):
-        problems.append("defines no TASK, an instance of lora_kit.recipe.Task")
-    elif wrong := [name for name in _TUPLES if not isinstance(getattr(task, name), (tuple, list))]:
-        problems += [f"TASK.{name} is not a tuple of names, as in ('text',)" for name in wrong]
-    elif unknown := [name for name in task.formats if name not in FORMATS]:
-        hint = nearest(str(unknown[0]), list(FORMATS))
-        known = ", ".join(FORMATS)
-        problems.append(f"TASK.formats: unknown format {unknown[0]!r}{hint} ({known})")
-    elif not task.formats:
-        problems.append(f"TASK.formats is empty: name some of {', '.join(FORMATS)}")
-    elif not task.scores:
-        problems.append("TASK.scores is empty: name the scores that TASK.score returns")
-    elif missing := [name for name in _NEEDED if getattr(type(task), name) is getattr(Task, name)]:
-        problems.append(f"TASK has no {', '.join(missing)}: see recipes/README.md")
+    problems = _problems(task)
     if not callable(main):
         problems.append("defines no main(run, resume)")
     if problems or not isinstance(task, Task) or not callable(main):
@@ -74,6 +61,28 @@ def load_recipe(file: Path) -> Recipe:
             # For the cache key of rows: `inspect` only finds files of registered modules.
             kind.__file__ = str(file)  # type: ignore[attr-defined]
     return Recipe(task, main)
+
+
+def _problems(task: object) -> list[str]:
+    """What is wrong with a recipe's `TASK`, one line each."""
+    if not isinstance(task, Task):
+        return ["defines no TASK, an instance of lora_kit.recipe.Task"]
+    wrong = [name for name in _TUPLES if not isinstance(getattr(task, name), (tuple, list))]
+    if wrong:
+        return [f"TASK.{name} is not a tuple of names, as in ('text',)" for name in wrong]
+    known = ", ".join(FORMATS)
+    unknown = [name for name in task.formats if name not in FORMATS]
+    if unknown:
+        hint = nearest(str(unknown[0]), list(FORMATS))
+        return [f"TASK.formats: unknown format {unknown[0]!r}{hint} ({known})"]
+    if not task.formats:
+        return [f"TASK.formats is empty: name some of {known}"]
+    if not task.scores:
+        return ["TASK.scores is empty: name the scores that TASK.score returns"]
+    missing = [name for name in _NEEDED if getattr(type(task), name) is getattr(Task, name)]
+    if missing:
+        return [f"TASK has no {', '.join(missing)}: see recipes/README.md"]
+    return []
 
 
 def _line_in(error: BaseException, file: Path) -> str:

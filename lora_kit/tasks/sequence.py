@@ -38,8 +38,8 @@ from lora_kit.tasks.task import (
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
+    from lora_kit.adapter.load import PeftModel
     from lora_kit.schema import Data, Run, Train
     from lora_kit.tasks.encode import Prepared
 

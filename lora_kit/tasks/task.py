@@ -26,9 +26,9 @@ from lora_kit.schema import Data, Json, Prove, Section, Train
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import Trainer, TrainingArguments
 
+    from lora_kit.adapter.load import PeftModel
     from lora_kit.base.head import Head
     from lora_kit.base.load import Model
     from lora_kit.base.pin import Pinned
@@ -213,7 +213,8 @@ class Task:
         return None
 
     def packing(self, data: Data) -> str:
-        """The packing in use: `none`, `documents` or `running` (see `data.packing`)."""
+        """The packing in use: `none`, `documents` or `running` (see `data.packing`). With
+        `documents`, rows of `input_ids` and `labels` are packed after `arrange`."""
         return "none"
 
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:

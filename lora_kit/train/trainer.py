@@ -14,7 +14,7 @@ from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import Interrupted, UserError
 from lora_kit.folders import check_room
 from lora_kit.schema import Run, Train
-from lora_kit.speed.fast import Probe, documents_loss, make_fast, make_plain
+from lora_kit.speed.fast import FOR_ANY_MODEL, FixedLoss, documents_loss, make_fast, make_plain
 from lora_kit.speed.memory import Choice, recompute
 from lora_kit.speed.prefix import Prefix
 from lora_kit.tasks.batches import collator, in_one_row
@@ -31,7 +31,6 @@ from lora_kit.train.strategies import Strategy
 if TYPE_CHECKING:
     from lora_kit.tasks.encode import Prepared
 
-_FOR_ANY_MODEL = ("linear", "norm")  # the other fast paths are for causal language models
 # A rule of thumb, no known bound. A parameter stores about 2 bits (Allen-Zhu & Li 2024,
 # arXiv:2404.05405), so almost any adapter could memorize its rows, and most still generalize:
 # 750,000 tokens in 15 epochs were enough for full fine-tuning of 65B parameters (LIMA: Zhou et al.
@@ -143,7 +142,7 @@ def _make_fast(
     else:
         rows = data.rows("train")
         first = [rows[number] for number in range(min(2, len(rows)))]
-        plain = make_fast(model, _loss_of(first, task, run, model, processor), _FOR_ANY_MODEL)
+        plain = make_fast(model, _loss_of(first, task, run, model, processor), FOR_ANY_MODEL)
     if plain:
         parts = "; ".join(f"{part} ({why})" for part, why in plain.items())
         say(f"speed: standard path for {parts}")
@@ -152,7 +151,7 @@ def _make_fast(
 
 def _loss_of(
     rows: Sequence[Row], task: Task, run: Run, model: torch.nn.Module, processor: Processor
-) -> Probe:
+) -> FixedLoss:
     """The loss of rows, to compare the paths on."""
     collate = task.collate(processor)
     assert collate is not None  # a task with its own loss has a collator
