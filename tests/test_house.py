@@ -42,10 +42,12 @@ LIBRARIES = {
 TASKS = {"causal", "preference", "sequence"}
 FILES_TODAY = 120
 RECIPES_TODAY = 4
-# What there is to read, by scripts/measure_code.py: lowered whenever it shrinks.
-LINES_OF_THE_PACKAGE = 17_332
-FILES_A_RECIPE_REACHES, LINES_A_RECIPE_REACHES = 87, 12_040
-ANYS_IN_PUBLIC_SIGNATURES = 409
+# What there is to read, by scripts/measure_code.py: lowered whenever it shrinks. A line is never
+# made denser for it.
+LINES_OF_THE_PACKAGE = 17_560
+FILES_A_RECIPE_REACHES, LINES_A_RECIPE_REACHES = 81, 12_205
+ANYS_IN_PUBLIC_SIGNATURES = 31
+LINES_OF_A_FUNCTION = 60
 LINES_OF_A_RECIPE = 80
 TOP_LEVEL = {
     *("lora_kit", "recipes", "tests", "scripts", "accelerate_configs"),
@@ -177,6 +179,12 @@ def test_what_a_recipe_reaches_stays_small(recipe: Path) -> None:
 def test_public_signatures_name_their_types() -> None:
     every = [one for file, _ in modules() for one in functions(file, ROOT) if one.public]
     assert sum(one.anys for one in every) <= ANYS_IN_PUBLIC_SIGNATURES
+
+
+def test_functions_are_read_at_a_glance() -> None:
+    every = [one for file, _ in modules() for one in functions(file, ROOT)]
+    long = [one.place for one in every if one.lines > LINES_OF_A_FUNCTION]
+    assert len(every) > 1000 and not long, long
 
 
 def test_code_is_counted_without_what_explains_it() -> None:
