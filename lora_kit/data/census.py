@@ -26,6 +26,7 @@ _SUMMED = (
 class Count:
     """Counts of one use of the data: training rows, held-out rows, or general text.
 
+    A row can be encoded as several samples, such as the windows of a long text.
     `rows_read` = `rows_kept` + the sum of `dropped` + `unused`, the rows not needed for the
     fractions of a mixture. `first`: the place of the first row for each reason. `lengths`: a
     histogram, pairs of (most tokens, rows).
@@ -47,7 +48,10 @@ class Count:
 
     @property
     def labels_are_tokens(self) -> bool:
-        """Whether labels are tokens; otherwise each sample has one label, such as its class."""
+        """Whether labels are tokens; otherwise each sample has one label, such as its class.
+
+        Inferred from the counts, which is all that a stored census has.
+        """
         return bool(self.end_markers_supervised) or self.supervised_tokens != self.samples
 
     def count_lost(self, reason: str, place: str, rows: int = 1, what: str = "dropped") -> None:
@@ -72,7 +76,8 @@ class Count:
         return total
 
     def measure(self, tokens: np.ndarray, supervised: int) -> None:
-        """Count tokens per row, int64 (rows,), and the number of supervised tokens."""
+        """Set the counts of samples: `tokens` of each, int64 (samples,), and how many tokens of
+        them all are supervised."""
         self.samples = len(tokens)
         self.tokens, self.supervised_tokens = int(tokens.sum()), supervised
         self.longest = int(tokens.max(initial=0))
@@ -207,7 +212,7 @@ class Census:
 
 
 def histogram(lengths: np.ndarray, longest: int) -> list[tuple[int, int]]:
-    """(most tokens, rows) of twelve ranges of equal width up to `longest`."""
+    """(most tokens, rows) of at most twelve ranges of equal width up to `longest`."""
     edges = np.unique(np.linspace(0, max(longest, 1), 13).round().astype(int))
     return [
         (int(b), int(((lengths > a) & (lengths <= b)).sum())) for a, b in pairwise(edges.tolist())

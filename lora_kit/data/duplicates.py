@@ -46,8 +46,10 @@ def ranks(keys: np.ndarray, seed: int) -> np.ndarray:
 
 
 def are_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """bool: whether each signature of `a` (or its only one) is a near duplicate of that in `b`."""
+    """bool (texts,): whether each signature of `a` is a near duplicate of that in `b`; if `a` has
+    only one, it is compared with all of `b`."""
     smaller = np.minimum(a[:, POSITIONS], b[:, POSITIONS]).astype(np.int64)
+    # The Jaccard similarity of two texts of so many shingles that differ in one word.
     least = np.clip((smaller - ONE_WORD) / (smaller + ONE_WORD), 0.5, NEAR)
     return (a[:, :POSITIONS] == b[:, :POSITIONS]).mean(axis=1) >= least
 

@@ -120,10 +120,12 @@ class Examples:
     """The examples of one use of the data, in reading order.
 
     Attributes:
-        rows: the stored examples, with the columns of `to_batch`; memory-mapped.
+        rows: all stored examples, with the columns of `to_batch`; memory-mapped.
         files: all files that were read.
         chosen: bool (examples,): the examples that iteration yields.
         dropped: which rows were dropped and why, for messages; "" if none were.
+
+    Iteration and length are over the chosen examples; `place` and `classes` over all.
     """
 
     rows: Rows
@@ -143,7 +145,7 @@ class Examples:
         return int(self.chosen.sum())
 
     def place(self, row: int) -> str:
-        """file:line of an example, by its index over chosen and other ones."""
+        """file:line of an example, by its index among all of them, not only the chosen ones."""
         return self.files[self.rows.cell("file", row)].place(self.rows.cell("number", row))
 
     @property
@@ -155,8 +157,8 @@ class Examples:
     def classes(self) -> tuple[list[str], np.ndarray]:
         """The names of classes, and int32 (examples,): the index of each example's, or -1. The
         score of a sentence pair is no class."""
-        named = np.array(["label" in FORMATS[file.format].needed for file in self.files])
-        has_class = pa.array(named[self.rows.column("file")])
+        has_label = np.array(["label" in FORMATS[file.format].needed for file in self.files])
+        has_class = pa.array(has_label[self.rows.column("file")])
         labels = pc.if_else(
             has_class, self.rows.table.column("label"), pa.scalar(None, pa.string())
         )

@@ -81,7 +81,8 @@ class Example:
         rejected: for a preference, the conversation with the rejected completion.
         joiner: text between prompt and completion for a base without a chat template.
         label: the class of a text; the score of a sentence pair, as digits.
-        joins: this part of a text continues the example before it in its batch.
+        group: examples of one group stay in one split: the value of data.group's column.
+        joins: the text continues that of the example before it; both are blocks of one document.
     """
 
     place: str
@@ -128,14 +129,14 @@ def normalised(text: str) -> str:
     for mark in _PUNCTUATION:
         words = words.replace(mark, " ")
     words = words.replace("\0", " \0 ")  # a NUL byte separates turns
-    return " ".join(words.split()) or text.strip()
+    return " ".join(words.split()) or text.strip()  # a text of only punctuation is kept
 
 
 @dataclass(frozen=True)
 class Columns:
     """`data.columns`, `data.labels` and `data.group`.
 
-    renames: {our name: the row's name}. labels: known label names; empty: any.
+    renames: {our name: the row's name}. labels: known label names; empty: any. group: a column.
     """
 
     renames: dict[str, str] = field(default_factory=dict)
@@ -206,9 +207,9 @@ def _fitting(values: dict[str, Any], columns: Columns, formats: Iterable[str]) -
         for name in found
         if not any(set(FORMATS[name].needed) < set(FORMATS[other].needed) for other in found)
     ]
-    if len(fitting) > 1:  # `data.columns` may decide
-        told = set(columns.renames)
-        fitting = [n for n in fitting if told & set(FORMATS[n].needed)] or fitting
+    if len(fitting) > 1:  # prefer formats with a column that data.columns names
+        named = set(columns.renames)
+        fitting = [n for n in fitting if named & set(FORMATS[n].needed)] or fitting
     return fitting
 
 
@@ -276,10 +277,10 @@ def to_example(row: RawRow, format_name: str, columns: Columns) -> Example:
             raise NotUsable(f"without the group `{columns.group}`")
         group = str(row.columns[columns.group])
     if format_name == "text":
-        running = _text(values, "text")
-        if not running.strip():
+        document = _text(values, "text")
+        if not document.strip():
             raise NotUsable("empty")
-        return Example(row.place, text=running, group=group)
+        return Example(row.place, text=document, group=group)
     tools = _tools(values.get("tools"))
     text: str | None = None
     label: str | None = None
@@ -308,13 +309,16 @@ def to_example(row: RawRow, format_name: str, columns: Columns) -> Example:
 
 
 def _conversation(values: Json, format_name: str, labels: tuple[str, ...]) -> list[Message]:
-    """The turns of a row without a label or a rejected completion."""
+    """The turns of a row in a format other than text, text-label, sentence-pair or preference.
+
+    `labels` are `data.labels`, for tags that are numbers.
+    """
     needed = FORMATS[format_name].needed
     match format_name:
         case "messages" | "sharegpt":
             return _turns(values[needed[0]])
         case "tokens-tags":
-            return _tagged(values, labels)
+            return _entities(values, labels)
         case "prompt-completion":
             return _prompted(values, "completion")
         case "unpaired-preference":
@@ -325,15 +329,14 @@ def _conversation(values: Json, format_name: str, labels: tuple[str, ...]) -> li
 
 
 def _checked(messages: list[Message], system: str) -> tuple[Message, ...]:
-    """The turns with this system prompt first, if there is one. Raises NotUsable if they are
-    invalid."""
+    """The turns with the text of a `system` column. Raises NotUsable if they are invalid."""
     messages = _with_system(messages, system)
     _check_turns(messages)
     return tuple(messages)
 
 
 def _with_system(messages: list[Message], system: str) -> list[Message]:
-    """The turns with this system prompt first, if there is one."""
+    """The turns with this system prompt first; "": as they are."""
     if not system:
         return messages
     if messages[0]["role"] != "system":
@@ -374,7 +377,7 @@ def _clean(text: str, where: str) -> str:
 
 
 def _nested(value: Any, where: str, depth: int = 0) -> Any:
-    """The value itself, every text inside it checked with `_clean`."""
+    """The value itself; every text inside it, keys included, is checked with `_clean`."""
     if depth > _DEEPEST:
         raise NotUsable("with nesting too deep", f"in {where}")
     if isinstance(value, str):
@@ -403,8 +406,11 @@ def _prompted(values: dict[str, Any], answer: str) -> list[Message]:
 
 
 def _preference(values: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    """The conversations with the chosen and with the rejected completion. Where their turns hold
-    the prompt, a `prompt` besides must be some of it: sets name the first question, or the last."""
+    """The conversations with the chosen and with the rejected completion.
+
+    If `chosen` and `rejected` are whole conversations, a `prompt` column must occur in their turns
+    before the completion: some data sets store the first question there, others the last.
+    """
     found = []
     for side in ("chosen", "rejected"):
         completion = values[side]
@@ -436,6 +442,7 @@ def _preferred(values: dict[str, Any]) -> list[Message]:
 
 
 def _label(value: Any, labels: tuple[str, ...]) -> str:
+    """The class of a row: its name, or the name in `data.labels` of its number."""
     found = f"it is {short_repr(value)}"
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise NotUsable("whose `label` is neither text nor a whole number", found)
@@ -460,7 +467,7 @@ def _score(value: Any) -> str:
     raise NotUsable("whose `score` is not a number", f"it is {short_repr(value)}")
 
 
-def _tagged(values: dict[str, Any], labels: tuple[str, ...]) -> list[Message]:
+def _entities(values: dict[str, Any], labels: tuple[str, ...]) -> list[Message]:
     """A sentence, and the entities that its tags mark, one a line: `Disease: colon cancer`."""
     tokens, tags = values["tokens"], values["tags"]
     if not isinstance(tokens, list) or not all(isinstance(t, str) and t for t in tokens):
@@ -572,6 +579,8 @@ def _is_supervised(turn: dict[str, Any], number: int) -> bool:
 
 
 def _check_turns(messages: list[Message]) -> None:
+    """Raises NotUsable unless a system turn comes first, no assistant turn is empty or follows
+    another, and the last turn is the assistant's."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise NotUsable("without an assistant turn")

@@ -28,7 +28,7 @@ from lora_kit.schema import Source
 # Files with metadata: configs, splits, class names.
 _CARD = ["README.md", ".huggingface.yaml", "dataset_infos.json", ".gitattributes"]
 _FETCHED_AT_ONCE = 8
-# Settings of a config that do not change how a file is read.
+# Settings of a `datasets` builder config that do not change how a file is read.
 _NOT_FOR_READING = {"name", "version", "data_dir", "data_files", "description", "features"}
 
 
@@ -53,7 +53,7 @@ def fetch(source: Source, commits: dict[str, str]) -> OpenedSource:
     repo: dict[str, Any] = {"repo_id": source.source, "repo_type": "dataset"}
     try:
         card = Path(snapshot_download(**repo, revision=revision, allow_patterns=_CARD))
-        # The cache has a folder per commit, and the list of its files.
+        # The cache has a folder per commit, named after it, and the list of the commit's files.
         repo["revision"] = card.name
         listed = [file.path for file in get_cached_repo_tree(**repo)]
         names, labels = _files_of_split(source, card, listed)
@@ -98,10 +98,10 @@ def _files_of_split(
                 shutil.copyfile(card / name, root / name)
         try:
             known = dataset_module_factory(str(root)).builder_configs_parameters
-            usual = known.default_config_name
+            default = known.default_config_name
             configs = list(dict.fromkeys(c.name for c in known.builder_configs or []))
-            wanted = source.config or usual
-            if wanted not in [*configs, usual] or (wanted is None and len(configs) > 1):
+            wanted = source.config or default
+            if wanted not in [*configs, default] or (wanted is None and len(configs) > 1):
                 raise _name_one_of(what, "config", source.config, configs)
             builder = datasets.load_dataset_builder(str(root), source.config, cache_dir=str(cache))
         except UserError:
@@ -134,10 +134,10 @@ def _name_one_of(what: str, key: str, wanted: str | None, known: list[str]) -> U
 
 def _check_options(what: str, config: Any, names: list[str]) -> None:
     """Raises UserError if the card sets reading options: separators, fields, filters."""
-    usual = type(config)()
+    default = type(config)()
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in _NOT_FOR_READING or value == getattr(usual, field.name):
+        if field.name in _NOT_FOR_READING or value == getattr(default, field.name):
             continue
         if value == "\t" and all(readers.suffix_of(Path(name)) == ".tsv" for name in names):
             continue

@@ -117,7 +117,7 @@ class JsonList:
             raise self._error("expected a list of objects")
         closing = "]" if opening == "[" else "}"
         self.position += 1
-        seen: set[int] = set()  # of the keys of an object of objects
+        seen: set[int] = set()  # hashes of the keys of an object of objects
         number = 0
         while self._next() != closing:
             if number:
@@ -153,7 +153,8 @@ class JsonList:
                 value, self.position = self.decoder.raw_decode(self.text, self.position)
                 return value
             except json.JSONDecodeError as error:
-                # Doubled, or a long object would be decoded once for each piece.
+                # Perhaps incomplete: read as much again, since decoding starts anew each time, and
+                # with pieces of a fixed size a long object would take quadratic time.
                 ahead = error.pos - self.position
                 left = len(self.text) - self.position
                 if left < _LONGEST and self._more(left):
@@ -216,6 +217,7 @@ def _not_json(place: str, error: Exception) -> UserError:
 
 
 def _object(value: object, place: str) -> Json:
+    """The value itself. Raises UserError if it is not a JSON object."""
     if not isinstance(value, dict):
         raise UserError(f"{place}: expected an object with named columns, not {short_repr(value)}")
     return value

@@ -47,11 +47,14 @@ def _all_texts(some: SignedExamples) -> _Texts:
 def train_against_files(
     benchmarks: list[OpenedSource], train: SignedExamples, trained_on: np.ndarray
 ) -> Iterator[tuple[str, Leak]]:
-    """(source, counts) of the rows of benchmark files, with any columns, that are in the
-    training rows which are trained on, bool (rows,).
+    """(source, counts) for each benchmark: its rows that occur in the training rows.
 
-    A row is matched as a whole, and each of its longer texts on its own, such as its question, both
-    against whole training rows and against their prompts.
+    A benchmark row is matched as a whole, and each of its longer texts on its own, such as its
+    question, both against whole training rows and against their prompts.
+
+    Args:
+        benchmarks: sources of any columns.
+        trained_on: bool (rows of `train`,): the others are held out and not matched.
     """
     rows = np.flatnonzero(trained_on)
     questions = train.examples.rows.column("question")
@@ -74,13 +77,17 @@ def train_against_files(
                 texts += found
                 row_of += [len(places)] * len(found)
                 places.append(row.place)
-        hashes, owners = np.array([hashed(t) for t in texts], np.uint64), np.array(row_of, np.int64)
-        looked_for = _Texts(hashes, owners, sign(texts), owners, places.__getitem__)
+        keys = np.array([hashed(text) for text in texts], np.uint64)
+        rows_of_texts = np.array(row_of, np.int64)
+        looked_for = _Texts(keys, rows_of_texts, sign(texts), rows_of_texts, places.__getitem__)
         yield source.name, _leak(looked_for, known, len(places))[1]
 
 
 def _leak(looked_for: _Texts, known: _Texts, count: int) -> tuple[np.ndarray, Leak]:
-    """bool (count,): rows with a text that equals a known one; and the counts of leaking rows."""
+    """bool (count,): rows with a text that equals a known one; and the counts of leaking rows.
+
+    `count`: the rows that `looked_for` is about, also those without any text.
+    """
     same = np.flatnonzero(np.isin(looked_for.keys, known.keys))
     exact = np.zeros(count, dtype=bool)
     exact[looked_for.rows[same]] = True

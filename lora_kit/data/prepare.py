@@ -1,6 +1,6 @@
 """Sources -> examples: read, checked, deduplicated and split into training and held-out rows.
 
-    sources -> batches -> examples, hashes (reading, table) -> duplicates, split, contamination
+    sources -> batches (readers) -> examples, hashes (reading) -> duplicates, contamination (splits)
 
 This is the same for every task and needs no tokenizer. The result is cached under a key of
 everything that it depends on (`lora_kit.cache`).
@@ -93,6 +93,7 @@ def prepare(data: Data, task: DataTask, seed: int, lock: Json | None = None) -> 
         data.group,
     )
     reader = Reader(task, columns, seed, questions="decontaminate" in opened)
+    # Keys of `data:` that the split depends on besides its sources.
     decisive = {"eval", "replay", "decontaminate", "columns", "labels", "group"}
     key = cache.key_of(
         {  # the same content under another file name can be another format
@@ -154,7 +155,7 @@ def _build(
     reader: Reader,
     folder: Path,
 ) -> None:
-    """Write the files of a cache entry, which `_load` reads."""
+    """Read and split everything into the files of a cache entry, which `_load` reads."""
     files: list[ReadFile] = []
     census = Census()
     found = _read(folder, opened, reader, files, census, worker_count(data))
@@ -169,10 +170,7 @@ def _build(
         census.train.rows_read -= census.eval.rows_read
     arrays: dict[str, Any] = {f"{read}/{use}": mask for (read, use), mask in masks.items()}
     np.savez(folder / "masks.npz", **arrays)
-    meta = {
-        "files": files,
-        "census": census.to_json(),
-    }
+    meta = {"files": files, "census": census.to_json()}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -215,7 +213,10 @@ def _read(
     census: Census,
     workers: int,
 ) -> dict[str, SignedExamples]:
-    """Read every row of every source; extends `files` and `census`."""
+    """{use: its examples}, of every row of every source; also written to USE.examples in `folder`.
+
+    Extends `files` by every file that is read, and sets the counts of `census`.
+    """
     uses = [use for use in USES if use in opened]
     writers = {use: RowsWriter(folder / f"{use}.examples") for use in uses}
     samples = {use: SignatureSample() for use in uses}
@@ -248,7 +249,10 @@ def _jobs(
     census: Census,
     samples: dict[str, SignatureSample],
 ) -> Iterator[ReadJob]:
-    """The batches of all sources; a file's format is detected from its first row."""
+    """The batches of all sources; a file's format is detected from its first row.
+
+    Extends `files` and the notes of `census`; `samples` give the rank below which rows are signed.
+    """
     number = 0
     for use, sample in samples.items():
         for source in opened[use]:
@@ -267,6 +271,7 @@ def _jobs(
 
 
 def _format(batch: RowBatch, plain: bool, reader: Reader, census: Census) -> str:
+    """The format of a file by its first row; columns that it ignores become a note."""
     row = next(batch.parsed())
     if plain:
         columns, formats = Columns(), _TEXT

@@ -45,8 +45,8 @@ _TAG = re.compile(r"O|[BIESLU]-\S+")
 # The unit of work of one worker: small, so that its tokens stay in the CPU caches.
 BATCH_ROWS = 256
 BATCH_BYTES = 2**20
-FEWEST_DOCUMENTS = 20
-_LONGEST_LINE = 2**26
+FEWEST_DOCUMENTS = 20  # with fewer, documents are cut into blocks
+_LONGEST_LINE = 2**26  # bytes that are read to recognise JSON Lines
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class RowBatch:
     """Rows of one file: parsed, or lines of JSON that a worker will parse.
 
     `numbers[i]` is the line, or list index, of row i; `style` is the format of its place, such as
-    `{}:{}`. `whole`: the only row is a text to be cut into blocks; `starts`: it begins a document.
+    `{}:{}`. `whole`: the only row is a document, or a piece of one, to be cut into blocks;
+    `starts`: it begins the document.
     """
 
     name: str
@@ -86,9 +87,10 @@ class RowBatch:
 class OpenedSource:
     """A source that exists.
 
-    `digest` is the sha256 of its content; it has `files`, or embedded `rows`; `skipped` counts the
-    files of a folder whose type is unsupported. For a Hub data set, `labels` are the class names
-    by column, and `commit` is its revision.
+    `fraction` is its share of the training tokens; None: all of its rows. `digest` is the sha256 of
+    its content; it has `files`, or embedded `rows`; `skipped` counts the files of a folder whose
+    type is unsupported. For a Hub data set, `labels` are the class names by column, and `commit` is
+    its revision.
     """
 
     name: str
@@ -106,7 +108,7 @@ class OpenedSource:
             yield from _batches(self.name, "{}/{}", enumerate(self.rows, 1))
             return
         texts = [file for file in self.files if not is_table(file)]
-        yield from text_batches(texts, whole=_is_cut(texts))
+        yield from text_batches(texts, whole=_are_cut(texts))
         for file in self.files:
             if is_table(file):
                 for batch in table_batches(file):
@@ -136,7 +138,7 @@ def table_batches(file: Path) -> Iterator[RowBatch]:
     elif suffix in (".parquet", ".arrow"):
         yield from _batches(file, "{}[{}]", _arrow(file, suffix))
     elif suffix in _IOB_SUFFIXES or (suffix == ".tsv" and _looks_tagged(file)):
-        yield from _batches(file, "{}:{}", _tagged(file))
+        yield from _batches(file, "{}:{}", _tagged_sentences(file))
     else:
         yield from _batches(file, "{}:{}", _csv(file, "\t" if suffix == ".tsv" else ","))
 
@@ -171,7 +173,7 @@ def documents(file: Path, size: int | None = None) -> Iterator[tuple[int, str, b
 def _pieces(
     line: int, text: str, size: int | None, begins: bool
 ) -> Iterator[tuple[int, str, bool]]:
-    """A part of a document, cut as in `documents`; leading white space is stripped."""
+    """A part of a document, cut as in `documents`; white space before the document is stripped."""
     start = len(text) - len(text.lstrip()) if begins else 0
     line += text.count("\n", 0, start)
     while start < len(text):
@@ -197,16 +199,17 @@ def text_batches(files: Iterable[Path], whole: bool) -> Iterator[RowBatch]:
             found = iter([*found] or [(1, "", True)])
         if whole:
             for line, text, begins in found:
-                rows = [{"text": text}]
+                rows = [{"text": text}]  # without text it is no block, but a row that is dropped
                 yield RowBatch(str(file), "{}:{}", [line], rows, whole=bool(text), starts=begins)
         else:
-            rest = ((line, {"text": text}) for line, text, _ in found)
-            yield from _batches(file, "{}:{}", rest)
+            numbered = ((line, {"text": text}) for line, text, _ in found)
+            yield from _batches(file, "{}:{}", numbered)
 
 
 def _batches(
     file: Path | str, style: str, rows: Iterable[tuple[int, Json | str]]
 ) -> Iterator[RowBatch]:
+    """Numbered rows in batches of at most BATCH_ROWS rows and about BATCH_BYTES characters."""
     numbers: list[int] = []
     kept: list[Json | str] = []
     size = 0
@@ -214,7 +217,7 @@ def _batches(
         numbers.append(number)
         kept.append(row)
         try:
-            # Approximate number of characters of the row.
+            # Characters of its texts, and 8 for any other value.
             size += sum(len(v) if isinstance(v, (str, bytes)) else 8 for v in leaves(row))
         except RecursionError:  # such a row cannot be pickled for a worker
             raise UserError(f"{style.format(file, number)}: nesting too deep") from None
@@ -244,6 +247,7 @@ def _has_json_lines(file: Path) -> bool:
 
 
 def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, Json]]:
+    """Rows of a table with a header, numbered by their first line."""
     csv.field_size_limit(2**31 - 1)
     lines = (text for _, text in _lines(file))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -286,7 +290,7 @@ def _fields(line: str) -> list[str]:
     return [field for field in line.strip(" \n").split(" ") if field]
 
 
-def _tagged(file: Path) -> Iterator[tuple[int, Json]]:
+def _tagged_sentences(file: Path) -> Iterator[tuple[int, Json]]:
     """Sentences of a file with one token per line and its IOB tag in the last column."""
     tokens: list[str] = []
     tags: list[str] = []
@@ -377,13 +381,13 @@ def _class_name(value: object, known: list[str]) -> object:
     if isinstance(value, list):
         return [_class_name(part, known) for part in value]
     if isinstance(value, str) and value not in known and value.lstrip("-").isdecimal():
-        value = int(value)  # of csv
+        value = int(value)  # CSV has numbers as text
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     return known[value] if 0 <= value < len(known) else None
 
 
-def _is_cut(files: list[Path]) -> bool:
-    """Whether there are too few documents to hold out a share of them."""
+def _are_cut(files: list[Path]) -> bool:
+    """Whether documents are cut into blocks: there are too few to hold out a share of them."""
     found = (begins for file in files for _, _, begins in documents(file, BATCH_BYTES))
     return sum(1 for _ in islice(filter(None, found), FEWEST_DOCUMENTS)) < FEWEST_DOCUMENTS

@@ -28,9 +28,11 @@ class DataTask(Protocol):
     @property
     def formats(self) -> tuple[str, ...]: ...
 
-    def key(self, example: Example) -> str: ...
+    def key(self, example: Example) -> str:
+        """The text by which duplicates and leaks are found."""
 
-    def group(self, example: Example) -> str | None: ...
+    def group(self, example: Example) -> str | None:
+        """Examples of one group stay in one split; None: no group."""
 
 
 class ReadJob(NamedTuple):
@@ -56,10 +58,10 @@ class ReadBatch:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads batches of raw rows.
+    """Reads batches of raw rows; callable, so that it can be sent to worker processes.
 
     Attributes:
-        seed: of the order in which examples are sampled.
+        seed: of the ranks by which examples are sampled for signatures.
         questions: also hash the prompts, to match them against the files of data.decontaminate.
     """
 
@@ -114,7 +116,7 @@ class Reader:
         )
 
     def _group(self, example: Example, plain: bool) -> str | None:
-        """Examples of one group stay in one split; None: no group."""
+        """The group that data.group names, else the task's."""
         if example.group is None and not plain:
             return self.task.group(example)
         return example.group
@@ -126,7 +128,7 @@ def _hashes(texts: Sequence[str | None]) -> np.ndarray:
 
 
 def _blocks(batch: RowBatch) -> Iterator[tuple[int, Example]]:
-    """Cut a long text into blocks of about 2 KiB, at line ends."""
+    """(line, example) of the blocks of about 2 KiB into which a long text is cut, at line ends."""
     row = next(batch.parsed())
     text, line, start = row.columns["text"], batch.numbers[0], 0
     for end in _block_ends(text):
@@ -143,11 +145,13 @@ def _block_ends(text: str) -> Iterator[int]:
     start = characters = 0
     while start < len(raw):
         least, most = start + BLOCK_BYTES, start + 2 * BLOCK_BYTES
-        end = raw.find(b"\n", least - 1, most) + 1 or raw.find(b" ", least, most)
+        end = raw.find(b"\n", least - 1, most) + 1  # after the line end; 0: none
+        if end == 0:
+            end = raw.find(b" ", least, most)
         if end < least:
             end = least
             while end < len(raw) and raw[end] & 0xC0 == 0x80:  # inside a character
                 end += 1
-        characters += len(raw[start:end].decode())
+        characters += len(raw[start:end].decode())  # `end` may be beyond the last byte
         start = end
         yield characters

@@ -92,8 +92,8 @@ class Rows:
         return sizes if self.order is None else sizes[self.order]
 
     def chunks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A list column in pieces: (values of all rows of a piece, offsets of the rows in it, with
-        the end of the last)."""
+        """A list column in pieces, as Arrow stores it: (values, offsets); row i of a piece is
+        values[offsets[i] : offsets[i + 1]]."""
         column = self._column(name)
         if self.order is not None:
             column = _Column(self.table.column(name).take(pa.array(self.order)))
@@ -102,18 +102,18 @@ class Rows:
             yield chunk.values[first:last], chunk.offsets - first
 
     def content(self, *names: str) -> bytes:
-        """A hash of list columns: their values and row lengths."""
+        """The sha256 digest of list columns: their values and row lengths."""
         digest = hashlib.sha256()
         for name in names:
             parts: list[Any] = [values for values, _ in self.chunks(name)]
             for part in [*parts, self.sizes(name)]:
-                array: Any = np.ascontiguousarray(part)
-                digest.update(array)
+                digest.update(np.ascontiguousarray(part).data)
         return digest.digest()
 
     @property
     def units(self) -> int:
-        """Number of units that the rows belong to: the largest value of `unit`, plus one."""
+        """Number of units, the examples that the rows were encoded from: the largest value of the
+        column `unit`, plus one."""
         return int(self.column("unit").max(initial=-1)) + 1
 
     def select(self, numbers: Sequence[int] | np.ndarray) -> Rows:
@@ -139,7 +139,8 @@ class Rows:
 
 
 class _Chunk:
-    """A chunk of a column; for a list column its values and row offsets."""
+    """A chunk of a column: as numbers; as the values and row offsets of its lists, which may be
+    nested; or else as the Arrow array."""
 
     def __init__(self, array: pa.Array) -> None:
         self.lists = pa.types.is_list(array.type)
@@ -197,6 +198,7 @@ def record_batch(rows: Sequence[Row]) -> pa.RecordBatch:
 def _array(values: list[Any]) -> pa.Array:
     first = values[0]
     nested = isinstance(first, list) and bool(first) and isinstance(first[0], list)
+    # Arrow infers the type of nested lists and of single values.
     if nested or not isinstance(first, (list, np.ndarray)):
         return pa.array(values)
     sizes = [len(value) for value in values]
@@ -209,7 +211,7 @@ def _array(values: list[Any]) -> pa.Array:
 class RowsWriter:
     """Writes rows to an Arrow stream, the format of `datasets`.
 
-    The schema is that of the first batch; an empty file is written as a stream without columns.
+    The schema is that of the first batch; without any batch, the stream has no columns.
     """
 
     def __init__(self, file: Path) -> None:

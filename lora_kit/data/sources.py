@@ -54,7 +54,7 @@ def open_sources(sources: Sources, commits: dict[str, str] | None = None) -> lis
     seen: dict[Any, str] = {}
     for source in opened:
         names: list[Any] = [file.resolve() for file in source.files] or [source.name]
-        if source.commit:  # the Hub's cache stores files of equal content once
+        if source.commit:  # equal files of a data set are links to one file of the Hub's cache
             names = list(dict.fromkeys(names))
         for name in names:
             if name in seen:
@@ -125,8 +125,10 @@ def _open_nano(source: Source) -> OpenedSource:
     name = source.source
     if name not in EMBEDDED:
         raise UserError(f"{name}: no such embedded text: {', '.join(EMBEDDED)}")
-    rows: list[dict[str, Any]] = [dict(row) for row in nano.instructions()]
-    if name != "nano:instructions":
+    rows: list[dict[str, Any]]
+    if name == "nano:instructions":
+        rows = [dict(row) for row in nano.instructions()]
+    else:
         texts = nano.topics() if name == "nano:topics" else nano.general()
         rows = [{"text": text} for _, text in texts]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -93,10 +93,10 @@ def _hold_out(
 ) -> np.ndarray:
     """bool (examples,): held out. Duplicates, and examples of one group, stay together."""
     units = split_large_clusters(roots, train.keys)
-    apart = int((roots != units).sum())
-    if apart:
+    separated = int((roots != units).sum())
+    if separated:
         census.notes.append(
-            f"{apart:,} rows share long text with many others: of them only exact duplicates "
+            f"{separated:,} rows share long text with many others: of them only exact duplicates "
             "are kept in the same split"
         )
     names, codes = train.examples.classes()
@@ -126,6 +126,7 @@ def _against_eval(
 
 
 def _check_labels(train: Examples, held_out: Examples) -> None:
+    """Raises UserError if the held-out rows have a class that is in no training row."""
     names, codes = held_out.classes()
     known = train.classes()[0]
     unknown = [name for name in names if name not in known]
@@ -138,22 +139,24 @@ def _check_labels(train: Examples, held_out: Examples) -> None:
 
 
 def _general_apart(read: dict[str, SignedExamples], census: Census) -> np.ndarray:
-    """bool (general examples,): those that are not in the domain data; the others are counted."""
+    """bool (general examples,): those that are not in data.train or data.eval; the others are
+    counted."""
     general = read["general"]
     known = np.concatenate([some.keys for use, some in read.items() if use != "general"])
-    there = np.isin(general.keys, known)
-    if there.any():
-        first = general.examples.place(int(there.argmax()))
-        census.general.count_lost("that are also in the domain data", first, int(there.sum()))
-    if there.all():
+    in_domain = np.isin(general.keys, known)
+    if in_domain.any():
+        first = general.examples.place(int(in_domain.argmax()))
+        census.general.count_lost("that are also in the domain data", first, int(in_domain.sum()))
+    if in_domain.all():
         raise UserError(f"data.general: no rows left; dropped: {census.general.dropped_text()}")
-    return ~there
+    return ~in_domain
 
 
 def _replay_pool(general: SignedExamples, kept: np.ndarray, seed: int) -> np.ndarray:
     """bool (general examples,): those that are not evaluated on, so they may be trained on."""
     rows = np.flatnonzero(kept)
     roots = split_large_clusters(general.clusters(), general.keys)[rows]
+    # A tenth is evaluated on, or as much more as a verdict needs, but at most half.
     share = max(0.1, min(0.5, FEWEST_TO_EVALUATE / len(np.unique(roots))))
     held = hold_out(roots, general.keys[rows], share, seed, key="data.general")
     pool = np.zeros(len(kept), dtype=bool)
@@ -180,8 +183,9 @@ def hold_out(
 
     Args:
         roots: (rows,) the unit of each row. keys: uint64 hashes, (rows,).
+        share: of the units, not of the rows.
         labels: (rows,) a unit has the label of its row with the lowest key.
-        key: of the run file, for messages.
+        key: `data.eval` or `data.general`, for messages.
 
     Returns:
         bool, (rows,): held out.
@@ -196,7 +200,7 @@ def hold_out(
             f"{key}: {len(units)} different document(s) cannot be split: "
             + ("name a separate source" if key == "data.eval" else "add more text")
         )
-    lowest = by_key[first]
+    lowest = by_key[first]  # the row with the lowest key of each unit
     order = ranks(keys[lowest], seed)
     wanted = min(max(1, round(share * len(units))), len(units) - 1)
     labels = np.broadcast_to(np.int32(0), len(roots)) if labels is None else labels
@@ -204,19 +208,19 @@ def hold_out(
     exact = wanted * counts / len(units)
     quota = np.floor(exact).astype(int)
     # Ties: the most frequent label first, then the one whose unit ranks first.
-    head = np.full(len(counts), np.iinfo(np.uint64).max, dtype=np.uint64)
-    np.minimum.at(head, kinds, order)
-    order_of_labels = np.lexsort((head, -counts, quota - exact))
-    most = counts - 1
+    first_rank = np.full(len(counts), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(first_rank, kinds, order)
+    by_remainder = np.lexsort((first_rank, -counts, quota - exact))
+    most = counts - 1  # of each label; all of them only if no label has another unit left
     while quota.sum() < wanted:
         left = wanted - quota.sum()
-        some = order_of_labels[(quota < most)[order_of_labels]]
-        most = most if len(some) else counts
-        quota[some[:left]] += 1
+        not_full = by_remainder[(quota < most)[by_remainder]]
+        most = most if len(not_full) else counts
+        quota[not_full[:left]] += 1
     chosen = np.zeros(len(units), dtype=bool)
-    first_chosen = np.lexsort((order, sizes > 2 * share * len(roots)))
+    by_rank = np.lexsort((order, sizes > 2 * share * len(roots)))  # large units last
     for kind, number in enumerate(quota):
-        chosen[first_chosen[kinds[first_chosen] == kind][:number]] = True
+        chosen[by_rank[kinds[by_rank] == kind][:number]] = True
     return chosen[np.searchsorted(units, roots)]
 
 
@@ -243,7 +247,8 @@ def mix(
 
 
 def take(tokens: np.ndarray, order: np.ndarray, wanted: float) -> np.ndarray:
-    """Sorted indices of the first rows by `order` whose tokens come nearest to `wanted`."""
+    """Sorted indices of the first rows by `order`, so many that their tokens come nearest to
+    `wanted` in total."""
     first = np.argsort(order, kind="stable")
     total = np.concatenate([[0], np.cumsum(tokens[first])])
     return np.sort(first[: int(np.abs(total - wanted).argmin())])
