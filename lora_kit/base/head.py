@@ -121,12 +121,13 @@ def choose_pooling(
     config: PreTrainedConfig,
     skeleton: PreTrainedModel | None,
 ) -> tuple[str, bool]:
-    """The pooling of a classifier, and whether transformers' own class implements it.
+    """The pooling of a classifier, and whether transformers' own class implements it; otherwise
+    `PooledClassifier` does.
 
     Args:
         pooling: `base.pooling`; None: mean for a sentence-transformers model with mean pooling,
             else the architecture's own.
-        config: the base's config; its `classifier_pooling` is set, if it has one.
+        config: the base's config; changed: its `classifier_pooling` is set, if it has one.
         skeleton: transformers' own classifier, on the meta device; None if there is none.
 
     Raises:
@@ -161,6 +162,7 @@ def choose_pooling(
 
 
 def _own_pooling(config: PreTrainedConfig, skeleton: PreTrainedModel) -> str:
+    """The pooling of transformers' own classifier."""
     if hasattr(config, "classifier_pooling"):
         return "mean" if config.classifier_pooling in ("mean", "late") else "cls"
     last = hasattr(skeleton, "score") or config.model_type in _OTHER_DECODERS
@@ -260,8 +262,9 @@ def load_with_head(
 
 
 def with_head_on_meta(base: Base, pinned: Pinned, head: Head) -> tuple[Model, tuple[str, ...]]:
-    """`load_with_head` on torch's meta device: only the names of the weights are read; if the
-    weights were not downloaded, all layers of the head count as fresh."""
+    """`load_with_head` on torch's meta device: of the weights only the names are read, so a layer
+    whose stored weights have another shape or other labels does not count as fresh. If the weights
+    were not downloaded, all layers of the head do."""
     import torch
     from transformers import AutoModel
 
@@ -278,15 +281,14 @@ def with_head_on_meta(base: Base, pinned: Pinned, head: Head) -> tuple[Model, tu
             return PooledClassifier(encoder, str(layout.pooling)), ("score",)
         model = layout.auto.from_config(layout.config, dtype=dtype)
     try:
-        stored = stored_in(Path(pinned.folder)).keys()
+        stored = list(stored_in(Path(pinned.folder)))
     except UserError:  # not downloaded
-        stored = {}.keys()
-    prefix = f"{model.base_model_prefix}."
-    fresh = {
-        name
-        for name in layout.layers
-        if not any(there.endswith(f"{name.removeprefix(prefix)}.weight") for there in stored)
-    }
+        stored = []
+    fresh = set()
+    for name in layout.layers:
+        weight = name.removeprefix(f"{model.base_model_prefix}.") + ".weight"
+        if not any(tensor.endswith(weight) for tensor in stored):
+            fresh.add(name)
     _cast_head(model, layout, fresh)
     return model, tuple(name for name in layout.layers if name in fresh)
 
@@ -297,7 +299,9 @@ class _HeadLayout:
 
     Attributes:
         config: the base's, with labels and pooling set. stored_labels: the base's own labels.
-        auto: the auto class. own: it implements the pooling; otherwise `PooledClassifier` does.
+        auto: the auto class.
+        pooling: of a sequence classifier; else that of `Head`.
+        own: the auto class's model implements the pooling; otherwise `PooledClassifier` does.
         layers: names of the head's layers, the output layer last; empty unless `own`.
     """
 
@@ -310,6 +314,7 @@ class _HeadLayout:
 
 
 def _layout(pinned: Pinned, head: Head) -> _HeadLayout:
+    """Raises UserError if the base does not support the head or its pooling."""
     import transformers
 
     folder = Path(pinned.folder)
@@ -322,18 +327,18 @@ def _layout(pinned: Pinned, head: Head) -> _HeadLayout:
         )
         stored_labels = tuple(config.id2label.values())
         _name_outputs(config, head)
-        shapes = skeleton_of(auto, config)
+        skeleton = skeleton_of(auto, config)
     except Exception as error:  # an invalid config.json can raise anything
         raise unusable(folder, "cannot be loaded", error) from None
     pooling, own = head.pooling, True
     if head.auto == SEQUENCE:
-        takes = getattr(_body_of(config), "main_input_name", "input_ids")
-        if takes != "input_ids":
+        main_input = getattr(_body_of(config), "main_input_name", "input_ids")
+        if main_input != "input_ids":
             raise UserError(
-                f"base.model: {folder}: its input is {takes}, not text: use another base"
+                f"base.model: {folder}: its input is {main_input}, not text: use another base"
             )
-        pooling, own = choose_pooling(head.pooling, folder, config, shapes)
-    elif shapes is None:
+        pooling, own = choose_pooling(head.pooling, folder, config, skeleton)
+    elif skeleton is None:
         raise UserError(
             f"base.model: {folder}: {config.model_type} has no {head.auto} in transformers: "
             "use another base"
@@ -349,7 +354,7 @@ def _layout(pinned: Pinned, head: Head) -> _HeadLayout:
                 f"base.model: {folder}: {config.model_type} classifies at the end-of-text token "
                 f"({end}), which the tokenizer does not add: change its tokenizer.json to add it"
             )
-    layers = head_layers(shapes) if own and shapes is not None else []
+    layers = head_layers(skeleton) if own and skeleton is not None else []
     return _HeadLayout(config, stored_labels, auto, pooling, own, tuple(layers))
 
 
@@ -380,6 +385,7 @@ def _no_report() -> Iterator[None]:
 
 
 def _name_outputs(config: PreTrainedConfig, head: Head) -> None:
+    """Set the labels of the head in a config; without any, the base's own stay."""
     if not head.labels:
         return
     config.id2label, config.label2id = head.id2label, head.label2id
@@ -403,7 +409,8 @@ def skeleton_of(
 
 
 def head_layers(skeleton: Model) -> list[str]:
-    """Names of the layers of a model's head, the output layer last."""
+    """Names of the layers of a model's head, which have parameters of their own, the output layer
+    last."""
     return [
         name
         for name, module in skeleton.named_modules()

@@ -122,7 +122,9 @@ def check_length(pinned: Pinned, max_length: int) -> None:
     config = config.get("text_config") or config
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     stated = config.get("max_position_embeddings") or config.get("n_positions") or 0
-    positions = int(stated * scaling.get("factor", 1))  # YaRN and similar
+    # YaRN's factor extends the stated positions. Where they are already extended (Llama 3.1), this
+    # allows too much.
+    positions = int(stated * scaling.get("factor", 1))
     if 0 < positions < max_length:
         raise UserError(
             f"train.max_length: {max_length} is too long: {pinned.model} has {positions} "
@@ -145,7 +147,7 @@ def _config(folder: Path) -> Json:
 def unquantized_config(folder: Path) -> Json:
     """config.json. Raises UserError if it is invalid, the weights are already quantized, or files
     point outside of the folder or to code."""
-    config = _check_files(folder)
+    config = _safe_config(folder)
     stored = config.get("quantization_config")
     if stored:
         method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else "unknown"
@@ -157,7 +159,7 @@ def unquantized_config(folder: Path) -> Json:
 
 
 def unusable(folder: str | Path, what: str, error: Exception) -> LoraKitError:
-    """The error for a base that a library cannot load."""
+    """The error for a base that a library cannot load: `what` is wrong, and why."""
     if isinstance(error, LoraKitError):
         return error  # for instance a signal
     reason = " ".join(str(error).split())[:240] or type(error).__name__
@@ -230,11 +232,13 @@ def from_files(
     **options: object,
 ) -> tuple[PreTrainedModel, list[str]]:
     """A transformers model, and the names of parameters that its files lack or have in another
-    shape.
+    shape: these are newly initialised.
 
     Args:
         auto: its auto class.
+        base, quantize: as in `load_base`.
         unquantized: modules that are not quantized; None: transformers' default.
+        options: further arguments of `from_pretrained`.
     """
     import torch
 
@@ -255,7 +259,7 @@ def from_files(
             output_loading_info=True,
             **options,
         )
-    except Exception as error:  # as above; safetensors' own error is a bare Exception
+    except Exception as error:  # parsers raise anything; safetensors' own error is a bare Exception
         raise unusable(pinned.folder, "cannot be loaded", error) from None
     return model, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
 
@@ -298,20 +302,22 @@ def check_causal(model: Model, pinned: Pinned) -> None:
         )
 
 
-def _check_files(folder: Path) -> Json:
+def _safe_config(folder: Path) -> Json:
     """config.json. Raises UserError if the shard index points outside of the folder, or config.json
     names a compiled attention kernel of the Hub."""
     try:
         stored_in(folder)
     except UserError as error:
         raise UserError(f"base.model: {error}") from None
-    inside = [_config(folder)]
-    for values in inside:
-        inside += [value for value in values.values() if isinstance(value, dict)]
-        for key, value in values.items():
+    config = _config(folder)
+    objects = [config]
+    while objects:
+        for key, value in objects.pop().items():
+            if isinstance(value, dict):
+                objects.append(value)
             if key.endswith("_implementation") and "/" in json.dumps(value):
                 raise UserError(f"base.model: {folder}: config.json: {key} names code: remove it")
-    return inside[0]
+    return config
 
 
 def _quantization(
@@ -319,9 +325,9 @@ def _quantization(
 ) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
-    skipped = None if unquantized is None else list(unquantized)
-    # By default transformers skips the module of the last parameter, which for a head with a bias
+    # For None transformers skips the module of the last parameter, which for a head with a bias
     # is the bias, so its matrix would be quantized.
+    skipped = None if unquantized is None else list(unquantized)
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -21,14 +21,15 @@ _HASHED = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
 # Only the top folder and sentence-transformers' 1_Pooling/config.json are read; `consolidated` is a
 # second copy of the weights, in Mistral's layout.
 _NOT_READ = ["[!1]*/*", "1[!_]*/*", "*/*.safetensors", "consolidated*.safetensors"]
-# Names of repositories with quantized weights.
+# Names that repositories with quantized weights usually have.
 _QUANTIZED_NAME = re.compile(r"(?i)[-_.]([48]-?bit|int[48]|fp8|gptq|awq|gguf)\b")
 _QUANTIZED = "its weights are already quantized: name the original model"
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """A base on disk. `hashes`: {file name: sha256} of all files that its output depends on."""
+    """A base on disk. `model` is the folder or Hub id that names it, `revision` its commit on the
+    Hub, and `hashes` {file name: sha256} of all files that its output depends on."""
 
     model: str
     folder: str
@@ -84,7 +85,7 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [*_FILES, _WEIGHTS] if weights else _FILES
-    suspect = bool(_QUANTIZED_NAME.search(model))
+    suspect = _QUANTIZED_NAME.search(model) is not None  # the config decides, if it is at hand
     if weights and suspect and _is_quantized(model, revision):  # before downloading gigabytes
         raise UserError(f"base.model: {model}: {_QUANTIZED}")
     try:
@@ -93,6 +94,7 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
         )
     except (OSError, ValueError) as error:
         problem = hub_errors.problem(error, model, revision, "model")
+        # Do not advise to download weights that would be rejected.
         if suspect and "hf download" in problem:
             problem = _QUANTIZED
         raise UserError(f"base.model: {model}: {problem}") from None

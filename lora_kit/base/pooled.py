@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any  # of attributes that are the encoder's
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch
     """
     if mask is None:
         mask = torch.ones(hidden.shape[:2], device=hidden.device)
-    if mask.dim() == 4:  # in the memory plan, on the meta device
+    if mask.dim() == 4:  # in the memory plan, where only shapes matter
         mask = mask[:, 0, 0]
     if pooling == "cls":
         return hidden[:, 0].float()
@@ -68,7 +68,7 @@ class PooledClassifier(nn.Module):
         nn.init.normal_(self.score.weight, std=getattr(text, "initializer_range", 0.02))
         nn.init.zeros_(self.score.bias)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # whatever type the encoder's attribute has
         try:
             return super().__getattr__(name)
         except AttributeError:

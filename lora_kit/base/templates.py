@@ -37,8 +37,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
         return
     if tokenizer.chat_template:
         raise UserError("data.chat_template: the base has its own chat template: remove the key")
-    marked = name == "chatml" and "<|im_end|>" in tokenizer.get_vocab()
-    end = "<|im_end|>" if marked else tokenizer.eos_token
+    has_im_end = name == "chatml" and "<|im_end|>" in tokenizer.get_vocab()
+    end = "<|im_end|>" if has_im_end else tokenizer.eos_token
     begins = bool(tokenizer.bos_token) and context_token(tokenizer) == [tokenizer.bos_token_id]
     shipped = Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
     shipped = shipped.replace("BEGINS", str(begins).lower()).replace("END", end)
@@ -46,8 +46,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError if a template cannot render a prompt and a completion within
-    SECONDS_TO_RENDER."""
+    """Raises UserError if the tokenizer has several templates, or its template uses a power, cannot
+    render a prompt and a completion within SECONDS_TO_RENDER, or writes beginning-of-text twice."""
     import jinja2
 
     template = tokenizer.chat_template
@@ -74,8 +74,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     except NotUsable as error:
         raise UserError(f"base: the chat template is not usable: {error.detail}") from None
     begin = tokenizer.bos_token_id
-    begun = tokenizer(text, add_special_tokens=False).input_ids[:2]
-    if begin is not None and begun == [begin, begin]:
+    first_two = tokenizer(text, add_special_tokens=False).input_ids[:2]
+    if begin is not None and first_two == [begin, begin]:
         raise UserError(
             "base: the chat template writes the beginning-of-text token twice, unlike any serving "
             "engine: fix the base's template"
@@ -115,15 +115,15 @@ def render_many(
 
 
 def _without_weight(message: Message) -> Message:
-    """`weight` says whether a turn is trained on; it is not part of the text."""
+    """The message as templates know it: `weight` is ours, whether the turn is trained on."""
     if "weight" not in message:
         return message
     return {key: value for key, value in message.items() if key != "weight"}
 
 
 def _with_parsed_calls(message: Message) -> Message:
-    """Parse the arguments of tool calls: OpenAI's format has them as JSON text, while most
-    templates expect an object (and would quote the text again)."""
+    """The message with the arguments of tool calls as objects: OpenAI's format has them as JSON
+    text, which most templates would quote again."""
     if "tool_calls" not in message:
         return message
     calls = []
@@ -169,7 +169,7 @@ def _rendered(
 def prompt_text(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: tuple[Tool, ...] = ()
 ) -> str:
-    """The prompt for generation: rendered with the template, or the bare content without one.
+    """The prompt for generation, rendered with the template; without one, the last turn's content.
 
     Some templates write more before a completion than their generation prompt has, such as Qwen3's
     empty thinking block. Completions were trained after it, so it belongs to the prompt.
@@ -184,7 +184,8 @@ def prompt_text(
 
 
 def context_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token before a text: beginning-of-text if the tokenizer adds it, else end-of-text."""
+    """[id] of the token before a text: beginning-of-text if the tokenizer adds it, else
+    end-of-text; [] if there is neither."""
     added = tokenizer("a").input_ids
     if tokenizer.bos_token_id is not None and added[:1] == [tokenizer.bos_token_id]:
         return [tokenizer.bos_token_id]

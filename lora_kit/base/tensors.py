@@ -49,7 +49,7 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: `size` bytes at `offset`."""
+    """A tensor in a file, which is not read yet: `size` bytes at `offset`."""
 
     name: str
     dtype: str  # safetensors' name: BF16
@@ -77,10 +77,10 @@ class Stored:
         import torch
 
         start, end, _ = slice(first, last).indices(self.rows)
-        row = self.size // max(1, self.rows)
-        buffer = bytearray(row * (end - start))
+        row_bytes = self.size // max(1, self.rows)
+        buffer = bytearray(row_bytes * (end - start))
         with self.file.open("rb") as opened:
-            opened.seek(self.offset + row * start)
+            opened.seek(self.offset + row_bytes * start)
             if opened.readinto(buffer) < len(buffer):
                 raise UserError(f"{self.file}: truncated: copy it again")
         shape = (end - start, *self.shape[1:]) if self.shape else ()
@@ -90,8 +90,8 @@ class Stored:
 
     def blocks(self, multiple: int = 1) -> Iterator[slice]:
         """The rows in blocks of about 16 MiB, each of a `multiple` of rows but the last."""
-        row = self.size // max(1, self.rows)
-        step = max(1, PIECE // multiple // max(1, row)) * multiple
+        row_bytes = self.size // max(1, self.rows)
+        step = max(1, PIECE // multiple // max(1, row_bytes)) * multiple
         for first in range(0, self.rows, step):
             yield slice(first, min(first + step, self.rows))
 
@@ -114,10 +114,10 @@ def stored(file: Path) -> dict[str, Stored]:
 
 
 def _parsed(file: Path, opened: BinaryIO) -> dict[str, Stored]:
-    """Raises ValueError, KeyError, TypeError, ... on an invalid header."""
-    whole = os.fstat(opened.fileno()).st_size
+    """See `stored`. Raises ValueError, KeyError, TypeError, ... on an invalid header."""
+    file_size = os.fstat(opened.fileno()).st_size
     length = int.from_bytes(opened.read(8), "little")
-    if whole < 8 or length > min(_LARGEST_HEADER, whole - 8):
+    if file_size < 8 or length > min(_LARGEST_HEADER, file_size - 8):
         raise ValueError(f"a header of {length:,} bytes")
     header = json.loads(opened.read(length), object_pairs_hook=_unique_keys)
     header.pop("__metadata__", None)
@@ -133,8 +133,8 @@ def _parsed(file: Path, opened: BinaryIO) -> dict[str, Stored]:
         offset = 8 + length + start
         found[name] = Stored(name, entry["dtype"], shape, file, offset, stop - start)
         end = stop
-    if 8 + length + end != whole:
-        raise ValueError(f"{whole:,} bytes instead of {8 + length + end:,}")
+    if 8 + length + end != file_size:
+        raise ValueError(f"{file_size:,} bytes instead of {8 + length + end:,}")
     return found
 
 
@@ -198,10 +198,10 @@ def write_file(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    begin = len(text).to_bytes(8, "little") + text
-    crc = zlib.crc32(begin)
+    start_of_file = len(text).to_bytes(8, "little") + text
+    crc = zlib.crc32(start_of_file)
     with file.open("xb") as opened:
-        opened.write(begin)
+        opened.write(start_of_file)
         for name, (dtype, _) in entries.items():
             left = sizes[name]
             for block in blocks(name):

@@ -579,8 +579,8 @@ def _is_supervised(turn: dict[str, Any], number: int) -> bool:
 
 
 def _check_turns(messages: list[Message]) -> None:
-    """Raises NotUsable unless a system turn comes first, no assistant turn is empty or follows
-    another, and the last turn is the assistant's."""
+    """Raises NotUsable unless a system turn, if any, is first, no assistant turn is empty or
+    follows another, and the last turn is the assistant's."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise NotUsable("without an assistant turn")
