@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lora_kit.base.load import Model
 
-# Fields of `adapter:` that are not PEFT's.
+# Fields of `adapter:` that are not arguments of PEFT's LoraConfig.
 OWN_FIELDS = {"start"}
 _PATTERNS = ("target_modules", "exclude_modules")  # a string there is a regular expression
 # PEFT's value for LoRA on no module (it rejects an empty list), to train only a new head.
@@ -59,7 +59,7 @@ def attach(model: Model, adapter: Adapter, fresh: Sequence[str], seed: int) -> P
         config = LoraConfig(
             # With a task type PEFT adds modules to train by name, and replaces heads.
             task_type="CAUSAL_LM" if model.can_generate() else None,
-            modules_to_save=_whole(model, fresh) or None,
+            modules_to_save=_trained_whole(model, fresh) or None,
             **adapter.model_dump(exclude=OWN_FIELDS),
         )
         attached = get_peft_model(model, config)
@@ -85,9 +85,10 @@ def _rejected(adapter: Adapter, linear: list[str], error: ValueError) -> UserErr
     )
 
 
-def _whole(model: Model, fresh: Sequence[str]) -> list[str]:
-    """Full names for modules_to_save: PEFT matches name endings, also `pre_classifier` for
-    `classifier`, and would put LoRA into modules that are not listed."""
+def _trained_whole(model: Model, fresh: Sequence[str]) -> list[str]:
+    """The names for modules_to_save. PEFT fully trains every module whose name ends with one of
+    them, such as `pre_classifier` for `classifier`, but keeps LoRA out of exactly matching modules
+    only: so all that end so are listed."""
     return [name for name, _ in model.named_modules() if name.endswith(tuple(fresh))]
 
 
@@ -159,10 +160,10 @@ def _does_not_fit(found: files.Adapter, why: str) -> UserError:
 def _resize_vocabulary(
     model: Model, found: files.Adapter, tensors: Mapping[str, torch.Tensor]
 ) -> set[str]:
-    """Give the base as many tokens as the adapter's embeddings and head have.
+    """Give the base as many tokens as the adapter's embeddings and head have, if it has them whole.
 
     Returns:
-        The names of the adapter's whole embeddings and head.
+        The names of these tensors.
     """
     both: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     ends = [module for module in both if module is not None]
@@ -184,9 +185,9 @@ def _settings(found: files.Adapter) -> dict[str, Any]:
     take forever to match."""
     about = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
     values = {key: value for key, value in found.config.items() if key not in about}
-    start = str(values.get("init_lora_weights"))
-    # Only these initialisations change the base's weights when an adapter is attached.
-    values["init_lora_weights"] = start if start.startswith(("pissa", "olora")) else True
+    # Only for these does PEFT change the base's weights on attaching, as it did before training.
+    init = str(values.get("init_lora_weights"))
+    values["init_lora_weights"] = init if init.startswith(("pissa", "olora")) else True
     by_pattern = [key for key in _PATTERNS if isinstance(values.get(key), str)]
     if by_pattern or values.get("layers_pattern"):
         parents = [name.rpartition(".")[0] for name in values.get("target_parameters") or []]
@@ -218,7 +219,7 @@ def describe(model: PeftModel) -> str:
 
 
 def _linear_names(model: Model) -> list[str]:
-    """The distinct name endings of the linear modules, without the head."""
+    """The distinct name endings of the linear modules, without the language-model head."""
     import torch
 
     head = model.get_output_embeddings()

@@ -148,7 +148,7 @@ def coverage(model: PeftModel) -> Coverage:
             for name, module in model.named_modules()
             if isinstance(module, ModulesToSaveWrapper)
         ],
-        problems=list(_partial(model, set(adapted))),
+        problems=list(_partly_adapted(model, set(adapted))),
     )
 
 
@@ -159,7 +159,7 @@ def _part(name: str) -> str:
     return ".".join(words[words.index("experts") if "experts" in words else -1 :])
 
 
-def _partial(model: PeftModel, adapted: set[str]) -> Iterator[dict[str, str]]:
+def _partly_adapted(model: PeftModel, adapted: set[str]) -> Iterator[dict[str, str]]:
     """Modules that are adapted in only some layers, without a setting that asks for it."""
     config: Any = model.peft_config[str(model.active_adapter)]
     if config.layers_to_transform is not None or config.exclude_modules:
@@ -220,11 +220,11 @@ class Audit:
         self._frozen: dict[str, int] = {}
         self._reached: Tensor | None = None  # bool (tensors,), on the device
         self._steps = 0
-        self._explained: set[str] = set()  # modules with a reported problem
+        self._explained: set[str] = set()  # modules with a problem: later checks do not repeat it
 
     def begin(self) -> None:
         """Compute checksums of everything that must not change."""
-        if not self._hidden:
+        if not self._hidden_by:
             self._frozen = self._frozen_now()
 
     def observe(self) -> None:
@@ -237,7 +237,7 @@ class Audit:
         import torch
 
         self._steps += 1
-        if self._steps > 2 or self._hidden:
+        if self._steps > 2 or self._hidden_by:
             return
         none = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         gradients = [tensor.grad for tensor in self._tensors().values()]
@@ -253,9 +253,9 @@ class Audit:
 
     def end(self, step: int) -> None:
         """Check the model after `step` steps, including earlier parts of a resumed run."""
-        if self._hidden:
+        if self._hidden_by:
             for name in ("gradients", "moved", "lora_B", "frozen"):
-                self._check(name, None, f"not checked under {self._hidden}")
+                self._check(name, None, f"not checked under {self._hidden_by}")
             return
         if self._steps == 0:
             self._check("gradients", None, "no training step was left")
@@ -320,7 +320,7 @@ class Audit:
         }
 
     @property
-    def _hidden(self) -> str | None:
+    def _hidden_by(self) -> str | None:
         """A framework that hides values and gradients in flat buffers, or None."""
         kind = self.accelerator.distributed_type.value
         if kind == "FSDP":
@@ -340,9 +340,9 @@ class Audit:
         )
         return {name: parameter for name, parameter in unwrapped if name in self._group}
 
-    def _without(self, living: set[str]) -> list[str]:
+    def _groups_without(self, modules: set[str]) -> list[str]:
         """The groups with none of these modules."""
-        alive = {group for name, group in self._group.items() if _module(name) in living}
+        alive = {group for name, group in self._group.items() if _module(name) in modules}
         return [group for group in self._groups if group not in alive]
 
     def _check_gradients(self) -> None:
@@ -351,7 +351,7 @@ class Audit:
         names = list(self._tensors())
         modules = dict.fromkeys(map(_module, names))
         reached = {_module(name) for name, count in zip(names, counts, strict=True) if count}
-        dead = self._without(reached)
+        dead = self._groups_without(reached)
         if dead:
             raise self.without_gradient(dead)
         missed = [m for m in modules if m not in reached and not _MAY_REST.search(m)]
@@ -362,7 +362,7 @@ class Audit:
         """Check on all ranks which tensors changed from their initial values, and the rows of B."""
         sums, blocks = {}, {}
         for name, tensor in self._tensors().items():
-            # Shards are gathered one tensor at a time.
+            # Of sharded tensors only one at a time is in memory.
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             sums[name] = _checksum(whole)
             if _FROM_ZERO.search(name):
@@ -381,7 +381,7 @@ class Audit:
             and not _MAY_REST.search(name)
             and (step > 2 or _module(name) not in living)
         ]
-        dead = self._without(living)
+        dead = self._groups_without(living)
         if dead:  # one problem for the whole group
             still = [name for name in still if self._group[name] not in dead]
             still.insert(0, _named(dead))
@@ -410,6 +410,7 @@ class Audit:
         return _fetch(sums)
 
     def _on_any_rank(self, flags: dict[str, float]) -> list[str]:
+        """The names whose flag is 1 on at least one rank."""
         import torch
 
         here = torch.tensor(list(flags.values()), dtype=torch.float, device=self.accelerator.device)
@@ -488,7 +489,7 @@ def _saved_name(name: str) -> str:
 
 
 def _module(name: str) -> str:
-    """The module that a tensor belongs to."""
+    """The module of the base that a tensor of the adapter, or of a saved copy, belongs to."""
     return _LORA_OR_SAVED.split(name)[0]
 
 

@@ -36,7 +36,8 @@ from lora_kit.schema import Json
 if TYPE_CHECKING:
     import torch
 
-_FROM_FIRST = ("base", "kind", "joiner", "chat_template")  # entries of the lock file
+# Entries of the first adapter's lock file that are kept.
+_FROM_FIRST = ("base", "kind", "joiner", "chat_template")
 METHODS = ("linear", "svd", "ties", "dare")
 
 
@@ -89,6 +90,7 @@ def combine(
     if method in ("ties", "dare"):
         settings |= {"density": density, "seed": seed}
     targets = {name for adapter in adapters for name in adapter.targets}
+    # The space needed: float32 factors of every module.
     with new_folder(Path(out), 4 * rank * sum(map(sum, sizes.values()))) as folder:
         write_standard(folder, factors, runs[0].peft_base, rank, sorted(targets))
         write_metadata(folder, runs[0].folder, {**_kept_of_locks(runs), "combined": settings})
@@ -140,7 +142,7 @@ def _combined(
 
     Args:
         adapters: with their weights.
-        rank: see `_summed`.
+        rank: that sums are truncated to; None: they are exact.
     """
     import torch
 
@@ -222,8 +224,8 @@ def _summed(
     by the SVD of the small core between two orthonormal bases."""
     import torch
 
-    a = torch.cat([weight * u.scale * u.a[0] for weight, u in pairs])  # (sum of r, in)
-    b = torch.cat([u.b[0] for _, u in pairs], dim=1)  # (out, sum of r)
+    a = torch.cat([weight * one.scale * one.a[0] for weight, one in pairs])  # (sum of r, in)
+    b = torch.cat([one.b[0] for _, one in pairs], dim=1)  # (out, sum of r)
     if rank is None:
         return a.float(), b.float()
     (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
@@ -235,8 +237,8 @@ def _summed(
 def _sparse(
     pairs: list[tuple[float, Update]], method: str, rank: int, density: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for `ties` and `dare`, by PEFT's functions, which need the whole updates in memory:
-    one matrix of the module's size for each adapter."""
+    """A (k, in) and B (out, k), float32, for `ties` and `dare`, by PEFT's functions, which need the
+    whole updates in memory: one matrix of the module's size for each adapter."""
     import torch
     from peft.utils.merge_utils import dare_linear, ties
 

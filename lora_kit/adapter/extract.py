@@ -34,8 +34,8 @@ Blocks = Callable[[], Iterable[Block]]  # all of a matrix in order; called once 
 # Elements: 1 MiB in float32. Larger blocks fragment the heap: 16 MiB took 300 MiB more.
 _BLOCK = 2**18
 _EXACT = 256  # up to this width the subspace is the whole space
-_MORE = 16  # oversampling
-_POWERS = 3
+_OVERSAMPLING = 16  # columns of the subspace beyond the rank
+_POWERS = 3  # iterations
 _LAYER = re.compile(r"(?:.+\.)?(?:layers|blocks)\.[0-9]+\..+\.weight")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.jinja")
 
@@ -43,7 +43,7 @@ _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.jinja")
 class NotCarried(TypedDict):
     """A changed tensor that a LoRA cannot represent.
 
-    `relative`: ||dW||_F / ||W||_F; None: not comparable.
+    `relative`: ||dW||_F / ||W||_F; None: not comparable, or W is 0.
     """
 
     name: str
@@ -76,7 +76,7 @@ def factored(
     import torch
 
     side = min(shape)
-    width = side if side <= _EXACT else min(side, rank + _MORE)
+    width = side if side <= _EXACT else min(side, rank + _OVERSAMPLING)
     q = torch.randn(shape[1], width, generator=torch.Generator().manual_seed(seed))
     for _ in range(_POWERS):
         q = torch.linalg.qr(q).Q
@@ -146,6 +146,7 @@ def extract(
     sizes = {name: (before[name].shape[0], before[name].shape[1]) for name in changed}
     factors: dict[str, torch.Tensor] = {}
     errors: list[torch.Tensor] = []
+    # The space needed: float32 factors of every module.
     with new_folder(out, 4 * rank * sum(map(sum, sizes.values()))) as folder:
         for name in changed:
             blocks = partial(_changed_rows, before[name], after[name])
@@ -163,7 +164,8 @@ def extract(
             "base": pins[0].to_lock(),
             "extracted": {"from": Path(tuned).name, "hashes": pins[1].hashes, "seed": seed},
         }
-        # The tuned model's tokenizer, unless it has tokens without embeddings in the base.
+        # The tuned model's tokenizer, unless it has tokens without embeddings in the base: a tensor
+        # that "10 rows became 11" of.
         resized = any("rows" in one["why"] for one in not_carried)
         write_metadata(folder, folders[0] if resized else folders[1], lock)
     return {

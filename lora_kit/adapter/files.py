@@ -99,7 +99,8 @@ class Update:
 class Adapter:
     """The files of an adapter; only headers are read.
 
-    `factors`: {module: {"A": stored, "B": stored}}, in layer order. `others`: {name: other tensor}.
+    `config`: the keys of adapter_config.json that `read_config` keeps. `factors`: {module: {"A":
+    stored, "B": stored}}, in layer order. `others`: {name: other tensor}, such as a whole module.
     """
 
     folder: Path
@@ -109,6 +110,7 @@ class Adapter:
 
     @property
     def base(self) -> dict[str, str | None]:
+        """`model` and `revision`, as its config names the base."""
         keys = {"model": "base_model_name_or_path", "revision": "revision"}
         return {name: self.config.get(key) for name, key in keys.items()}
 
@@ -151,6 +153,7 @@ class Adapter:
         return [_figures(self.update(module)) for module in self.factors]
 
     def update(self, module: str) -> Update:
+        """The update of a module; reads its factors."""
         r, scale = self.rank_and_scale(module)
         a, b = self.read_factors(module, r)
         return Update(module, scale, a.double(), b.double())
@@ -159,8 +162,8 @@ class Adapter:
         """A (experts, r, in) and B (experts, out, r) of a module, as stored."""
         a, b = (self.factors[module][letter].read() for letter in "AB")
         # For fused experts PEFT stores A as (experts · r, in) and B as (out, r · experts).
-        a = a.reshape(len(a) // r, r, -1)
-        return a, b.reshape(len(b), r, len(a)).permute(2, 0, 1)
+        experts = len(a) // r
+        return a.reshape(experts, r, -1), b.reshape(len(b), r, experts).permute(2, 0, 1)
 
 
 def _figures(update: Update) -> Figures:

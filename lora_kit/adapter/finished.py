@@ -141,6 +141,7 @@ class FinishedRun:
             )
 
     def _locked(self, key: str, kind: type) -> Any:
+        """An entry of the lock file; None: missing. Raises UserError if it is of another type."""
         value = self.lock.get(key)
         if value is not None and not isinstance(value, kind):
             raise UserError(f"{self.home}/run.lock.json: {key}: invalid: edited or corrupt")
@@ -213,6 +214,7 @@ class FinishedRun:
         return self._pin(weights=not Path(self.base.model).is_dir())
 
     def _pin(self, weights: bool) -> Pinned:
+        """The base, compared with the hashes of the lock file; `weights`: also its weights."""
         locked = self.lock.get("base", {})
         if not locked and self.run:
             what = "cannot verify that this is the base it was trained on"
@@ -230,9 +232,9 @@ class FinishedRun:
                 f"{self._base_key}: {self.base.model}: its weights are already quantized: name the "
                 f"original model with {_OPTION}"
             )
-        before = self.hashes or found.hashes
-        names = before.keys() | found.hashes.keys()
-        changed = [name for name in names if before.get(name) != found.hashes.get(name)]
+        expected = self.hashes or found.hashes
+        names = expected.keys() | found.hashes.keys()
+        changed = [name for name in names if expected.get(name) != found.hashes.get(name)]
         if not weights:
             changed = [name for name in changed if not name.endswith(".safetensors")]
             return self.pinned if changed else found  # `pinned` reports all files that differ
@@ -279,6 +281,7 @@ class FinishedRun:
 
 
 def _home(path: Path, folder: Path) -> Path:
+    """The run directory of an adapter folder; the folder itself if it belongs to no run."""
     if (path / "run.yaml").is_file():
         return path
     # A run's lock file is next to adapter/; a pulled or exported adapter has it inside, and may be

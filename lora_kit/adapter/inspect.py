@@ -227,11 +227,10 @@ def show_difference(found: dict[str, Any]) -> None:
     _say(f"A: {first}")
     _say(f"B: {second}")
     bases = [f"{base['model']}, revision {base['revision']}" for base in found["bases"]]
-    _say(
-        f"same base: {bases[0]}"
-        if found["same_base"]
-        else f"DIFFERENT BASES: {bases[0]}; {bases[1]}"
-    )
+    if found["same_base"]:
+        _say(f"same base: {bases[0]}")
+    else:
+        _say(f"DIFFERENT BASES: {bases[0]}; {bases[1]}")
     if found["same"]:
         _say("the adapters are identical: difference 0")
 
@@ -266,15 +265,15 @@ def module_table(
         layer, kind = place(str(module["module"]))
         kinds[kind].append(module)
         layers[layer].append(module)
-    made = Table(box=None, pad_edge=False)
-    made.add_column("", overflow="fold")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
     for head in heads:
-        made.add_column(head, justify="right", overflow="fold")
+        table.add_column(head, justify="right", overflow="fold")
     for name, group in [("all", modules), *kinds.items(), *layers.items()]:
-        made.add_row(_line(name), *map(str, cells(group)))
+        table.add_row(_line(name), *map(str, cells(group)))
     # Output for another program is not cut to the terminal's width.
     width = None if sys.stdout.isatty() else 200
-    Console(markup=False, highlight=False, emoji=False, width=width).print("", made, "")
+    Console(markup=False, highlight=False, emoji=False, width=width).print("", table, "")
 
 
 def place(module: str) -> tuple[str, str]:
@@ -291,6 +290,7 @@ def _text(number: float | None) -> str:
 
 
 def _some(what: str, names: list[str]) -> None:
+    """Print the first five names, if there are any."""
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         _say(f"{what}: {', '.join(names[:5])}{more}")

@@ -72,10 +72,12 @@ def loader_issues(
     experts = "only loaded for bases whose experts vLLM keeps in one tensor"
     vllm, sglang, others = ("vLLM",), ("SGLang",), ("llama.cpp", "MLX")
     all_of_them, but_sglang, but_vllm = (*vllm, *sglang, *others), (*vllm, *others), sglang + others
-    part = "only some of q, k and v, or up without gate"
-    own = "an initialisation from the base's weights"
+    incomplete = "only some of q, k and v, or up without gate"
+    from_base = "an initialisation from the base's weights"
     another = "silently loaded onto a base that it was not trained on"
 
+    # Columns: key of the config; whether the issue applies (None: if the key is set); programs;
+    # what happens; fix; what it is called (empty: as the key).
     rows: list[tuple[str, object, tuple[str, ...], str, Fix, str]] = [
         ("use_dora", None, all_of_them, lost, "merge", ""),
         ("use_rslora", None, ("SGLang", "llama.cpp"), unscaled, "portable", ""),
@@ -89,20 +91,20 @@ def loader_issues(
         ("trainable_token_indices", None, sglang, dropped, "merge", ""),
         ("target_parameters", None, vllm, experts, "merge", ""),
         ("target_parameters", None, but_vllm, lost, "merge", ""),
-        ("init_lora_weights", start, vllm, "not loaded before PEFT converts", "train", own),
-        ("init_lora_weights", start, but_vllm, another, "train", own),
+        ("init_lora_weights", start, vllm, "not loaded before PEFT converts", "train", from_base),
+        ("init_lora_weights", start, but_vllm, another, "train", from_base),
         ("r", 16 < rank <= VLLM_RANKS[-1], vllm, flag, "flag", "a rank over 16"),
         ("r", rank > VLLM_RANKS[-1], vllm, lost, "merge", f"a rank over {VLLM_RANKS[-1]}"),
         ("target_modules", outer, vllm, declared, "merge", f"an adapter on {outer}"),
         ("target_modules", outer and tied, others, one_matrix, "merge", f"an adapter on {outer}"),
         ("target_modules", expression, sglang, lost, "portable", "a regular expression"),
-        ("target_modules", split, sglang, lost, "merge", part),
+        ("target_modules", split, sglang, lost, "merge", incomplete),
         ("target_modules", unknown, sglang, lost, "merge", f"an adapter on {unknown}"),
     ]
     return [
         LoaderIssue(what or key, key, who, happens, fix)
-        for key, odd, who, happens, fix, what in rows
-        if (config.get(key) if odd is None else odd)
+        for key, applies, who, happens, fix, what in rows
+        if (config.get(key) if applies is None else applies)
     ]
 
 

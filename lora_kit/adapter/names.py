@@ -22,7 +22,7 @@ _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embedd
 _HEADS = ("lm_head", "embed_out")
 # Models whose linear weights are stored as (in, out): transformers' Conv1D.
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-# PEFT's parameter of fused experts -> its parts on disk, in row order, in either naming scheme.
+# PEFT's parameter of fused experts -> its parts on disk, in row order: the usual names, Mixtral's.
 _EXPERTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
@@ -64,7 +64,8 @@ class MergePlan:
 
 
 def tensor_of(module: str, tensors: Mapping[str, Stored], kind: str = "weight") -> str:
-    """The name of the tensor with a module's weight. Raises UserError if there is none."""
+    """The name of the tensor with a module's weight (`kind`: or its bias), by the full name, or the
+    only one with this ending. Raises UserError if there is none."""
     name = f"{module}.{kind}"
     inner = name.partition(".")[2]
     for known in (name, inner, name.replace(".mlp.", ".block_sparse_moe.")):
@@ -122,7 +123,13 @@ def plan_merge(
 
 
 class _MergePlanner:
-    """Collects the changes of all tensors of an adapter, and all problems."""
+    """Collects the changes of all tensors of an adapter, and all problems.
+
+    `embeddings` and `head` are the names of the language model's tensors, `head` also where a tied
+    head is not stored; `head_shapes` are of a head for classes or numbers. `special`: {kind:
+    {module: tensor}} of DoRA's magnitudes, B's biases and trained tokens. `replaced["tied"]`: the
+    base layer that tied embeddings and head share.
+    """
 
     def __init__(
         self,
@@ -139,14 +146,15 @@ class _MergePlanner:
         self.replaced: dict[str, Stored] = {}  # by the adapter's whole tensors; the base's names
         last = {name.split(".")[-2]: name for name in tensors if name.endswith(".weight")}
         self.embeddings = next((last[n] for n in _EMBEDDINGS if n in last), "")
-        vocabulary = next((last[n] for n in _HEADS if n in last), "")
+        stored_head = next((last[n] for n in _HEADS if n in last), "")
         flags = [c.get("tie_word_embeddings") for c in (config, config.get("text_config") or {})]
-        self.tied = any(flags) if any(f is not None for f in flags) else not vocabulary
+        self.tied = any(flags) if any(f is not None for f in flags) else not stored_head
         if head is not None:  # it has no language-model head
             self.tied = False
-        self.head = vocabulary or ("embed_out" if "embed_in" in last else "lm_head") + ".weight"
+        self.head = stored_head or ("embed_out" if "embed_in" in last else "lm_head") + ".weight"
 
     def attempt(self, step: Callable[..., None], *arguments: object) -> None:
+        """Take a step; its UserError becomes one of the problems."""
         try:
             step(*arguments)
         except UserError as error:
@@ -244,8 +252,9 @@ class _MergePlanner:
             count, size = pair["A"].shape[0] // rank, (pair["B"].shape[0], pair["A"].shape[1])
             other = core.replace(".mlp.", ".block_sparse_moe.")
             mixtral = f"{other}.0.w2.weight" in self.tensors
-            names = _EXPERTS[kind][mixtral]
+            names = _EXPERTS[kind][1 if mixtral else 0]
             height = size[0] // len(names)
+            # The base must not have an expert after the adapter's last one.
             beyond = f"{other if mixtral else core}.{count}.{names[0]}"
             if pair["A"].shape[0] % rank or f"{beyond}.weight" in self.tensors:
                 raise UserError(f"{core}.{kind}: the base has another number of experts")
@@ -274,32 +283,36 @@ class _MergePlanner:
         """Untie embeddings and head if only one of them changes, or they change differently."""
         if "tied" in self.replaced:
             self.changes.setdefault(self.embeddings, Change(self.replaced["tied"]))
-        first, second = self.changes.get(self.embeddings), self.changes.get(self.head)
-        rows = first.source.shape[0] if first else 0
-        others = rows if first and rows != self.tensors[self.embeddings].shape[0] else None
-        if not self.tied or not (first or second):
-            ends = [
-                self.source(n).shape[0] for n in (self.embeddings, self.head) if n in self.tensors
-            ]
-            if len(set(ends)) > 1:
+        embeddings, head = self.changes.get(self.embeddings), self.changes.get(self.head)
+        vocabulary = None
+        if embeddings and embeddings.source.shape[0] != self.tensors[self.embeddings].shape[0]:
+            vocabulary = embeddings.source.shape[0]
+        if not self.tied or not (embeddings or head):
+            both = [name for name in (self.embeddings, self.head) if name in self.tensors]
+            if len({self.source(name).shape[0] for name in both}) > 1:
                 raise UserError(
                     f"{self.adapter.folder}: tokens were added, but only the embeddings or only "
                     "the head have their rows: save both with PEFT (modules_to_save)"
                 )
-            return MergePlan(self.changes, False, others)
-        below = self.embeddings not in self.replaced or "tied" in self.replaced
-        together = below if first and first.tokens and not second else _equal(first, second)
-        if not together and first and not second:
-            self.changes[self.head] = Change(self.source(self.head))
-        elif together and self.head in self.tensors:
+            return MergePlan(self.changes, False, vocabulary)
+        if embeddings and embeddings.tokens and not head:
+            # PEFT applies trained tokens to a tied head too, unless only the embeddings under them
+            # were replaced.
+            stay_tied = self.embeddings not in self.replaced or "tied" in self.replaced
+        else:
+            stay_tied = _equal(embeddings, head)
+        if stay_tied and self.head in self.tensors:
             self.changes[self.head] = self.changes[self.embeddings]
-        elif together:
+        elif stay_tied:
             self.changes.pop(self.head, None)
-        return MergePlan(self.changes, not together, others)
+        elif embeddings and not head:
+            self.changes[self.head] = Change(self.source(self.head))
+        return MergePlan(self.changes, not stay_tied, vocabulary)
 
 
 def _equal(one: Change | None, other: Change | None) -> bool:
-    """Whether two replaced matrices are equal."""
+    """Whether embeddings and head change to equal matrices, by replacement or by tokens; LoRA on
+    either makes them differ."""
     if not one or not other or one.module or other.module or one.tokens != other.tokens:
         return False
     pairs = [(one.source, other.source), (one.token_rows, other.token_rows)]

@@ -20,8 +20,8 @@ from lora_kit.run import is_hub_id
 def write_portable(adapter: Adapter, folder: Path) -> None:
     """Fill an empty folder with adapter_model.safetensors and adapter_config.json.
 
-    The scale is folded into B in float32. Narrow dtypes are kept if that is exact; otherwise all
-    tensors are stored in float32, since loaders expect one dtype.
+    The scale is folded into B in float32. If that is exact for all modules, every tensor keeps its
+    dtype; otherwise all are stored in float32 (float64 ones stay), since loaders expect one dtype.
 
     Raises:
         UserError: the adapter has features that A and B cannot express.
@@ -72,6 +72,6 @@ def check_portable(adapter: Adapter) -> None:
 
 
 def _exact(dtype: str, scale: float) -> bool:
-    """Whether multiplication by the scale is exact in this dtype, up to float32 rounding."""
+    """Whether storing B times the scale in this dtype loses no more than float32 would."""
     power_of_two = dtype == "BF16" and math.frexp(scale)[0] == 0.5  # F16 has few exponents
     return scale == 1 or dtype in ("F32", "F64") or power_of_two

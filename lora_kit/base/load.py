@@ -109,8 +109,7 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> PreTrainedToke
 
 def embedding_rows(folder: Path) -> int | None:
     """The vocabulary size in the base's config; None if there is no config."""
-    file = folder / "config.json"
-    if not file.is_file():  # a tokenizer in an adapter's folder
+    if not (folder / "config.json").is_file():  # a tokenizer in an adapter's folder
         return None
     config = _config(folder)
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")

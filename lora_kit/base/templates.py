@@ -41,8 +41,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
     end = "<|im_end|>" if has_im_end else tokenizer.eos_token
     begins = bool(tokenizer.bos_token) and context_token(tokenizer) == [tokenizer.bos_token_id]
     shipped = Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
-    shipped = shipped.replace("BEGINS", str(begins).lower()).replace("END", end)
-    tokenizer.chat_template = shipped
+    tokenizer.chat_template = shipped.replace("BEGINS", str(begins).lower()).replace("END", end)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
