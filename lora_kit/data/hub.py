@@ -81,17 +81,17 @@ def _files_of_split(
     import datasets
     from datasets.load import dataset_module_factory
 
-    what = source.source
-    if f"{what.partition('/')[2]}.py" in listed:
+    repo = source.source
+    if f"{repo.partition('/')[2]}.py" in listed:
         raise UserError(
-            f"{what}: needs a loading script, which is not supported: name another data set"
+            f"{repo}: needs a loading script, which is not supported: name another data set"
         )
     datasets.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as temporary:
         root, cache = Path(temporary).resolve() / "set", Path(temporary) / "cache"
         for name in listed:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise UserError(f"{what}: lists a file outside of the data set: {name!r:.60}")
+                raise UserError(f"{repo}: lists a file outside of the data set: {name!r:.60}")
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).touch()
             if name in _CARD:
@@ -102,37 +102,37 @@ def _files_of_split(
             configs = list(dict.fromkeys(c.name for c in known.builder_configs or []))
             wanted = source.config or default
             if wanted not in [*configs, default] or (wanted is None and len(configs) > 1):
-                raise _name_one_of(what, "config", source.config, configs)
+                raise _name_one_of(repo, "config", source.config, configs)
             builder = datasets.load_dataset_builder(str(root), source.config, cache_dir=str(cache))
         except UserError:
             raise
         except Exception as error:  # datasets raises anything on an invalid card
-            reason = " ".join(str(error).replace(str(root), what).split())[:160]
-            raise UserError(f"{what}: no data files found: {reason}") from None
+            reason = " ".join(str(error).replace(str(root), repo).split())[:160]
+            raise UserError(f"{repo}: no data files found: {reason}") from None
         splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
         if source.split not in splits:
-            raise _name_one_of(what, "split", source.split, list(splits))
+            raise _name_one_of(repo, "split", source.split, list(splits))
         # Patterns can overlap, and can point outside.
         names = list(dict.fromkeys(os.path.relpath(file, root) for file in splits[source.split]))
         if not set(names) <= set(listed):
-            raise UserError(f"{what}: its card lists files outside of the data set")
+            raise UserError(f"{repo}: its card lists files outside of the data set")
     for name in names:
         if readers.suffix_of(Path(name)) not in readers.SUFFIXES:
             kinds = " ".join(sorted(readers.SUFFIXES))
-            raise UserError(f"{what}: {name}: unsupported file type; supported: {kinds}")
-    _check_options(what, builder.config, names)
+            raise UserError(f"{repo}: {name}: unsupported file type; supported: {kinds}")
+    _check_options(repo, builder.config, names)
     inner = {c: getattr(f, "feature", f) for c, f in (builder.info.features or {}).items()}
     return names, {c: f.names for c, f in inner.items() if isinstance(f, datasets.ClassLabel)}
 
 
-def _name_one_of(what: str, key: str, wanted: str | None, known: list[str]) -> UserError:
+def _name_one_of(repo: str, key: str, wanted: str | None, known: list[str]) -> UserError:
     listed = ", ".join(known[:10]) + (f", and {len(known) - 10} more" if len(known) > 10 else "")
     if wanted is None:
-        return UserError(f"{what}: name one of its {key}s as `{key}:`: {listed}")
-    return UserError(f"{what}: has no {key} `{wanted}`; it has: {listed}{nearest(wanted, known)}")
+        return UserError(f"{repo}: name one of its {key}s as `{key}:`: {listed}")
+    return UserError(f"{repo}: has no {key} `{wanted}`; it has: {listed}{nearest(wanted, known)}")
 
 
-def _check_options(what: str, config: Any, names: list[str]) -> None:
+def _check_options(repo: str, config: Any, names: list[str]) -> None:
     """Raises UserError if the card sets reading options: separators, fields, filters."""
     default = type(config)()
     for field in fields(config):
@@ -142,6 +142,6 @@ def _check_options(what: str, config: Any, names: list[str]) -> None:
         if value == "\t" and all(readers.suffix_of(Path(name)) == ".tsv" for name in names):
             continue
         raise UserError(
-            f"{what}: its card sets `{field.name}: {value!r:.40}`, which is not "
+            f"{repo}: its card sets `{field.name}: {value!r:.40}`, which is not "
             "supported: save its rows as jsonl and name that file"
         )
