@@ -215,16 +215,14 @@ def _drawn(sample: Sample, coloured: bool) -> Text:
 
     text = Text()
     for supervised, run in groupby(sample.pieces, attrgetter("supervised")):
-        bracketed = supervised and not coloured
-        if bracketed:
-            text.append("⟦")
+        opening, closing = ("⟦", "⟧") if supervised and not coloured else ("", "")
+        text.append(opening)
         for piece in run:
             style = _SUPERVISED if supervised else _SPECIAL if piece.special else _CONTEXT
             if piece.special:
                 style += " underline"
             text.append(piece.text.replace("\n", "↵\n"), style if coloured else "")
-        if bracketed:
-            text.append("⟧")
+        text.append(closing)
     return text
 
 

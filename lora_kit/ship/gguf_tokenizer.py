@@ -1,4 +1,4 @@
-"""A fast tokenizer -> the vocabulary, kinds and merges that llama.cpp splits text with."""
+"""A fast tokenizer -> the vocabulary, token types and merges that llama.cpp splits text with."""
 
 from __future__ import annotations
 
@@ -89,12 +89,13 @@ def add_tokenizer(
 
 
 def _first(tokenizer: Processor) -> int | None:
-    """The token that conversations begin with; None if there is no template."""
+    """The token that conversations begin with; None if there is no chat template."""
     return next(iter(template_ids(tokenizer, [{"role": "user", "content": "a"}])), None)
 
 
 def _steps(part: Json | None, several: str) -> list[Json]:
-    """The steps of a part of tokenizer.json; a sequence has them under the key `several`."""
+    """The steps of the normalizer or pre-tokenizer in tokenizer.json; a Sequence has them under the
+    key `several`."""
     if part is None:
         return []
     return part[several] if part["type"] == "Sequence" else [part]

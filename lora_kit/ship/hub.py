@@ -185,7 +185,8 @@ def make_plan(
 
 
 def _private_paths(run: FinishedRun, config: Json, lock: Json) -> set[str]:
-    """Absolute paths that a run's files, or a tokenizer's settings, may contain."""
+    """Absolute paths of this machine, of at least two names, that a run's files, or a tokenizer's
+    settings, may contain."""
     named = [str(config.get("base_model_name_or_path")), *(lock.get("data") or {})]
     named += [str(Path.cwd()), str(run.home.resolve())]
     with suppress(UserError):  # an invalid run file
@@ -249,15 +250,17 @@ def push(plan: UploadPlan, say: Callable[[str], None]) -> dict[str, object]:
     repo = plan.repo
     api = _api()
 
-    def head() -> ModelInfo:
+    def repository() -> ModelInfo:
+        """The repository at its newest commit, created if there is none."""
         api.create_repo(repo, private=not plan.public, exist_ok=True)
         return api.model_info(repo)
 
     def stale(revision: str) -> list[str]:
+        """Files at a revision that only an earlier push can have left."""
         more = sorted(_listed(api, repo, revision).keys() - plan.files.keys())
         return [name for name in more if name in _GENERATED or _PUSHED.fullmatch(name)]
 
-    info = _with_retries(head, repo, say)
+    info = _with_retries(repository, repo, say)
     if bool(info.private) == plan.public:
         now, fix = ("private", "remove --public") if info.private else ("public", "add --public")
         raise UserError(
@@ -376,6 +379,7 @@ def _check_finite(adapter: Adapter) -> None:
 
 
 def _check_json(file: Path) -> None:
+    """Raises UserError unless the file is JSON."""
     try:
         json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -458,11 +462,11 @@ def _with_retries(
         except UserError:
             raise
         except (*broken, ValueError) as error:
-            _, status, asked = cause_of(error)
-            pause = float(asked) if asked.isdigit() else FIRST_WAIT * 2**attempt
-            cut = status is None and isinstance(error, (*broken, json.JSONDecodeError))
+            _, status, retry_after = cause_of(error)
+            pause = float(retry_after) if retry_after.isdigit() else FIRST_WAIT * 2**attempt
+            no_response = status is None and isinstance(error, (*broken, json.JSONDecodeError))
             offline = isinstance(error, hub.OfflineModeIsEnabled)
-            temporary = status in _TEMPORARY or (cut and not offline)
+            temporary = status in _TEMPORARY or (no_response and not offline)
             if not temporary or attempt == _TRIES - 1 or pause > _LONGEST_WAIT:
                 raise UserError(f"{repo}: {problem(error, repo, revision)}") from error
             why = f"the Hub answers {status}" if status else "the Hub cannot be reached"

@@ -116,9 +116,9 @@ def joints(tokenizer: Processor) -> Joints:
         marks = [f"sentinel{n}x" for n in range(len(roles))]
         text = rendered(tokenizer, _turns(roles, marks)) or ""
         pieces = re.split("|".join(marks), text)
-        if re.findall("sentinel[0-9]+x", text) == marks:
+        if re.findall("sentinel[0-9]+x", text) == marks:  # else it rejects, drops or repeats turns
             pairs = zip(["", *roles], [*roles, ""], strict=True)
-            known = dict(zip(pairs, pieces, strict=True)) | known
+            known = dict(zip(pairs, pieces, strict=True)) | known  # the first sample decides
     return known
 
 

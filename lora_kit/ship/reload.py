@@ -149,15 +149,16 @@ def _answer(request: Json) -> dict[str, object]:
 
 
 def _load_torch(folder: str, adapter: str | None) -> tuple[Callable[[], Any], Any, list[int]]:
+    """A function that returns a new `step`, the tokenizer, and the end tokens."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_libraries()
-    known = {"local_files_only": True, "trust_remote_code": False}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **known)
-    own = adapter if adapter and any(Path(adapter).glob("tokenizer*")) else folder
-    tokenizer: Any = AutoTokenizer.from_pretrained(own, **known)
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **safe)
+    with_tokenizer = adapter if adapter and any(Path(adapter).glob("tokenizer*")) else folder
+    tokenizer: Any = AutoTokenizer.from_pretrained(with_tokenizer, **safe)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
         ends = end_tokens(model, tokenizer)
@@ -180,6 +181,7 @@ def _runs_mlx() -> bool:
 
 
 def _load_mlx(folder: str, adapter: str | None) -> tuple[Callable[[], Any], Any, list[int]]:
+    """As `_load_torch`, with mlx-lm."""
     import mlx.core as mx
     import numpy as np
     import torch
