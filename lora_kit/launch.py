@@ -297,7 +297,7 @@ def _read_config(config: Path) -> Json:
 def _run_child(
     command: list[str], environment: dict[str, str], folder: Path, workers: int
 ) -> tuple[int, int | None]:
-    """Run a command in its own process group; returns its exit code and the received signal.
+    """Run a command in its own process group; returns its exit code and the first signal received.
 
     The first SIGINT or SIGTERM is forwarded; a second one kills all processes. Until all workers
     have written their ids to `folder`, the launcher gets the signal; then only the workers do: they

@@ -53,8 +53,8 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of training data. `hub_id`, `commit` and `licence` are of a data set on the Hub;
-    `sha256` is that of the rows read."""
+    """A source that the run read: training, held-out, general or benchmark rows. `hub_id`, `commit`
+    and `licence` are of a data set on the Hub; `sha256` is that of the rows read."""
 
     name: str
     hub_id: str | None
@@ -144,7 +144,7 @@ def _front_matter(
     from huggingface_hub import ModelCardData
 
     hub_ids = list(dict.fromkeys(source.hub_id for source in data if source.hub_id))
-    # A result is listed under a data set: only if all training text came from one.
+    # A result is listed under a data set: only if all rows came from one.
     one_set = len(hub_ids) == 1 and all(source.hub_id for source in data)
     results = _results(data[0], domain, auto) if one_set and domain else None
     return ModelCardData(

@@ -319,7 +319,7 @@ def _rope_factors(source: GgufSource) -> np.ndarray | None:
 
 
 def needs_untied(adapter: Adapter, source: GgufSource) -> bool:
-    """Whether the adapter changes only one of the tied embeddings and head.
+    """Whether the adapter changes embeddings or head of a tied model: each needs its own matrix.
 
     Raises:
         UserError: it does, and llama.cpp has no separate head for this architecture.

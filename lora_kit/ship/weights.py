@@ -78,7 +78,7 @@ class Weights:
             sizes[tensor.dtype] += tensor.size
         # A head that the files lack comes last.
         self.shards[tensor.file] += [name for name in self.plan.changes if name not in tensors]
-        # A 16-bit base keeps some tensors in float32 on purpose.
+        # A 16-bit base keeps some tensors in float32 on purpose: they stay so, as do integers.
         most_are_float32 = sizes.most_common(1)[0][0] == "F32"
         self.entries: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name in chain.from_iterable(self.shards.values()):
