@@ -381,6 +381,7 @@ def _on_meta(
     base.config.get_text_config().use_cache = False
     parameters = sum(p.numel() for p in base.parameters())
     buffers = sum(b.numel() * b.element_size() for b in base.buffers())
+    # bitsandbytes quantizes every linear layer but the head and fresh modules.
     head, quantized = base.get_output_embeddings(), run.base.quantize != "none"
     new = {id(m) for name in fresh for m in base.get_submodule(name).modules()} | {id(head)}
     linear = [m for m in base.modules() if type(m) is torch.nn.Linear and id(m) not in new]
@@ -408,7 +409,8 @@ def _on_meta(
 
 
 def _what_would_fit(here: _Planner) -> str:
-    """The message that nothing fits, with the first change that would."""
+    """The message that nothing fits, with the first change that would: 4 bits, shorter rows, a
+    lower rank, then combinations."""
     run, room = here.run, here.machine.limit
     least = sum(here.memory(1, here.layers).values())
     text = (

@@ -238,6 +238,7 @@ def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
     processor, facts = subject.processor, subject.data.facts
     contenders = _contenders(subject, fresh)
     rival = contenders[0]
+    # {contender or `adapted`: scores, extra metrics included}
     scores = {"adapted": subject.score(data.eval)}
     _check_scores(task, scores["adapted"])
     for contender in contenders:

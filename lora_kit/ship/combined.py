@@ -64,6 +64,7 @@ def combine_and_measure(
         model: Any = load_base(base, adapters[0].pinned)
         to_gpu(model, base)
         pad = adapters[0].processor.pad_token_id
+        # {base, adapter or method: {run: losses}}
         losses = {"base": _losses(model, held_out, pad)}
         files = {run.path: run.adapter for run in adapters}
         files |= {name: open_adapter(folder / name) for name in found}
@@ -120,6 +121,7 @@ def _held_out(run: FinishedRun, adapters: Sequence[FinishedRun], notes: list[str
 
 
 def _losses(model: torch.nn.Module, held_out: dict[str, Rows], pad: int) -> dict[str, Losses]:
+    """A model's losses on the held-out rows of each run."""
     return {run: measure(model, rows, pad) for run, rows in held_out.items()}
 
 

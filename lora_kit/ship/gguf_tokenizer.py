@@ -72,7 +72,7 @@ def add_tokenizer(
     before, after = _added_tokens(tokenizer)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-    # Without ids llama.cpp uses token 11, or 1 and 2.
+    # Without these ids llama.cpp assumes token 11, or 1 and 2.
     bos = [*before, tokenizer.bos_token_id, tokenizer.eos_token_id]
     writer.add_bos_token_id(next(n for n in bos if n is not None))
     writer.add_eos_token_id(tokenizer.eos_token_id)

@@ -141,13 +141,14 @@ def make_plan(
     _check_name(repo)
     adapter, lock, config = run.adapter, run.lock, dict(run.adapter.config)
     folder = Path(merged) if merged else adapter.folder
-    if given := run.given:
+    if given := run.given:  # the base of --base replaces the recorded one
         config |= {"base_model_name_or_path": given.model, "revision": given.revision}
         known = {"model": given.model, "revision": given.revision}
         lock = {**lock, "base": {**lock.get("base", {}), **known}}
     if merged:
         stored_in(folder)  # raises if a shard is missing
     _check_finite(adapter)
+    # Paths are collected before they are removed from config, lock and figures.
     private = _private_paths(run, config, lock)
     base = _public_base(str(config.get("base_model_name_or_path") or LOCAL), lock)
     config["base_model_name_or_path"] = None if base == LOCAL else base
@@ -172,7 +173,7 @@ def make_plan(
     )
     files["README.md"] = card.text.encode()
     if card.notice:
-        # Below the base's own.
+        # Below the text of the base's own NOTICE.
         own = (folder / "NOTICE").read_text("utf-8", "replace") if "NOTICE" in files else ""
         own = own.replace(card.notice, "").strip()
         files["NOTICE"] = f"{own}\n\n{card.notice}\n".lstrip().encode()

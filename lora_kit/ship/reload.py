@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Step = Callable[[list[int]], "torch.Tensor"]  # new token ids -> logits of the next one
+# Token ids that follow those of earlier calls -> logits of the next one, (vocabulary,).
+Step = Callable[[list[int]], "torch.Tensor"]
 
 TOP = 64  # log-probabilities that are compared per token
 TOKENS = 32  # generated at most
