@@ -2,8 +2,10 @@
 
 In: a run file (`schema`, `run`) with its data and base. Out: a run directory with the adapter, a
 lock file and a report. The steps are the subpackages, in this order: `data` (sources to rows),
-`base`, `speed`, `adapter`, `tasks` (rows to batches, losses and scores), `train`, `prove`, `ship`.
-`plan`, `launch`, `preview`, `doctor` and `demo` are verbs of `cli`.
+`base`, `speed`, `adapter`, `tasks` (rows to batches, losses and scores), `train`, `prove`, `ship`;
+`nano` is the embedded model. `cli` has the verbs of `lora-kit`: `train` is in `launch`, others in
+the module of their name (`plan`, `preview`, `doctor`, `demo`) or in a subpackage. What a recipe of
+your own imports is in `recipe`.
 
 The public names are `train`, `load` and `compare`; each is imported on first use, so that
 `import lora_kit` and `lora-kit --help` are fast.

@@ -1,4 +1,5 @@
-"""The cache of prepared data, by a key of everything that it depends on.
+"""The cache of what is computed from data and base (prepared rows, reference log-probabilities, a
+base as GGUF), by a key of everything that it depends on.
 
 ~/.cache/lora_kit/<key>/ (or below LORA_KIT_CACHE) appears when it is complete. A lock lets one
 process prepare while others, such as other ranks, wait.
@@ -39,7 +40,8 @@ def key_of(*parts: object, libraries: Iterable[str] = ()) -> str:
 
 
 def code_of(something: object) -> str:
-    """A hash of the source files of an object's class and base classes."""
+    """A hash of the source files of an object's class and base classes: a task's own code is part
+    of a cache key."""
     files = set()
     for kind in type(something).__mro__:
         with contextlib.suppress(OSError, TypeError):  # built in
@@ -57,7 +59,8 @@ def installed(library: str) -> str | None:
 
 
 def prepared(key: str, build: Callable[[Path], None]) -> Path:
-    """The folder of this key: cached, or filled by `build` now.
+    """The folder of this key, from the cache or newly made: `build` writes its files into the
+    folder that it is given.
 
     A corrupt folder is rebuilt. If the cache is not writable, a temporary folder is used for this
     process.
@@ -107,7 +110,7 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all files match the seal."""
+    """Whether a folder is complete: all files have the hashes in its seal."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         if seal and all(file_hash(folder / name) == seal[name] for name in seal):
@@ -118,7 +121,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _remove_old(root: Path) -> None:
-    """Remove entries that were not used for a month. Processes that still read them are not
+    """Remove entries that were not used for DAYS_KEPT. Processes that still read them are not
     affected: on Linux mapped files stay until they are closed."""
     oldest = time.time() - DAYS_KEPT * 86400
     # Only folders with a seal, and leftovers of killed processes.

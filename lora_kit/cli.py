@@ -57,10 +57,14 @@ Trust = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[Path, typer.Option(help="Output folder; must not exist.")]
 Adapter = Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")]
+Into = Annotated[
+    Literal["base", "dequantized"],
+    typer.Option(help="The original weights, or the NF4-dequantized ones."),
+]
 
 
 def _answer(found: Mapping[str, object], as_json: bool, show: Callable[[Any], None] | str) -> None:
-    """Print a verb's result: as one JSON object, as a text, or with the function `show`."""
+    """Print a verb's result: as one JSON object; else `show`, a text, or by calling it."""
     if as_json or isinstance(show, str):
         print(json.dumps(found) if as_json else show)
     else:
@@ -83,7 +87,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _opened(path: Path, base: str | None = None) -> FinishedRun:
-    """Open a finished run."""
+    """Open a finished run, or the folder of an adapter."""
     from lora_kit.adapter.finished import FinishedRun
 
     return FinishedRun(path, base)
@@ -94,12 +98,6 @@ def _prepare() -> None:
     from lora_kit.launch import prepare_process
 
     prepare_process()
-
-
-Into = Annotated[
-    Literal["base", "dequantized"],
-    typer.Option(help="The original weights, or the NF4-dequantized ones."),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -657,8 +655,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     # Accept --debug anywhere, since it is usually appended to a failed command.
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    arguments = ["--debug"] * (len(arguments) < len(sys.argv) - 1) + arguments
+    debug = ["--debug"] if "--debug" in sys.argv[1:] else []
+    arguments = debug + [a for a in sys.argv[1:] if a != "--debug"]
     try:
         code = app(arguments, prog_name="lora-kit", standalone_mode=False)
     except LoraKitError as error:

@@ -81,7 +81,8 @@ def _step(number: int, title: str) -> None:
 
 
 def _remove_own(folder: Path) -> None:
-    """Remove an earlier demo's folder; raises UserError for any other folder."""
+    """Remove a folder that looks like a run or a model, or is empty; raises UserError for any
+    other."""
     if not folder.exists():
         return
     mine = (folder / "run.yaml").is_file() or (folder / "config.json").is_file()

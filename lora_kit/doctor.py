@@ -54,6 +54,7 @@ def examine() -> dict[str, Any]:
 
 
 def _devices(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The GPUs, else the CPU; what is wrong is added to `problems`."""
     try:
         import torch
     except (ImportError, OSError) as error:  # a missing system library
@@ -97,12 +98,12 @@ def check_loss(path: Path, overrides: list[str]) -> Json:
     from lora_kit.prove.self_test import self_test
     from lora_kit.train.interrupt import StopSignal
 
-    def two(config: str) -> None:
+    def in_two_processes(config: str) -> None:
         # This file instead of the recipe; `resume` skips the check for an existing run.
         start(path, overrides, config, 2, resume=True, script=Path(__file__).resolve())
 
     with StopSignal().listening():
-        return self_test(run, recipe.task, two)
+        return self_test(run, recipe.task, in_two_processes)
 
 
 def main(run: Run, resume: bool = False) -> Json:

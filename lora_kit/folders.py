@@ -24,12 +24,12 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
         needed: bytes that will be written, which must be free on the disk.
 
     Raises:
-        UserError: `out` exists or cannot be created, the disk is too full, or another process is
-            writing it.
+        UserError: `out` exists or cannot be created or written, the disk is too full, or another
+            process is writing it.
     """
     refuse_existing(out)
     partial = out.absolute().with_name(f".{out.name}.lora-kit-partial")
-    above = [parent for parent in partial.parents if not parent.exists()]
+    missing_parents = [parent for parent in partial.parents if not parent.exists()]
     check_room(out, needed, "name another disk with --out")
     held = _hold(partial, out)
     try:
@@ -43,7 +43,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
         partial.rename(out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        for folder in above:
+        for folder in missing_parents:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
         if isinstance(error, OSError):

@@ -29,4 +29,5 @@ def cached_hash(file: Path) -> str:
 
 @lru_cache
 def _hash_of(file: Path, inode: int, size: int, changed: int) -> str:
+    """`file_hash`; inode, size and time of change are only part of the cache's key."""
     return file_hash(file)

@@ -88,7 +88,8 @@ def recipe_main(main: Main) -> int:
     """`recipes/NAME.py RUN.yaml [key=value ...] [--resume]`, as accelerate starts it.
 
     Args:
-        main: of the started recipe; the run file has the keys of the recipe that it names.
+        main: of the script that was started. The run file is checked with the keys of the recipe
+            that it names, which may be another file.
 
     Returns:
         The process's exit code.
@@ -173,9 +174,11 @@ def start(
     """Check the run file, print the command, and run it.
 
     Args:
-        script: a script to run instead of the recipe.
         accelerate: a config of accelerate_configs/ by name, or a path; None: by the devices.
-        processes: number of processes, instead of the config's.
+        processes: number of processes on all machines; None: the config's, or one per GPU if the
+            config is chosen by the devices.
+        resume: continue an interrupted run: its directory may exist.
+        script: a script to run instead of the recipe.
 
     Raises:
         LoraKitError: the worker's error, with its exit code.
@@ -188,7 +191,7 @@ def start(
     if processes is None and accelerate is None and gpu_count() > 1:
         processes = gpu_count()
     asked = processes or values["num_processes"]
-    here = asked // values["num_machines"]
+    here = asked // values["num_machines"]  # processes on this machine
     cores = len(os.sched_getaffinity(0)) // max(1, here)
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores)
     options = ["--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
@@ -208,7 +211,7 @@ def start(
         if outcome["code"]:
             raise _as_error(outcome["code"], outcome["message"])
     if outcomes and not code:
-        return  # also if a signal came too late
+        return  # even after a signal, if training had already ended
     if received:
         raise Interrupted(received, f"stopped by {signal.Signals(received).name}")
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -247,6 +250,7 @@ def prepare_process() -> None:
 
 
 def _one_thread_of_many() -> bool:
+    """Whether a CPU run uses one thread only, although there are more cores."""
     cores = len(os.sched_getaffinity(0))
     return os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1 and not gpu_count()
 
@@ -293,7 +297,7 @@ def _read_config(config: Path) -> Json:
 def _run_child(
     command: list[str], environment: dict[str, str], folder: Path, workers: int
 ) -> tuple[int, int | None]:
-    """Run a command in its own process group; returns its exit code and the received signal.
+    """Run a command in its own process group; returns its exit code and the first signal received.
 
     The first SIGINT or SIGTERM is forwarded; a second one kills all processes. Until all workers
     have written their ids to `folder`, the launcher gets the signal; then only the workers do: they

@@ -56,11 +56,17 @@ class Uncountable(UserError):
 class MemoryPlan:
     """Resources of one process, and the chosen batch.
 
-    Args:
-        memory: peak bytes by cause. room: bytes that the process may use.
-        flops: per step. tokens_per_second: of all processes, without padding. seconds: of the
-            training steps only. disk: bytes by kind.
-        choice: micro-batch, accumulation and recomputed layers, out of `layers`.
+    Attributes:
+        memory: peak bytes by cause.
+        room: bytes that the process may use.
+        flops: per optimizer step.
+        tokens_per_second: of all processes, without padding.
+        seconds: of the training steps only.
+        disk: bytes by kind.
+        fits: whether `needed` is within `room`.
+        choice: micro-batch, accumulation and number of recomputed layers.
+        layers: the layers that could be recomputed.
+        why: the reason for the choice, in one line.
     """
 
     memory: dict[str, int]
@@ -81,7 +87,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """Required memory: pages of a mapped file can be reclaimed."""
+        """Required memory: `total` without the pages of a mapped file, which can be reclaimed."""
         return self.total - self.memory.get("mapped file", 0)
 
     def to_json(self) -> dict[str, object]:
@@ -188,10 +194,19 @@ def plan_training(
 class _Planner:
     """The costs of a run, by micro-batch and number of recomputed layers; each is counted once.
 
-    `measured`: the device, if it was measured before. `held`: bytes by cause that do not depend on
-    the batch; `file` and `merged`: bytes of the base's file and of the merged model; `flat`:
-    batches are concatenated instead of padded; `masked`: attention gets a mask; `own`: the run
-    file's micro-batch; `forced`: layers recomputed by the run file; `rows`: rows per step.
+    Attributes:
+        quick: see `plan_run`.
+        measured: the device, if it was measured before.
+        model: base and adapter on the meta device.
+        held: bytes by cause that do not depend on the batch.
+        file, merged: bytes of the base's file and of the merged model.
+        flat: batches are concatenated instead of padded.
+        masked: attention gets a mask.
+        layers: the layers that can be recomputed; `forced` of them are by the run file.
+        own: the run file's micro-batch.
+        rows: rows per step of one process.
+        works: {(micro-batch, recomputed layers): cost}.
+        tokens: the length of each training row.
     """
 
     run: Run
@@ -271,9 +286,11 @@ class _Planner:
             held["allocator"] = costs.unused_bytes(work)
         return held
 
-    def fits(self, micro: int, again: int) -> bool:
-        limit = self.machine.limit  # most that do not fit are rejected without counting
-        return sum(self.held.values()) <= limit and sum(self.memory(micro, again).values()) <= limit
+    def fits(self, micro: int, recomputed: int) -> bool:
+        limit = self.machine.limit
+        if sum(self.held.values()) > limit:  # without counting a forward pass
+            return False
+        return sum(self.memory(micro, recomputed).values()) <= limit
 
     def seconds(self, micro: int, recomputed: int) -> float:
         return self.machine.seconds(self.work(micro, recomputed))
@@ -290,46 +307,46 @@ class _Planner:
         train, machine = self.run.train, self.machine
         work = self.work(choice.micro_batch, choice.recomputed)
         held = self.memory(choice.micro_batch, choice.recomputed)
-        total = sum(held.values())
+        needed = sum(held.values())
         if machine.name == "cpu":
             held["mapped file"] = self._mapped(held)
-        mean, there = float(self.tokens.mean()), len(self.tokens)
+        mean, count = float(self.tokens.mean()), len(self.tokens)
         # Average micro-batch relative to the largest one.
-        usual = mean * min(choice.micro_batch, there) / work.tokens
-        values = held["adapter"] // 4
+        usual = mean * min(choice.micro_batch, count) / work.tokens
+        trained = held["adapter"] // 4  # values in float32
         tensors = sum(p.requires_grad for p in self.model.parameters())
         step = choice.accumulation * usual * machine.seconds(work)
-        step += values * _ADAM_BYTES / machine.bandwidth + tensors * _ADAM_CALLS * costs.CALL_S
-        epoch = math.ceil(len(self.tokens) / (self.rows * self.processes))
+        step += trained * _ADAM_BYTES / machine.bandwidth + tensors * _ADAM_CALLS * costs.CALL_S
+        epoch = math.ceil(count / (self.rows * self.processes))  # steps
         keep = train.save_total_limit + bool(train.eval_steps)
         return MemoryPlan(
             memory={cause: size for cause, size in held.items() if size},
             room=machine.room,
             flops=int(work.flops * choice.accumulation * usual),
-            tokens_per_second=mean * min(self.rows, there) * self.processes / step,
+            tokens_per_second=mean * min(self.rows, count) * self.processes / step,
             seconds=step * (train.max_steps or math.ceil(epoch * train.num_train_epochs)),
             disk={
-                "checkpoints": checkpoint_bytes(values, keep, train.optim),
-                "adapter": 4 * values,
+                "checkpoints": checkpoint_bytes(trained, keep, train.optim),
+                "adapter": 4 * trained,
                 "merged model": self.merged,
             },
-            fits=total <= machine.room,
+            fits=needed <= machine.room,
             choice=choice,
             layers=self.layers,
-            why=self._why(choice, total),
+            why=self._why(choice, needed),
         )
 
     def _mapped(self, held: dict[str, int]) -> int:
         """Resident bytes of the base's mapped file: while weights are converted, or for quantized
         weights as long as other tensors map it. These pages can be reclaimed."""
         if self.file != self.merged:
-            weights = sum(n for cause, n in held.items() if cause[:6] in ("weight", "quanti"))
+            weights = sum(n for cause, n in held.items() if cause.startswith(("weights", "quant")))
             return max(0, self.machine.framework + weights + self.file - sum(held.values()))
         quantized = self.run.base.quantize != "none"
         return self.file - held[f"weights {self.run.base.dtype}"] if quantized else 0
 
-    def _why(self, choice: Choice, total: int) -> str:
-        rows, passes, again = asdict(choice).values()
+    def _why(self, choice: Choice, needed: int) -> str:
+        rows, passes, again = choice.micro_batch, choice.accumulation, choice.recomputed
         what = f"{rows} row{'s' * (rows > 1)} a micro-batch, "
         what += f"{passes} micro-batch{'es' * (passes > 1)} a step; "
         what += f"{again} of {self.layers} layers are" if again else "no layer is"
@@ -338,7 +355,7 @@ class _Planner:
             written = sum(self.memory(self.own, self.forced).values()) / _MIB
             what += f"the fastest that fits; as written it would take {written:,.0f} MiB"
         elif self.run.speed == "plain":
-            what += f"as written (speed: plain){', does not fit' * (total > self.machine.room)}"
+            what += f"as written (speed: plain){', does not fit' * (needed > self.machine.room)}"
         else:
             what += "as written, which fits"
         what += f"; {self.machine.room / _MIB:,.0f} MiB available"
@@ -362,19 +379,20 @@ def _on_meta(
     base, fresh = task.skeleton(pinned, data.facts, run)
     base.requires_grad_(False)
     base.config.get_text_config().use_cache = False
-    values = sum(p.numel() for p in base.parameters())
+    parameters = sum(p.numel() for p in base.parameters())
     buffers = sum(b.numel() * b.element_size() for b in base.buffers())
+    # bitsandbytes quantizes every linear layer but the head and fresh modules.
     head, quantized = base.get_output_embeddings(), run.base.quantize != "none"
     new = {id(m) for name in fresh for m in base.get_submodule(name).modules()} | {id(head)}
     linear = [m for m in base.modules() if type(m) is torch.nn.Linear and id(m) not in new]
     packed = [m.weight for m in linear] if quantized else []
-    inside = sum(w.numel() for w in packed)
-    held = {f"weights {run.base.dtype}": (values - inside) * dtype.itemsize}
+    quantizable = sum(w.numel() for w in packed)
+    held = {f"weights {run.base.dtype}": (parameters - quantizable) * dtype.itemsize}
     if run.base.quantize == "nf4":  # per block of 64 an 8-bit scale, and per 256 scales a float
-        held |= {"weights nf4": inside // 2, "quantization": inside // 64 * 260 // 256}
-        held["quantization"] += _CODES * len(packed)
+        held["weights nf4"] = quantizable // 2
+        held["quantization"] = quantizable // 64 * 260 // 256 + _CODES * len(packed)
     elif run.base.quantize == "int8":  # one scale per row
-        held |= {"weights int8": inside, "quantization": 4 * sum(map(len, packed))}
+        held |= {"weights int8": quantizable, "quantization": 4 * sum(map(len, packed))}
     # One layer at a time is dequantized.
     held["buffers"] = buffers + max((w.numel() for w in packed), default=0) * dtype.itemsize
     # A start adapter is read from its file; torch warns that copies to meta have no effect.
@@ -387,11 +405,12 @@ def _on_meta(
     # bitsandbytes keeps 32-bit state for small tensors.
     eight = "8bit" in run.train.optim
     held["optimizer"] = sum(n * (2 if eight and n >= 4096 else 8) for n in trained)
-    return model, held, values * stored.itemsize, values * dtype.itemsize
+    return model, held, parameters * stored.itemsize, parameters * dtype.itemsize
 
 
 def _what_would_fit(here: _Planner) -> str:
-    """The message that nothing fits, with the first change that would."""
+    """The message that nothing fits, with the first change that would: 4 bits, shorter rows, a
+    lower rank, then combinations."""
     run, room = here.run, here.machine.limit
     least = sum(here.memory(1, here.layers).values())
     text = (
@@ -399,12 +418,9 @@ def _what_would_fit(here: _Planner) -> str:
         f"micro-batch and all layers recomputed; {room / _MIB:,.0f} MiB available after a margin: "
         f"{(least - room) / _MIB:,.1f} MiB too much; "
     )
-    four_bits: Change = {}
-    if run.base.quantize != "nf4":
-        four_bits = {"base": {"quantize": "nf4"}}
-    rank: Change = {}
-    if not run.adapter.start:  # which keeps its rank
-        rank = {"adapter": {"r": math.ceil(run.adapter.r / 4)}}
+    four_bits: Change = {} if run.base.quantize == "nf4" else {"base": {"quantize": "nf4"}}
+    # A start adapter keeps its rank.
+    rank: Change = {} if run.adapter.start else {"adapter": {"r": math.ceil(run.adapter.r / 4)}}
     halved = [run.train.max_length >> n for n in range(1, 7)]
     lengths: list[Change] = [{"train": {"max_length": n}} for n in halved if n >= _FEWEST_TOKENS]
     both = [four_bits | length for length in lengths]
@@ -439,12 +455,12 @@ def free_memory() -> int:
 
 def _machine(base_dtype: str, model: Any) -> Machine:
     """The device: available memory, and its rates, measured briefly with the shape of the model's
-    largest layer; of several processes the one with the least memory."""
+    largest layer other than the head; of several processes, that with the least memory."""
     framework = int(psutil.Process().memory_info().rss)  # before the measurements
     device = torch.device("cuda" if gpu_is_used() else "cpu")
     linear = {m.weight.shape for m in model.modules() if type(m) is torch.nn.Linear}
     head = {model.get_input_embeddings().weight.shape}
-    out, into = max(linear - head or head, key=math.prod)
+    out, into = max((linear - head) or head, key=math.prod)
     rates: dict[str, float] = {}
     for name in ("float32", base_dtype):
         dtype = getattr(torch, name)

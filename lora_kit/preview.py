@@ -33,9 +33,9 @@ TOKENS_OF_A_TERMINAL = 512
 # Pages begin with this; other files are not overwritten.
 MARK = "<!doctype html>\n<!-- lora-kit preview -->\n"
 _TEMPLATE = Path(__file__).with_name("preview.html.jinja")
-_CHARACTERS = 6  # characters per token, to limit text without tokens
+_CHARACTERS = 6  # per token, to limit a text that has no tokens
 _LONGEST_CHARACTER = 8  # tokens; a character has up to four bytes
-_BROKEN = "\ufffd"
+_BROKEN = "\ufffd"  # what an incomplete character is decoded as
 # Terminal styles.
 _SUPERVISED, _CONTEXT, _SPECIAL = "bold green", "dim", "dim magenta"
 
@@ -53,7 +53,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of the model; `number` counts from 1, `supervised` of its `tokens` are trained on."""
+    """A row as the model gets it: `number` counts from 1, `place` is where it is in the data, and
+    `supervised` of its `tokens` are trained on."""
 
     use: str
     number: int
@@ -135,7 +136,7 @@ def samples(
 
 
 def _shown(processor: Processor, sequence: Shown, most_tokens: int) -> list[Piece]:
-    """The pieces of a sequence."""
+    """The pieces of a sequence; of a long one the beginning and the end."""
     if not len(sequence.ids):
         text = harmless(sequence.text)
         most = most_tokens * _CHARACTERS
@@ -154,8 +155,8 @@ def _shown(processor: Processor, sequence: Shown, most_tokens: int) -> list[Piec
 
 
 def packing(task: Task, run: Run, prepared: Prepared) -> dict[str, object]:
-    """Packing mode, number of rows, and the share of their positions that are tokens; null if rows
-    are padded to the longest in the batch."""
+    """`mode`, number of `rows`, and `fill`, the share of their positions that are tokens; None if
+    rows are padded to the longest in the batch."""
     rows, mode = prepared.train, task.packing(run.data)
     tokens = int(task.tokens(prepared.rows("train")).sum())
     fill = None if mode == "none" else round(tokens / (len(rows) * run.train.max_length), 4)
@@ -214,16 +215,14 @@ def _drawn(sample: Sample, coloured: bool) -> Text:
 
     text = Text()
     for supervised, run in groupby(sample.pieces, attrgetter("supervised")):
-        bracketed = supervised and not coloured
-        if bracketed:
-            text.append("⟦")
+        opening, closing = ("⟦", "⟧") if supervised and not coloured else ("", "")
+        text.append(opening)
         for piece in run:
             style = _SUPERVISED if supervised else _SPECIAL if piece.special else _CONTEXT
             if piece.special:
                 style += " underline"
             text.append(piece.text.replace("\n", "↵\n"), style if coloured else "")
-        if bracketed:
-            text.append("⟧")
+        text.append(closing)
     return text
 
 

@@ -26,7 +26,7 @@ from lora_kit import schema, trust
 from lora_kit.errors import RunFileError, UserError
 from lora_kit.schema import SECTIONS, Adapter, Json, Run, Section
 
-# Keys that must be objects in the JSON files that a run writes.
+# Keys that must be objects or null in JSON files (run.lock.json, report.json).
 _OBJECTS = (
     "base", "adapter", "data", "batch", "commits", "verdict", "domain", "general", "overfitting",
     "metrics", "harness", "audit", "training", "memory", "gate",
@@ -268,6 +268,7 @@ def section_fields(task: TaskKeys) -> dict[str, set[str]]:
 
 
 def _models(task: TaskKeys | None) -> Models:
+    """The class of each section of a run file with a task's keys."""
     inner: Models = {"data.limits": schema.Limits, "prove.gate": schema.Gate}
     return {**SECTIONS, **(task.settings if task else {}), **inner}
 
@@ -329,10 +330,10 @@ def read_lock(directory: str | Path) -> Json:
 
 
 def read_json(file: Path) -> Json:
-    """A JSON file of a run; {} if there is none.
+    """A JSON file of a run or of a model folder; {} if there is none.
 
     Raises:
-        UserError: it is not a JSON object, or one of its sections has the wrong type.
+        UserError: it is not a JSON object, or one of the keys in _OBJECTS is not.
     """
     if not file.exists():
         return {}
@@ -411,7 +412,8 @@ def _absolute(values: Json, folder: Path) -> tuple[Json, set[str]]:
 
     # Any: a value of YAML, of which only texts, lists and sources are changed.
     def place(value: Any, *others: Path, must_exist: bool = False) -> Any:
-        """`others`: further folders to search. `must_exist`: a missing path is a name."""
+        """A value with its paths absolute. `others`: further folders to search. `must_exist`: what
+        does not exist is a name instead of a path."""
         if isinstance(value, list):
             return [place(item, *others, must_exist=must_exist) for item in value]
         if isinstance(value, dict) and "source" in value:
@@ -463,6 +465,7 @@ def _absolute(values: Json, folder: Path) -> tuple[Json, set[str]]:
 
 
 def _section(values: Json, name: str) -> Json:
+    """A section of a run file; {} if it is missing or not a mapping."""
     found = values.get(name)
     return found if isinstance(found, dict) else {}
 
@@ -513,7 +516,8 @@ def _missing_recipe(values: Json) -> list[str]:
 
 
 def _programs(values: Json) -> list[str]:
-    """Problems: programs named in a run file that was fetched by `pull`."""
+    """Problems: programs named in a run file that was fetched by `pull`. A word with a character of
+    paths is one; the names of shipped recipes, metrics and tasks have none."""
     prove = _section(values, "prove")
     named = {"recipe": values.get("recipe"), **{f"prove.{k}": prove.get(k) for k in _PROGRAMS}}
     return [
@@ -596,7 +600,8 @@ def _key(path: KeyPath) -> str:
 
 
 def _model(section: str, models: Models) -> type[Section]:
-    """The pydantic class of a section, such as `base`, `data.limits` or `data.train[0]`."""
+    """The pydantic class of a section, such as `base`, `data.limits` or `data.train[0]`; for
+    anything else that of the whole file."""
     plain = re.sub(r"\[\d+\]", "", section)
     if plain in {f"data.{key}" for key in SOURCE_KEYS}:
         return schema.Source
@@ -611,10 +616,10 @@ def _short(value: object, most: int = 60) -> str:
 
 def _wanted(path: KeyPath, models: Models) -> str:
     """The expected type of a key and its description."""
-    *sections, name = [part for part in path if isinstance(part, str)]
-    section = ".".join([*sections, name])
-    if section in models:
-        return f"keys such as {', '.join(list(models[section].model_fields)[:4])}"
+    names = [part for part in path if isinstance(part, str)]
+    if section := models.get(".".join(names)):
+        return f"keys such as {', '.join(list(section.model_fields)[:4])}"
+    *sections, name = names
     inside = "items" if isinstance(path[-1], int) else ""
     model = _model(".".join(sections), models)
     if name not in model.model_fields:  # a key of a mapping

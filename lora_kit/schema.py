@@ -37,6 +37,8 @@ Column = Literal[
 
 
 class Section(BaseModel):
+    """A part of a run file."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
@@ -250,14 +252,15 @@ class Train(Section):
 
     @field_validator("early_stopping_patience")
     @classmethod
-    def _counts_evaluations(cls, value: int | None, info: ValidationInfo) -> int | None:
+    def _needs_eval_steps(cls, value: int | None, info: ValidationInfo) -> int | None:
+        # An invalid eval_steps is missing in `data`, and reported itself.
         if value and info.data.get("eval_steps", 0) is None:
             raise ValueError("it counts evaluations: set train.eval_steps")
         return value
 
     @field_validator("top_layers")
     @classmethod
-    def _holds_lora(cls, value: int | None, info: ValidationInfo) -> int | None:
+    def _needs_adapter(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and info.data.get("trainable") == "head":
             raise ValueError("conflicts with train.trainable: head: remove one of the two")
         return value

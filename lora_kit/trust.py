@@ -3,7 +3,8 @@
 Code from the Hub (a metric's script) runs only with `--trust-remote-code` on the command line, or
 if the user's own program sets the environment variable; run files and folders cannot allow it. Code
 of a base (auto_map) never runs. Pulled files are data: no program in or below a folder with a
-pulled.json is run.
+pulled.json is run. Also here: starting a module without the working folder in its path, and a time
+limit for third-party templates and regular expressions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PULLED = "pulled.json"
 
 
 def say(allowed: bool) -> None:
-    """Set the variable from this command line; an inherited value does not count."""
+    """Set VARIABLE from --trust-remote-code of this command; an inherited value is overwritten."""
     os.environ[VARIABLE] = str(int(allowed))
 
 

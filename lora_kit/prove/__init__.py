@@ -1,7 +1,9 @@
-"""Evaluation: a trained model and held-out rows -> report.json, report.html, the gate's verdict.
+"""Evaluation: a trained model, held-out rows, `prove:` of the run file -> report.json and .html.
 
-`evaluate` compares the adapted model with contenders (the base, a prompted base, baselines) by
-paired intervals; `prove` is the last step of a recipe, `compare` the same for a finished run. Also
-here: tasks of lm-evaluation-harness, and the self-test of the loss (`doctor --loss`). In come a
-model, rows and `prove:` of the run file; out goes the report. Nothing here knows a loss or PEFT.
+`evaluate.evaluate` compares the adapted model with contenders (the base, a prompted base,
+baselines) by paired intervals. `evaluate.prove` is the last step of a recipe and checks the gate;
+`compare.compare` does the same for a finished run. `scores` has the entries of report.json that
+other modules read, and the gate; `report` (with `charts`) and `show` present them. Also here: tasks
+of lm-evaluation-harness (`harness`), and the self-test of the loss (`self_test`, `doctor --loss`).
+What a score is, each task defines.
 """

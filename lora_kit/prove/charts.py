@@ -41,6 +41,7 @@ class Scale:
 
     def ticks(self, most: int = 5) -> list[tuple[float, str]]:
         """(place, label) of the round numbers in between: 1, 2 or 5 times a power of ten apart."""
+        # 1e-9: a round number must not be missed because of floating-point rounding.
         rough = (self.high - self.low) / most
         power = 10.0 ** math.floor(math.log10(rough))
         step = power * next(n for n in (1, 2, 5, 10) if n * power >= rough * (1 - 1e-9))
@@ -53,8 +54,8 @@ def forest(rows: Sequence[tuple[float, float, float]]) -> dict[str, object]:
     """A forest plot of improvements, each (value, low, high) of its interval; more is better.
 
     Returns:
-        `ticks`, labelled without a sign, because both sides of `zero` are named; and for each of
-        `rows` the places of the three.
+        `zero`, the place of no change; `ticks`, labelled without a sign, because the page names
+        both sides of `zero`; and `rows`, the three places of each improvement.
     """
     scale = Scale.of([0.0, *(value for row in rows for value in row)], margin=0.2)
     return {
@@ -65,7 +66,8 @@ def forest(rows: Sequence[tuple[float, float, float]]) -> dict[str, object]:
 
 
 def curves(rows: Sequence[Json], best_step: int | None = None) -> dict[str, object] | None:
-    """Losses and learning rate over the steps of metrics.jsonl; None with fewer than two steps."""
+    """Losses and learning rate over the steps of metrics.jsonl, the rate on a scale of its own from
+    0; None with fewer than two steps."""
 
     def points(name: str) -> list[tuple[int, float]]:
         found = [(row["step"], row.get(name)) for row in rows]

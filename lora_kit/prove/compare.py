@@ -74,7 +74,7 @@ def compare(
         found = _against_scratch(task, opened, model, processor, data, passes, steps)
         report["scratch"] = found
         report["verdict"]["scratch"] = verdict(found["loss"], found["documents"])
-    # What only a training knows.
+    # Only training measures these.
     report |= {name: before.get(name) for name in ("training", "memory", "audit")}
     chosen = {"best_step": None, "stopped_early": False} | (before.get("overfitting") or {})
     report["overfitting"] = chosen | report["overfitting"]
@@ -102,7 +102,7 @@ def task_of(finished: FinishedRun) -> Task:
     known = finished.lock.get("recipe") or {}
     if not file.is_file():
         raise UserError(f"{finished.path}: recipe: {file}: no such file: put it back there")
-    # Those that are shipped change with the package's version, which the lock names.
+    # Shipped recipes change with the package's version, which the lock has.
     own = run.recipe.endswith(".py")
     if own and known.get("sha256") not in (None, file_hash(file)):
         raise UserError(
@@ -150,8 +150,10 @@ def _against_scratch(
     that model with the adapter.
 
     Args:
-        adapted: the run's PEFT model. passes: micro-batches of a step, of all its processes.
-        steps: that the run took; None: as planned.
+        adapted: the run's PEFT model.
+        passes: micro-batches per step, of all processes of the run: they become gradient
+            accumulation, since this trains in one process.
+        steps: optimizer steps that the run took; None: as the run file says.
 
     Returns:
         {"parameters", "seconds", "steps"} and what `against` returns, the new model as the rival.
@@ -171,7 +173,7 @@ def _against_scratch(
         "train": run.train.model_copy(update=train),
     }
     run = run.model_copy(update=changes)
-    after = task.score(adapted, data.eval, processor, data.facts, run)
+    adapter_scores = task.score(adapted, data.eval, processor, data.facts, run)
     config = adapted.get_base_model().config.__class__.from_dict(adapted.config.to_dict())
     config.quantization_config = None
     set_seed(run.seed)
@@ -191,10 +193,10 @@ def _against_scratch(
         trainer.train()
     seconds = time.perf_counter() - started
     model = model.to("cuda") if gpu_is_used() else model
-    before = task.score(model, data.eval, processor, data.facts, run)
+    scratch_scores = task.score(model, data.eval, processor, data.facts, run)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
-        **against("scratch", before, after, seed=0),
+        **against("scratch", scratch_scores, adapter_scores, seed=0),
     }

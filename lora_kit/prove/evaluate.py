@@ -31,7 +31,7 @@ from lora_kit.train.directory import add_to_lock, is_first_rank, say
 from lora_kit.train.guards import Guards, best_step, stopped_early
 
 _GAP_ROWS = 64  # training rows that are scored for the gap, at most
-# Entries that some reports have.
+# Entries that are null unless measured.
 _ABSENT = ("general", "few_shot", "scratch", "prompt_use", "metrics", "harness", "classes")
 
 
@@ -172,8 +172,9 @@ def evaluate(
             scores of the task's own, and samples.
 
     Returns:
-        What report.json holds of an evaluation, and `adapter_effect`: the largest difference that
-        the adapter makes to a unit's part of the first score; None where the base is no contender.
+        The entries of report.json that an evaluation fills, and `adapter_effect` for the audit: the
+        largest change of a unit's first score from the rival to the adapted model; None with fresh
+        modules, which change the scores without an adapter.
     """
     training = model.training
     model.eval()
@@ -204,7 +205,8 @@ class _Subject:
         if contender.rows is not None:
             rows = contender.rows(rows)
         with contender.enter() as entered:
-            # PEFT's own context yields nothing: the model itself is meant.
+            # PEFT's `disable_adapter` yields None: the model itself is scored. What others yield is
+            # for the task's `score`.
             base = contender.enter == self.model.disable_adapter
             return self._score(self.model if base else entered, rows)
 
@@ -236,6 +238,7 @@ def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
     processor, facts = subject.processor, subject.data.facts
     contenders = _contenders(subject, fresh)
     rival = contenders[0]
+    # {contender or `adapted`: scores, extra metrics included}
     scores = {"adapted": subject.score(data.eval)}
     _check_scores(task, scores["adapted"])
     for contender in contenders:
@@ -250,7 +253,7 @@ def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
     if run.prove.metrics:
         report["domain"]["decided_by"] = task.deciding(run.prove)
     for contender in contenders[1:]:
-        if contender.rows is not None:  # the same base, prompted otherwise
+        if contender.rows is not None:  # the base with another prompt: a part of its own
             prompted = subject.own_scores(scores[contender.name])
             found = against(contender.name, prompted, after, run.seed)
             report[contender.name] = {**contender.about, **found}
@@ -316,8 +319,8 @@ def _general(subject: _Subject, task: Task, rows: Rows) -> Json:
 
 
 def _gap(subject: _Subject, rival: Contender, domain: Json) -> Json:
-    """How much more the adapter gained on training rows than on held-out ones, by the deciding
-    score; by the first of the task's own where the model would have to generate for that one."""
+    """`overfitting` of report.json: how much more the adapter gained on training rows than on
+    held-out ones, by the deciding score; by the task's first one if that needs generated text."""
     rows = subject.data.rows("train")
     most = min(len(subject.data.eval), _GAP_ROWS)
     drawn = np.random.default_rng(subject.run.seed).permutation(len(rows))[:most]
@@ -349,7 +352,8 @@ def _verdicts(task: Task, report: Json, first: str, others: Sequence[Contender])
 
 
 def _apply_objection(task: Task, report: Json, untrained_head: bool) -> None:
-    """Add the reason, if there is one, why a better score does not count as `better`."""
+    """Record an objection of the task, an untrained head as the rival, or a contender that scores
+    better: with it `better` becomes `no different`, on the domain and against few-shot."""
     word = report["verdict"]
     objection = task.objection(report)
     if untrained_head:

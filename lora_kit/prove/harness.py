@@ -62,11 +62,14 @@ def run_harness(
 
     Args:
         model: a PEFT model; its adapter is switched off to evaluate the base.
-        at_once: rows in a forward pass.
+        at_once: rows per forward pass.
 
     Returns:
         "task/metric" -> {"rows", "base", "adapted", "difference", "ci95", "higher_is_better"}.
         `ci95` is None for a figure that is no mean over rows, such as a perplexity.
+
+    Raises:
+        UserError: a task cannot be loaded or evaluated.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -85,7 +88,7 @@ def run_harness(
         )
         try:
             with model.disable_adapter():
-                set_seed(seed)  # of tasks that sample
+                set_seed(seed)  # for tasks that sample
                 base = lm_eval.evaluate(wrapped, loaded, bootstrap_iters=0)
             set_seed(seed)
             adapted = lm_eval.evaluate(wrapped, loaded, bootstrap_iters=0)
@@ -96,26 +99,28 @@ def run_harness(
 
 
 def compared_results(base: Json, adapted: Json, seed: int) -> dict[str, Json]:
-    """The return value of `run_harness`, from two results of `lm_eval.evaluate`. A group that has a
-    figure of its own replaces its tasks."""
+    """The return value of `run_harness`, from two results of `lm_eval.evaluate`. A group with an
+    aggregated figure replaces its tasks."""
     grouped: set[str] = set()
-    for group in adapted.get("groups", {}):
+    for group in adapted.get("groups", {}):  # only those with a figure
         grouped.update(_tasks_of(group, adapted))
     rows: dict[str, Json] = {}
     for name, figures in adapted["results"].items():
         if name in grouped:
             continue
         for key, after in figures.items():
-            metric, comma, filtered = key.partition(",")  # by which filter of the completions
+            metric, comma, filtered = key.partition(",")  # `exact_match,strict-match`
             if not comma or metric.endswith("_stderr"):
                 continue
             higher = adapted["higher_is_better"].get(name, {}).get(metric) is not False
             before = base["results"][name][key]
-            each = _values(base, name, metric, filtered), _values(adapted, name, metric, filtered)
-            if np.allclose([_mean(each[0]), _mean(each[1])], [before, after]):
+            base_values = _values(base, name, metric, filtered)
+            values = _values(adapted, name, metric, filtered)
+            # Only a figure that is the mean of its rows can be resampled by rows.
+            if np.allclose([_mean(base_values), _mean(values)], [before, after]):
                 better = "higher" if higher else "lower"
-                first = mean_score(metric, np.array(each[0], dtype=float), better)
-                second = mean_score(metric, np.array(each[1], dtype=float), better)
+                first = mean_score(metric, np.array(base_values, dtype=float), better)
+                second = mean_score(metric, np.array(values, dtype=float), better)
                 row = compared(first, second, seed)
             else:
                 row = {
@@ -125,7 +130,7 @@ def compared_results(base: Json, adapted: Json, seed: int) -> dict[str, Json]:
                     "ci95": None,
                 }
             title = f"{name}/{metric}" + (f" ({filtered})" if filtered != "none" else "")
-            rows[title] = {"rows": len(each[1]), **row, "higher_is_better": higher}
+            rows[title] = {"rows": len(values), **row, "higher_is_better": higher}
     return rows
 
 
@@ -138,19 +143,22 @@ def _tasks_of(name: str, result: Json) -> list[str]:
 
 
 def _values(result: Json, name: str, metric: str, filtered: str) -> list[object]:
-    """The metric's value of each row: a number, or parts whose mean is not the figure."""
+    """The metric's value of each row: a number, or an intermediate result (such as a pair) that the
+    metric aggregates over all rows."""
     samples = [row for task in _tasks_of(name, result) for row in result["samples"][task]]
     return [row[metric] for row in samples if row["filter"] == filtered and metric in row]
 
 
 def _mean(values: list[Any]) -> float:
+    """The mean; NaN, which equals no figure, if there are no rows or they are not numbers."""
     numbers = all(isinstance(value, Real | np.bool_) for value in values)
     return float(np.mean(values)) if values and numbers else math.nan
 
 
 @cache
 def _manager(shipped: bool) -> Any:
-    """Reading the harness's own 14,000 tasks takes seconds; a file needs none of them."""
+    """A task manager, with the `shipped` tasks or for files alone: indexing the harness's 14,000
+    tasks takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=shipped)

@@ -29,7 +29,7 @@ from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import write_json
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-# The parts of a report that `scores.against` returned, and what each is about.
+# The parts of a report that `scores.against` returned, with their titles.
 PARTS = {
     "domain": "Domain",
     "general": "General text",
@@ -46,7 +46,7 @@ _CONTENDERS = {
     "zero_shot": "zero-shot classification by label names",
     "reference": "the reference model",
 }
-# Units of scores that are no share of 1; "": a number without one.
+# Units of scores that are not a share of 1; "": no unit.
 UNITS = {
     "loss": "nats per token",
     "bits_per_byte": "bits per byte",
@@ -145,8 +145,8 @@ def in_lines(report: Json) -> list[str]:
 
 
 def findings(report: Json) -> list[Finding]:
-    """The results in the order of importance; what was not measured is one as well, unless it does
-    not apply to the task."""
+    """The results, the most important first; something not measured is a result as well, unless it
+    does not apply to the task."""
     report = _filled(report)
     found = [_domain(report)]
     deciding, _ = decided_by(report)
@@ -291,9 +291,9 @@ def _figures(name: str, score: Json) -> str:
 
 
 def ahead(report: Json) -> tuple[str, float] | None:
-    """The contender with the best deciding score, if it is better than the adapted model's: its
-    name in words, and the score; no interval is known for it. The rival, and contenders with a
-    verdict of their own (few_shot, scratch), do not count."""
+    """The contender with the best deciding score, if that is better than the adapted model's: its
+    name in words and the score, of which no interval is known. The base, the rival and contenders
+    with a verdict of their own (few_shot, scratch) are skipped."""
     name, score = decided_by(report)
     rival = report["domain"].get("rival", "base")
     sign = 1 if better(name, score) == "higher" else -1
@@ -352,14 +352,14 @@ def _buts(report: Json, found: list[Finding]) -> list[str]:
 
 
 def _filled(report: Json) -> Json:
-    """What was not measured, or not yet known to an older version, is null."""
+    """The report with null for entries that it lacks, as one of an older version does."""
     return defaultdict(lambda: None, report)
 
 
 def _page(directory: Path, run: Run, report: Json) -> str:
     report, found = _filled(report), findings(report)
     over = report["overfitting"] or {}
-    fitted = next((name[6:] for name in over if name.startswith("train_")), "")
+    fitted = next((name for name in over if name.startswith("train_")), "")
     plots = {unit: [f for f in found if f.unit == unit] for unit in ("%", " points")}
     names, rows = contender_rows(report)
     word = report["verdict"]["domain"]
@@ -384,11 +384,11 @@ def _page(directory: Path, run: Run, report: Json) -> str:
         better=better,
         units=UNITS,
         counted=units_of(report),
-        fitted={"name": fitted, "score": over[f"train_{fitted}"]} if fitted else None,
+        fitted={"name": fitted.removeprefix("train_"), "score": over[fitted]} if fitted else None,
         can_forget=any(one.part == "general" for one in found),
         why_no_general=not_measured(report, "general"),
         classes=confused(report["classes"]) if report["classes"] else None,
-        plots=[(u, rows, forest([f.gain for f in rows])) for u, rows in plots.items() if rows],
+        plots=[(u, some, forest([f.gain for f in some])) for u, some in plots.items() if some],
         curves=curves(read_metrics(directory / "metrics.jsonl"), over.get("best_step")),
         heat=heat(report["layers"]) if report["layers"] else None,
         lock=read_lock(directory),

@@ -1,4 +1,4 @@
-"""What report.json holds of scores: comparisons, contenders, classes; and the gate on them."""
+"""The scores in report.json: comparisons, contenders, classes; and the gate on them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def against(rival: str, base: Sequence[Score], adapted: Sequence[Score], seed: i
 
 
 def values(scores: Sequence[Score]) -> dict[str, float]:
-    """Plain numbers, as in `contenders.NAME` of report.json.
+    """{name: value of the score over all units}, as in `contenders.NAME` of report.json.
 
     >>> values([Score("accuracy", np.array([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]))])
     {'accuracy': 0.6667}
@@ -47,28 +47,29 @@ def values(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def compared_scores(part: Json) -> dict[str, Json]:
-    """The scores in what `against` returned, without the plain values between them."""
+    """The scores of a part that `against` returned, without its other entries (`documents`,
+    `rival`, ...), which are not objects."""
     return {name: found for name, found in part.items() if isinstance(found, dict)}
 
 
 def decided_by(report: Json) -> tuple[str, Json]:
-    """The score that decides `verdict.domain`, and its figures: the one that `domain.decided_by`
-    names, a score of the domain or one of `metrics`; else the first of the domain."""
+    """Name and figures of the score that decides `verdict.domain`: the one that
+    `domain.decided_by` names, from the domain or from `metrics`; else the first of the domain."""
     scores = compared_scores(report["domain"])
     name = report["domain"].get("decided_by") or next(iter(scores), "loss")
     return name, {**(report.get("metrics") or {}), **scores}[name]
 
 
 def better(name: str, score: Json) -> str:
-    """`lower` or `higher`, whichever is better for a score; reports of older versions tell it by
-    its name, the harness by `higher_is_better`."""
+    """`lower` or `higher`, whichever is better for a score. Entries of the harness have
+    `higher_is_better` instead of `better`, and reports of older versions neither."""
     if score.get("higher_is_better") is False or name in ("loss", "bits_per_byte"):
         return "lower"
     return str(score.get("better", "higher"))
 
 
 def not_measured(report: Json, part: str) -> str:
-    """Why a part of the report is null."""
+    """Why `general` or `few_shot` of the report is null."""
     for line in reversed(report.get("not_measured") or []):
         if line.startswith(f"{part}: "):
             return str(line.removeprefix(f"{part}: "))
@@ -111,16 +112,16 @@ def classes(scores: Sequence[Score]) -> Json | None:
 
 
 # ------------------------------------------------------------------ the gate
-# A bound and the words that reach it.
+# {bound: the verdicts that satisfy it}
 _REACHED = {"better": {"better"}, "no different": {"better", "no different"}, "kept": {"kept"}}
 
 
 def check_gate(report: Json, gate: Gate) -> Json:
     """`gate` of report.json: {"passed": bool, "failed": [a line for each bound of `prove.gate` that
-    does not hold]}.
+    does not hold, and for each problem of the audit]}.
 
-    What was not measured does not hold; general text does not count where the model
-    has no language-model head that could forget it.
+    A bound on something that was not measured does not hold, except for general text where the
+    model has no language-model head.
     """
     failed = []
     for part in ("domain", "general", "few_shot"):

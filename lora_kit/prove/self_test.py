@@ -39,7 +39,7 @@ from lora_kit.train.strategies import choose
 # The file in which the first of two ranks leaves its step.
 STEP_VARIABLE = "LORA_KIT_STEP"
 ROWS = 8
-_DRAWN = 64  # rows, of which the shortest are taken: one pass holds all at once
+_DRAWN = 64  # rows, of which the shortest are used: one micro-batch contains them all
 _LONGEST = 256  # tokens of a row
 _SIZE_OF_B = 0.02
 # Relative differences that rounding alone may make: of the loss, and of the gradient (L2).
@@ -118,7 +118,7 @@ def self_test(run: Run, task: Task, in_two_processes: Callable[[str], None]) -> 
             ("processes", ["one process", "two processes"], two),
         )
     ]
-    if found[0]["passed"] is found[2]["passed"] is False:
+    if found[0]["passed"] is False and found[2]["passed"] is False:  # accumulation and padding
         found[0]["note"] = "one pass is padded and the others are not: see padding"
     return {
         **run.base.model_dump(include={"model", "dtype", "quantize"}),
@@ -174,13 +174,14 @@ def make_setup(run: Run, task: Task) -> Setup:
 
 
 def _token_labels(rows: Rows) -> bool:
-    """Whether each token has a label, as in language models."""
+    """Whether labels are per token, as in language models."""
     return "labels" in rows.columns and isinstance(rows[0]["labels"], np.ndarray)
 
 
 def _unequal_rows(rows: Rows, seed: int) -> Rows:
-    """Eight rows; fewer are repeated. Those whose tokens have labels are cut to different lengths
-    and half or all of them is supervised: the mean of equal parts would be right by chance."""
+    """ROWS rows; if there are fewer, they are repeated. Rows with a label per token are cut to
+    different lengths, and every second one is supervised in its second half only: with equal counts
+    of labels, a mean of means would be right by chance."""
     drawn = np.random.default_rng(seed).permutation(len(rows))[:_DRAWN]
     if "input_ids" in rows.columns:
         drawn = drawn[np.argsort(rows.sizes("input_ids")[drawn], kind="stable")]
@@ -220,7 +221,8 @@ def one_step(
     """One step of the trainer over all rows; the model is left as it was.
 
     Args:
-        rows_per_pass, passes: on each rank. collate: instead of padding.
+        rows_per_pass, passes: rows per micro-batch and micro-batches, on each rank.
+        collate: a collator instead of the task's.
     """
     settings: dict[str, object] = {
         "max_steps": 1,
@@ -260,7 +262,8 @@ def one_step(
 
 
 def _packed_step(setup: Setup) -> tuple[Step | None, int]:
-    """The step on packed rows, and how many these are; None where the base sees other documents."""
+    """The step on packed rows, and the number of these; None if the base does not isolate packed
+    documents, unless the run needs that: then an error."""
     packed = Packed(setup.rows, 2 * int(setup.rows.sizes("input_ids").max()))
     try:
         check_isolation(setup.model)
@@ -272,7 +275,7 @@ def _packed_step(setup: Setup) -> tuple[Step | None, int]:
 
 
 def _quick_step(setup: Setup) -> Step | None:
-    """The step on the quick paths; None where there are none."""
+    """The step on the fast paths of `speed: auto`; None if this base uses none of them."""
     if setup.run.speed == "plain":
         return None
     pad = collator(setup.processor.pad_token_id)
@@ -287,7 +290,7 @@ def _quick_step(setup: Setup) -> Step | None:
 
 
 def _step_by_hand(setup: Setup) -> Step:
-    """The loss of every row, computed alone, over the items of all; without the trainer."""
+    """The step without the trainer: each row alone, its loss divided by the items of all rows."""
     task, model = setup.task, setup.model
     device = next(model.parameters()).device
     collate = task.collate(setup.processor)

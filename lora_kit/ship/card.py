@@ -53,8 +53,8 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of training data. `hub_id`, `commit` and `licence` are of a data set on the Hub;
-    `sha256` is that of the rows read."""
+    """A source that the run read: training, held-out, general or benchmark rows. `hub_id`, `commit`
+    and `licence` are of a data set on the Hub; `sha256` is that of the rows read."""
 
     name: str
     hub_id: str | None
@@ -144,7 +144,7 @@ def _front_matter(
     from huggingface_hub import ModelCardData
 
     hub_ids = list(dict.fromkeys(source.hub_id for source in data if source.hub_id))
-    # A result is listed under a data set: only if all training text came from one.
+    # A result is listed under a data set: only if all rows came from one.
     one_set = len(hub_ids) == 1 and all(source.hub_id for source in data)
     results = _results(data[0], domain, auto) if one_set and domain else None
     return ModelCardData(
@@ -203,25 +203,27 @@ def _asked(terms: Terms, name: str, has_licence: bool) -> list[str]:
     return found
 
 
-def _licence_warnings(base: str, model: str, data: list[DataSource]) -> list[str]:
-    """Warnings about unknown and conflicting licences; `base`: the licence of the base."""
-    found = ["the licence of the base is not known"] if base == "unknown" else []
-    if model == LOCAL:
+def _licence_warnings(licence: str, base: str, data: list[DataSource]) -> list[str]:
+    """Warnings about unknown and conflicting licences; `licence`: that of the base."""
+    found = ["the licence of the base is not known"] if licence == "unknown" else []
+    if base == LOCAL:
         found.append("the base was a local folder: it cannot be found by others")
     unknown = sum(not source.licence for source in data)
     if unknown:
         found.append(f"the licence of {unknown} of {len(data)} sets of data is not known")
     for source in data:
-        own = set((source.licence or "").split("-")) - set(base.split("-"))
-        for mark in sorted(own & _LIMITS.keys()):
+        # `cc-by-nc-4.0` has the part `nc`.
+        beyond_base = set((source.licence or "").split("-")) - set(licence.split("-"))
+        for mark in sorted(beyond_base & _LIMITS.keys()):
             found.append(
                 f"conflict of licences: {source.name} is {source.licence}, which {_LIMITS[mark]}; "
-                f"the base's {base} does not: settle what binds these weights"
+                f"the base's {licence} does not: settle what binds these weights"
             )
     return found
 
 
 def _data(lock: Json) -> list[DataSource]:
+    """The sources of data that a lock file names."""
     found = []
     for name, digest in (lock.get("data") or {}).items():
         commit = (lock.get("commits") or {}).get(name)
@@ -269,8 +271,8 @@ def _results(source: DataSource, domain: Json, auto: str) -> list[EvalResult]:
 
 
 def _render(**values: object) -> str:
-    """The page. Every value stays plain text: no link, HTML, heading or new line. The filter `ours`
-    marks values that match the Hub's own alphabet as safe."""
+    """The page. Every value stays plain text: no link, HTML, heading or new line. The filter `code`
+    writes a value as code; `ours` leaves one unescaped that can only have harmless characters."""
     import jinja2
     from markupsafe import Markup
 

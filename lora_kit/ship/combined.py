@@ -64,6 +64,7 @@ def combine_and_measure(
         model: Any = load_base(base, adapters[0].pinned)
         to_gpu(model, base)
         pad = adapters[0].processor.pad_token_id
+        # {base, adapter or method: {run: losses}}
         losses = {"base": _losses(model, held_out, pad)}
         files = {run.path: run.adapter for run in adapters}
         files |= {name: open_adapter(folder / name) for name in found}
@@ -73,7 +74,8 @@ def combine_and_measure(
             model = adapted.unload()
         total = {name: _mean(_together(each)) for name, each in losses.items()}
         singles = [run.path for run in adapters]
-        best, single = (min(names, key=total.__getitem__) for names in (found, singles))
+        best = min(found, key=total.__getitem__)
+        single = min(singles, key=total.__getitem__)
         for file in sorted((folder / best).iterdir()):
             file.rename(folder / file.name)
         for name in found:
@@ -98,6 +100,11 @@ def combine_and_measure(
 
 
 def _held_out(run: FinishedRun, adapters: Sequence[FinishedRun], notes: list[str]) -> Rows:
+    """The held-out rows of a run; a note for each adapter that may have been trained on them.
+
+    Raises:
+        UserError: another base, no score `loss`, or changed data.
+    """
     opened = run.require_run()
     if run.hashes != (adapters[0].hashes or run.hashes):
         raise UserError(f"--on {run.path}: a run on another base than {adapters[0].path}")
@@ -114,6 +121,7 @@ def _held_out(run: FinishedRun, adapters: Sequence[FinishedRun], notes: list[str
 
 
 def _losses(model: torch.nn.Module, held_out: dict[str, Rows], pad: int) -> dict[str, Losses]:
+    """A model's losses on the held-out rows of each run."""
     return {run: measure(model, rows, pad) for run, rows in held_out.items()}
 
 
@@ -148,9 +156,9 @@ def show(found: dict[str, Any]) -> None:
     worth = f"{found['difference']:+.4f} nats per token, 95% interval {low:+.4f} to {high:+.4f}"
     print(f"{found['method']} against {harmless(found['best_single'])}: {worth}")
     if found["verdict"] != "better":
-        alone = "as well" if found["verdict"] == "no different" else "better"
-        alone = alone if found["verdict"] != "too little data" else "perhaps as well"
-        print(f"the combination is {found['verdict']}: the best adapter alone does {alone} here")
+        alone = {"no different": "as well", "worse": "better", "too little data": "perhaps as well"}
+        how = alone[found["verdict"]]
+        print(f"the combination is {found['verdict']}: the best adapter alone does {how} here")
     base, chosen = (found["losses"][name] for name in ("base", found["method"]))
     for run in runs:
         if run != "mean" and chosen[run] > base[run]:

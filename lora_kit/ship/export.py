@@ -50,14 +50,16 @@ SCALE = {"f32": 1e-3, "f16": 0.02, "bf16": 0.1, "q8_0": 0.1}
 
 @dataclass(frozen=True)
 class Reference:
-    """The output of base and adapter in this process.
+    """The output of base and adapter in this process; of the base alone if only that is exported.
 
-    Args:
-        answers: a continuation of each of `prompts`.
+    Attributes:
+        prompts: token ids.
+        answers: a greedy continuation of each prompt.
         less: the log-probabilities along each continuation, (steps, vocabulary), with the share
-            `step` of the adapter removed.
-        effect: the largest difference of these log-probabilities without the adapter.
-        texts, conversations: their token ids; ends: the end tokens.
+            `step` of the adapter removed; for the base alone, with the adapter, and `step` is 1.
+        effect: the largest difference of these log-probabilities with and without the adapter.
+        texts, conversations: the token ids of TEXTS and CONVERSATIONS of `reload`.
+        ends: the end tokens.
     """
 
     prompts: list[list[int]]
@@ -185,7 +187,7 @@ def _settled(to: str, kind: str | None, what: str | None) -> tuple[Any, Any]:
 
 
 def _reference(run: FinishedRun, into: Into, alone: bool) -> Reference:
-    """`alone`: of the base without the adapter."""
+    """What the export must reproduce, in float32; `alone`: of the base without the adapter."""
     import torch
     from peft.helpers import rescale_adapter_scale
 
@@ -206,20 +208,22 @@ def _reference(run: FinishedRun, into: Into, alone: bool) -> Reference:
     with asked():
         answers = [reload.continued(reload.torch_step(model), p, ends) for p in prompts]
 
-    def again(prompt: list[int], answer: reload.Continued) -> torch.Tensor:
+    def along(prompt: list[int], answer: reload.Continued) -> torch.Tensor:
+        """The log-probabilities along a continuation, (steps, vocabulary), at the model's current
+        scale of the adapter."""
         ids = torch.tensor([[*prompt, *answer.tokens]])
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]
         return logits[: len(answer.log_probabilities)].float().log_softmax(-1)
 
     with other(), torch.inference_mode():
-        less = list(map(again, prompts, answers))
-    pairs = zip(less, answers, strict=True)
-    effect = max(float((row - known.log_probabilities).abs().max()) for row, known in pairs)
-    if not alone:
-        with rescale_adapter_scale(model, 1 - LESS), torch.inference_mode():
-            less = list(map(again, prompts, answers))
-    step = 1.0 if alone else LESS
-    return Reference(prompts, answers, less, step, effect, texts, conversations, ends)
+        opposite = list(map(along, prompts, answers))
+    pairs = zip(opposite, answers, strict=True)
+    effect = max(float((rows - known.log_probabilities).abs().max()) for rows, known in pairs)
+    if alone:
+        return Reference(prompts, answers, opposite, 1.0, effect, texts, conversations, ends)
+    with rescale_adapter_scale(model, 1 - LESS), torch.inference_mode():
+        less = list(map(along, prompts, answers))
+    return Reference(prompts, answers, less, LESS, effect, texts, conversations, ends)
 
 
 def _consumed(
@@ -265,7 +269,14 @@ def _compared(
     limits: tuple[float, float, float],
     to: str,
 ) -> tuple[Figures, list[str]]:
-    """Figures and notes; `limits`: of `_allowed`. Raises CheckFailed if they are exceeded."""
+    """Figures and notes; `limits`: of `_allowed`.
+
+    Log-probabilities are compared up to the first token at which the program continues differently.
+    `along` and `whole` are for `seen_scale`: the scale that explains all differences best.
+
+    Raises:
+        CheckFailed: log-probabilities or scale exceed the limits, or tokens differ.
+    """
     import torch
 
     least, share, scale_allowed = limits
@@ -275,28 +286,28 @@ def _compared(
     notes: list[str] = []
     for known, less, answer in zip(reference.answers, reference.less, got["answers"], strict=True):
         rows, tops = known.log_probabilities, answer["top"]
-        for row, near, top in zip(rows, less, tops, strict=False):
+        for row, less_row, top in zip(rows, less, tops, strict=False):
             steps, count = steps + 1, count + len(top)
             ids = torch.tensor([int(n) for n in top])
             # llama.cpp has null for NaN.
             numbers = [math.nan if value is None else value for value in top.values()]
             values = torch.tensor(numbers, dtype=torch.float64)
             differences = values - row[ids].double()
-            effects = (row[ids] - near[ids]).double()
-            along += float(effects @ differences)
-            whole += float(effects @ effects)
+            changes = (row[ids] - less_row[ids]).double()
+            along += float(changes @ differences)
+            whole += float(changes @ changes)
             largest = float(differences.abs().max())
             worst = max(worst, largest) if math.isfinite(largest) else math.inf
-            said, wanted = int(ids[values.argmax()]), int(row.argmax())
-            if said != wanted and not {said, wanted} <= set(reference.ends):
+            chosen, expected = int(ids[values.argmax()]), int(row.argmax())
+            if chosen != expected and not {chosen, expected} <= set(reference.ends):
                 # Of two equally likely tokens either may be chosen; all later ones then differ.
-                if not float(row[wanted] - row[said]) <= allowed:
-                    wrong.append(f"it says token {said} in place of {wanted}")
+                if not float(row[expected] - row[chosen]) <= allowed:
+                    wrong.append(f"it says token {chosen} in place of {expected}")
                 break
-        else:
+        else:  # the same tokens
             if (answer["stopped"], len(tops)) != (known.stopped, len(rows)):
                 wrong.append("it does not stop where the answer ends")
-    if not worst <= allowed:
+    if not worst <= allowed:  # also for NaN
         at_most = f"allowed: {allowed:.2g}, the adapter's effect: {reference.effect:.2g}"
         wrong.insert(0, f"its log-probabilities differ by {worst:.2g} ({at_most})")
     scale, unsure = seen_scale(along, whole, reference.step, count, least)
@@ -308,11 +319,11 @@ def _compared(
         bare = to in ("gguf", "ollama") and same and any(reference.conversations)
         (notes if bare else wrong).append("it splits texts without a template into other tokens")
     # mlx-lm uses the base's tokenizer; template and end tokens can be set on its command line.
-    say = notes if to == "mlx" else wrong
+    fixable = notes if to == "mlx" else wrong
     if any(reference.conversations) and not same:
-        say.append("it writes conversations by another template (mlx-lm: --chat-template)")
+        fixable.append("it writes conversations by another template (mlx-lm: --chat-template)")
     if missing := sorted(set(reference.ends) - set(got.get("ends", reference.ends))):
-        say.append(f"it does not stop at tokens {missing} (mlx-lm: --extra-eos-token)")
+        fixable.append(f"it does not stop at tokens {missing} (mlx-lm: --extra-eos-token)")
     if wrong:
         raise CheckFailed(f"{out}: not written: loaded again, {'; '.join(dict.fromkeys(wrong))}")
     figures = Figures(

@@ -70,11 +70,11 @@ def fidelity(run: FinishedRun) -> dict[str, object]:
         if not model.config.get_text_config().tie_word_embeddings or not _on_ends(model):
             model.merge_adapter()  # so that it is rounded as in a merged model
         sums[into] = _measured(trained, model, rows, tokenizer.pad_token_id)
-    tokens = sums["base"][3]
+    as_trained, _, _, tokens = sums["base"]
     evaluated = tokens > 0
     size = tokens[evaluated]
     found |= {"documents": int(evaluated.sum()), "tokens": int(size.sum())}
-    found["loss"] = float(sums["base"][0].sum() / size.sum())
+    found["loss"] = float(as_trained.sum() / size.sum())
     for into in INTO:
         before, after, divergence, _ = sums[into]
         change = (after - before)[evaluated]
@@ -89,8 +89,8 @@ def fidelity(run: FinishedRun) -> dict[str, object]:
 
 
 def _advice(run: str, found: dict[str, Any], low: float, high: float) -> dict[str, str]:
-    """`low` and `high`: the confidence interval of the difference in loss between the merge into
-    the base and the dequantized one."""
+    """`recommended`, `why` and `command` of `fidelity`. `low` and `high`: the confidence interval
+    of the loss merged into the base minus that merged into the dequantized one."""
     apart = found["base"]["loss"] - found["dequantized"]["loss"]
     kept = found["dequantized"]["difference"]
     higher = f"{abs(kept):.4f} nats per token {'higher' if kept > 0 else 'lower'}"
@@ -129,6 +129,7 @@ def dequantized_weights(
 
 
 def _norms(run: FinishedRun, trained: PeftModel, model: PeftModel) -> dict[str, Any]:
+    """`modules` and `whole` of `fidelity`."""
     adapter = run.adapter
     modules = [
         {
@@ -144,6 +145,7 @@ def _norms(run: FinishedRun, trained: PeftModel, model: PeftModel) -> dict[str, 
 
 
 def _together(modules: list[dict[str, Any]]) -> dict[str, float]:
+    """The norms of all modules as one matrix."""
     return {key: math.hypot(*(m[key] for m in modules)) for key in ("weight", "error", "update")}
 
 

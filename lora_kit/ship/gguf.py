@@ -53,7 +53,7 @@ _NUMBERS = (
     "max_position_embeddings",
 )  # fmt: skip
 _Q8_BLOCK = 32  # values that share a scale, along a row
-# llama.cpp has no second matrix for the head of these.
+# Architectures for which llama.cpp has no head other than the embeddings.
 _ALWAYS_TIED = ("gemma", "gemma2")
 
 
@@ -61,8 +61,11 @@ _ALWAYS_TIED = ("gemma", "gemma2")
 class GgufSource:
     """A model folder, as llama.cpp sees it.
 
-    `config`: the text model's, with transformers' defaults; `tied`: embeddings and head share a
-    matrix; `names`: from the tensor's name in the files to that in GGUF.
+    Attributes:
+        config: of the text model, with transformers' defaults.
+        architecture: llama.cpp's name.
+        tied: embeddings and head share a matrix.
+        names: gguf's map from names in the files to names in GGUF; see `name`.
     """
 
     folder: Path
@@ -78,13 +81,14 @@ class GgufSource:
         return gguf.get_tensor_name_map(kinds[self.architecture], self.config["num_hidden_layers"])
 
     def name(self, name: str) -> str | None:
-        """model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight"""
+        """model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight; None: no such tensor."""
         name = name.replace("model.language_model.", "model.").removeprefix("language_model.")
         return self.names.get_name(name, try_suffixes=(".weight", ".bias"))
 
     @property
     def context(self) -> int:
-        """The context length in tokens; llama.cpp supports sliding windows for Gemma only."""
+        """The context length in tokens; at most the sliding window where llama.cpp would ignore it:
+        it has one for Gemma only."""
         most, window = self.config["max_position_embeddings"], self.config.get("sliding_window")
         return most if "gemma" in self.architecture or not window else min(most, window)
 
@@ -124,9 +128,9 @@ def open_source(folder: Path) -> GgufSource:
         form = rope.get("rope_type") or rope.get("type") or "default"
         if form not in ("default", "linear", "llama3"):
             raise UserError(f"{folder}: llama.cpp: no rope_type {form}: export it with --to merged")
-    known = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config = known.get_text_config().to_dict()
-    # Qwen2 has none.
+    loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = loaded.get_text_config().to_dict()
+    # Qwen2's config has no head_dim.
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     architecture = _ARCHITECTURES[kind]
     source = GgufSource(folder, config, architecture, config["tie_word_embeddings"])
@@ -194,8 +198,8 @@ def write_model(
     _add_settings(writer, source)
     tokenizer = tokenizer or load_tokenizer(folder)
     add_tokenizer(writer, tokenizer, rows, generation(folder, tokenizer)["eos_token_id"])
-    whole = {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")
-    writer.add_file_type(gguf.LlamaFileType[whole])
+    file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     kinds = {name: _kind_of(tensor.shape, kind) for name, tensor in tensors.items()}
     if kind == "q8_0" and (others := [n for n, k in kinds.items() if k == "f16"]):
@@ -205,10 +209,10 @@ def write_model(
     if (factors := _rope_factors(source)) is not None:
         described["rope_freqs.weight"] = (factors.shape, "f32")
     for name, (shape, each) in described.items():
-        raw = gguf.GGMLQuantizationType[each.upper()]
-        block, size = gguf.GGML_QUANT_SIZES[raw]
-        bytes_of_it = math.prod(shape) // block * size
-        writer.add_tensor_info(name, shape, np.dtype("float32"), bytes_of_it, raw)
+        stored_as = gguf.GGMLQuantizationType[each.upper()]
+        block, size = gguf.GGML_QUANT_SIZES[stored_as]  # values and bytes of a block
+        n_bytes = math.prod(shape) // block * size
+        writer.add_tensor_info(name, shape, np.dtype("float32"), n_bytes, stored_as)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -225,11 +229,11 @@ def _tensors(source: GgufSource, untie: bool) -> dict[str, Stored]:
     for name, tensor in stored_in(source.folder).items():
         if "vision_tower." in name or "multi_modal_projector." in name or "inv_freq" in name:
             continue
-        if (there := source.name(name)) is None:
+        if (gguf_name := source.name(name)) is None:
             where = f"llama.cpp's {source.architecture}: export it with --to merged"
             raise UserError(f"{source.folder}: {name} has no place in {where}")
-        if there != "output.weight" or not source.tied:
-            found[there] = tensor
+        if gguf_name != "output.weight" or not source.tied:
+            found[gguf_name] = tensor
     if untie:
         found["output.weight"] = found["token_embd.weight"]
     return found
@@ -253,12 +257,12 @@ def _values(source: GgufSource, name: str, tensor: Stored, kind: Kind) -> np.nda
     if source.architecture.startswith("gemma") and name.endswith("norm.weight"):
         values = values + 1  # Gemma stores the norms minus 1
     with np.errstate(over="ignore"):
-        made = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
-    if kind == "f16" and not np.isfinite(made).all():
+        converted = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
+    if kind == "f16" and not np.isfinite(converted).all():
         raise UserError(
             f"{tensor.file}: {tensor.name} has values that float16 does not hold: use bf16"
         )
-    return made
+    return converted
 
 
 def _add_settings(writer: GGUFWriter, source: GgufSource) -> None:
@@ -315,7 +319,7 @@ def _rope_factors(source: GgufSource) -> np.ndarray | None:
 
 
 def needs_untied(adapter: Adapter, source: GgufSource) -> bool:
-    """Whether the adapter changes only one of the tied embeddings and head.
+    """Whether the adapter changes embeddings or head of a tied model: each needs its own matrix.
 
     Raises:
         UserError: it does, and llama.cpp has no separate head for this architecture.
@@ -358,7 +362,7 @@ def write_adapter(adapter: Adapter, base_folder: Path, file: Path) -> None:
     for module in adapter.factors:
         name, update = source.name(f"{module}.weight"), adapter.update(module)
         down, up = update.a[0].float(), update.b[0].float()
-        size = (len(up), down.shape[1])
+        size = (len(up), down.shape[1])  # of B A; an embedding's is the transpose of its weight
         if name is None or shapes.get(name) != (size[::-1] if "token_embd" in name else size):
             raise UserError(
                 f"{adapter.folder}: {module} is {size[0]} x {size[1]}, which {source.folder} has "

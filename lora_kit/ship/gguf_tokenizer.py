@@ -1,4 +1,4 @@
-"""A fast tokenizer -> the vocabulary, kinds and merges that llama.cpp splits text with."""
+"""A fast tokenizer -> the vocabulary, token types and merges that llama.cpp splits text with."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def add_tokenizer(
     before, after = _added_tokens(tokenizer)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-    # Without ids llama.cpp uses token 11, or 1 and 2.
+    # Without these ids llama.cpp assumes token 11, or 1 and 2.
     bos = [*before, tokenizer.bos_token_id, tokenizer.eos_token_id]
     writer.add_bos_token_id(next(n for n in bos if n is not None))
     writer.add_eos_token_id(tokenizer.eos_token_id)
@@ -89,12 +89,13 @@ def add_tokenizer(
 
 
 def _first(tokenizer: Processor) -> int | None:
-    """The token that conversations begin with; None if there is no template."""
+    """The token that conversations begin with; None if there is no chat template."""
     return next(iter(template_ids(tokenizer, [{"role": "user", "content": "a"}])), None)
 
 
 def _steps(part: Json | None, several: str) -> list[Json]:
-    """The steps of a part of tokenizer.json; a sequence has them under the key `several`."""
+    """The steps of the normalizer or pre-tokenizer in tokenizer.json; a Sequence has them under the
+    key `several`."""
     if part is None:
         return []
     return part[several] if part["type"] == "Sequence" else [part]

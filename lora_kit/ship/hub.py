@@ -141,13 +141,14 @@ def make_plan(
     _check_name(repo)
     adapter, lock, config = run.adapter, run.lock, dict(run.adapter.config)
     folder = Path(merged) if merged else adapter.folder
-    if given := run.given:
+    if given := run.given:  # the base of --base replaces the recorded one
         config |= {"base_model_name_or_path": given.model, "revision": given.revision}
         known = {"model": given.model, "revision": given.revision}
         lock = {**lock, "base": {**lock.get("base", {}), **known}}
     if merged:
         stored_in(folder)  # raises if a shard is missing
     _check_finite(adapter)
+    # Paths are collected before they are removed from config, lock and figures.
     private = _private_paths(run, config, lock)
     base = _public_base(str(config.get("base_model_name_or_path") or LOCAL), lock)
     config["base_model_name_or_path"] = None if base == LOCAL else base
@@ -172,7 +173,7 @@ def make_plan(
     )
     files["README.md"] = card.text.encode()
     if card.notice:
-        # Below the base's own.
+        # Below the text of the base's own NOTICE.
         own = (folder / "NOTICE").read_text("utf-8", "replace") if "NOTICE" in files else ""
         own = own.replace(card.notice, "").strip()
         files["NOTICE"] = f"{own}\n\n{card.notice}\n".lstrip().encode()
@@ -185,7 +186,8 @@ def make_plan(
 
 
 def _private_paths(run: FinishedRun, config: Json, lock: Json) -> set[str]:
-    """Absolute paths that a run's files, or a tokenizer's settings, may contain."""
+    """Absolute paths of this machine, of at least two names, that a run's files, or a tokenizer's
+    settings, may contain."""
     named = [str(config.get("base_model_name_or_path")), *(lock.get("data") or {})]
     named += [str(Path.cwd()), str(run.home.resolve())]
     with suppress(UserError):  # an invalid run file
@@ -249,15 +251,17 @@ def push(plan: UploadPlan, say: Callable[[str], None]) -> dict[str, object]:
     repo = plan.repo
     api = _api()
 
-    def head() -> ModelInfo:
+    def repository() -> ModelInfo:
+        """The repository at its newest commit, created if there is none."""
         api.create_repo(repo, private=not plan.public, exist_ok=True)
         return api.model_info(repo)
 
     def stale(revision: str) -> list[str]:
+        """Files at a revision that only an earlier push can have left."""
         more = sorted(_listed(api, repo, revision).keys() - plan.files.keys())
         return [name for name in more if name in _GENERATED or _PUSHED.fullmatch(name)]
 
-    info = _with_retries(head, repo, say)
+    info = _with_retries(repository, repo, say)
     if bool(info.private) == plan.public:
         now, fix = ("private", "remove --public") if info.private else ("public", "add --public")
         raise UserError(
@@ -376,6 +380,7 @@ def _check_finite(adapter: Adapter) -> None:
 
 
 def _check_json(file: Path) -> None:
+    """Raises UserError unless the file is JSON."""
     try:
         json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -458,11 +463,11 @@ def _with_retries(
         except UserError:
             raise
         except (*broken, ValueError) as error:
-            _, status, asked = cause_of(error)
-            pause = float(asked) if asked.isdigit() else FIRST_WAIT * 2**attempt
-            cut = status is None and isinstance(error, (*broken, json.JSONDecodeError))
+            _, status, retry_after = cause_of(error)
+            pause = float(retry_after) if retry_after.isdigit() else FIRST_WAIT * 2**attempt
+            no_response = status is None and isinstance(error, (*broken, json.JSONDecodeError))
             offline = isinstance(error, hub.OfflineModeIsEnabled)
-            temporary = status in _TEMPORARY or (cut and not offline)
+            temporary = status in _TEMPORARY or (no_response and not offline)
             if not temporary or attempt == _TRIES - 1 or pause > _LONGEST_WAIT:
                 raise UserError(f"{repo}: {problem(error, repo, revision)}") from error
             why = f"the Hub answers {status}" if status else "the Hub cannot be reached"

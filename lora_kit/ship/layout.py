@@ -107,12 +107,13 @@ def layout(run: FinishedRun, stored: Mapping[str, Stored]) -> Layout:
     outer = skeleton.base_model_prefix
     inner = f"{(skeleton.encoder if pooled else skeleton).base_model_prefix}."
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    # In the files either the body's names begin with `inner`, or all are the body's, without it.
     prefixed = any(name.startswith(inner) for name in stored)
     tensors = {}
     for name, tensor in stored.items():
         within = name.removeprefix(inner)
         in_body = within != name or not prefixed
-        whole = f"{outer}.{within}" if in_body else name
+        whole = f"{outer}.{within}" if in_body else name  # as in the skeleton
         unused = is_head(whole, outer) and whole not in shapes
         if in_body and pooled and not unused:
             tensors[within] = replace(tensor, name=within)

@@ -23,7 +23,7 @@ from lora_kit.trust import run_module
 if TYPE_CHECKING:
     from xllamacpp import Server
 
-# The key of a GGUF that lora_kit wrote.
+# The metadata key by which a GGUF that lora_kit wrote is recognised.
 WRITTEN_BY = "lora_kit.version"
 # The model's name in llama.cpp's responses, which `serve` replaces.
 ALIAS = "@lora-kit@"
@@ -205,7 +205,7 @@ def _answer(request: Json) -> Consumed:
     def ids(text: str) -> list[int]:
         return list(post("/tokenize", {"content": text, "add_special": True})["tokens"])
 
-    (*_, letter) = post("/tokenize", {"content": "a"})["tokens"]
+    (*_, letter) = post("/tokenize", {"content": "a"})["tokens"]  # a space may precede it
 
     def top_after(before: list[int]) -> dict[str, float]:
         # llama.cpp withholds log-probabilities for a token that ends within a character: a bias

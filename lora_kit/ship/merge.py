@@ -99,8 +99,9 @@ def merge(
     refuse_existing(out)
     trained = run.base
     base = changed_base(trained, dtype=dtype)
-    known = run.run is not None or "quantize" in run.lock.get("base", {})
-    if into == "dequantized" and known and trained.quantize != "nf4":
+    # An adapter of another program does not name its quantization.
+    recorded = run.run is not None or "quantize" in run.lock.get("base", {})
+    if into == "dequantized" and recorded and trained.quantize != "nf4":
         raise UserError(f"{run.path}: not trained on nf4 ({trained.quantize}): remove --into")
     pinned = run.located
     folder = Path(pinned.folder)
@@ -121,7 +122,7 @@ def merge(
             _write_generation_config(made, folder, tokenizer)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(made))
-        # `push --merged` reads which run it is from.
+        # `push --merged` checks that the folder was made of the run that it is given.
         name = pinned.model if pinned.revision else Path(pinned.model).name
         origin = {"model": name, "revision": pinned.revision, "hashes": run.hashes or pinned.hashes}
         digest = {"sha256": file_hash(run.folder / WEIGHTS)}
@@ -246,14 +247,15 @@ def _compare(
     with model.disable_adapter():
         effect = (logits(model) - wanted).abs().max().item()
     with rescale_adapter_scale(model, 1 - LESS) if form.adapter.factors else nullcontext():
-        own = wanted - logits(model)
+        direction = wanted - logits(model)
     del model, unadapted
     gc.collect()
     got = logits(form.load(folder, base.dtype))
     difference = (got - wanted).abs().max().item()
     limit = FLOAT32_TOLERANCE if base.dtype == "float32" else ROUNDING_SHARE * effect
-    along, whole = ((got - wanted) * own).sum().item(), own.square().sum().item()
-    scale, unsure = seen_scale(along, whole, LESS, own.numel(), FLOAT32_TOLERANCE)
+    along = ((got - wanted) * direction).sum().item()
+    whole = direction.square().sum().item()
+    scale, unsure = seen_scale(along, whole, LESS, direction.numel(), FLOAT32_TOLERANCE)
     right = abs(1 - scale) <= max(SCALE[base.dtype], unsure)
     # Not `difference > ...`, so that a NaN fails as well.
     if not (right and difference <= max(limit, FLOAT32_TOLERANCE)):

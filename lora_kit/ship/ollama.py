@@ -52,12 +52,12 @@ def export_ollama(run: FinishedRun, out: Path, kind: Kind, what: What, into: Int
     tokenizer, base = run.processor, Path(run.pinned.folder)
     template = go_template(tokenizer)  # fails before a large file is written
     parts: tuple[What, ...] = ("adapter", "base") if what == "adapter" else (what,)
-    *rest, first = [
+    *adapters, model = [
         export_gguf(run, out, kind, part, into).rename(out / f"{part}.gguf").name for part in parts
     ]
     context = min(open_source(base).context, _LARGEST_CONTEXT)
     stops = [tokenizer.decode([n]) for n in generation(base, tokenizer)["eos_token_id"]]
-    lines = [f"FROM ./{first}", *(f"ADAPTER ./{file}" for file in rest)]
+    lines = [f"FROM ./{model}", *(f"ADAPTER ./{file}" for file in adapters)]
     lines += [f'TEMPLATE """{template}"""', f"PARAMETER num_ctx {context}"]
     lines += ["PARAMETER repeat_penalty 1"]  # Ollama's default is 1.1
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
@@ -116,9 +116,9 @@ def joints(tokenizer: Processor) -> Joints:
         marks = [f"sentinel{n}x" for n in range(len(roles))]
         text = rendered(tokenizer, _turns(roles, marks)) or ""
         pieces = re.split("|".join(marks), text)
-        if re.findall("sentinel[0-9]+x", text) == marks:
+        if re.findall("sentinel[0-9]+x", text) == marks:  # else it rejects, drops or repeats turns
             pairs = zip(["", *roles], [*roles, ""], strict=True)
-            known = dict(zip(pairs, pieces, strict=True)) | known
+            known = dict(zip(pairs, pieces, strict=True)) | known  # the first sample decides
     return known
 
 

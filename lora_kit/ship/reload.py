@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Step = Callable[[list[int]], "torch.Tensor"]  # new token ids -> logits of the next one
+# Token ids that follow those of earlier calls -> logits of the next one, (vocabulary,).
+Step = Callable[[list[int]], "torch.Tensor"]
 
 TOP = 64  # log-probabilities that are compared per token
 TOKENS = 32  # generated at most
@@ -149,15 +150,16 @@ def _answer(request: Json) -> dict[str, object]:
 
 
 def _load_torch(folder: str, adapter: str | None) -> tuple[Callable[[], Any], Any, list[int]]:
+    """A function that returns a new `step`, the tokenizer, and the end tokens."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_libraries()
-    known = {"local_files_only": True, "trust_remote_code": False}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **known)
-    own = adapter if adapter and any(Path(adapter).glob("tokenizer*")) else folder
-    tokenizer: Any = AutoTokenizer.from_pretrained(own, **known)
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **safe)
+    with_tokenizer = adapter if adapter and any(Path(adapter).glob("tokenizer*")) else folder
+    tokenizer: Any = AutoTokenizer.from_pretrained(with_tokenizer, **safe)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
         ends = end_tokens(model, tokenizer)
@@ -180,6 +182,7 @@ def _runs_mlx() -> bool:
 
 
 def _load_mlx(folder: str, adapter: str | None) -> tuple[Callable[[], Any], Any, list[int]]:
+    """As `_load_torch`, with mlx-lm."""
     import mlx.core as mx
     import numpy as np
     import torch

@@ -35,7 +35,8 @@ _PROSE = {
 _NO_PROSE = re.compile(
     r"vocab\.json|merges\.txt|vocab\.txt|(?:LICEN[CS]E|USE_POLICY|COPYING|NOTICE).*"
 )
-# The added tokens of a tokenizer.json: the other tokens may spell anything.
+# The added tokens of a tokenizer.json; in it, only these are searched for _PROSE, since the other
+# tokens may spell anything.
 _ADDED = re.compile(r'"content": ?"(.{0,999}?)"')
 _LONGEST_SHOWN = 8
 

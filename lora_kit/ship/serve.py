@@ -94,8 +94,9 @@ def serve(
         key = key_of("gguf", _FORMAT, kind, untie, pinned.hashes, identity(tokenizer))
         base = prepared(key, build)
         front.engine, front.chats = str(temporary / "llama.sock"), bool(tokenizer.chat_template)
-        exact, verbosity = kind == "f32", 3 if os.environ.get("LORA_KIT_DEBUG") else -1
-        # At these verbosities it does not log prompts or completions.
+        exact = kind == "f32"
+        # At neither verbosity does it log prompts or completions.
+        verbosity = 3 if os.environ.get("LORA_KIT_DEBUG") else -1
         engine = (front.engine, context, SLOTS, exact, verbosity)
         llama = [open_server(base / "base.gguf", files, *engine)]
         stack.callback(llama.clear)  # its threads end with the object, once no request is running
@@ -175,7 +176,14 @@ def _welcome(front: _Front, run: FinishedRun) -> str:
 
 
 class _Front(socketserver.ThreadingTCPServer):
-    """The server for clients. `engine`: llama.cpp's socket; `calls`: the connections to it."""
+    """The server for clients.
+
+    Attributes:
+        models: {name: adapter}; see `adapters_by_name`.
+        engine: path of llama.cpp's socket.
+        chats: whether the base has a chat template.
+        calls: the open connections to llama.cpp.
+    """
 
     daemon_threads = allow_reuse_address = True
     request_queue_size = 64
@@ -199,7 +207,7 @@ class _Front(socketserver.ThreadingTCPServer):
             raise UserError(f"{host} port {port}: {why}: name another with --port") from None
 
     def hang_up(self) -> None:
-        """Cancel running requests."""
+        """Cancel running requests, and let later ones fail."""
         self.engine = ""
         for call in self.calls.copy():
             with contextlib.suppress(OSError):
@@ -264,6 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
             for one in (call, self.connection):
                 waiting.register(one, select.POLLIN)
             ready = [number for number, _ in waiting.poll()]
+            # If only the client's socket is ready and has nothing to read, it has disconnected.
             if call.fileno() in ready or self.connection.recv(1, socket.MSG_PEEK):
                 self._pass_on(engine.getresponse(), name)
         finally:
@@ -271,6 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.calls.discard(call)
 
     def _pass_on(self, answer: http.client.HTTPResponse, name: str) -> None:
+        """Send llama.cpp's response, line by line for streams, with the model's name in it."""
         self._begin(answer.status, answer.headers["Content-Type"])
         ours, alias = (f'"model":{json.dumps(n)}'.encode() for n in (name, ALIAS))
         while line := answer.readline():

@@ -151,7 +151,7 @@ def _tied(run: FinishedRun) -> bool:
 
 
 def _fix(kind: Fix, target: str, opened: FinishedRun, rank: int) -> str:
-    """The command that fixes a problem."""
+    """The command that fixes a problem of an adapter of this rank."""
     run = shlex.quote(opened.path.rstrip("/"))
     if kind == "train":
         return "train again without it"

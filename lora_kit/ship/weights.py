@@ -40,8 +40,9 @@ class Weights:
     """The tensors of a merged model, in shards of the base's names and order.
 
     Attributes:
-        entries: {tensor: (dtype, shape)} of what is written, `bytes` in all.
+        entries: {tensor: (dtype, shape)} to be written, `bytes` in all.
         changed: number of tensors that the adapter changes.
+        shards: {file of the base: names of its tensors in the merged model}.
 
     Args:
         tensors: of the base's files, by the names that the merged model has.
@@ -66,8 +67,10 @@ class Weights:
         if guard is not None:
             first = next(iter(tensors.values()))
             self.plan.changes[guard] = Change(Stored(guard, "F32", (0,), first.file, 0, 0))
-        self.linear: set[str] = set()  # quantized to NF4 before B A is added
-        self.trained_in = "float32"  # dtype that NF4 is computed in
+        # Set by `quantize`: tensors that are quantized to NF4 and back before B A is added, and the
+        # dtype that they are quantized from.
+        self.linear: set[str] = set()
+        self.trained_in = "float32"
         self.shards: dict[Path, list[str]] = {}
         sizes: Counter[str] = Counter()
         for name, tensor in tensors.items():
@@ -75,7 +78,7 @@ class Weights:
             sizes[tensor.dtype] += tensor.size
         # A head that the files lack comes last.
         self.shards[tensor.file] += [name for name in self.plan.changes if name not in tensors]
-        # A 16-bit base keeps some tensors in float32 on purpose.
+        # A 16-bit base keeps some tensors in float32 on purpose: they stay so, as do integers.
         most_are_float32 = sizes.most_common(1)[0][0] == "F32"
         self.entries: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name in chain.from_iterable(self.shards.values()):
@@ -89,10 +92,10 @@ class Weights:
 
     def copied(self, name: str) -> bool:
         """Whether a tensor is the base's, byte for byte."""
-        there = self.tensors.get(name)
-        if there is None or name in self.plan.changes or name in self.linear:
+        source = self.tensors.get(name)
+        if source is None or name in self.plan.changes or name in self.linear:
             return False
-        return there.dtype == self.entries[name][0]
+        return source.dtype == self.entries[name][0]
 
     def quantize(self, model: Model, dtype: str) -> None:
         """Use the NF4-dequantized weights wherever bitsandbytes would quantize.
@@ -150,6 +153,7 @@ class Weights:
             write_json(folder / INDEX, index)
 
     def _source(self, name: str) -> Stored:
+        """The tensor that a tensor of the merged model is made of."""
         change = self.plan.changes.get(name)
         return change.source if change else self.tensors[name]
 
