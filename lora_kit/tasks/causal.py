@@ -156,8 +156,7 @@ class Causal(Task):
 
         found: Json = {"prompt_use": None}
         if run.prove.shots and "few_shot" not in scores:
-            why = "few_shot: the base's context is too short for examples"
-            found["not_measured"] = [why]
+            found["not_measured"] = ["few_shot: the base's context is too short for examples"]
         rows = data.eval
         if self.chat:
             order = np.random.default_rng(run.seed).permutation(len(rows))[:_PAIRED_ROWS]

@@ -165,7 +165,7 @@ def identity(processor: Processor) -> str | list[object]:
 
 
 class _EncodeJob(NamedTuple):
-    """A batch of examples to encode: the use that they were read for, and the index of the first."""
+    """A batch of examples to encode: the use that they were read for, and the first one's index."""
 
     use: str
     first: int
@@ -173,8 +173,8 @@ class _EncodeJob(NamedTuple):
 
 
 class _EncodedBatch(NamedTuple):
-    """An encoded batch. `use` and `first`: of its job; `counts`: rows per example; `lengths`: training
-    tokens per example; `dropped`, `truncated`: (index in the batch, reason, place)."""
+    """An encoded batch. `use` and `first`: of its job; `counts`: rows per example; `lengths`:
+    training tokens per example; `dropped`, `truncated`: (index in the batch, reason, place)."""
 
     use: str
     first: int

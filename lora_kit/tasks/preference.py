@@ -169,8 +169,8 @@ class Preference(Task):
 
     # ------------------------------------------------------------------ training
     def collate(self, processor: Processor, flat: bool = False) -> Collate:
-        """A batch alternates chosen and rejected: 2 * pairs rows, or with `flat` as many documents in
-        one row. `counts`: number of supervised labels of each. `reference`: float64 (pairs, 2)."""
+        """A batch alternates chosen and rejected: 2 * pairs rows, or with `flat` as many documents
+        in one row. `counts`: supervised labels of each. `reference`: float64 (pairs, 2)."""
         join = in_one_row if flat else collator(processor.pad_token_id)
 
         def collate(rows: Sequence[Row]) -> Batch:
