@@ -98,9 +98,8 @@ def verdict(found: Json, units: int) -> str:
 def retention(found: Json, units: int) -> str:
     """The verdict on general text, which need not improve: `kept`, `forgot` or `too little
     data`."""
-    words = {"better": "kept", "no different": "kept", "worse": "forgot"}
     word = verdict(found, units)
-    return words.get(word, word)
+    return {"better": "kept", "no different": "kept", "worse": "forgot"}.get(word, word)
 
 
 def interval(change: np.ndarray, size: np.ndarray, seed: int) -> tuple[float, float]:

@@ -233,7 +233,7 @@ def check_same(run: Run, task: Task, pinned: Pinned, hashes: Mapping[str, str]) 
 
 
 def _moved(first: object, second: object) -> bool:
-    """Whether a file was moved: the two paths have the same name, and the first no longer exists."""
+    """Whether a file was moved: both paths have the same name, and the first no longer exists."""
     if not isinstance(first, str) or not isinstance(second, str):
         return False
     return Path(first).name == Path(second).name and not Path(first).exists()

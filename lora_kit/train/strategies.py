@@ -2,8 +2,8 @@
 
 A strategy is chosen before the adapter is attached. It adjusts `adapter:` and selects the groups of
 tensors that train, which the audit checks. Once it is attached, the frozen prefix and the memory
-plan only look at `requires_grad` of the parameters. A new strategy is a function here, a class as well if
-other groups train, and keys in `schema.Train`.
+plan only look at `requires_grad` of the parameters. A new strategy is a function here, a class as
+well if other groups train, and keys in `schema.Train`.
 """
 
 from __future__ import annotations
