@@ -58,6 +58,7 @@ def first_trained_layer(model: torch.nn.Module) -> int:
     layers = decoder_layers(model)
     whole = causal_model(model)
     head = whole.get_output_embeddings()  # None for a classifier
+    # Later entries win: a head that is tied to the embeddings counts as embeddings.
     place = {id(p): len(layers) for p in head.parameters()} if head is not None else {}
     place |= {id(p): 0 for p in whole.get_input_embeddings().parameters()}
     for number, layer in reversed(list(enumerate(layers))):
@@ -246,7 +247,7 @@ class Prefix:
         return f"; their output is cached ({size}): {used}"
 
     def _checked_states(self) -> torch.Tensor | str:
-        """Compare the logits of two documents with those from their cached states, computed with the
+        """Compare the logits of two documents with those from cached states, computed with the
         documents in the other order. Returns states (1, tokens, width) if the logits agree, else
         the reason why the states cannot be cached."""
         embeddings = embedding_weight(self.model)

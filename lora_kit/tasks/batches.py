@@ -76,17 +76,17 @@ def in_one_row(rows: Sequence[Row]) -> Batch:
 
     documents: list[int] = []
     for row in rows:
-        starts = np.flatnonzero(row["position_ids"] == 0) if "position_ids" in row else np.zeros(1)
-        documents += np.diff([*starts, len(row["input_ids"])]).astype(int).tolist()
+        starts = np.flatnonzero(row.get("position_ids", np.zeros(1)) == 0)  # [0] if not packed
+        documents += np.diff([*starts, len(row["input_ids"])]).tolist()
     firsts = np.cumsum([0, *documents[:-1]])
     labels = np.concatenate([row["labels"] for row in rows])
     labels[firsts] = IGNORED
-    positions = np.concatenate([np.arange(length) for length in documents])
+    position_ids = np.concatenate([np.arange(length) for length in documents])
     ids = np.concatenate([row["input_ids"] for row in rows])
     return {
         "input_ids": torch.from_numpy(ids)[None],
         "labels": torch.from_numpy(labels)[None],
-        "position_ids": torch.from_numpy(positions)[None],
+        "position_ids": torch.from_numpy(position_ids)[None],
         "documents": documents,
         "numbers": [int(row["row"]) for row in rows if "row" in row],
         "places": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),

@@ -389,6 +389,15 @@ class _Renderer:
         return [self._completion(example, number, text) for number in wanted]
 
     def _completion(self, example: Example, number: int, text: str) -> Span:
+        """The span of a turn's completion, with its end-of-turn token.
+
+        It begins after the generation prompt, and after text that the template adds before the
+        content, such as an empty thinking block. It ends with the end-of-turn marker; some templates
+        end a tool call with another token, such as Llama's <|eom_id|>.
+
+        Raises:
+            NotUsable: the template drops or rewrites part of the turn, or writes no end.
+        """
         turns, message = list(example.messages[:number]), example.messages[number]
         prompt = render(self.tokenizer, turns, example.tools, add_generation_prompt=True)
         start, end = len(prompt), self._end(example, number, text)
@@ -400,7 +409,7 @@ class _Renderer:
         if marked:
             stop = text.rfind(marker, start, end)
             end = stop + len(marker)
-        else:  # some templates end a tool call differently, such as Llama's <|eom_id|>
+        else:
             stop = end = len(until) if text.startswith(until) else -1
             if not until.endswith(tuple(self.tokenizer.get_added_vocab())):
                 raise NotUsable(_NO_END)
@@ -409,7 +418,6 @@ class _Renderer:
         written, content = text[start:stop], message["content"]
         thoughts = message.get("reasoning_content") or message.get("thinking") or ""
         if not (thoughts or message.get("tool_calls")):
-            # Text between prompt and content, such as an empty thinking block, is the template's.
             for variant in _variants(content):
                 if marked and written.endswith(variant):
                     return stop - len(variant), end
@@ -421,7 +429,7 @@ class _Renderer:
             raise NotUsable(_REWRITTEN, f"turn {number + 1}")
         if _without_space(str(thoughts)) not in _without_space(written):
             raise NotUsable("whose thinking the chat template drops", f"turn {number + 1}")
-        if not thoughts:
+        if not thoughts:  # tool calls
             turns.append({"role": "assistant", "content": "sentinelx"})
             shown = render(self.tokenizer, turns, example.tools).rpartition("sentinelx")[0]
             if text.startswith(shown, 0, stop):

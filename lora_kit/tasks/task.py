@@ -210,7 +210,7 @@ class Task:
         self, rows: Rows, replayed: Rows | None, processor: Processor, facts: Facts, run: Run
     ) -> Iterable[Row] | None:
         """Training rows made of the encoded ones, such as chunks of concatenated text; None:
-        unchanged. `replayed`: rows of `general` that are also trained on (`data.replay`)."""
+        unchanged. `replayed`: rows encoded by `general`, to train on as well (`data.replay`)."""
         return None
 
     def packing(self, data: Data) -> str:
@@ -219,7 +219,8 @@ class Task:
         return "none"
 
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
-        """Add columns that need a model, computed once before the first step."""
+        """Add columns that need a model, computed once before the first step. Not called for packed
+        rows."""
         return rows
 
     def tokens(self, rows: Rows) -> np.ndarray:

@@ -126,7 +126,7 @@ class Guards(Trainer):
             if sampled is not None:
                 self._step = sampled
             given = MicroBatch(part, part.factor)  # a copy, since SFTTrainer adds keys
-            # `numbers` are the row indices of the batch.
+            # `numbers` are the row indices of the batch; parts of a halved one have none.
             frozen = prefix.batch(given.get("numbers", ())) if prefix else contextlib.nullcontext()
             with frozen:
                 return super(Guards, self).training_step(model, given, num_items_in_batch)
