@@ -392,8 +392,8 @@ class _Renderer:
         """The span of a turn's completion, with its end-of-turn token.
 
         It begins after the generation prompt, and after text that the template adds before the
-        content, such as an empty thinking block. It ends with the end-of-turn marker; some templates
-        end a tool call with another token, such as Llama's <|eom_id|>.
+        content, such as an empty thinking block. It ends with the end-of-turn marker; some
+        templates end a tool call with another token, such as Llama's <|eom_id|>.
 
         Raises:
             NotUsable: the template drops or rewrites part of the turn, or writes no end.
