@@ -136,10 +136,10 @@ def choose_batch(
     steps = sorted({again[part * (len(again) - 1) // 8] for part in range(9)})
     found: dict[Choice, float] = {}
     for micro in (n for n in range(own, 0, -1) if rows % n == 0):
-        enough = bisect_left(steps, True, key=partial(fits, micro))
-        for recomputed in steps[enough : enough + 1]:
-            choice = Choice(micro, rows // micro, recomputed)
-            found[choice] = choice.accumulation * seconds(micro, recomputed)
+        enough = bisect_left(steps, True, key=partial(fits, micro))  # the fewest that fit
+        if enough < len(steps):
+            choice = Choice(micro, rows // micro, steps[enough])
+            found[choice] = choice.accumulation * seconds(micro, steps[enough])
         if enough == 0:
             break  # smaller micro-batches are not faster
     return min(found, key=lambda choice: found[choice], default=None)

@@ -103,14 +103,14 @@ class Causal(Task):
             answers.text_of(processor, answers.question(data.eval[n], self.chat)[1])
             for n in numbers
         ]
-        for check in (
-            lambda: metrics.check_names(names, self.chat),
-            lambda: metrics.check_fit(names, wanted),
-        ):
-            try:
-                check()
-            except UserError as error:
-                problems.append(str(error))
+        try:
+            metrics.check_names(names, self.chat)
+        except UserError as error:
+            problems.append(str(error))
+        try:
+            metrics.check_fit(names, wanted)
+        except UserError as error:
+            problems.append(str(error))
         if names and run.data.supervise == "all":
             problems.append(
                 "prove.metrics: with data.supervise: all there is no completion to score"

@@ -80,7 +80,7 @@ def fit(features: np.ndarray, classes: np.ndarray, count: int, seed: int) -> Pro
     best = shares.max()
     enough = best - np.sqrt(best * (1 - best) / len(some))  # one standard error below
     chosen = int(np.argmax(shares >= enough))  # the strongest penalty that is good enough
-    *_, weight = _path(x, y, count, _STRENGTHS[: chosen + 1])
+    *_, weight = _path(x, y, count, _STRENGTHS[: chosen + 1])  # warm starts, then the chosen one
     strength = float(_STRENGTHS[chosen])
     return Probe(weight.numpy(), center, scale, strength, some, predicted[chosen])
 
