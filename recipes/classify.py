@@ -4,10 +4,10 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/classify.py run.yaml
     python -c 'import lora_kit; lora_kit.train("run.yaml")'
 
-A row is a `text` and its `label`. The base gets a head for the labels of the training rows; layers
-that it has no weights for are trained whole, the others through LoRA. The result is compared with
-the most frequent class and with logistic regression on the frozen base, which few rows a class
-often do not beat. A text over `train.max_length` tokens is truncated.
+A row is a `text` and its `label`. The base gets a head for the labels of the training rows. Modules
+without weights in the base's files are fully trained, the others through LoRA. The result is
+compared with the majority class and with logistic regression on the frozen base, which an adapter
+often does not beat with few rows per class. A text over `train.max_length` tokens is truncated.
 Pooling: Reimers and Gurevych 2019 (arXiv:1908.10084); LoRA: Hu et al. 2021 (arXiv:2106.09685).
 """
 
@@ -21,7 +21,7 @@ TASK = Classification()
 
 
 def main(run: Run, resume: bool = False) -> Json:
-    """Run the whole journey; returns what report.json holds."""
+    """Run all steps; returns the content of report.json."""
     from lora_kit.adapter.attach import attach, describe
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
@@ -42,13 +42,13 @@ def main(run: Run, resume: bool = False) -> Json:
         data = encode(TASK, split, processor, facts, run)
         check_prove(TASK, data, processor, run)
 
-        # 2. The run directory, a census of the rows and a sample.
+        # 2. The run directory; the census (rows read, dropped and kept) and a sample are printed.
         journey.begin(pinned, data, processor)
 
-        # 3. What the run will need, and the batch and recomputation that fit.
+        # 3. Memory and time; the micro-batch and gradient checkpointing that fit.
         plan = plan_training(run, TASK, pinned, processor, data, journey.say)
 
-        # 4. The base, frozen, in its type or quantized, and a new head.
+        # 4. The frozen base, in `base.dtype` or quantized, and a new head.
         base, fresh = TASK.model(pinned, facts, run)
 
         # 5. What trains: the adapter and the head.

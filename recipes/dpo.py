@@ -1,14 +1,14 @@
-"""Direct preference optimization: the chosen completion of a pair becomes more likely than the
-rejected one, measured against the model before the training.
+"""Direct preference optimization: raise the likelihood of the chosen completion over the rejected
+one, relative to a reference, the model before the first step.
 
     lora-kit train run.yaml train.beta=0.3
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/dpo.py run.yaml
     python -c 'import lora_kit; lora_kit.train("run.yaml")'
 
 A row is a pair: `prompt`, `chosen` and `rejected`, as text or as turns. Loss is computed on the
-last assistant turn of each side. The log-probabilities of the model before the first step are
-computed once. To start from a model that was fine-tuned before, name it in `adapter.start`: it is
-the reference then. A pair with a side over `train.max_length` tokens is dropped, never cut.
+last assistant turn of each side. The log-probabilities of the reference are computed once. To start
+from a finished run, name it in `adapter.start`: that adapter is then the reference. A pair with a
+side over `train.max_length` tokens is dropped, never cut.
 DPO: Rafailov et al. 2023 (arXiv:2305.18290).
 """
 
@@ -22,7 +22,7 @@ TASK = Preference()
 
 
 def main(run: Run, resume: bool = False) -> Json:
-    """Run the whole journey; returns what report.json holds."""
+    """Run all steps; returns the content of report.json."""
     from lora_kit.adapter.attach import attach, describe
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
@@ -43,13 +43,13 @@ def main(run: Run, resume: bool = False) -> Json:
         data = encode(TASK, split, processor, facts, run)
         check_prove(TASK, data, processor, run)
 
-        # 2. The run directory, a census of the rows and a sample.
+        # 2. The run directory; the census (rows read, dropped and kept) and a sample are printed.
         journey.begin(pinned, data, processor)
 
-        # 3. What the run will need, and the batch and recomputation that fit.
+        # 3. Memory and time; the micro-batch and gradient checkpointing that fit.
         plan = plan_training(run, TASK, pinned, processor, data, journey.say)
 
-        # 4. The base, frozen, in its type or quantized.
+        # 4. The frozen base, in `base.dtype` or quantized.
         base, fresh = TASK.model(pinned, facts, run)
 
         # 5. The adapter: what trains.
@@ -57,7 +57,7 @@ def main(run: Run, resume: bool = False) -> Json:
         model = attach(base, strategy.adapter, fresh, run.seed)
         journey.say(describe(model))
 
-        # 6. Train; before the first step, the reference.
+        # 6. Compute the reference, then train.
         trainer = make_trainer(journey, model, fresh, processor, data, strategy, plan)
         fit(trainer, resume)
 

@@ -21,7 +21,7 @@ TASK = Conversations()
 
 
 def main(run: Run, resume: bool = False) -> Json:
-    """Run the whole journey; returns what report.json holds."""
+    """Run all steps; returns the content of report.json."""
     from lora_kit.adapter.attach import attach, describe
     from lora_kit.base.pin import pin
     from lora_kit.data.prepare import prepare
@@ -42,13 +42,13 @@ def main(run: Run, resume: bool = False) -> Json:
         data = encode(TASK, split, processor, facts, run)
         check_prove(TASK, data, processor, run)
 
-        # 2. The run directory, a census of the rows and a sample.
+        # 2. The run directory; the census (rows read, dropped and kept) and a sample are printed.
         journey.begin(pinned, data, processor)
 
-        # 3. What the run will need, and the batch and recomputation that fit.
+        # 3. Memory and time; the micro-batch and gradient checkpointing that fit.
         plan = plan_training(run, TASK, pinned, processor, data, journey.say)
 
-        # 4. The base, frozen, in its type or quantized.
+        # 4. The frozen base, in `base.dtype` or quantized.
         base, fresh = TASK.model(pinned, facts, run)
 
         # 5. The adapter: what trains.

@@ -18,10 +18,11 @@ import torch
 
 NAME = "lora_kit"
 _BLOCK = 256  # queries per block
-# oneDNN caches what it prepares for each shape, half a megabyte per shape: so block lengths are
-# multiples of this, and a row has one of sixteen lengths between powers of two.
+# oneDNN caches half a megabyte for each new shape. So block lengths are multiples of this, and rows
+# are padded to one of sixteen lengths between two powers of two.
 _MULTIPLE = 32
-# Longest document whose probabilities are kept (tokens / 2 values per token and head).
+# Longest document whose probabilities are kept for the backward pass: on average tokens / 2 values
+# per token and head.
 _KEPT = 1024
 _SLIDING = "sliding_attention"
 _KINDS = ("full_attention", _SLIDING)
@@ -48,8 +49,9 @@ class DocumentAttention(torch.autograd.Function):
     Args (of `apply`):
         q: (heads, tokens, size). k, v: (groups, tokens, size); heads is a multiple of groups.
         documents: their lengths; positions after them get zeros.
-        window: of sliding-window attention, or None.
-        multiple: block lengths are multiples of it; q, k, v need `padded_length` tokens.
+        scale: of the scores. window: of sliding-window attention, in tokens; None: full attention.
+        multiple: block lengths are rounded up to it, past the end of a document; so unless it is 1,
+            q, k and v must have `padded_length` tokens.
 
     Returns:
         (heads, tokens, size)
@@ -128,10 +130,12 @@ def _round_up(length: int, multiple: int) -> int:
 
 
 def padded_length(documents: Sequence[int]) -> int:
-    """Tokens of a row on a CPU, including the padding after the documents."""
+    """Tokens of a row on a CPU, including the padding after the documents: as far as the blocks
+    reach, rounded up to a sixteenth of the power of two below."""
     ends = zip(documents, accumulate(documents), strict=True)
     reached = max(end - length + _round_up(length, _MULTIPLE) for length, end in ends)
-    return _round_up(reached, max(_MULTIPLE, 1 << reached.bit_length() - 5))
+    sixteenth = 1 << (reached.bit_length() - 5)
+    return _round_up(reached, max(_MULTIPLE, sixteenth))
 
 
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -145,18 +149,18 @@ def _probabilities(
     """(groups, heads / groups * queries, keys)"""
     queries, keys = block.queries, block.keys
     scores = (_by_group(q[:, queries], len(k)) * scale) @ k[:, keys].mT
-    # Only the block's own keys need the causal mask; all earlier keys do with a window.
+    # Earlier keys are all visible, so only the block's own need a mask; with a window all keys do.
     masked = queries.start if window is None else keys.start
-    place = torch.arange(queries.start, queries.stop, device=q.device)[:, None]
-    other = torch.arange(masked, keys.stop, device=q.device)
-    hidden = other > place
+    query = torch.arange(queries.start, queries.stop, device=q.device)[:, None]
+    key = torch.arange(masked, keys.stop, device=q.device)
+    hidden = key > query  # (queries, masked keys)
     if window is not None:
-        hidden |= other <= place - window
-    each = scores.view(len(k), -1, len(place), scores.shape[-1])
+        hidden |= key <= query - window
+    by_head = scores.view(len(k), -1, len(query), scores.shape[-1])
     # Adding -inf is faster than masked_fill on the scores.
-    each[..., masked - keys.start :] += scores.new_zeros(()).masked_fill(hidden, float("-inf"))
+    by_head[..., masked - keys.start :] += scores.new_zeros(()).masked_fill(hidden, float("-inf"))
     weights = torch.softmax(scores, -1)
-    weights.view(each.shape)[:, :, block.own :] = 0
+    weights.view(by_head.shape)[:, :, block.own :] = 0
     return weights
 
 
@@ -226,7 +230,8 @@ def _on_cpu(
     compute: Callable[..., torch.Tensor] = DocumentAttention.apply
     if count == 1 or len(set(documents)) > 1:
         return compute(q, k, v, documents, scale, window, _MULTIPLE).transpose(0, 1)
-    length, end = documents[0], sum(documents)  # equal lengths: batched as heads
+    # Documents of equal length: as a batch, with one group of heads per document.
+    length, end = documents[0], sum(documents)
     q = q[:, :end].reshape(groups, -1, count, length, size).transpose(1, 2)
     k, v = (x[:, :end].reshape(groups * count, length, size) for x in (k, v))
     out = compute(q.reshape(-1, length, size), k, v, documents[:1], scale, window, 1)

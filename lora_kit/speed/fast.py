@@ -32,7 +32,8 @@ FixedLoss = Callable[[bool], torch.Tensor]
 # scale, mask or term causes larger ones.
 _LOSS_OFF = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 _GRADIENT_OFF = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
-_TOKENS = (75, 6)  # lengths of the two documents; up to _MOST for a model with a window
+# Lengths of the two documents; the first is longer than a window or chunk of at most _MOST tokens.
+_TOKENS = (75, 6)
 _MOST = 512
 UNSUPPORTED = "unsupported by this architecture"
 # Keys of a batch without padding that are not the model's inputs.
@@ -46,8 +47,8 @@ def make_fast(
     """Install the fast paths into a PEFT model, before it is wrapped for training.
 
     >>> # A causal language model, and any other one:
-    >>> plain = make_fast(model, documents_loss(model, collator(0), in_one_row))
-    >>> plain = make_fast(model, lambda flat: model(**batch).loss, ("linear", "norm"))
+    >>> standard = make_fast(model, documents_loss(model, collator(0), in_one_row))
+    >>> standard = make_fast(model, lambda flat: model(**batch).loss, ("linear", "norm"))
 
     Args:
         model: on its device, with the adapter attached.
@@ -56,9 +57,9 @@ def make_fast(
 
     Returns:
         {part: why it was not installed}. Batches may be without padding (`documents`) unless
-        `attention` is among them.
+        `attention` is one of the keys.
     """
-    plain: dict[str, str] = {}
+    standard: dict[str, str] = {}  # parts that use the standard path, and why
     tried = {name: PARTS[name] for name in PARTS if parts is None or name in parts}
     with _random_adapter(model):
         try:
@@ -66,10 +67,10 @@ def make_fast(
         except Exception as error:  # for instance nothing trains, which the audit reports
             return dict.fromkeys(tried, f"cannot be tested: {type(error).__name__}")
         for name, install in tried.items():
-            flat = name in ("attention", "loss") and "attention" not in plain
+            flat = name in ("attention", "loss") and "attention" not in standard
             try:
                 if not install(model):
-                    plain[name] = UNSUPPORTED
+                    standard[name] = UNSUPPORTED
                     continue
                 found = _loss_and_gradients(model, fixed_loss, flat)
                 wrong = _difference(expected, found, _dtype(model))
@@ -79,9 +80,9 @@ def make_fast(
                 wrong = in_a_line(error)
             if wrong:
                 _remove(model, name)
-                plain[name] = wrong
+                standard[name] = wrong
     # A model without RMSNorm is not worth reporting.
-    return {name: why for name, why in plain.items() if (name, why) != ("norm", UNSUPPORTED)}
+    return {name: why for name, why in standard.items() if (name, why) != ("norm", UNSUPPORTED)}
 
 
 def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -> FixedLoss:
@@ -108,10 +109,10 @@ def documents_loss(model: torch.nn.Module, pad: Collate, concatenate: Collate) -
 
 
 def label_nats(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The loss of each label in nats, float32 (count,), with the fast paths of the model.
+    """The loss of each label in nats, float32 (count,), with the model's fast paths.
 
-    They are used with and without gradients, so that a reference computed before training has the
-    arithmetic of training. The model itself is called, so that wrappers (DDP) work.
+    Unlike elsewhere they are also used without gradients, so that a reference computed before
+    training has the arithmetic of training. The model itself is called, so wrappers (DDP) work.
 
     Args:
         batch: the model's inputs, with `labels`; optionally `places` (see `labelled_places`), which
@@ -156,7 +157,7 @@ def _remove(model: torch.nn.Module, part: str) -> None:
     take_out(model, part)
     if takes_flat(model) and part == "attention":
         causal_model(model).set_attn_implementation("sdpa")
-    elif takes_flat(model) and part == "loss":  # whose forward replaced that of `attention`
+    elif takes_flat(model) and part == "loss":  # its forward replaced that of `attention`
         _with_forward(causal_model(model), _without_padding, "attention")
 
 
@@ -204,7 +205,7 @@ FOR_ANY_MODEL = ("linear", "norm")  # the other parts are for causal language mo
 def _with_forward(
     whole: PreTrainedModel, make: Callable[..., Callable[..., Any]], part: str
 ) -> None:
-    """Replace a model's forward, keeping the signature of its class's."""
+    """Replace a model's forward, keeping the signature of its class's, which trainers inspect."""
     plain = type(whole).forward
     put_in(whole, functools.wraps(plain)(make(plain)), part)
 
@@ -310,21 +311,25 @@ def _loss_and_gradients(
 
 
 def _lengths(config: Any) -> tuple[int, int]:
-    """Lengths of two documents; the first is longer than the model's windows and chunks."""
-    ends = [
+    """Lengths of two documents; the first is longer than the model's windows and chunks, unless
+    they exceed _MOST or its context."""
+    spans = [
         value
         for name, value in config.to_dict().items()
         if ("window" in name or "chunk" in name) and isinstance(value, int)
     ]
     room = getattr(config, "max_position_embeddings", None) or _MOST
-    longest = max([_TOKENS[0], *(n + 11 for n in ends if n <= _MOST)])
+    longest = max([_TOKENS[0], *(n + 11 for n in spans if n <= _MOST)])  # some tokens beyond
     return min(longest, room), _TOKENS[1]
 
 
 def _keeps_apart(model: torch.nn.Module) -> bool:
     """Whether a document's logits do not depend on the document before it. Convolutions and
-    recurrent states leak across documents, too little to show in gradients. One forward pass is in
-    training mode, since attention may reject dropout; random states are restored."""
+    recurrent states leak across documents, but too little to show in the gradients.
+
+    The forward pass in training mode is only to raise: with dropout, `attention` is unsupported.
+    Random states are restored.
+    """
     device = embedding_weight(model).device
     ids = torch.arange(24, device=device)[None]
     others = torch.cat([ids[:, 12:].flip(1), ids[:, 12:]], 1)
@@ -341,7 +346,7 @@ def _difference(
 ) -> str:
     """A difference larger than rounding, in words, or ""."""
     off = abs(found[0] - expected[0]) / abs(expected[0])
-    if not off <= _LOSS_OFF[dtype]:
+    if not off <= _LOSS_OFF[dtype]:  # also if it is NaN
         return f"loss differs by {off:.2%}"
     if len(found[1]) != len(expected[1]):
         return "different parameters have gradients"

@@ -19,7 +19,7 @@ Dense = Callable[[torch.dtype], torch.Tensor]
 
 
 class LoraLinear(torch.autograd.Function):
-    """Gradients of x, A and B; none of the frozen weight (4N instead of 6N FLOP per token).
+    """Has gradients of x, A and B; none of the frozen weight (4N instead of 6N FLOP per token).
 
     Args (of `apply`):
         x: (..., in), in the compute dtype. seen: the input of A: x, or x after dropout.
@@ -70,7 +70,8 @@ class LoraLinear(torch.autograd.Function):
 
 
 def install(model: torch.nn.Module) -> int:
-    """Replace the forward of PEFT's LoRA layers, used where `is_fast`. Returns how many.
+    """Replace the forward of PEFT's LoRA layers; `is_fast` decides on each call whether it is used.
+    Returns how many were replaced.
 
     Unchanged: DoRA, several adapters, a bias of B, int8, and NF4 of a width that bitsandbytes' CPU
     code cannot unpack (not a multiple of 64).
@@ -92,10 +93,8 @@ def install(model: torch.nn.Module) -> int:
 def _dense(layer: Any) -> Dense | None:
     """A function that returns a LoRA layer's frozen weight (out, in); None if unsupported."""
     base = layer.get_base_layer()
-    vanilla = (
-        len(layer.lora_A) == 1 and not layer.lora_variant and not any(layer.lora_bias.values())
-    )
-    if not vanilla:
+    # Several adapters; DoRA and other variants; a bias of B.
+    if len(layer.lora_A) != 1 or layer.lora_variant or any(layer.lora_bias.values()):
         return None
     kind = type(base).__name__
     if type(base) is torch.nn.Linear:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATEN = torch.ops.aten
-# FLOPs that torch does not register: of the CPU's attention, which are those of the GPU's, and of
-# operations in place.
+# Operations whose FLOPs torch does not register: attention on a CPU (the same as on a GPU), and
+# in-place products.
 for _known, _missing in (
     ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
     (
@@ -44,8 +44,8 @@ for _known, _missing in (
 CALL_S = 15e-6  # seconds of overhead per operation, including autograd
 _MARGIN = 0.10  # share of the available memory that is left free
 # Allocator overhead, fitted to measurements of scripts/bench/memory.py on a CPU: glibc splits freed
-# aligned blocks and allocates new ones, so a share of the live memory is held on top, plus code
-# pages.
+# aligned blocks and allocates new ones, so the process holds more than the live memory: by a share
+# of it, another share of the logits in it, and a constant for code pages.
 _UNUSED_SHARE, _UNUSED_OF_LOGITS, _UNUSED_BYTES = 0.46, 0.6, 100 << 20
 _RATE_REACHED = 0.72  # achieved share of the rates measured on single operations
 
@@ -54,9 +54,9 @@ _RATE_REACHED = 0.72  # achieved share of the rates measured on single operation
 class PassCost:
     """Cost of one forward and backward pass of a micro-batch.
 
-    Args:
+    Attributes:
         tokens: of the collated batch. peak: most bytes alive at once, without weights and adapter.
-        logits: the bytes at the peak of tensors as wide as the vocabulary.
+        logits: the bytes of `peak` that belong to logits: tensors as wide as the vocabulary.
         done: {(FLOPs, bytes read and written, dtype): number of operations}.
     """
 
@@ -74,7 +74,7 @@ class PassCost:
 class Machine:
     """A device.
 
-    Args:
+    Attributes:
         room: bytes that this process may use. framework: bytes in use before the base is loaded.
         flops: FLOP/s of matrix products by dtype. bandwidth: bytes/s of elementwise operations.
     """
@@ -125,6 +125,7 @@ def choose_batch(
     """The fastest way to run a step of `rows` rows in micro-batches of at most `own` rows.
 
     Args:
+        rows: per optimizer step. own: the run file's micro-batch.
         again: numbers of recomputed layers to choose from; nine evenly spaced ones are tried.
         fits, seconds: functions of (micro-batch, recomputed layers), for one micro-batch; more
             recomputed layers take less memory and more time.
@@ -135,10 +136,10 @@ def choose_batch(
     steps = sorted({again[part * (len(again) - 1) // 8] for part in range(9)})
     found: dict[Choice, float] = {}
     for micro in (n for n in range(own, 0, -1) if rows % n == 0):
-        enough = bisect_left(steps, True, key=partial(fits, micro))
-        for recomputed in steps[enough : enough + 1]:
-            choice = Choice(micro, rows // micro, recomputed)
-            found[choice] = choice.accumulation * seconds(micro, recomputed)
+        enough = bisect_left(steps, True, key=partial(fits, micro))  # the fewest that fit
+        if enough < len(steps):
+            choice = Choice(micro, rows // micro, steps[enough])
+            found[choice] = choice.accumulation * seconds(micro, steps[enough])
         if enough == 0:
             break  # smaller micro-batches are not faster
     return min(found, key=lambda choice: found[choice], default=None)

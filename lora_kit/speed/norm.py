@@ -36,7 +36,8 @@ class FrozenRMSNorm(torch.autograd.Function):
 
 
 def install(model: torch.nn.Module) -> int:
-    """Replace the forward of a model's RMSNorm layers, used where `is_fast`. Returns how many.
+    """Replace the forward of a model's RMSNorm layers; `is_fast` decides on each call whether it is
+    used. Returns how many were replaced.
 
     Only modules whose class is named ...RMSNorm, with a frozen weight, and whose output on random
     states is the same up to rounding.

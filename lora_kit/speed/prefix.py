@@ -1,8 +1,9 @@
-"""The frozen layers below the lowest adapted one: no autograd, and cached over epochs.
+"""The frozen prefix: the layers below the lowest adapted one run without autograd, and their output
+is cached over epochs.
 
 Nothing in them trains, so a row's hidden states after them are the same in every epoch and in the
-next run on the same rows: they are cached in a file that later epochs read. Training only the head
-(feature extraction) is the extreme case.
+next run on the same rows: they are cached in a file that later epochs read. With only the head
+trained (feature extraction), the prefix is the whole body.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def first_trained_layer(model: torch.nn.Module) -> int:
-    """Index of the lowest layer that trains; 0 if embeddings train, or anything else outside of the
-    layers and the head; the number of layers if only the head trains."""
+    """Index of the lowest layer with trainable parameters. 0 if any are outside of the layers and
+    the head, such as embeddings; the number of layers if only the head trains, or nothing."""
     layers = decoder_layers(model)
     whole = causal_model(model)
     head = whole.get_output_embeddings()  # None for a classifier
+    # Later entries win: a head that is tied to the embeddings counts as embeddings.
     place = {id(p): len(layers) for p in head.parameters()} if head is not None else {}
     place |= {id(p): 0 for p in whole.get_input_embeddings().parameters()}
     for number, layer in reversed(list(enumerate(layers))):
@@ -90,7 +92,7 @@ class Store:
         self.lengths, self.width, self.dtype = lengths, width, dtype
         sizes = lengths * width * dtype.itemsize + _CHECK_BYTES
         self.starts = np.cumsum(sizes) - sizes
-        self.grows = True
+        self.grows = True  # False once writing has failed
         self.file = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
 
     def read(self, rows: Sequence[int]) -> torch.Tensor | None:
@@ -127,7 +129,7 @@ class Store:
         print(f"speed: stopped caching hidden states: {why}", file=sys.stderr, flush=True)
 
     def _parts(self, rows: Sequence[int], states: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
-        """(row, its bytes) of (tokens, width)."""
+        """(row, its bytes) of states (tokens, width) on the CPU; the bytes are views of them."""
         ends = np.cumsum(self.lengths[list(rows)])[:-1]
         # numpy has no bfloat16.
         parts = np.split(states.view(torch.uint8).numpy(), ends)
@@ -151,6 +153,7 @@ class Prefix:
         self.model = model
         self.layers = list(decoder_layers(model))[: first_trained_layer(model)]
         self.store: Store | None = None
+        # Inside `batch`: the rows of the batch, and their cached states, if all are stored.
         self._active = False
         self._rows: Sequence[int] = ()
         self._kept: torch.Tensor | None = None
@@ -182,7 +185,7 @@ class Prefix:
             if not self._active:
                 return plain(*args, **kwargs)
             if self._kept is None:
-                # No gradients even if checkpointing makes the embeddings' output require them.
+                # Gradient checkpointing can make the embeddings' output require gradients.
                 with torch.no_grad():
                     out = plain(*args, **kwargs)
                 if last and self.store and self._rows:
@@ -244,8 +247,9 @@ class Prefix:
         return f"; their output is cached ({size}): {used}"
 
     def _checked_states(self) -> torch.Tensor | str:
-        """Run two documents with the layers, and again with cached states in reverse order. Returns
-        the states (1, tokens, width) if the logits agree, else the reason why they do not."""
+        """Compare the logits of two documents with those from cached states, computed with the
+        documents in the other order. Returns states (1, tokens, width) if the logits agree, else
+        the reason why the states cannot be cached."""
         embeddings = embedding_weight(self.model)
         noise, device = torch.Generator().manual_seed(0), embeddings.device
         a, b = (torch.randint(0, len(embeddings), (n,), generator=noise) for n in (40, 24))
@@ -289,7 +293,7 @@ class Prefix:
         finally:
             hook.remove()
             self.model.train(training)
-        if not (found - expected).abs().max() <= 0.05 * expected.std():
+        if not (found - expected).abs().max() <= 0.05 * expected.std():  # also if it is NaN
             return "later layers depend on more than these states"
         return states
 

@@ -1,4 +1,4 @@
-"""CPU speed: an allocator setting of the process, and the faster dtype."""
+"""Settings for speed on a CPU: keep freed memory, and choose the faster dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-# The second is the largest that older versions of glibc accept.
+# Thresholds, tried in this order: the second is the largest that older versions of glibc accept.
 _KEEP_BYTES = (1 << 30, 1 << 25)
 
 

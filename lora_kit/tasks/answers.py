@@ -24,14 +24,16 @@ BEYOND_REFERENCE = 8  # tokens generated beyond the longest reference completion
 
 
 def question(row: Row, chat: bool) -> Question:
-    """The prompt of a row and its reference completion; for a text the first half, at most 32
-    tokens, and the tokens after it. chat: rows are conversations."""
+    """The prompt of a row and its reference completion: the last completion of a conversation.
+
+    For a text, or a conversation with a supervised prompt: the first half, at most 32 tokens, and
+    up to 48 tokens after it. chat: rows are conversations.
+    """
     ids = row["input_ids"].tolist()
     trained = np.flatnonzero(row["labels"] != IGNORED)
-    # The last run of labels: the last completion of a conversation.
-    first = trained[np.r_[True, np.diff(trained) > 1]][-1] if len(trained) else 0
-    if chat and first > 0:
-        return ids[:first], ids[first : trained[-1] + 1]
+    starts = trained[np.diff(trained, prepend=-2) > 1]  # the first token of each completion
+    if chat and len(starts) and starts[-1] > 0:
+        return ids[: starts[-1]], ids[starts[-1] : trained[-1] + 1]
     cut = min(32, (len(ids) + 1) // 2)
     return ids[:cut], ids[cut : cut + _SHOWN_TOKENS]
 
@@ -80,15 +82,15 @@ def samples(
     assert base.units is not None
     before, after = (score.sums[:, 0] / score.sums[:, 1] for score in (base, adapted))
     by_gain = np.argsort(after - before, kind="stable").tolist()
-    ways = {
+    orders = {
         "first": list(range(len(before))),
         "largest gain": by_gain,
         "largest loss": by_gain[::-1],
     }
-    chosen: dict[int, str] = {}
-    for why, ordered in ways.items():
-        fresh = [n for n in ordered if n not in chosen]
-        chosen |= dict.fromkeys(fresh[:_SHOWN_EACH], why)
+    chosen: dict[int, str] = {}  # index among the scored units -> why it is shown
+    for why, order in orders.items():
+        others = [n for n in order if n not in chosen]
+        chosen |= dict.fromkeys(others[:_SHOWN_EACH], why)
     units = rows.column("unit")
     first_row = {int(unit): row for row, unit in reversed(list(enumerate(units.tolist())))}
     asked = [question(rows[first_row[int(base.units[n])]], chat) for n in chosen]

@@ -17,10 +17,10 @@ IGNORED = -100  # torch's ignore_index
 
 
 def labels_with_loss(rows: Rows, column: str) -> int:
-    """How many labels of a column have a loss; the first of a row is predicted from nothing."""
+    """How many labels of a column have a loss. The first of a row has none: nothing predicts it."""
     count = 0
-    for labels, ends in rows.chunks(column):
-        firsts = labels[ends[:-1][np.diff(ends) > 0]]
+    for labels, offsets in rows.chunks(column):
+        firsts = labels[offsets[:-1][np.diff(offsets) > 0]]  # of rows that are not empty
         count += int((labels != IGNORED).sum()) - int((firsts != IGNORED).sum())
     return count
 
@@ -76,17 +76,17 @@ def in_one_row(rows: Sequence[Row]) -> Batch:
 
     documents: list[int] = []
     for row in rows:
-        starts = np.flatnonzero(row["position_ids"] == 0) if "position_ids" in row else np.zeros(1)
-        documents += np.diff([*starts, len(row["input_ids"])]).astype(int).tolist()
+        starts = np.flatnonzero(row.get("position_ids", np.zeros(1)) == 0)  # [0] if not packed
+        documents += np.diff([*starts, len(row["input_ids"])]).tolist()
     firsts = np.cumsum([0, *documents[:-1]])
     labels = np.concatenate([row["labels"] for row in rows])
     labels[firsts] = IGNORED
-    positions = np.concatenate([np.arange(length) for length in documents])
+    position_ids = np.concatenate([np.arange(length) for length in documents])
     ids = np.concatenate([row["input_ids"] for row in rows])
     return {
         "input_ids": torch.from_numpy(ids)[None],
         "labels": torch.from_numpy(labels)[None],
-        "position_ids": torch.from_numpy(positions)[None],
+        "position_ids": torch.from_numpy(position_ids)[None],
         "documents": documents,
         "numbers": [int(row["row"]) for row in rows if "row" in row],
         "places": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),
@@ -101,7 +101,7 @@ def halves(batch: Batch, together: int = 1) -> list[tuple[Batch, list[int]]]:
 
     Args:
         batch: of `collator` or `in_one_row`.
-        together: rows, or documents, that stay in one part: 2 for a batch of pairs.
+        together: how many consecutive rows, or documents, stay in one part: 2 for pairs.
 
     Returns:
         Of each part its tensors (and `documents`), and the indices of its rows in the batch.
@@ -121,7 +121,7 @@ def halves(batch: Batch, together: int = 1) -> list[tuple[Batch, list[int]]]:
     parts = []
     for some in (groups[:middle], groups[middle:]):
         rows = some.reshape(-1).tolist()
-        parts.append((_documents(batch, rows) if flat else _padded_rows(batch, rows), rows))
+        parts.append((_select_documents(batch, rows) if flat else _select_rows(batch, rows), rows))
     return parts
 
 
@@ -132,7 +132,7 @@ def _lengths(batch: Batch) -> list[int]:
     return [width] * rows if mask is None else mask.sum(1).tolist()
 
 
-def _padded_rows(batch: Batch, rows: list[int]) -> Batch:
+def _select_rows(batch: Batch, rows: list[int]) -> Batch:
     """The tensors of a padded batch with these rows only, as wide as the longest of them."""
     import torch
 
@@ -146,7 +146,7 @@ def _padded_rows(batch: Batch, rows: list[int]) -> Batch:
     return part
 
 
-def _documents(batch: Batch, documents: list[int]) -> Batch:
+def _select_documents(batch: Batch, documents: list[int]) -> Batch:
     """A batch without padding with these documents only."""
     import torch
 

@@ -26,7 +26,7 @@ _ROUNDING = 1e-12  # relative rounding error of sums
 def compared(base: Score, adapted: Score, seed: int) -> Json:
     """Compare a score of two models on the same units: values, difference and its interval.
 
-    Units without anything to count in both models (no label to predict) are dropped.
+    Units with nothing to count in either model (no label to predict) are dropped.
 
     Args:
         base, adapted: the same score; row n of their `sums` is the same unit. `base` is the score
@@ -98,9 +98,8 @@ def verdict(found: Json, units: int) -> str:
 def retention(found: Json, units: int) -> str:
     """The verdict on general text, which need not improve: `kept`, `forgot` or `too little
     data`."""
-    words = {"better": "kept", "no different": "kept", "worse": "forgot"}
     word = verdict(found, units)
-    return words.get(word, word)
+    return {"better": "kept", "no different": "kept", "worse": "forgot"}.get(word, word)
 
 
 def interval(change: np.ndarray, size: np.ndarray, seed: int) -> tuple[float, float]:
@@ -133,6 +132,7 @@ def bca_interval(
         return estimate, estimate
     with np.errstate(all="ignore"):
         drawn = _resampled(value, sums, seed)
+        # The jackknife: the value without each unit. In pieces, as in `_resampled`.
         parts = np.array_split(sums, 1 + sums.size // _DRAWS_AT_ONCE)
         without = np.concatenate([value(total - part) for part in parts])
     drawn = drawn[np.isfinite(drawn)]
@@ -141,20 +141,21 @@ def bca_interval(
     rounding = _ROUNDING * float(np.abs(drawn).max())
     if np.ptp(drawn) <= rounding:  # every unit changed by the same amount
         return estimate, estimate
-    lean = np.nan_to_num(without.mean() - without)
-    spread = float((lean**2).sum())
-    skew = float((lean**3).sum()) / (6 * spread**1.5) if spread else 0.0
+    influence = np.nan_to_num(without.mean() - without)
+    spread = float((influence**2).sum())
+    acceleration = float((influence**3).sum()) / (6 * spread**1.5) if spread else 0.0
     normal = NormalDist()
     # Resamples equal to the estimate count half. The share is clamped: 0 or 1 is infinite bias.
     equal = np.abs(drawn - estimate) <= rounding
     below = float(((drawn < estimate) & ~equal).mean() + equal.mean() / 2)
     bias = normal.inv_cdf(min(max(below, 1 / RESAMPLES), 1 - 1 / RESAMPLES))
     effective = max(1.1, effective)
-    wide = _student(effective - 1) * (effective / (effective - 1)) ** 0.5
+    quantile = _student(effective - 1) * (effective / (effective - 1)) ** 0.5
     shares = []
-    for z in (bias - wide, bias + wide):
-        # Beyond this the correction reverses: use the outermost resample.
-        shares.append(normal.cdf(bias + z / (1 - skew * z)) if skew * z < 1 else float(z > 0))
+    for z in (bias - quantile, bias + quantile):
+        corrected = 1 - acceleration * z
+        # Not positive: the correction reverses; use the outermost resample.
+        shares.append(normal.cdf(bias + z / corrected) if corrected > 0 else float(z > 0))
     low, high = np.quantile(drawn, shares)
     return float(low), float(high)
 

@@ -48,8 +48,8 @@ class Causal(Task):
     """Base class of text and conversations.
 
     Rows: `input_ids` and `labels`, int32 (tokens,), -100 for no loss; `bytes`: UTF-8 bytes of the
-    unit's supervised text, in its first row; `end_markers`: supervised end-of-turn and end-of-text
-    tokens.
+    unit's supervised text, in its first row (0 in the others); `end_markers`: number of supervised
+    end-of-turn and end-of-text tokens.
 
     Attributes:
         chat: rows are conversations: a prompt followed by a completion.
@@ -103,14 +103,14 @@ class Causal(Task):
             answers.text_of(processor, answers.question(data.eval[n], self.chat)[1])
             for n in numbers
         ]
-        for check in (
-            lambda: metrics.check_names(names, self.chat),
-            lambda: metrics.check_fit(names, wanted),
-        ):
-            try:
-                check()
-            except UserError as error:
-                problems.append(str(error))
+        try:
+            metrics.check_names(names, self.chat)
+        except UserError as error:
+            problems.append(str(error))
+        try:
+            metrics.check_fit(names, wanted)
+        except UserError as error:
+            problems.append(str(error))
         if names and run.data.supervise == "all":
             problems.append(
                 "prove.metrics: with data.supervise: all there is no completion to score"
@@ -156,8 +156,7 @@ class Causal(Task):
 
         found: Json = {"prompt_use": None}
         if run.prove.shots and "few_shot" not in scores:
-            why = "few_shot: the base's context is too short for examples"
-            found["not_measured"] = [why]
+            found["not_measured"] = ["few_shot: the base's context is too short for examples"]
         rows = data.eval
         if self.chat:
             order = np.random.default_rng(run.seed).permutation(len(rows))[:_PAIRED_ROWS]
@@ -185,9 +184,13 @@ class Causal(Task):
 class Text(Causal):
     """Continued pre-training on raw text.
 
-    A document is evaluated separately, in windows of train.max_length tokens; every token is scored
-    once. The first window begins with the beginning-of-text token if the tokenizer adds one, else
-    with the end-of-text token; later ones with the last token of the previous window.
+    `encode` makes the rows for evaluation: windows of train.max_length tokens of one document, in
+    which every token is scored once. The first window begins with the beginning-of-text token if
+    the tokenizer adds one, else with the end-of-text token; later ones with the last token of the
+    previous window. `arrange` makes the training rows from them.
+
+    More columns: `joins`: the document continues the previous example's text (a long text is read
+    in parts); `length`: training tokens of the document, in its first row.
     """
 
     formats = ("text",)
@@ -320,7 +323,7 @@ class Conversations(Causal):
         yield from _closed(replayed, processor, length)
 
 
-# The columns of a training row.
+# The columns of a row that general text for replay has as well.
 _TRAINED = ("input_ids", "labels", "bytes", "end_markers", "file", "number")
 
 
@@ -368,7 +371,8 @@ def _token_at(encoding: Any, position: int, length: int) -> int:
 
 
 def _windows(stream: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    """Windows in which every token but the first is scored once; each starts one token earlier."""
+    """Windows of at most `length` tokens. Each begins with the last token of the previous one, so
+    that every token but the first of the stream is scored once."""
     for start in range(0, max(1, len(stream) - 1), length - 1):
         yield stream[start : start + length]
 
@@ -380,17 +384,17 @@ def _scored_but_first(window: np.ndarray) -> Row:
 
 
 def _documents(rows: Rows, processor: Processor) -> Iterator[tuple[np.ndarray, Row]]:
-    """Each text with its begin and end tokens, int32 (tokens,), and its place. A part that
-    continues the previous one belongs to the same text."""
+    """Each text with its begin and end tokens, int32 (tokens,), and its place: `file` and `number`.
+    Windows of a document and parts of a text (`joins`) are concatenated again."""
     begin = context_token(processor)
     begin = begin if begin == [processor.bos_token_id] else []
     end = [] if processor.eos_token_id is None else [processor.eos_token_id]
     parts: list[np.ndarray] = []
     place: Row = {}
-    before = unit = -1
+    before = unit = -1  # example and unit of the previous row
     units, examples = rows.column("unit"), rows.column("example")
     for number in range(len(rows)):
-        tokens = rows.cell("input_ids", number)[1:]  # without the window's context
+        tokens = rows.cell("input_ids", number)[1:]  # the first one is context (see `Text`)
         if units[number] != unit:
             follows = rows.cell("joins", number) and examples[number] == before + 1
             if parts and not follows:
@@ -420,6 +424,7 @@ def _closed(rows: Rows, processor: Processor, length: int) -> Iterator[Row]:
 def _running(sources: Sequence[Rows], processor: Processor, length: int) -> Iterator[Row]:
     """All texts concatenated, each ending with the end-of-text token, cut into chunks."""
     ends = processor.eos_token_id is not None
+    # Tokens that are not yet in a chunk, which of them end a text, and the place of the first.
     left, closed = np.zeros(0, np.int32), np.zeros(0, bool)
     left_place: Row = {}
 

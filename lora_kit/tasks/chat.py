@@ -5,9 +5,10 @@ turn's content replaced by a sentinel, which yields the pieces that the template
 contents. Pieces and real contents must concatenate to exactly the rendered conversation; then the
 position of each completion is known.
 
->>> pieces_and_contents = ["<user>", "Hi", "<end><bot>", "Hello", "<end>"]
->>> # text:        <user>Hi<end><bot>Hello<end>
->>> # supervised:                 ^^^^^^^^^^^^^
+    template pieces: <user>  <end><bot>     <end>
+    contents:              Hi          Hello
+    text:            <user>Hi<end><bot>Hello<end>
+    supervised:                        ^^^^^^^^^^
 
 If a turn has more than its content (a tool call, thinking), or the template changes the contents, a
 completion is the text after the template's generation prompt, up to the end-of-turn token.
@@ -43,8 +44,8 @@ _REWRITTEN = "whose turns the chat template rewrites"
 @dataclass(frozen=True)
 class Encoded:
     """A tokenized conversation. `supervised`: spans of supervised tokens; `completions`: number of
-    complete completions in them, each with its end-of-turn token; `supervised_bytes`: UTF-8 bytes
-    of their text."""
+    completions in them, each with its end-of-turn token; `supervised_bytes`: UTF-8 bytes of the
+    supervised text; `cut`: turns after the last completion that fits were removed."""
 
     ids: list[int]
     supervised: list[Span]
@@ -110,16 +111,18 @@ class ChatEncoder:
                 yield _tried(self._shortened, example, result[1], encoding)
 
     def _written(self, examples: list[Example]) -> list[str | None]:
-        """The rendered texts; None for all if they must be rendered one by one."""
+        """The rendered texts, from one call of the template; None for all if they must be rendered
+        one by one: because of tools, or since the template rejects one of them."""
         if any(example.tools for example in examples):
             return [None] * len(examples)
         try:
             return list(render_many(self.tokenizer, [e.messages for e in examples]))
-        except NotUsable:  # one of them
+        except NotUsable:
             return [None] * len(examples)
 
     def _render(self, example: Example, text: str | None = None) -> tuple[str, list[Span], int]:
-        """The text, its supervised spans of characters, and the number of completions in them."""
+        """The text, its supervised spans of characters, and the number of completions in them. A
+        turn with `weight: 0` is not trained on. `text`: the rendered conversation, if known."""
         assert self.renderer is not None
         turns = [n for n, turn in enumerate(example.messages) if turn["role"] == "assistant"]
         supervised = [n for n in turns if example.messages[n].get("weight") != 0]
@@ -200,7 +203,7 @@ class ChatEncoder:
 
 
 def word_encoder(tokenizer: PreTrainedTokenizerBase) -> WordEncoder:
-    """The encoder of a tokenizer's words, which caches them; it adds no special tokens."""
+    """An encoder with a cache of words (see `words.py`); it adds no special tokens."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -283,7 +286,7 @@ def _tokens(text: str, encoding: Any, start: int, end: int) -> Span | None:
 
 
 def _with_blanks(encoding: Any, first: int, start: int) -> int:
-    """Extend back over white-space tokens, to which some tokenizers assign no characters."""
+    """Extend back over tokens without characters: some tokenizers assign none to white space."""
     while first > 0:
         a, b = encoding.token_to_chars(first - 1)
         begins = encoding.token_to_chars(first - 2)[1] if first > 1 else 0
@@ -318,8 +321,8 @@ class _Renderer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.pieces: dict[tuple[str, ...], list[str] | NotUsable] = {}
-        self.marker: str | None = None
-        self.after = ""  # text after the last completion
+        self.marker: str | None = None  # see `_end_of_turn`; None: not yet known
+        self.after = ""  # text after the last completion of a conversation
 
     def __call__(
         self, example: Example, wanted: list[int], text: str | None = None
@@ -348,8 +351,8 @@ class _Renderer:
         return pieces
 
     def _end_of_turn(self) -> str:
-        """The text after every completion, whether or not another turn follows: Phi-3 ends a
-        conversation with an additional token."""
+        """The end-of-turn marker: the text after every completion, whether or not another turn
+        follows. (After the last one Phi-3 writes an additional token.)"""
         if self.marker is None:
             ask, mark = {"role": "user", "content": "sentinel0x"}, "sentinel1x"
             turns = [ask, {"role": "assistant", "content": mark}]
@@ -364,7 +367,7 @@ class _Renderer:
         return self.marker
 
     def _shared(self, after: str, goes_on: str) -> str:
-        """The common prefix, up to the end of an added token or of a line."""
+        """The common prefix, up to the end of an added token or the last white space."""
         same = takewhile(lambda pair: pair[0] == pair[1], zip(after, goes_on, strict=False))
         shared = after[: len(list(same))]
         tokens = tuple(self.tokenizer.get_added_vocab())
@@ -386,6 +389,15 @@ class _Renderer:
         return [self._completion(example, number, text) for number in wanted]
 
     def _completion(self, example: Example, number: int, text: str) -> Span:
+        """The span of a turn's completion, with its end-of-turn token.
+
+        It begins after the generation prompt, and after text that the template adds before the
+        content, such as an empty thinking block. It ends with the end-of-turn marker; some
+        templates end a tool call with another token, such as Llama's <|eom_id|>.
+
+        Raises:
+            NotUsable: the template drops or rewrites part of the turn, or writes no end.
+        """
         turns, message = list(example.messages[:number]), example.messages[number]
         prompt = render(self.tokenizer, turns, example.tools, add_generation_prompt=True)
         start, end = len(prompt), self._end(example, number, text)
@@ -397,7 +409,7 @@ class _Renderer:
         if marked:
             stop = text.rfind(marker, start, end)
             end = stop + len(marker)
-        else:  # some templates end a tool call differently, such as Llama's <|eom_id|>
+        else:
             stop = end = len(until) if text.startswith(until) else -1
             if not until.endswith(tuple(self.tokenizer.get_added_vocab())):
                 raise NotUsable(_NO_END)
@@ -406,7 +418,6 @@ class _Renderer:
         written, content = text[start:stop], message["content"]
         thoughts = message.get("reasoning_content") or message.get("thinking") or ""
         if not (thoughts or message.get("tool_calls")):
-            # Text between prompt and content, such as an empty thinking block, is the template's.
             for variant in _variants(content):
                 if marked and written.endswith(variant):
                     return stop - len(variant), end
@@ -418,7 +429,7 @@ class _Renderer:
             raise NotUsable(_REWRITTEN, f"turn {number + 1}")
         if _without_space(str(thoughts)) not in _without_space(written):
             raise NotUsable("whose thinking the chat template drops", f"turn {number + 1}")
-        if not thoughts:
+        if not thoughts:  # tool calls
             turns.append({"role": "assistant", "content": "sentinelx"})
             shown = render(self.tokenizer, turns, example.tools).rpartition("sentinelx")[0]
             if text.startswith(shown, 0, stop):

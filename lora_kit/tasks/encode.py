@@ -1,6 +1,8 @@
 """Examples -> rows in Arrow files, encoded by a task; mixtures are sampled by token counts.
 
-The result is cached under a key of everything that it depends on (`lora_kit.cache`).
+A use is `train`, `eval`, `general` or `replay`. Examples that were read for one use can serve two:
+those of `train` also `eval`, those of `general` also `replay` (see `data.prepare.Split`). They are
+encoded once. The result is cached under a key of everything that it depends on (`lora_kit.cache`).
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def encode(
     """Encode examples, or load the cached result.
 
     Args:
-        limits: raise if `data.limits` are exceeded.
+        limits: whether to check `data.limits`.
 
     Raises:
         UserError: no training or held-out rows are left; a fraction or `data.replay` cannot be met;
@@ -163,7 +165,7 @@ def identity(processor: Processor) -> str | list[object]:
 
 
 class _EncodeJob(NamedTuple):
-    """A batch of examples to encode: their use and the index of the first one."""
+    """A batch of examples to encode: the use that they were read for, and the first one's index."""
 
     use: str
     first: int
@@ -171,8 +173,8 @@ class _EncodeJob(NamedTuple):
 
 
 class _EncodedBatch(NamedTuple):
-    """An encoded batch. `counts`: rows per example; `lengths`: training tokens per example;
-    `dropped`, `truncated`: (index in the batch, reason, place)."""
+    """An encoded batch. `use` and `first`: of its job; `counts`: rows per example; `lengths`:
+    training tokens per example; `dropped`, `truncated`: (index in the batch, reason, place)."""
 
     use: str
     first: int
@@ -261,7 +263,7 @@ def _task_of(task: Task, use: str) -> Task:
 
 
 class _UseWriter:
-    """Writes the rows of one use."""
+    """Writes the rows of one use; numbers its units, the examples with rows, from 0."""
 
     def __init__(self, file: Path, chosen: np.ndarray) -> None:
         self.writer = RowsWriter(file)
@@ -275,11 +277,11 @@ class _UseWriter:
         kept = mine & (part.counts > 0)
         if part.rows is None or not kept.any():
             return
-        of_row = np.repeat(np.arange(len(part.counts)), part.counts)
+        example = np.repeat(np.arange(len(part.counts)), part.counts)  # of each row
         units = self.units + np.cumsum(kept) - 1
-        wanted = mine[of_row]
+        wanted = mine[example]
         rows = part.rows if wanted.all() else part.rows.filter(pa.array(wanted))
-        unit = pa.array(units[of_row][wanted].astype(np.int32))
+        unit = pa.array(units[example][wanted].astype(np.int32))
         self.writer.write(rows.append_column("unit", unit))
         self.examples.append(part.first + np.flatnonzero(kept))
         self.lengths.append(part.lengths[kept])
@@ -338,22 +340,22 @@ class _Encoding:
             use: _UseWriter(folder / f"{use}.arrow", chosen)
             for (_, use), chosen in self.split.masks.items()
         }
-        of_table: dict[str, list[str]] = {}
+        serves: dict[str, list[str]] = {}  # use that was read -> uses that it is for
         for read, use in self.split.masks:
-            of_table.setdefault(read, []).append(use)
+            serves.setdefault(read, []).append(use)
         encoder = Encoder(self.task, self.processor, self.facts, self.run_file, self.split.files)
         reported, count = time.monotonic(), 0
-        for part in in_order(encoder, self._work(), worker_count(self.run_file.data)):
-            for use in of_table[part.use]:
+        for part in in_order(encoder, self._jobs(), worker_count(self.run_file.data)):
+            for use in serves[part.use]:
                 writers[use].add(part)
-            self._count_lost(part, of_table[part.use])
+            self._count_lost(part, serves[part.use])
             count += len(part.counts)
             if time.monotonic() - reported > _SECONDS_BETWEEN_LINES:
                 reported = time.monotonic()
                 print(f"data: {count:,} rows encoded", file=sys.stderr, flush=True)
         return writers
 
-    def _work(self) -> Iterator[_EncodeJob]:
+    def _jobs(self) -> Iterator[_EncodeJob]:
         for use, examples in self.split.examples.items():
             first = 0
             for batch in examples.rows.table.to_batches():
@@ -364,7 +366,7 @@ class _Encoding:
         for what, lost in (("dropped", part.dropped), ("truncated", part.truncated)):
             for n, reason, place in lost:
                 use = next((u for u in uses if self.split.masks[part.use, u][part.first + n]), None)
-                if use is None:  # a leak, which is counted elsewhere
+                if use is None:  # removed as a leak, which `data.prepare` counts
                     continue
                 count = getattr(self.census, "general" if use == "replay" else use)
                 count.count_lost(reason, place, what=what)
@@ -372,8 +374,10 @@ class _Encoding:
                     count.samples_without_supervision += 1
 
     def _mix(self, writer: _UseWriter) -> tuple[np.ndarray, int]:
-        """bool (units,): units that are trained on, so that each source contributes its fraction of
-        the tokens; and the number of their tokens."""
+        """Choose units so that each source of `data.train` contributes its fraction of the tokens.
+
+        Returns bool (units,), those that are trained on, and the number of their tokens.
+        """
         examples, lengths = np.concatenate(writer.examples), np.concatenate(writer.lengths)
         fractions = self.split.fractions
         if not fractions:
@@ -394,12 +398,12 @@ class _Encoding:
         replay = self.run_file.data.replay or 0.0
         wanted = replay / (1 - replay) * tokens
         examples, lengths = np.concatenate(writer.examples), np.concatenate(writer.lengths)
-        there = int(lengths.sum())
-        if there < 0.99 * wanted:
+        available = int(lengths.sum())
+        if available < 0.99 * wanted:
             raise UserError(
                 f"data.replay: {replay:g} needs {wanted:,.0f} tokens of general text; data.general "
-                f"has {there:,} that are not held out: lower it to "
-                f"{there / (there + tokens):.3f}, or add text"
+                f"has {available:,} that are not held out: lower it to "
+                f"{available / (available + tokens):.3f}, or add text"
             )
         keys = self.split.examples["general"].rows.column("key")[examples]
         chosen = take(lengths, ranks(keys, self.run_file.seed), wanted)

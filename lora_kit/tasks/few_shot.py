@@ -22,7 +22,7 @@ def choose_examples(
     truncated to it; longer conversations are skipped.
 
     Args:
-        longest: tokens of the longest evaluated row. room: positions of the base.
+        longest: tokens of the longest evaluated row. room: context length of the base.
     """
     share = (room - longest) // max(1, shots)
     chosen: list[list[int]] = []
@@ -40,7 +40,7 @@ def after_examples(rows: Rows, examples: list[list[int]], opening: list[int]) ->
     """Held-out rows with the examples prepended; labels, units and bytes stay the same.
 
     Args:
-        opening: tokens that occur only once, at the start of a conversation.
+        opening: tokens that are written once per conversation, at its start (see `opening`).
     """
     longer = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Loss per unit, and greedy generation."""
+"""Evaluating in batches on all ranks: loss per unit, any function of rows, greedy generation."""
 
 from __future__ import annotations
 
@@ -98,8 +98,9 @@ def each_row(
     of: Callable[[torch.nn.Module, Batch], torch.Tensor],
     what: str,
 ) -> np.ndarray:
-    """Apply a function to all rows in batches: (rows, width) in its dtype. Rows are sorted by
-    length, to reduce padding, and distributed over the ranks; every rank returns all results.
+    """Apply a function to all rows in batches, in evaluation mode: (rows, width) in its dtype. Rows
+    are sorted by length, to reduce padding, and distributed over the ranks; every rank returns all
+    results, in the order of the rows.
 
     Args:
         lengths, rows_at_once: as in `batches_of`.
@@ -157,7 +158,7 @@ def _row_nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     import torch
 
     nats = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
-    # (labels, 2): row and place of each
+    # Pieces of (labels, 2): row and position of each label.
     for places in (targets != IGNORED).nonzero().split(max(1, _PIECE // logits.shape[-1])):
         row, place = places.unbind(1)
         some = torch.nn.functional.cross_entropy(
@@ -189,7 +190,7 @@ def batches_of(model: torch.nn.Module, lengths: np.ndarray, rows_at_once: int) -
 
 
 def positions(model: torch.nn.Module) -> int:
-    """Longest row that the base supports; a large number if it states none."""
+    """Context length of the base, in tokens; a large number if its config states none."""
     return (
         getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
         or 2**31
@@ -245,8 +246,7 @@ def generate_ids(
         length = min(max_new_tokens, room - width)
         rows = max(1, min(at_once, TOKENS_AT_ONCE // (width + length)))
         chosen, waiting = waiting[:rows], waiting[rows:]
-        # (prompts, longest prompt)
-        ids = torch.full((len(chosen), width), pad, device=device)
+        ids = torch.full((len(chosen), width), pad, device=device)  # (prompts, longest prompt)
         mask = torch.zeros_like(ids)
         for row, n in enumerate(chosen):
             start = width - len(prompts[n])

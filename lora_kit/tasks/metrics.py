@@ -26,12 +26,12 @@ _UNSPACED = re.compile(
     "([\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff])"
 )
-# A minus before a number, a point in it.
+# The minus of a negative number and the decimal point: kept when punctuation is removed.
 _SIGN = re.compile(r"(?<!\w)-(?=\d)|(?<=\d)\.(?=\d)")
 _LESS_IS_BETTER = {"cer", "charcut", "character", "mae", "mape", "mse", "perplexity", "ter", "wer"}
-_PROBE = "the answer to this question is forty-two"
+_PROBE = "the answer to this question is forty-two"  # a metric is tried on before training
 
-VERDICTS = {"domain", "general", "few_shot", "scratch"}
+VERDICTS = {"domain", "general", "few_shot", "scratch"}  # names in `verdict` of report.json
 Metric = Callable[[str, str], float]
 
 

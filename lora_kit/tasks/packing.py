@@ -63,7 +63,11 @@ def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list
 
 class Packed:
     """Packed rows: `input_ids`, `labels` and `position_ids`, which start at 0 in each document. The
-    first token of a document is not predicted from the previous document."""
+    first label of a document is ignored: its token would be predicted from another document.
+
+    Args:
+        room: most tokens of a packed row.
+    """
 
     def __init__(self, rows: Rows, room: int) -> None:
         self.rows = rows
@@ -92,7 +96,7 @@ class Packed:
 
     @property
     def fill(self) -> float:
-        """The share of the rows that is not empty."""
+        """The share of all positions, `room` per row, that hold a token."""
         return float(self.sizes.sum()) / max(1, len(self.bins) * self.room)
 
 

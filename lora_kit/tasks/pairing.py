@@ -1,5 +1,5 @@
 """Prompt use: do completions depend on their prompts? This control catches shuffled labels: a model
-trained on them learns which completions occur, so its loss still falls."""
+trained on them learns how frequent each completion is, so its loss still falls."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def prompt_use(model: PeftModel, pad_id: int, questions: list[Question], seed: i
 
     Returns:
         {"rows", "base", "adapted", "ci95" of the adapted one, "blind"}, nats per token. Blind: the
-        interval includes 0, or (with 95% confidence) it is below KEPT times the base's, which does
-        not happen when training on true pairs. None if fewer than 20 completions can be paired with
-        another prompt.
+        interval is not above 0, or the adapted model's prompt use is below KEPT times the base's
+        (with 95% confidence), which does not happen when training on true pairs. None if fewer than
+        20 completions can be paired with another prompt.
     """
     own, other = pairs(questions)
     if len(own) < FEWEST_TO_EVALUATE:
         return None
     adapted = measure(model, other, pad_id).nats - measure(model, own, pad_id).nats
     with model.disable_adapter():
-        right = measure(model, own, pad_id)
-        base = measure(model, other, pad_id).nats - right.nats
-    low, high = interval(adapted, right.tokens, seed)
-    lost = interval(adapted - KEPT * base, right.tokens, seed)[1] < 0
-    tokens = right.tokens.sum()
+        base_own = measure(model, own, pad_id)
+        base = measure(model, other, pad_id).nats - base_own.nats
+    low, high = interval(adapted, base_own.tokens, seed)
+    lost = interval(adapted - KEPT * base, base_own.tokens, seed)[1] < 0
+    tokens = base_own.tokens.sum()
     return {
         "rows": len(own),
         "base": round(float(base.sum() / tokens), 4),
@@ -65,13 +65,13 @@ def pairs(questions: list[Question]) -> tuple[Rows, Rows]:
     for n, (prompt, answer) in enumerate(questions):
         following = [*questions[n + 1 :], *questions[:n]]
         fitting = (p for p, a in following if a != answer and len(p + answer) <= longest)
-        before = next(fitting, None)
-        if before:
-            own.append(_after(prompt, answer, len(own)))
-            other.append(_after(before, answer, len(other)))
+        other_prompt = next(fitting, None)
+        if other_prompt:
+            own.append(_row(prompt, answer, len(own)))
+            other.append(_row(other_prompt, answer, len(other)))
     return Rows.of(own), Rows.of(other)
 
 
-def _after(prompt: list[int], answer: list[int], unit: int) -> Row:
+def _row(prompt: list[int], answer: list[int], unit: int) -> Row:
     labels = [IGNORED] * len(prompt) + answer
     return {"input_ids": prompt + answer, "labels": labels, "bytes": 0, "unit": unit}

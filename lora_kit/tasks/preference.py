@@ -56,13 +56,14 @@ if TYPE_CHECKING:
     from lora_kit.tasks.encode import Prepared
 
 SIDES = ("chosen", "rejected")
-_PAIRS_AT_ONCE = 4  # of the longest, in a forward pass without gradients
+_PAIRS_AT_ONCE = 4  # the longest pairs per forward pass without gradients; more of shorter ones
 _PROMPTS = 64  # most held-out prompts to generate for; also limited by prove.answers
 _ROOM = 32  # tokens of a generation beyond the longest completion in the rows
 _MOST_TOKENS = 512  # of a generation
-# Thresholds for degenerate generations.
+# Degenerate generations: this much more of them are unfinished than the reference's; or their mean
+# length is below this share of that of the chosen completions and of the reference's generations.
 _MORE_UNFINISHED = 0.2
-_TOO_SHORT = 0.5  # share of the mean length of chosen completions and of the reference's
+_TOO_SHORT = 0.5
 REFERENCE = "reference"
 _VERSION = 1  # increased whenever the same model and rows give different references
 
@@ -137,7 +138,7 @@ class Preference(Task):
         return rows.sizes("chosen_input_ids") + rows.sizes("rejected_input_ids")
 
     def supervised(self, rows: Rows) -> int:
-        """Labels with a loss, of both sides."""
+        """Number of labels with a loss, of both sides."""
         return sum(labels_with_loss(rows, f"{side}_labels") for side in SIDES)
 
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
@@ -168,8 +169,8 @@ class Preference(Task):
 
     # ------------------------------------------------------------------ training
     def collate(self, processor: Processor, flat: bool = False) -> Collate:
-        """A batch alternates chosen and rejected: 2 * pairs rows, or documents of one row.
-        `counts`: supervised labels of each. `reference`: float64 (pairs, 2)."""
+        """A batch alternates chosen and rejected: 2 * pairs rows, or with `flat` as many documents
+        in one row. `counts`: supervised labels of each. `reference`: float64 (pairs, 2)."""
         join = in_one_row if flat else collator(processor.pad_token_id)
 
         def collate(rows: Sequence[Row]) -> Batch:
@@ -192,7 +193,7 @@ class Preference(Task):
         return collate
 
     def items(self, batch: Batch) -> int:
-        """Pairs."""
+        """The number of pairs."""
         return len(batch["counts"]) // 2
 
     def loss(
@@ -224,7 +225,7 @@ class Preference(Task):
     def score(
         self, model: Any, rows: Rows, processor: Processor, facts: Facts, run: Run
     ) -> list[Score]:
-        """`accuracy` and `margin`. `model`: None for the reference itself."""
+        """`accuracy` and `margin`. `model`: None for the reference itself, whose margins are 0."""
         from lora_kit.adapter.start import as_at_start
 
         margins = np.zeros(len(rows))
@@ -289,7 +290,8 @@ class Preference(Task):
             base, tuned = mean_score(name, before, better), mean_score(name, after, better)
             return compared(base, tuned, run.seed)
 
-        none = Score("kl", divergence * [0.0, 1.0], better="lower")  # of the reference itself
+        # Of the reference to itself: 0 at each token.
+        zero = Score("kl", divergence * [0.0, 1.0], better="lower")
         found = {
             "prompts": len(prompts),
             "room": room,
@@ -300,7 +302,7 @@ class Preference(Task):
             "unfinished": compare(
                 "unfinished", "lower", _unfinished(reference, ends), _unfinished(adapted, ends)
             ),
-            "kl": compared(none, Score("kl", divergence, better="lower"), run.seed),
+            "kl": compared(zero, Score("kl", divergence, better="lower"), run.seed),
         }
         return {"generation": found}
 

@@ -55,7 +55,7 @@ def draw(rows: int, seed: int) -> np.ndarray:
 
 
 def fit(features: np.ndarray, classes: np.ndarray, count: int, seed: int) -> Probe:
-    """Fit by L-BFGS: minimise the mean cross entropy + strength / 2 · ||W||².
+    """Fit by L-BFGS: minimise the mean cross entropy + strength / 2 · ||W||², W without the bias.
 
     The strength is chosen by the one-standard-error rule of cross-validation (Hastie, Tibshirani
     and Friedman 2009, section 7.10).
@@ -78,9 +78,9 @@ def fit(features: np.ndarray, classes: np.ndarray, count: int, seed: int) -> Pro
             predicted[number, held_out] = _logits(x[held], weight).argmax(1).numpy()
     shares = (predicted == classes[some]).mean(1)
     best = shares.max()
-    enough = best - np.sqrt(best * (1 - best) / len(some))
-    chosen = int(np.argmax(shares >= enough))
-    *_, weight = _path(x, y, count, _STRENGTHS[: chosen + 1])
+    enough = best - np.sqrt(best * (1 - best) / len(some))  # one standard error below
+    chosen = int(np.argmax(shares >= enough))  # the strongest penalty that is good enough
+    *_, weight = _path(x, y, count, _STRENGTHS[: chosen + 1])  # warm starts, then the chosen one
     strength = float(_STRENGTHS[chosen])
     return Probe(weight.numpy(), center, scale, strength, some, predicted[chosen])
 

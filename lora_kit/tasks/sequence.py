@@ -57,7 +57,7 @@ class SequenceBase(Base):
 
 @dataclass(frozen=True)
 class Rule:
-    """A classifier that is not a model, for baselines.
+    """A classifier that is not a model, for baselines: scored in place of one.
 
     Attributes:
         classes: rows -> int64 (rows,), the predicted classes.
@@ -214,18 +214,18 @@ class Classification(Task):
         fitted = probe.fit(features(rows), classes, len(counts), run.seed)
         regression = Rule(lambda some: fitted.classes(features(some)))
         majority = Rule(lambda some: np.full(len(some), most))
-        found = [
+        baselines = [
             Contender("linear_probe", lambda: contextlib.nullcontext(regression)),
             Contender("majority", lambda: contextlib.nullcontext(majority)),
         ]
-        held_out = rows.select(fitted.compared)
+        held_out = rows.select(fitted.compared)  # training rows, held out in cross-validation
 
         def figure(predicted: np.ndarray) -> float:
             scores = self.score(Rule(lambda _: predicted), held_out, processor, facts, run)
             return next(score.figure for score in scores if score.name == self.deciding(run.prove))
 
         of_probe, of_majority = figure(fitted.predicted), figure(majority.classes(held_out))
-        return found if of_probe > of_majority else found[::-1]
+        return baselines if of_probe > of_majority else baselines[::-1]
 
     def _each(
         self,
@@ -234,7 +234,7 @@ class Classification(Task):
         rows: Rows,
         processor: Processor,
     ) -> np.ndarray:
-        """Apply a function to all rows: see `each_row`."""
+        """`of` applied to all rows, in batches: see `each_row`."""
         from lora_kit.tasks.measure import each_row
 
         collate, lengths = self.collate(processor), rows.sizes("input_ids")

@@ -139,7 +139,7 @@ class Task:
         settings: {section: pydantic class}: sections of the run file with this task's own keys,
             each derived from the section's class in `schema`.
         unread: keys such as `data.packing` that this task does not read; setting one is an error.
-            The default lists the keys about generated text.
+            The default lists the keys of language models.
         auto: the auto class of transformers for the model; in the lock, for merge and load.
         general: the task for `data.general`; None: retention is not measured.
         flat: whether `collate(..., flat=True)` concatenates rows without padding.
@@ -181,7 +181,8 @@ class Task:
         return load_tokenizer(pinned.folder, generates=self.auto == CAUSAL)
 
     def facts(self, train: Examples, data: Data) -> Facts:
-        """Facts from the training examples that the model needs, such as label names; plain JSON.
+        """Facts from the training examples that encoding or the model needs, such as label names;
+        plain JSON.
 
         Raises:
             UserError: the examples cannot be trained on, for instance with only one class.
@@ -209,7 +210,7 @@ class Task:
         self, rows: Rows, replayed: Rows | None, processor: Processor, facts: Facts, run: Run
     ) -> Iterable[Row] | None:
         """Training rows made of the encoded ones, such as chunks of concatenated text; None:
-        unchanged. `replayed`: rows of `general` that are also trained on (`data.replay`)."""
+        unchanged. `replayed`: rows encoded by `general`, to train on as well (`data.replay`)."""
         return None
 
     def packing(self, data: Data) -> str:
@@ -218,7 +219,8 @@ class Task:
         return "none"
 
     def annotate(self, rows: Rows, model: torch.nn.Module, processor: Processor, run: Run) -> Rows:
-        """Add columns that need a model, computed once before the first step."""
+        """Add columns that need a model, computed once before the first step. Not called for packed
+        rows."""
         return rows
 
     def tokens(self, rows: Rows) -> np.ndarray:
@@ -226,7 +228,7 @@ class Task:
         return rows.sizes("input_ids")
 
     def supervised(self, rows: Rows) -> int:
-        """Number of labels with a loss."""
+        """Number of labels with a loss; by default one per row."""
         return len(rows)
 
     # ------------------------------------------------------------------ model
@@ -276,7 +278,8 @@ class Task:
         raise NotImplementedError
 
     def items(self, batch: Batch) -> int | torch.Tensor:
-        """The divisor of a batch's loss, an int or a tensor (): number of labels, pairs or rows."""
+        """The divisor of a batch's loss, an int or a tensor (): number of labels, pairs or rows. By
+        default the length of the batch's first value."""
         return len(next(iter(batch.values())))
 
     def loss(
@@ -289,7 +292,7 @@ class Task:
 
     def halve(self, batch: Batch) -> list[tuple[Batch, float]]:
         """A batch in two parts, each with a factor for its loss (1 if `loss` divides by the items
-        of the step); [] if it cannot be halved."""
+        of the step); [] if it cannot be halved. Used if a micro-batch runs out of memory."""
         return []
 
     def groups(self, fresh: Sequence[str]) -> dict[str, Callable[[str], bool]]:

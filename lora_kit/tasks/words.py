@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # The pattern built into ByteLevel.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Libraries differ in which of these are white space.
+# Control characters: Python's `re` and tokenizers differ in which of them are white space.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _MOST_WORDS = 100_000  # 25 MB
 _CHECKED = 256  # one in so many texts is compared with the tokenizer
@@ -45,6 +45,7 @@ class WordEncoding:
 
     @property
     def characters(self) -> int:
+        """Length of the text that the tokens spell."""
         return int(self._ends[-1]) if self.ids else 0
 
     def char_to_token(self, position: int) -> int | None:
@@ -136,7 +137,7 @@ def _words_of(tokenizer: Tokenizer) -> _Words | None:
     pattern = _pattern_of(parts["pre_tokenizer"])
     strips = any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added)
     # Normalized and unnormalized added tokens would need two passes.
-    pattern = pattern and _ascii(pattern)
+    pattern = pattern and _ascii_pattern(pattern)
     if not pattern or strips or len({t["normalized"] for t in added}) > 1:
         return None
     names = tokenizer.get_vocab(with_added_tokens=True)
@@ -146,7 +147,7 @@ def _words_of(tokenizer: Tokenizer) -> _Words | None:
     return _Words(tokenizer.model, pattern, {t["content"]: t["id"] for t in added}, sizes)
 
 
-def _ascii(pattern: str) -> str | None:
+def _ascii_pattern(pattern: str) -> str | None:
     """An equivalent pattern for ASCII text that `re` supports, or None."""
     classes = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9"}
     inside, parts = False, []
@@ -165,7 +166,7 @@ def _ascii(pattern: str) -> str | None:
 
 
 def _pattern_of(pre_tokenizer: Json | None) -> str | None:
-    """The regular expression that splits text into words; None if it is not split so."""
+    """The regular expression that splits text into words; None if another rule splits it."""
     if pre_tokenizer is None:
         return None
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])

@@ -3,5 +3,5 @@
 In come the run file, the pinned base, the rows of `tasks.encode` and a model with its adapter; out
 go runs/<name>/adapter, the completed lock file, and the trainer with what the guards observed. A
 recipe calls, in this order, `Journey` (journey.py), `choose` (strategies.py), `make_trainer` and
-`fit` (trainer.py), `save_run` (save.py). guards.py is what makes any Trainer safe.
+`fit` (trainer.py), `save_run` (save.py). guards.py adds the safety checks to any Trainer class.
 """

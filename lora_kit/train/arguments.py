@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Fields of `train:` that TrainingArguments does not have.
 _NOT_UPSTREAM = {"trainable", "top_layers", "max_length", "early_stopping_patience"}
-# Fields that are not handed on as they are: the guards track the best checkpoint and limit sealed
-# ones; max_steps and eval_steps are translated below.
+# Fields that are not passed on unchanged: the guards track the best checkpoint and delete old ones;
+# max_steps and eval_steps are translated below.
 _NOT_HANDED_ON = {"max_steps", "eval_steps", "save_total_limit", "load_best_model_at_end"}
 
 
@@ -41,15 +41,15 @@ def training_arguments(
     from transformers import TrainingArguments
 
     train = run.train
-    made = arguments_class or TrainingArguments
-    known = {field.name for field in dataclasses.fields(made)}
+    upstream = arguments_class or TrainingArguments
+    known = {field.name for field in dataclasses.fields(upstream)}
     values = train.model_dump(exclude=_NOT_UPSTREAM | _NOT_HANDED_ON)
     for name in values.keys() - known - Train.model_fields.keys():
         del values[name]  # a key that only the task reads
     values |= planned or {}
     if "max_length" in known:  # TRL truncates rows as well; ours are truncated already
         values["max_length"] = train.max_length
-    arguments = made(
+    arguments = upstream(
         output_dir=str(checkpoints),
         max_steps=train.max_steps or -1,
         eval_strategy="steps" if train.eval_steps else "no",
@@ -67,11 +67,11 @@ def training_arguments(
         dataloader_pin_memory=gpu_is_used(),
         ddp_find_unused_parameters=False,
         label_names=["labels"],
-        remove_unused_columns=False,  # else position_ids
+        remove_unused_columns=False,  # it would drop position_ids
         **values,
     )
-    # With several visible GPUs one process would use DataParallel and multiply the batch size; here
-    # each GPU has a process. Reading `device` sets the private field that is overwritten.
+    # With several visible GPUs a single process would use DataParallel and multiply the batch size;
+    # here each process uses one GPU. Reading `device` first sets `_n_gpu`, which is overwritten.
     if arguments.device is not None:
         arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -92,14 +92,14 @@ def check_installed(run: Run, arguments_class: type[TrainingArguments] | None = 
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-    made = arguments_class or TrainingArguments
+    upstream = arguments_class or TrainingArguments
     adapter = {k: v for k, v in run.adapter if k not in OWN_ADAPTER_FIELDS}
-    fields = {field.name for field in dataclasses.fields(made)}
-    # A task's own key may be read by its loss only.
-    expected = Train.model_fields.keys() - _NOT_UPSTREAM | fields
+    fields = {field.name for field in dataclasses.fields(upstream)}
+    # A task's own keys are not checked unless upstream has them: its loss may read them.
+    expected = (Train.model_fields.keys() - _NOT_UPSTREAM) | fields
     train = {k: v for k, v in run.train if k in expected}
     problems = _not_accepted("adapter", adapter, LoraConfig)
-    problems += _not_accepted("train", train, made)
+    problems += _not_accepted("train", train, upstream)
     for name in run.train.report_to:
         packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
         if not any(map(find_spec, packages)):

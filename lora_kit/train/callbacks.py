@@ -1,4 +1,4 @@
-"""What is counted and shown of a training: tokens and seconds, metrics.jsonl, progress."""
+"""Callbacks that measure and report: tokens and seconds, metrics.jsonl, the progress bar."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Metrics(TrainerCallback):
 
 
 def _number(value: object) -> float | None:
-    """A logged value for JSON; None if it is no finite number."""
+    """A logged value for JSON; None unless it is a finite number."""
     if not isinstance(value, Real) or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(value)
@@ -94,7 +94,7 @@ class Meter(TrainerCallback):
         self.seconds = 0.0
         self._tokens_before, self._seconds_before = 0, 0.0
         self._tokens_here: torch.Tensor | int = 0  # on this rank, on its device
-        self._counted_to = 0.0
+        self._counted_to = 0.0  # time up to which `seconds` are counted
 
     def resume(self, tokens: int, seconds: float) -> None:
         """Continue from the counts of a checkpoint."""
@@ -116,7 +116,8 @@ class Meter(TrainerCallback):
         return self._tokens_before + int(self.accelerator.reduce(here, "sum").item())
 
     def figures(self) -> dict[str, float]:
-        """Values for a logged step; a collective operation."""
+        """Values for a logged step: totals of the run, and the mean tokens per second since this
+        process began to train. A collective operation."""
         tokens = self.tokens()
         here, spent = tokens - self._tokens_before, self.seconds - self._seconds_before
         return {

@@ -123,8 +123,8 @@ def create(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -
 
 
 def write_run_files(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -> None:
-    """Write run.yaml and these entries of run.lock.json; on resume again, since some keys may
-    change, and data and base may have moved. Atomic, since other ranks read them."""
+    """Write run.yaml and these entries of run.lock.json. Called again on resume: some keys may have
+    changed, and data and base may have moved. Atomic, since other ranks read the files."""
     path = run.directory
     # With the base's commit, so that the file alone reproduces the run.
     base = run.base.model_copy(update={"revision": pinned.revision})
@@ -138,20 +138,20 @@ def write_run_files(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries
 
 
 def remove(directory: Path) -> None:
-    """Remove the directory of a run that has not trained yet."""
+    """Remove the directory of a run that has not trained yet, and parents that are empty then."""
     shutil.rmtree(directory, ignore_errors=True)
-    for parent in directory.parents:  # also runs/ and folders in it, if empty
+    for parent in directory.parents:  # runs/, and folders in it for a name such as a/b
         if parent == Path(".") or any(parent.iterdir()):
             return
         parent.rmdir()
 
 
 def check_start(adapter: Adapter, pinned: Pinned, auto: str, labels: Sequence[str]) -> None:
-    """Check that the adapter to start from is one of this base and of these classes: it fits any
-    base of the same shapes, and a head any classes of the same number.
+    """Check that the adapter to start from was trained on this base, for these classes. Without the
+    check it would load into any base of the same shapes, with any classes of the same number.
 
     Args:
-        auto: the class of transformers that loads the model. labels: its classes, in order.
+        auto: the auto class of transformers. labels: the names of the classes, in order.
 
     Raises:
         UserError: it is not.
@@ -181,7 +181,7 @@ def check_same(run: Run, task: Task, pinned: Pinned, hashes: Mapping[str, str]) 
     """Check that a run is resumed with the settings it was started with.
 
     Args:
-        task: its keys are compared, too. hashes: of the data, by source.
+        task: for its own keys of the run file. hashes: of the data, by source.
 
     Raises:
         UserError: the run does not exist, is finished, or differs in seed, data, batch,
@@ -215,8 +215,8 @@ def check_same(run: Run, task: Task, pinned: Pinned, hashes: Mapping[str, str]) 
         if key in _NOT_HASHED:
             same = _moved(first, second)
         else:
-            contents = _by_content(first, recorded_hash), _by_content(second, hashes.get)
-            same = key.startswith("data.") and contents[0] == contents[1]
+            old, new = _by_content(first, recorded_hash), _by_content(second, hashes.get)
+            same = key.startswith("data.") and old == new
         if not same:
             problems.append(f"{key} was {first!r}, is now {second!r}")
     if lock["batch"]["processes"] != processes():
@@ -233,7 +233,7 @@ def check_same(run: Run, task: Task, pinned: Pinned, hashes: Mapping[str, str]) 
 
 
 def _moved(first: object, second: object) -> bool:
-    """Whether two values name a file and the place that it was moved to."""
+    """Whether a file was moved: both paths have the same name, and the first no longer exists."""
     if not isinstance(first, str) or not isinstance(second, str):
         return False
     return Path(first).name == Path(second).name and not Path(first).exists()

@@ -7,7 +7,7 @@
 Guarded training takes the same steps as unguarded training. It stops before NaN reaches the
 weights, after the step in which a signal arrives, and on early stopping; it seals checkpoints,
 keeps the best one, counts tokens and seconds, splits micro-batches that run out of memory, and is
-audited: every tensor that should train is checked for gradients.
+audited (`adapter.audit`): every tensor that should train must receive gradients and change.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ _ROLLOUT = "rollout_{rank}.pt"  # sampled and not yet used completions (GRPO, RL
 
 
 class GuardState:
-    """State of the guards, as `trainer.guard`: in one attribute, so that none of its names is one
-    of the trainer's.
+    """State of the guards, as `trainer.guard`: a single attribute cannot clash with the trainer's.
 
     Attributes:
         directory: the run directory.
@@ -84,7 +83,7 @@ class Guards(Trainer):
     Args:
         directory: the run directory, for messages and files; `options["args"]` names the one for
             checkpoints.
-        groups: {name: which tensors must train}.
+        groups: {group: whether a parameter belongs to it}; each must train (`Task.groups`).
         options: of the trainer.
     """
 
@@ -119,14 +118,15 @@ class Guards(Trainer):
         model.train()  # GRPO samples in _prepare_inputs, depending on the mode
         batch = MicroBatch(self._prepare_inputs(inputs))
         self.guard.meter.count(batch)
-        turn = getattr(self, "_step", None)  # all parts of a batch use the same sampled batch
+        # GRPO and RLOO count calls; all parts of a micro-batch must use the same sampled batch.
+        sampled = getattr(self, "_step", None)
         prefix = self.guard.prefix
 
         def step(part: MicroBatch) -> torch.Tensor:
-            if turn is not None:
-                self._step = turn
+            if sampled is not None:
+                self._step = sampled
             given = MicroBatch(part, part.factor)  # a copy, since SFTTrainer adds keys
-            # `numbers` are the row indices of the batch.
+            # `numbers` are the row indices of the batch; parts of a halved one have none.
             frozen = prefix.batch(given.get("numbers", ())) if prefix else contextlib.nullcontext()
             with frozen:
                 return super(Guards, self).training_step(model, given, num_items_in_batch)
@@ -202,8 +202,8 @@ class Guards(Trainer):
         """The mean loss over all items of the held-out rows: sum of `task.loss` / sum of
         `task.items`.
 
-        It does not depend on batch size and number of ranks; transformers' is a mean over batches,
-        of which the last may be smaller. All ranks must call it.
+        It does not depend on batch size and number of ranks; transformers takes the mean of
+        batch means, of which the last may be of fewer rows. All ranks must call it.
 
         Raises:
             CheckFailed: it is NaN or infinite.
@@ -216,8 +216,8 @@ class Guards(Trainer):
         sums = torch.zeros(2, dtype=torch.float64, device=args.device)  # losses, items
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
-            for turn in range(0, len(starts), ranks):
-                mine = turn + args.process_index
+            for first_of_round in range(0, len(starts), ranks):
+                mine = first_of_round + args.process_index
                 # Every rank runs the same number of batches, as a sharded model needs.
                 first = starts[min(mine, len(starts) - 1)]
                 chosen = [rows[number] for number in order[first : first + size].tolist()]
@@ -239,7 +239,7 @@ class Guards(Trainer):
         super().log(logs, start_time)
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
-        """Prevents one more step in a run that is resumed after its last step."""
+        """Prevents one more step in a run that is resumed after its last step or early stopping."""
         stopped = stopped_early(self.state, self.guard.run.train.early_stopping_patience)
         if stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -360,7 +360,7 @@ def best_step(state: TrainerState) -> int | None:
 
 
 def stopped_early(state: TrainerState, patience: int | None) -> bool:
-    """Whether train.early_stopping_patience was exceeded before the last step."""
+    """Whether the last `patience` evaluations did not improve eval_loss, before the last step."""
     best = best_step(state)
     if patience is None or best is None or state.global_step >= state.max_steps:
         return False

@@ -41,9 +41,10 @@ class Halving:
     Args:
         halve: `Task.halve`: batch -> two halves, each with the factor on its loss; [] if it cannot
             be halved.
-        trained: the parameters that get gradients.
+        trained: the trainable parameters, whose gradients are restored after an aborted pass.
         allowed: False if several processes would have to halve together.
-        by_length: also split batches with a third or more padding; `halve` must sort by length.
+        by_length: also split batches that are a third or more padding, to compute less of it;
+            `halve` must sort rows by length.
 
     Attributes:
         times: how often each micro-batch is halved now.
@@ -85,7 +86,7 @@ class Halving:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        # Outside of the handler, whose traceback keeps activations alive.
+        # Retried outside of the handler, since its traceback keeps activations alive.
         if loss is None:
             for parameter, grad in zip(self._trained, before, strict=True):
                 parameter.grad = grad
@@ -96,7 +97,7 @@ class Halving:
         return loss
 
     def _in_halves(self, part: MicroBatch, step: Step, halved: int) -> torch.Tensor:
-        """Run a part that had no room in two halves, and the following micro-batches as well."""
+        """Run a part that ran out of memory in two halves; halve later micro-batches beforehand."""
         halves = self._halves(part)
         if halved == MOST or not halves:
             raise UserError(_NO_MEMORY.format(times=halved))

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: stop at the end of the step, after saving; exit with the parent."""
+"""SIGINT and SIGTERM: finish the step, save and stop. Also: exit when the parent process exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The context of a recipe's steps: signals, the run directory, the lock file on resume."""
+"""The context of a recipe's steps: signal handling, the run directory, and its lock file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SAMPLE_TOKENS = 48
 
 
 class Journey:
-    """One run of a recipe.
+    """One run of a recipe, from its first step to its report.
 
     >>> with Journey(run, TASK, resume) as journey:  # doctest: +SKIP
     ...     pinned = pin(run.base, journey.lock)
@@ -51,7 +51,7 @@ class Journey:
         self._created = False
 
     def say(self, text: str) -> None:
-        """A line for people, on stderr, once for all ranks."""
+        """Print a line to stderr, on rank 0 only."""
         directory.say(text)
 
     def __enter__(self) -> Journey:
@@ -65,8 +65,8 @@ class Journey:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        users = isinstance(error, LoraKitError) and not isinstance(error, CheckFailed)
-        if users and self._created and not any(self.run.directory.glob("checkpoints/*")):
+        user_error = isinstance(error, LoraKitError) and not isinstance(error, CheckFailed)
+        if user_error and self._created and not any(self.run.directory.glob("checkpoints/*")):
             directory.remove(self.run.directory)
         self._listening.__exit__(None, None, None)
 
@@ -74,10 +74,10 @@ class Journey:
         """Create the run directory, or open the one to resume; print the census and a sample.
 
         Raises:
-            UserError: it exists; or it is to be continued, and does not, is finished, or differs
-                in a key that decides the result; or the adapter to start from belongs to another
-                base or other classes; or rows are longer than the base's positions go.
-            CheckFailed: not as many processes run as were asked for.
+            UserError: the directory of a new run exists; the run to resume does not exist, is
+                finished, or differs in a key that affects the result; the adapter to start from is
+                of another base or other classes; or `train.max_length` exceeds the base's context.
+            CheckFailed: the number of processes is not the requested one.
         """
         run, task = self.run, self.task
         directory.check_processes(directory.processes())

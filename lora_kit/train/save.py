@@ -1,8 +1,8 @@
-"""What a training saves: checkpoints with a seal, and the adapter at its end.
+"""What training saves: sealed checkpoints, and the adapter at the end.
 
-The seal is written last and lists every file with its sha256. A run never resumes from a checkpoint
-that is incomplete or was changed; transformers would silently use it, with a fresh optimizer or
-wrong weights.
+The seal of a checkpoint is written last and lists every file with its sha256. A run never resumes
+from a checkpoint that is incomplete or was changed; transformers would silently use it, with a
+fresh optimizer or wrong weights.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def newest_intact(directory: Path) -> Checkpoint:
 
 def _newest_first(checkpoints: Path) -> list[Path]:
     """The checkpoint folders of a run, sealed or not, newest first."""
-    folders = [f for f in checkpoints.glob("checkpoint-*") if f.name[11:].isdigit()]
-    return sorted(folders, key=lambda folder: -int(folder.name[11:]))
+    folders = [f for f in checkpoints.glob("checkpoint-*") if f.name.partition("-")[2].isdigit()]
+    return sorted(folders, key=lambda folder: -int(folder.name.partition("-")[2]))
 
 
 def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
@@ -109,7 +109,8 @@ def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
 
 
 def checkpoint_bytes(trainable: int, keep: int, optim: str) -> int:
-    """Disk space of the kept checkpoints and the adapter: fp32 weights and optimizer state.
+    """Bytes on disk of the kept checkpoints and the adapter: fp32 weights and optimizer state, and
+    1 MiB per checkpoint for its other files.
 
     AdamW has two states per parameter (8 bytes in fp32, 2 bytes in 8-bit). While a checkpoint is
     written there is one more than `keep`.

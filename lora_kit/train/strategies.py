@@ -1,8 +1,9 @@
 """Strategies: which parts of a model train, as set by keys of `train:`.
 
-A strategy is chosen before the adapter is attached. It adjusts the adapter and names the groups of
-tensors that train, which the audit checks. The frozen prefix and the memory plan read it from the
-model. A new strategy is a class here and keys in `schema.Train`.
+A strategy is chosen before the adapter is attached. It adjusts `adapter:` and selects the groups of
+tensors that train, which the audit checks. Once it is attached, the frozen prefix and the memory
+plan only look at `requires_grad` of the parameters. A new strategy is a function here, a class as
+well if other groups train, and keys in `schema.Train`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Strategy:
-    """LoRA in all target modules, and the fresh modules of a task: the default.
+    """What trains. By default LoRA in all target modules, and the fresh modules of a task: those
+    without weights in the base's files, such as a new head.
 
     Attributes:
         adapter: `adapter:` of the run file, adjusted for `attach`.
@@ -31,7 +33,7 @@ class Strategy:
     adapter: Adapter
 
     def groups(self, groups: Groups) -> Groups:
-        """The groups of the task that train."""
+        """Those of the task's groups (`Task.groups`) that train; here all of them."""
         return groups
 
 

@@ -31,12 +31,12 @@ from lora_kit.train.strategies import Strategy
 if TYPE_CHECKING:
     from lora_kit.tasks.encode import Prepared
 
-# A rule of thumb, no known bound. A parameter stores about 2 bits (Allen-Zhu & Li 2024,
+# A rule of thumb, not a known bound. A parameter stores about 2 bits (Allen-Zhu & Li 2024,
 # arXiv:2404.05405), so almost any adapter could memorize its rows, and most still generalize:
 # 750,000 tokens in 15 epochs were enough for full fine-tuning of 65B parameters (LIMA: Zhou et al.
 # 2023, arXiv:2305.11206). So the warning is for runs far below the usual: with 42M parameters
-# (8B, r = 16), 2,000 completions of 150 tokens in 3 epochs are one label per 47 parameters; 90
-# completions are one per 1,000.
+# (8B, r = 16), 2,000 completions of 150 tokens in 3 epochs are one supervised token per 47
+# parameters; 90 completions are one per 1,000.
 PARAMETERS_PER_LABEL = 1_000
 # Repeated tokens are worth nearly as much as new ones up to 4 epochs, and little beyond 16
 # (Muennighoff et al. 2023, arXiv:2305.16264).
@@ -74,18 +74,18 @@ def make_trainer(
     pooling = getattr(model, "pooling", None)
     add_to_lock(directory, fresh=list(fresh), **({"pooling": pooling} if pooling else {}))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    keep = run.train.save_total_limit + bool(run.train.eval_steps)  # the best one
+    keep = run.train.save_total_limit + bool(run.train.eval_steps)  # and the best checkpoint
     needed = checkpoint_bytes(trainable, keep, run.train.optim)
     check_room(directory, needed, "lower train.save_total_limit")
 
-    # The batch that the plan chose.
+    # The trainer's arguments, with the batch that the plan chose.
     choice: Choice | None = plan.choice if plan and run.speed == "auto" else None
     planned = _planned(choice) if choice else {}
     trainer_class, arguments_class = task.classes()
     arguments = training_arguments(run, directory / "checkpoints", planned, arguments_class)
 
-    # The arithmetic. TRL's trainers patch the model's forward themselves.
-    flat = False
+    # The fast paths. Not with TRL's trainers, which patch the model's forward themselves.
+    flat = False  # batches without padding
     if has_own_loss(task):
         if not (base_is_sharded() or getattr(model, "is_quantized", False)):
             # Fast paths are tested, and references computed, on the training device.
@@ -132,27 +132,27 @@ def _planned(choice: Choice) -> dict[str, object]:
 def _make_fast(
     task: Task, run: Run, model: torch.nn.Module, processor: Processor, data: Prepared
 ) -> bool:
-    """Install the fast paths and report what uses the standard path. Returns whether batches are
-    without padding."""
+    """Install the fast paths and report which parts use the standard path, and why. Returns whether
+    batches are without padding."""
     if base_is_sharded():
         say("speed: standard path, since the base is sharded")
         return False
     if task.flat:
-        plain = make_fast(model, documents_loss(model, collator(0), in_one_row))
+        standard = make_fast(model, documents_loss(model, collator(0), in_one_row))
     else:
         rows = data.rows("train")
         first = [rows[number] for number in range(min(2, len(rows)))]
-        plain = make_fast(model, _loss_of(first, task, run, model, processor), FOR_ANY_MODEL)
-    if plain:
-        parts = "; ".join(f"{part} ({why})" for part, why in plain.items())
+        standard = make_fast(model, _loss_of(first, task, run, model, processor), FOR_ANY_MODEL)
+    if standard:
+        parts = "; ".join(f"{part} ({why})" for part, why in standard.items())
         say(f"speed: standard path for {parts}")
-    return task.flat and "attention" not in plain
+    return task.flat and "attention" not in standard
 
 
 def _loss_of(
     rows: Sequence[Row], task: Task, run: Run, model: torch.nn.Module, processor: Processor
 ) -> FixedLoss:
-    """The loss of rows, to compare the paths on."""
+    """The loss of these rows, to compare fast and standard path on; never without padding."""
     collate = task.collate(processor)
     assert collate is not None  # a task with its own loss has a collator
     batch = send_to_device(collate(rows), next(model.parameters()).device)
@@ -169,7 +169,7 @@ def _rows_and_collator(
 ) -> dict[str, Any]:
     """The trainer's arguments that depend on the rows and on the task."""
     train: Any = data.train
-    if not isinstance(data.train, Packed):
+    if not isinstance(data.train, Packed):  # only rows that are not packed get more columns
         train = task.annotate(data.train, model, processor, run)
     held_out: Any = None
     if run.train.eval_steps:
@@ -267,7 +267,8 @@ def fit(trainer: Guards, resume: bool) -> None:
             if isinstance(callback, Progress):
                 callback.close()
     signum, step = guard.stop.signum, trainer.state.global_step
-    guard.stop.signum = None  # the next signal interrupts the evaluation
+    # After a signal in the last step the run still completes; the next one interrupts it.
+    guard.stop.signum = None
     if signum is not None and step < trainer.state.max_steps:
         raise Interrupted(
             signum,
