@@ -426,14 +426,16 @@ def _what_would_fit(here: _Planner) -> str:
     both = [four_bits | length for length in lengths]
     tried = [four_bits, *lengths, rank, *both]
     tried += [change | rank for change in [four_bits, *both]]
+    even = ""
     for change in filter(None, tried):
         parts = {name: getattr(run, name).model_copy(update=new) for name, new in change.items()}
         other = replace(here, run=run.model_copy(update=parts), measured=here.machine)
         values = [f"{name}.{key}={new[key]}" for name, new in change.items() for key in new]
         if other.fits(1, other.layers):
             return text + " ".join(values) + " would fit"
-    size = sum(other.memory(1, other.layers).values()) / _MIB
-    return f"{text}{size:,.0f} MiB even with {' '.join(values)}: use a smaller base or more memory"
+        size = sum(other.memory(1, other.layers).values()) / _MIB
+        even = f"{size:,.0f} MiB even with {' '.join(values)}: "
+    return f"{text}{even}use a smaller base or more memory"
 
 
 def free_memory() -> int:

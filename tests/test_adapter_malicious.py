@@ -245,6 +245,7 @@ def test_tensors_that_do_not_belong_there(adapter: Path, change: Any, words: str
         ({"alora_invocation_tokens": [1]}, "`alora_invocation_tokens`"),
         ({"some_new_field": True}, "`some_new_field`"),
         ({"init_lora_weights": "corda"}, "`init_lora_weights`"),
+        ({"init_lora_weights": "lora_ga"}, "`init_lora_weights`"),
         ({"auto_mapping": ["a"]}, "not a JSON object"),
         ({"base_model_name_or_path": 5}, "invalid"),
         ({"target_modules": {"a": 1}}, "invalid"),

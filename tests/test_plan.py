@@ -224,6 +224,16 @@ def test_less_memory_means_smaller_passes_of_the_same_step_then_recomputation(
 
 
 @pytest.mark.slow
+def test_nothing_fits_and_nothing_is_left_to_change(
+    run_file: RunMaker, room: Any, cpt_run: Path
+) -> None:
+    room(1)
+    changes = {"adapter": {"start": str(cpt_run)}, "base.quantize": "nf4", "train.max_length": 64}
+    with pytest.raises(UserError, match="too much; use a smaller base or more memory"):
+        planned(run_file, **changes)
+
+
+@pytest.mark.slow
 def test_nothing_fits_and_what_it_names_does(run_file: RunMaker, room: Any) -> None:
     changes = {"train.max_length": 256}
     one = {"train.per_device_train_batch_size": 1, "train.gradient_checkpointing": True}

@@ -279,7 +279,7 @@ def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 def documents_that_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = attention._blocks
     monkeypatch.setattr(
-        attention, "_blocks", lambda documents, window: plain([sum(documents)], window)
+        attention, "_blocks", lambda documents, *others: plain([sum(documents)], *others)
     )
 
 

@@ -45,6 +45,14 @@ def test_labels_units_and_bytes_stay() -> None:
     assert longer.column("unit").tolist() == [0, 1, 1] and unit_bytes(longer) == [9, 5]
 
 
+def test_labels_stay_with_their_tokens_where_the_opening_is_taken_away() -> None:
+    """With `data.supervise: all`, the tokens of the opening have labels as well."""
+    row = labelled([([7, 8, 20, 21], [IGNORED, 8, 20, 21])], [0], [1])
+    longer = after_examples(row, [[7, 8, 1, 2]], opening=[7, 8])
+    assert longer[0]["input_ids"].tolist() == [7, 8, 1, 2, 20, 21]
+    assert longer[0]["labels"].tolist() == [IGNORED] * 4 + [20, 21]
+
+
 def test_without_an_opening_nothing_is_taken_away() -> None:
     assert concatenated([[1, 2], [1, 3]], []) == [1, 2, 1, 3]
     assert concatenated([[7, 2], [1, 3], [7, 4]], [7]) == [7, 2, 1, 3, 4]

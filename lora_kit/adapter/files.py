@@ -321,7 +321,7 @@ def read_config(folder: Path) -> Json:
     if kind != "LORA":
         raise UserError(f"{file}: peft_type is {kind!r}: only LoRA adapters are supported")
     strange = sorted(key for key in config.keys() - _READ - _DROPPED if config[key])
-    if str(config.get("init_lora_weights")).startswith(("corda", "loftq")):
+    if str(config.get("init_lora_weights")).startswith(("corda", "loftq", "lora_ga")):
         strange.append("init_lora_weights")
     # PEFT would import this module to find the base's class.
     if str(library).split(".")[0] != "transformers":

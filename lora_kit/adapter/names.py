@@ -32,7 +32,7 @@ _MAGNITUDE, _BIAS = "lora_magnitude_vector", "lora_B.bias"
 _SPECIAL = re.compile(rf"(.+)\.({_MAGNITUDE}|{_BIAS}|{_TOKENS})(\.weight)?")
 _WRAPPERS = r"\.(token_adapter|base_layer|modules_to_save)(?=\.)"
 # Initialisations that change the base's weights, which the adapter does not record.
-_TAKES_FROM_BASE = ("pissa", "olora", "lora_ga", "mica")
+_TAKES_FROM_BASE = ("pissa", "olora")
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,11 @@ def compare(
         report["verdict"]["scratch"] = verdict(found["loss"], found["documents"])
     # Only training measures these.
     report |= {name: before.get(name) for name in ("training", "memory", "audit")}
-    chosen = {"best_step": None, "stopped_early": False} | (before.get("overfitting") or {})
-    report["overfitting"] = chosen | report["overfitting"]
+    chosen = before.get("overfitting") or {}
+    report["overfitting"] |= {
+        "best_step": chosen.get("best_step"),
+        "stopped_early": chosen.get("stopped_early", False),
+    }
     bounds = opened.prove.gate or (Gate() if gate else None)
     report["gate"] = check_gate(report, bounds) if bounds else None
     if lost := _lost(before, report):

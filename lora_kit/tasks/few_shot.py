@@ -44,12 +44,14 @@ def after_examples(rows: Rows, examples: list[list[int]], opening: list[int]) ->
     """
     longer = []
     for row in rows:
-        ids = concatenated([*examples, row["input_ids"].tolist()], opening)
-        moved = len(ids) - len(row["input_ids"])
+        own = row["input_ids"].tolist()
+        ids = concatenated([*examples, own], opening)
+        kept = len(own) - len(opening) if own[: len(opening)] == opening else len(own)
         labels = np.full(len(ids), IGNORED)
-        labels[moved:] = row["labels"]
-        # The first token of a row has no label without examples, so it gets none here.
-        labels[moved] = IGNORED
+        start = len(ids) - kept
+        labels[start:] = row["labels"][len(own) - kept :]
+        if kept == len(own):  # its first token has no label without examples, so it gets none here
+            labels[start] = IGNORED
         longer.append({**row, "input_ids": np.array(ids), "labels": labels})
     return Rows.of(longer)
 
