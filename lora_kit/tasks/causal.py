@@ -388,7 +388,7 @@ def _documents(rows: Rows, processor: Processor) -> Iterator[tuple[np.ndarray, R
     Windows of a document and parts of a text (`joins`) are concatenated again."""
     begin = context_token(processor)
     begin = begin if begin == [processor.bos_token_id] else []
-    end = [] if processor.eos_token_id is None else [processor.eos_token_id]
+    end = [processor.eos_token_id]
     parts: list[np.ndarray] = []
     place: Row = {}
     before = unit = -1  # example and unit of the previous row
@@ -410,20 +410,17 @@ def _documents(rows: Rows, processor: Processor) -> Iterator[tuple[np.ndarray, R
 
 def _closed(rows: Rows, processor: Processor, length: int) -> Iterator[Row]:
     """Separate texts, longer ones in windows, each ending with the end-of-text token."""
-    ends = processor.eos_token_id is not None
     for stream, place in _documents(rows, processor):
         if len(stream) < 2:  # a single token predicts nothing
             continue
         left = len(stream) - 1
         for window in _windows(stream, length):
             left -= len(window) - 1
-            last = ends and left == 0
-            yield {**_scored_but_first(window), "bytes": 0, "end_markers": int(last), **place}
+            yield {**_scored_but_first(window), "bytes": 0, "end_markers": int(left == 0), **place}
 
 
 def _running(sources: Sequence[Rows], processor: Processor, length: int) -> Iterator[Row]:
     """All texts concatenated, each ending with the end-of-text token, cut into chunks."""
-    ends = processor.eos_token_id is not None
     # Tokens that are not yet in a chunk, which of them end a text, and the place of the first.
     left, closed = np.zeros(0, np.int32), np.zeros(0, bool)
     left_place: Row = {}
@@ -438,7 +435,7 @@ def _running(sources: Sequence[Rows], processor: Processor, length: int) -> Iter
             if not len(left):
                 left_place = place
             closes = np.zeros(len(stream), dtype=bool)
-            closes[-1] = ends
+            closes[-1] = True
             left, closed = np.concatenate([left, stream]), np.concatenate([closed, closes])
             while len(left) >= length:
                 yield chunk(length)
