@@ -54,7 +54,7 @@ def card(repo, run, base):
         logits = names["logits"].tolist() if "logits" in names else None
         blocks.append({"code": code, "printed": printed.getvalue().strip(), "logits": logits})
     model, tokenizer = lora_kit.load(run, base=base)
-    if opened.labels:
+    if opened.head.labels:
         batch = tokenizer(["a text"], return_tensors="pt")
         with torch.inference_mode():
             found["logits"] = model(**batch).logits.tolist()

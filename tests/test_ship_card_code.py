@@ -141,7 +141,7 @@ def test_the_code_of_a_classifiers_card_names_the_label(
 ) -> None:
     found = of_card(done, f"me/{name}-{form}")
     wanted, base = (torch.tensor(found[key]) for key in ("logits", "base"))
-    label = FinishedRun(runs[name]).labels[int(wanted.argmax())]
+    label = FinishedRun(runs[name]).head.labels[int(wanted.argmax())]
     assert label in SIGNS and (wanted - base).abs().max() > 0.01
     [block] = found["blocks"]
     assert block["printed"] == label

@@ -32,8 +32,7 @@ ALLOWED = {
     ("exec_module", "recipe.py"),  # a recipe
     ("evaluate.load", "metrics.py"),
     ("PeftModel.from_pretrained", "reload.py"),  # an export of ours, by the program that serves it
-    ("import_module", "extracted.py"),  # libraries by names that stand there
-    ("import_module", "text.py"),
+    ("import_module", "text.py"),  # libraries by names that stand there
     ("pickle.loads", "workers.py"),  # what this process wrote for its own workers
     ("torch.load", "guards.py"),  # tensors of a checkpoint of ours
 }
