@@ -1,5 +1,5 @@
-"""The cache of what is computed from data and base (prepared rows, reference log-probabilities, a
-base as GGUF), by a key of everything that it depends on.
+"""A cache on disk of prepared rows, reference log-probabilities, hidden states and GGUF files of
+bases. The key of an entry is a hash of everything that it was computed from.
 
 ~/.cache/lora_kit/<key>/ (or below LORA_KIT_CACHE) appears when it is complete. A lock lets one
 process prepare while others, such as other ranks, wait.

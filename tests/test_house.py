@@ -44,7 +44,7 @@ FILES_TODAY = 120
 RECIPES_TODAY = 4
 # What there is to read, by scripts/measure_code.py: lowered whenever it shrinks. A line is never
 # made denser for it.
-LINES_OF_THE_PACKAGE = 17_563
+LINES_OF_THE_PACKAGE = 17_561
 FILES_A_RECIPE_REACHES, LINES_A_RECIPE_REACHES = 81, 12_205
 ANYS_IN_PUBLIC_SIGNATURES = 31
 LINES_OF_A_FUNCTION = 60

@@ -78,15 +78,13 @@ class Stored:
 
         start, end, _ = slice(first, last).indices(self.rows)
         row_bytes = self.size // max(1, self.rows)
-        buffer = bytearray(row_bytes * (end - start))
+        values = torch.empty(row_bytes * (end - start), dtype=torch.uint8)
         with self.file.open("rb") as opened:
             opened.seek(self.offset + row_bytes * start)
-            if opened.readinto(buffer) < len(buffer):
+            if opened.readinto(values.numpy().data) < len(values):
                 raise UserError(f"{self.file}: truncated: copy it again")
         shape = (end - start, *self.shape[1:]) if self.shape else ()
-        if not buffer:
-            return torch.empty(shape, dtype=torch_dtype(self.dtype))
-        return torch.frombuffer(buffer, dtype=torch_dtype(self.dtype)).reshape(shape)
+        return values.view(torch_dtype(self.dtype)).reshape(shape)
 
     def blocks(self, multiple: int = 1) -> Iterator[slice]:
         """The rows in blocks of about 16 MiB, each of a `multiple` of rows but the last."""
