@@ -142,7 +142,7 @@ def train(
     Example: lora-kit train run.yaml train.max_steps=200 --accelerate cpu
     """
     from lora_kit import trust
-    from lora_kit.launch import start
+    from lora_kit.start import start
 
     trust.say(trust_remote_code)
     start(run_file, overrides or [], accelerate, processes, resume)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import UserError
-from lora_kit.launch import gpu_count, prepare_process, start
+from lora_kit.launch import gpu_count, prepare_process
 from lora_kit.run import read_json, shipped
+from lora_kit.start import start
 
 CPT, SFT, MERGED = Path("runs/demo/cpt"), Path("runs/demo/sft"), Path("runs/demo/merged")
 QUESTION = "What does `zipfile.ZipFile.read` do?"

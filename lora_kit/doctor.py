@@ -91,7 +91,8 @@ def show(found: dict[str, Any]) -> None:
 
 def check_loss(path: Path, overrides: list[str]) -> Json:
     """`lora-kit doctor --loss`: the result of `prove.self_test`."""
-    from lora_kit.launch import prepare_process, read_run, start
+    from lora_kit.launch import prepare_process, read_run
+    from lora_kit.start import start
 
     run, recipe = read_run(path, overrides)
     prepare_process()

@@ -147,6 +147,11 @@ def test_experts_are_named() -> None:
     assert "experts" not in str(taken_in)
 
 
+def test_all_linear_of_some_layers_finds_the_linear_modules_of_gpt2() -> None:
+    model = adapted("gpt2", {"target_modules": "all-linear", "layers_to_transform": [1]})
+    assert coverage(model).modules == {"c_attn": 1, "c_proj": 2, "c_fc": 1}
+
+
 def test_one_layer_of_eight_is_a_problem() -> None:
     pattern = r".*layers\.1\.self_attn\.q_proj"
     model = adapted("llama", {"target_modules": pattern}, num_hidden_layers=8)

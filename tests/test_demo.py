@@ -10,8 +10,8 @@ import pytest
 
 from lora_kit import demo
 from lora_kit.errors import UserError
-from lora_kit.launch import start
 from lora_kit.speed.runtime import float32_is_faster
+from lora_kit.start import start
 
 
 @pytest.mark.slow

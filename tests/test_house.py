@@ -24,6 +24,7 @@ FLOORS = (
     {"prove"},
     {"ship"},
     {"plan", "launch", "preview"},
+    {"start"},
     {"demo", "doctor", "recipe"},
     {"cli"},
 )
@@ -155,7 +156,7 @@ def test_a_broken_import_is_seen(module: str, source: str) -> None:
 def test_allowed_imports_are_not_called_broken() -> None:
     source = "from . import formats\nfrom .rows import Rows\nfrom lora_kit import nano\nimport re"
     assert broken(source, "lora_kit.data.text") == []
-    assert broken("from lora_kit.launch import start\nimport lora_kit", "lora_kit.demo") == []
+    assert broken("from lora_kit.start import start\nimport lora_kit", "lora_kit.demo") == []
     assert broken("from lora_kit.train.save import save_run", "lora_kit.prove.evaluate") == []
     assert broken("from lora_kit.tasks.chat import x", "lora_kit.tasks.preference") == []
     assert broken("import trl, numpy", "lora_kit.tasks.preference") == []

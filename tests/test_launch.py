@@ -14,9 +14,8 @@ import processes
 import pytest
 from processes import left_over, lora_kit, send_when, until
 
-from lora_kit import launch
+from lora_kit import launch, start
 from lora_kit.errors import UserError
-from lora_kit.launch import accelerate_config
 from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.trust import run_module
@@ -52,9 +51,9 @@ def test_accelerate_loads_each_config(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    file = accelerate_config(name)
+    file = start.accelerate_config(name)
     loaded = load_config_from_file(str(file))
-    assert loaded.num_processes == CONFIGS[name] == launch._read_config(file)["num_processes"]
+    assert loaded.num_processes == CONFIGS[name] == start._read_config(file)["num_processes"]
     assert f"--accelerate {name}" in file.read_text() or "my_multi_node.yaml" in file.read_text()
     # Every key of the nested sections is one that the command knows: others are dropped in silence.
     known = set(vars(launch_command_parser().parse_args(["script.py"])))
@@ -66,18 +65,18 @@ def test_accelerate_loads_each_config(name: str) -> None:
 def test_config_that_fits_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for visible, name in (("", "cpu"), ("-1", "cpu"), ("0", "single_gpu"), ("0,1", "multi_gpu")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert accelerate_config(None).stem == name
+        assert start.accelerate_config(None).stem == name
     with pytest.raises(UserError, match="did you mean `cpu_2proc`"):
-        accelerate_config("cpu_2procs")
+        start.accelerate_config("cpu_2procs")
 
 
 def test_own_config_by_path(work: Path) -> None:
     (work / "mine.yaml").write_text("num_processes: 3\nnum_machines: 1\n")
-    values = launch._read_config(accelerate_config("mine.yaml"))
+    values = start._read_config(start.accelerate_config("mine.yaml"))
     assert (values["num_processes"], values["num_machines"]) == (3, 1)
     (work / "mine.yaml").write_text("a list of words")
     with pytest.raises(UserError, match=r"mine\.yaml: not an accelerate config"):
-        launch._read_config(accelerate_config("mine.yaml"))
+        start._read_config(start.accelerate_config("mine.yaml"))
 
 
 def test_printed_command_is_the_one_that_runs(
@@ -90,15 +89,15 @@ def test_printed_command_is_the_one_that_runs(
         (Path(environment[launch.OUTCOME_VARIABLE]) / "0.json").write_text('{"code": 0}')
         return 0, None
 
-    monkeypatch.setattr(launch, "_run_child", child)
+    monkeypatch.setattr(start, "_run_child", child)
     file = run_file()
-    launch.start(file, ["data.columns={prompt: b}"], accelerate="cpu", processes=1)
+    start.start(file, ["data.columns={prompt: b}"], accelerate="cpu", processes=1)
     printed = shlex.split(capsys.readouterr().err.splitlines()[0])
     command, environment = ran[0]
     assert printed[:2] == ["accelerate", "launch"]
-    start = run_module("accelerate.commands.launch")
-    assert command[: len(start)] == start
-    assert printed[2:] == command[len(start) :]
+    module = run_module("accelerate.commands.launch")
+    assert command[: len(module)] == module
+    assert printed[2:] == command[len(module) :]
     assert printed[-3:] == [
         str(shipped("recipes") / "cpt.py"),
         str(file),
@@ -205,10 +204,10 @@ def test_mistake_of_one_rank_ends_the_others(run_file: Any, work: Path) -> None:
 def test_ended_process_that_nobody_reaps_is_not_awaited() -> None:
     """In a container without an init process the group would seem alive for ever."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, start_new_session=True)
-    assert launch._alive(child.pid, [])
-    assert launch._alive(-1, [child.pid])
+    assert start._alive(child.pid, [])
+    assert start._alive(-1, [child.pid])
     os.kill(child.pid, signal.SIGKILL)
-    assert until(lambda: not launch._alive(child.pid, [child.pid]))
+    assert until(lambda: not start._alive(child.pid, [child.pid]))
     os.kill(child.pid, 0)  # it is still there, as a zombie
     child.communicate()
 
@@ -248,10 +247,10 @@ def test_worker_that_dies_without_a_word(run_file: Any, work: Path) -> None:
 def test_a_gpu_config_without_a_gpu_is_refused(
     run_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_kit.launch.gpu_count", lambda: 0)
+    monkeypatch.setattr("lora_kit.start.gpu_count", lambda: 0)
     with pytest.raises(UserError, match="--accelerate single_gpu: no GPU is visible"):
-        launch.start(run_file(), accelerate="single_gpu")
-    monkeypatch.setattr("lora_kit.launch.gpu_count", lambda: 2)
+        start.start(run_file(), accelerate="single_gpu")
+    monkeypatch.setattr("lora_kit.start.gpu_count", lambda: 2)
     with pytest.raises(UserError, match="--accelerate zero3 needs deepspeed"):
-        launch.start(run_file(), accelerate="zero3")
+        start.start(run_file(), accelerate="zero3")
     assert not Path("runs").exists()

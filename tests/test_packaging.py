@@ -41,7 +41,7 @@ def test_an_installed_wheel_finds_what_it_ships(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import lora_kit.run as r; from lora_kit.launch import accelerate_config as a\n"
+            "import lora_kit.run as r; from lora_kit.start import accelerate_config as a\n"
             "run = r.load_run(r.shipped('recipes') / 'configs' / 'nano-cpt.yaml')\n"
             "print(r.__file__); print(r.recipe_file(run.recipe)); print(a('cpu'))",
         ],

@@ -333,6 +333,7 @@ ROW = '{"input_ids": encoded["input_ids"], "labels": float(example.label)}'
             f'[{ROW} if "a" in pair[0] else {{"labels": 1.0}}]',
             "rows must all have the same col",
         ),
+        (f"[{ROW}]", f'[{{**{ROW}, **({{"length": 2}} if "a" in pair[0] else {{}})}}]', "same col"),
         ('encoded["input_ids"], "l', 'example.label, "l', "TASK.tokens failed on its rows"),
     ],
 )

@@ -26,6 +26,14 @@ from lora_kit.train.arguments import check_installed
 from lora_kit.train.callbacks import Progress, read_metrics
 from lora_kit.train.trainer import too_little
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 1e4,
+}
+
 
 def test_a_line_for_each_logged_step(run_file: RunMaker, capfd: Any) -> None:
     package.train(run_file("cpt", **{"train.logging_steps": 2, "train.eval_steps": 3}))
@@ -205,7 +213,12 @@ def test_said_before_the_start(run_file: RunMaker, capfd: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "most"),
-    [({}, 256), ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 512)],
+    [
+        ({}, 256),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 512),
+        # The stated positions are the extended ones, as in Llama 3.1.
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}}, 256),
+    ],
 )
 def test_rows_longer_than_the_positions(
     run_file: RunMaker, work: Path, config: dict[str, Any], most: int

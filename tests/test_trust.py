@@ -20,9 +20,10 @@ from test_tasks_metrics import SCRIPT
 import lora_kit
 from lora_kit import trust
 from lora_kit.errors import UserError
-from lora_kit.launch import load_recipe, start
+from lora_kit.launch import load_recipe
 from lora_kit.prove import harness
 from lora_kit.run import load_run
+from lora_kit.start import start
 from lora_kit.tasks import metrics
 
 ROOT = Path(lora_kit.__file__).parent
@@ -147,7 +148,7 @@ def test_the_flag_says_it_and_an_inherited_yes_does_not(
     run: Shell, run_file: RunMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("lora_kit.launch.start", lambda *_: seen.append(os.environ[trust.VARIABLE]))
+    monkeypatch.setattr("lora_kit.start.start", lambda *_: seen.append(os.environ[trust.VARIABLE]))
     monkeypatch.setenv(trust.VARIABLE, "1")
     file = str(run_file())
     run("train", file)

@@ -221,13 +221,14 @@ def describe(model: PeftModel) -> str:
 def _linear_names(model: Model) -> list[str]:
     """The distinct name endings of the linear modules, without the language-model head."""
     import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
     head = model.get_output_embeddings()
     return sorted(
         {
             name.rsplit(".", 1)[-1]
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
         }
     )
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import stored_in
@@ -51,8 +51,7 @@ def gpu_is_used() -> bool:
     """Whether this process uses a GPU: there is one, and accelerate does not use the CPU."""
     import torch
 
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    return torch.cuda.is_available() and not use_cpu
+    return torch.cuda.is_available() and not _accelerate_uses("CPU")
 
 
 def to_gpu(model: torch.nn.Module, base: Base) -> None:
@@ -63,8 +62,14 @@ def to_gpu(model: torch.nn.Module, base: Base) -> None:
 
 def base_is_sharded() -> bool:
     """Whether accelerate was told to divide the base among the processes: FSDP or DeepSpeed."""
-    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return any(os.environ.get(name) == "true" for name in names)
+    return _accelerate_uses("FSDP") or _accelerate_uses("DEEPSPEED")
+
+
+def _accelerate_uses(what: Literal["CPU", "FSDP", "DEEPSPEED"]) -> bool:
+    """Whether accelerate was told to use it."""
+    from accelerate.utils import parse_flag_from_env
+
+    return bool(parse_flag_from_env(f"ACCELERATE_USE_{what}"))
 
 
 def load_tokenizer(folder: str | Path, generates: bool = True) -> PreTrainedTokenizerBase:
@@ -121,9 +126,10 @@ def check_length(pinned: Pinned, max_length: int) -> None:
     config = config.get("text_config") or config
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     stated = config.get("max_position_embeddings") or config.get("n_positions") or 0
-    # YaRN's factor extends the stated positions. Where they are already extended (Llama 3.1), this
-    # allows too much.
-    positions = int(stated * scaling.get("factor", 1))
+    # The factor extends the positions of pre-training. `stated` are those, or (Llama 3.1) already
+    # the extended ones.
+    original = scaling.get("original_max_position_embeddings") or stated
+    positions = max(stated, int(original * scaling.get("factor", 1)))
     if 0 < positions < max_length:
         raise UserError(
             f"train.max_length: {max_length} is too long: {pinned.model} has {positions} "
@@ -329,7 +335,6 @@ def _quantization(
     skipped = None if unquantized is None else list(unquantized)
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -337,5 +342,5 @@ def _quantization(
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skipped,
         # FSDP shards tensors of a single floating dtype: store the packed 4-bit values in it.
-        bnb_4bit_quant_storage=dtype if sharded else None,
+        bnb_4bit_quant_storage=dtype if _accelerate_uses("FSDP") else None,
     )

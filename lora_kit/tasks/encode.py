@@ -224,7 +224,8 @@ class Encoder:
                 kept = {name: value for name, value in row.items() if name not in _COUNTED}
                 kept |= {"example": job.first + n, "file": files[n], "number": numbers[n]}
                 rows.append(kept)
-        if any(row.keys() != rows[0].keys() for row in rows):
+        uneven = own_lengths and len(own_lengths) < len(rows)
+        if uneven or any(row.keys() != rows[0].keys() for row in rows):
             raise UserError("TASK.encode: rows must all have the same columns")
         lengths = np.zeros(len(examples), np.int64)
         batch: pa.RecordBatch | None = None
