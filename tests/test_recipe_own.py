@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import lora_kit
+from processes import here, lora_kit
 
 from lora_kit.errors import RunFileError, UserError
 from lora_kit.launch import read_run
@@ -120,9 +120,9 @@ def test_every_verb_that_makes_sense_takes_it(
         ["inspect", "runs/similarity"],
         ["doctor", "--loss", "run.yaml"],
     ):
-        code, said = lora_kit(*verb)
+        code, said = here(*verb)
         assert code == 0, said
-    code, said = lora_kit("generate", "runs/similarity", "hello")
+    code, said = here("generate", "runs/similarity", "hello")
     assert code == 2 and "generate needs a language model" in said
 
 
@@ -130,7 +130,7 @@ def test_a_score_that_it_does_not_have_is_reported_before_it_trains(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
-    code, said = lora_kit("train", "run.yaml", "name=other", "prove.metrics=[rouge_l]")
+    code, said = here("train", "run.yaml", "name=other", "prove.metrics=[rouge_l]")
     assert code == 2 and not Path("runs/other").exists()
     assert "prove.metrics: rouge_l: unknown; this recipe's scores: squared_error" in said
 
@@ -163,7 +163,7 @@ def test_a_head_without_names_of_its_outputs_is_refused(
     recipe = Path("similarity.py")
     source = recipe.read_text(encoding="utf-8")
     recipe.write_text(source.replace('"labels": ["score"], ', ""), encoding="utf-8")
-    code, said = lora_kit("train", "run.yaml", "name=unnamed")
+    code, said = here("train", "run.yaml", "name=unnamed")
     assert code == 2 and "TASK.facts: no `labels`: name the outputs of" in said
     assert not Path("runs/unnamed").exists()
 
@@ -178,15 +178,15 @@ def test_a_run_that_goes_on_with_a_changed_recipe_reports_it(
     source = recipe.read_text(encoding="utf-8")
     wrong = source.replace('kit.Score("squared_error", sums', 'kit.Score("error", sums')
     recipe.write_text(wrong, encoding="utf-8")
-    code, said = lora_kit("train", "run.yaml", "train.max_steps=4", "train.save_steps=2")
+    code, said = here("train", "run.yaml", "train.max_steps=4", "train.save_steps=2")
     assert code == 2 and "TASK.score: gives error; TASK.scores: squared_error" in said
     recipe.write_text(source, encoding="utf-8")
-    code, said = lora_kit("compare", "runs/similarity")
+    code, said = here("compare", "runs/similarity")
     assert code == 2 and "continue it with train --resume" in said
-    code, said = lora_kit("train", "runs/similarity/run.yaml", "--resume")
+    code, said = here("train", "runs/similarity/run.yaml", "--resume")
     assert code == 0, said
     assert "similarity.py changed since the run began: it continues with the new one" in said
-    code, said = lora_kit("compare", "runs/similarity")
+    code, said = here("compare", "runs/similarity")
     assert code == 0, said
 
 
@@ -203,14 +203,14 @@ def test_load_and_merge_never_run_it(
     monkeypatch.chdir(moved)
     (moved / "similarity.py").unlink()
     model, tokenizer = package.load("runs/similarity")
-    code, said = lora_kit("merge", "runs/similarity", "--out", "merged")
+    code, said = here("merge", "runs/similarity", "--out", "merged")
     assert code == 0, said
     merged = AutoModelForSequenceClassification.from_pretrained(moved / "merged").eval()
     batch = tokenizer(["ba de fi"], ["ko lu"], return_tensors="pt")
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         assert (model(**inputs).logits - merged(**inputs).logits).abs().max() < 1e-5
-    code, said = lora_kit("compare", "runs/similarity")
+    code, said = here("compare", "runs/similarity")
     assert code == 2 and "similarity.py: no such file" in said
 
 
@@ -279,7 +279,7 @@ def test_a_broken_recipe_ends_with_2_and_leaves_nothing(
 ) -> None:
     broken("import no_such_library\n")
     before = sorted(tmp_path.iterdir())
-    code, said = lora_kit(verb, "run.yaml")
+    code, said = here(verb, "run.yaml")
     assert code == 2 and said.count("ModuleNotFoundError") == 1 and "Traceback" not in said
     assert sorted(p for p in tmp_path.iterdir() if p.name != "__pycache__") == before
 
