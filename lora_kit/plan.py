@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers import AutoConfig
 
 import lora_kit.train.trainer  # noqa: F401 - counts as `framework` memory
 from lora_kit.adapter.attach import attach
+from lora_kit.base.head import CAUSAL
 from lora_kit.base.load import base_is_sharded, check_length, gpu_is_used
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.data.rows import Row
@@ -33,6 +33,7 @@ from lora_kit.schema import Run
 from lora_kit.speed import memory as costs
 from lora_kit.speed.memory import Choice, Machine, PassCost
 from lora_kit.tasks.encode import Prepared, rows_of
+from lora_kit.tasks.measure import LOGITS_AT_ONCE, PIECE, ROWS_AT_ONCE
 from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import Batch, Processor, Task
 from lora_kit.train.guards import has_own_loss
@@ -62,6 +63,7 @@ class MemoryPlan:
         flops: per optimizer step.
         tokens_per_second: of all processes, without padding.
         seconds: of the training steps only.
+        evaluation_seconds: of scoring the contenders afterwards, without generated text.
         disk: bytes by kind.
         fits: whether `needed` is within `room`.
         choice: micro-batch, accumulation and number of recomputed layers.
@@ -74,6 +76,7 @@ class MemoryPlan:
     flops: int
     tokens_per_second: float
     seconds: float
+    evaluation_seconds: float
     disk: dict[str, int]
     fits: bool
     choice: Choice
@@ -106,6 +109,7 @@ class MemoryPlan:
             "flops_per_step": self.flops,
             "tokens_per_second": round(self.tokens_per_second, 1),
             "seconds": round(self.seconds, 1),
+            "evaluation_seconds": round(self.evaluation_seconds, 1),
             "disk_mib": mib(self.disk),
         }
 
@@ -117,7 +121,8 @@ class MemoryPlan:
         lines = [f"{cause:>16} {n / _MIB:>10,.1f} MiB" for cause, n in rows]
         lines.append(
             f"{self.tokens_per_second:,.0f} tokens/s, {self.flops / 1e9:,.0f} GFLOP a step, "
-            f"{self.seconds:,.0f} s of training; disk: {disk}"
+            f"{self.seconds:,.0f} s of training, {self.evaluation_seconds:,.0f} s of evaluation; "
+            f"disk: {disk}"
         )
         return "\n".join([*lines, self.why])
 
@@ -205,7 +210,8 @@ class _Planner:
         layers: the layers that can be recomputed; `forced` of them are by the run file.
         own: the run file's micro-batch.
         rows: rows per step of one process.
-        works: {(micro-batch, recomputed layers): cost}.
+        works: {(micro-batch, recomputed layers): cost}. evaluated: {(rows, whether to score them):
+            cost}.
         tokens: the length of each training row.
     """
 
@@ -230,6 +236,7 @@ class _Planner:
         self.rows = self.own * run.train.gradient_accumulation_steps
         self.processes = PartialState(cpu=not gpu_is_used()).num_processes
         self.works: dict[tuple[int, int], PassCost] = {}
+        self.evaluated: dict[tuple[int, bool], PassCost] = {}
         rows = data.train
         self.tokens = rows.lengths if isinstance(rows, Packed) else task.tokens(rows)
         # For a smaller max_length, as tried by `_what_would_fit`.
@@ -263,21 +270,51 @@ class _Planner:
             self.works[micro, recomputed] = costs.count(self.model, batch, self.loss)
         return self.works[micro, recomputed]
 
-    @cached_property
-    def evaluation(self) -> list[PassCost]:
-        """The cost of the largest evaluation batch, if `train.eval_steps` is set."""
-        train = self.run.train
-        if not train.eval_steps:
-            return []
-        order = np.argsort(self.task.tokens(self.data.eval), kind="stable")
-        longest = order[-train.per_device_eval_batch_size :]
-        batch = self.batch([self.data.eval[int(n)] for n in longest])
-        return [costs.count(self.model, batch, self.loss, backward=False)]
+    def evaluation(self, micro: int) -> list[PassCost]:
+        """The costs of the largest batches without gradients: of the evaluation after training,
+        and with `train.eval_steps` of those during it."""
+        found = [self._evaluated(min(ROWS_AT_ONCE, micro), scores=True)]
+        if self.run.train.eval_steps:
+            found.append(self._evaluated(self.run.train.per_device_eval_batch_size, scores=False))
+        return found
+
+    def _evaluated(self, rows: int, scores: bool) -> PassCost:
+        """The cost of the longest rows without gradients; to score them, the logits of the whole
+        batch exist, and float32 ones of a piece."""
+        if (rows, scores) not in self.evaluated:
+            tokens = self.task.tokens(self.data.eval)
+            vocabulary = len(costs.embedding_weight(self.model))
+            most = LOGITS_AT_ONCE[self.machine.name] // vocabulary // int(tokens.max())
+            size = min(rows, max(1, most)) if scores else rows
+            longest = np.argsort(tokens, kind="stable")[-size:]
+            batch = self.batch([self.data.eval[int(n)] for n in longest])
+            work = costs.count(self.model, batch, self.loss, backward=False)
+            if scores and self.task.auto == CAUSAL:
+                values = work.tokens * vocabulary
+                wide = values * getattr(torch, self.run.base.dtype).itemsize
+                wide += 3 * 4 * min(PIECE[self.machine.name], values)
+                work = replace(work, peak=work.peak - work.logits + wide, logits=wide)
+            self.evaluated[rows, scores] = work
+        return self.evaluated[rows, scores]
+
+    def evaluation_seconds(self, trained: float) -> float:
+        """Seconds of scoring the held-out rows within `prove.budget`: by the adapted model, the
+        base, and one more contender; general text by two. trained: tokens of the training."""
+        held_out = 3 * float(self.task.tokens(self.data.eval).sum())
+        if self.task.general is not None and self.data.general is not None:
+            held_out += 2 * float(self.task.general.tokens(self.data.general).sum())
+        budget = self.run.prove.budget
+        if budget is not None:
+            held_out = min(held_out, 2 * budget * trained)  # a forward pass counts a half
+        work = self.evaluation(self.own)[0]
+        return held_out * self.machine.seconds(work) / work.tokens
 
     def memory(self, micro: int, recomputed: int) -> dict[str, int]:
         """Peak bytes by cause."""
         held = dict(self.held)
-        work = max([self.work(micro, recomputed), *self.evaluation], key=lambda work: work.peak)
+        work = max(
+            [self.work(micro, recomputed), *self.evaluation(micro)], key=lambda work: work.peak
+        )
         if micro < self.rows or self.processes > 1:
             held["gradients"] *= 2  # accumulated ones, or a communication buffer
         held |= {"activations": work.peak - work.logits, "logits": work.logits}
@@ -318,13 +355,16 @@ class _Planner:
         step = choice.accumulation * usual * machine.seconds(work)
         step += trained * _ADAM_BYTES / machine.bandwidth + tensors * _ADAM_CALLS * costs.CALL_S
         epoch = math.ceil(count / (self.rows * self.processes))  # steps
+        steps = train.max_steps or math.ceil(epoch * train.num_train_epochs)
+        tokens_of_step = mean * min(self.rows, count) * self.processes
         keep = train.save_total_limit + bool(train.eval_steps)
         return MemoryPlan(
             memory={cause: size for cause, size in held.items() if size},
             room=machine.room,
             flops=int(work.flops * choice.accumulation * usual),
-            tokens_per_second=mean * min(self.rows, count) * self.processes / step,
-            seconds=step * (train.max_steps or math.ceil(epoch * train.num_train_epochs)),
+            tokens_per_second=tokens_of_step / step,
+            seconds=step * steps,
+            evaluation_seconds=self.evaluation_seconds(tokens_of_step * steps) / self.processes,
             disk={
                 "checkpoints": checkpoint_bytes(trained, keep, train.optim),
                 "adapter": 4 * trained,

@@ -29,7 +29,7 @@ from lora_kit.schema import SECTIONS, Adapter, Json, Run, Section
 # Keys that must be objects or null in JSON files (run.lock.json, report.json).
 _OBJECTS = (
     "base", "adapter", "data", "batch", "commits", "verdict", "domain", "general", "overfitting",
-    "metrics", "harness", "audit", "training", "memory", "gate",
+    "metrics", "harness", "audit", "training", "memory", "gate", "evaluated",
 )  # fmt: skip
 KeyPath = list[str | int]  # `data.train[1].fraction` as ["data", "train", 1, "fraction"]
 # The keys of `data:` that name sources.

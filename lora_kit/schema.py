@@ -272,6 +272,9 @@ class Gate(Section):
     domain: Literal["better", "no different"] | None = Field(
         "better", description="Minimal verdict on the domain."
     )
+    scores: Literal["not worse"] | None = Field(
+        "not worse", description="The verdict on every other score that was measured."
+    )
     general: Literal["kept"] | None = Field(
         "kept",
         description="The verdict on general text, which needs data.general; null where there is "
@@ -309,6 +312,12 @@ class Prove(Section):
         "score does.",
     )
     answers: Positive = Field(200, description="Most held-out rows to generate completions for.")
+    budget: float | None = Field(
+        0.25,
+        gt=0,
+        description="Evaluated tokens of all contenders, each counted a half, as a share of the "
+        "tokens trained on: a random sample of at least 20 held-out documents or rows. null: all.",
+    )
     harness: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         description="Tasks of lm-evaluation-harness, by name or .yaml file, which may name code "

@@ -90,6 +90,7 @@ def classify_file(folder: Path, base: Path, **changes: Any) -> Path:
             "warmup_steps": 0,
             "logging_steps": 1,
         },
+        "prove": {"budget": None},
     }
     for key, value in changes.items():
         *sections, last = key.split(".")

@@ -256,6 +256,7 @@ def run_file(work: Path, base: Path) -> RunMaker:
                 "warmup_steps": 0,  # the first step of a warm-up has a rate of 0
                 "logging_steps": 1,
             },
+            "prove": {"budget": None},
         }
         for key, value in changes.items():
             *sections, last = key.split(".")

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import RunMaker
+from conftest import RunMaker, sentences
 
 from lora_kit import cli, plan
 from lora_kit.base.load import load_base
@@ -87,6 +87,7 @@ def test_the_verb_needs_no_weights(
     assert found["fits"] is True and found["total_mib"] < found["room_mib"]
     assert found["chosen"] == {"micro_batch": 4, "accumulation": 1, "recomputed": 0}
     assert found["tokens_per_second"] > 0 and found["seconds"] > 0
+    assert found["evaluation_seconds"] > 0
     assert found["disk_mib"].keys() == {"checkpoints", "adapter", "merged model"}
     code, out, _ = command(monkeypatch, capsys, file, "train.max_steps=8", "speed=plain")
     assert code == 0 and "activations" in out and "tokens/s" in out and "as written" in out
@@ -125,6 +126,22 @@ def test_a_base_that_cannot_be_counted_says_so(run_file: RunMaker, room: Any) ->
 
 
 # --- What is predicted
+
+
+def test_the_evaluation_is_planned(run_file: RunMaker, room: Any) -> None:
+    """Its time within the budget, and its memory: that of the larger of both."""
+    room(2**33)
+    whole = planned(run_file)
+    least = planned(run_file, **{"prove.budget": 1e-3})
+    assert 0 < least.evaluation_seconds < whole.evaluation_seconds / 2
+    assert f"{whole.evaluation_seconds:,.0f} s of evaluation" in str(whole)
+    # Long rows after training on short ones.
+    rows = [{"prompt": f"{n}?", "completion": " ".join(sentences(4, n))} for n in range(30)]
+    Path("long.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    one = {"train.per_device_train_batch_size": 1}
+    short = planned(run_file, "sft", **one)
+    long = planned(run_file, "sft", **one, **{"data.eval": "long.jsonl"})
+    assert long.memory["logits"] > short.memory["logits"]
 
 
 def test_an_architecture_that_the_quick_paths_do_not_know_is_planned_by_the_plain_one(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import RunMaker, make_base, sentences
 from trained import copied, edit, finish, finish_in, labelled, on_own_base
@@ -58,6 +59,21 @@ def test_compare_finds_what_the_report_says_twice(run: Path) -> None:
         assert sample["base"] != sample["adapted"]
         # The expected text goes on where the prompt stopped, none of it left out.
         assert sample["prompt"] + sample["expected"] in (run / "../../text.txt").read_text()
+
+
+def test_compare_can_spend_more_or_less(run: Path, tmp_path: Path, capfd: Any) -> None:
+    own = copied(run, tmp_path)
+    less = lora_kit.compare(own, ["prove.budget=0.001"])
+    assert less["evaluated"]["domain"] == {"units": 20, "of": 24}
+    assert less["evaluated"]["general"] == {"units": 20, "of": 30}
+    assert less["domain"]["documents"] == less["general"]["documents"] == 20
+    assert less["few_shot"]["documents"] == 20 and less["verdict"]["domain"] == "better"
+    said = "20 of 24 held-out documents and 20 of 30 general ones, drawn at random"
+    assert f"evaluating on {said} (prove.budget: 0.001; null: all)" in capfd.readouterr().err
+    assert said in (own / "report.html").read_text(encoding="utf-8")
+    more = lora_kit.compare(own, ["prove.budget=null"])
+    assert more["domain"]["documents"] == 24 and more["general"]["documents"] == 30
+    assert more["evaluated"]["budget"] is None and more["evaluated"]["share"] > 0
 
 
 @pytest.mark.parametrize("what", ["text.txt", "general.jsonl"])
@@ -239,6 +255,14 @@ def test_scores_come_with_the_base_and_the_base_with_examples(
         assert found["base"] == 0 and found["adapted"] == found["difference"] == 1
         assert report["verdict"][name] == "better"
     assert report["few_shot"]["shots"] == 2 and report["few_shot"]["tokens"] == 6
+    # The classes of all rows, not only of the 30 that were asked.
+    classes = report["classes"]
+    known = {tokenizer.decode([n + 50]).strip().casefold() for n in range(300, 340)}
+    assert {label.casefold() for label in classes["labels"]} == known
+    confusion = np.array(classes["confusion"])
+    assert confusion.shape == (len(known), len(known) + 1)
+    assert confusion.sum() == confusion.trace() == 30
+    assert {found["f1"] for found in classes["per_class"].values()} == {0, 1}
 
 
 def test_what_the_model_answers_is_scored(sft_run: Path, tmp_path: Path) -> None:

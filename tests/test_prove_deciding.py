@@ -98,6 +98,60 @@ def test_other_metrics_are_reported_apart() -> None:
 def test_what_a_sharded_model_cannot_generate_for_does_not_decide() -> None:
     report = evaluated(generates=False, metrics=["f1", "macro_f1"])
     assert report["metrics"] is None and report["domain"]["decided_by"] == "macro_f1"
+    # Accuracy is better, but it was not asked to decide.
+    report = evaluated(generates=False, metrics=["f1"])
+    assert report["domain"]["accuracy"]["ci95"][0] > 0
+    assert report["verdict"]["domain"] == "no different"
+    assert report["domain"]["objection"] == "f1, which decides, was not measured"
+
+
+class Generating(Task):
+    """A language model whose loss falls, while none of its completions becomes right; those of the
+    base with examples in its prompt are, half of them."""
+
+    scores = ("loss",)
+    general = None
+
+    def score(self, model: Any, rows: Rows, processor: Any, facts: Any, run: Run) -> list[Score]:
+        adapted = isinstance(model, torch.nn.Module)
+        shown = "examples" in rows.columns
+        loss = np.full(len(rows), 2.0 if adapted else 2.5 if shown else 3.0)
+        right = np.arange(len(rows)) % 2 * float(shown)
+        found = [mean_score("loss", loss, better="lower")]
+        return [*found, *(mean_score(name, right) for name in run.prove.metrics)]
+
+    def check(self, *_: Any) -> list[str]:
+        return []
+
+    def rivals(self, model: Any, *_: Any) -> list[Contender]:
+        base = Contender("base", lambda: contextlib.nullcontext("base"))
+        examples = Contender(
+            "few_shot",
+            lambda: contextlib.nullcontext("base"),
+            lambda rows: rows.with_column("examples", [1] * len(rows)),
+            {"shots": 3, "tokens": 9},
+        )
+        return [base, examples]
+
+
+def test_a_loss_that_falls_does_not_make_completions_right() -> None:
+    report = verdict_of(Generating(), (), metrics=["accuracy"])
+    assert report["domain"]["loss"]["ci95"][1] < 0
+    assert (
+        report["metrics"]["accuracy"] | {"base": 0, "adapted": 0} == report["metrics"]["accuracy"]
+    )
+    assert report["verdict"]["domain"] == "no different"
+    # Nor is it better than examples in the prompt, by the same metric.
+    assert report["verdict"]["few_shot"] == "worse"
+    assert report["few_shot"]["loss"]["ci95"][1] < 0
+    assert report["few_shot"]["accuracy"]["base"] == 0.5
+    domain, loss, few_shot = in_lines(report)[:3]
+    assert domain.startswith("domain: accuracy 0.000 -> 0.000") and "no different" in domain
+    assert loss.startswith("loss: 3.000 -> 2.000") and "better" in loss
+    assert few_shot.startswith("few_shot: accuracy 0.500 -> 0.000") and "worse" in few_shot
+    assert not check_gate(report, Gate(general=None))["passed"]
+    plain = verdict_of(Generating(), ())
+    assert plain["verdict"] == {"domain": "better", "few_shot": "better"}
 
 
 # ------------------------------------------------------------------ a task that breaks the contract
@@ -196,6 +250,16 @@ class Switched(Model):
         self.off = False
 
 
+def test_a_random_head_that_is_not_beaten_is_no_objection() -> None:
+    class Worse(Alone):
+        def score(self, model: Any, *given: Any) -> list[Score]:
+            return Two.score(self, "base" if not model.off else model, *given)
+
+    data = Prepared(ROWS, ROWS, None, {}, Census(), {}, [], False)
+    report = evaluate(Worse(True), Switched(1, 1), data, None, run_with(), ("score",))
+    assert report["verdict"]["domain"] == "worse" and "objection" not in report["domain"]
+
+
 @pytest.mark.parametrize("names_base", [False, True])
 def test_beating_a_random_head_is_never_better(names_base: bool) -> None:
     data = Prepared(ROWS, ROWS, None, {}, Census(), {}, [], False)
@@ -205,6 +269,89 @@ def test_beating_a_random_head_is_never_better(names_base: bool) -> None:
         assert report["verdict"]["domain"] == word
         assert report["domain"]["accuracy"]["ci95"][0] > 0
         assert ("untrained head" in report["domain"].get("objection", "")) == bool(fresh)
+
+
+# ------------------------------------------------------------------ how much is evaluated
+class Counting(Two):
+    """Counts the rows that each scoring sees."""
+
+    def __init__(self) -> None:
+        self.general: Any = None
+        self.seen: list[set[int]] = []
+
+    def score(self, model: Any, rows: Rows, *given: Any) -> list[Score]:
+        self.seen.append(set(rows.column("unit").tolist()))
+        return super().score(model, rows, *given)
+
+
+def rows_of(units: int, each: int = 1) -> Rows:
+    return Rows.of(
+        {"input_ids": list(range(10)), "unit": unit} for unit in range(units) for _ in range(each)
+    )
+
+
+def budgeted(
+    held_out: Rows, trained: int | None, general: Rows | None = None, **prove: Any
+) -> tuple[dict[str, Any], list[set[int]]]:
+    """Trained on so many tokens; the report, and the units that the domain's scorings saw."""
+    task = Counting()
+    task.general = Counting() if general else None
+    train = rows_of(30)
+    data = Prepared(train, held_out, general, {}, Census(), {}, [], False)
+    run = run_with(**prove)
+    report = evaluate(task, Model(1, 1), data, None, run, ("score",), trained=trained)
+    return report, task.seen[:2]
+
+
+def test_the_budget_pays_for_all_contenders() -> None:
+    """Two contenders, ten tokens a unit, each counted a half: 100 of 1,000 units take 1,000 of the
+    4,000 tokens that were trained on."""
+    report, seen = budgeted(rows_of(1000), 4000)
+    assert report["evaluated"] == {
+        "budget": 0.25,
+        "tokens": 2000,
+        "share": 0.25,
+        "domain": {"units": 100, "of": 1000},
+        "general": None,
+    }
+    assert len(seen[0]) == 100 and seen[0] == seen[1] and max(seen[0]) > 500
+    assert report["domain"]["documents"] == 100
+    assert budgeted(rows_of(1000), 4000)[1] == seen
+    assert budgeted(rows_of(1000), 4000, budget=0.5)[0]["evaluated"]["share"] == 0.5
+    (line,) = [line for line in in_lines(report) if line.startswith("evaluated: ")]
+    assert "100 of 1,000 held-out rows, drawn at random (prove.budget: 0.25; null: all)" in line
+
+
+@pytest.mark.parametrize(
+    ("trained", "prove", "units"),
+    [(10**6, {}, 1000), (4000, {"budget": None}, 1000), (None, {}, 1000), (1, {}, 20)],
+)
+def test_all_rows_or_at_least_twenty_units(
+    trained: int | None, prove: dict[str, Any], units: int
+) -> None:
+    report, seen = budgeted(rows_of(1000), trained, **prove)
+    assert report["evaluated"]["domain"] == {"units": units, "of": 1000}
+    assert len(seen[0]) == units
+    drawn = [line for line in in_lines(report) if line.startswith("evaluated: ")]
+    assert bool(drawn) == (units < 1000)
+
+
+def test_a_unit_is_drawn_as_a_whole() -> None:
+    held_out = rows_of(300, each=4)
+    report, seen = budgeted(held_out, 8000)
+    assert report["evaluated"]["domain"] == {"units": 50, "of": 300}
+    assert len(seen[0]) == 50
+    assert report["domain"]["documents"] == 200  # this task scores rows
+
+
+def test_general_text_has_its_share_of_the_budget() -> None:
+    """Half of it each; what one does not need is the other's."""
+    both, _ = budgeted(rows_of(1000), 8000, rows_of(1000))
+    assert both["evaluated"]["domain"]["units"] == both["evaluated"]["general"]["units"] == 100
+    assert both["general"]["documents"] == 100 and both["evaluated"]["share"] == 0.25
+    little, _ = budgeted(rows_of(1000), 8000, rows_of(40))
+    assert little["evaluated"]["general"] == {"units": 40, "of": 40}
+    assert little["evaluated"]["domain"]["units"] == 160
 
 
 # ------------------------------------------------------------------ of a task that is there

@@ -10,13 +10,13 @@ from reports import classifier, preferences, scored
 from lora_kit.prove.scores import check_gate
 from lora_kit.schema import Gate
 
-SCORE = {"base": 0.2, "adapted": 0.5}
+SCORE = {**scored(0.2, 0.5, 0.2, 0.4), "rows": 90}
 
 
 def report(**verdicts: str) -> dict[str, Any]:
     return {
         "verdict": {"domain": "better", "general": "kept", **verdicts},
-        "domain": {"loss": {"adapted": 2.5}},
+        "domain": {"documents": 90, "loss": {"adapted": 2.5, "ci95": [-1, -0.5]}},
         "metrics": {"f1": SCORE},
     }
 
@@ -56,6 +56,31 @@ def test_what_was_not_measured_does_not_hold() -> None:
         "(asked for: kept)"
     ]
     assert not check_gate(unknown, Gate(general=None, metrics={"f1": 0.1}))["passed"]
+
+
+def test_no_other_score_may_be_worse() -> None:
+    """Of the domain, of `metrics` and of the harness; the deciding one has its own bound."""
+    worse = scored(0.5, 0.4, -0.15, -0.05)
+    found = report() | {"verdict": {"domain": "better", "general": "kept"}}
+    found["domain"] = {"documents": 90, "decided_by": "f1", "loss": scored(2, 3, 0.5, 1.5, "lower")}
+    found["metrics"] = {
+        "f1": {**scored(0.2, 0.5, 0.2, 0.4), "rows": 90},
+        "rouge_l": {**worse, "rows": 90},
+        "few": {**worse, "rows": 19},
+    }
+    found["harness"] = {
+        "hellaswag/acc": {**worse, "rows": 400},
+        "wikitext/word_perplexity": {**worse, "ci95": None, "rows": 62},
+    }
+    asked = "worse (asked for: not worse)"
+    lines = [f"{name}: {asked}" for name in ("loss", "rouge_l", "hellaswag/acc")]
+    assert check_gate(found, Gate())["failed"] == lines
+    assert check_gate(found, Gate(scores=None))["passed"]
+    # The loss in another unit is no score of its own.
+    found = report()
+    found["domain"] |= {"documents": 90, "bits_per_byte": scored(1, 2, 0.5, 1.5, "lower")}
+    found["metrics"] = None
+    assert check_gate(found, Gate())["passed"]
 
 
 def test_any_score_of_the_domain_can_be_asked_for() -> None:

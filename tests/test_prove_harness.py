@@ -15,6 +15,7 @@ from conftest import sentences
 from lora_kit.errors import UserError
 from lora_kit.prove import harness
 from lora_kit.prove.harness import check_tasks, compared_results, run_harness
+from lora_kit.schema import Run
 
 ROWS = [
     {
@@ -102,6 +103,34 @@ def chosen(model: Any, tokenizer: Any) -> np.ndarray:
             likelihoods.append(sum(float(logs[n - 1, whole[n]]) for n in answer))
         right.append(int(np.argmax(likelihoods)) == row["label"])
     return np.array(right, dtype=float)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_error_leaves_the_model_in_the_mode_that_it_had(
+    model: Any, tokenizer: Any, choosing: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("no such column")
+
+    monkeypatch.setattr(lm_eval, "evaluate", broken)
+    with pytest.raises(UserError, match="no such column"):
+        run_harness(model.train(training), tokenizer, [choosing], seed=0)
+    assert model.training is training
+
+
+def test_the_seed_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kit.prove import evaluate
+
+    values = {"recipe": "sft", "name": "test", "base": {"model": "nano"}, "seed": 7}
+    run = Run.model_validate(
+        {**values, "data": {"train": "nano:topics"}, "prove": {"harness": ["arc_easy"]}}
+    )
+    monkeypatch.setattr(evaluate, "run_harness", lambda *given: {"given": given[2:]})
+    report: dict[str, Any] = {}
+    evaluate.add_harness(report, None, None, run)
+    assert report["harness"]["given"] == (["arc_easy"], 7)
 
 
 def test_accuracy_is_that_reckoned_by_hand(model: Any, tokenizer: Any, choosing: str) -> None:

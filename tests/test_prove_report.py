@@ -19,6 +19,7 @@ from reports import (
     minimal,
     preferences,
     put_run,
+    scored,
     similarity,
     worse,
 )
@@ -220,6 +221,33 @@ def test_a_rival_that_does_as_well_is_named(tmp_path: Path) -> None:
         ),
     ):
         assert sentence in in_lines(classifier(word=word))[0]
+
+
+def test_a_reference_was_not_chosen(tmp_path: Path) -> None:
+    """Only where the base has a new head, and is no contender, a rival is chosen."""
+    report = preferences()
+    report["contenders"]["base"] = {"accuracy": 0.4, "margin": -0.1}
+    page = page_of(tmp_path, report)
+    assert "The rival is what the verdict compares with: the reference model." in page.text
+    assert "chosen on training rows" not in page.text
+
+
+def test_a_metric_that_decides_is_the_headline(tmp_path: Path) -> None:
+    report = language_model()
+    none = {**scored(0.0, 0.0, 0.0, 0.0), "rows": 140, "few_shot": 0.5, "changed": 0}
+    report["metrics"] = {"accuracy": none}
+    report["domain"]["decided_by"] = "accuracy"
+    report["few_shot"]["accuracy"] = {**scored(0.5, 0.0, -0.6, -0.4), "rows": 140}
+    report["verdict"] = {
+        **{"domain": "no different", "accuracy": "no different"},
+        **{"few_shot": "worse", "general": "kept"},
+    }
+    lines = in_lines(report)
+    assert lines[0].startswith("domain: accuracy 0.000 -> 0.000")
+    assert lines[1].startswith("loss: 3.442 -> 2.951") and lines[1].endswith("better than the base")
+    page = page_of(tmp_path, report)
+    assert "no different from its base" in page.text
+    assert "it is worse than the base with examples in its prompt" in page.text
 
 
 def test_a_contender_that_scored_better_is_not_hidden(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def naive(model: Any, labelled: Rows) -> tuple[np.ndarray, np.ndarray]:
 def test_measure_equals_a_plain_loop(
     model: Any, labelled: Rows, rows_at_once: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setitem(module.LOGITS_AT_ONCE, "cpu", logits)
     model.train()
     found = measure(model, labelled, pad_id=1, rows_at_once=rows_at_once)
     assert model.training
@@ -91,7 +91,7 @@ def test_a_batch_is_no_larger_than_what_it_is_allowed(
     logits: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setitem(module.LOGITS_AT_ONCE, "cpu", logits)
     shapes: list[tuple[int, int]] = []
     hook = model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -132,6 +132,25 @@ def test_bits_per_byte_by_hand(model: Any, tmp_path: Path, bos: bool) -> None:
     # In windows every token is scored once all the same.
     cut = prepared(tokenizer, "text", max_length=8, **data).eval
     assert len(cut) > 2 and measure(model, cut, pad_id=1).tokens.tolist() == found.tokens.tolist()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_error_leaves_the_model_in_the_mode_that_it_had(
+    base: Path, tokenizer: Any, labelled: Rows, training: bool
+) -> None:
+    loaded = load_base(Base(model=str(base), dtype="float32"), Pinned("x", str(base)))
+    loaded.train(training)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no room")
+
+    loaded.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="no room"):
+        measure(loaded, labelled, pad_id=1)
+    assert loaded.training is training
+    with pytest.raises(RuntimeError, match="no room"):
+        generate(loaded, tokenizer, [[5, 6]], 4)
+    assert loaded.training is training
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lora_kit.errors import UserError
 from lora_kit.tasks import metrics
-from lora_kit.tasks.metrics import check_fit, check_names, score
+from lora_kit.tasks.metrics import check_classes, check_names, classes, confusion, score
 
 ENGLISH = st.lists(
     st.sampled_from(
@@ -130,12 +130,43 @@ def test_a_class_is_named_exactly_but_for_case_and_space_around() -> None:
     assert found.dtype == np.float64 and found.tolist() == [1, 0, 0]
 
 
+def fits(held_out: list[str], trained: list[str]) -> None:
+    check_classes(Counter(held_out), Counter(trained))
+
+
 def test_accuracy_wants_classes() -> None:
-    check_fit(["accuracy"], [f"class {n % 77}" for n in range(200)])
-    check_fit(["accuracy"], [f"answer {n}" for n in range(20)])
-    check_fit(["exact_match"], [f"answer {n}" for n in range(30)])
-    with pytest.raises(UserError, match=r"accuracy: 30 of 40 references differ, .* f1"):
-        check_fit(["accuracy"], [f"answer {min(n, 29)}" for n in range(40)])
+    """However many there are: what the rows repeat is a class, also where each held-out row has
+    another one."""
+    fits([f"class {n % 77}" for n in range(200)], [])
+    fits([f"class {n}" for n in range(200)], [f" Class {n} " for n in range(5000)])
+    fits([f"answer {n}" for n in range(20)], [])
+    fits([f"answer {n % 300}" for n in range(600)], [f"text {n}" for n in range(600)])
+    with pytest.raises(UserError, match=r"accuracy: 29 of 40 held-out answers occur in .* f1"):
+        fits([f"answer {min(n, 29)}" for n in range(40)], [f"text {n}" for n in range(900)])
+
+
+def test_classes_are_those_of_the_data() -> None:
+    """Also those that no row of the sample has, however they are written; a completion that is no
+    class is counted apart."""
+    known = ["spam", "Ham", "eggs", "ham ", "SPAM"]
+    labels, counts = confusion(
+        known, ["HAM", "spam", "a spam", "ham"], ["Ham", "spam", "spam", "spam"]
+    )
+    assert labels == ["eggs", "Ham", "spam"]
+    assert counts.tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1]]
+    found = classes(labels, counts)
+    assert found["per_class"] == {
+        "eggs": {"precision": 0, "recall": 0, "f1": 0, "support": 0},
+        "Ham": {"precision": 0.5, "recall": 1, "f1": 0.6667, "support": 1},
+        "spam": {"precision": 1, "recall": 0.3333, "f1": 0.5, "support": 3},
+    }
+
+
+def test_a_report_lists_no_more_classes_than_can_be_stored() -> None:
+    known = [f"class {n}" for n in range(5000)]
+    labels, counts = confusion(known, ["class 7", "else"], ["class 9", "class 4999"])
+    assert labels == ["class 4999", "class 7", "class 9"]
+    assert counts.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
 
 
 def test_all_that_is_wrong_with_the_names_is_said_at_once() -> None:

@@ -84,6 +84,41 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "step 4/8" not in shown
 
 
+def test_the_bar_of_an_evaluation(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    """The share of the tokens that were scored, over all contenders, and the time left."""
+    from lora_kit.base.load import load_base
+    from lora_kit.base.pin import Pinned
+    from lora_kit.schema import Base
+    from lora_kit.tasks.measure import evaluation_bar, measure
+
+    model = load_base(Base(model=str(base), dtype="float32"), Pinned("x", str(base)))
+    rows = labelled([([5] * 10, [5] * 10)] * 16, list(range(16)), [1] * 16)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    shares = []
+    with evaluation_bar() as bar:
+        assert bar is not None
+        measure(model, rows, 1)  # before it is known how much there is to do
+        assert bar.bar.tasks[0].total is None
+        bar.total = 320
+        model.register_forward_hook(lambda *_: shares.append(bar.bar.tasks[0].percentage))
+        with bar.phase(160):
+            measure(model, rows, 1)
+        assert bar.bar.tasks[0].percentage == 50
+        with bar.phase(160):  # a task of the user's that does not use `each_row`
+            pass
+        bar.bar.refresh()
+    assert shares == [0, 25]  # before each batch of eight
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert re.search(r"evaluating +\S+ 100% 0:00:00", shown)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with evaluation_bar() as none:
+        assert none is None
+        measure(model, rows, 1)
+
+
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     """{name: {step: value}} of TensorBoard's files: length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event

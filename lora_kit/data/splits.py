@@ -252,3 +252,17 @@ def take(tokens: np.ndarray, order: np.ndarray, wanted: float) -> np.ndarray:
     first = np.argsort(order, kind="stable")
     total = np.concatenate([[0], np.cumsum(tokens[first])])
     return np.sort(first[: int(np.abs(total - wanted).argmin())])
+
+
+def take_units(units: np.ndarray, costs: np.ndarray, room: float, seed: int) -> np.ndarray:
+    """Sorted indices of the rows of random units that cost at most `room` in total, of at least 20
+    units.
+
+    Args:
+        units, costs: (rows,).
+    """
+    numbers, unit = np.unique(units, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(numbers))
+    total = np.cumsum(np.bincount(unit, costs)[order])
+    count = max(FEWEST_TO_EVALUATE, int((total <= room).sum()))
+    return np.flatnonzero(np.isin(unit, order[:count]))

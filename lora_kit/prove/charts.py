@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lora_kit.schema import Json
 
 _LAYER = re.compile(r"\.(\d+)\.")
+NO_CLASS = "other"  # a generated completion that is no class
 MOST_CLASSES = 12  # of a confusion matrix that can be read
 MOST_PAIRS = 15
 
@@ -139,7 +140,7 @@ class Mistakes(NamedTuple):
             (rows, share of the true class); else None.
         pairs: the mistakes that happened more than once (true, predicted, rows, rows of the true
             class), most frequent first, up to MOST_PAIRS.
-        mistakes: how many rows in all.
+        mistakes: how many rows in all, of how many `rows`.
         lowest: the classes (label, figures) by F1, lowest first, without those that never occur,
             neither true nor predicted.
         every: all classes in their order.
@@ -148,13 +149,15 @@ class Mistakes(NamedTuple):
     matrix: list[tuple[str, list[tuple[int, float]]]] | None
     pairs: list[tuple[str, str, int, int]]
     mistakes: int
+    rows: int
     lowest: list[tuple[str, Json]]
     every: list[tuple[str, Json]]
 
 
 def confused(classes: Json) -> Mistakes:
     """The mistakes in `classes` of report.json."""
-    labels, confusion = classes["labels"], classes["confusion"]
+    confusion = classes["confusion"]
+    labels = [*classes["labels"], NO_CLASS]  # generated completions have a column for it
     support = [sum(row) for row in confusion]
     predicted = [sum(column) for column in zip(*confusion, strict=True)]
     pairs, mistakes = [], 0
@@ -169,10 +172,10 @@ def confused(classes: Json) -> Mistakes:
     every = list(classes["per_class"].items())
     occurring = [one for n, one in enumerate(every) if support[n] or predicted[n]]
     matrix = None
-    if len(labels) <= MOST_CLASSES:
+    if len(confusion) <= MOST_CLASSES:
         matrix = [
-            (label, [(count, count / max(1, support[n])) for count in confusion[n]])
-            for n, label in enumerate(labels)
+            (labels[n], [(count, count / max(1, support[n])) for count in row])
+            for n, row in enumerate(confusion)
         ]
     lowest = sorted(occurring, key=lambda one: one[1]["f1"])
-    return Mistakes(matrix, pairs[:MOST_PAIRS], mistakes, lowest, every)
+    return Mistakes(matrix, pairs[:MOST_PAIRS], mistakes, sum(support), lowest, every)

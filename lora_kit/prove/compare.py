@@ -63,10 +63,11 @@ def compare(
     if scratch and "loss" not in task.scores:
         raise UserError(f"{run}: --scratch applies to the loss on text only: to cpt or sft runs")
     model, processor = load_model(finished)
-    report = evaluate(task, model, data, processor, opened, finished.fresh)
+    tokens = (before.get("training") or {}).get("tokens")
+    report = evaluate(task, model, data, processor, opened, finished.fresh, trained=tokens)
     del report["adapter_effect"]  # of a training's audit
     if opened.prove.harness:
-        add_harness(report, model, processor, opened.prove.harness)
+        add_harness(report, model, processor, opened)
     report["layers"] = finished.adapter.figures()
     if scratch:
         batch, steps = finished.lock["batch"], (before.get("training") or {}).get("steps")

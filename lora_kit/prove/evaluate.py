@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,26 +13,37 @@ import torch
 
 from lora_kit.adapter.files import open_adapter
 from lora_kit.data.rows import Rows
+from lora_kit.data.splits import take_units
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.prove.harness import check_tasks, run_harness
-from lora_kit.prove.report import ahead, in_lines, write_report
+from lora_kit.prove.report import ahead, evaluated_text, in_lines, write_report
 from lora_kit.prove.scores import (
     NO_LANGUAGE_MODEL,
     against,
     check_gate,
     classes,
     decided_by,
+    deciding_in,
     values,
 )
 from lora_kit.schema import Json, Run
+from lora_kit.speed.runtime import return_freed_memory
 from lora_kit.tasks.bootstrap import retention, verdict
 from lora_kit.tasks.encode import Prepared
+from lora_kit.tasks.measure import (
+    COMPLETION_TOKENS,
+    EvaluationBar,
+    evaluation_bar,
+    evaluation_mode,
+)
 from lora_kit.tasks.task import Contender, Processor, Score, Task
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import add_to_lock, is_first_rank, say
 from lora_kit.train.guards import Guards, best_step, stopped_early
 
+_HALF = 0.5  # cost of a forward pass, compared with LoRA's forward and backward pass
 _GAP_ROWS = 64  # training rows that are scored for the gap, at most
+_EXAMINED = 64  # completions that take about as long as `Task.examine`, for the progress bar
 # Entries that are null unless measured.
 _ABSENT = ("general", "few_shot", "scratch", "prompt_use", "metrics", "harness", "classes")
 
@@ -85,14 +98,16 @@ def prove(trainer: Guards, data: Prepared, processor: Processor, fresh: tuple[st
     directory = guard.directory
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     model = trainer.model_wrapped if sharded else trainer.model
-    general = f" and {data.general.units} general ones" if data.general else ""
-    units = "documents" if "loss" in task.scores else "rows"
-    say(f"evaluating on {data.eval.units} held-out {units}{general}")
+    trained = guard.meter.tokens()
+    # Evaluation, too, has the micro-batch that fits into memory.
+    size = guard.plan.choice.micro_batch if guard.plan else run.train.per_device_train_batch_size
+    train = run.train.model_copy(update={"per_device_train_batch_size": size})
+    as_trained = run.model_copy(update={"train": train})
     # A sharded model would have to generate on all ranks in step: it does not generate.
-    report = evaluate(task, model, data, processor, run, fresh, generates=not sharded)
+    report = evaluate(task, model, data, processor, as_trained, fresh, not sharded, trained)
     alone = trainer.accelerator.num_processes == 1
     if run.prove.harness and alone:
-        add_harness(report, model, processor, run.prove.harness)
+        add_harness(report, model, processor, run)
     if (run.prove.harness and not alone) or (_extra_metrics(task, run) and sharded):
         why = f"on several processes: measure it in one, with lora-kit compare {directory}"
         report["not_measured"].append(why)
@@ -146,10 +161,10 @@ def _training(trainer: Guards) -> Json:
     }
 
 
-def add_harness(report: Json, model: Any, processor: Processor, tasks: list[str]) -> None:
+def add_harness(report: Json, model: Any, processor: Processor, run: Run) -> None:
     """Add the figures of lm-evaluation-harness to a report, or why there are none."""
     try:
-        report["harness"] = run_harness(model, processor, tasks)
+        report["harness"] = run_harness(model, processor, run.prove.harness, run.seed)
     except UserError as error:
         report["not_measured"].append(str(error))
 
@@ -162,6 +177,7 @@ def evaluate(
     run: Run,
     fresh: Sequence[str] = (),
     generates: bool = True,
+    trained: int | None = None,
 ) -> Json:
     """A report of a PEFT model in memory; its adapter is switched off to score the base.
 
@@ -170,22 +186,37 @@ def evaluate(
             contender, and the best rival that needs no adapter takes its place.
         generates: whether the model may generate: for the metrics of `prove.metrics` that are no
             scores of the task's own, and samples.
+        trained: tokens that the adapter was trained on, for `prove.budget`; None: all rows are
+            evaluated.
 
     Returns:
         The entries of report.json that an evaluation fills, and `adapter_effect` for the audit: the
         largest change of a unit's first score from the rival to the adapted model; None with fresh
         modules, which change the scores without an adapter.
     """
-    training = model.training
-    model.eval()
     subject = _Subject(task, model, data, processor, run)
     if not generates:
         subject = _without_extra_metrics(subject)
-    try:
-        with torch.no_grad():
-            return _report(subject, fresh, generates)
-    finally:
-        model.train(training)
+    with torch.no_grad(), evaluation_mode(model), evaluation_bar() as bar:
+        contenders = _contenders(subject, fresh)
+        subject, evaluated = _within_budget(replace(subject, bar=bar), contenders, trained)
+        counted = "documents" if "loss" in task.scores else "rows"
+        say(f"evaluating on {evaluated_text(evaluated, counted)}")
+        if bar is not None:
+            completions = _EXAMINED + (1 + len(contenders)) * subject.completions(subject.data.eval)
+            bar.total = (evaluated["tokens"] or 0) + COMPLETION_TOKENS * completions
+        report = _report(subject, contenders, generates)
+    report["evaluated"] = evaluated
+    rival, asked = contenders[0], task.deciding(run.prove)
+    objection = task.objection(report)
+    if fresh and rival.enter == model.disable_adapter:
+        objection = "the rival is the base with an untrained head, which anything beats"
+    elif asked not in {**(report["metrics"] or {}), **report["domain"]}:
+        objection = f"{asked}, which decides, was not measured"
+    _apply_objection(report, objection)
+    if fresh:
+        report["adapter_effect"] = None
+    return report
 
 
 @dataclass(frozen=True)
@@ -197,6 +228,7 @@ class _Subject:
     data: Prepared
     processor: Processor
     run: Run
+    bar: EvaluationBar | None = None
 
     def score(self, rows: Rows, contender: Contender | None = None) -> list[Score]:
         """Scores of the adapted model, or of a contender."""
@@ -211,7 +243,20 @@ class _Subject:
             return self._score(self.model if base else entered, rows)
 
     def _score(self, model: Any, rows: Rows) -> list[Score]:
-        return self.task.score(model, rows, self.processor, self.data.facts, self.run)
+        tokens = int(self.task.tokens(rows).sum()) if self.bar else 0
+        with self.phase(tokens + COMPLETION_TOKENS * self.completions(rows)):
+            return self.task.score(model, rows, self.processor, self.data.facts, self.run)
+
+    def phase(self, size: int) -> AbstractContextManager[None]:
+        """The context of a phase of the evaluation, which takes about as long as scoring `size`
+        tokens."""
+        return_freed_memory()  # of the training, or of another phase
+        return self.bar.phase(size) if self.bar else contextlib.nullcontext()
+
+    def completions(self, rows: Rows) -> int:
+        """How many completions are generated to score the rows."""
+        generates = bool(_extra_metrics(self.task, self.run))
+        return min(self.run.prove.answers, len(rows)) if generates else 0
 
     def own_scores(self, scores: Sequence[Score]) -> list[Score]:
         """The task's own scores, the deciding one first if it is among them."""
@@ -232,12 +277,54 @@ def _without_extra_metrics(subject: _Subject) -> _Subject:
     return replace(subject, run=run.model_copy(update={"prove": prove}))
 
 
-def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
-    """`evaluate` of a model that is in evaluation mode, without gradients."""
+def _within_budget(
+    subject: _Subject, contenders: Sequence[Contender], trained: int | None
+) -> tuple[_Subject, Json]:
+    """The subject with as many random held-out units as `prove.budget` allows, at least 20; and
+    `evaluated` of report.json: {"budget", "tokens" of all contenders, "share" of the budget's
+    tokens in those trained on, "domain": {"units", "of"}, "general"}."""
+    task, data, budget = subject.task, subject.data, subject.run.prove.budget
+    whole, costs = {"domain": data.eval}, {}
+    if task.general is not None and data.general is not None:
+        whole["general"] = data.general
+    if trained:
+        passes = 1 + len(contenders)
+        costs["domain"] = task.tokens(data.eval) * passes + _longer(contenders)
+        if task.general is not None and data.general is not None:
+            costs["general"] = task.general.tokens(data.general) * 2  # base and adapted
+    about: Json = {"budget": budget, "tokens": None, "share": None, "general": None}
+    kept, tokens = dict(whole), 0
+    for use, cost in costs.items():
+        chosen = np.arange(len(cost))
+        if budget is not None and trained:
+            most = budget * trained / _HALF
+            others = sum(int(other.sum()) for name, other in costs.items() if name != use)
+            # What the other use leaves, at least an equal share.
+            room = max(most / len(costs), most - others)
+            chosen = take_units(whole[use].column("unit"), cost, room, subject.run.seed)
+            kept[use] = whole[use].select(chosen)
+        tokens += int(cost[chosen].sum())
+    if trained:
+        about |= {"tokens": tokens, "share": round(_HALF * tokens / trained, 4)}
+    for use, rows in kept.items():
+        about[use] = {"units": _units(rows), "of": _units(whole[use])}
+    data = replace(data, eval=kept["domain"], general=kept.get("general", data.general))
+    return replace(subject, data=data), about
+
+
+def _units(rows: Rows) -> int:
+    return len(np.unique(rows.column("unit")))
+
+
+def _longer(contenders: Sequence[Contender]) -> int:
+    """Tokens that contenders such as few-shot prompts add to each row."""
+    return sum(one.about.get("tokens", 0) for one in contenders if one.rows is not None)
+
+
+def _report(subject: _Subject, contenders: Sequence[Contender], generates: bool) -> Json:
+    """The entries of `evaluate` before objections, of a model in evaluation mode."""
     task, model, data, run = subject.task, subject.model, subject.data, subject.run
-    processor, facts = subject.processor, subject.data.facts
-    contenders = _contenders(subject, fresh)
-    rival = contenders[0]
+    processor, facts, rival = subject.processor, subject.data.facts, contenders[0]
     # {contender or `adapted`: scores, extra metrics included}
     scores = {"adapted": subject.score(data.eval)}
     _check_scores(task, scores["adapted"])
@@ -256,6 +343,9 @@ def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
         if contender.rows is not None:  # the base with another prompt: a part of its own
             prompted = subject.own_scores(scores[contender.name])
             found = against(contender.name, prompted, after, run.seed)
+            deciding = task.deciding(run.prove)
+            if deciding in (report["metrics"] or {}):
+                found |= _metrics([deciding], scores, contender.name, run.seed)
             report[contender.name] = {**contender.about, **found}
     if task.general is not None and data.general is not None:
         report["general"] = _general(subject, task.general, data.general)
@@ -263,17 +353,14 @@ def _report(subject: _Subject, fresh: Sequence[str], generates: bool) -> Json:
         report["not_measured"].append(NO_LANGUAGE_MODEL)
     report["overfitting"] = _gap(subject, rival, report["domain"])
     if generates:
-        more = task.examine(model, data, scores, processor, facts, run)
+        with subject.phase(_EXAMINED * COMPLETION_TOKENS):
+            more = task.examine(model, data, scores, processor, facts, run)
         report["not_measured"] += more.pop("not_measured", [])
         report |= more
     report.setdefault("samples", [])
-    report["verdict"] = _verdicts(task, report, after[0].name, contenders[1:])
-    untrained_head = bool(fresh) and rival.enter == model.disable_adapter
-    _apply_objection(task, report, untrained_head)
-    report["adapter_effect"] = None
-    if not fresh:
-        change = scores["adapted"][0].sums[:, 0] - scores[rival.name][0].sums[:, 0]
-        report["adapter_effect"] = float(np.abs(change).max())
+    report["verdict"] = _verdicts(task, report, contenders[1:])
+    change = scores["adapted"][0].sums[:, 0] - scores[rival.name][0].sums[:, 0]
+    report["adapter_effect"] = float(np.abs(change).max())
     return report
 
 
@@ -334,8 +421,8 @@ def _gap(subject: _Subject, rival: Contender, domain: Json) -> Json:
     return {f"train_{after.name}": figures, "gap": round(gap, 4)}
 
 
-def _verdicts(task: Task, report: Json, first: str, others: Sequence[Contender]) -> Json:
-    """`verdict` of report.json, from the scores alone; `first`: the task's own deciding score."""
+def _verdicts(task: Task, report: Json, others: Sequence[Contender]) -> Json:
+    """`verdict` of report.json, from the scores alone."""
     found: Json = {}
     for name, metric in (report["metrics"] or {}).items():
         found[name] = verdict(metric, metric["rows"])
@@ -344,26 +431,22 @@ def _verdicts(task: Task, report: Json, first: str, others: Sequence[Contender])
     for contender in others:
         if contender.rows is not None:
             part = report[contender.name]
-            found[contender.name] = verdict(part[first], part["documents"])
+            _, score = deciding_in(part, deciding)
+            found[contender.name] = verdict(score, score.get("rows", part["documents"]))
     general = report["general"]
     if task.general is not None and general is not None:
         found["general"] = retention(general[task.general.scores[0]], general["documents"])
     return found
 
 
-def _apply_objection(task: Task, report: Json, untrained_head: bool) -> None:
-    """Record an objection of the task, an untrained head as the rival, or a contender that scores
-    better: with it `better` becomes `no different`, on the domain and against few-shot."""
+def _apply_objection(report: Json, objection: str | None) -> None:
+    """Record an objection, or a contender that scores better: with it `better` becomes
+    `no different`, on the domain and against few-shot."""
     word = report["verdict"]
-    objection = task.objection(report)
-    if untrained_head:
-        objection = "the rival is the base with an untrained head, which anything beats"
-    elif word["domain"] == "better" and not objection:
-        above = ahead(report)
-        if above:
-            objection = f"{above[0]} reached {above[1]:.3f}"
-    if objection:
-        report["domain"]["objection"] = objection
-        for part in ("domain", "few_shot"):
-            if word.get(part) == "better":
-                word[part] = "no different"
+    above = ahead(report)
+    if word["domain"] == "better" and above and not objection:
+        objection = f"{above[0]} reached {above[1]:.3f}"
+    for part in ("domain", "few_shot"):
+        if objection and word.get(part) == "better":
+            report["domain"]["objection"] = objection
+            word[part] = "no different"

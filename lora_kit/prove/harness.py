@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_kit.errors import UserError, in_a_line
+from lora_kit.errors import Interrupted, UserError, in_a_line
 from lora_kit.run import nearest
 from lora_kit.schema import Json
 from lora_kit.tasks.bootstrap import compared
+from lora_kit.tasks.measure import evaluation_mode
 from lora_kit.tasks.metrics import check_each
 from lora_kit.tasks.task import Processor, mean_score
 from lora_kit.trust import check_own, metrics_checked
@@ -53,7 +54,7 @@ def check_tasks(tasks: list[str]) -> None:
 
 
 def run_harness(
-    model: Any, tokenizer: Processor, tasks: list[str], seed: int = 0, at_once: int = 8
+    model: Any, tokenizer: Processor, tasks: list[str], seed: int, at_once: int = 8
 ) -> dict[str, Json]:
     """Figures of the base and of the adapted model on the same rows of each task.
 
@@ -75,8 +76,7 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
     from transformers import set_seed
 
-    training = model.training
-    with _quiet(), metrics_checked():
+    with _quiet(), metrics_checked(), evaluation_mode(model):
         loaded = _load(tasks)
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
@@ -92,9 +92,10 @@ def run_harness(
                 base = lm_eval.evaluate(wrapped, loaded, bootstrap_iters=0)
             set_seed(seed)
             adapted = lm_eval.evaluate(wrapped, loaded, bootstrap_iters=0)
+        except Interrupted:
+            raise
         except Exception as error:  # templates and functions are the task's own
             raise UserError(f"prove.harness: {in_a_line(error)}") from None
-    model.train(training)
     return compared_results(base, adapted, seed)
 
 

@@ -20,11 +20,12 @@ from lora_kit.prove.scores import (
     better,
     compared_scores,
     decided_by,
+    deciding_in,
     not_measured,
+    other_verdicts,
 )
 from lora_kit.run import read_json, read_lock
 from lora_kit.schema import Json, Run
-from lora_kit.tasks.bootstrap import verdict
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import write_json
 
@@ -54,7 +55,6 @@ UNITS = {
     "length": "tokens",
     "kl": "nats per token",
 }
-_SHOWN_IN_TABLES_ONLY = ("bits_per_byte",)  # the loss in another unit: it has no verdict of its own
 _WORDS = {
     "better": "better than {} on held-out data",
     "worse": "worse than {}: the adapter is not worth shipping",
@@ -64,7 +64,7 @@ _WORDS = {
     "forgot": "general text got worse: the adapter forgets",
 }
 _BLIND = (
-    "the loss fell, but the completions hardly depend on their prompts: the adapter was trained on "
+    "{}, but the completions hardly depend on their prompts: the adapter was trained on "
     "which completions occur, not on which of them belongs to a prompt. Look for shuffled labels"
 )
 LARGEST_UNSEEN = 2.0  # percent of loss that may be lost before `kept` is qualified
@@ -149,23 +149,26 @@ def findings(report: Json) -> list[Finding]:
     does not apply to the task."""
     report = _filled(report)
     found = [_domain(report)]
-    deciding, _ = decided_by(report)
-    rival = report["domain"].get("rival", "base")
+    rival, others = report["domain"].get("rival", "base"), other_verdicts(report)
     for name, score in compared_scores(report["domain"]).items():
-        if name != deciding and name not in _SHOWN_IN_TABLES_ONLY:
-            found.append(_other_score(report, name, score, report["domain"]["documents"], rival))
+        if name in others:
+            found.append(_other_score(name, score, others[name], rival))
     if report["general"] or NO_LANGUAGE_MODEL not in (report["not_measured"] or []):
         found.append(_general(report))
     for part in ("few_shot", "scratch"):
         if report[part]:
-            name, score = next(iter(compared_scores(report[part]).items()))
+            name, score = deciding_in(report[part], decided_by(report)[0])
             word = report["verdict"][part]
             found.append(_finding(part, name, score, word, in_words(word, part)))
     for name, score in (report["metrics"] or {}).items():
-        if name != deciding:
-            found.append(_other_score(report, name, score, score["rows"], rival))
+        if name in others:
+            found.append(_other_score(name, score, others[name], rival))
     for name, score in (report["harness"] or {}).items():
-        found.append(_other_score(report, name, score, score["rows"], "base"))
+        found.append(_other_score(name, score, others[name], "base"))
+    evaluated = report["evaluated"]
+    if evaluated and was_drawn(evaluated):
+        text = evaluated_text(evaluated, units_of(report))
+        found.append(Finding("evaluated", "Evaluated rows", "", text))
     if report["generation"]:
         found.append(_generation(report["generation"]))
     if gate := report["gate"]:
@@ -178,6 +181,25 @@ def findings(report: Json) -> list[Finding]:
     return found
 
 
+def was_drawn(evaluated: Json) -> bool:
+    """Whether not all held-out rows were evaluated. evaluated: of report.json."""
+    uses = (evaluated.get("domain"), evaluated.get("general"))
+    return any(found["units"] < found["of"] for found in uses if found)
+
+
+def evaluated_text(evaluated: Json, counted: str) -> str:
+    """`140 of 900 held-out documents and 20 general ones, drawn at random (...)`."""
+    texts = []
+    for use, what in (("domain", f"held-out {counted}"), ("general", "general ones")):
+        if found := evaluated.get(use):
+            of = f" of {found['of']:,}" if found["units"] < found["of"] else ""
+            texts.append(f"{found['units']:,}{of} {what}")
+    text = " and ".join(texts)
+    if not was_drawn(evaluated):
+        return text
+    return f"{text}, drawn at random (prove.budget: {evaluated['budget']:g}; null: all)"
+
+
 def _domain(report: Json) -> Finding:
     name, score = decided_by(report)
     word = report["verdict"]["domain"]
@@ -186,7 +208,8 @@ def _domain(report: Json) -> Finding:
     if not _withheld(report):
         return found
     if (report["prompt_use"] or {}).get("blind"):
-        return found._replace(sentence=_BLIND)
+        fell = "the loss fell" if name == "loss" else "scored better"
+        return found._replace(sentence=_BLIND.format(fell))
     return found._replace(sentence=f"scored better, but {report['domain']['objection']}")
 
 
@@ -224,13 +247,11 @@ def _finding(part: str, name: str, score: Json, word: str, sentence: str) -> Fin
     return Finding(part, title, word, sentence, figures, unit, _gain(name, score, unit))
 
 
-def _other_score(report: Json, name: str, score: Json, units: int, rival: str) -> Finding:
+def _other_score(name: str, score: Json, word: str, rival: str) -> Finding:
     """A score that does not decide."""
     if score["ci95"] is None:
         why = "not evaluated: it is no mean over rows, so it has no interval"
-        return Finding(name, name, "not evaluated", why, _figures(name, score))
-    computed = verdict({**score, "better": better(name, score)}, units)
-    word = report["verdict"].get(name, computed)
+        return Finding(name, name, word, why, _figures(name, score))
     return _finding(name, name, score, word, in_words(word, name, rival))
 
 
@@ -385,6 +406,7 @@ def _page(directory: Path, run: Run, report: Json) -> str:
         units=UNITS,
         counted=units_of(report),
         fitted={"name": fitted.removeprefix("train_"), "score": over[fitted]} if fitted else None,
+        drawn=next((one.sentence for one in found if one.part == "evaluated"), ""),
         can_forget=any(one.part == "general" for one in found),
         why_no_general=not_measured(report, "general"),
         classes=confused(report["classes"]) if report["classes"] else None,

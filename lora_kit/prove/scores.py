@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_kit.schema import Gate, Json
-from lora_kit.tasks.bootstrap import compared, counted
+from lora_kit.tasks import metrics
+from lora_kit.tasks.bootstrap import compared, counted, verdict
 from lora_kit.tasks.task import Score
 
 # For `not_measured`: a model without a language-model head has no general text to forget.
 NO_LANGUAGE_MODEL = "general: this model has no language-model head"
+IN_ANOTHER_UNIT = ("bits_per_byte",)  # the loss in another unit: it has no verdict of its own
 
 
 def against(rival: str, base: Sequence[Score], adapted: Sequence[Score], seed: int) -> Json:
@@ -60,6 +62,33 @@ def decided_by(report: Json) -> tuple[str, Json]:
     return name, {**(report.get("metrics") or {}), **scores}[name]
 
 
+def deciding_in(part: Json, name: str) -> tuple[str, Json]:
+    """Name and figures of the score by which a part such as `few_shot` is compared: the deciding
+    one if the part has it, else its first."""
+    scores = compared_scores(part)
+    name = name if name in scores else next(iter(scores))
+    return name, scores[name]
+
+
+def other_verdicts(report: Json) -> dict[str, str]:
+    """{score: its verdict}, of every measured score but the deciding one: of the domain,
+    `metrics` and `harness`; `not evaluated` without an interval."""
+    domain = report["domain"]
+    measured = compared_scores(domain)
+    measured |= {**(report.get("metrics") or {}), **(report.get("harness") or {})}
+    words = {}
+    for name, found in measured.items():
+        if name in (decided_by(report)[0], *IN_ANOTHER_UNIT):
+            continue
+        if found["ci95"] is None:
+            words[name] = "not evaluated"
+        else:
+            units = found.get("rows", domain["documents"])
+            computed = verdict({**found, "better": better(name, found)}, units)
+            words[name] = report["verdict"].get(name, computed)
+    return words
+
+
 def better(name: str, score: Json) -> str:
     """`lower` or `higher`, whichever is better for a score. Entries of the harness have
     `higher_is_better` instead of `better`, and reports of older versions neither."""
@@ -84,31 +113,12 @@ def classes(scores: Sequence[Score]) -> Json | None:
     Args:
         scores: of the adapted model; `about` of one of them holds `labels` and `confusion`: how
             many rows of a true class (first axis) were given a predicted one (second axis).
-
-    Returns:
-        {"labels", "confusion", "per_class": {label: {"precision", "recall", "f1", "support"}}}, as
-        scikit-learn's `classification_report` defines them; 0 where nothing was predicted, or
-        nothing is of the class.
     """
     about = next((score.about for score in scores if "confusion" in score.about), None)
     if about is None:
         return None
     confusion = np.asarray(about["confusion"], dtype=np.int64)  # (classes, classes)
-    labels = [str(label) for label in about["labels"]]
-    hits, support, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-
-    per_class = {}
-    for n, label in enumerate(labels):
-        precision = hits[n] / max(predicted[n], 1)
-        recall = hits[n] / max(support[n], 1)
-        f1 = 2 * hits[n] / max(predicted[n] + support[n], 1)
-        per_class[label] = {
-            "precision": round(float(precision), 4),
-            "recall": round(float(recall), 4),
-            "f1": round(float(f1), 4),
-            "support": int(support[n]),
-        }
-    return {"labels": labels, "confusion": confusion.tolist(), "per_class": per_class}
+    return metrics.classes([str(label) for label in about["labels"]], confusion)
 
 
 # ------------------------------------------------------------------ the gate
@@ -132,6 +142,9 @@ def check_gate(report: Json, gate: Gate) -> Json:
         if bound and word not in _REACHED[bound]:
             found = word or f"not measured: {not_measured(report, part)}"
             failed.append(f"{part}: {found} (asked for: {bound})")
+    if gate.scores:
+        worse = [name for name, word in other_verdicts(report).items() if word == "worse"]
+        failed += [f"{name}: worse (asked for: {gate.scores})" for name in worse]
     for problem in (report.get("audit") or {}).get("problems", []):
         failed.append(f"audit: {problem['what']}")
     scores = {**(report.get("metrics") or {}), **compared_scores(report["domain"])}

@@ -72,7 +72,7 @@ def _scores(report: Json, title: str) -> Table:
             nats = name in ("loss", "bits_per_byte")
             label = f"{part}, {UNITS[name] if nats else name}"
             if part in ("few_shot", "scratch"):
-                if name == "bits_per_byte":
+                if name == "bits_per_byte" or "rows" in score:  # shown with the metrics below
                     continue
                 label = few_shot if part == "few_shot" else "trained from scratch"
             add(label, compared["documents"], score, percent=nats)

@@ -22,7 +22,7 @@ from lora_kit.errors import CheckFailed, UserError
 from lora_kit.prove.compare import prepared_again, task_of
 from lora_kit.tasks.batches import IGNORED, collator
 from lora_kit.tasks.bootstrap import interval
-from lora_kit.tasks.measure import LOGITS_AT_ONCE
+from lora_kit.tasks.measure import logits_at_once
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +167,7 @@ def _measured(trained: PeftModel, merged: PeftModel, rows: Rows, pad_id: int) ->
     order = np.argsort(-lengths, kind="stable")
     # Logits of two models, log-probabilities and their difference are in memory at once.
     vocabulary = trained.config.get_text_config().vocab_size
-    at_once = min(8, max(1, LOGITS_AT_ONCE // (4 * vocabulary * int(lengths.max()))))
+    at_once = min(8, max(1, logits_at_once(trained) // (4 * vocabulary * int(lengths.max()))))
     for start in range(0, len(order), at_once):
         numbers = order[start : start + at_once]
         batch = collate([rows[int(n)] for n in numbers])

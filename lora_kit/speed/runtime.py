@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 
@@ -27,6 +28,13 @@ def keep_freed_memory() -> bool:
         return False
     took = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _KEEP_BYTES)
     return took and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES[0]))
+
+
+def return_freed_memory() -> None:
+    """Return freed blocks to the kernel, between phases that need blocks of other sizes: what
+    `keep_freed_memory` keeps would be added to them."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def float32_is_faster() -> bool:

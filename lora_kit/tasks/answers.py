@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,6 +56,9 @@ def completion_scores(
 ) -> list[Score]:
     """The score of each metric on greedy completions of these rows.
 
+    Returns:
+        Scores whose `about` has the completions: `generated`, and the `expected` ones.
+
     Raises:
         UserError: a metric's script does not accept a completion.
     """
@@ -63,10 +68,22 @@ def completion_scores(
     length = min(_LONGEST, max(len(answer) for _, answer in asked) + BEYOND_REFERENCE)
     found = generate(model, processor, [prompt for prompt, _ in asked], length)
     scores = []
+    units, about = rows.column("unit")[numbers], {"generated": found, "expected": wanted}
     for name in names:
-        each = metrics.score(name, found, wanted)
-        scores.append(mean_score(name, each, units=rows.column("unit")[numbers]))
+        score = mean_score(name, metrics.score(name, found, wanted), units=units)
+        scores.append(replace(score, about=about))
     return scores
+
+
+def answers_of(rows: Rows, chat: bool, processor: Processor) -> Counter[str]:
+    """{reference completion: rows that have it}. Replayed text has none: all but its first token
+    is supervised."""
+    asked = (question(row, chat) for row in rows)
+    by_tokens = Counter(tuple(answer) for prompt, answer in asked if len(prompt) > 1)
+    found = Counter[str]()
+    for tokens, times in by_tokens.items():
+        found[text_of(processor, list(tokens))] += times
+    return found
 
 
 def samples(

@@ -83,9 +83,10 @@ class Causal(Task):
     ) -> list[Score]:
         """Nats per supervised token, and bits per byte of the supervised text."""
         from lora_kit.tasks.answers import completion_scores, drawn
-        from lora_kit.tasks.measure import measure
+        from lora_kit.tasks.measure import ROWS_AT_ONCE, measure
 
-        scores = measure(model, rows, processor.pad_token_id).scores()
+        at_once = min(ROWS_AT_ONCE, run.train.per_device_train_batch_size)
+        scores = measure(model, rows, processor.pad_token_id, at_once).scores()
         names = run.prove.metrics
         if names:
             numbers = drawn(rows, run.prove.answers, run.seed)
@@ -98,17 +99,15 @@ class Causal(Task):
         problems, names = [], run.prove.metrics
         if not self.supervised(data.eval):
             problems.append("data.eval: no row has two tokens, so there is nothing to predict")
-        numbers = answers.drawn(data.eval, run.prove.answers, run.seed) if names else []
-        wanted = [
-            answers.text_of(processor, answers.question(data.eval[n], self.chat)[1])
-            for n in numbers
-        ]
         try:
             metrics.check_names(names, self.chat)
         except UserError as error:
             problems.append(str(error))
         try:
-            metrics.check_fit(names, wanted)
+            if "accuracy" in names:
+                held_out = answers.answers_of(data.eval, self.chat, processor)
+                trained = answers.answers_of(data.rows("train"), self.chat, processor)
+                metrics.check_classes(held_out, trained)
         except UserError as error:
             problems.append(str(error))
         if names and run.data.supervise == "all":
@@ -151,10 +150,15 @@ class Causal(Task):
         facts: Facts,
         run: Run,
     ) -> Json:
-        from lora_kit.tasks import answers
+        from lora_kit.tasks import answers, metrics
         from lora_kit.tasks.pairing import prompt_use
 
         found: Json = {"prompt_use": None}
+        for score in scores["adapted"]:
+            if score.name == "accuracy":
+                known = answers.answers_of(data.rows("train"), self.chat, processor)
+                known += answers.answers_of(data.eval, self.chat, processor)
+                found["classes"] = metrics.classes(*metrics.confusion(known, **score.about))
         if run.prove.shots and "few_shot" not in scores:
             found["not_measured"] = ["few_shot: the base's context is too short for examples"]
         rows = data.eval

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,15 +20,19 @@ from lora_kit.tasks.task import Batch, Collate, Score
 
 if TYPE_CHECKING:
     import torch
+    from rich.progress import Progress as Bar
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lora_kit.adapter.load import PeftModel
 
-# Most float32 logits of one batch: 2**28 values are 1 GiB, or 1,700 tokens of a vocabulary of 152k.
-# A single row may be longer.
-LOGITS_AT_ONCE = 2**28
+# Most logits of one batch, by device; a single row may have more. On a CPU 64 MiB in float32, less
+# than training holds; on a GPU 1,700 tokens of a vocabulary of 152k, which fill it.
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
+ROWS_AT_ONCE = 8  # of the longest rows, but not more than training has in a micro-batch
 TOKENS_AT_ONCE = 2**14  # prompt and completion tokens of a batch, for the KV cache
-_PIECE = 2**25  # float32 logits at a time for the loss: 128 MiB
+# For the progress bar: generating a completion takes about as long as scoring so many tokens.
+COMPLETION_TOKENS = 400
+PIECE = {"cpu": 2**22, "cuda": 2**25}  # float32 logits at a time for the loss: 16 or 128 MiB
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,89 @@ class Losses:
         return [loss, Score("bits_per_byte", sums, better="lower", units=some)]
 
 
+class EvaluationBar:
+    """A progress bar with the time left of an evaluation, which is made of phases.
+
+    Attributes:
+        total: size of all phases.
+    """
+
+    def __init__(self, bar: Bar) -> None:
+        self.bar, self.total = bar, 0
+        self.task = bar.add_task("evaluating", total=None)
+        self._done, self._end = 0.0, 0
+
+    @contextlib.contextmanager
+    def phase(self, size: int) -> Iterator[None]:
+        """A phase, within which `advance` moves the bar up to `size`."""
+        self._end += size
+        yield
+        self.advance(size)
+
+    def advance(self, done: float) -> None:
+        self._done = min(self._end, self._done + done)
+        total = max(self.total, self._end) or None
+        self.bar.update(self.task, completed=self._done, total=total)
+
+
+_bars: list[EvaluationBar] = []  # the bar in use, if there is one
+
+
+@contextlib.contextmanager
+def evaluation_bar() -> Iterator[EvaluationBar | None]:
+    """Inside the block the scoring functions below advance a bar; None without a terminal."""
+    bar = terminal_bar("{task.percentage:>3.0f}%") if rank_and_ranks()[0] == 0 else None
+    if bar is None:
+        yield None
+        return
+    with bar:
+        _bars.append(EvaluationBar(bar))
+        try:
+            yield _bars[-1]
+        finally:
+            _bars.pop()
+
+
+def terminal_bar(*columns: str) -> Bar | None:
+    """A progress bar on stderr: description, bar, these columns, time left; None without a
+    terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        "{task.description}",
+        progress.BarColumn(),
+        *columns,
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _advance(done: float) -> None:
+    """Move the bar, of which every rank does an equal part."""
+    for bar in _bars:
+        bar.advance(done * rank_and_ranks()[1])
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block the model is in evaluation mode; afterwards, also after an error, in the
+    mode that it had."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def measure(
     model: torch.nn.Module,
     rows: Rows,
     pad_id: int,
-    rows_at_once: int = 8,
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> Losses:
     """The loss of all labels, summed per unit.
 
@@ -65,7 +149,7 @@ def measure(
     """
     import torch
 
-    trims = "logits_to_keep" in inspect.signature(causal_model(model).forward).parameters
+    parameters = inspect.signature(causal_model(model).forward).parameters
 
     def nats_and_tokens(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         labels = batch.pop("labels")
@@ -74,7 +158,8 @@ def measure(
         first = int(supervised[0]) if len(supervised) else labels.shape[1] - 2
         targets = labels[:, max(first, 0) + 1 :]
         keep = targets.shape[1] + 1
-        some = {"logits_to_keep": keep} if trims else {}
+        saving = {"logits_to_keep": keep, "use_cache": False}  # memory
+        some = {name: value for name, value in saving.items() if name in parameters}
         logits = model(**batch, **some).logits[:, -keep:-1]
         tokens = (targets != IGNORED).sum(1).double()
         return torch.stack([_row_nats(logits, targets), tokens], dim=1)
@@ -118,9 +203,7 @@ def each_row(
     device = next(model.parameters()).device
     rank, ranks = rank_and_ranks()
     found: torch.Tensor | None = None
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(model):
         for turn in range(-(-len(batches) // ranks)):
             mine = turn * ranks + rank
             # Every rank runs the same number of batches, as a sharded model needs.
@@ -131,7 +214,7 @@ def each_row(
                 found = values.new_zeros(len(rows), values.shape[1])
             if mine < len(batches):
                 found[some] = values
-    model.train(training)
+            _advance(int(lengths[some].sum()))
     assert found is not None  # there are rows
     if ranks > 1:
         dist.all_reduce(found)
@@ -158,8 +241,9 @@ def _row_nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     import torch
 
     nats = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
+    most = PIECE["cuda" if logits.is_cuda else "cpu"]
     # Pieces of (labels, 2): row and position of each label.
-    for places in (targets != IGNORED).nonzero().split(max(1, _PIECE // logits.shape[-1])):
+    for places in (targets != IGNORED).nonzero().split(max(1, most // logits.shape[-1])):
         row, place = places.unbind(1)
         some = torch.nn.functional.cross_entropy(
             logits[row, place].float(), targets[row, place], reduction="none"
@@ -177,7 +261,9 @@ def batches_of(model: torch.nn.Module, lengths: np.ndarray, rows_at_once: int) -
     """
     order = np.argsort(-lengths, kind="stable").tolist()
     budget = rows_at_once * int(lengths[order[0]])  # tokens, padding counted
-    budget = min(budget, LOGITS_AT_ONCE // causal_model(model).config.get_text_config().vocab_size)
+    budget = min(
+        budget, logits_at_once(model) // causal_model(model).config.get_text_config().vocab_size
+    )
     batches: list[list[int]] = []
     width = 0
     for n in order:
@@ -187,6 +273,11 @@ def batches_of(model: torch.nn.Module, lengths: np.ndarray, rows_at_once: int) -
             batches.append([n])
             width = int(lengths[n])
     return batches
+
+
+def logits_at_once(model: torch.nn.Module) -> int:
+    """LOGITS_AT_ONCE of the model's device."""
+    return LOGITS_AT_ONCE["cuda" if next(model.parameters()).is_cuda else "cpu"]
 
 
 def positions(model: torch.nn.Module) -> int:
@@ -236,40 +327,39 @@ def generate_ids(
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     rank, ranks = rank_and_ranks()
     mine = order[rank::ranks]
-    training = model.training
-    model.eval()
     room = positions(model)
     found: dict[int, list[int]] = {n: [] for n in mine if len(prompts[n]) >= room}
     waiting = [n for n in mine if n not in found]
-    while waiting:
-        width = len(prompts[waiting[0]])
-        length = min(max_new_tokens, room - width)
-        rows = max(1, min(at_once, TOKENS_AT_ONCE // (width + length)))
-        chosen, waiting = waiting[:rows], waiting[rows:]
-        ids = torch.full((len(chosen), width), pad, device=device)  # (prompts, longest prompt)
-        mask = torch.zeros_like(ids)
-        for row, n in enumerate(chosen):
-            start = width - len(prompts[n])
-            ids[row, start:] = torch.as_tensor(prompts[n], device=device)
-            mask[row, start:] = 1
-        with torch.inference_mode():
-            out = cast(Any, model).generate(  # of transformers' GenerationMixin
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=length,
-                # Override the base's generation_config.json.
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                use_cache=True,
-                pad_token_id=pad,
-                eos_token_id=ends,
-            )
-        for n, tokens in zip(chosen, out[:, width:].tolist(), strict=True):
-            end = next((place for place, token in enumerate(tokens) if token in ends), length)
-            found[n] = tokens[: end + 1]
-    model.train(training)
+    with evaluation_mode(model):
+        while waiting:
+            width = len(prompts[waiting[0]])
+            length = min(max_new_tokens, room - width)
+            rows = max(1, min(at_once, TOKENS_AT_ONCE // (width + length)))
+            chosen, waiting = waiting[:rows], waiting[rows:]
+            ids = torch.full((len(chosen), width), pad, device=device)  # (prompts, longest prompt)
+            mask = torch.zeros_like(ids)
+            for row, n in enumerate(chosen):
+                start = width - len(prompts[n])
+                ids[row, start:] = torch.as_tensor(prompts[n], device=device)
+                mask[row, start:] = 1
+            with torch.inference_mode():
+                out = cast(Any, model).generate(  # of transformers' GenerationMixin
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=length,
+                    # Override the base's generation_config.json.
+                    do_sample=False,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    no_repeat_ngram_size=0,
+                    use_cache=True,
+                    pad_token_id=pad,
+                    eos_token_id=ends,
+                )
+            for n, tokens in zip(chosen, out[:, width:].tolist(), strict=True):
+                end = next((place for place, token in enumerate(tokens) if token in ends), length)
+                found[n] = tokens[: end + 1]
+            _advance(COMPLETION_TOKENS * len(chosen))
     if ranks > 1:
         parts: list[Any] = [None] * ranks
         dist.all_gather_object(parts, found)

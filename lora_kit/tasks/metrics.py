@@ -8,7 +8,7 @@ import re
 import string
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 
@@ -16,10 +16,12 @@ import numpy as np
 
 from lora_kit.errors import UserError, in_a_line
 from lora_kit.run import nearest
+from lora_kit.schema import Json
 from lora_kit.trust import metrics_checked
 
 # With more classes than this, most of them seen once, `accuracy` makes no sense.
 MOST_CLASSES = 20
+_MOST_LISTED = 1000  # with more, only the classes of the evaluated rows and completions are listed
 _ARTICLES = {"a", "an", "the"}
 # Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han.
 _UNSPACED = re.compile(
@@ -82,14 +84,71 @@ def check_each(key: str, names: list[str], check: Callable[[str], None]) -> None
         raise UserError("\n".join(f"{key}: {problem}" for problem in problems))
 
 
-def check_fit(names: list[str], references: list[str]) -> None:
-    """Raises UserError if `accuracy` is requested and the references are not classes."""
-    different = len({_folded(text) for text in references})
-    if "accuracy" in names and different > max(MOST_CLASSES, len(references) / 2):
+def check_classes(held_out: Counter[str], trained: Counter[str]) -> None:
+    """Raises UserError if the answers, {answer: rows}, are not classes, as `accuracy` needs: most
+    held-out ones occur in no other row."""
+    rows, found = Counter[str](), Counter[str]()
+    for answer, times in held_out.items():
+        found[_folded(answer)] += times
+    for answer, times in (*held_out.items(), *trained.items()):
+        rows[_folded(answer)] += times
+    alone = sum(rows[answer] == 1 for answer in found)
+    if len(found) > MOST_CLASSES and alone > found.total() / 2:
         raise UserError(
-            f"prove.metrics: accuracy: {different} of {len(references)} references differ, "
-            "so they are not classes: use exact_match, f1 or rouge_l"
+            f"prove.metrics: accuracy: {alone} of {found.total()} held-out answers occur in no "
+            "other row, so they are not classes: use exact_match, f1 or rouge_l"
         )
+
+
+def confusion(
+    known: Iterable[str], generated: Sequence[str], expected: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
+    """The classes among the known answers, sorted, and how many rows of each class (first axis)
+    were given which one: int64 (classes, classes + 1); last those whose completion is no class.
+
+    >>> labels, counts = confusion(["no", "yes"], ["Yes", "no", "maybe"], ["yes", "yes", "no"])
+    >>> labels, counts.tolist()
+    (['no', 'yes'], [[0, 0, 1], [1, 1, 0]])
+    """
+    names: dict[str, str] = {}  # {as compared: as written}
+    for answer in (*known, *expected):
+        names.setdefault(_folded(answer), answer.strip())
+    if len(names) > _MOST_LISTED:
+        seen = {_folded(answer) for answer in (*generated, *expected)}
+        names = {folded: answer for folded, answer in names.items() if folded in seen}
+    folded = sorted(names)
+    place = {answer: number for number, answer in enumerate(folded)}
+    counts = np.zeros((len(folded), len(folded) + 1), dtype=np.int64)
+    for found, true in zip(generated, expected, strict=True):
+        counts[place[_folded(true)], place.get(_folded(found), len(folded))] += 1
+    return [names[answer] for answer in folded], counts
+
+
+def classes(labels: Sequence[str], confusion: np.ndarray) -> Json:
+    """`classes` of report.json.
+
+    Args:
+        confusion: int64 (classes, classes) or (classes, classes + 1): rows of each true class by
+            predicted class; the last column counts predictions that are none of the classes.
+
+    Returns:
+        {"labels", "confusion", "per_class": {label: {"precision", "recall", "f1", "support"}}}, as
+        scikit-learn's `classification_report` defines them; 0 where nothing was predicted, or
+        nothing is of the class.
+    """
+    hits, support, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    per_class = {}
+    for n, label in enumerate(labels):
+        precision = hits[n] / max(predicted[n], 1)
+        recall = hits[n] / max(support[n], 1)
+        f1 = 2 * hits[n] / max(predicted[n] + support[n], 1)
+        per_class[label] = {
+            "precision": round(float(precision), 4),
+            "recall": round(float(recall), 4),
+            "f1": round(float(f1), 4),
+            "support": int(support[n]),
+        }
+    return {"labels": list(labels), "confusion": confusion.tolist(), "per_class": per_class}
 
 
 def exact_match(prediction: str, expected: str) -> float:

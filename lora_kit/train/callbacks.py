@@ -20,6 +20,7 @@ from lora_kit.base.load import gpu_is_used
 from lora_kit.folders import write_whole
 from lora_kit.schema import Json
 from lora_kit.tasks.batches import real_tokens
+from lora_kit.tasks.measure import terminal_bar
 from lora_kit.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -152,19 +153,11 @@ class Progress(TrainerCallback):
         self.evaluating = False
 
     def on_train_begin(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
-        if not state.is_world_process_zero or not sys.stderr.isatty():
+        if not state.is_world_process_zero:
             return
-        from rich import progress
-        from rich.console import Console
-
-        self.bar = progress.Progress(
-            "{task.description}",
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            "{task.fields[figures]}",
-            progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
+        self.bar = terminal_bar("{task.completed:.0f}/{task.total:.0f}", "{task.fields[figures]}")
+        if self.bar is None:
+            return
         total, done = state.max_steps, state.global_step
         self.bar.add_task("training", total=total, completed=done, figures="")
         self.bar.start()

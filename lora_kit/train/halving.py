@@ -13,7 +13,7 @@ from lora_kit.train.directory import say
 
 MOST = 3  # a micro-batch is halved at most 3 times: 8 parts
 _NO_MEMORY = (
-    "out of memory, even with the micro-batch halved {times} times: lower train.max_length or "
+    "out of memory, {halved}: lower train.max_length or "
     "adapter.r, set train.gradient_checkpointing=true, or base.quantize=nf4"
 )
 # Messages of torch's CPU allocator and oneDNN, which have no exception type of their own.
@@ -100,7 +100,9 @@ class Halving:
         """Run a part that ran out of memory in two halves; halve later micro-batches beforehand."""
         halves = self._halves(part)
         if halved == MOST or not halves:
-            raise UserError(_NO_MEMORY.format(times=halved))
+            parts = f"even with the micro-batch in {2**halved} parts"
+            whole = "and the micro-batch cannot be halved"
+            raise UserError(_NO_MEMORY.format(halved=parts if halved else whole))
         halved += 1
         if halved > self.times:
             self.times = halved

@@ -5,8 +5,9 @@
 
 Each shape is a random model made from a configuration. `lora-kit plan` says what its run will need;
 then the recipe itself trains a few steps in a process of its own, whose largest resident memory up
-to the end of training is what was predicted (on a GPU: torch's largest allocated). The planner has
-few constants, fitted to the Llama and Gemma shapes; the others are new to it.
+to the end of training is what was predicted (on a GPU: torch's largest allocated); and evaluates,
+which should not raise it. The planner has few constants, fitted to the Llama and Gemma shapes; the
+others are new to it.
 """
 
 from __future__ import annotations
@@ -108,20 +109,17 @@ def command(code: str, arguments: list[str], folder: Path) -> dict[str, Any]:
 
 
 PLAN = "from lora_kit.cli import main; main()"
-# The recipe as it is, ended before the judging, whose memory is another one.
 TRAIN = """
 import json, sys
-from lora_kit import launch, run
-from lora_kit.prove import evaluate
-from lora_kit.train.callbacks import peak_mib, read_metrics
+from lora_kit import launch
+from lora_kit.train.callbacks import peak_mib
 
-def measured(trainer, *_):
-    rows = read_metrics(trainer.guard.directory / "metrics.jsonl")
-    last = [row for row in rows if "loss" in row][-1]
-    return {"mib": peak_mib(), "tokens_per_second": last["tokens_per_second"]}
-
-evaluate.prove = measured
-print(json.dumps(launch.train(sys.argv[1], *sys.argv[2:])))
+report = launch.train(sys.argv[1], *sys.argv[2:])
+print(json.dumps({
+    "mib": report["memory"]["measured_mib"],
+    "whole_mib": peak_mib(),
+    "tokens_per_second": report["training"]["tokens_per_second"],
+}))
 """
 
 
@@ -141,6 +139,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "fitted": name.startswith(FITTED),
         "predicted_mib": plan["total_mib"],
         "measured_mib": round(found["mib"], 1),
+        "whole_mib": round(found["whole_mib"], 1),
         "off": round(plan["total_mib"] / found["mib"] - 1, 4),
         "predicted_tokens_per_second": plan["tokens_per_second"],
         "tokens_per_second": found["tokens_per_second"],
@@ -168,6 +167,7 @@ def main() -> None:
             print(
                 f"{name:<30} predicted {row['predicted_mib']:>7,.0f} MiB  "
                 f"measured {row['measured_mib']:>7,.0f}  {row['off']:+.1%}   "
+                f"with evaluation {row['whole_mib'] / row['measured_mib']:.2f}   "
                 f"{row['predicted_tokens_per_second']:>7,.0f} tokens/s "
                 f"({row['tokens_per_second']:,.0f})",
                 flush=True,

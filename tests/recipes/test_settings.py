@@ -77,6 +77,8 @@ SHARED = {
         f"prove.gate.{key}": "test_prove_gate.py::test_bounds"
         for key in ("domain", "general", "few_shot", "loss", "metrics")
     },
+    "prove.gate.scores": "test_prove_gate.py::test_no_other_score_may_be_worse",
+    "prove.budget": "test_prove_deciding.py::test_the_budget_pays_for_all_contenders",
     **{f"train.{key}": "recipes/test_settings.py::test_train_reaches_the_trainer" for key in TRAIN},
 }
 _DATA = "test_data_prepare.py::test_each_key_of_data_changes_what_is_learned_or_judged"
