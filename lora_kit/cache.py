@@ -27,7 +27,7 @@ from lora_kit.hashes import file_hash
 
 CACHE_VARIABLE = "LORA_KIT_CACHE"
 # Increased whenever the same input gives different files.
-VERSION = 9
+VERSION = 10
 DAYS_KEPT = 30
 _SEAL = "seal.json"
 

@@ -67,12 +67,13 @@ class Interrupted(LoraKitError):
 
 class NotUsable(Exception):
     """A row is dropped. `reason` completes "42 rows dropped: rows ..."; `detail`: the part of the
-    row that causes it."""
+    row that causes it; `length`: the train.max_length that would keep it, 0 if that is no help."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", length: int = 0) -> None:
         super().__init__(reason)
         self.reason = reason
         self.detail = detail
+        self.length = length
 
 
 def in_a_line(error: BaseException) -> str:

@@ -187,9 +187,10 @@ def show(task: Task, prepared: Prepared, processor: Processor, use: str, count: 
     found = samples(task, prepared, processor, use, count, TOKENS_OF_A_TERMINAL)
     for line in prepared.summary():
         console.print(harmless(line))
-    console.print(f"\nlengths of {use} rows, in tokens:")
     counted = getattr(prepared.census, use)
     lengths = counted.lengths
+    also = ", with those that are too long" if lengths[-1][0] > counted.longest else ""
+    console.print(f"\nlengths of {use} rows, in tokens{also}:")
     most = max(rows for _, rows in lengths)
     for up_to, rows in lengths:
         bar = "█" * round(40 * rows / max(1, most)) or ("▏" if rows else "")

@@ -151,6 +151,10 @@ class Data(Section):
         default_factory=dict,
         description="Renames columns: {prompt: my_question, completion: my_answer}.",
     )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="Columns that are not read, such as an `image` that the text does not need.",
+    )
     labels: str | list[str] | None = Field(
         None, description="Label names, or a .json or .txt file of them; null: any."
     )

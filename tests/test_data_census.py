@@ -99,9 +99,15 @@ def test_the_rows_of_every_use_add_up(
         assert count.rows_read == count.rows_kept + sum(count.dropped.values()) + count.unused, use
         assert count.first.keys() == count.dropped.keys() | count.truncated.keys()
         rows = found.rows(use)
-        assert count.samples == len(rows) == sum(number for _, number in count.lengths)
+        assert count.samples == len(rows)
+        counted = sum(number for _, number in count.lengths)
+        # A mixture is of chosen rows; elsewhere those that are too long are shown as well.
+        too_long = sum(count.too_long.values()) - sum(count.truncated.values())
+        assert counted == count.samples + (too_long if use == "eval" else 0)
         assert (count.tokens, count.supervised_tokens) == (tokens(rows), supervised(rows))
-        assert count.longest == rows.sizes("input_ids").max() == count.lengths[-1][0]
+        assert count.longest == rows.sizes("input_ids").max()
+        longest = max([count.longest, *(map(int, count.too_long) if use == "eval" else [])])
+        assert count.lengths[-1][0] == longest
     read = census.train.rows_read + (census.eval.rows_read if "eval" in change else 0)
     assert read == 89 + 60
     assert census.train.unused > 0

@@ -196,6 +196,28 @@ def test_tools_and_their_calls_are_kept() -> None:
         assert one({"messages": [ASK, ANSWER], "tools": nothing}).tools == ()
 
 
+def test_nulls_of_other_rows_in_json_are_no_part_of_a_call() -> None:
+    """`datasets` and pandas write the fields of all rows' tools and calls to each row."""
+    own = {"x": {"type": "number"}, "unit": {"type": "string"}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": own}}}
+    wide = json.loads(json.dumps(tool))
+    wide["function"]["parameters"]["properties"]["city"] = None
+
+    def call(**arguments: Any) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+
+    def calls(tools: Any, **arguments: Any) -> Example:
+        return one({"messages": [ASK, call(**arguments), ASK, ANSWER], "tools": tools})
+
+    for tools in ([wide], json.dumps([wide]), [wide["function"]]):
+        example = calls(tools, x=1, city=None)
+        assert example.messages == calls([tool], x=1).messages
+    # A null that the tool has, or a call of a tool that is not listed, is kept.
+    for tools, arguments in (([tool], {"x": 1, "unit": None}), ([], {"x": 1, "city": None})):
+        assert calls(tools, **arguments).messages[1] == call(**arguments)
+
+
 def test_a_turn_can_be_left_out_of_what_is_learned() -> None:
     for out in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}):
         answers = one({"messages": [ASK, {**ANSWER, **out}, ASK, OTHER]}).messages[1::2]

@@ -146,6 +146,15 @@ def test_benchmarks_of_any_columns_are_searched(tmp_path: Path, tokenizer: Any) 
     assert "benchmark.jsonl:41 is " in found["first_exact"]
 
 
+@pytest.mark.parametrize("index", ["Unnamed: 0", "Unnamed: 0.1", "__index_level_0__"])
+def test_an_index_hides_no_leak(tmp_path: Path, tokenizer: Any, index: str) -> None:
+    train = chats(60, words=2)  # shorter than what is also searched for on its own
+    rows = [{index: str(n), **row} for n, row in enumerate(train[:20])]
+    against = put(tmp_path / "benchmark.jsonl", rows)
+    source = put(tmp_path / "train.jsonl", train)
+    assert leaks(tokenizer, train=source, eval=0.01, decontaminate=against)["exact"] >= 19
+
+
 def test_a_clean_benchmark_is_clean_whatever_it_holds(tmp_path: Path, tokenizer: Any) -> None:
     rows: list[dict[str, Any]] = benchmark(chats(50, seed=1))
     rows += [{"id": 1, "answer": 2}, {"id": None, "item": ""}, {"item": {"stem": "  ?"}}]

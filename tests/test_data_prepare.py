@@ -68,6 +68,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "replay": ({"general": "general"}, {"general": "general", "replay": 0.2}),
     "decontaminate": ({}, {"decontaminate": "more"}),
     "columns": ({}, {"columns": {"completion": "other"}}),
+    "ignore": ({"train": "weighted"}, {"train": "weighted", "ignore": ["weight"]}),
     "labels": ({"train": "labelled"}, {"train": "labelled", "labels": ["spam"]}),
     "chat_template": ({}, {"chat_template": "alpaca"}),
     "supervise": ({}, {"supervise": "all"}),
@@ -80,6 +81,7 @@ def files(folder: Path) -> dict[str, str]:
     return {
         "rows": put(folder / "rows.jsonl", rows()),
         "more": put(folder / "more.jsonl", rows()[:40]),
+        "weighted": put(folder / "b.jsonl", [{**r, "weight": n % 2} for n, r in enumerate(rows())]),
         "labelled": put(folder / "labelled.jsonl", labelled_rows()),
         "general": put_texts(folder / "general.txt", texts(120, 12, seed=7)),
     }

@@ -89,6 +89,93 @@ def test_a_table_reads_the_same_in_every_kind(tmp_path: Path, name: str, packed:
     assert places(file) == expected
 
 
+CALL = {"name": "add", "arguments": {"x": 1}}
+OTHER = {"name": "weather", "arguments": {"city": "Rome", "days": {"from": 1, "to": 2}}}
+TOOL = {"name": "add", "parameters": {"properties": {"x": {"type": "number"}}, "required": ["x"]}}
+OTHER_TOOL = {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}
+NO_ARGUMENT = {"name": "now", "parameters": {"properties": {}}}
+# Rows that have other fields than their neighbours.
+UNLIKE: dict[str, Rows] = {
+    "arguments": [{"calls": [CALL]}, {"calls": [OTHER]}],
+    "without arguments": [{"calls": [{"name": "now", "arguments": {}}]}, {"calls": [OTHER]}],
+    "tools": [{"tools": [TOOL]}, {"tools": [OTHER_TOOL]}, {"tools": [NO_ARGUMENT]}],
+    "turns": [
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "calls": [CALL]}]},
+        {"messages": [{"role": "tool", "content": "1", "name": "add", "extra": {"id": 7}}]},
+    ],
+    "parts": [{"content": [{"type": "text", "text": "Q"}]}, {"content": [{"type": "x", "x": 1}]}],
+    "preference": [{"chosen": [{"role": "a", "calls": [CALL]}]}, {"chosen": [{"role": "b"}]}],
+    "one object": [{"metadata": {"a": 1}}, {"metadata": {"b": {"c": [None, 1]}}}],
+}
+
+
+def filled(value: Any, field: pa.Field) -> Any:
+    """As some writers (Spark, Polars, TensorFlow) store it: a missing struct has null fields."""
+    if pa.types.is_struct(field.type):
+        value = value or {}
+        return {part.name: filled(value.get(part.name), part) for part in field.type}
+    if pa.types.is_list(field.type) and value is not None:
+        return [filled(part, field.type.value_field) for part in value]
+    return value
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("by", ["pyarrow", "filled", "datasets"])
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_struct_has_the_fields_of_its_own_row(
+    tmp_path: Path, kind: str, by: str, name: str
+) -> None:
+    import datasets
+
+    content = pa.Table.from_pylist(UNLIKE[name])
+    if by == "filled":
+        columns = {
+            field.name: [filled(row[field.name], field) for row in UNLIKE[name]]
+            for field in content.schema
+        }
+        content = pa.Table.from_pydict(columns, schema=content.schema)
+    if by == "datasets":
+        content = datasets.Dataset.from_list(UNLIKE[name]).data.table
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(content, file)
+    else:
+        with pa.ipc.new_stream(file, content.schema) as writer:
+            writer.write_table(content)
+    assert rows(file) == UNLIKE[name]
+
+
+def test_nulls_of_columns_and_of_lists_are_kept(tmp_path: Path) -> None:
+    found = [{"a": None, "b": [1, None]}, {"a": "x", "b": None}]
+    assert rows(put(tmp_path, "a.parquet", as_parquet(found))) == found
+
+
+def test_text_that_is_marked_as_json_is_parsed_with_its_nulls(tmp_path: Path) -> None:
+    import datasets
+
+    found = [{"calls": [{"x": 1, "city": None}]}, {"calls": [{"x": "one"}]}]
+    made = datasets.Dataset.from_list(found, on_mixed_types="use_json")
+    made.to_parquet(tmp_path / "a.parquet")
+    assert rows(tmp_path / "a.parquet") == found
+
+
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [
+        (",prompt", ["Unnamed: 0", "prompt"]),  # pandas: to_csv()
+        ("Unnamed: 0,prompt", ["Unnamed: 0", "prompt"]),  # read and written again
+        ("prompt,", ["prompt", "Unnamed: 1"]),  # a spreadsheet
+        ('" ",prompt', ["Unnamed: 0", "prompt"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_column_without_a_name_is_none_of_the_content(
+    tmp_path: Path, header: str, names: list[str], suffix: str
+) -> None:
+    text = f"{header}\n0,1\n1,2\n".replace(",", "," if suffix == ".csv" else "\t")
+    assert [list(row) for row in rows(put(tmp_path, f"a{suffix}", text))] == [names] * 2
+
+
 @pytest.mark.parametrize("name", [n for n, (content, _) in KINDS.items() if type(content) is str])
 @pytest.mark.parametrize("ends", ["\r\n", "\r"])
 def test_a_byte_order_mark_and_other_line_ends_change_nothing(

@@ -61,7 +61,10 @@ def test_a_folder_gives_its_files_in_order_without_the_hidden_and_unknown(tmp_pa
     put(tmp_path, "docs/empty.md", "")
     (tmp_path / "docs" / "broken.md").symlink_to(tmp_path / "gone")
     (opened,) = open_sources(str(tmp_path / "docs"))
-    assert opened.skipped == 2
+    assert opened.note == (
+        "files that are read: a/a.jsonl, a/c.TXT, b.md, d.md.gz, empty.md; "
+        "not read: a/other.zip.gz, picture.png"
+    )
     assert len(opened.files) == 5
     # Text first, then tables.
     assert texts(str(tmp_path / "docs")) == ["first", "second", "third", "a table"]
@@ -78,7 +81,7 @@ def test_a_pattern_gives_what_fits_it(tmp_path: Path) -> None:
     assert texts(f"{here}/a/**/*.txt") == texts(f"{here}/**/a/**/*.txt") == ["one", "two"]
     assert texts(f"{here}/a[1].txt") == ["a name that looks like a pattern"]
     (opened,) = open_sources(f"{here}/a/b/*")
-    assert (len(opened.files), opened.skipped) == (1, 1)
+    assert opened.note == "files that are read: 2.txt; not read: 2.png"
     assert "*.png: no file of a supported type (.arrow .bio" in refused(f"{here}/a/b/*.png")
     assert refused(f"{here}/*.none").endswith(" among 0")
 

@@ -120,20 +120,25 @@ def embedding_rows(folder: Path) -> int | None:
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
-def check_length(pinned: Pinned, max_length: int) -> None:
-    """Raises UserError if `max_length` exceeds the positions of the base."""
-    config = _config(Path(pinned.folder))
+def positions(folder: Path) -> int:
+    """The tokens that a base has positions for, by its config; 0 if it does not say."""
+    config = _config(folder)
     config = config.get("text_config") or config
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     stated = config.get("max_position_embeddings") or config.get("n_positions") or 0
     # The factor extends the positions of pre-training. `stated` are those, or (Llama 3.1) already
     # the extended ones.
     original = scaling.get("original_max_position_embeddings") or stated
-    positions = max(stated, int(original * scaling.get("factor", 1)))
-    if 0 < positions < max_length:
+    return max(stated, int(original * scaling.get("factor", 1)))
+
+
+def check_length(pinned: Pinned, max_length: int) -> None:
+    """Raises UserError if `max_length` exceeds the positions of the base."""
+    most = positions(Path(pinned.folder))
+    if 0 < most < max_length:
         raise UserError(
-            f"train.max_length: {max_length} is too long: {pinned.model} has {positions} "
-            f"positions: use at most {positions}"
+            f"train.max_length: {max_length} is too long: {pinned.model} has {most} "
+            f"positions: use at most {most}"
         )
 
 

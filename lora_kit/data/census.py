@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from lora_kit.data.formats import REJECTED
+from lora_kit.data.marks import EXCLUDED
 from lora_kit.errors import UserError
 from lora_kit.schema import Json, Limits
 
@@ -29,7 +30,8 @@ class Count:
     A row can be encoded as several samples, such as the windows of a long text.
     `rows_read` = `rows_kept` + the sum of `dropped` + `unused`, the rows not needed for the
     fractions of a mixture. `first`: the place of the first row for each reason. `lengths`: a
-    histogram, pairs of (most tokens, rows).
+    histogram, pairs of (most tokens, rows); a row that is too long is in it as it was read.
+    `too_long`: {tokens: rows} of those that are dropped or cut for their length.
     """
 
     rows_read: int = 0
@@ -45,6 +47,7 @@ class Count:
     end_markers_supervised: int = 0
     longest: int = 0
     lengths: list[tuple[int, int]] = field(default_factory=list)
+    too_long: dict[str, int] = field(default_factory=dict)
 
     @property
     def labels_are_tokens(self) -> bool:
@@ -54,11 +57,16 @@ class Count:
         """
         return bool(self.end_markers_supervised) or self.supervised_tokens != self.samples
 
-    def count_lost(self, reason: str, place: str, rows: int = 1, what: str = "dropped") -> None:
-        """Count rows that are dropped or truncated (`what`); `place` is that of the first one."""
+    def count_lost(
+        self, reason: str, place: str, rows: int = 1, what: str = "dropped", length: int = 0
+    ) -> None:
+        """Count rows that are dropped or truncated (`what`); `place` is that of the first one, and
+        `length` the train.max_length that would keep them."""
         counts = getattr(self, what)
         counts[reason] = counts.get(reason, 0) + rows
         self.first.setdefault(reason, place)
+        if length:
+            self.too_long[str(length)] = self.too_long.get(str(length), 0) + rows
 
     def dropped_text(self) -> str:
         """The dropped rows by reason, each with the place of the first one."""
@@ -69,19 +77,46 @@ class Count:
         total = Count(
             dropped=dict(Counter(self.dropped) + Counter(other.dropped)),
             truncated=dict(Counter(self.truncated) + Counter(other.truncated)),
+            too_long=dict(Counter(self.too_long) + Counter(other.too_long)),
             first=other.first | self.first,
         )
         for name in _SUMMED:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
-    def measure(self, tokens: np.ndarray, supervised: int) -> None:
-        """Set the counts of samples: `tokens` of each, int64 (samples,), and how many tokens of
-        them all are supervised."""
+    def fitting(self, positions: int) -> str:
+        """How many rows three values of train.max_length keep whole: two that fit rows which are
+        too long now, and the base's limit, if it is known."""
+        lengths = self._too_long()
+        within = lengths[lengths <= positions] if positions else lengths
+        values: list[int] = []
+        if len(within):
+            values = np.unique(np.quantile(within, (0.5, 0.95, 1), method="higher")).tolist()
+        if positions:
+            values = [*values[-2:], positions]
+        lost = sum(self.dropped.values()) + sum(self.truncated.values())
+        kept = [(n, self.rows_read - lost + int((lengths <= n).sum())) for n in values]
+        named = {positions: " (the base's limit)"}
+        return ", ".join(f"{n}{named.get(n, '')} keeps {rows:,} rows" for n, rows in kept)
+
+    def _too_long(self) -> np.ndarray:
+        """int64 (rows,): the lengths of `too_long`."""
+        return np.repeat([int(n) for n in self.too_long], [*self.too_long.values()])
+
+    def measure(self, tokens: np.ndarray, supervised: int, cut: np.ndarray | None = None) -> None:
+        """Set the counts of samples.
+
+        Args:
+            tokens: int64 (samples,). supervised: how many of them all are supervised.
+            cut: bool (samples,), those that are in `too_long`; None: the samples are no rows.
+        """
         self.samples = len(tokens)
         self.tokens, self.supervised_tokens = int(tokens.sum()), supervised
         self.longest = int(tokens.max(initial=0))
-        self.lengths = histogram(tokens, self.longest)
+        whole = tokens
+        if cut is not None and self.too_long:
+            whole = np.concatenate([tokens[~cut], self._too_long()])
+        self.lengths = histogram(whole, int(whole.max(initial=0)))
 
 
 class Leak(TypedDict):
@@ -102,6 +137,7 @@ class Census:
     `duplicates`: rows of data.train that repeat an earlier one. `leaks`: rows of the files of
     data.eval or data.decontaminate that are also in data.train; `rows` of them were checked, for
     near duplicates against `compared` of the training rows. `held_out`: data.eval is a share.
+    `positions`: the most tokens that the base takes; 0: unknown.
     """
 
     train: Count = field(default_factory=Count)
@@ -111,6 +147,7 @@ class Census:
     duplicates: dict[str, int] = field(default_factory=lambda: {"exact": 0, "near": 0})
     leaks: dict[str, Leak] = field(default_factory=dict)
     compared: int = 0
+    positions: int = 0
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> Json:
@@ -127,7 +164,7 @@ class Census:
 
     @classmethod
     def from_json(cls, values: Json) -> Census:
-        names = ("held_out", "duplicates", "compared", "notes")
+        names = ("held_out", "duplicates", "compared", "positions", "notes")
         rest: dict[str, Any] = {name: values[name] for name in names}
         rest |= {name: Count(**values[name]) for name in ("train", "eval", "general")}
         return cls(**rest, leaks=values["leaks_by_source"])
@@ -143,13 +180,16 @@ class Census:
             read = count.rows_read
             for what, limit in (("dropped", limits.dropped), ("truncated", limits.truncated)):
                 lost = Counter(getattr(count, what))
-                for reason in (LEAKED, REJECTED):
-                    del lost[reason]
+                for reason in list(lost):
+                    if reason.startswith((LEAKED, REJECTED, EXCLUDED)):  # as the data means it
+                        del lost[reason]
                 total = lost.total()
                 if read and total > limit * read:
                     most = lost.most_common(1)[0][0]
                     long = "train.max_length" in most or what == "truncated"
                     fix = "raise train.max_length" if long else "fix them"
+                    if long and count.too_long:
+                        fix += f" ({count.fitting(self.positions)})"
                     found.append(
                         f"{name}: {total:,} of {read:,} rows ({total / read:.1%}) are {what}, most "
                         f"of them {most} (first: {count.first[most]}); the limit is {limit:.1%}: "

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_kit.data import marks
 from lora_kit.data.json_rows import short_repr
 from lora_kit.data.readers import RawRow
 from lora_kit.errors import NotUsable, UserError
@@ -25,10 +26,10 @@ ROLES = ("system", "user", "assistant", "tool")
 _OPENAI = {"developer": "system", **{role: role for role in ROLES}}
 _SHAREGPT = _OPENAI | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _PUNCTUATION = ".,;:!?\"'`“”‘’„«»…"  # of prose, not of formulas and code
-# Dropped by design of the format, so not counted by data.limits.dropped.
 REJECTED = "with a rejected completion (`label` is false)"
 _TAG = re.compile(r"O|([BIESLU])-(\S+)")
 _NUMBER = re.compile("[0-9]{1,9}")
+_WITHOUT_PROMPT = ("text", "text-label", "sentence-pair", "tokens-tags")
 _DEEPEST = 64  # nesting levels of a tool definition or tool call
 
 
@@ -134,14 +135,22 @@ def normalised(text: str) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """`data.columns`, `data.labels` and `data.group`.
+    """`data.columns`, `data.labels`, `data.group` and `data.ignore`.
 
     renames: {our name: the row's name}. labels: known label names; empty: any. group: a column.
+    ignored: columns that are not read.
     """
 
     renames: dict[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     group: str | None = None
+    ignored: tuple[str, ...] = ()
+
+    def without_ignored(self, row: RawRow) -> RawRow:
+        if not self.ignored:
+            return row
+        kept = {name: v for name, v in row.columns.items() if name not in self.ignored}
+        return RawRow(row.place, kept)
 
     def rename(self, columns: Json) -> Json:
         # Text files and embedded texts have no columns to rename.
@@ -162,6 +171,7 @@ def format_of(row: RawRow, columns: Columns, formats: Sequence[str]) -> str:
         UserError: the columns fit none of these formats, or several; or `data.columns` or
             `data.group` name a column that does not exist.
     """
+    row = columns.without_ignored(row)
     have = _listed(row.columns)
     if row.columns.keys() != {"text"}:  # text files have no columns to rename
         named = [("columns", name) for name in columns.renames.values()]
@@ -229,7 +239,7 @@ def unread(row: RawRow, format_name: str, columns: Columns) -> list[str]:
     wanted = (*known.needed, *known.optional)
     used = {columns.renames.get(name, name) for name in wanted} | {columns.group}
     used |= {other for ours, other in known.other_names.items() if ours not in row.columns}
-    return [name for name in row.columns if name not in used]
+    return [name for name in row.columns if name not in used and name not in columns.ignored]
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -257,12 +267,18 @@ def _suggested(values: dict[str, Any], formats: Sequence[str]) -> str:
     return ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items())
 
 
-def to_example(row: RawRow, format_name: str, columns: Columns) -> Example:
+def to_example(row: RawRow, format_name: str, columns: Columns, use: str = "train") -> Example:
     """Read a row in its file's format.
 
+    Args:
+        use: `train`, `eval` or `general`.
+
     Raises:
-        NotUsable: a column is missing, empty or of the wrong type, or the turns are invalid.
+        NotUsable: a column is missing, empty or of the wrong type, or the turns are invalid; or a
+            column that the format does not read excludes the row (see `marks`).
+        marks.Unseen: the row has images, audio or video.
     """
+    row = columns.without_ignored(row)
     known = FORMATS[format_name]
     renamed = _with_other_names(columns.rename(row.columns), [format_name])
     values = {n: renamed[n] for n in (*known.needed, *known.optional) if n in renamed}
@@ -271,6 +287,9 @@ def to_example(row: RawRow, format_name: str, columns: Columns) -> Example:
             raise NotUsable(f"without `{name}`")
         if values[name] is None:
             raise NotUsable(f"with a null `{name}`")
+    if len(row.columns) > len(known.needed) and use != "general":
+        others = {name: row.columns[name] for name in unread(row, format_name, columns)}
+        marks.check(others, format_name not in _WITHOUT_PROMPT, train=use == "train")
     group = None
     if columns.group and row.columns.keys() != {"text"}:
         if row.columns.get(columns.group) is None:
@@ -295,6 +314,8 @@ def to_example(row: RawRow, format_name: str, columns: Columns) -> Example:
         messages = _pair(text, _text(values, "sentence2"))
     else:
         messages = _conversation(values, format_name, columns.labels)
+    if tools:
+        _drop_null_arguments([*messages, *rejected], tools)
     system = _optional(values, "system")
     return Example(
         place=row.place,
@@ -432,11 +453,12 @@ def _preference(values: dict[str, Any]) -> tuple[list[Message], list[Message]]:
 
 def _preferred(values: dict[str, Any]) -> list[Message]:
     """An unpaired preference row with a good completion."""
-    if not isinstance(values["label"], bool):
+    good = marks.as_flag(values["label"])
+    if good is None:
         raise NotUsable(
             "whose `label` is not true or false", f"it is {short_repr(values['label'])}"
         )
-    if not values["label"]:
+    if not good:
         raise NotUsable(REJECTED)
     return _prompted(values, "completion")
 
@@ -520,11 +542,34 @@ def _tools(value: Any) -> tuple[Any, ...]:
     return tuple(_nested(value, "`tools`"))
 
 
+def _drop_null_arguments(messages: Sequence[Message], tools: Iterable[Any]) -> None:
+    """Remove null arguments that the row's tool does not have: `datasets` and pandas write those of
+    all rows' calls to each row, also in JSON."""
+    properties: dict[str, Json] = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        parameters = function.get("parameters") if isinstance(function, dict) else None
+        known = parameters.get("properties") if isinstance(parameters, dict) else None
+        if isinstance(known, dict):
+            properties[str(function.get("name"))] = known
+    for call in (call for message in messages for call in message.get("tool_calls", ())):
+        function = call.get("function", call)
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if isinstance(arguments, dict) and str(function.get("name")) in properties:
+            known = properties[str(function.get("name"))]
+            function["arguments"] = {
+                name: v
+                for name, v in arguments.items()
+                if v is not None or known.get(name) is not None
+            }
+
+
 def _turns(value: Any) -> list[Message]:
     """Check OpenAI turns ({role, content}) or ShareGPT turns ({from, value}), under either column
     name; keeps what templates read: role, content, tool calls, thinking.
 
-    An assistant turn with `weight: 0` (OpenAI's) or `train: false` is not trained on.
+    An assistant turn with `weight: 0` (OpenAI's), `train: false` or another flag of `marks.FLAGS`
+    is not trained on.
     """
     if not isinstance(value, list) or not value:
         raise NotUsable("whose turns are not a list", f"they are {short_repr(value)}")
@@ -541,6 +586,7 @@ def _turns(value: Any) -> list[Message]:
                 "with an unknown role", f"turn {number} has {short_repr(turn.get(who))}"
             )
         content, calls = turn.get(what), turn.get("tool_calls")
+        _check_seen(turn, content, f"turn {number}")
         if isinstance(content, list) and all(
             isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
             for p in content
@@ -561,21 +607,24 @@ def _turns(value: Any) -> list[Message]:
         for name in ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking"):
             if turn.get(name):
                 message[name] = _nested(turn[name], f"turn {number}")
-        if not _is_supervised(turn, number):
+        if marks.excluding(turn, turn, f"turn {number}"):
             message["weight"] = 0
         messages.append(message)
     return messages
 
 
-def _is_supervised(turn: dict[str, Any], number: int) -> bool:
-    weight, train = turn.get("weight"), turn.get("train")
-    if weight is not None and weight not in (0, 1):
-        raise NotUsable(
-            "with a `weight` other than 0 or 1", f"turn {number} has {short_repr(weight)}"
-        )
-    if train is not None and not isinstance(train, bool):
-        raise NotUsable("with a `train` other than true or false", f"turn {number}")
-    return weight != 0 and train is not False
+def _check_seen(turn: Json, content: object, where: str) -> None:
+    """Raises marks.Unseen if a turn has images, audio or video; NotUsable for a call in OpenAI's
+    old form."""
+    if turn.get("function_call"):
+        raise NotUsable("with a `function_call`", f"{where}: use `tool_calls`")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video")):
+            raise marks.Unseen(f"a content part of type `{kind:.20}` in {where}")
+    for name in marks.MEDIA & turn.keys():
+        if marks.is_media(name, turn[name]):
+            raise marks.Unseen(f"`{name}` in {where}")
 
 
 def _check_turns(messages: list[Message]) -> None:

@@ -25,8 +25,8 @@ from lora_kit.hashes import cached_hash
 from lora_kit.run import nearest
 from lora_kit.schema import Source
 
-# Files with metadata: configs, splits, class names.
-_CARD = ["README.md", ".huggingface.yaml", "dataset_infos.json", ".gitattributes"]
+# Files with metadata of a data set: configs, splits, class names.
+CARD = ["README.md", ".huggingface.yaml", "dataset_infos.json", ".gitattributes"]
 _FETCHED_AT_ONCE = 8
 # Settings of a `datasets` builder config that do not change how a file is read.
 _NOT_FOR_READING = {"name", "version", "data_dir", "data_files", "description", "features"}
@@ -52,11 +52,11 @@ def fetch(source: Source, commits: dict[str, str]) -> OpenedSource:
     revision = source.revision or commits.get(name)
     repo: dict[str, Any] = {"repo_id": source.source, "repo_type": "dataset"}
     try:
-        card = Path(snapshot_download(**repo, revision=revision, allow_patterns=_CARD))
+        card = Path(snapshot_download(**repo, revision=revision, allow_patterns=CARD))
         # The cache has a folder per commit, named after it, and the list of the commit's files.
         repo["revision"] = card.name
         listed = [file.path for file in get_cached_repo_tree(**repo)]
-        names, labels = _files_of_split(source, card, listed)
+        names, labels = files_of_split(source, card, listed)
         with ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
             files = list(pool.map(lambda n: Path(hf_hub_download(**repo, filename=n)), names))
     except UserError:
@@ -69,11 +69,14 @@ def fetch(source: Source, commits: dict[str, str]) -> OpenedSource:
     return OpenedSource(name, source.fraction, digest, tuple(files), labels, card.name)
 
 
-def _files_of_split(
+def files_of_split(
     source: Source, card: Path, listed: list[str]
 ) -> tuple[list[str], dict[str, list[str]]]:
     """File names, and {column: class names} from the card (a parquet schema may have them too; its
     reader looks there).
+
+    Args:
+        card: a folder with the files of metadata. listed: all file names of the data set.
 
     `datasets` resolves the split offline, from a folder with the card and an empty file in place of
     each data file.
@@ -94,7 +97,7 @@ def _files_of_split(
                 raise UserError(f"{repo}: lists a file outside of the data set: {name!r:.60}")
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).touch()
-            if name in _CARD:
+            if name in CARD:
                 shutil.copyfile(card / name, root / name)
         try:
             known = dataset_module_factory(str(root)).builder_configs_parameters
@@ -102,7 +105,7 @@ def _files_of_split(
             configs = list(dict.fromkeys(c.name for c in known.builder_configs or []))
             wanted = source.config or default
             if wanted not in [*configs, default] or (wanted is None and len(configs) > 1):
-                raise _name_one_of(repo, "config", source.config, configs)
+                raise name_one_of(repo, "config", source.config, configs)
             builder = datasets.load_dataset_builder(str(root), source.config, cache_dir=str(cache))
         except UserError:
             raise
@@ -111,7 +114,7 @@ def _files_of_split(
             raise UserError(f"{repo}: no data files found: {reason}") from None
         splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
         if source.split not in splits:
-            raise _name_one_of(repo, "split", source.split, list(splits))
+            raise name_one_of(repo, "split", source.split, list(splits))
         # Patterns can overlap, and can point outside.
         names = list(dict.fromkeys(os.path.relpath(file, root) for file in splits[source.split]))
         if not set(names) <= set(listed):
@@ -125,7 +128,7 @@ def _files_of_split(
     return names, {c: f.names for c, f in inner.items() if isinstance(f, datasets.ClassLabel)}
 
 
-def _name_one_of(repo: str, key: str, wanted: str | None, known: list[str]) -> UserError:
+def name_one_of(repo: str, key: str, wanted: str | None, known: list[str]) -> UserError:
     listed = ", ".join(known[:10]) + (f", and {len(known) - 10} more" if len(known) > 10 else "")
     if wanted is None:
         return UserError(f"{repo}: name one of its {key}s as `{key}:`: {listed}")

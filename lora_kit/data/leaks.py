@@ -12,7 +12,7 @@ from lora_kit.data.duplicates import hashed, near_any, sign
 from lora_kit.data.examples import SignedExamples
 from lora_kit.data.formats import normalised
 from lora_kit.data.json_rows import leaves
-from lora_kit.data.readers import OpenedSource
+from lora_kit.data.readers import INDEX, OpenedSource
 from lora_kit.schema import Json
 
 # Words from which a text field of a benchmark row is also matched on its own.
@@ -113,7 +113,8 @@ def _leak(looked_for: _Texts, known: _Texts, count: int) -> tuple[np.ndarray, Le
 
 def _texts(columns: Json) -> list[str]:
     """The normalised texts of a benchmark row: all of it, and each longer text."""
-    parts = [part for part in leaves(columns) if isinstance(part, str) and part.strip()]
+    named = {name: value for name, value in columns.items() if not INDEX.fullmatch(name)}
+    parts = [part for part in leaves(named) if isinstance(part, str) and part.strip()]
     if not parts:
         return []  # only numbers
     longer = {text for text in map(normalised, parts) if len(text.split()) >= FEWEST_WORDS}

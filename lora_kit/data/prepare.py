@@ -91,6 +91,7 @@ def prepare(data: Data, task: DataTask, seed: int, lock: Json | None = None) -> 
         {str(ours): theirs for ours, theirs in data.columns.items()},
         label_names(data.labels),
         data.group,
+        tuple(data.ignore),
     )
     reader = Reader(task, columns, seed, questions="decontaminate" in opened)
     # Keys of `data:` that the split depends on besides its sources.
@@ -137,7 +138,9 @@ def _opened(data: Data, commits: dict[str, str]) -> dict[str, list[OpenedSource]
         "general": data.general,
         "decontaminate": data.decontaminate,
     }
-    opened = {use: open_sources(some, commits) for use, some in named.items() if some is not None}
+    opened = {
+        use: open_sources(some, commits, use) for use, some in named.items() if some is not None
+    }
     for use in opened.keys() - {"train"}:
         for source in opened[use]:
             if source.fraction is not None:
@@ -160,9 +163,8 @@ def _build(
     census = Census()
     found = _read(folder, opened, reader, files, census, worker_count(data))
     for source in chain.from_iterable(opened.values()):
-        if source.skipped:
-            note = f"{source.name}: skipped {source.skipped:,} file(s) of unsupported types"
-            census.notes.append(note)
+        if source.note:
+            census.notes.append(f"{source.name}: {source.note}")
     masks = divide(data, opened, reader.seed, found, census)
     # Rows held out of data.train are counted as read for data.eval.
     if census.held_out:
@@ -258,13 +260,12 @@ def _jobs(
         for source in opened[use]:
             known: dict[str, int] = {}
             for batch in source.batches():
-                plain = use == "general"
                 if batch.name not in known:
-                    found = _format(batch, plain, reader, census)
+                    found = _format(batch, use == "general", reader, census)
                     known[batch.name] = len(files)
                     files.append(ReadFile(batch.name, batch.style, use, number, found))
                 file = known[batch.name]
-                yield ReadJob(file, batch, files[file].format, plain, sample.below)
+                yield ReadJob(file, batch, files[file].format, use, sample.below)
             if not known:
                 raise UserError(f"{source.name}: empty: there is nothing to train on")
             number += 1

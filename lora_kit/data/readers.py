@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.data import extracted
 from lora_kit.data.json_rows import (
@@ -31,6 +31,9 @@ from lora_kit.data.json_rows import (
 )
 from lora_kit.errors import UserError
 from lora_kit.schema import Json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 END_OF_TEXT = "<|endoftext|>"
 _CODE_SUFFIXES = {
@@ -47,6 +50,10 @@ BATCH_ROWS = 256
 BATCH_BYTES = 2**20
 FEWEST_DOCUMENTS = 20  # with fewer, documents are cut into blocks
 _LONGEST_LINE = 2**26  # bytes that are read to recognise JSON Lines
+# The index of a pandas table, in CSV and in Parquet.
+INDEX = re.compile(r"Unnamed: [\d.]+|__index_level_\d+__")
+# Fields of tools and tool calls in which an object without any key has a meaning.
+_CAN_BE_EMPTY = ("arguments", "parameters", "properties")
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,8 @@ class OpenedSource:
     """A source that exists.
 
     `fraction` is its share of the training tokens; None: all of its rows. `digest` is the sha256 of
-    its content; it has `files`, or embedded `rows`; `skipped` counts the files of a folder whose
-    type is unsupported. For a Hub data set, `labels` are the class names by column, and `commit` is
-    its revision.
+    its content; it has `files`, or embedded `rows`; `note`: which files of a folder are read. For a
+    Hub data set, `labels` are the class names by column, and `commit` is its revision.
     """
 
     name: str
@@ -100,7 +106,7 @@ class OpenedSource:
     labels: dict[str, list[str]] = field(default_factory=dict)
     commit: str | None = None
     rows: list[Json] | None = None
-    skipped: int = 0
+    note: str = ""
 
     def batches(self) -> Iterator[RowBatch]:
         """All rows in order: the documents of text files, then the rows of tables."""
@@ -259,11 +265,10 @@ def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, Json]]:
             if not values:
                 continue
             if header is None:
-                header = values
-                if len(set(header)) < len(header) or "" in header:
-                    raise UserError(
-                        f"{file}:{first}: empty or duplicate column names: {short_repr(header)}"
-                    )
+                # pandas writes its index without a name, and reads it by this one.
+                header = [v if v.strip() else f"Unnamed: {n}" for n, v in enumerate(values)]
+                if len(set(header)) < len(header):
+                    raise UserError(f"{file}:{first}: duplicate column names: {short_repr(values)}")
                 if len(header) == 1 and any(c in header[0] for c in ";\t|"):
                     raise UserError(
                         f"{file}:{first}: one column, {short_repr(header[0])}: separate values "
@@ -340,19 +345,54 @@ def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, Json]]:
         if len(set(schema.names)) < len(schema.names):
             raise UserError(f"{file}: duplicate column names: {short_repr(schema.names)}")
         names = _class_names(schema.metadata)
+        nested = [
+            field
+            for field in schema
+            if pa.types.is_nested(field.type) or isinstance(field.type, pa.JsonType)
+        ]
         for batch in batches:
             batch.validate(full=True)  # else a corrupt batch is read out of bounds
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 for row in batch.slice(start, BATCH_ROWS).to_pylist():
+                    for field in nested:
+                        row[field.name] = _without_filling(row[field.name], field)
                     yield number, named(row, names)
                     number += 1
     except UserError:
         raise
     # ValueError: text that is not UTF-8, a date that Python doesn't have
-    except (pa.ArrowException, ValueError, OverflowError, *UNREADABLE) as error:
+    except (
+        pa.ArrowException, ValueError, OverflowError, RecursionError, *UNREADABLE
+    ) as error:  # fmt: skip
         raise UserError(
             f"{file}[{number}]: not readable as {suffix[1:]}: {error_text(error)}"
         ) from None
+
+
+def _without_filling(value: Any, field: pa.Field) -> Any:
+    """A value of an Arrow column without what Arrow adds: a struct has all fields that any row has,
+    null where a row lacks one; some writers fill a missing struct with nulls. Text that Arrow marks
+    as JSON is parsed, and keeps its nulls.
+
+    >>> kind = pa.struct({"city": pa.string(), "unit": pa.string()})
+    >>> _without_filling({"city": "Rome", "unit": None}, pa.field("arguments", kind))
+    {'city': 'Rome'}
+    """
+    import pyarrow as pa
+
+    kind = field.type
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+        parts = [(part, _without_filling(part, kind.value_field)) for part in value]
+        return [filled for part, filled in parts if part is None or filled is not None]
+    if isinstance(kind, pa.StructType):
+        filled = {part.name: _without_filling(value[part.name], part) for part in kind}
+        kept = {name: part for name, part in filled.items() if part is not None}
+        return kept if kept or field.name in _CAN_BE_EMPTY else None
+    return value
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -16,8 +16,9 @@ from lora_kit.data.census import Count
 from lora_kit.data.duplicates import UNSIGNED, Signatures, hashed, ranks, sign
 from lora_kit.data.examples import to_batch
 from lora_kit.data.formats import Columns, Example, normalised, to_example
+from lora_kit.data.marks import Unseen
 from lora_kit.data.readers import RowBatch
-from lora_kit.errors import NotUsable
+from lora_kit.errors import NotUsable, UserError
 
 BLOCK_BYTES = 2048
 
@@ -36,14 +37,19 @@ class DataTask(Protocol):
 
 
 class ReadJob(NamedTuple):
-    """A batch to read, its format, and the rank below which its rows get a signature. `plain`:
-    general text, to which `data.columns`, `data.group` and the task do not apply."""
+    """A batch to read, its format, its use (`train`, `eval`, `general`), and the rank below which
+    its rows get a signature."""
 
     file: int
     batch: RowBatch
     format: str
-    plain: bool
+    use: str
     sampled_below: int
+
+    @property
+    def plain(self) -> bool:
+        """General text, to which `data.columns`, `data.group` and the task do not apply."""
+        return self.use == "general"
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,13 @@ class Reader:
         for number, row in zip(job.batch.numbers, job.batch.parsed(), strict=True):
             count.rows_read += 1
             try:
-                yield number, to_example(row, job.format, columns)
+                yield number, to_example(row, job.format, columns, job.use)
+            except Unseen as error:
+                raise UserError(
+                    f"{row.place}: {error.reason}: images, audio and video cannot be seen by a "
+                    "model of text: remove these rows, or add a column that is not needed to "
+                    "data.ignore"
+                ) from None
             except NotUsable as error:
                 detail = f"{row.place}: {error.detail}" if error.detail else row.place
                 count.count_lost(error.reason, detail)

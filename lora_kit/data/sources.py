@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit import nano
-from lora_kit.data import hub, readers
+from lora_kit.data import dataset_folder, hub, readers
 from lora_kit.data.readers import OpenedSource
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import is_hub_id
 from lora_kit.schema import EMBEDDED, Source, Sources
 
+_POINTER, _LONGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024  # bytes
 _BINARY_DOCUMENTS = (".docx", ".doc", ".odt", ".epub", ".xlsx", ".rtf")
 
 
@@ -27,12 +28,15 @@ def source_list(sources: Sources) -> list[Source]:
     return [source if isinstance(source, Source) else Source(source=source) for source in listed]
 
 
-def open_sources(sources: Sources, commits: dict[str, str] | None = None) -> list[OpenedSource]:
+def open_sources(
+    sources: Sources, commits: dict[str, str] | None = None, use: str = "train"
+) -> list[OpenedSource]:
     """Find every source and hash its content.
 
     Args:
         sources: as in `data.train`: a name, a `Source`, or a list of them.
         commits: {Hub data set with split: commit} to read where no revision is named.
+        use: the key of `data:`.
 
     Raises:
         UserError: a source is missing, unsupported, or named twice; only some have a `fraction`,
@@ -50,7 +54,7 @@ def open_sources(sources: Sources, commits: dict[str, str] | None = None) -> lis
             f"data: the fractions of a list must sum to 1, not {sum(fractions):g}: "
             + ", ".join(f"{s.source} {s.fraction:g}" for s in wanted)
         )
-    opened = [_open(source, commits or {}) for source in wanted]
+    opened = [_open(source, commits or {}, use) for source in wanted]
     seen: dict[Any, str] = {}
     for source in opened:
         names: list[Any] = [file.resolve() for file in source.files] or [source.name]
@@ -77,18 +81,25 @@ def check_apart(train: list[OpenedSource], other: list[OpenedSource], key: str) 
                 )
 
 
-def _open(source: Source, commits: dict[str, str]) -> OpenedSource:
+def _open(source: Source, commits: dict[str, str], use: str) -> OpenedSource:
     name = source.source
+    labels: dict[str, list[str]] = {}
+    folder = Path(name)
     if name.startswith("nano:"):
         return _open_nano(source)
     if os.path.isdir(name):
-        found = sorted(p for p in Path(name).rglob("*") if p.is_file() and not _is_hidden(p, name))
+        found = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p, name))
+        wanted, labels = dataset_folder.choose(source, found, use)
     elif os.path.isfile(name):
-        found = [Path(name)]
+        wanted = found = [Path(name)]
         if readers.suffix_of(found[0]) in _BINARY_DOCUMENTS:
             raise UserError(f"{name}: not text: save it as text, HTML or PDF first")
     elif glob.has_magic(name):
-        found = sorted({Path(p) for p in glob.glob(name, recursive=True) if os.path.isfile(p)})
+        matches = filter(os.path.isfile, glob.glob(name, recursive=True))
+        wanted = found = sorted({Path(path) for path in matches})
+        folder = Path(os.path.commonpath([file.parent for file in found] or [Path()]))
+        if use == "train":
+            dataset_folder.check_splits(name, found, folder)
     elif is_hub_id(name):
         opened = hub.fetch(source, commits)
         _check_not_empty(opened.name, opened.files)
@@ -96,19 +107,19 @@ def _open(source: Source, commits: dict[str, str]) -> OpenedSource:
     else:
         raise UserError(f"{name}: no such file or folder")
     # A file that is named explicitly is read whatever its suffix, as text.
-    files = [p for p in found if os.path.isfile(name) or readers.suffix_of(p) in readers.SUFFIXES]
+    files = [p for p in wanted if os.path.isfile(name) or readers.suffix_of(p) in readers.SUFFIXES]
     if not files:
         kinds = " ".join(sorted(readers.SUFFIXES))
         raise UserError(f"{name}: no file of a supported type ({kinds}) among {len(found)}")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(labels).encode() if labels else b"")
     for file in files:
         try:
             digest.update(bytes.fromhex(file_hash(file)))
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     _check_not_empty(name, files)
-    others = len(found) - len(files)
-    return OpenedSource(name, source.fraction, digest.hexdigest(), tuple(files), skipped=others)
+    note = "" if os.path.isfile(name) else dataset_folder.note(files, found, folder)
+    return OpenedSource(name, source.fraction, digest.hexdigest(), tuple(files), labels, note=note)
 
 
 def _is_hidden(file: Path, folder: str) -> bool:
@@ -117,8 +128,12 @@ def _is_hidden(file: Path, folder: str) -> bool:
 
 
 def _check_not_empty(name: str, files: Iterable[Path]) -> None:
-    if all(file.stat().st_size == 0 for file in files):
+    sizes = {file: file.stat().st_size for file in files}
+    if not any(sizes.values()):
         raise UserError(f"{name}: empty: there is nothing to train on")
+    for file, size in sizes.items():
+        if size < _LONGEST_POINTER and file.read_bytes().startswith(_POINTER):
+            raise UserError(f"{file}: a Git LFS pointer, not the file: run `git lfs pull`")
 
 
 def _open_nano(source: Source) -> OpenedSource:

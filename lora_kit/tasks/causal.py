@@ -298,7 +298,7 @@ class Conversations(Causal):
         encoder = chat_encoder(processor, run.data.supervise, run.train.max_length)
         for found in encoder(list(examples)):
             if isinstance(found, NotUsable):
-                yield Dropped(found.reason, found.detail)
+                yield Dropped(found.reason, found.detail, found.length)
             elif not found.supervised:
                 yield Dropped(NO_SUPERVISION)
             else:
@@ -308,7 +308,10 @@ class Conversations(Causal):
                     "labels": labels,
                     "bytes": found.supervised_bytes,
                     "end_markers": found.completions,
-                    "truncated": "cut after the last completion that fits" if found.cut else "",
+                    "truncated": "cut after the last completion that fits"
+                    if found.cut_from
+                    else "",
+                    "cut_from": found.cut_from,
                 }
                 yield [row]
 

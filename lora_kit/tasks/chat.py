@@ -45,13 +45,14 @@ _REWRITTEN = "whose turns the chat template rewrites"
 class Encoded:
     """A tokenized conversation. `supervised`: spans of supervised tokens; `completions`: number of
     completions in them, each with its end-of-turn token; `supervised_bytes`: UTF-8 bytes of the
-    supervised text; `cut`: turns after the last completion that fits were removed."""
+    supervised text; `cut_from`: tokens before turns after the last completion that fits were
+    removed, 0 if none were."""
 
     ids: list[int]
     supervised: list[Span]
     completions: int
     supervised_bytes: int
-    cut: bool = False
+    cut_from: int = 0
 
     def ids_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Both int32 (tokens,); a label of -100 where no loss is computed."""
@@ -136,7 +137,7 @@ class ChatEncoder:
         return text, spans, len(spans)
 
     def _label(
-        self, text: str, spans: list[Span], completions: int, encoding: Any, cut: bool = False
+        self, text: str, spans: list[Span], completions: int, encoding: Any, cut_from: int = 0
     ) -> Encoded:
         ids = encoding.ids
         self._check_beginning(ids)
@@ -148,7 +149,7 @@ class ChatEncoder:
         if len(supervised) < len(spans) and self.supervise != "all":
             raise NotUsable("with a completion without any token")
         size = sum(len(text[a:b].encode()) for a, b in spans)
-        return Encoded(ids, supervised, completions, size, cut)
+        return Encoded(ids, supervised, completions, size, cut_from)
 
     def _check_beginning(self, ids: list[int]) -> None:
         begin = self.tokenizer.bos_token_id
@@ -157,7 +158,7 @@ class ChatEncoder:
 
     def _shortened(self, example: Example, spans: list[Span], encoding: Any) -> Encoded:
         """A conversation over `max_length`, cut after the last completion that fits."""
-        too_long = NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
+        too_long = self._too_long(len(encoding))
         if self.supervise != "assistant":
             raise too_long
         ends = [n for n, turn in enumerate(example.messages, 1) if turn["role"] == "assistant"]
@@ -172,8 +173,12 @@ class ChatEncoder:
                 continue
             (found,) = self.encode([result[0]])
             if len(found) <= self.max_length:
-                return self._label(*result, found, cut=True)
+                return self._label(*result, found, cut_from=len(encoding))
         raise too_long
+
+    def _too_long(self, length: int) -> NotUsable:
+        reason = f"longer than train.max_length ({self.max_length} tokens)"
+        return NotUsable(reason, length=length)
 
     def _plain(self, example: Example) -> Encoded:
         """Prompt, joiner, completion and end-of-text token, for a base without a template."""
@@ -189,7 +194,7 @@ class ChatEncoder:
         before = [*self.begin, *of_prompt.ids]
         ids = [*before, *of_completion.ids, self.tokenizer.eos_token_id]
         if len(ids) > self.max_length:
-            raise NotUsable(f"longer than train.max_length ({self.max_length} tokens)")
+            raise self._too_long(len(ids))
         self._check_beginning(ids)
         supervised = turns[1].get("weight") != 0
         first, last, size = len(before), len(before), 0

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from lora_kit import cache
+from lora_kit.base.load import positions
 from lora_kit.base.pin import Pinned
 from lora_kit.data.census import NO_SUPERVISION, Census
 from lora_kit.data.duplicates import ranks
@@ -39,7 +40,7 @@ from lora_kit.tasks.task import Dropped, Facts, Processor, Task
 
 _SECONDS_BETWEEN_LINES = 15
 _LIBRARIES = ("tokenizers", "transformers")
-_COUNTED = ("length", "truncated")  # columns that are read here and not stored
+_COUNTED = ("length", "truncated", "cut_from")  # columns that are read here and not stored
 
 
 @dataclass
@@ -113,6 +114,7 @@ def encode(
         data,
         run.train.max_length,
         identity(processor),
+        base_positions(processor),
         libraries=_LIBRARIES,
     )
     encoding = _Encoding(task, split, processor, facts, run)
@@ -164,6 +166,12 @@ def identity(processor: Processor) -> str | list[object]:
     return [special, processor.chat_template, model]
 
 
+def base_positions(processor: Processor) -> int:
+    """The most tokens that the base of a tokenizer takes; 0: unknown."""
+    folder = Path(getattr(processor, "name_or_path", ""))
+    return positions(folder) if (folder / "config.json").is_file() else 0
+
+
 class _EncodeJob(NamedTuple):
     """A batch of examples to encode: the use that they were read for, and the first one's index."""
 
@@ -174,15 +182,17 @@ class _EncodeJob(NamedTuple):
 
 class _EncodedBatch(NamedTuple):
     """An encoded batch. `use` and `first`: of its job; `counts`: rows per example; `lengths`:
-    training tokens per example; `dropped`, `truncated`: (index in the batch, reason, place)."""
+    training tokens per example; `cut`: bool per row, whether it was truncated; `dropped`,
+    `truncated`: (index in the batch, reason, place, train.max_length that would keep it)."""
 
     use: str
     first: int
     rows: pa.RecordBatch | None
     counts: np.ndarray
     lengths: np.ndarray
-    dropped: list[tuple[int, str, str]]
-    truncated: list[tuple[int, str, str]]
+    cut: np.ndarray
+    dropped: list[tuple[int, str, str, int]]
+    truncated: list[tuple[int, str, str, int]]
 
 
 class Encoder:
@@ -208,17 +218,19 @@ class Encoder:
         rows: list[Row] = []
         counts = np.zeros(len(examples), np.int32)
         own_lengths: list[int] = []
+        cut: list[bool] = []
         dropped, truncated = [], []
         for n, found in enumerate(self._encoded(task, examples)):
             place = examples[n].place
             if isinstance(found, Dropped):
                 where = f"{place}: {found.detail}" if found.detail else place
-                dropped.append((n, found.reason, where))
+                dropped.append((n, found.reason, where, found.length))
                 continue
             counts[n] = len(found)
             for row in found:
-                if row.get("truncated"):
-                    truncated.append((n, row["truncated"], place))
+                cut.append(bool(row.get("truncated")))
+                if cut[-1]:
+                    truncated.append((n, row["truncated"], place, row.get("cut_from", 0)))
                 if "length" in row:
                     own_lengths.append(row["length"])
                 kept = {name: value for name, value in row.items() if name not in _COUNTED}
@@ -237,7 +249,9 @@ class Encoder:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             why = in_a_line(error)
             raise UserError(f"TASK.encode: TASK.tokens failed on its rows ({why})") from error
-        return _EncodedBatch(job.use, job.first, batch, counts, lengths, dropped, truncated)
+        return _EncodedBatch(
+            job.use, job.first, batch, counts, lengths, np.array(cut, bool), dropped, truncated
+        )
 
     def _encoded(self, task: Task, examples: list[Example]) -> list[list[Row] | Dropped]:
         """The rows of each example. Raises UserError if the task's results are no rows."""
@@ -271,6 +285,7 @@ class _UseWriter:
         self.chosen = chosen  # bool (examples,)
         self.examples: list[np.ndarray] = []  # indices of examples with rows: the units
         self.lengths: list[np.ndarray] = []
+        self.cut: list[np.ndarray] = []  # of rows
         self.units = 0
 
     def add(self, part: _EncodedBatch) -> None:
@@ -286,6 +301,7 @@ class _UseWriter:
         self.writer.write(rows.append_column("unit", unit))
         self.examples.append(part.first + np.flatnonzero(kept))
         self.lengths.append(part.lengths[kept])
+        self.cut.append(part.cut[wanted])
         self.units += int(kept.sum())
 
 
@@ -303,13 +319,17 @@ class _Encoding:
     def run(self, folder: Path) -> None:
         self.started = True
         self.census = copy.deepcopy(self.split.census)
+        self.census.positions = base_positions(self.processor)
         self.census.notes += self.task.notes({file.format for file in self.split.files}, self.facts)
         writers = self._encode(folder)
         rows = {use: writer.writer.close() for use, writer in writers.items()}
         for use in ("train", "eval", "general"):
             if use in writers and not len(rows[use]):
-                left = getattr(self.census, use).dropped_text()
-                raise UserError(f"data.{use}: no rows left; dropped: {left}")
+                count = getattr(self.census, use)
+                fix = ""
+                if count.too_long:
+                    fix = f": raise train.max_length ({count.fitting(self.census.positions)})"
+                raise UserError(f"data.{use}: no rows left; dropped: {count.dropped_text()}{fix}")
         chosen, tokens = self._mix(writers["train"])
         replayed = None
         if "replay" in writers:
@@ -326,10 +346,10 @@ class _Encoding:
                 "data.train: fewer than two tokens of text: there is nothing to train on"
             )
         (folder / "replay.arrow").unlink(missing_ok=True)
-        self._count("train", train)
+        self._count("train", train, writers["train"])
         for use, writer in writers.items():
             if use in ("eval", "general"):
-                self._count(use, rows[use])
+                self._count(use, rows[use], writer)
                 getattr(self.census, use).rows_kept += writer.units
         self.census.train.rows_kept = int(chosen.sum())
         text = json.dumps(self.census.to_json())
@@ -365,12 +385,12 @@ class _Encoding:
 
     def _count_lost(self, part: _EncodedBatch, uses: Sequence[str]) -> None:
         for what, lost in (("dropped", part.dropped), ("truncated", part.truncated)):
-            for n, reason, place in lost:
+            for n, reason, place, length in lost:
                 use = next((u for u in uses if self.split.masks[part.use, u][part.first + n]), None)
                 if use is None:  # removed as a leak, which `data.prepare` counts
                     continue
                 count = getattr(self.census, "general" if use == "replay" else use)
-                count.count_lost(reason, place, what=what)
+                count.count_lost(reason, place, what=what, length=length)
                 if reason == NO_SUPERVISION:
                     count.samples_without_supervision += 1
 
@@ -417,9 +437,12 @@ class _Encoding:
         )
         return used
 
-    def _count(self, use: str, rows: Rows) -> None:
+    def _count(self, use: str, rows: Rows, writer: _UseWriter) -> None:
         task, count = _task_of(self.task, use), getattr(self.census, use)
-        count.measure(task.tokens(rows), task.supervised(rows))
+        cut = np.concatenate(writer.cut)
+        # Chunks and pairs are no rows whose length can be compared.
+        comparable = len(cut) == len(rows) and "input_ids" in rows.columns
+        count.measure(task.tokens(rows), task.supervised(rows), cut if comparable else None)
         if "end_markers" in rows.columns:
             count.end_markers_supervised = int(rows.column("end_markers").sum())
 

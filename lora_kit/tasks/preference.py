@@ -379,7 +379,9 @@ def _pair(
     row: Row = {"end_markers": 0}
     for side, found in zip(SIDES, (chosen, rejected), strict=True):
         if isinstance(found, NotUsable):
-            return Dropped(found.reason, f"{side}: {found.detail}" if found.detail else side)
+            both = [other.length for other in (chosen, rejected) if isinstance(other, NotUsable)]
+            where = f"{side}: {found.detail}" if found.detail else side
+            return Dropped(found.reason, where, max(both) if found.length else 0)
         ids, labels = found.ids_and_labels()
         if not (labels[1:] != IGNORED).any():
             return Dropped(NO_SUPERVISION, side)

@@ -119,7 +119,8 @@ class Classification(Task):
         length = run.train.max_length
         texts = [example.text or "" for example in examples]
         encoded = processor(texts, return_attention_mask=False, verbose=False)["input_ids"]
-        for example, ids in zip(examples, encoded, strict=True):
+        for example, whole in zip(examples, encoded, strict=True):
+            ids = whole
             if not ids:
                 yield Dropped("without any token")
                 continue
@@ -134,6 +135,7 @@ class Classification(Task):
                 "input_ids": np.array(ids, dtype=np.int32),
                 "labels": numbers[example.label],
                 "truncated": cut,
+                "cut_from": len(whole) if cut else 0,
             }
             yield [row]
 

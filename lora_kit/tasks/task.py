@@ -45,10 +45,12 @@ class Dropped(NamedTuple):
     """Returned instead of an example's rows: the reason why it is dropped, and a detail of it.
 
     `reason` completes "42 rows dropped: rows ...": `longer than train.max_length (512 tokens)`.
+    `length`: the train.max_length that would keep it; 0: none would.
     """
 
     reason: str
     detail: str = ""
+    length: int = 0
 
 
 class Shown(NamedTuple):

@@ -57,6 +57,7 @@ SHARED = {
         "test_train_settings.py::test_adapter_reaches_the_model",
     ),
     "adapter.start": "test_train_failures.py::test_start_begins_with_that_adapter",
+    "data.ignore": "test_data_marks.py::test_a_column_that_is_refused_is_named_with_the_fix",
     "data.workers": "test_data_prepare.py::test_limits_and_workers_prepare_nothing_again",
     **{
         f"data.limits.{key}": "test_data_census.py::"

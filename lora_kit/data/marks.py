@@ -1,0 +1,115 @@
+"""Columns, and keys of turns, that no format reads but that change what a row means.
+
+A flag that excludes a row or a turn from training is used. Content that would be missing is
+refused: a further part of the prompt, and what a text model cannot see. `data.ignore` names columns
+that are not meant so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lora_kit.data.json_rows import short_repr
+from lora_kit.errors import NotUsable
+from lora_kit.schema import Json
+
+# Flags of other training libraries, and whether a true one means: train on it. `label`: TRL's
+# unpaired preference; `kto_tag`: LLaMA-Factory; `weight`: OpenAI; `train`, `training`: Axolotl;
+# `loss`, of turns: ms-swift; the others are what annotation tools export.
+FLAGS = {
+    "label": True, "kto_tag": True, "weight": True, "train": True, "training": True, "loss": True,
+    "chosen": True, "accepted": True, "keep": True,
+    "rejected": False, "is_rejected": False, "exclude": False,
+}  # fmt: skip
+_ONLY_FLAGS = ("weight", "train", "training", "kto_tag")
+# Parts of a prompt: earlier turns, and tools under their old name.
+_PROMPT = ("history", "functions", "tools")
+MEDIA = frozenset({"image", "images", "img", "audio", "audios", "video", "videos"})
+# Columns of ImageFolder, Common Voice and LibriSpeech.
+_PATHS = ("file_name", "path", "file")
+_MEDIA_FILES = (
+    ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".wav", ".mp3", ".flac",
+    ".ogg", ".opus", ".m4a", ".mp4", ".webm", ".avi", ".mov", ".mkv",
+)  # fmt: skip
+_HELD_OUT = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
+# Reasons that begin so are meant by the data, and not counted by data.limits.dropped.
+EXCLUDED = "excluded by "
+_IGNORE = "remove it, or add it to data.ignore"
+
+
+class Unseen(NotUsable):
+    """A row has images, audio or video, which a model of text cannot see: the run stops."""
+
+
+def check(values: Json, prompted: bool, train: bool) -> None:
+    """Check the columns of a row that its format does not read.
+
+    Args:
+        prompted: the row has a prompt and a completion, so that a `label` is no class.
+        train: the row was read for data.train.
+
+    Raises:
+        NotUsable: a flag excludes the row; a flag has another value than true and false; or a
+            column holds part of the prompt.
+        Unseen: a column has images, audio or video.
+    """
+    for name, value in values.items():
+        if is_media(name, value):
+            raise Unseen(f"the column `{name}` ({short_repr(value)})")
+        if prompted and name in _PROMPT and value:
+            part = "it is a part of the prompt: use `messages`"
+            raise NotUsable(f"whose `{name}` is not read", f"{part}, {_IGNORE}")
+        if name == "split" and train and str(value).lower() in _HELD_OUT:
+            raise NotUsable("whose `split` is not train", f"it is {short_repr(value)}: {_IGNORE}")
+    flag = excluding(values, values.keys() - ({"loss"} if prompted else {"loss", "label"}))
+    if flag:
+        raise NotUsable(f"{EXCLUDED}`{flag}`")
+
+
+def is_media(name: str, value: object) -> bool:
+    """Whether a value is an image, audio or video, as `datasets` stores it, or names its file."""
+    if isinstance(value, list):
+        return bool(value) and is_media(name, value[0])
+    called = name.lower() in MEDIA
+    if isinstance(value, dict):
+        return bool(value) and (called or value.keys() <= {"bytes", "path"})
+    if isinstance(value, str) and value:
+        return called or (name in _PATHS and value.lower().endswith(_MEDIA_FILES))
+    return isinstance(value, bytes)
+
+
+def excluding(values: Json, names: Iterable[str], where: str = "") -> str:
+    """The flag that excludes a row or turn from training, such as `train: False`; "" if none.
+
+    Args:
+        where: the turn, for messages; "": a row.
+
+    Raises:
+        NotUsable: a flag is neither true nor false: a number, or any value of a name that is
+            nothing else than a flag.
+    """
+    for name in sorted(FLAGS.keys() & names):
+        value = values[name]
+        if value is None or value == "":
+            continue
+        text, flag = str(value), as_flag(value)
+        if name == "weight" and flag is None:
+            flag = {"0": False, "0.0": False, "1": True, "1.0": True}.get(text)
+        number = text.lstrip("-").replace(".", "", 1).isdecimal()
+        if flag is None and (number or name in _ONLY_FLAGS):
+            expected = "0 or 1" if name == "weight" else "true or false"
+            found = f"{where or 'it'} has {short_repr(value)}"
+            fix = "" if where else f": {_IGNORE}"
+            raise NotUsable(f"with a `{name}` other than {expected}", f"{found}{fix}")
+        if flag is not None and flag != FLAGS[name]:
+            return f"{name}: {short_repr(value)}"
+    return ""
+
+
+def as_flag(value: object) -> bool | None:
+    """True or false, also as CSV has it; None for other values.
+
+    >>> as_flag("False"), as_flag(True), as_flag(1)
+    (False, True, None)
+    """
+    return {"true": True, "false": False}.get(str(value).lower())
