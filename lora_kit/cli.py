@@ -58,8 +58,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[Path, typer.Option(help="Output folder; must not exist.")]
 Adapter = Annotated[Path, typer.Argument(help="A run, or the folder of a PEFT LoRA adapter.")]
 Into = Annotated[
-    Literal["base", "dequantized"],
-    typer.Option(help="The original weights, or the NF4-dequantized ones."),
+    Literal["auto", "base", "dequantized"],
+    typer.Option(help="The original weights, the NF4-dequantized ones, or the better ones."),
 ]
 
 
@@ -272,9 +272,10 @@ def merge(
     out: Out,
     base: BaseOption = None,
     dtype: Annotated[
-        Literal["bfloat16", "float32"] | None, typer.Option(help="Default: the run's.")
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Default: each tensor's own."),
     ] = None,
-    into: Into = "base",
+    into: Into = "auto",
     verify: Annotated[
         Literal["tensors", "logits"], typer.Option(help="Verify tensors, or logits as well.")
     ] = "tensors",
@@ -289,6 +290,8 @@ def merge(
     from lora_kit.ship.merge import merge as run_merge
 
     merged = run_merge(_opened(run, base), out, dtype, into=into, verify=verify)
+    for note in merged.notes:
+        _say(f"note: {note}")
     words = (
         f"{merged.out}: {merged.bytes_written / 2**20:,.1f} MiB in {merged.seconds:,.0f} s; "
         f"{merged.changed} tensors changed, {merged.copied} copied unchanged; all verified"
@@ -318,7 +321,8 @@ def push(
         typer.Option("--with-samples", help="Include sample rows of your data from the report."),
     ] = False,
     merged: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Upload this merged model, too.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Upload this merged model instead of the adapter."),
     ] = None,
     base: BaseOption = None,
     as_json: Json = False,
@@ -473,7 +477,7 @@ def export(
     ] = None,
     what: Annotated[str | None, typer.Option(help="GGUF: adapter, merged or base.")] = None,
     base: BaseOption = None,
-    into: Into = "base",
+    into: Into = "auto",
     as_json: Json = False,
 ) -> None:
     """Export an adapter for another runtime; it is loaded there and compared before success.
@@ -519,11 +523,14 @@ def check(
         from lora_kit.ship import fidelity as view
 
         return _answer(view.fidelity(_opened(adapter, base)), as_json, view.show)
+    _prepare()
     from lora_kit.ship import targets
 
     if target is None:
         raise UserError(f"--target is missing: one of {', '.join(targets.TARGETS)}; or --fidelity")
     found = targets.check(_opened(adapter, base), target)
+    for note in found["notes"]:
+        _say(f"note: {note}")
     if as_json or found["loads"]:
         words = "loads it correctly as it is"
         if target in targets.GGUF:

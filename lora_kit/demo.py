@@ -38,10 +38,10 @@ def run_demo() -> None:
     from lora_kit.ship.merge import merge
     from lora_kit.speed.runtime import float32_is_faster
 
-    options = []
+    options, dtype = [], None
     if not gpu_count() and float32_is_faster():
         print("bfloat16 is slow on this CPU: the demo uses float32.", file=sys.stderr)
-        options = ["base.dtype=float32"]
+        options, dtype = ["base.dtype=float32"], "float32"
 
     _step(1, "Continued pre-training on Python's language reference (QLoRA, 4 bits)")
     start(configs / "nano-cpt.yaml", ["name=demo/cpt", *options])
@@ -50,7 +50,7 @@ def run_demo() -> None:
     start(configs / "nano-sft.yaml", ["name=demo/sft", f"adapter.start={CPT}", *options])
 
     _step(3, "Merge the adapter into the base, reload it from disk, compare the logits")
-    merged = merge(FinishedRun(SFT), MERGED, verify="logits")
+    merged = merge(FinishedRun(SFT), MERGED, dtype, verify="logits")
 
     _step(4, "Generate with the merged model, loaded with transformers alone")
     answer = _ask(MERGED, QUESTION)

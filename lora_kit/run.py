@@ -28,8 +28,8 @@ from lora_kit.schema import SECTIONS, Adapter, Json, Run, Section
 
 # Keys that must be objects or null in JSON files (run.lock.json, report.json).
 _OBJECTS = (
-    "base", "adapter", "data", "batch", "commits", "verdict", "domain", "general", "overfitting",
-    "metrics", "harness", "audit", "training", "memory", "gate", "evaluated",
+    "base", "adapter", "data", "batch", "commits", "uses", "verdict", "domain", "general",
+    "overfitting", "metrics", "harness", "audit", "training", "memory", "gate", "evaluated", "into",
 )  # fmt: skip
 KeyPath = list[str | int]  # `data.train[1].fraction` as ["data", "train", 1, "fraction"]
 # The keys of `data:` that name sources.

@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 import lora_kit
 from lora_kit.adapter import extract
-from lora_kit.adapter.combine import combine
+from lora_kit.adapter.combine import METHODS, combine
 from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.cli import app
 from lora_kit.errors import UserError
+from lora_kit.ship.combined import combine_and_measure
 
 WEIGHTS = [0.7, -0.4]
 PEFTS = {"linear": "cat", "svd": "svd", "ties": "ties_svd", "dare": "dare_linear_svd"}
@@ -229,3 +230,16 @@ def test_weights_that_changed_since_training_are_refused(runs: list[Path], tmp_p
         with pytest.raises(UserError, match=words):
             combine([*map(FinishedRun, runs)], tmp_path / "out")
         lock.write_text(before)
+
+
+def test_adapters_may_be_called_as_methods_and_the_base_are(runs: list[Path]) -> None:
+    import shutil
+
+    for source, name in zip(runs, ("svd", "base"), strict=True):
+        shutil.copytree(source / "adapter", name)
+    adapters = [FinishedRun("svd"), FinishedRun("base")]
+    found = combine_and_measure(adapters, Path("named"), [FinishedRun(runs[0])], None)
+    assert found["losses"].keys() == {"base", "./svd", "./base", *METHODS}
+    assert found["best_single"] in ("./svd", "./base")
+    assert found["losses"]["base"]["mean"] != found["losses"]["./base"]["mean"]
+    assert found["losses"]["svd"]["mean"] != found["losses"]["./svd"]["mean"]

@@ -89,7 +89,8 @@ def test_figures_are_those_of_the_matrix_that_peft_adds(made: Maker, config: Any
         assert (one["r"], one["scale"]) == (layer.r["default"], layer.scaling["default"])
 
 
-def test_experts_in_one_parameter_are_matrices_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [4, 2])
+def test_experts_in_one_parameter_are_matrices_of_their_own(tmp_path: Path, rank: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -98,8 +99,14 @@ def test_experts_in_one_parameter_are_matrices_of_their_own(tmp_path: Path) -> N
     model: Any = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**small, **heads, num_experts=3, num_experts_per_tok=1)
     )
+    # PEFT matches the patterns with the parameter's name, which is not in the names of its tensors.
+    patterns: Any = {"rank_pattern": {"gate_up_proj": 2}, "alpha_pattern": {"gate_up_proj": 5}}
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(
-        r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+        r=4,
+        target_modules=["q_proj"],
+        target_parameters=parameters[: 1 if rank == 4 else 2],
+        **(patterns if rank == 2 else {}),
     )
     model = get_peft_model(model, config)
     for name, tensor in model.named_parameters():
@@ -109,9 +116,9 @@ def test_experts_in_one_parameter_are_matrices_of_their_own(tmp_path: Path) -> N
     found = {one["module"]: one for one in open_adapter(tmp_path).figures()}
     whole = deltas(model)
     assert found.keys() == whole.keys()
-    experts = next(name for name in found if "experts" in name)
-    spectra = [np.linalg.svd(matrix, compute_uv=False)[:4] for matrix in whole[experts]]
-    assert len(spectra) == 3 and found[experts]["r"] == 4
+    experts = max((name for name in found if "experts" in name), key=len)
+    spectra = [np.linalg.svd(matrix, compute_uv=False)[:rank] for matrix in whole[experts]]
+    assert len(spectra) == 3 and found[experts]["r"] == rank
     assert found[experts]["norm"] == near(float(np.linalg.norm(whole[experts])))
     ranks = [np.exp(-(p * np.log(p)).sum()) for p in (s / s.sum() for s in spectra)]
     assert found[experts]["effective_rank"] == near(float(np.mean(ranks)))

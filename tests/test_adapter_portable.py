@@ -176,3 +176,23 @@ def test_the_base_is_named_without_this_machines_paths(
     known = json.loads((out / "adapter_config.json").read_text())
     assert (known["base_model_name_or_path"], known["revision"]) == written
     assert stored(out / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("widest", "alpha"), [("float64", 12), ("float32", 4), ("float16", 12)])
+def test_mixed_types_become_one(base: Path, tmp_path: Path, widest: str, alpha: int) -> None:
+    from safetensors.torch import load_file, save_file
+
+    loud(base, tmp_path / "a", -1, lora_alpha=alpha)
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    before = load_file(weights)
+    for n, name in enumerate(before):
+        before[name] = before[name].to(getattr(torch, widest if n % 3 else "bfloat16"))
+    # More than float32 has: it is not lost on the way.
+    before = {n: t * (1 + 2**-40) if t.dtype == torch.float64 else t for n, t in before.items()}
+    save_file(before, weights)
+    after = load_file(portable(tmp_path / "a") / weights.name)
+    wanted = torch.float64 if widest == "float64" else torch.float32
+    assert {tensor.dtype for tensor in after.values()} == {wanted}
+    for name, tensor in before.items():
+        scale = alpha / 4 if "_B." in name else 1
+        assert torch.equal(after[name], (tensor.double() * scale).to(wanted))

@@ -184,7 +184,8 @@ def test_rows_with_label_false_are_not_imitated(tmp_path: Path) -> None:
     rows += [chat(n, "Go away") | {"label": False} for n in range(30, 60)]
     code, out = preview(tmp_path, rows)
     assert code == 0 and "Go away" not in out and "Here it is." in out
-    assert "excluded by `label: False`" in out and "training would stop" not in out
+    assert "excluded by `label: False`" in out and "unused columns" not in out
+    assert "training would stop" not in out
 
 
 @pytest.mark.parametrize("column", ["split", "weight"])

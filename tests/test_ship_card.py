@@ -70,6 +70,24 @@ def test_the_front_matter_is_the_hubs() -> None:
     assert "base_model" not in front(made(LOCAL)) and front(made("nano"))["base_model"] == "nano"
 
 
+def test_only_what_was_trained_on_is_listed_as_that() -> None:
+    data = {"org/set[train]": "d1", "org/held[test]": "d2", "org/bench": "d3", "local data 1": "d4"}
+    uses = {"d1": "train", "d2": "eval", "d3": "decontaminate", "d4": "general"}
+    commits = {name: "c1" for name in data if "/" in name}
+    card = made(lock={**LOCK, "data": data, "commits": commits, "uses": uses}, report=full())
+    assert front(card)["datasets"] == ["org/set"]
+    (result,) = front(card)["model-index"][0]["results"][:1]
+    assert result["dataset"]["type"] == "org/held"
+    trained, _, rest = card.text.partition("## Results")
+    assert "- data: `org/set[train]`" in trained
+    assert "org/held" not in trained.partition("## How it was trained")[2]
+    for line in ("- held-out data: `org/held[test]` at `c1`", "- general text: `local data 1`",
+                 "- text that was kept out of the training data: `org/bench`"):  # fmt: skip
+        assert line in rest and line not in trained, line
+    # Only what was trained on binds the weights.
+    assert not any("licence of 3" in line for line in card.warnings)
+
+
 def test_the_body_says_base_data_and_how_to_load_it() -> None:
     text = made().text
     for line in (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from conftest import make_base
 from safetensors.torch import load_file, save_file
 from test_cli import Shell, run  # noqa: F401 - a fixture
-from trained import finish_in
+from trained import edit, finish_in
 
 import lora_kit
 from lora_kit.adapter.files import open_adapter
@@ -23,9 +24,13 @@ from lora_kit.base.pin import pin
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import UserError
 from lora_kit.prove.compare import prepared_again
+from lora_kit.prove.into import better_base, in_words, original_weights
 from lora_kit.ship import fidelity as room
+from lora_kit.ship.export import export
 from lora_kit.ship.fidelity import fidelity
+from lora_kit.ship.hub import make_plan
 from lora_kit.ship.merge import merge
+from lora_kit.ship.targets import check
 from lora_kit.tasks.causal import Text
 from lora_kit.tasks.measure import measure
 
@@ -182,8 +187,77 @@ def test_what_is_advised_can_be_exported(
         export(FinishedRun(trained), "portable", tmp_path / "no", into="dequantized")
 
     def into_the_other(*arguments: Any, into: str, **options: Any) -> Any:
-        return merge(*arguments, **options)
+        return merge(*arguments, **options, into="base")
 
     monkeypatch.setattr(gguf, "merge", into_the_other)
     with pytest.raises(CheckFailed, match="log-probabilities differ"):
         export(FinishedRun(trained), "gguf", tmp_path / "other", "f32", into="dequantized")
+
+
+# --- Both bases, measured at the end of a run
+
+
+def test_a_run_measures_both_bases(trained: Path, found: dict[str, Any]) -> None:
+    report = json.loads((trained / "report.json").read_text())
+    into = report["into"]
+    assert into["dequantized"]["loss"] == report["domain"]["loss"]["adapted"]
+    assert into["dequantized"]["loss"] == pytest.approx(found["loss"], abs=2e-3)
+    # `fidelity` merges, which rounds.
+    assert into["base"]["loss"] == pytest.approx(found["base"]["loss"], rel=2e-3)
+    assert into["base"].keys() == into["dequantized"].keys() == {"loss", "bits_per_byte"}
+    assert abs(into["base"]["loss"] - into["dequantized"]["loss"]) > 1e-3
+
+
+def test_the_trained_layers_come_back(trained: Path) -> None:
+    model, tokenizer = lora_kit.load(trained, dtype="float32")
+    exact, _ = lora_kit.load(trained, dtype="float32", quantize="none")
+    ids = tokenizer("the quick brown fox", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        before = model(ids).logits
+        with original_weights(model) as other:
+            assert torch.allclose(other(ids).logits, exact(ids).logits, atol=1e-4)
+        assert (before - exact(ids).logits).abs().max() > 0.01
+        assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("losses", "into", "chosen"),
+    [
+        ((2.87, 2.74), "auto", "dequantized"),
+        ((2.74, 2.87), "auto", "base"),
+        ((2.87, 2.74), "base", "base"),
+        (None, "auto", "base"),
+    ],
+)
+def test_auto_takes_the_better_base_and_prints_both(
+    run: Shell,
+    trained: Path,
+    tmp_path: Path,
+    losses: tuple[float, float] | None,
+    into: str,
+    chosen: str,
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    measured = dict(zip(("base", "dequantized"), ({"loss": n} for n in losses or ()), strict=False))
+    edit(folder / "report.json", lambda report: report.update(into=measured or None))
+    more = [] if into == "auto" else ["--into", into]
+    done = run("merge", str(folder), "--out", str(tmp_path / "m"), *more)
+    assert done.code == 0
+    assert json.loads((tmp_path / "m" / "merge.json").read_text())["into"] == chosen
+    wanted = "does not say which base is better" if losses is None else "2.8700"
+    assert wanted in done.err and (losses is None or "2.7400" in done.err)
+    # What ships the adapter alone ships it onto the original base.
+    notes = check(FinishedRun(folder), "vllm")["notes"]
+    assert bool(notes) == (losses == (2.87, 2.74))
+    if chosen == "dequantized":
+        assert export(FinishedRun(folder), "portable", tmp_path / "p")["notes"] == notes
+    card = make_plan(FinishedRun(folder), "me/x").card.text
+    assert ("2\\.8700" in card or "2.8700" in card) == (losses is not None)
+
+
+def test_scores_other_than_the_loss_and_what_was_not_measured(tmp_path: Path) -> None:
+    into = {"base": {"accuracy": 0.7}, "dequantized": {"accuracy": 0.8}}
+    assert better_base(into) == "dequantized"
+    assert better_base({"base": {"loss": 2.0}, "dequantized": {"loss": 2.0}}) == "base"
+    assert "accuracy 0.8000" in in_words(into)

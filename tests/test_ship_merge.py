@@ -110,21 +110,22 @@ def test_a_4_bit_run_merges_into_the_16_bit_base_within_rounding(
     run_file: RunMaker, tmp_path: Path, base: Path
 ) -> None:
     run = finish(run_file, **{"base.dtype": "bfloat16", "base.quantize": "nf4"})
-    merged = merge(FinishedRun(run), tmp_path / "merged", verify="logits")
+    options: Any = {"into": "base", "verify": "logits"}
+    merged = merge(FinishedRun(run), tmp_path / "merged", "bfloat16", **options)
     difference, effect = compared(merged)
-    assert 0 < difference <= ROUNDING_SHARE * effect
+    assert 0 < difference <= ROUNDING_SHARE["bfloat16"] * effect
     model, tokenizer = alone(merged.out, "bfloat16")
     assert getattr(model.config, "quantization_config", None) is None
     # The unquantized base with the adapter is what it equals, up to 8 bits of mantissa.
     plain, _ = lora_kit.load(run, quantize="none", dtype="float32")
-    exact = merge(FinishedRun(run), tmp_path / "exact", dtype="float32", verify="logits")
+    exact = merge(FinishedRun(run), tmp_path / "exact", "float32", **options)
     assert compared(exact)[0] <= FLOAT32_TOLERANCE
     sharp, _ = alone(exact.out)
     assert next(sharp.parameters()).dtype == torch.float32
     difference = (logits(plain, tokenizer) - logits(sharp, tokenizer)).abs().max().item()
     assert difference <= 1e-4
     rounded = (logits(plain, tokenizer) - logits(model, tokenizer)).abs().max().item()
-    assert difference < rounded < ROUNDING_SHARE * compared(exact)[1]
+    assert difference < rounded < ROUNDING_SHARE["bfloat16"] * compared(exact)[1]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from conftest import make_tokenizer
 from safetensors.torch import load_file
 
+from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import UserError
@@ -289,3 +290,59 @@ def test_shards_keep_their_names_and_sharp_tensors_their_type(tmp_path: Path) ->
     assert index["metadata"]["total_size"] == sum(tensor.size for tensor in found.values())
     kept = [name for name, tensor in found.items() if tensor.dtype == "F32"]
     assert kept == [name for name in norms if "norm" in name] != []
+
+
+KINDS = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@pytest.mark.parametrize("main", ["F16", "F32", "BF16", "F64", "mixed"])
+def test_every_tensor_keeps_the_type_of_the_base(tmp_path: Path, main: str) -> None:
+    """Those that the adapter changes, copies and replaces: the arithmetic is at least float32."""
+    from safetensors.torch import save_file
+
+    adapted(causal("Llama", **UNTIED), tmp_path, **LINEAR, modules_to_save=["lm_head"])
+    file, adapter = tmp_path / "base" / "model.safetensors", open_adapter(tmp_path / "adapter")
+    tensors = load_file(file)
+    for n, name in enumerate(tensors):
+        kind = list(KINDS)[n % 4] if main == "mixed" else main
+        if main == "F16" and "norm" in name:  # as some bases keep their norms
+            kind = "F32"
+        tensors[name] = tensors[name].to(KINDS[kind])
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    merged = merge(FinishedRun(tmp_path / "adapter"), tmp_path / "merged")
+    made = load_file(merged.out / "model.safetensors")
+    assert {n: t.dtype for n, t in made.items()} == {n: t.dtype for n, t in tensors.items()}
+    assert json.loads((merged.out / "config.json").read_text())["dtype"] == config["dtype"]
+    record = json.loads((merged.out / "merge.json").read_text())
+    assert main == "mixed" or KINDS[main] == getattr(torch, record["dtype"])
+    changed = 0
+    for module in adapter.factors:
+        name, update = f"{module}.weight", adapter.update(module)
+        whole = tensors[name].double() + update.scale * (update.b[0] @ update.a[0])
+        eps = max(torch.finfo(made[name].dtype).eps, torch.finfo(torch.float32).eps)
+        if made[name].dtype == torch.float64:
+            eps = 1e-12
+        assert (made[name].double() - whole).abs().max() <= eps * whole.abs().max()
+        changed += 1
+    assert changed == 14
+    # Another type can be asked for.
+    merge(FinishedRun(tmp_path / "adapter"), tmp_path / "half", "float16", verify="logits")
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    kept = {n for n, t in tensors.items() if t.dtype == torch.float32} if main == "F16" else set()
+    assert all(t.dtype == (torch.float32 if n in kept else torch.float16) for n, t in half.items())
+    with pytest.raises(UserError, match="float64"):
+        merge(FinishedRun(tmp_path / "adapter"), tmp_path / "no", "float64")
+
+
+@pytest.mark.parametrize("main", ["F16", "BF16", "F32"])
+def test_logits_are_compared_in_every_type(tmp_path: Path, main: str) -> None:
+    from safetensors.torch import save_file
+
+    adapted(causal("Llama", **UNTIED), tmp_path, **LINEAR)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = {name: tensor.to(KINDS[main]) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = merge(FinishedRun(tmp_path / "adapter"), tmp_path / "merged", verify="logits")
+    assert found.max_logit_difference is not None and found.adapter_effect is not None
+    assert found.max_logit_difference < 0.25 * found.adapter_effect

@@ -153,6 +153,22 @@ def test_added_tokens_and_escaped_letters_are_read() -> None:
         refuse_secrets({"vocab.json": f'{{"\\u0068{key[1:]}": 1}}'.encode()})
 
 
+def test_the_line_is_that_of_the_file() -> None:
+    tokens = [
+        {"content": "<|first|>"},
+        {"content": "a\nb\u0007"},
+        {"content": "jane@some-where.org"},
+    ]
+    text = json.dumps({"version": "1.0", "added_tokens": tokens}, indent=1)
+    line = next(n for n, one in enumerate(text.splitlines(), 1) if "jane" in one)
+    assert line > 4
+    with pytest.raises(UserError, match=rf"tokenizer\.json:{line}: an e-mail address"):
+        refuse_secrets({"tokenizer.json": text.encode()})
+    text = text.replace("a\\nb", "a\\u000ab")
+    with pytest.raises(UserError, match=rf"tokenizer\.json:{line}: an e-mail address"):
+        refuse_secrets({"tokenizer.json": text.encode()})
+
+
 def test_a_long_line_is_no_trap() -> None:
     for piece in (
         "a",

@@ -239,6 +239,83 @@ def test_who_may_not_ask_or_asks_wrong(
         assert json.load(error)["error"]["message"]
 
 
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
+# What a request holds besides model and messages, and the field that its 400 names; "": it is
+# answered as the same request without it.
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [TOOL]}, "tools"),
+    ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice, tools"),
+    ({"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}, ""),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"functions": [{"name": "find"}]}, "functions"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    ({"an_option_of_tomorrow": 3}, "an_option_of_tomorrow"),
+    ({"an_option_of_tomorrow": None, "user": "me", "store": True, "metadata": {"a": "b"}}, ""),
+    ({"n_predict": 1}, "n_predict"),
+    ({"stop": 5}, "stop"),
+    ({"messages": [*TURNS, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "tool_calls"),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, "only text"),
+    ({"messages": [{**TURNS[0], "content": [{"type": "text", "text": TURNS[0]["content"]}]}]}, ""),
+    ({"messages": [{**TURNS[0], "refusal": None, "tool_calls": None}]}, ""),
+]
+
+
+def ask(served: Served, path: str = "/chat/completions", **more: Any) -> tuple[int, Any]:
+    """The status, and the answer or the error's message."""
+    asked = {"messages": TURNS} if "chat" in path else {"prompt": PROMPTS[0]}
+    body = {"model": "trained", "temperature": 0, "max_tokens": 8, **asked, **more}
+    request = urllib.request.Request(served.url + path, json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]["message"]
+
+
+@pytest.mark.parametrize(("more", "named"), FIELDS)
+def test_no_field_is_ignored_silently(served: Served, more: dict[str, Any], named: str) -> None:
+    status, answer = ask(served, **more)
+    if named:
+        assert status == 400 and named in answer
+    else:
+        assert status == 200 and answer["choices"] == ask(served)[1]["choices"]
+
+
+def test_fields_that_llama_cpp_follows(served: Served) -> None:
+    (plain,) = ask(served)[1]["choices"]
+    text = plain["message"]["content"]
+    for path in ("/chat/completions", "/completions"):
+        choices = ask(served, path, n=3)[1]["choices"]
+        assert [choice["index"] for choice in choices] == [0, 1, 2]
+        assert ask(served, path, n=9)[0] == 400
+        for name in ("echo", "suffix", "best_of"):
+            assert ask(served, path, **{name: 2}) == (
+                400,
+                f"{name}: not supported here: leave it out",
+            )
+    (choice,) = ask(served, logprobs=True, top_logprobs=3)[1]["choices"]
+    chosen = choice["logprobs"]["content"]
+    assert len(chosen) == 8 and all(len(one["top_logprobs"]) == 3 for one in chosen)
+    assert choice["message"]["content"] == text
+
+    def content(**more: Any) -> str:
+        return str(ask(served, **more)[1]["choices"][0]["message"]["content"])
+
+    assert content(stop=[text[4:6]]) == text[:4]
+    assert len(content(max_tokens=None, max_completion_tokens=2)) < len(text)
+    assert content(logit_bias={"100": 100}) != text
+    drawn = [content(temperature=1.5, seed=seed) for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+    assert content(temperature=1.5, top_p=0.001) == text
+    long = {"max_tokens": 40, "ignore_eos": True}
+    plain_text = content(**long)
+    assert content(presence_penalty=2, **long) != plain_text
+    assert content(frequency_penalty=2, **long) != plain_text
+
+
 def test_the_base_is_written_once(
     served: Served, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import RunMaker
+from conftest import RunMaker, make_base
 from gguf_models import difference, make_model
 from test_adapter_portable import in_peft, loud, portable
 from test_cli import Shell, run  # noqa: F401 - a fixture
@@ -20,9 +21,12 @@ from trained import edit
 import lora_kit
 from lora_kit.adapter.files import open_adapter
 from lora_kit.adapter.finished import FinishedRun
+from lora_kit.adapter.inspect import inspect
+from lora_kit.adapter.loaders import loader_issues
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.run import shipped
 from lora_kit.schema import Adapter, Ship
+from lora_kit.ship.merge import merge
 from lora_kit.ship.targets import TARGETS, check, check_settings
 
 # Of an adapter on all that is linear: what is set, and which targets do not take it as it is.
@@ -108,7 +112,7 @@ def test_what_is_said_of_each_target(qwen: Path, tmp_path: Path, name: str) -> N
     assert said | {"mlx"} == tripping | {"mlx"}
     assert ("--to mlx" in found["mlx"]["problems"][0]["fix"]) == ("mlx" not in tripping)
     for target, one in found.items():
-        assert one.keys() == {"target", "loads", "problems"} and one["target"] == target
+        assert one.keys() == {"target", "loads", "problems", "notes"} and one["target"] == target
         assert one["loads"] == (not one["problems"])
         assert all(set(p) == {"what", "where", "fix"} for p in one["problems"])
     # PEFT, which loads everything.
@@ -188,6 +192,89 @@ def test_ranks_of_vllm(base: Path, tmp_path: Path) -> None:
         assert bool(problems) == (rank > 16)
         assert not wanted or f"--max-lora-rank {wanted}" in problems[0]["fix"]
     assert "lora-kit merge" in problems[0]["fix"]
+
+
+# --- The base
+
+UNWRAPPED = "base_model.model."
+RENAMED: dict[str, Any] = {
+    "compiled": lambda n: n.replace(UNWRAPPED, f"{UNWRAPPED}_orig_mod."),
+    "without prefix": lambda n: n.removeprefix(UNWRAPPED),
+    "ddp": lambda n: n.replace(UNWRAPPED, f"{UNWRAPPED}module."),
+    "twice": lambda n: UNWRAPPED + n,
+    "fsdp": lambda n: n.replace(".self_attn.", "._fsdp_wrapped_module.self_attn."),
+    "in part": lambda n: n.replace(f"{UNWRAPPED}model.layers.1", f"{UNWRAPPED}_orig_mod.1"),
+    # Only seen beside the base.
+    "other names": lambda n: n.replace(".self_attn.", ".attention."),
+    "a layer more": lambda n: n.replace(".layers.1.", ".layers.7."),
+}
+
+
+def renamed(folder: Path, change: Callable[[str], str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = folder / "adapter_model.safetensors"
+    save_file({change(name): t for name, t in load_file(weights).items()}, weights)
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_tensors_that_peft_loads_into_nothing_are_refused(
+    base: Path, tmp_path: Path, case: str
+) -> None:
+    folder = tmp_path / "a"
+    after = loud(base, folder)
+    renamed(folder, RENAMED[case])
+    assert (in_peft(base, folder) - after).abs().max() > 0.05
+    for target in TARGETS:
+        found = check(FinishedRun(folder), target)
+        assert not found["loads"]
+        assert any("into nothing" in p["what"] or "does not fit" in p["what"]
+                   for p in found["problems"])  # fmt: skip
+    with pytest.raises(UserError, match=r"into nothing|no such weight|does not fit"):
+        merge(FinishedRun(folder), tmp_path / "merged")
+    # Without the base the names that no base has are still seen; the others are not vouched for.
+    edit(folder / "adapter_config.json", lambda c: c.update(base_model_name_or_path="gone/away"))
+    found = check(FinishedRun(folder), "vllm")
+    if case in ("other names", "a layer more"):
+        assert found["loads"] and "the base is not on this machine" in found["notes"][0]
+    else:
+        assert not found["loads"]
+        issues = inspect(FinishedRun(folder))["loaders"]
+        assert any("into nothing" in one["what"] for one in issues)  # type: ignore[attr-defined]
+
+
+def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    loud(base, tmp_path / "a")
+    for name, changes in (("wide", {"hidden_size": 96}), ("short", {"num_hidden_layers": 1})):
+        make_base(tmp_path / name, **changes)
+        for target in TARGETS:
+            found = check(FinishedRun(tmp_path / "a", str(tmp_path / name)), target)
+            assert any("does not fit the base" in p["what"] for p in found["problems"]), target
+    # A base that names and shapes say nothing against, but the lock file does.
+    folder = tmp_path / "a"
+    lock = {"base": {"model": str(base), "hashes": {"config.json": "0" * 64}}}
+    (folder / "run.lock.json").write_text(json.dumps(lock))
+    with pytest.raises(UserError, match="trained on another base"):
+        check(FinishedRun(folder), "vllm")
+
+
+def test_what_gguf_and_mlx_have_no_place_for(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 32, "n_head": 2, "n_layer": 2, "vocab_size": 400, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    loud(tmp_path / "gpt2", tmp_path / "a", 0, target_modules=["c_attn"], fan_in_fan_out=True)
+    found = {target: check(FinishedRun(tmp_path / "a"), target) for target in TARGETS}
+    assert found["transformers"]["loads"] and found["vllm"]["loads"]
+    assert "'gpt2' is not written as GGUF" in found["llama.cpp"]["problems"][0]["what"]
+    assert "mlx-lm's names" in found["mlx"]["problems"][-1]["what"]
+
+
+def test_an_adapter_on_what_sees_or_hears_is_ignored() -> None:
+    module = "model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    found = [one for one in loader_issues({}, [module]) if "vision" in one.what]
+    assert found[0].happens == "ignored, silently" and "vLLM" in found[0].who
+    assert not loader_issues({}, ["model.layers.0.mlp.down_proj"])
 
 
 # --- The verb

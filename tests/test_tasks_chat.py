@@ -242,11 +242,11 @@ def test_long_conversations_are_cut_after_an_answer_that_is_learned(tokenizer: A
     tokenizer.chat_template = CHATML
     rows = chat("q", "a fox", "q", "the dog", "q", "bread " * 200)
     found = encode(tokenizer, rows, most=200)
-    assert isinstance(found, Encoded) and found.cut and found.completions == 2
+    assert isinstance(found, Encoded) and found.cut_from and found.completions == 2
     assert found.ids == encode(tokenizer, rows[:4]).ids  # type: ignore[union-attr]
     rows[3]["weight"] = 0
     found = encode(tokenizer, rows, most=200)
-    assert isinstance(found, Encoded) and found.cut
+    assert isinstance(found, Encoded) and found.cut_from
     assert found.ids == encode(tokenizer, rows[:2]).ids  # type: ignore[union-attr]
     too_long = ("longer than train.max_length (200 tokens)", "")
     for supervise in ("last", "all"):  # another answer would be the last

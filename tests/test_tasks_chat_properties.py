@@ -243,7 +243,7 @@ def test_what_is_too_long_is_cut_after_the_last_whole_answer_that_fits(
         assert isinstance(found, Encoded)
         expected = whole[fitting[-1]]
         assert (found.ids, found.supervised) == (expected.ids, expected.supervised)
-        assert found.cut == (fitting[-1] != len(turns) - 1)
+        assert bool(found.cut_from) == (fitting[-1] != len(turns) - 1)
 
 
 # Llama's marker after a call is known by its token.

@@ -252,7 +252,7 @@ def test_said_before_the_start(run_file: RunMaker, capfd: Any) -> None:
         ({}, 256),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 512),
         # The stated positions are the extended ones, as in Llama 3.1.
-        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}}, 256),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 32}}, 256),
     ],
 )
 def test_rows_longer_than_the_positions(

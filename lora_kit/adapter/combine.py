@@ -177,7 +177,11 @@ def _kept_of_locks(runs: Sequence[FinishedRun]) -> Json:
                 differs = entries.get(name, value) != value
                 entries[f"{name} of {run.path}" if differs else name] = value
         kept[key] = entries
-    return kept
+    uses: Json = {}
+    for run in runs:
+        for digest, use in run.lock.get("uses", {}).items():
+            uses[digest] = "train" if "train" in (use, uses.get(digest)) else use
+    return {**kept, "uses": uses}
 
 
 def _check_adapters(runs: Sequence[FinishedRun]) -> dict[str, tuple[int, int]]:

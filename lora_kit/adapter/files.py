@@ -8,9 +8,11 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from lora_kit.adapter.foreign import VALUE_HEAD, other_library
 from lora_kit.base.tensors import Stored, stored
 from lora_kit.errors import UserError
 from lora_kit.schema import Json
@@ -39,6 +41,11 @@ _DROPPED = {
 }
 # fmt: on
 _NAME = re.compile(r"\w+([.-]\w+)*")
+# PEFT's prefix, and no name of a wrapper after it.
+_LOADED = re.compile(
+    r"base_model\.model\.(?!module\.|base_model\.)"
+    r"(?!(.*\.)?(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)"
+)
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
 
 
@@ -121,6 +128,19 @@ class Adapter:
         narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
         return list(self.factors) if narrowed or not isinstance(named, list) else named
 
+    @property
+    def misnamed(self) -> str | None:
+        """Why PEFT loads some tensors into nothing, on any base; None: no such name.
+
+        PEFT skips tensors whose names its model does not have: those of a wrapped model
+        (torch.compile, DDP, FSDP), or without PEFT's own prefix."""
+        names = [one.name for pair in self.factors.values() for one in pair.values()]
+        names += [one.name for one in self.others.values()]
+        wrong = [name for name in names if not _LOADED.match(name)]
+        if not wrong:
+            return None
+        return f"PEFT loads {len(wrong)} of {len(names)} tensors into nothing, such as {wrong[0]}"
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, by their names in the file."""
         found = {}
@@ -133,10 +153,34 @@ class Adapter:
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """As in PEFT: the scale is alpha / r, or alpha / sqrt(r) with rsLoRA; the first pattern
-        that matches the end of the name applies."""
-        r = self._of_module("r", "rank_pattern", module)
-        alpha = self._of_module("lora_alpha", "alpha_pattern", module)
+        that matches the end of the name applies; with target_parameters, of the parameter's."""
+        name = self.parameters.get(module, module)
+        r = self._of_module("r", "rank_pattern", name)
+        alpha = self._of_module("lora_alpha", "alpha_pattern", name)
         return r, alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+
+    @cached_property
+    def parameters(self) -> dict[str, str]:
+        """{module of a factor: the parameter that it adapts}, of target_parameters.
+
+        PEFT wraps one parameter of a module after another, in the module's order: the first is
+        innermost, and has most `.base_layer` in its name."""
+        modules: dict[str, list[str]] = defaultdict(list)
+        for module in self.factors if self.config.get("target_parameters") else ():
+            modules[re.sub(r"(\.base_layer)+$", "", module)].append(module)
+        found: dict[str, str] = {}
+        for core, wrapped in modules.items():
+            names: list[str] = []
+            for target in self.config["target_parameters"]:
+                inside, _, name = target.rpartition(".")
+                if f".{core}".endswith(f".{inside}") and name not in names:
+                    names.append(name)
+            names.sort(key=lambda name: name.startswith("down"))  # gate_up_proj is before it
+            wrapped.sort(key=len, reverse=True)
+            if len(names) == len(wrapped):
+                parameters = [f"{core}.{name}" for name in names]
+                found |= dict(zip(wrapped, parameters, strict=True))
+        return found
 
     def _of_module(self, key: str, patterns: str, module: str) -> int:
         for pattern, value in (self.config.get(patterns) or {}).items():
@@ -246,7 +290,8 @@ def adapter_folder(run: str | Path) -> Path:
             return folder.resolve()
     if (Path(run) / "run.yaml").is_file():
         raise UserError(f"{run}: this run has no adapter: it did not finish (train --resume)")
-    raise UserError(f"{run}: neither a run directory nor an adapter folder")
+    what = other_library(Path(run)) or "neither a run directory nor an adapter folder"
+    raise UserError(f"{run}: {what}")
 
 
 def _check_link(file: Path) -> None:
@@ -263,7 +308,8 @@ def open_adapter(path: str | Path) -> Adapter:
     """Open the adapter of a run directory, or the folder of any LoRA adapter saved by PEFT.
 
     Raises:
-        UserError: there is none, its files are corrupt or inconsistent, or it is not a LoRA.
+        UserError: there is none, its files are corrupt or inconsistent, or it is not a LoRA of
+            PEFT's: another library is named.
     """
     folder = adapter_folder(path)
     config = read_config(folder)
@@ -271,7 +317,10 @@ def open_adapter(path: str | Path) -> Adapter:
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").exists()
         why = "adapter_model.bin can run code and is not read: save it again with PEFT"
-        raise UserError(f"{file}: missing: {why if pickled else 'copy the whole adapter again'}")
+        what = why if pickled else "copy the whole adapter again"
+        raise UserError(f"{file}: {other_library(folder) or f'missing: {what}'}")
+    if any(folder.glob(VALUE_HEAD)):
+        raise UserError(f"{folder}: {other_library(folder)}")
     tensors = stored(file)
     factors: dict[str, dict[str, Stored]] = defaultdict(dict)
     others = {}
@@ -288,7 +337,8 @@ def open_adapter(path: str | Path) -> Adapter:
         elif ".original_module." not in name:  # PEFT's copy of the base's module
             others[name.replace(".modules_to_save.", ".")] = tensors[name]
     if not factors and not (others and config.get("modules_to_save")):  # a head without LoRA
-        raise UserError(f"{file}: no lora_A and lora_B: save the adapter again")
+        what = other_library(folder) or "no lora_A and lora_B: save the adapter again"
+        raise UserError(f"{file}: {what}")
     adapter = Adapter(folder, config, dict(factors), others)
     try:
         late = f"{folder}: a pattern of its config takes too long to match"
@@ -319,7 +369,11 @@ def read_config(folder: Path) -> Json:
     except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{file}: not a JSON object: copy the adapter again") from None
     if kind != "LORA":
-        raise UserError(f"{file}: peft_type is {kind!r}: only LoRA adapters are supported")
+        what = other_library(folder) if kind is None else None
+        what = what or f"peft_type is {kind!r}: only LoRA adapters are supported"
+        raise UserError(f"{file}: {what}")
+    if str(library).startswith("diffusers"):
+        raise UserError(f"{file}: {other_library(folder)}")
     strange = sorted(key for key in config.keys() - _READ - _DROPPED if config[key])
     if str(config.get("init_lora_weights")).startswith(("corda", "loftq", "lora_ga")):
         strange.append("init_lora_weights")

@@ -91,14 +91,18 @@ class FinishedRun:
     # ------------------------------------------------------------------ the adapter
     @cached_property
     def adapter(self) -> Adapter:
-        """The adapter's files. Raises UserError if they were changed since the run."""
+        """The adapter's files. Raises UserError if they were changed since the run, or PEFT would
+        not load all of it."""
         weights = self.folder / WEIGHTS
         saved = self.lock.get("adapter", {}).get("sha256")
         if saved is not None and weights.is_file() and file_hash(weights) != saved:
             raise UserError(
                 f"{weights}: was changed since the run saved it: copy it again, or train again"
             )
-        return open_adapter(self.folder)
+        found = open_adapter(self.folder)
+        if found.misnamed:
+            raise UserError(f"{weights}: {found.misnamed}: save it again, from an unwrapped model")
+        return found
 
     # ------------------------------------------------------------------ the task
     @cached_property

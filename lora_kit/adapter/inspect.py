@@ -56,6 +56,7 @@ def _issues(adapter: Adapter, lock: Json, modules: list[Figures]) -> list[dict[s
     unpinned = is_hub_id(base) and not adapter.base["revision"]
     no_tokenizer = not any(adapter.folder.glob("tokenizer*"))
     own = [
+        (adapter.misnamed, adapter.misnamed, "every target", "not loaded, silently"),
         (None in norms, "NaN or infinite values", "every target", "generates noise"),
         (0 in norms, "a zero update", "every target", "no effect: it did not train"),
         (not base, "no base model named", "PEFT", "base not found"),

@@ -9,7 +9,7 @@ convert_lora_to_gguf.py, which uses lora_alpha / r as the scale.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,8 @@ _SGLANG = re.compile(
     r"(q|k|v|qkv|o|out|gate|up|gate_up|down|in|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|in_proj_qkvz"
     "|embed_tokens|lm_head|wq_b|wk|weights_proj"
 )
+# Parts of a model that are not its language model.
+_OTHER_PARTS = re.compile(r"(.*\.)?(vision|visual|audio|multi_modal|image)\w*\.")
 # How to fix an issue. portable: `export --to portable`; merge: serve the merged model; flag: a
 # server flag; train: train again without the feature.
 Fix = Literal["portable", "merge", "flag", "train"]
@@ -39,7 +41,7 @@ class LoaderIssue:
 
 def loader_issues(
     config: Json,
-    modules: Iterable[str],
+    modules: Collection[str],
     beside: Iterable[str] = (),
     tied: bool = False,
 ) -> list[LoaderIssue]:
@@ -64,6 +66,8 @@ def loader_issues(
     split = lone or (qkv and not {"q_proj", "v_proj"} <= qkv)
     unknown = ", ".join(sorted(end for end in ends if not _SGLANG.fullmatch(end)))
     outer = " and ".join(sorted(ends & {"embed_tokens", "lm_head"}))
+    seen = "an adapter on the vision or audio part"
+    beyond = any(_OTHER_PARTS.match(module) for module in modules)
     whole = [n for n in beside if re.search(r"(embed_tokens|lm_head)\.weight$", n)]
     lost, unscaled, dropped = "not loaded", "loaded with a wrong scale, silently", "lost, silently"
     flag = f"not loaded without --max-lora-rank {vllm_rank(rank)}"
@@ -95,6 +99,7 @@ def loader_issues(
         ("init_lora_weights", start, but_vllm, another, "train", from_base),
         ("r", 16 < rank <= VLLM_RANKS[-1], vllm, flag, "flag", "a rank over 16"),
         ("r", rank > VLLM_RANKS[-1], vllm, lost, "merge", f"a rank over {VLLM_RANKS[-1]}"),
+        ("target_modules", beyond, all_of_them, "ignored, silently", "merge", seen),
         ("target_modules", outer, vllm, declared, "merge", f"an adapter on {outer}"),
         ("target_modules", outer and tied, others, one_matrix, "merge", f"an adapter on {outer}"),
         ("target_modules", expression, sglang, lost, "portable", "a regular expression"),

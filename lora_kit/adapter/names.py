@@ -21,7 +21,7 @@ from lora_kit.schema import Json
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out")
 # Models whose linear weights are stored as (in, out): transformers' Conv1D.
-_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 # PEFT's parameter of fused experts -> its parts on disk, in row order: the usual names, Mixtral's.
 _EXPERTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -216,7 +216,7 @@ class _MergePlanner:
         pair = self.adapter.factors[module]
         rank, scale = self.adapter.rank_and_scale(module)
         size = (pair["B"].shape[0], pair["A"].shape[1])
-        conv1d = self.config.get("model_type") in _CONV1D and name != self.head
+        conv1d = self.config.get("model_type") in CONV1D and name != self.head
         turned = conv1d or "lora_embedding" in pair["A"].name
         if source.shape != (size[::-1] if turned else size):
             raise UserError(f"{module}: B A is {size}, {name} is {source.shape}: another base")
@@ -240,14 +240,11 @@ class _MergePlanner:
             core: the name of the experts' module.
             modules: the adapted modules inside, `core` with a `.base_layer` for each but the last.
         """
-        targets = self.adapter.config.get("target_parameters") or []
-        # PEFT matches the end of the name.
-        kinds = [k for k in _EXPERTS if any(f".{core}.{k}".endswith(f".{t}") for t in targets)]
-        if len(kinds) != len(modules):
-            raise UserError(f"{core}: cannot tell which of its parameters are adapted")
-        # PEFT wraps one parameter after another: the first is innermost.
-        for kind, module in zip(kinds, sorted(modules, key=len, reverse=True), strict=True):
-            rank, scale = self.adapter.rank_and_scale(f"{core}.{kind}")
+        for module in modules:
+            kind = self.adapter.parameters.get(module, "").rpartition(".")[2]
+            if kind not in _EXPERTS:
+                raise UserError(f"{core}: cannot tell which of its parameters are adapted")
+            rank, scale = self.adapter.rank_and_scale(module)
             pair = self.adapter.factors[module]
             count, size = pair["A"].shape[0] // rank, (pair["B"].shape[0], pair["A"].shape[1])
             other = core.replace(".mlp.", ".block_sparse_moe.")

@@ -13,6 +13,7 @@ from pathlib import Path
 from lora_kit import nano
 from lora_kit.adapter.files import Adapter, write_standard
 from lora_kit.adapter.loaders import loader_issues
+from lora_kit.base.tensors import torch_dtype
 from lora_kit.errors import UserError
 from lora_kit.run import is_hub_id
 
@@ -20,8 +21,8 @@ from lora_kit.run import is_hub_id
 def write_portable(adapter: Adapter, folder: Path) -> None:
     """Fill an empty folder with adapter_model.safetensors and adapter_config.json.
 
-    The scale is folded into B in float32. If that is exact for all modules, every tensor keeps its
-    dtype; otherwise all are stored in float32 (float64 ones stay), since loaders expect one dtype.
+    All tensors get one dtype, since loaders expect that: the adapter's, if it has one in which the
+    scales fold into B exactly; else float32, or float64 if any tensor has it.
 
     Raises:
         UserError: the adapter has features that A and B cannot express.
@@ -30,14 +31,16 @@ def write_portable(adapter: Adapter, folder: Path) -> None:
 
     check_portable(adapter)
     settings = {module: adapter.rank_and_scale(module) for module in adapter.factors}
+    kinds = {stored.dtype for pair in adapter.factors.values() for stored in pair.values()}
     kept = all(_exact(pair["B"].dtype, settings[m][1]) for m, pair in adapter.factors.items())
+    dtype = torch.float64 if "F64" in kinds else torch.float32
+    if kept and len(kinds) == 1:
+        dtype = torch_dtype(kinds.pop())
     factors = {}
     for module, pair in adapter.factors.items():
         for letter, stored in pair.items():
-            values = stored.read()
-            dtype = values.dtype if kept or stored.dtype == "F64" else torch.float32
             scale = settings[module][1] if letter == "B" else 1.0
-            factors[stored.name] = (values.float() * scale).to(dtype)
+            factors[stored.name] = (stored.read().double() * scale).to(dtype)
     rank = max(rank for rank, _ in settings.values())
     # Without local paths.
     base, revision = adapter.base["model"] or "", adapter.base["revision"]

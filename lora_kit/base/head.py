@@ -269,7 +269,7 @@ def with_head_on_meta(base: Base, pinned: Pinned, head: Head) -> tuple[Model, tu
     from transformers import AutoModel
 
     if head.auto == CAUSAL:
-        return base_on_meta(base, pinned), ()
+        return base_on_meta(base, pinned.folder), ()
     layout = _layout(pinned, head)
     dtype = getattr(torch, base.dtype)
     with torch.device("meta"):

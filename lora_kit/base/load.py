@@ -219,14 +219,12 @@ def freeze(model: torch.nn.Module) -> None:
     model.eval()
 
 
-def base_on_meta(base: Base, pinned: Pinned) -> PreTrainedModel:
-    """The base on torch's meta device: no weights are read."""
+def base_on_meta(base: Base, folder: str | Path) -> PreTrainedModel:
+    """The base in this folder on torch's meta device: no weights are read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(
-        pinned.folder, local_files_only=True, trust_remote_code=False
-    )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, base.dtype))
     model.config.pad_token_id = None  # some architectures inspect the input for padding

@@ -106,6 +106,11 @@ def excluding(values: Json, names: Iterable[str], where: str = "") -> str:
     return ""
 
 
+def is_flag(name: str, value: object) -> bool:
+    """Whether a column is used as a flag, by a value of it."""
+    return name in FLAGS and (name == "weight" or as_flag(value) is not None)
+
+
 def as_flag(value: object) -> bool | None:
     """True or false, also as CSV has it; None for other values.
 

@@ -26,6 +26,7 @@ from lora_kit.data.census import Census, Count
 from lora_kit.data.duplicates import SignatureSample
 from lora_kit.data.examples import Examples, ReadFile, SignedExamples
 from lora_kit.data.formats import Columns, format_of, unread
+from lora_kit.data.marks import is_flag
 from lora_kit.data.readers import OpenedSource, RowBatch
 from lora_kit.data.reading import DataTask, Reader, ReadJob
 from lora_kit.data.rows import Rows, RowsWriter
@@ -55,6 +56,7 @@ class Split:
         files: all files that were read.
         fractions: of data.train's sources; empty if none are set.
         hashes: {source: sha256} of everything that was read. commits: {Hub data set: commit}.
+        uses: {sha256: use} of the sources; `train` if any of its rows is trained on.
     """
 
     key: str
@@ -65,6 +67,7 @@ class Split:
     hashes: dict[str, str]
     census: Census
     commits: dict[str, str]
+    uses: dict[str, str]
 
     @property
     def train(self) -> Examples:
@@ -127,7 +130,17 @@ def prepare(data: Data, task: DataTask, seed: int, lock: Json | None = None) -> 
         hashes={source.name: source.digest for source in sources},
         census=census,
         commits={source.name: source.commit for source in sources if source.commit},
+        uses=_uses(opened, trained=("train", "general") if data.replay else ("train",)),
     )
+
+
+def _uses(opened: dict[str, list[OpenedSource]], trained: tuple[str, ...]) -> dict[str, str]:
+    """`uses` of a `Split`."""
+    found: dict[str, str] = {}
+    for use, sources in opened.items():
+        for source in sources:
+            found.setdefault(source.digest, "train" if use in trained else use)
+    return found
 
 
 def _opened(data: Data, commits: dict[str, str]) -> dict[str, list[OpenedSource]]:
@@ -281,7 +294,7 @@ def _format(batch: RowBatch, plain: bool, reader: Reader, census: Census) -> str
     else:
         columns, formats = reader.columns, reader.task.formats
     name = format_of(row, columns, formats)
-    ignored = unread(row, name, columns)
+    ignored = [n for n in unread(row, name, columns) if not is_flag(n, row.columns[n])]
     note = f"unused columns: {', '.join(ignored)[:200]}"
     if ignored and not any(known.startswith(note) for known in census.notes):
         census.notes.append(f"{note} (first: {batch.name})")

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lora_kit.data.rows import Rows
 from lora_kit.data.splits import take_units
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.prove.harness import check_tasks, run_harness
+from lora_kit.prove.into import original_weights
 from lora_kit.prove.report import ahead, evaluated_text, in_lines, write_report
 from lora_kit.prove.scores import (
     NO_LANGUAGE_MODEL,
@@ -45,7 +47,7 @@ _HALF = 0.5  # cost of a forward pass, compared with LoRA's forward and backward
 _GAP_ROWS = 64  # training rows that are scored for the gap, at most
 _EXAMINED = 64  # completions that take about as long as `Task.examine`, for the progress bar
 # Entries that are null unless measured.
-_ABSENT = ("general", "few_shot", "scratch", "prompt_use", "metrics", "harness", "classes")
+_ABSENT = ("general", "few_shot", "scratch", "prompt_use", "metrics", "harness", "classes", "into")
 
 
 def check_prove(task: Task, data: Prepared, processor: Processor, run: Run) -> None:
@@ -352,6 +354,8 @@ def _report(subject: _Subject, contenders: Sequence[Contender], generates: bool)
     if task.general is None:
         report["not_measured"].append(NO_LANGUAGE_MODEL)
     report["overfitting"] = _gap(subject, rival, report["domain"])
+    if run.base.quantize != "none":
+        report["into"] = _into(subject, report, generates)
     if generates:
         with subject.phase(_EXAMINED * COMPLETION_TOKENS):
             more = task.examine(model, data, scores, processor, facts, run)
@@ -403,6 +407,27 @@ def _general(subject: _Subject, task: Task, rows: Rows) -> Json:
     adapted = general.score(rows)
     base = general.score(rows, Contender("base", subject.model.disable_adapter))
     return against("base", base, adapted, subject.run.seed)
+
+
+def _into(subject: _Subject, report: Json, whole: bool) -> Json | None:
+    """`into` of report.json: the adapted model's own scores on the quantized base, that is the
+    dequantized one, and on the original; either can be merged into. None: see `not_measured`.
+
+    Args:
+        whole: whether each process has the whole model.
+    """
+    on_original = Contender("base", partial(original_weights, subject.model))
+    # DoRA's norms are of the quantized weights.
+    if not whole or subject.model.peft_config["default"].use_dora:
+        report["not_measured"].append("into: the original base, with DoRA or a sharded model")
+        return None
+    try:
+        scores = _without_extra_metrics(subject).score(subject.data.eval, on_original)
+    except UserError as error:
+        report["not_measured"].append(f"into: {error}")
+        return None
+    base = values(subject.own_scores(scores))
+    return {"base": base, "dequantized": {n: report["domain"][n]["adapted"] for n in base}}
 
 
 def _gap(subject: _Subject, rival: Contender, domain: Json) -> Json:

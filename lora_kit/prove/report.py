@@ -15,6 +15,7 @@ from lora_kit.errors import UserError
 from lora_kit.folders import write_whole
 from lora_kit.pages import render_page
 from lora_kit.prove.charts import confused, curves, forest, heat
+from lora_kit.prove.into import in_words as in_words_of_bases
 from lora_kit.prove.scores import (
     NO_LANGUAGE_MODEL,
     better,
@@ -171,6 +172,8 @@ def findings(report: Json) -> list[Finding]:
         found.append(Finding("evaluated", "Evaluated rows", "", text))
     if report["generation"]:
         found.append(_generation(report["generation"]))
+    if report["into"]:
+        found.append(Finding("into", "Base to merge into", "", in_words_of_bases(report["into"])))
     if gate := report["gate"]:
         word = "passed" if gate["passed"] else "failed"
         found.append(Finding("gate", "Gate", word, "; ".join([word, *gate["failed"]])))

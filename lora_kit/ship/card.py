@@ -24,6 +24,13 @@ _PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
 # register.
 LOCAL = "a local folder"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
+# Uses of data, in words.
+USES = {
+    "train": "data",
+    "eval": "held-out data",
+    "general": "general text",
+    "decontaminate": "text that was kept out of the training data",
+}
 # What a data set's licence requires, by the part of its id.
 _LIMITS = {
     "nc": "forbids commercial use",
@@ -53,14 +60,15 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source that the run read: training, held-out, general or benchmark rows. `hub_id`, `commit`
-    and `licence` are of a data set on the Hub; `sha256` is that of the rows read."""
+    """A source that the run read, for a `use`: a key of USES. `hub_id`, `commit` and `licence` are
+    of a data set on the Hub; `sha256` is that of the rows read."""
 
     name: str
     hub_id: str | None
     commit: str | None
     sha256: str
     licence: str | None
+    use: str = "train"
 
 
 def make_card(
@@ -96,7 +104,8 @@ def make_card(
     licence = (lock.get("base") or {}).get("licence") or "unknown"
     try:
         data, terms = _data(lock), _terms(licence, base)
-        warnings = [*_asked(terms, name, has_licence), *_licence_warnings(licence, base, data)]
+        trained = [source for source in data if source.use == "train"]
+        warnings = [*_asked(terms, name, has_licence), *_licence_warnings(licence, base, trained)]
         library = "sentence-transformers" if pooled else "transformers" if merged else "peft"
         front = _front_matter(name, base, licence, data, report.get("domain"), auto, library)
         body = _render(
@@ -110,6 +119,7 @@ def make_card(
             merged=merged,
             licence=licence,
             data=data,
+            uses=USES,
             terms=terms,
             warnings=warnings,
             findings=in_lines(report) if report else [],
@@ -143,10 +153,12 @@ def _front_matter(
     """The metadata that the Hub reads; `domain`: the scores of the report, if there is one."""
     from huggingface_hub import ModelCardData
 
-    hub_ids = list(dict.fromkeys(source.hub_id for source in data if source.hub_id))
+    trained = [source for source in data if source.use == "train"]
+    hub_ids = list(dict.fromkeys(source.hub_id for source in trained if source.hub_id))
     # A result is listed under a data set: only if all rows came from one.
-    one_set = len(hub_ids) == 1 and all(source.hub_id for source in data)
-    results = _results(data[0], domain, auto) if one_set and domain else None
+    held_out = [source for source in data if source.use == "eval"] or trained
+    one_set = len({source.hub_id for source in held_out}) == 1 and held_out[0].hub_id
+    results = _results(held_out[0], domain, auto) if one_set and domain else None
     return ModelCardData(
         base_model=base if HUB_ID.fullmatch(base) or base == "nano" else None,
         base_model_relation="adapter" if library == "peft" else "merge",
@@ -231,7 +243,9 @@ def _data(lock: Json) -> list[DataSource]:
         known = re.match(rf"({HUB_ID.pattern})(?=[/[]|$)", name) if commit else None
         hub_id = known[1] if known else None
         licence = _licence_of(hub_id, str(commit)) if hub_id else None
-        found.append(DataSource(name, hub_id, commit, digest, licence))
+        # Older lock files do not name the use.
+        use = (lock.get("uses") or {}).get(digest, "train")
+        found.append(DataSource(name, hub_id, commit, digest, licence, use))
     return found
 
 

@@ -66,14 +66,14 @@ def combine_and_measure(
         pad = adapters[0].processor.pad_token_id
         # {base, adapter or method: {run: losses}}
         losses = {"base": _losses(model, held_out, pad)}
-        files = {run.path: run.adapter for run in adapters}
+        singles = {_name(run): run for run in adapters}
+        files = {name: run.adapter for name, run in singles.items()}
         files |= {name: open_adapter(folder / name) for name in found}
         for name, adapter in files.items():
             adapted = load_adapter(model, adapter)
             losses[name] = _losses(adapted, held_out, pad)
             model = adapted.unload()
         total = {name: _mean(_together(each)) for name, each in losses.items()}
-        singles = [run.path for run in adapters]
         best = min(found, key=total.__getitem__)
         single = min(singles, key=total.__getitem__)
         for file in sorted((folder / best).iterdir()):
@@ -133,6 +133,11 @@ def _together(losses: dict[str, Losses]) -> Losses:
         np.concatenate([one.tokens / one.tokens.sum() for one in each]),
         np.concatenate([one.bytes / one.tokens.sum() for one in each]),
     )
+
+
+def _name(adapter: FinishedRun) -> str:
+    """An adapter's path, which must not be the name of a method or of the base."""
+    return f"./{adapter.path}" if adapter.path in ("base", *METHODS) else adapter.path
 
 
 def _mean(loss: Losses) -> float:

@@ -22,10 +22,11 @@ from lora_kit.adapter.portable import write_portable
 from lora_kit.base.load import load_base
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder, refuse_existing
+from lora_kit.prove.into import choose, cost_of_original
 from lora_kit.run import nearest, read_json
 from lora_kit.ship import gguf, llama_cpp, ollama, reload
 from lora_kit.ship.fidelity import dequantized_weights
-from lora_kit.ship.merge import FLOAT32_TOLERANCE, LESS, Into, merge, seen_scale
+from lora_kit.ship.merge import FLOAT32_TOLERANCE, LESS, RECORD, Into, merge, seen_scale
 from lora_kit.ship.mlx import write_mlx
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def export(
     out: str | Path,
     kind: str | None = None,
     what: str | None = None,
-    into: Into = "base",
+    into: Into = "auto",
 ) -> Exported:
     """Write a run's adapter for another program, and compare it there.
 
@@ -121,8 +122,10 @@ def export(
     refuse_existing(out)
     run.require_language_model(f"export --to {to}")
     stored, part = _settled(to, kind, what)
-    if into != "base" and "merged" not in (to, part):
+    merged = "merged" in (to, part)
+    if into == "dequantized" and not merged:
         raise UserError(f"--into {into}: only where a merged model is written: remove it")
+    into, note = choose(run, into) if merged else ("base", cost_of_original(run))
     adapter, tokenizer, folder = run.adapter, run.processor, Path(run.pinned.folder)
     config = read_json(folder / "config.json")
     # `merge` checks the space that it needs itself.
@@ -146,8 +149,12 @@ def export(
         figures, notes = None, [f"{missing}: pip install 'lora-kit[mlx]'"]
         if got:
             gemma = "gemma" in str(config.get("model_type"))
-            limits = _allowed(to, stored, run.base.dtype, gemma)
+            # Only a merged model has this file.
+            dtype = read_json(partial / RECORD).get("dtype", "float32")
+            limits = _allowed(to, stored, dtype, gemma)
             figures, notes = _compared(out, reference, got, limits, to)
+        if note and part != "base":
+            notes.append(note)
         alone = (to, part) == ("gguf", "adapter")
         if alone and gguf.needs_untied(adapter, gguf.open_source(folder)):
             fitting = f"lora-kit export {run.path} --to gguf --what base --out FOLDER"
@@ -256,7 +263,7 @@ def _allowed(to: str, kind: str | None, dtype: str, gemma: bool) -> tuple[float,
     """The allowed difference of log-probabilities in nats and as a share of the adapter's effect,
     and the allowed error of the adapter's scale."""
     if to in ("portable", "merged"):
-        rounded = "bf16" if to == "merged" and dtype != "float32" else "f32"
+        rounded = {"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32")
         return SAME_ARITHMETIC, ROUNDED[rounded], SCALE[rounded]
     rough = ROUGH_GELU if gemma and to != "mlx" else (OTHER_ARITHMETIC, 0.0)
     return rough[0], max(rough[1], ROUNDED[kind or "f32"]), SCALE[kind or "f32"]

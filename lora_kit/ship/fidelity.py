@@ -36,8 +36,8 @@ _ROUNDING = 1e-3
 def fidelity(run: FinishedRun) -> dict[str, object]:
     """Evaluate both merges on the run's held-out rows; two models are in memory at a time.
 
-    The merged models equal what `merge` writes if the base's files have the run's dtype; for a
-    float32 base `merge` rounds later and is slightly more accurate.
+    The merged models equal what `merge` writes if the base's files have the run's dtype; otherwise
+    `merge` rounds to theirs.
 
     Returns:
         `modules`: for each adapted and quantized module the norms of its weight ||W||_F, of the

@@ -58,7 +58,7 @@ _PULLED = re.compile(
 _FIGURES = (
     "verdict", "domain", "general", "few_shot", "scratch", "prompt_use", "metrics", "harness",
     "not_measured", "overfitting", "audit", "training", "memory", "gate", "layers", "contenders",
-    "classes", "generation", "evaluated",
+    "classes", "generation", "evaluated", "into",
 )  # fmt: skip
 # An absolute path up to its last slash; names may contain spaces and quotes. Inside a sentence it
 # needs at least two names, so that neither `3 / 4` nor `and/or` matches.

@@ -27,8 +27,9 @@ from lora_kit.base.tensors import stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder, refuse_existing
 from lora_kit.hashes import file_hash
+from lora_kit.prove.into import choose
 from lora_kit.run import read_json
-from lora_kit.schema import Base, Json
+from lora_kit.schema import Json
 from lora_kit.ship.layout import Layout, layout
 from lora_kit.ship.weights import Weights
 
@@ -36,16 +37,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE_TOKENS = 64
-Into = Literal["base", "dequantized"]
+Into = Literal["auto", "base", "dequantized"]
 # The largest logit difference that the order of float32 sums explains.
 FLOAT32_TOLERANCE = 1e-4
-# A merged bfloat16 weight is rounded to 8 bits: allowed logit difference, as a share of the
-# adapter's effect.
-ROUNDING_SHARE = 0.25
+# A merged bfloat16 weight is rounded to 8 bits, a float16 one to 11: allowed logit difference, as a
+# share of the adapter's effect.
+ROUNDING_SHARE = {"float32": 0.0, "float16": 0.1, "bfloat16": 0.25}
 # A wrong scale changes the logits in one direction, that of scaling the adapter; rounding errors
 # have no direction and nearly cancel in the projection on it.
 LESS = 0.1  # the adapter's scale is reduced by this share to find the direction
-SCALE = {"float32": 1e-3, "bfloat16": 0.1}  # allowed relative error of the scale
+SCALE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # allowed relative error of the scale
 
 RECORD = "merge.json"
 _OTHER_FILES = 64 * 2**20  # bytes; the largest tokenizers take half of it
@@ -66,6 +67,8 @@ class Merged:
     seconds: float
     peak_rss_mib: float
     bytes_written: int
+    into: Into  # `base` or `dequantized`
+    notes: list[str]
 
 
 def merge(
@@ -73,7 +76,7 @@ def merge(
     out: str | Path,
     dtype: str | None = None,
     *,
-    into: Into = "base",
+    into: Into = "auto",
     verify: Literal["tensors", "logits"] = "tensors",
 ) -> Merged:
     """Write base + adapter as one ordinary model, loadable by transformers alone.
@@ -82,10 +85,11 @@ def merge(
     after every file of weights was read back from the disk and verified.
 
     Args:
-        dtype: `bfloat16` or `float32` for the weights; None: the run's. Tensors that a bfloat16
-            base keeps in float32 stay in float32.
+        dtype: `bfloat16`, `float16` or `float32` for the weights; None: each tensor keeps the
+            base's. Tensors that a 16-bit base keeps in float32 stay in float32.
         into: `base`: the unquantized weights, also if the adapter was trained on quantized ones.
-            `dequantized`: the NF4-dequantized weights, which the adapter was trained on.
+            `dequantized`: the NF4-dequantized weights, which the adapter was trained on. `auto`:
+            those with the better score in the run's report; `base` if it has none.
         verify: `logits`: also load both models and compare their logits.
 
     Raises:
@@ -98,7 +102,9 @@ def merge(
     out = Path(out)
     refuse_existing(out)
     trained = run.base
-    base = changed_base(trained, dtype=dtype)
+    if dtype not in (None, *SCALE):
+        raise UserError(f"dtype: {dtype!r} is not usable: one of {', '.join(SCALE)}")
+    into, note = choose(run, into)
     # An adapter of another program does not name its quantization.
     recorded = run.run is not None or "quantize" in run.lock.get("base", {})
     if into == "dequantized" and recorded and trained.quantize != "nf4":
@@ -108,7 +114,7 @@ def merge(
     config = unquantized_config(folder)
     tokenizer = run.processor if run.has_processor else None
     form = layout(run, stored_in(folder))
-    weights = Weights(form.adapter, form.tensors, config, base.dtype, form.head, form.guard)
+    weights = Weights(form.adapter, form.tensors, config, dtype, form.head, form.guard)
     if into == "dequantized":
         model, _ = with_head_on_meta(trained, pinned, run.head)
         weights.quantize(model, trained.dtype)
@@ -116,7 +122,7 @@ def merge(
     with new_folder(out, weights.bytes + _OTHER_FILES) as made:
         weights.write(made, run.hashes, run.refuse_base)
         form.update_config(config)
-        _write_config(made, config, weights.plan, base.dtype)
+        _write_config(made, config, weights.plan, dtype)
         form.write_parts(made, _max_length(run, config))
         if run.auto == CAUSAL:
             _write_generation_config(made, folder, tokenizer)
@@ -126,14 +132,13 @@ def merge(
         name = pinned.model if pinned.revision else Path(pinned.model).name
         origin = {"model": name, "revision": pinned.revision, "hashes": run.hashes or pinned.hashes}
         digest = {"sha256": file_hash(run.folder / WEIGHTS)}
-        record = {"adapter": digest, "base": origin, "into": into, "dtype": base.dtype}
+        record = {"adapter": digest, "base": origin, "into": into, "dtype": weights.dtype}
         write_json(made / RECORD, record)
         for file in legal:
             shutil.copyfile(file, made / file.name)
         difference = effect = agreement = None
         if verify == "logits":
-            quantize = "nf4" if into == "dequantized" else "none"
-            difference, effect, agreement = _compare(run, form, made, out, base, quantize)
+            difference, effect, agreement = _compare(run, form, made, out, weights.dtype, into)
     return Merged(
         out=out,
         max_logit_difference=difference,
@@ -144,16 +149,18 @@ def merge(
         seconds=time.perf_counter() - started,
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
         bytes_written=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        into=into,
+        notes=[note] if note else [],
     )
 
 
-def _write_config(folder: Path, config: Json, merge: MergePlan, dtype: str) -> None:
-    """Write config.json with the merged model's dtype, vocabulary and tying."""
+def _write_config(folder: Path, config: Json, merge: MergePlan, dtype: str | None) -> None:
+    """Write config.json with the merged model's dtype (None: the base's), vocabulary and tying."""
     text = config.get("text_config") or {}
     for part in (config, text):
         part.pop("_name_or_path", None)  # a path of this machine
         for key in {"dtype", "torch_dtype"} & part.keys():
-            part[key] = dtype
+            part[key] = dtype or part[key]
         if merge.vocabulary and "vocab_size" in part:
             part["vocab_size"] = merge.vocabulary
         if merge.untied and (part is config or "tie_word_embeddings" in part):
@@ -216,9 +223,12 @@ def seen_scale(
 
 
 def _compare(
-    run: FinishedRun, form: Layout, folder: Path, out: Path, base: Base, quantize: str
+    run: FinishedRun, form: Layout, folder: Path, out: Path, dtype: str, into: Into
 ) -> tuple[float, float, float]:
     """Compare the logits of the merged model with those of base and adapter.
+
+    Args:
+        dtype: of the merged weights.
 
     Returns:
         The largest difference, the adapter's effect, and the share of equal greedy tokens.
@@ -229,7 +239,13 @@ def _compare(
     import torch
     from peft.helpers import rescale_adapter_scale
 
-    unadapted: Any = base_model(run, base, quantize)
+    base = run.base
+    # NF4 depends on the dtype that it is quantized from.
+    if into == "base" and dtype != "bfloat16":
+        base = changed_base(base, dtype="float32")
+    if base.dtype == "bfloat16":  # that both models compute in
+        dtype = "bfloat16"
+    unadapted: Any = base_model(run, base, "nf4" if into == "dequantized" else "none")
     if run.has_processor:
         tokens = len(run.processor)
     else:
@@ -252,14 +268,15 @@ def _compare(
     gc.collect()
     got = logits(form.load(folder, base.dtype))
     difference = (got - wanted).abs().max().item()
-    limit = FLOAT32_TOLERANCE if base.dtype == "float32" else ROUNDING_SHARE * effect
+    rounding = dtype if dtype in SCALE else "float32"  # float64
+    limit = max(FLOAT32_TOLERANCE, ROUNDING_SHARE[rounding] * effect)
     along = ((got - wanted) * direction).sum().item()
     whole = direction.square().sum().item()
     scale, unsure = seen_scale(along, whole, LESS, direction.numel(), FLOAT32_TOLERANCE)
-    right = abs(1 - scale) <= max(SCALE[base.dtype], unsure)
+    right = abs(1 - scale) <= max(SCALE[rounding], unsure)
     # Not `difference > ...`, so that a NaN fails as well.
-    if not (right and difference <= max(limit, FLOAT32_TOLERANCE)):
-        fix = "" if base.dtype == "float32" else "; merge with --dtype float32"
+    if not (right and difference <= limit):
+        fix = "" if rounding == "float32" else "; merge with --dtype float32"
         raise CheckFailed(
             f"{out}: not written: the merged model's logits differ by {difference:.2g} "
             f"(allowed: {limit:.2g}, the adapter's effect: {effect:.2g}), as if its scale were "

@@ -31,16 +31,7 @@ def write_mlx(adapter: Adapter, base: Json, out: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    outer = [module for module in adapter.factors if not _LAYER.fullmatch(module)]
-    known = {"model.embed_tokens", "lm_head"}
-    where = f"{adapter.folder}: {', '.join(outer[:3])}"
-    merge = "take export --to merged, which mlx-lm loads as it is"
-    if base.get("model_file"):
-        raise UserError("config.json of the base: model_file is code for mlx-lm to run: refused")
-    if set(outer) - known or any(".experts" in module for module in adapter.factors):
-        raise UserError(f"{where}: mlx-lm's names for such modules are others: {merge}")
-    if outer and base.get("tie_word_embeddings", True):
-        raise UserError(f"{where}: tied to the other in this base, and mlx-lm adapts both: {merge}")
+    check_mlx(adapter, base)
     keys = {_LAYER.sub(r"\2", module) for module in adapter.factors}
     with tempfile.TemporaryDirectory(dir=out) as folder:
         write_portable(adapter, Path(folder))
@@ -58,3 +49,18 @@ def write_mlx(adapter: Adapter, base: Json, out: Path) -> None:
         "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
     }
     write_json(out / "adapter_config.json", config)
+
+
+def check_mlx(adapter: Adapter, base: Json) -> None:
+    """Raises UserError if the adapter changes one of two tied matrices, or a module that dense
+    language models do not have; or the base's config.json names code."""
+    outer = [module for module in adapter.factors if not _LAYER.fullmatch(module)]
+    known = {"model.embed_tokens", "lm_head"}
+    where = f"{adapter.folder}: {', '.join(outer[:3])}"
+    merge = "take export --to merged, which mlx-lm loads as it is"
+    if base.get("model_file"):
+        raise UserError("config.json of the base: model_file is code for mlx-lm to run: refused")
+    if set(outer) - known or any(".experts" in module for module in adapter.factors):
+        raise UserError(f"{where}: mlx-lm's names for such modules are others: {merge}")
+    if outer and base.get("tie_word_embeddings", True):
+        raise UserError(f"{where}: tied to the other in this base, and mlx-lm adapts both: {merge}")

@@ -62,9 +62,12 @@ def refuse_secrets(files: Mapping[str, bytes | Path], private: Iterable[str] = (
     for name, content in files.items():
         text = _text(name, content)
         patterns = exact | _KEYS | _PATHS | ({} if _NO_PROSE.fullmatch(name) else _PROSE)
-        added = "\n".join(_ADDED.findall(text)) if name == "tokenizer.json" else text
+        whole = prose = [(0, len(text))]
+        if name == "tokenizer.json":
+            prose = [token.span(1) for token in _ADDED.finditer(text)]
         for kind, pattern in patterns.items():
-            if hit := pattern.search(added if kind in _PROSE else text):
+            hits = (pattern.search(text, *span) for span in (prose if kind in _PROSE else whole))
+            if hit := next(filter(None, hits), None):
                 line = text.count("\n", 0, hit.start()) + 1
                 found.append(f"{name}:{line}: {kind}")
     if found:
@@ -86,5 +89,7 @@ def _text(name: str, content: bytes | Path) -> str:
             text = opened.read(size).decode("utf-8", "replace")
     if not name.endswith((".json", ".safetensors")):
         return text
+    # A decoded control character would shift the line numbers.
+    text = re.sub(r"\\u00[01][0-9a-fA-F]", " ", text)
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
     return re.sub(r"\\(.)", lambda found: " " if found[1] in "nrt" else found[1], text)

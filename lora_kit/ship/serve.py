@@ -32,6 +32,8 @@ from lora_kit.adapter.loaders import vllm_rank
 from lora_kit.base.load import quiet_libraries
 from lora_kit.cache import key_of, prepared
 from lora_kit.errors import CheckFailed, UserError
+from lora_kit.prove.into import cost_of_original
+from lora_kit.schema import Json
 from lora_kit.ship.gguf import Kind, needs_untied, open_source, write_adapter, write_model
 from lora_kit.ship.llama_cpp import ALIAS, need_llama_cpp, open_server
 from lora_kit.tasks.encode import identity
@@ -40,8 +42,29 @@ from lora_kit.train.interrupt import StopSignal
 SLOTS = 4  # concurrent requests; others wait
 CONTEXT = 4096  # tokens per conversation; at most the base's context length
 LARGEST_BODY = 2 * 2**20  # bytes of a request
-# Keys that only llama.cpp knows: its grammar parser can be made to crash (b11549).
-_REJECTED = {"grammar", "grammar_lazy", "grammar_triggers", "json_schema", "preserved_tokens"}
+# fmt: off
+# Fields that llama.cpp follows, of OpenAI's interface and of its own sampling; not among them tools
+# and response_format, which become grammars, whose parser can be made to crash (b11549).
+_FOLLOWED = {
+    "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p",
+    "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs",
+    "top_logprobs", "stream", "stream_options", "n",
+    "top_k", "min_p", "typical_p", "repeat_penalty", "repeat_last_n", "ignore_eos",
+}
+# Fields that change no answer ...
+_WITHOUT_EFFECT = {
+    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
+    "parallel_tool_calls",
+}
+# fmt: on
+# ... and values that ask for what is done anyway, besides null, false and empty ones.
+_AS_IT_IS: dict[str, tuple[object, ...]] = {
+    "best_of": (1,),
+    "tool_choice": ("none", "auto"),  # without tools
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 _FORMAT = 1  # increased whenever the same base gives another GGUF
 
@@ -93,7 +116,8 @@ def serve(
 
         key = key_of("gguf", _FORMAT, kind, untie, pinned.hashes, identity(tokenizer))
         base = prepared(key, build)
-        front.engine, front.chats = str(temporary / "llama.sock"), bool(tokenizer.chat_template)
+        front.engine = str(temporary / "llama.sock")
+        front.template = str(tokenizer.chat_template or "")
         exact = kind == "f32"
         # At neither verbosity does it log prompts or completions.
         verbosity = 3 if os.environ.get("LORA_KIT_DEBUG") else -1
@@ -107,6 +131,8 @@ def serve(
         answering.start()
         stack.callback(front.shutdown)
         print(_welcome(front, runs[0]), flush=True)
+        for cost in filter(None, map(cost_of_original, runs)):
+            print(f"note: {cost}", file=sys.stderr, flush=True)
         while answering.is_alive():
             answering.join(0.2)
         raise CheckFailed("the server ended by itself: start it again")
@@ -151,9 +177,9 @@ def _welcome(front: _Front, run: FinishedRun) -> str:
     adapters = {name: adapter for name, adapter in front.models.items() if adapter}
     name, first = next(iter(adapters.items()))
     turns = [{"role": "user", "content": "Who are you?"}]
-    asked = {"messages": turns} if front.chats else {"prompt": "Once upon a time"}
+    asked = {"messages": turns} if front.template else {"prompt": "Once upon a time"}
     body = json.dumps({"model": name, **asked, "max_tokens": 64, "temperature": 0})
-    curl = ["curl", url + (CHAT if front.chats else TEXT), "-d", body]
+    curl = ["curl", url + (CHAT if front.template else TEXT), "-d", body]
     pinned = run.pinned
     base = [pinned.model, "--revision", pinned.revision] if pinned.revision else [pinned.folder]
     template = first.folder / "chat_template.jinja"
@@ -181,13 +207,13 @@ class _Front(socketserver.ThreadingTCPServer):
     Attributes:
         models: {name: adapter}; see `adapters_by_name`.
         engine: path of llama.cpp's socket.
-        chats: whether the base has a chat template.
+        template: the base's chat template; empty: it has none.
         calls: the open connections to llama.cpp.
     """
 
     daemon_threads = allow_reuse_address = True
     request_queue_size = 64
-    engine, chats = "", True
+    engine, template = "", ""
     models: dict[str, Adapter | None]
 
     def __init__(self, host: str, port: int, public: bool) -> None:
@@ -256,10 +282,11 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in models:
             known = f"model {name[:80]!r} is not served: one of {', '.join(models)}"
             return self.send_error(404, known, "model_not_found")
-        if path == CHAT and not self.server.chats:
+        if path == CHAT and not self.server.template:
             return self.send_error(400, f"the base has no chat template: use {TEXT}")
-        if named := _REJECTED & request.keys():
-            return self.send_error(400, f"{', '.join(sorted(named))}: not of OpenAI's interface")
+        if ignored := _ignored(request, self.server.template):
+            return self.send_error(400, f"{', '.join(ignored)}: not supported here: leave it out")
+        request = {name: value for name, value in request.items() if name in _FOLLOWED}
         adapters = enumerate(adapter for adapter in models.values() if adapter)
         request["lora"] = [{"id": n, "scale": float(a is models[name])} for n, a in adapters]
         engine, call = http.client.HTTPConnection("llama.cpp"), socket.socket(socket.AF_UNIX)
@@ -313,6 +340,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: prompts are private."""
+
+
+def _ignored(request: Json, template: str) -> list[str]:
+    """The fields of a request that change the answer elsewhere and would be ignored here."""
+    found = []
+    for name, value in request.items():
+        empty = value is None or value is False or value in ("", [], {})
+        known = name in _FOLLOWED or name in _WITHOUT_EFFECT or value in _AS_IT_IS.get(name, ())
+        if not (known or empty) or (name == "stop" and not isinstance(value, str | list | None)):
+            found.append(str(name)[:80])
+    turns = request.get("messages")
+    for n, turn in enumerate(turns if isinstance(turns, list) else []):
+        for name, value in turn.items() if isinstance(turn, dict) else []:
+            # Such as tool_calls; a template that shows them names them.
+            if value and name not in ("role", "content", "name") and name not in template:
+                found.append(f"messages[{n}].{name[:80]}")
+            parts = value if name == "content" and isinstance(value, list) else []
+            if any(isinstance(part, dict) and part.get("type") != "text" for part in parts):
+                found.append(f"messages[{n}].content: only text")
+    return sorted(found)
 
 
 def _is_loopback(host: str | None) -> bool:

@@ -1,8 +1,8 @@
 """The weights of a merged model, streamed from the base's files into new ones.
 
-W + scale · B A is summed in float32 and rounded once. Tensors that the adapter does not change are
-copied. Only a block of rows is in memory, or one matrix where that is needed (NF4, and DoRA on
-transposed weights).
+W + scale · B A is summed in float32, float64 weights in float64, and rounded once. Tensors that the
+adapter does not change are copied. Only a block of rows is in memory, or one matrix where that is
+needed (NF4, and DoRA on transposed weights).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lora_kit.base.load import Model
 
 _ROWS = 64  # summed in float32 at once, so that they stay in the processor's cache
-_STORED_AS = {"bfloat16": "BF16", "float32": "F32"}
+_STORED_AS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 class Weights:
@@ -43,10 +43,12 @@ class Weights:
         entries: {tensor: (dtype, shape)} to be written, `bytes` in all.
         changed: number of tensors that the adapter changes.
         shards: {file of the base: names of its tensors in the merged model}.
+        dtype: of most of the written weights, as torch names it.
 
     Args:
         tensors: of the base's files, by the names that the merged model has.
-        dtype: of the written tensors, `bfloat16` or `float32`.
+        dtype: of the written tensors, `bfloat16`, `float16` or `float32`; None: each keeps the
+            base's.
         head: see `adapter.names.plan_merge`.
         guard: the name of a tensor without values that is written as well.
     """
@@ -56,7 +58,7 @@ class Weights:
         adapter: Adapter,
         tensors: dict[str, Stored],
         config: Json,
-        dtype: str,
+        dtype: str | None,
         head: Mapping[str, tuple[int, ...]] | None = None,
         guard: str | None = None,
     ) -> None:
@@ -75,17 +77,22 @@ class Weights:
         sizes: Counter[str] = Counter()
         for name, tensor in tensors.items():
             self.shards.setdefault(tensor.file, []).append(name)
-            sizes[tensor.dtype] += tensor.size
+            if tensor.dtype in FLOATS:
+                sizes[tensor.dtype] += tensor.size
         # A head that the files lack comes last.
         self.shards[tensor.file] += [name for name in self.plan.changes if name not in tensors]
-        # A 16-bit base keeps some tensors in float32 on purpose: they stay so, as do integers.
-        most_are_float32 = sizes.most_common(1)[0][0] == "F32"
+        main = max(sizes, key=sizes.__getitem__, default="F32")
+        self.dtype = dtype or DTYPES[main][0]
         self.entries: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name in chain.from_iterable(self.shards.values()):
             source = self._source(name)
-            exact = name in tensors and tensors[name].dtype == "F32" and not most_are_float32
-            kept = exact or source.dtype not in FLOATS
-            self.entries[name] = (source.dtype if kept else _STORED_AS[dtype], source.shape)
+            kind = _STORED_AS[dtype] if dtype else main
+            # A 16-bit base keeps some tensors in float32 on purpose: they stay so.
+            if name in tensors and (dtype is None or (tensors[name].dtype == "F32" != main)):
+                kind = tensors[name].dtype
+            if source.dtype not in FLOATS:
+                kind = source.dtype
+            self.entries[name] = (kind, source.shape)
         self.bytes = sum(math.prod(s) * DTYPES[d][1] for d, s in self.entries.values())
         # The experts of a layer share one pair of factors, which is needed for many tensors.
         self._factors_of = lru_cache(maxsize=2)(self._read_factors)
@@ -180,7 +187,7 @@ class Weights:
                 if values.dtype != dtype:
                     written = torch.empty(values.shape, dtype=dtype)
                 for at in range(0, len(values), _ROWS):
-                    wide = values[at : at + _ROWS].float()
+                    wide = values[at : at + _ROWS].to(_sum_dtype(source))
                     if add:
                         add(wide, rows.start + at)
                     written[at : at + _ROWS] = wide
@@ -188,25 +195,26 @@ class Weights:
             yield written
 
     def _adder(self, change: Change) -> Callable[[torch.Tensor, int], None]:
-        """A function that applies a change in place to rows in float32, given the number of the
-        first one."""
+        """A function that applies a change in place to rows in `_sum_dtype`, given the number of
+        the first one."""
         import torch
 
+        exact = _sum_dtype(change.source)
         product = magnitude = norms = bias = None
         if change.module:
             a, b = self._factors_of(change.module, change.rank)
-            a, b = a[change.expert], b[change.expert, change.first :]
+            a, b = a[change.expert].to(exact), b[change.expert, change.first :].to(exact)
             # dW is scale times the product of these.
             product = (a.T, b.T) if change.transposed else (b, a)
         if change.magnitude and product:
-            magnitude = change.magnitude.read().float()
+            magnitude = change.magnitude.read().to(exact)
             if change.transposed:  # (in, out): the norm of an output is that of its column
-                whole = change.source.read().float().addmm_(*product, alpha=change.scale)
-                norms = whole.double().norm(dim=0).float()
+                whole = change.source.read().to(exact).addmm_(*product, alpha=change.scale)
+                norms = whole.double().norm(dim=0).to(exact)
         if change.bias:
-            bias = change.bias.read().float()
+            bias = change.bias.read().to(exact)
         tokens = torch.tensor(change.tokens)
-        token_rows = change.token_rows.read().float() if change.token_rows else None
+        token_rows = change.token_rows.read().to(exact) if change.token_rows else None
 
         def add(wide: torch.Tensor, first: int) -> None:
             last = first + len(wide)
@@ -225,9 +233,19 @@ class Weights:
         return add
 
     def _read_factors(self, module: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(experts, r, in), (experts, out, r), float32."""
+        """(experts, r, in), (experts, out, r), float32 or float64."""
+        import torch
+
         a, b = self.adapter.read_factors(module, rank)
-        return a.float(), b.float().contiguous()
+        exact = torch.promote_types(a.dtype, torch.float32)
+        return a.to(exact), b.to(exact).contiguous()
+
+
+def _sum_dtype(source: Stored) -> torch.dtype:
+    """The dtype that a tensor and its change are summed in: float32, of a float64 one float64."""
+    import torch
+
+    return torch.float64 if source.dtype == "F64" else torch.float32
 
 
 def _through_nf4(weight: torch.Tensor, dtype: str) -> torch.Tensor:

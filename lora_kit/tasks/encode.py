@@ -51,6 +51,7 @@ class Prepared:
         train: packed if `Task.packing` is `documents`; `rows("train")` are not packed.
         files: all files that were read, for the columns `file` and `number` of rows.
         hashes: {source: sha256} of everything that was read. commits: {Hub data set: commit}.
+        uses: {sha256: use} of the sources; `train` if any of its rows is trained on.
         cached: the result was in the cache.
     """
 
@@ -63,6 +64,7 @@ class Prepared:
     files: list[ReadFile]
     cached: bool
     commits: dict[str, str] = field(default_factory=dict)
+    uses: dict[str, str] = field(default_factory=dict)
 
     def rows(self, use: str) -> Rows:
         """The rows of a use, not packed."""
@@ -135,6 +137,7 @@ def encode(
         files=split.files,
         cached=not encoding.started,
         commits=split.commits,
+        uses=split.uses,
     )
     if limits:
         prepared.census.check(run.data.limits)

@@ -95,7 +95,7 @@ class Journey:
             directory.check_start(run.adapter, pinned, task.auto, labels)
             if directory.is_first_rank():
                 # What later verbs read, so that none of them has to run the recipe.
-                known = {"facts": data.facts, "commits": data.commits}
+                known = {"facts": data.facts, "commits": data.commits, "uses": data.uses}
                 for name in ("kind", "joiner"):  # of causal tasks
                     if name in data.facts:
                         known[name] = data.facts[name]
