@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from lora_kit import __version__
-from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError, harmless, redact
+from lora_kit.errors import (
+    CheckFailed,
+    Interrupted,
+    LoraKitError,
+    UserError,
+    harmless,
+    out_of_memory,
+    redact,
+    redact_tracebacks,
+    unforeseen,
+)
 from lora_kit.trust import no_kernels_from_the_hub
 
 if TYPE_CHECKING:
@@ -76,13 +86,13 @@ def _say(text: str) -> None:
     print(harmless(redact(text)), file=sys.stderr, flush=True)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int, prefix: str = "error: ") -> NoReturn:
     """Print the lines of an error and exit; with --debug, the traceback first."""
     if os.environ.get("LORA_KIT_DEBUG"):
         print(redact(traceback.format_exc()), file=sys.stderr)
     for line in redact(message).splitlines():
         # Names and texts of the user may contain control characters.
-        print(f"error: {harmless(line)}", file=sys.stderr)
+        print(f"{prefix}{harmless(line)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 
@@ -654,9 +664,22 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(signum, "stopped by SIGTERM")
 
 
+def _in_one_line(error: Exception, verb: str) -> LoraKitError:
+    """What an exception of a library is for the user, in one line."""
+    if out_of_memory(error):
+        from lora_kit.launch import no_memory
+
+        frames = traceback.extract_tb(error.__traceback__)
+        return no_memory([frame.name for frame in frames], verb)
+    if isinstance(error, (OSError, UnicodeError)):  # for instance invalid paths
+        return UserError(f"{' '.join(str(error).split())} (more: lora-kit --debug)")
+    return unforeseen(error, verb)
+
+
 def main() -> None:
     """Run a verb; errors become one line on stderr and an exit code."""
     no_kernels_from_the_hub()
+    redact_tracebacks()
     signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):  # paths may not be valid text
         if isinstance(stream, io.TextIOWrapper):
@@ -667,12 +690,13 @@ def main() -> None:
     try:
         code = app(arguments, prog_name="lora-kit", standalone_mode=False)
     except LoraKitError as error:
-        _fail(str(error), error.exit_code)
-    except (OSError, UnicodeError) as error:  # for instance invalid paths
-        _fail(f"{' '.join(str(error).split())} (more: lora-kit --debug)", 2)
+        _fail(str(error), error.exit_code, error.prefix)
     except typer.Abort:
-        _fail("stopped by SIGINT", 130)
+        _fail("stopped by SIGINT", 130, Interrupted.prefix)
     except _WrongUsage as error:
         verb = error.ctx.command_path if error.ctx else "lora-kit"
         _fail(f"{' '.join(error.format_message().split())} (see {verb} --help)", 2)
+    except Exception as error:
+        failed = _in_one_line(error, f"lora-kit {' '.join(arguments[len(debug) :][:1])}")
+        _fail(str(failed), failed.exit_code)
     raise SystemExit(code or 0)

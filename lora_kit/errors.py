@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import tempfile
+import threading
+import traceback
 import unicodedata
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
 
 # Zero-width joiners are harmless and part of ordinary words in many scripts.
 _KEPT = "\n\t\u200c\u200d"
@@ -32,11 +39,23 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 
+# Messages of torch's CPU allocator, oneDNN, C++, CUDA and the operating system, of which not all
+# have an exception type of their own.
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "could not create a primitive",
+    "std::bad_alloc",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+)
+
 
 class LoraKitError(Exception):
     """An error that is reported in one line instead of a traceback."""
 
     exit_code = 2
+    prefix = "error: "  # of its lines on stderr
 
 
 class UserError(LoraKitError, ValueError):
@@ -60,9 +79,21 @@ class CheckFailed(LoraKitError):
 class Interrupted(LoraKitError):
     """Stopped by SIGINT or SIGTERM after saving. Exit code 130 or 143 (128 + the signal)."""
 
+    prefix = ""  # not an error
+
     def __init__(self, signum: int, message: str) -> None:
         self.exit_code = 128 + signum
         super().__init__(message)
+
+
+class RankLost(CheckFailed):
+    """Another rank died or stopped responding: the cause is there. Exit code 1."""
+
+
+class Unforeseen(LoraKitError):
+    """An error that nobody foresaw; its traceback is in a file. Exit code 3."""
+
+    exit_code = 3
 
 
 class NotUsable(Exception):
@@ -79,6 +110,63 @@ class NotUsable(Exception):
 def in_a_line(error: BaseException) -> str:
     """An exception's type and message in one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def unforeseen(error: BaseException, where: str, log: Path | None = None) -> Unforeseen:
+    """An error that nobody foresaw in one line: its type and message, where it happened, and the
+    file with its traceback.
+
+    Args:
+        where: completes "during ...".
+        log: the file; None, or one that cannot be written: a temporary file.
+    """
+    text = redact("".join(traceback.format_exception(error)))
+    place = "above"
+    with suppress(OSError):  # every disk is full
+        place = str(_write_log(text, log))
+    if place == "above":
+        print(text, file=sys.stderr)
+    # Redacted before it is cut: a part of a secret would no longer be recognized.
+    words = redact(f"{type(error).__name__}: {error}").split()
+    return Unforeseen(f"{' '.join(words)[:300]} (during {where}; traceback: {place})")
+
+
+def _write_log(text: str, log: Path | None) -> Path:
+    if log is not None:
+        with suppress(OSError):
+            log.write_text(text, encoding="utf-8")
+            return log
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix="lora-kit-", suffix=".log", delete=False
+    ) as file:
+        file.write(text)
+    return Path(file.name)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one of its causes, is an out-of-memory error of a GPU or of the CPU."""
+    while error is not None:
+        named = type(error).__name__ == "OutOfMemoryError"  # torch's
+        texts = isinstance(error, (RuntimeError, OSError)) and any(
+            text in str(error) for text in _NO_MEMORY
+        )
+        if named or texts or isinstance(error, MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def redact_tracebacks() -> None:
+    """Remove secrets from the tracebacks that Python itself prints, also those of threads."""
+
+    def show(
+        kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lines = traceback.format_exception(kind, error, trace)
+        print(redact("".join(lines)), end="", file=sys.stderr)
+
+    sys.excepthook = show
+    threading.excepthook = lambda given: show(given.exc_type, given.exc_value, given.exc_traceback)
 
 
 def harmless(text: str) -> str:

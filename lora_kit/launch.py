@@ -4,31 +4,60 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
+import inspect
 import json
+import linecache
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lora_kit.errors import LoraKitError, UserError, redact
+from lora_kit.errors import (
+    LoraKitError,
+    RankLost,
+    UserError,
+    out_of_memory,
+    redact,
+    redact_tracebacks,
+    unforeseen,
+)
 from lora_kit.run import load_run
 from lora_kit.schema import Json, Run
 from lora_kit.tasks.recipe import Main, Recipe, load_recipe
 from lora_kit.tasks.task import Task
-from lora_kit.train.interrupt import StopSignal, die_with_parent
+from lora_kit.train.interrupt import OUTCOME_VARIABLE, StopSignal, die_with_parent
 
-# The folder in which a worker writes its exit code and message for `start`: accelerate reports
-# every failure as 1, with a traceback.
-OUTCOME_VARIABLE = "LORA_KIT_OUTCOME"
 DEBUG_VARIABLE = "LORA_KIT_DEBUG"
-_WAIT_FOR_RANKS_S = 5
-_PID = ".pid"  # suffix of the files with each rank's process id, in the same folder
+_WAIT_FOR_RANKS_S, _WAIT_FOR_STACK_S = 5, 0.5
+# Suffixes of a rank's files in the folder of OUTCOME_VARIABLE: its process id; a pipe for what a
+# rank other than the first writes to stderr.
+_PID, STDERR = ".pid", ".stderr"
+# The comment before a step of a recipe, such as `# 6. Train.`, up to its first stop.
+_STEP = re.compile(r"\s+# (\d+\. .+?)(?:[:;.]\s|$)").match
+# {phase: what to lower when memory runs out}
+NO_MEMORY = {
+    "preparing the data": "lower data.workers",
+    "loading the base": "set base.quantize=nf4, or use a smaller base",
+    "training": "lower train.per_device_train_batch_size or train.max_length",
+    "evaluation": "lower train.per_device_eval_batch_size or train.max_length",
+}
+# {function: its phase}
+_PHASES = {
+    "prepare": "preparing the data",
+    "encode": "preparing the data",
+    "from_files": "loading the base",
+    "fit": "training",
+    "evaluate": "evaluation",
+    "prove": "evaluation",
+}
 
 
 def train(path: str | Path, *overrides: str, resume: bool = False) -> Json:
@@ -83,13 +112,16 @@ def recipe_main(main: Main) -> int:
         The process's exit code.
     """
     die_with_parent()
+    redact_tracebacks()
     folder = os.environ.get(OUTCOME_VARIABLE)
     rank = os.environ.get("LOCAL_RANK", "0")
     arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    try:
-        with StopSignal().listening():  # until the recipe handles signals itself
+    run: Run | None = None
+    failed: LoraKitError | None = None
+    with StopSignal().listening() as stop:  # until the recipe handles signals itself
+        try:
             if folder:
-                (Path(folder) / f"{rank}{_PID}").write_text(str(os.getpid()))
+                _join(Path(folder), rank)
             if not arguments:
                 name = Path(sys.argv[0]).name
                 raise UserError(f"usage: {name} RUN.yaml [key=value ...] [--resume]")
@@ -102,37 +134,106 @@ def recipe_main(main: Main) -> int:
                 )
             prepare_process()
             main(run, resume="--resume" in sys.argv[1:])
-        code, message = 0, ""
-    except LoraKitError as error:
-        code, message = error.exit_code, str(error)
-        if os.environ.get(DEBUG_VARIABLE):
-            print(redact(traceback.format_exc()), file=sys.stderr)
-    if not folder:
-        if code:
-            print(f"error: {redact(message)}", file=sys.stderr)
-        else:
-            _leave_group()
-        return code
-    return _leave_outcome(Path(folder), rank, code, message)
+        except Exception as error:
+            stop.saving = True  # torchrun sends SIGTERM when another rank fails: not now
+            failed = error if isinstance(error, LoraKitError) else _in_one_line(error, main, run)
+            if os.environ.get(DEBUG_VARIABLE):
+                print(redact(traceback.format_exc()), file=sys.stderr)
+        stop.saving = True
+        if folder:
+            return _leave_outcome(Path(folder), rank, failed)
+    if failed:
+        print(f"{failed.prefix}{redact(str(failed))}", file=sys.stderr)
+        return failed.exit_code
+    _leave_group()
+    return 0
 
 
-def _leave_outcome(folder: Path, rank: str, code: int, message: str) -> int:
+def _join(folder: Path, rank: str) -> None:
+    """Tell `start` this rank's process id, and send it what other ranks than the first write to
+    stderr. SIGUSR1, and a crash, print the Python stack there."""
+    with contextlib.suppress(OSError):  # the disk is full
+        (folder / f"{rank}{_PID}").write_text(str(os.getpid()))
+    with contextlib.suppress(OSError):  # there is no pipe, or nobody reads it
+        pipe = os.open(folder / f"{rank}{STDERR}", os.O_WRONLY | os.O_NONBLOCK)
+        os.set_blocking(pipe, True)
+        os.dup2(pipe, 2)
+        os.close(pipe)
+    faulthandler.enable(all_threads=False)
+    faulthandler.register(signal.SIGUSR1)
+
+
+def _in_one_line(error: Exception, main: Main, run: Run | None) -> LoraKitError:
+    """What any other exception of a recipe is for the user, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    recipe = inspect.getsourcefile(main) or ""
+    places = [(frame.filename, frame.name) for frame in frames]
+    where = "the start"
+    if (recipe, main.__name__) in places:
+        line = frames[places.index((recipe, main.__name__))].lineno or 0
+        steps = [found[1] for text in linecache.getlines(recipe)[:line] if (found := _STEP(text))]
+        where = f"step {steps[-1]}, {recipe}:{line}" if steps else f"{recipe}:{line}"
+    if out_of_memory(error):
+        return no_memory([frame.name for frame in frames], where, run)
+    if _is_of_another_rank(error):
+        why = " ".join(str(error).split())[:200]
+        return RankLost(f"another rank died or does not respond (during {where}): {why}")
+    rank = os.environ.get("RANK", "0")
+    name = "error.log" if rank == "0" else f"error-{rank}.log"
+    log = run.directory / name if run is not None and run.directory.is_dir() else None
+    return unforeseen(error, where, log)
+
+
+def no_memory(functions: Sequence[str], where: str, run: Run | None = None) -> UserError:
+    """The error for memory that ran out in the innermost of these functions."""
+    phases = [_PHASES[name] for name in functions if name in _PHASES]
+    what = advice(phases[-1], run) if phases else "use a smaller base, or more memory"
+    return UserError(f"out of memory (during {where}): {what}")
+
+
+def advice(phase: str, run: Run | None) -> str:
+    """What to do when memory ran out in a phase of a run."""
+    text = NO_MEMORY[phase]
+    if phase == "evaluation" and run and (run.directory / "adapter").is_dir():
+        again = f"lora-kit compare {run.directory} train.per_device_eval_batch_size=1"
+        text += f"; the adapter is saved: evaluate it with {again}"
+    return text
+
+
+def _is_of_another_rank(error: Exception) -> bool:
+    """Whether an exception says that the connection to another rank broke, or timed out."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
+        return False
+    named = type(error).__name__.startswith("Dist")  # torch's DistBackendError and others
+    return named or any(text in str(error) for text in ("gloo", "NCCL", "closed by peer"))
+
+
+def _leave_outcome(folder: Path, rank: str, failed: LoraKitError | None) -> int:
     """Write this rank's outcome for `start`; returns the exit code for accelerate.
 
     That is 0 even for an error, since accelerate would only add a traceback. Other ranks may be
     inside a collective operation that waits for this one, where Python handles no signal: torchrun
     would kill them after 30 s, this rank does after 5 s.
     """
+    code, message = (failed.exit_code, str(failed)) if failed else (0, "")
+    outcome = {"code": code, "message": message, "lost": isinstance(failed, RankLost)}
     partial = folder / f"{rank}.partial"
-    partial.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
-    partial.replace(partial.with_suffix(".json"))
+    try:
+        partial.write_text(json.dumps(outcome), encoding="utf-8")
+        partial.replace(partial.with_suffix(".json"))
+    except OSError:  # the disk is full; the exit code tells `start` whether the run is finished
+        if failed:
+            print(f"{failed.prefix}{redact(message)}", file=sys.stderr)
+        _leave_group()
+        return code
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     deadline = time.monotonic() + _WAIT_FOR_RANKS_S
     while code and len(list(folder.glob("*.json"))) < ranks:
         if time.monotonic() > deadline:
-            for pid in worker_ids(folder):
-                if pid != os.getpid():
-                    send(os.kill, pid, signal.SIGKILL)
+            first = int(os.environ.get("RANK", "0")) - int(rank)
+            ids = worker_ids(folder).items()
+            done = {file.stem for file in folder.glob("*.json")}
+            kill({first + int(one): pid for one, pid in ids if one not in done})
             return code
         time.sleep(0.1)
     _leave_group()
@@ -180,10 +281,23 @@ def gpu_count() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def worker_ids(folder: Path) -> list[int]:
-    """The process ids that the workers wrote."""
-    texts = [file.read_text() for file in sorted(folder.glob(f"*{_PID}"))]
-    return [int(text) for text in texts if text]
+def worker_ids(folder: Path) -> dict[str, int]:
+    """{rank on this machine: process id}, as the workers wrote them."""
+    texts = {file.stem: file.read_text() for file in sorted(folder.glob(f"*{_PID}"))}
+    return {rank: int(text) for rank, text in texts.items() if text}
+
+
+def kill(workers: Mapping[int, int]) -> None:
+    """Kill workers that do not respond, {rank: process id}; each prints its Python stack first."""
+    if not workers:
+        return
+    ranks = ", ".join(map(str, workers))
+    print(f"rank {ranks} does not respond: killed", file=sys.stderr, flush=True)
+    for number in (signal.SIGCONT, signal.SIGUSR1, signal.SIGKILL):
+        if number is signal.SIGKILL:
+            time.sleep(_WAIT_FOR_STACK_S)
+        for pid in workers.values():
+            send(os.kill, pid, number)
 
 
 def send(how: Callable[[int, int], None], pid: int, signum: int) -> None:

@@ -253,6 +253,9 @@ class Train(Section):
         description="Trackers that also receive the values of metrics.jsonl; []: none.",
     )
     dataloader_num_workers: int = Field(0, ge=0, description="Data loader processes; 0: none.")
+    ddp_timeout: Positive = Field(
+        600, description="Seconds that a process waits for another one before all stop."
+    )
 
     @field_validator("early_stopping_patience")
     @classmethod

@@ -13,20 +13,40 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import FrameType
 
 import yaml
 
-from lora_kit.errors import CheckFailed, Interrupted, LoraKitError, UserError
-from lora_kit.launch import OUTCOME_VARIABLE, gpu_count, read_run, send, worker_ids
+from lora_kit.errors import (
+    CheckFailed,
+    Interrupted,
+    LoraKitError,
+    Unforeseen,
+    UserError,
+    harmless,
+    redact,
+)
+from lora_kit.launch import (
+    STDERR,
+    advice,
+    gpu_count,
+    kill,
+    read_run,
+    send,
+    worker_ids,
+)
 from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, nearest, recipe_file, shipped
-from lora_kit.schema import Json
-from lora_kit.train.interrupt import die_with_parent
+from lora_kit.schema import Json, Run
+from lora_kit.train.interrupt import HEARD, OUTCOME_VARIABLE, die_with_parent
 from lora_kit.trust import run_module
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_POLL_S = 0.1
+# A rank that does not handle a signal, and computes nothing for this long, hangs.
+_DEAF_S = 20.0
 
 
 def start(
@@ -58,6 +78,7 @@ def start(
         processes = gpu_count()
     asked = processes or values["num_processes"]
     here = asked // values["num_machines"]  # processes on this machine
+    ranks = range(here * values["machine_rank"], here * (values["machine_rank"] + 1))
     cores = len(os.sched_getaffinity(0)) // max(1, here)
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores)
     options = ["--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
@@ -67,24 +88,82 @@ def start(
     if resume:
         options.append("--resume")
     print(shlex.join(["accelerate", "launch", *options]), file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, OUTCOME_VARIABLE: folder, WORLD_SIZE_VARIABLE: str(asked)}
-        command = [*run_module("accelerate.commands.launch"), *options]
-        code, received = _run_child(command, environment, Path(folder), here)
-        files = sorted(Path(folder).glob("*.json"))
-        outcomes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    for outcome in outcomes:
-        if outcome["code"]:
-            raise _as_error(outcome["code"], outcome["message"])
-    if outcomes and not code:
-        return  # even after a signal, if training had already ended
+    killed_before = _killed_for_memory()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = {**os.environ, OUTCOME_VARIABLE: name, WORLD_SIZE_VARIABLE: str(asked)}
+        command = [*run_module("lora_kit.quiet_launch"), *options]
+        code, received = _run_child(command, environment, folder, ranks)
+        outcomes = {
+            file.stem: json.loads(file.read_text(encoding="utf-8"))
+            for file in sorted(folder.glob("*.json"))
+        }
+        joined = worker_ids(folder).keys() - outcomes.keys()
+        dead = [ranks[int(local)] for local in sorted(joined, key=int)]
+    if code or any(outcome["code"] for outcome in outcomes.values()):
+        killed = _killed_for_memory() > killed_before
+        raise _failure(run, list(outcomes.values()), received, dead, code, killed)
+    # Even after a signal, if training had already ended.
+
+
+def _failure(
+    run: Run, outcomes: list[Json], received: int | None, dead: list[int], code: int, killed: bool
+) -> LoraKitError:
+    """The error of a run, from what its ranks on this machine reported.
+
+    Args:
+        received: the signal that this process received. dead: the ranks that reported nothing.
+        code: of accelerate, by the rank that failed first.
+        killed: the kernel killed a process for lack of memory.
+    """
+    failed = [outcome for outcome in outcomes if outcome["code"]]
+    for outcome in failed:
+        # torchrun interrupts the ranks that are left, and these lose the others.
+        consequence = outcome.get("lost") or (outcome["code"] > 128 and not received)
+        if not consequence:
+            return _as_error(outcome["code"], outcome["message"])
+    more = ""
+    if any((run.directory / "checkpoints").glob("*/seal.json")):
+        more = f"; resume with lora-kit train {run.directory / 'run.yaml'} --resume"
     if received:
-        raise Interrupted(received, f"stopped by {signal.Signals(received).name}")
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    raise CheckFailed(
-        f"the training process exited without reporting an error ({how}); see its output above. "
-        "If it was killed, memory may have run out: lower train.per_device_train_batch_size"
+        return Interrupted(received, f"stopped by {signal.Signals(received).name}{more}")
+    if failed and not dead:
+        return _as_error(failed[0]["code"], f"{failed[0]['message']}{more}")
+    phase = "loading the base"
+    if (run.directory / "adapter").is_dir():
+        phase = "evaluation"
+    elif (run.directory / "metrics.jsonl").is_file():
+        phase = "training"
+    who = "the training process"
+    if len(outcomes) + len(dead) > 1:
+        who = f"the process of rank {', '.join(map(str, dead))}"
+    what = f"{advice(phase, run)}{more}"
+    if killed:
+        return UserError(f"out of memory: the kernel killed {who} during {phase}: {what}")
+    how = f"killed by {signal.Signals(code - 128).name}" if code > 128 else f"exit code {code}"
+    return CheckFailed(
+        f"{who} exited without reporting an error during {phase} ({how}); see its output above. "
+        f"If it was killed, memory may have run out: {what}"
     )
+
+
+def _killed_for_memory() -> int:
+    """How many processes of this process's own cgroup the kernel has killed for lack of memory."""
+    found = 0
+    with contextlib.suppress(OSError, ValueError):  # not Linux, or an older one
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            # The second version of cgroups names no controllers here.
+            root = _CGROUPS / "memory" if controllers else _CGROUPS
+            name = "memory.oom_control" if controllers else "memory.events"
+            # A container may see its own cgroup as the root only.
+            for folder in {root, root / path.lstrip("/")}:
+                if (folder / name).is_file():
+                    words = (folder / name).read_text().split()
+                    found += int(words[words.index("oom_kill") + 1])
+    return found
 
 
 def accelerate_config(name: str | None) -> Path:
@@ -109,6 +188,12 @@ def accelerate_config(name: str | None) -> Path:
 def _check_devices(config: Path) -> Json:
     """A config's values. Raises UserError if it needs a missing GPU or package."""
     values = _read_config(config)
+    sharded = values.get("distributed_type") in ("FSDP", "DEEPSPEED")
+    if sharded and values.get("use_cpu"):
+        raise UserError(
+            f"--accelerate {config.stem}: use_cpu: true: accelerate shards nothing on a CPU: use "
+            "cpu_2proc, or a GPU"
+        )
     if not values.get("use_cpu") and gpu_count() == 0:
         raise UserError(
             f"--accelerate {config.stem}: no GPU is visible: see `lora-kit doctor`, or remove it"
@@ -125,6 +210,7 @@ def _read_config(config: Path) -> Json:
         values = dict(yaml.safe_load(config.read_text(encoding="utf-8")).items())
         for key in ("num_processes", "num_machines"):
             values[key] = max(1, int(values.get(key, 1)))
+        values["machine_rank"] = int(values.get("machine_rank", 0))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"--accelerate {config}: not an accelerate config ({reason})") from None
@@ -132,28 +218,32 @@ def _read_config(config: Path) -> Json:
 
 
 def _run_child(
-    command: list[str], environment: dict[str, str], folder: Path, workers: int
+    command: list[str], environment: dict[str, str], folder: Path, workers: range
 ) -> tuple[int, int | None]:
     """Run a command in its own process group; returns its exit code and the first signal received.
 
     The first SIGINT or SIGTERM is forwarded; a second one kills all processes. Until all workers
     have written their ids to `folder`, the launcher gets the signal; then only the workers do: they
     save and exit, and accelerate exits with them. accelerate itself forwards nothing to a single
-    worker, and kills several after 30 s, which saving may exceed. The child always exits with this
-    process.
+    worker, and kills several after 30 s, which saving may exceed. Workers that hang are killed. The
+    child always exits with this process.
+
+    Args:
+        workers: the ranks of this machine.
     """
     received: list[int] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
-        ids = worker_ids(folder)
+        ids = worker_ids(folder).values()
         last = len(received) > 1
         for pid in ids:
             send(os.kill, pid, signal.SIGKILL if last else signum)
-        if last or len(ids) < workers:
+        if last or len(ids) < len(workers):
             # SIGTERM instead of SIGINT, for which accelerate prints a traceback.
             send(os.killpg, child.pid, signal.SIGKILL if last else signal.SIGTERM)
 
+    output, hang = _Output(folder, workers), _Hang(folder, workers)
     # Block signals between the child's start and the installation of the handlers.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -164,14 +254,82 @@ def _run_child(
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
-        code = child.wait()
         # accelerate may exit before its workers, which are still saving.
-        while _alive(child.pid, worker_ids(folder)):
-            time.sleep(0.05)
+        while (code := child.poll()) is None or _alive(child.pid, worker_ids(folder).values()):
+            output.show()
+            if received:
+                hang.end()
+            time.sleep(_POLL_S)
     finally:
+        output.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     return code, received[0] if received else None
+
+
+class _Output:
+    """Prints what ranks other than the first write to stderr, each line with its rank."""
+
+    def __init__(self, folder: Path, workers: range) -> None:
+        self._pipes: dict[int, int] = {}
+        self._begun: dict[int, bytes] = {}  # lines without an end yet
+        for local, rank in enumerate(workers):
+            if local:
+                os.mkfifo(folder / f"{local}{STDERR}")
+                pipe = os.open(folder / f"{local}{STDERR}", os.O_RDONLY | os.O_NONBLOCK)
+                self._pipes[rank], self._begun[rank] = pipe, b""
+
+    def show(self) -> None:
+        for rank, pipe in self._pipes.items():
+            text = self._begun[rank]
+            with contextlib.suppress(BlockingIOError):
+                while part := os.read(pipe, 1 << 16):
+                    text += part
+            *lines, self._begun[rank] = text.split(b"\n")
+            for line in lines:
+                words = harmless(redact(line.decode(errors="replace")))
+                print(f"[rank {rank}] {words}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Print what is left, also without an end of line."""
+        self.show()
+        self._begun = {rank: text + b"\n" * bool(text) for rank, text in self._begun.items()}
+        self.show()
+        for pipe in self._pipes.values():
+            os.close(pipe)
+
+
+class _Hang:
+    """Kills the workers of this machine if, after a signal, those that have not handled it compute
+    nothing: they wait for each other in a collective operation, where Python handles no signal."""
+
+    def __init__(self, folder: Path, workers: range) -> None:
+        self._folder, self._workers = folder, workers
+        self._since, self._used = 0.0, 0.0
+
+    def end(self) -> None:
+        deaf = {
+            rank: pid
+            for rank, pid in worker_ids(self._folder).items()
+            if not any((self._folder / f"{rank}{end}").exists() for end in (HEARD, ".json"))
+        }
+        used = sum(map(_cpu_seconds, deaf.values()))
+        now = time.monotonic()
+        if not self._since or used - self._used > _DEAF_S / 20:
+            self._since, self._used = now, used
+        elif deaf and now - self._since > _DEAF_S:
+            kill({self._workers[int(rank)]: pid for rank, pid in deaf.items()})
+            self._since = now
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used; 0 if it has ended."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        times = psutil.Process(pid).cpu_times()
+        return float(times.user + times.system)
+    return 0.0
 
 
 def _end_with_parent() -> None:
@@ -180,7 +338,7 @@ def _end_with_parent() -> None:
     die_with_parent()
 
 
-def _alive(group: int, pids: list[int]) -> bool:
+def _alive(group: int, pids: Collection[int]) -> bool:
     """Whether a process of the group, or one of `pids`, is running. Zombies do not count: without
     an init process, as in a container, they are never reaped."""
     import psutil
@@ -197,4 +355,4 @@ def _as_error(code: int, message: str) -> LoraKitError:
     """A worker's error, from its exit code and message."""
     if code > 128:
         return Interrupted(code - 128, message)
-    return CheckFailed(message) if code == 1 else UserError(message)
+    return {1: CheckFailed, 3: Unforeseen}.get(code, UserError)(message)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; rooms on one floor do not import each other.
 FLOORS = (
     {"errors", "hashes", "hub_errors", "nano"},
-    {"schema", "folders", "trust", "pages"},
+    {"schema", "folders", "trust", "pages", "quiet_launch"},
     {"run", "cache"},
     {"data", "base", "speed"},
     {"adapter"},

@@ -15,13 +15,15 @@ import pytest
 from processes import left_over, lora_kit, send_when, until
 
 from lora_kit import launch, start
-from lora_kit.errors import UserError
+from lora_kit.errors import CheckFailed, UserError
 from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
+from lora_kit.train.directory import check_sharded
 from lora_kit.trust import run_module
 
 CONFIGS = {
     "cpu": 1,
+    "cpu_2nodes": 2,
     "cpu_2proc": 2,
     "fsdp_qlora": 2,
     "multi_gpu": 2,
@@ -95,7 +97,7 @@ def test_printed_command_is_the_one_that_runs(
     printed = shlex.split(capsys.readouterr().err.splitlines()[0])
     command, environment = ran[0]
     assert printed[:2] == ["accelerate", "launch"]
-    module = run_module("accelerate.commands.launch")
+    module = run_module("lora_kit.quiet_launch")
     assert command[: len(module)] == module
     assert printed[2:] == command[len(module) :]
     assert printed[-3:] == [
@@ -138,7 +140,7 @@ def test_signal_saves_and_leaves_no_process(
     code, said = processes.finish(process)
     assert code == expected, said
     assert "Traceback" not in said, said
-    assert said.splitlines()[-1].startswith("error: stopped after step")
+    assert said.splitlines()[-1].startswith("stopped after step")
     assert not left_over(str(work))
     (checkpoint,) = Path("runs/test/checkpoints").iterdir()
     stopped_at = int(checkpoint.name.removeprefix("checkpoint-"))
@@ -242,6 +244,96 @@ def test_worker_that_dies_without_a_word(run_file: Any, work: Path) -> None:
     code, said = lora_kit("train", run_file(), "recipe=mine.py")
     assert code == 1
     assert "error: the training process exited without reporting an error" in said
+    assert "killed by SIGKILL" in said
+    assert "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("name", ["fsdp_qlora", "zero3"])
+def test_sharding_on_a_cpu_is_refused(name: str, run_file: Any, work: Path) -> None:
+    """accelerate would silently train with a whole base in each process."""
+    text = start.accelerate_config(name).read_text().replace("use_cpu: false", "use_cpu: true")
+    (work / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match="use_cpu: true: accelerate shards nothing on a CPU"):
+        start.start(run_file(), accelerate="mine.yaml")
+
+
+def test_sharding_that_accelerate_does_not_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a recipe is started by `accelerate launch`."""
+    check_sharded(False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_sharded(True)
+    with pytest.raises(CheckFailed, match="told to shard the base and does not"):
+        check_sharded(False)
+
+
+def killed(environment: dict[str, str], *_: Any) -> tuple[int, None]:
+    """Instead of the child: its worker began, and was killed."""
+    (Path(environment[launch.OUTCOME_VARIABLE]) / "0.pid").write_text("1")
+    return 137, None
+
+
+@pytest.mark.parametrize("phase", launch.NO_MEMORY)
+def test_the_kernels_kill_for_memory_is_recognized(
+    phase: str, run_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if phase == "preparing the data":
+        return  # the same process as loading the base, to whoever looks from outside
+
+    def child(command: list[str], *given: Any) -> tuple[int, None]:
+        run = Path("runs/test")
+        run.mkdir(parents=True)
+        if phase != "loading the base":
+            (run / "metrics.jsonl").touch()
+        if phase == "evaluation":
+            (run / "adapter").mkdir()
+        return killed(*given)
+
+    counts = iter([3, 4])
+    monkeypatch.setattr(start, "_killed_for_memory", lambda: next(counts))
+    monkeypatch.setattr(start, "_run_child", child)
+    with pytest.raises(UserError) as caught:
+        start.start(run_file(), accelerate="cpu")
+    found = f"out of memory: the kernel killed the training process during {phase}"
+    assert str(caught.value).startswith(f"{found}: {launch.NO_MEMORY[phase]}")
+    again = "lora-kit compare runs/test train.per_device_eval_batch_size=1"
+    assert (again in str(caught.value)) == (phase == "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("own", "file", "text"),
+    [
+        ("0::/user/run\n", "user/run/memory.events", "low 0\noom 1\noom_kill 7\n"),
+        ("0::/\n", "memory.events", "oom_kill 7\noom_group_kill 1\n"),
+        (
+            "5:cpu,memory:/a\n0::/\n",
+            "memory/a/memory.oom_control",
+            "oom_kill_disable 0\nunder_oom 0\noom_kill 7\n",
+        ),
+        ("0::/elsewhere\n", "other/memory.events", "oom_kill 7\n"),
+    ],
+)
+def test_kills_are_read_in_the_own_cgroup(
+    own: str, file: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").write_text(own)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(text)
+    monkeypatch.setattr(start, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(start, "_CGROUPS", tmp_path)
+    assert start._killed_for_memory() == (0 if "elsewhere" in own else 7)
+    monkeypatch.setattr(start, "_OWN_CGROUPS", tmp_path / "none")
+    assert start._killed_for_memory() == 0
+
+
+def test_a_full_disk_for_temporary_files_fails_no_finished_run(
+    run_file: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = Path("a/folder/that/cannot/be/written")
+    assert launch._leave_outcome(nowhere, "0", None) == 0
+    assert launch._leave_outcome(nowhere, "0", UserError("a mistake")) == 2
+    assert capsys.readouterr().err == "error: a mistake\n"
+    monkeypatch.setattr(start, "_run_child", lambda *_: (0, None))  # and no outcome
+    start.start(run_file(), accelerate="cpu")
 
 
 def test_a_gpu_config_without_a_gpu_is_refused(
@@ -251,6 +343,7 @@ def test_a_gpu_config_without_a_gpu_is_refused(
     with pytest.raises(UserError, match="--accelerate single_gpu: no GPU is visible"):
         start.start(run_file(), accelerate="single_gpu")
     monkeypatch.setattr("lora_kit.start.gpu_count", lambda: 2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match="--accelerate zero3 needs deepspeed"):
         start.start(run_file(), accelerate="zero3")
     assert not Path("runs").exists()

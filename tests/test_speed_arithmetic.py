@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -223,40 +224,48 @@ def test_lengths_of_blocks_and_rows_come_again() -> None:
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("version", ["2.11", "2.13"])
+@pytest.mark.parametrize("version", ["2.10", "2.11", "2.12"])
 def test_the_gpu_kernel_is_called_as_its_version_takes_it(
     version: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch 2.11's kernel takes no `enable_gqa`, and as many keys as queries."""
+    """Stubs with the signatures of torch's releases; before 2.12 as many keys as queries."""
     from lora_kit.speed.attention import _on_gpu
 
-    def kernel(q: Any, k: Any, v: Any, ends: Any, *_: Any, scale: float, **options: Any) -> Any:
-        assert options.pop("window_size") == (-1, 0)
-        assert grouped or q.shape == k.shape
-        assert not options or options == {"enable_gqa": True}
+    def kernel(q: Any, k: Any, v: Any, ends: Any, scale: float | None, grouped: bool) -> Any:
+        assert grouped or q.shape == k.shape == v.shape
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         row = torch.arange(len(q[0]))
         document = torch.bucketize(row, ends[1:], right=True)
         seen = (document[:, None] == document) & (row[:, None] >= row)
         out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=scale, **options
+            q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped
         )
         return out.transpose(0, 1)
 
-    def newer(
-        q: Any, k: Any, v: Any, a: Any, b: Any, c: Any, d: Any,
-        *, scale: float, window_size: Any, enable_gqa: bool = False,
+    def torch_2_10(
+        query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int,
+        is_causal: bool = False, return_aux: Any = None,
     ) -> Any:  # fmt: skip
-        options = {"enable_gqa": True} if enable_gqa else {}
-        return kernel(q, k, v, a, scale=scale, window_size=window_size, **options)
+        assert is_causal and return_aux is None
+        return kernel(query, key, value, cu_seq_q, None, False)
 
-    def older(
-        q: Any, k: Any, v: Any, a: Any, b: Any, c: Any, d: Any, *, scale: float, window_size: Any
-    ) -> Any:
-        assert q.shape == k.shape == v.shape
-        return kernel(q, k, v, a, scale=scale, window_size=window_size)
+    def torch_2_11(
+        query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int,
+        *, return_aux: Any = None, scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Any:  # fmt: skip
+        assert window_size == (-1, 0) and return_aux is None
+        return kernel(query, key, value, cu_seq_q, scale, False)
 
-    called = older if version == "2.11" else newer
+    def torch_2_12(
+        query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int,
+        *, return_aux: Any = None, scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+    ) -> Any:  # fmt: skip
+        assert window_size == (-1, 0) and return_aux is None and enable_gqa == grouped
+        return kernel(query, key, value, cu_seq_q, scale, enable_gqa)
+
+    called = {"2.10": torch_2_10, "2.11": torch_2_11, "2.12": torch_2_12}[version]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", called)
     q, k, v = rows(4, 9, 8), rows(2 if grouped else 4, 9, 8, seed=1), rows(4, 9, 8, seed=2)
     states = q, k, v[: len(k)]
@@ -270,3 +279,24 @@ def test_the_gpu_kernel_is_called_as_its_version_takes_it(
         1,
     )
     assert torch.allclose(found, expected.transpose(0, 1))
+
+
+def test_a_kernel_that_a_version_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised here ends as the notice that attention takes the standard path."""
+    from lora_kit.speed.attention import _on_gpu
+
+    states = rows(2, 4, 8), rows(2, 4, 8), rows(2, 4, 8)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # torch 2.9
+    with pytest.raises(NotImplementedError, match=r"a GPU, which needs torch 2\.10"):
+        _on_gpu(states, [4], 1.0, None)
+
+    def torch_2_10(
+        query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int,
+        is_causal: bool = False, return_aux: Any = None,
+    ) -> Any:  # fmt: skip
+        raise AssertionError("it has no windows")
+
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_10)
+    with pytest.raises(NotImplementedError, match=r"a sliding window on a GPU, .* torch 2\.11"):
+        _on_gpu(states, [4], 1.0, 2)

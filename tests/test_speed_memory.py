@@ -100,6 +100,26 @@ def test_no_product_goes_uncounted() -> None:
     assert 4 * weights * 32 < work.flops < 8 * weights * 32
 
 
+def test_a_plan_for_a_gpu_counts_the_attention_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's variable-length attention: no blocks, no kept probabilities, no padding."""
+
+    def counted(gpu: bool, use_cpu: str = "false") -> PassCost:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+        model = llama("meta")
+        assert memory.assume_fast(model)
+        return count(model, rows_on_meta([[41, 17, 3]], flat=True))
+
+    cpu, gpu = counted(False), counted(True)
+    assert counted(True, "true") == cpu
+    operations = [sum(work.done.values()) for work in (cpu, gpu)]
+    # In each of the three layers: three documents in blocks, forward and backward.
+    assert operations[1] < operations[0] - 3 * 3 * 10
+    assert gpu.peak < cpu.peak
+    weights = sum(m.weight.numel() for m in llama("meta").modules() if type(m) is torch.nn.Linear)
+    assert 4 * weights * 61 < gpu.flops < 8 * weights * 61
+
+
 def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps() -> None:
     model = llama("cpu")
     batch = on_cpu(rows_on_meta([[16], [16]], flat=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from trained import finish_in
 
 import lora_kit as package
-from lora_kit.errors import CheckFailed, UserError
+from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.train.callbacks import read_metrics
 
 LINEAR = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
@@ -181,3 +182,52 @@ def test_excluded_modules_and_layers_go_together(run_file: Any) -> None:
     report = package.train(run_file("cpt", adapter=adapter))
     # q 64+64, v and o 64+32 and 64+64, gate and up 64+128 each, down 128+64, of rank 4
     assert report["training"]["trainable_parameters"] == 4 * (128 + 96 + 128 + 3 * 192)
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_keeps_the_adapter(
+    run_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run_file()
+    with monkeypatch.context() as patch:
+        interrupted = "lora_kit.prove.evaluate.evaluate"
+        patch.setattr(interrupted, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted) as stopped:
+            package.train(file)
+    assert stopped.value.exit_code == 130
+    assert str(stopped.value) == (
+        "stopped during the evaluation; the adapter is saved in runs/test/adapter: "
+        "evaluate it with lora-kit compare runs/test"
+    )
+    adapter = adapter_hash(RUN)
+    compared = package.compare(RUN)  # the advice works
+    assert (RUN / "report.json").is_file()
+    report = package.train(file, resume=True)
+    assert adapter_hash(RUN) == adapter
+    assert report["domain"] == compared["domain"]
+    with pytest.raises(UserError, match="already finished"):
+        package.train(file, resume=True)
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_while_evaluating_keeps_the_adapter(
+    run_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run that had no checkpoint leaves no directory in the way of the next try."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("could not create a primitive")
+
+    file = run_file()
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_kit.prove.evaluate.evaluate", fail)
+        with pytest.raises(RuntimeError):
+            package.train(file)
+    assert (RUN / "adapter").is_dir()
+    again = package.compare(RUN, ["train.per_device_eval_batch_size=1"])
+    assert again["domain"]["documents"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_kit.base.load.freeze", fail)
+        with pytest.raises(RuntimeError):
+            package.train(file, "name=other")
+    assert not Path("runs/other").exists()

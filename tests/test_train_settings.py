@@ -47,6 +47,7 @@ TRAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "save_steps": (3, {"save_steps": 3}),
     "report_to": (["tensorboard"], {"report_to": ["tensorboard"]}),
     "dataloader_num_workers": (1, {"dataloader_num_workers": 1}),
+    "ddp_timeout": (7, {"ddp_timeout": 7}),
 }
 # Keys that our own code reads, with the test below, or the file, that proves it.
 OWN_TRAIN = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit.adapter import files
 from lora_kit.adapter.audit import coverage
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, out_of_memory
 from lora_kit.run import nearest
 from lora_kit.schema import Adapter
 
@@ -137,6 +137,8 @@ def load_adapter(model: Model, found: files.Adapter, trainable: bool = False) ->
         known = get_peft_model_state_dict(attached, save_embedding_layers=False).keys()
         loaded: Any = load_tensors(attached, tensors)
     except Exception as error:  # PEFT raises anything on settings and shapes
+        if out_of_memory(error):
+            raise
         raise _does_not_fit(found, " ".join(str(error).split())[:200]) from None
     unknown = [n for n in tensors if n not in known and n not in whole and ".lora_" not in n]
     unexpected = [*sorted(unknown), *loaded.unexpected_keys]

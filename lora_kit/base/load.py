@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import stored_in
-from lora_kit.errors import LoraKitError, UserError
+from lora_kit.errors import LoraKitError, UserError, out_of_memory
 from lora_kit.schema import Base, Json
 from lora_kit.trust import no_kernels_from_the_hub
 
@@ -172,6 +172,8 @@ def unusable(folder: str | Path, what: str, error: Exception) -> LoraKitError:
     """The error for a base that a library cannot load: `what` is wrong, and why."""
     if isinstance(error, LoraKitError):
         return error  # for instance a signal
+    if out_of_memory(error):
+        raise error  # it says nothing about the base
     reason = " ".join(str(error).split())[:240] or type(error).__name__
     kinds = re.search(r"configuration class <class '.*\.(\w+)'> .*: (AutoModel\w*)\.", reason)
     if kinds:

@@ -25,6 +25,9 @@ from lora_kit.tasks.recipe import load_recipe
 from lora_kit.tasks.task import Processor, Task
 from lora_kit.train.arguments import training_arguments
 
+# Keys that may differ from those of the training.
+_FREE = ("prove.", "train.per_device_eval_batch_size=")
+
 
 def compare(
     run: str | Path,
@@ -39,7 +42,8 @@ def compare(
 
     Args:
         run: the run directory.
-        overrides: `prove.KEY=VALUE`, to measure more or something else than the run did.
+        overrides: `prove.KEY=VALUE`, to measure more or something else than the run did; or another
+            `train.per_device_eval_batch_size`, to use less memory.
         gate: hold the run to the default bounds of `prove.gate` if it names none.
         scratch: also train a randomly initialised model of the same architecture, on the same
             budget (recipes with the score `loss`).
@@ -52,8 +56,9 @@ def compare(
         UserError: there is no finished run, or its data, base or recipe changed since it was
             trained.
     """
-    if strange := [item for item in overrides if not item.startswith("prove.")]:
-        raise UserError(f"{', '.join(strange)}: a finished run takes other prove.* keys only")
+    if strange := [item for item in overrides if not item.startswith(_FREE)]:
+        allowed = "prove.* keys and train.per_device_eval_batch_size"
+        raise UserError(f"{', '.join(strange)}: a finished run takes other {allowed} only")
     finished = FinishedRun(run, base, overrides)
     task = task_of(finished)
     opened = finished.run_of(task)

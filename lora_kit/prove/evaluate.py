@@ -15,7 +15,7 @@ import torch
 from lora_kit.adapter.files import open_adapter
 from lora_kit.data.rows import Rows
 from lora_kit.data.splits import take_units
-from lora_kit.errors import CheckFailed, UserError
+from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.prove.harness import check_tasks, run_harness
 from lora_kit.prove.into import original_weights
 from lora_kit.prove.report import ahead, evaluated_text, in_lines, write_report
@@ -95,7 +95,20 @@ def prove(trainer: Guards, data: Prepared, processor: Processor, fresh: tuple[st
     Raises:
         CheckFailed: the adapter did not train as it should, or `prove.gate` does not hold. The run
             is finished and reported all the same.
+        Interrupted: SIGINT or SIGTERM; the adapter was saved before (exit code 130 or 143).
     """
+    directory = trainer.guard.directory
+    try:
+        return _prove(trainer, data, processor, fresh)
+    except Interrupted as stopped:
+        raise Interrupted(
+            stopped.exit_code - 128,
+            f"stopped during the evaluation; the adapter is saved in {directory / 'adapter'}: "
+            f"evaluate it with lora-kit compare {directory}",
+        ) from None
+
+
+def _prove(trainer: Guards, data: Prepared, processor: Processor, fresh: tuple[str, ...]) -> Json:
     guard, run, task = trainer.guard, trainer.guard.run, trainer.guard.task
     directory = guard.directory
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_kit.speed.runtime import on_gpu
+
 NAME = "lora_kit"
 _BLOCK = 256  # queries per block
 # oneDNN caches half a megabyte for each new shape. So block lengths are multiples of this, and rows
@@ -200,7 +202,7 @@ def attention(
     if kind not in _KINDS or (kind == _SLIDING and sliding_window is None):
         raise NotImplementedError(f"{kind}, which needs a mask")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    compute = _on_gpu if query.is_cuda else _on_cpu
+    compute = _on_gpu if on_gpu(query) else _on_cpu
     return compute((query[0], key[0], value[0]), documents, scale, sliding_window)[None], None
 
 
@@ -244,23 +246,32 @@ def _on_gpu(
     states: _States, documents: Sequence[int], scale: float, window: int | None
 ) -> torch.Tensor:
     """(tokens, heads, size)"""
-    from torch.nn.attention.varlen import varlen_attn
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        raise NotImplementedError("a GPU, which needs torch 2.10") from None
 
+    takes = inspect.signature(varlen_attn).parameters
+    query, key, value = (x.transpose(0, 1).contiguous() for x in states)
+    if "window_size" in takes:  # a window of w tokens includes the token itself: w - 1 to the left
+        left_right = (-1 if window is None else window - 1, 0)
+        options: dict[str, Any] = {"scale": scale, "window_size": left_right}
+    elif window is None:  # torch 2.10, which scales by size ** -0.5
+        options = {"is_causal": True}
+        query = query * (scale * query.shape[-1] ** 0.5)
+    else:
+        raise NotImplementedError("a sliding window on a GPU, which needs torch 2.11")
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in takes:
+            options["enable_gqa"] = True
+        else:  # before torch 2.12: a key and a value for each head of the query
+            repeats = query.shape[1] // key.shape[1]
+            key = key.repeat_interleave(repeats, 1)
+            value = value.repeat_interleave(repeats, 1)
     ends = torch.tensor([0, *accumulate(documents)], dtype=torch.int32).to(
         states[0].device, non_blocking=True
     )
     longest = max(documents)
-    # A window of w tokens includes the token itself: w - 1 to the left.
-    left_right = (-1 if window is None else window - 1, 0)
-    query, key, value = (x.transpose(0, 1).contiguous() for x in states)
-    options: dict[str, Any] = {"scale": scale, "window_size": left_right}
-    if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:  # torch 2.11: a key and a value for each head of the query
-            repeats = query.shape[1] // key.shape[1]
-            key = key.repeat_interleave(repeats, 1)
-            value = value.repeat_interleave(repeats, 1)
     out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, **options)
     return out
 

@@ -19,6 +19,7 @@ from lora_kit.speed import attention, linear, norm
 from lora_kit.speed.loss import causal_loss, causal_nats, labelled_places
 from lora_kit.speed.patch import also_without_gradients, part_of, put_in, take_out
 from lora_kit.speed.prefix import causal_model, embedding_weight
+from lora_kit.speed.runtime import on_gpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -249,7 +250,7 @@ def _own_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     if documents is not None:
         inputs["attention_mask"] = torch.empty(1, 1, 1, 0)
         inputs["use_cache"] = False
-        if not inputs["input_ids"].is_cuda:
+        if not on_gpu(inputs["input_ids"]):
             more = attention.padded_length(documents) - sum(documents)
             for name, value in (("input_ids", 0), ("position_ids", 0), ("labels", _IGNORED)):
                 if inputs.get(name) is not None:

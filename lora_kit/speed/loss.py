@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lora_kit.speed.runtime import on_gpu
+
 # Per device: logits of a chunk, and how many of them are in float32 at once. On a CPU 16 MiB in
 # 16 bits and 2 MiB in float32, which fit its caches; a GPU needs large products.
 _AT_ONCE = {"cpu": (2**23, 2**19), "cuda": (2**27, 2**27)}
@@ -33,9 +35,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # On the meta device: planning for the GPU, if there is one.
-        planned = hidden.is_meta and torch.cuda.is_available()
-        most, most_wide = _AT_ONCE["cuda" if hidden.is_cuda or planned else "cpu"]
+        most, most_wide = _AT_ONCE["cuda" if on_gpu(hidden) else "cpu"]
         rows = max(1, most // len(head) // _MULTIPLE) * _MULTIPLE
         for first in range(0, len(hidden), rows):
             chunk = slice(first, first + rows)

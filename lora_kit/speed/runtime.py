@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
@@ -49,3 +53,13 @@ def float32_is_faster() -> bool:
         timer = Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
         seconds.append(min(timer.blocked_autorange(min_run_time=0.05).times))
     return 2 * seconds[0] < seconds[1]
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether operations on a tensor run on a GPU; for the meta device, on which plans are made,
+    whether those of the training will."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    planned = x.is_meta and torch.cuda.is_available()
+    return x.is_cuda or (planned and not parse_flag_from_env("ACCELERATE_USE_CPU"))

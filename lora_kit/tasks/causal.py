@@ -85,7 +85,9 @@ class Causal(Task):
         from lora_kit.tasks.answers import completion_scores, drawn
         from lora_kit.tasks.measure import ROWS_AT_ONCE, measure
 
-        at_once = min(ROWS_AT_ONCE, run.train.per_device_train_batch_size)
+        train = run.train
+        most = min(train.per_device_train_batch_size, train.per_device_eval_batch_size)
+        at_once = min(ROWS_AT_ONCE, most)
         scores = measure(model, rows, processor.pad_token_id, at_once).scores()
         names = run.prove.metrics
         if names:

@@ -8,19 +8,25 @@ Only rank 0 writes files and messages.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
+from lora_kit.adapter.files import WEIGHTS
 from lora_kit.adapter.finished import FinishedRun
+from lora_kit.base.load import base_is_sharded, gpu_is_used
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, UserError, redact
 from lora_kit.folders import write_whole
+from lora_kit.hashes import file_hash
 from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, read_lock, write_run
 from lora_kit.schema import Adapter, Json, Run, Train
 from lora_kit.tasks.task import Task
@@ -33,6 +39,7 @@ FREE_TO_CHANGE = {
     "train.save_total_limit",
     "train.report_to",
     "train.dataloader_num_workers",
+    "train.ddp_timeout",
     "train.per_device_eval_batch_size",
     "train.load_best_model_at_end",  # to use the last adapter if the best checkpoint is corrupt
     "data.workers",
@@ -41,6 +48,13 @@ FREE_TO_CHANGE = {
 }
 # Keys that name files without a hash in the lock file.
 _NOT_HASHED = ("recipe", "adapter.start", "data.labels")
+# Keys that may differ between ranks; the base, the recipe and the adapter are compared by hash.
+_OF_ONE_RANK = {
+    *("base.model", "base.revision", "recipe", "adapter.start", "data.workers"),
+    *("train.dataloader_num_workers", "train.ddp_timeout"),
+}
+_MOST_NAMED = 5
+_START_S = 1800  # for all processes to connect
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")
 
 
@@ -65,6 +79,100 @@ def check_processes(running: int) -> None:
             f"{asked} processes requested, {running} running: on CPU use --accelerate "
             "cpu_2proc; on GPUs check that `lora-kit doctor` lists them"
         )
+
+
+def check_sharded(sharded: bool) -> None:
+    """Raises CheckFailed if the base is not divided among the processes, although accelerate was
+    told so: on a CPU, or with one process, it silently is not."""
+    if base_is_sharded() and not sharded:
+        raise CheckFailed(
+            "accelerate was told to shard the base and does not: it needs GPUs, and several "
+            "processes; on CPU use --accelerate cpu_2proc"
+        )
+
+
+def connect(facts: Mapping[str, object], timeout_s: int) -> None:
+    """Connect the processes of a run, if there are several, and check that they `agree`. From then
+    on, one that waits for another longer than `timeout_s` raises an error.
+
+    Raises:
+        UserError: they were not given the same.
+    """
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    # Another machine may still be downloading the base.
+    patience = timedelta(seconds=max(timeout_s, _START_S))
+    PartialState(cpu=not gpu_is_used(), timeout=patience)
+    if dist.is_initialized():
+        agree(facts)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+
+
+def agree(facts: Mapping[str, object]) -> None:
+    """Check that all ranks are given the same facts. All ranks must call it, once connected.
+
+    Args:
+        facts: {name: a plain value}
+
+    Raises:
+        UserError: on all ranks, if one differs: it names the fact, both values and their ranks.
+    """
+    from accelerate.utils import gather_object
+
+    if processes() == 1:
+        return
+    every: list[Mapping[str, object]] = gather_object([dict(facts)])
+    problems = []
+    for name in sorted({name for one in every for name in one}):
+        values = [one.get(name) for one in every]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                found = f"{name} is {_short(values[0])} on rank 0, {_short(value)} on rank {rank}"
+                problems.append(found)
+                break
+    if problems:
+        more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+        raise UserError(f"the processes differ: {'; '.join(problems[:_MOST_NAMED])}{more}")
+
+
+def _short(value: object) -> str:
+    """A value in a message; of a hash, its beginning."""
+    text = repr(value)
+    return text[1:13] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else text
+
+
+def facts_of(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -> Json:
+    """What all ranks must agree on: settings, versions, and hashes of data, code, base and adapter.
+    Paths may differ.
+
+    Args:
+        hashes: of the data, by source. entries: further facts.
+    """
+
+    def name_of(text: str) -> str | None:
+        return Path(text).name if text in hashes or Path(text).is_absolute() else None
+
+    settings = _flat(run.model_dump(mode="json"))
+    facts = {k: _by_content(v, name_of) for k, v in settings.items() if k not in _OF_ONE_RANK}
+    # Several sources can have the same name.
+    for source in sorted(hashes, key=lambda source: hashes[source]):
+        name = f"data {Path(source).name}"
+        facts[name] = hashes[source] if name not in facts else f"{facts[name]}, {hashes[source]}"
+    if run.adapter.start:
+        places = [Path(run.adapter.start) / folder / WEIGHTS for folder in ("adapter", "")]
+        facts["adapter.start"] = [file_hash(place) for place in places if place.is_file()]
+    facts |= {f"base.model {name}": digest for name, digest in pinned.hashes.items()}
+    facts |= {f"version of {name}": number for name, number in versions().items()}
+    package = Path(__file__).resolve().parents[1]
+    code = [file_hash(f) for f in sorted(package.rglob("*")) if f.suffix in (".py", ".jinja")]
+    facts["code of lora_kit"] = hashlib.sha256("".join(code).encode()).hexdigest()
+    return {**facts, "device": "GPU" if gpu_is_used() else "CPU", **entries}
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that affect a run."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
 def say(text: str) -> None:
@@ -110,13 +218,10 @@ def create(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -
         run.directory.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{run.directory}: cannot be created ({error.strerror})") from None
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        versions[name] = version(name)
     fixed = {
         "batch": batch_geometry(run.train),
         "seed": run.seed,
-        "versions": versions,
+        "versions": versions(),
         "finished": False,
     }
     write_run_files(run, pinned, hashes, {**fixed, **entries})

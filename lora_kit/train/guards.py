@@ -246,6 +246,21 @@ class Guards(Trainer):
         else:
             super()._run_epoch(*args, **options)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves what trains in float32: DeepSpeed has it in the base's dtype, and a float32 copy in
+        its optimizer. All ranks must call it."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {
+            name: safe_get_full_fp32_param(parameter).cpu()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+        self._save(output_dir, weights)
+
     def create_model_card(self, *args: object, **options: object) -> None:
         """Disabled: TRL would write a template with local paths into each checkpoint."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, out_of_memory
 from lora_kit.tasks.task import Batch
 from lora_kit.train.directory import say
 
@@ -16,8 +16,6 @@ _NO_MEMORY = (
     "out of memory, {halved}: lower train.max_length or "
     "adapter.r, set train.gradient_checkpointing=true, or base.quantize=nf4"
 )
-# Messages of torch's CPU allocator and oneDNN, which have no exception type of their own.
-_NO_MEMORY_TEXTS = ("DefaultCPUAllocator", "could not create a primitive")
 
 
 class MicroBatch(dict[str, Any]):
@@ -83,7 +81,7 @@ class Halving:
         loss = None
         try:
             loss = step(part)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
         # Retried outside of the handler, since its traceback keeps activations alive.
@@ -124,12 +122,6 @@ class Halving:
 
 def _total(losses: list[torch.Tensor]) -> torch.Tensor:
     return sum(losses, start=torch.zeros(()))
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is an out-of-memory error, of a GPU or of the CPU's allocator."""
-    texts = any(text in str(error) for text in _NO_MEMORY_TEXTS)
-    return texts or isinstance(error, torch.OutOfMemoryError)
 
 
 def _wasteful(batch: Batch) -> bool:

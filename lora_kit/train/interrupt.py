@@ -9,10 +9,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import Interrupted
 
+# The folder in which a worker writes its exit code and message for `start.start`: accelerate
+# reports every failure as 1, with a traceback.
+OUTCOME_VARIABLE = "LORA_KIT_OUTCOME"
+HEARD = ".heard"  # suffix of the file with which a rank confirms a signal
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,6 +33,9 @@ class StopSignal:
         if self.signum is not None:  # ignore a second one, for example from the launcher
             return
         self.signum = signum
+        if folder := os.environ.get(OUTCOME_VARIABLE):
+            with contextlib.suppress(OSError):  # the disk is full
+                (Path(folder) / f"{os.environ.get('LOCAL_RANK', '0')}{HEARD}").touch()
         if not self.saving:
             raise Interrupted(signum, f"stopped by {signal.Signals(signum).name}")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lora_kit.base.load import check_length
+from lora_kit.base.load import base_is_sharded, check_length
 from lora_kit.base.pin import Pinned
-from lora_kit.errors import CheckFailed, LoraKitError
+from lora_kit.errors import CheckFailed, LoraKitError, out_of_memory
 from lora_kit.hashes import file_hash
 from lora_kit.run import read_lock, recipe_file
 from lora_kit.schema import Json, Run
@@ -49,6 +49,7 @@ class Journey:
         self.stop = StopSignal()
         self._listening = self.stop.listening()
         self._created = False
+        self._facts: Json = {}
 
     def say(self, text: str) -> None:
         """Print a line to stderr, on rank 0 only."""
@@ -66,23 +67,31 @@ class Journey:
         trace: TracebackType | None,
     ) -> None:
         user_error = isinstance(error, LoraKitError) and not isinstance(error, CheckFailed)
+        user_error |= out_of_memory(error)
         if user_error and self._created and not any(self.run.directory.glob("checkpoints/*")):
             directory.remove(self.run.directory)
         self._listening.__exit__(None, None, None)
 
     def begin(self, pinned: Pinned, data: Prepared, processor: Processor) -> None:
-        """Create the run directory, or open the one to resume; print the census and a sample.
+        """Connect the processes, and check that they agree; create the run directory, or open the
+        one to resume; print the census and a sample.
 
         Raises:
-            UserError: the directory of a new run exists; the run to resume does not exist, is
-                finished, or differs in a key that affects the result; the adapter to start from is
-                of another base or other classes; or `train.max_length` exceeds the base's context.
+            UserError: the processes differ in what they were given; the directory of a new run
+                exists; the run to resume does not exist, is finished, or differs in a key that
+                affects the result; the adapter to start from is of another base or other classes;
+                or `train.max_length` exceeds the base's context.
             CheckFailed: the number of processes is not the requested one.
         """
         run, task = self.run, self.task
         directory.check_processes(directory.processes())
         check_length(pinned, run.train.max_length)
         recipe = {"name": Path(run.recipe).stem, "sha256": file_hash(recipe_file(run.recipe))}
+        if directory.processes() > 1:
+            given = {"recipe": recipe["sha256"], "--resume": self.resume, "commits": data.commits}
+            self._facts = directory.facts_of(run, pinned, data.hashes, given)
+        if not base_is_sharded():  # else after it is loaded, as accelerate expects
+            self.connect()
         if self.resume:
             directory.check_same(run, task, pinned, data.hashes)
             begun_with = (self.lock.get("recipe") or {}).get("sha256")
@@ -105,6 +114,11 @@ class Journey:
                 directory.write_json(run.directory / "census.json", data.census.to_json())
         self.say("\n".join(data.summary()))
         self.say(f"sample: {self._sample(data, processor)!r}")
+
+    def connect(self) -> None:
+        """Connect the processes, and check that all were given the same. Raises UserError if they
+        were not."""
+        directory.connect(self._facts, self.run.train.ddp_timeout)
 
     def _sample(self, data: Prepared, processor: Processor) -> str:
         """The beginning of the first training row."""

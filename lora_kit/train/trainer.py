@@ -13,6 +13,7 @@ from lora_kit.base.load import base_is_sharded
 from lora_kit.data.rows import Row, Rows
 from lora_kit.errors import Interrupted, UserError
 from lora_kit.folders import check_room
+from lora_kit.hashes import file_hash
 from lora_kit.schema import Run, Train
 from lora_kit.speed.fast import FOR_ANY_MODEL, FixedLoss, documents_loss, make_fast, make_plain
 from lora_kit.speed.memory import Choice, recompute
@@ -22,10 +23,17 @@ from lora_kit.tasks.packing import Packed, check_isolation, content_hash
 from lora_kit.tasks.task import Processor, Task
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.callbacks import Metrics, Progress, peak_mib
-from lora_kit.train.directory import add_to_lock, batch_geometry, check_processes, say
+from lora_kit.train.directory import (
+    add_to_lock,
+    agree,
+    batch_geometry,
+    check_processes,
+    check_sharded,
+    say,
+)
 from lora_kit.train.guards import Guards, best_step, guarded, has_own_loss, resume_from
 from lora_kit.train.journey import Journey
-from lora_kit.train.save import checkpoint_bytes, newest_intact, read_seal
+from lora_kit.train.save import SEAL, checkpoint_bytes, newest_intact, read_seal
 from lora_kit.train.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -78,6 +86,9 @@ def make_trainer(
     needed = checkpoint_bytes(trainable, keep, run.train.optim)
     check_room(directory, needed, "lower train.save_total_limit")
 
+    if base_is_sharded():
+        journey.connect()
+
     # The trainer's arguments, with the batch that the plan chose.
     choice: Choice | None = plan.choice if plan and run.speed == "auto" else None
     planned = _planned(choice) if choice else {}
@@ -112,6 +123,7 @@ def make_trainer(
     if flat:
         trainer.guard.prefix = _frozen_prefix(trainer, data.train)
     check_processes(trainer.accelerator.num_processes)
+    check_sharded(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(directory / "tensorboard")
@@ -254,6 +266,8 @@ def fit(trainer: Guards, resume: bool) -> None:
     guard = trainer.guard
     found = newest_intact(guard.directory) if resume else None
     if found:
+        seal = {"step": found.step, "seal": file_hash(found.folder / SEAL)}
+        agree({f"the checkpoint's {name}": value for name, value in seal.items()})
         resume_from(trainer, found)
         say(f"resuming after step {found.step}")
     guard.stop.saving = True

@@ -1,0 +1,33 @@
+"""`accelerate launch` without its traceback: it ends with the exit code of the worker that failed
+first, as a shell gives it (128 + the signal that killed it)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from lora_kit.errors import in_a_line, redact
+
+
+def main() -> None:
+    from accelerate.commands.launch import main as launch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    code = 0
+    try:
+        launch()
+    except subprocess.CalledProcessError as error:
+        code = error.returncode
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        code = -error.sigval
+    except Exception as error:
+        print(redact(f"accelerate: {in_a_line(error)}"), file=sys.stderr)
+        code = 1
+    raise SystemExit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()
