@@ -2,13 +2,15 @@
 bases. The key of an entry is a hash of everything that it was computed from.
 
 ~/.cache/lora_kit/<key>/ (or below LORA_KIT_CACHE) appears when it is complete. A lock lets one
-process prepare while others, such as other ranks, wait.
+process prepare while others, such as other ranks, wait. Entries that were not used for a month are
+removed, and the oldest ones where the cache is larger than LORA_KIT_CACHE_GB; never one in use.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import hashlib
 import inspect
 import json
@@ -26,10 +28,14 @@ from lora_kit.folders import new_folder
 from lora_kit.hashes import file_hash
 
 CACHE_VARIABLE = "LORA_KIT_CACHE"
+BOUND_VARIABLE = "LORA_KIT_CACHE_GB"  # gigabytes; unset: no bound
 # Increased whenever the same input gives different files.
 VERSION = 10
 DAYS_KEPT = 30
 _SEAL = "seal.json"
+_LEFTOVER = ".lora-kit-partial"  # ending of what a killed process left: see `new_folder`
+# Entries that this process uses, locked while it lives.
+_in_use: dict[Path, int] = {}
 
 
 def key_of(*parts: object, libraries: Iterable[str] = ()) -> str:
@@ -58,6 +64,20 @@ def installed(library: str) -> str | None:
         return None
 
 
+def root_folder() -> Path:
+    """The folder of the cache."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lora_kit")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes on disk of all files in a folder."""
+    blocks = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            blocks += file.lstat().st_blocks
+    return 512 * blocks
+
+
 def prepared(key: str, build: Callable[[Path], None]) -> Path:
     """The folder of this key, from the cache or newly made: `build` writes its files into the
     folder that it is given.
@@ -67,7 +87,7 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
     """
     from filelock import FileLock
 
-    root = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lora_kit")
+    root, bound = root_folder(), _bound()
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f"{key}.lock")
@@ -91,15 +111,17 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
         return folder
     folder = root / key
     try:
-        if not _is_whole(folder):
-            _remove_old(root)
+        whole = _is_whole(folder)
+        if not whole:
+            _remove_old(root, bound)
             shutil.rmtree(folder, ignore_errors=True)
             with new_folder(folder, 0) as partial:
                 build(partial)
                 seal = {f.name: file_hash(f) for f in sorted(partial.iterdir())}
                 (partial / _SEAL).write_text(json.dumps(seal), encoding="utf-8")
-        with contextlib.suppress(OSError):
-            os.utime(folder)
+        _use(folder)
+        if not whole and bound is not None:
+            _remove_old(root, bound)
     except UserError as error:
         if isinstance(error.__cause__, OSError):  # for instance a full disk
             raise UserError(f"{error}; set {CACHE_VARIABLE} to another folder") from None
@@ -120,15 +142,60 @@ def _is_whole(folder: Path) -> bool:
     return False
 
 
-def _remove_old(root: Path) -> None:
-    """Remove entries that were not used for DAYS_KEPT. Processes that still read them are not
-    affected: on Linux mapped files stay until they are closed."""
+def _bound() -> float | None:
+    """The largest size of the cache in bytes. Raises UserError if it is not a number."""
+    text = os.environ.get(BOUND_VARIABLE)
+    try:
+        return 1e9 * float(text) if text else None
+    except ValueError:
+        raise UserError(f"{BOUND_VARIABLE}={text}: not a number of gigabytes: correct it") from None
+
+
+def _use(folder: Path) -> None:
+    """Record that an entry is used now, and keep it from being removed while this process lives."""
+    with contextlib.suppress(OSError):
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        if folder in _in_use:
+            os.close(_in_use[folder])
+        _in_use[folder] = held
+        os.utime(folder)
+        fcntl.flock(held, fcntl.LOCK_SH)
+
+
+def _remove_old(root: Path, bound: float | None) -> None:
+    """Remove entries that were not used for DAYS_KEPT, and the oldest of a cache over `bound`
+    bytes."""
     oldest = time.time() - DAYS_KEPT * 86400
     # Only folders with a seal, and leftovers of killed processes.
-    found = [seal.parent for seal in root.glob(f"*/{_SEAL}")]
-    found += root.glob(".*.lora-kit-partial")
-    for folder in found:
+    folders = [*(seal.parent for seal in root.glob(f"*/{_SEAL}")), *root.glob(f".*{_LEFTOVER}")]
+    found = []
+    for folder in folders:
+        size = 0 if bound is None else size_of(folder)
         with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if folder.stat().st_mtime < oldest:
+            found.append((folder.stat().st_mtime, size, folder))
+    total = sum(size for _, size, _ in found)
+    for used, size, folder in sorted(found):
+        over = bound is not None and total > bound
+        if (used < oldest or over) and _removed(folder):
+            total -= size
+
+
+def _removed(folder: Path) -> bool:
+    """Remove an entry or a leftover, unless a process prepares or uses it; returns whether it was
+    removed."""
+    from filelock import FileLock
+
+    key = folder.name.removeprefix(".").removesuffix(_LEFTOVER)
+    lock = FileLock(folder.with_name(f"{key}.lock"))
+    try:
+        with lock.acquire(blocking=False):
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
-                (root / f"{folder.name}.lock").unlink(missing_ok=True)
+                folder.with_name(f"{key}.lock").unlink(missing_ok=True)
+            finally:
+                os.close(held)
+    except (TimeoutError, OSError):  # in use, or removed meanwhile
+        return False
+    return True

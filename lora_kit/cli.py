@@ -32,6 +32,7 @@ from lora_kit.errors import (
     redact_tracebacks,
     unforeseen,
 )
+from lora_kit.train.interrupt import leave_terminal, stop_signals
 from lora_kit.trust import no_kernels_from_the_hub
 
 if TYPE_CHECKING:
@@ -661,7 +662,8 @@ def doctor(
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
     """Raise, so that partial output is removed, as after Ctrl-C."""
-    raise Interrupted(signum, "stopped by SIGTERM")
+    leave_terminal()
+    raise Interrupted(signum, f"stopped by {signal.Signals(signum).name}")
 
 
 def _in_one_line(error: Exception, verb: str) -> LoraKitError:
@@ -680,7 +682,8 @@ def main() -> None:
     """Run a verb; errors become one line on stderr and an exit code."""
     no_kernels_from_the_hub()
     redact_tracebacks()
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in stop_signals()[1:]:  # not SIGINT
+        signal.signal(number, _terminated)
     for stream in (sys.stdout, sys.stderr):  # paths may not be valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import UserError
+from lora_kit.folders import writer_of
 from lora_kit.launch import gpu_count, prepare_process
-from lora_kit.run import read_json, shipped
+from lora_kit.run import load_run, read_json, read_lock, shipped
+from lora_kit.schema import Json
 from lora_kit.start import start
 
 CPT, SFT, MERGED = Path("runs/demo/cpt"), Path("runs/demo/sft"), Path("runs/demo/merged")
@@ -28,9 +31,7 @@ def run_demo() -> None:
     from rich.console import Console
 
     console = Console()
-    for folder in (CPT, SFT, MERGED):
-        _remove_own(folder)
-    configs = shipped("recipes") / "configs"
+    _remove_earlier()
     started = time.monotonic()
     prepare_process()
     from lora_kit.adapter.finished import FinishedRun
@@ -44,10 +45,10 @@ def run_demo() -> None:
         options, dtype = ["base.dtype=float32"], "float32"
 
     _step(1, "Continued pre-training on Python's language reference (QLoRA, 4 bits)")
-    start(configs / "nano-cpt.yaml", ["name=demo/cpt", *options])
+    start(_config("cpt"), ["name=demo/cpt", *options])
 
     _step(2, "Instruction tuning, starting from that adapter: what does a function do?")
-    start(configs / "nano-sft.yaml", ["name=demo/sft", f"adapter.start={CPT}", *options])
+    start(_config("sft"), ["name=demo/sft", f"adapter.start={CPT}", *options])
 
     _step(3, "Merge the adapter into the base, reload it from disk, compare the logits")
     merged = merge(FinishedRun(SFT), MERGED, dtype, verify="logits")
@@ -81,15 +82,43 @@ def _step(number: int, title: str) -> None:
     print(f"\n[{number}/4] {title}", file=sys.stderr, flush=True)
 
 
-def _remove_own(folder: Path) -> None:
-    """Remove a folder that looks like a run or a model, or is empty; raises UserError for any
-    other."""
-    if not folder.exists():
-        return
-    mine = (folder / "run.yaml").is_file() or (folder / "config.json").is_file()
-    if folder.is_symlink() or not folder.is_dir() or not (mine or not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not from a demo: move it away")
-    shutil.rmtree(folder)
+def _config(recipe: str) -> Path:
+    """The run file of a step."""
+    return shipped("recipes") / "configs" / f"nano-{recipe}.yaml"
+
+
+def _remove_earlier() -> None:
+    """Remove what an earlier demo wrote. Raises UserError, before anything is removed, if one of
+    its folders exists and is not recognised as such, or is in use."""
+    trained = read_lock(SFT).get("adapter", {}).get("sha256")
+    merged = trained and read_json(MERGED / "merge.json").get("adapter") == {"sha256": trained}
+    own = {CPT: _is_own(CPT, "cpt"), SFT: _is_own(SFT, "sft"), MERGED: merged}
+    for folder, known in own.items():
+        empty = folder.is_dir() and not any(folder.iterdir())
+        if os.path.lexists(folder) and (folder.is_symlink() or not (known or empty)):
+            raise UserError(f"{folder} exists and is not from a demo: move it away")
+        if writer := writer_of(folder):
+            raise UserError(f"{folder}: in use by {writer}: wait until it ends, or stop it")
+    for folder in own:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _is_own(folder: Path, recipe: str) -> bool:
+    """Whether a run is the demo's: of the settings of its run file, on the same data and base."""
+    if not (folder / "run.yaml").is_file():
+        return False
+
+    def settings(file: Path) -> Json:
+        values = load_run(file, needs_sources=False).model_dump()
+        for section, key in (("base", "dtype"), ("base", "revision"), ("adapter", "start")):
+            values[section].pop(key)  # set by the demo, or recorded
+        return {**values, "name": None}
+
+    try:
+        return settings(folder / "run.yaml") == settings(_config(recipe))
+    except UserError:  # an invalid run file
+        return False
 
 
 def _ask(folder: Path, question: str) -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_kit.cache import installed
+from lora_kit.cache import BOUND_VARIABLE, CACHE_VARIABLE, installed, root_folder, size_of
 from lora_kit.run import recipe_file
 from lora_kit.schema import Json, Run
 
@@ -47,6 +47,7 @@ def examine() -> dict[str, Any]:
         "memory_mib": memory.total // 2**20,
         "memory_free_mib": memory.available // 2**20,
         "disk_free_mib": shutil.disk_usage(".").free // 2**20,
+        "cache": {"folder": str(root_folder()), "mib": size_of(root_folder()) // 2**20},
         "hub": "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else "online",
         "missing": {n: list(OPTIONAL[n]) for n in OPTIONAL if versions[n] is None},
         "problems": problems,
@@ -77,6 +78,9 @@ def show(found: dict[str, Any]) -> None:
     print(f"Python {found['python']} on {found['system']}, {found['cores']} cores")
     print(f"memory: {found['memory_mib']:,} MiB, {found['memory_free_mib']:,} free")
     print(f"disk here: {found['disk_free_mib']:,} MiB free; Hub: {found['hub']}")
+    cache, limit = found["cache"], os.environ.get(BOUND_VARIABLE)
+    at_most = f"at most {limit} GB" if limit else f"{BOUND_VARIABLE} bounds it"
+    print(f"cache: {cache['folder']}, {cache['mib']:,} MiB ({CACHE_VARIABLE} moves it, {at_most})")
     for device in found["devices"]:
         memory = f", {device['memory_mib']:,} MiB" if device["memory_mib"] else ""
         print(f"device: {device['name']}{memory}")

@@ -77,7 +77,8 @@ class CheckFailed(LoraKitError):
 
 
 class Interrupted(LoraKitError):
-    """Stopped by SIGINT or SIGTERM after saving. Exit code 130 or 143 (128 + the signal)."""
+    """Stopped by SIGINT, SIGTERM or SIGHUP after saving. Exit code 130, 143 or 129 (128 + the
+    signal)."""
 
     prefix = ""  # not an error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import hashlib
 import json
 import os
 import re
@@ -24,16 +25,35 @@ from pydantic_core import ErrorDetails
 
 from lora_kit import schema, trust
 from lora_kit.errors import RunFileError, UserError
+from lora_kit.folders import writer_of
 from lora_kit.schema import SECTIONS, Adapter, Json, Run, Section
 
 # Keys that must be objects or null in JSON files (run.lock.json, report.json).
 _OBJECTS = (
     "base", "adapter", "data", "batch", "commits", "uses", "verdict", "domain", "general",
     "overfitting", "metrics", "harness", "audit", "training", "memory", "gate", "evaluated", "into",
+    "settings", "checkpoints", "tokenizer",
 )  # fmt: skip
 KeyPath = list[str | int]  # `data.train[1].fraction` as ["data", "train", 1, "fraction"]
 # The keys of `data:` that name sources.
 SOURCE_KEYS = ("train", "eval", "general", "decontaminate")
+# Keys that may change on resume, and be edited in a run directory's run.yaml: they do not affect
+# the training. eval_steps does: it determines the best adapter and early stopping.
+FREE_TO_CHANGE = {
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.report_to",
+    "train.dataloader_num_workers",
+    "train.ddp_timeout",
+    "train.per_device_eval_batch_size",
+    "train.load_best_model_at_end",  # to use the last adapter if the best checkpoint is corrupt
+    "data.workers",
+    "base.model",  # the base is compared by the hashes of its files
+    "base.revision",
+}
+# Keys by section with the paths of files.
+_PATHS = {"data": (*SOURCE_KEYS, "against", "labels"), "adapter": ("start",)}
 # The class of each section, also of nested ones such as `data.limits`.
 Models = Mapping[str, type[Section]]
 _PROGRAMS = ("metrics", "harness")  # keys of `prove:` that may name programs
@@ -318,10 +338,53 @@ def check_free(path: Path) -> None:
     """Raises UserError if a run directory exists."""
     if not path.exists():
         return
+    if writer := writer_of(path):
+        raise UserError(f"{path}: in use by {writer}: choose another with name=NAME, or stop it")
     saved = any((path / "checkpoints").glob("*/seal.json"))
     unfinished = saved and not read_lock(path).get("finished")
     more = f"resume it (lora-kit train {path / 'run.yaml'} --resume), " if unfinished else ""
     raise UserError(f"{path} exists: {more}choose another with name=NAME, or remove it")
+
+
+def settings_hashes(path: Path) -> dict[str, str]:
+    """Hashes of a run file's settings, by section: of all that a user may not change in a run
+    directory. These may: the name, `prove:`, FREE_TO_CHANGE, and paths, whose files are compared by
+    their content."""
+    hashes = {}
+    for section, values in sorted(_read(path).items()):
+        if section in ("name", "recipe", "prove"):
+            continue
+        if isinstance(values, dict):
+            values = {k: v for k, v in values.items() if f"{section}.{k}" not in FREE_TO_CHANGE}
+            for key in _PATHS.get(section, ()):
+                values[key] = _without_text(values.get(key))
+        text = json.dumps(values, sort_keys=True, default=str)
+        hashes[section] = hashlib.sha256(text.encode()).hexdigest()
+    return hashes
+
+
+def _without_text(value: object) -> object:
+    """A value of the run file with its texts, which name files, replaced."""
+    if isinstance(value, dict):
+        return {key: _without_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_text(item) for item in value]
+    return "" if isinstance(value, str) else value
+
+
+def check_settings(directory: Path) -> None:
+    """Raises UserError if the settings in a run directory's run.yaml were changed since the run
+    began. Runs of older versions do not have their hashes."""
+    locked, file = read_lock(directory).get("settings"), directory / "run.yaml"
+    if not locked:
+        return
+    found = settings_hashes(file)
+    changed = [name for name in locked.keys() | found.keys() if locked.get(name) != found.get(name)]
+    if changed:
+        raise UserError(
+            f"{file}: {', '.join(sorted(changed))}: changed since the run began (only name, prove "
+            "and paths may be edited): restore it, or train again with name=NAME"
+        )
 
 
 def read_lock(directory: str | Path) -> Json:

@@ -39,10 +39,16 @@ from lora_kit.launch import (
 )
 from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, nearest, recipe_file, shipped
 from lora_kit.schema import Json, Run
-from lora_kit.train.interrupt import HEARD, OUTCOME_VARIABLE, die_with_parent
+from lora_kit.train.interrupt import (
+    HEARD,
+    OUTCOME_VARIABLE,
+    die_with_parent,
+    leave_terminal,
+    stop_signals,
+)
 from lora_kit.trust import run_module
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _POLL_S = 0.1
 # A rank that does not handle a signal, and computes nothing for this long, hangs.
@@ -222,7 +228,7 @@ def _run_child(
 ) -> tuple[int, int | None]:
     """Run a command in its own process group; returns its exit code and the first signal received.
 
-    The first SIGINT or SIGTERM is forwarded; a second one kills all processes. Until all workers
+    The first of `stop_signals` is forwarded; a second one kills all processes. Until all workers
     have written their ids to `folder`, the launcher gets the signal; then only the workers do: they
     save and exit, and accelerate exits with them. accelerate itself forwards nothing to a single
     worker, and kills several after 30 s, which saving may exceed. Workers that hang are killed. The
@@ -235,6 +241,7 @@ def _run_child(
 
     def forward(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
+        leave_terminal()
         ids = worker_ids(folder).values()
         last = len(received) > 1
         for pid in ids:
@@ -250,7 +257,7 @@ def _run_child(
         child = subprocess.Popen(
             command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
         )
-        before = {number: signal.signal(number, forward) for number in _SIGNALS}
+        before = {number: signal.signal(number, forward) for number in stop_signals()}
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_base
-from trained import edit, finish_in
+from trained import edit, finish_in, relock
 from typer.testing import CliRunner, Result
 
 import lora_kit
@@ -263,5 +263,6 @@ def test_a_push_names_the_base_that_base_names(
 def test_a_pushed_run_tells_no_path_of_this_machine(run: Path) -> None:
     template = run / "adapter" / "chat_template.jinja"
     template.write_text(template.read_text() + f"{{# {run.parents[1]}/rows.jsonl #}}")
+    relock(run)
     words = refusal("push", run, "me/test", "--dry-run")
     assert "chat_template.jinja" in words and "a path of this machine" in words

@@ -147,7 +147,9 @@ def test_the_verb_on_a_run_and_its_adapter(run: Shell, cpt_run: Path, tmp_path: 
     assert "the adapters are identical: difference 0" in done.out
     rewrite(home / "adapter", lambda t: [v.mul_(2) for v in t.values()])
     found = json.loads(run("inspect", str(home), "--json").out)
-    assert "weights changed since the run saved them" in [ln["what"] for ln in found["loaders"]]
+    assert "adapter_model.safetensors changed since the run" in [
+        ln["what"] for ln in found["loaders"]
+    ]
 
 
 def test_two_bases_are_both_named_and_nothing_steers_the_terminal(run: Shell, made: Maker) -> None:

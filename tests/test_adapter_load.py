@@ -127,6 +127,9 @@ def test_a_broken_adapter_is_refused_and_no_pickle_is_read(run: Path, work: Path
 
     weights.write_bytes(whole)
     edit(config, lambda c: c.update(r=7))
+    with pytest.raises(UserError, match=r"adapter_config\.json: was changed since the run"):
+        lora_kit.load(run)
+    edit(run / "run.lock.json", lambda c: c.pop("adapter"))
     with pytest.raises(UserError, match="r is 7 and the scale"):
         lora_kit.load(run)
     config.write_bytes(kept)

@@ -111,8 +111,9 @@ def test_a_full_disk_is_the_users_to_mend(root: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_not_used(root: Path) -> None:
-    (root / f".{KEY}.lora-kit-partial").mkdir(parents=True)
-    (root / f".{KEY}.lora-kit-partial" / "rubbish").write_bytes(b"half")
+    left = root / f".{KEY}.lora-kit-partial" / "content"
+    left.mkdir(parents=True)
+    (left / "rubbish").write_bytes(b"half")
     folder = cache.prepared(KEY, Build())
     assert names(folder) == ["meta.json", "rows.bin", "seal.json"]
     assert names(root) == [KEY, f"{KEY}.lock"]
@@ -147,15 +148,75 @@ def test_what_no_run_has_used_for_a_month_is_forgotten(root: Path) -> None:
     for key in ("old", "used", "new"):
         cache.prepared(key, build)
     (root / ".killed.lora-kit-partial").mkdir()
+    for name in ("killed", "killed.lora-kit-partial"):
+        (root / f"{name}.lock").touch()
+    unused()
     month_ago = time.time() - (cache.DAYS_KEPT + 1) * 86400
     for name in ("old", "used", ".killed.lora-kit-partial"):
         os.utime(root / name, (month_ago, month_ago))
     cache.prepared("used", build)  # it counts when it was used, not when it was made
     cache.prepared("next", build)
     assert names(root) == [
-        *("new", "new.lock", "next", "next.lock", "used", "used.lock"),
+        *("killed.lora-kit-partial.lock", "new", "new.lock", "next", "next.lock"),
+        *("used", "used.lock"),
     ]
     assert build.times == 4
+
+
+def unused() -> None:
+    """As after the end of the process that used the entries."""
+    for held in cache._in_use.values():
+        os.close(held)
+    cache._in_use.clear()
+
+
+def big(folder: Path) -> None:
+    (folder / "rows.bin").write_bytes(os.urandom(1_000_000))
+
+
+def entries(root: Path) -> list[str]:
+    return [name for name in names(root) if (root / name).is_dir()]
+
+
+def test_a_bound_removes_the_oldest(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for age, key in enumerate(("d", "c", "b", "a")):
+        cache.prepared(key, big)
+        os.utime(root / key, (time.time() - age, time.time() - age))
+    unused()
+    monkeypatch.setenv("LORA_KIT_CACHE_GB", "0.0035")
+    cache.prepared("d", big)  # used again, nothing is built
+    assert entries(root) == ["a", "b", "c", "d"]
+    cache.prepared("e", big)
+    assert entries(root) == ["c", "d", "e"]
+    assert names(root) == ["c", "c.lock", "d", "d.lock", "e", "e.lock"]
+    monkeypatch.setenv("LORA_KIT_CACHE_GB", "0")
+    unused()
+    cache.prepared("f", big)
+    assert entries(root) == ["f"]  # in use by this process
+    monkeypatch.setenv("LORA_KIT_CACHE_GB", "much")
+    with pytest.raises(UserError, match="LORA_KIT_CACHE_GB=much: not a number of gigabytes"):
+        cache.prepared("g", big)
+
+
+def test_what_another_process_uses_or_prepares_is_not_removed(work: Path) -> None:
+    root = work / "cache"
+    code = "cache.prepared('used', lambda f: (f / 'a').write_text('a')); print(1, flush=True)"
+    with subprocess.Popen(
+        script(f"{code}\ninput()"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as user:
+        assert user.stdout and user.stdout.readline() == b"1\n"
+        first = start("first")
+        assert until(lambda: len(log()) == 1)
+        for name in ("used", ".key.lora-kit-partial"):
+            os.utime(root / name, (0, 0))
+        cache.prepared("new", Build())
+        assert entries(root) == [".key.lora-kit-partial", "new", "used"]
+        Path("go").touch()
+        assert first.wait(LIMIT_S) == 0
+        user.communicate(b"\n", timeout=LIMIT_S)
+    os.utime(root / "used", (0, 0))
+    cache.prepared("newer", Build())
+    assert entries(root) == ["key", "new", "newer"]
 
 
 def test_another_folder_in_the_cache_is_left_alone(root: Path) -> None:

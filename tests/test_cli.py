@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -233,7 +234,10 @@ def test_doctor_tells_versions_devices_and_memory(
     assert all(found["versions"][name] for name in doctor.NEEDED)
     assert found["devices"] and found["cores"] >= 1
     assert found["memory_mib"] >= found["memory_free_mib"] > 0 and found["disk_free_mib"] >= 0
+    assert found["cache"]["folder"] == os.environ["LORA_KIT_CACHE"] and found["cache"]["mib"] >= 0
     people = run("doctor")
+    monkeypatch.setenv("LORA_KIT_CACHE_GB", "20")
+    assert "at most 20 GB" in run("doctor").out and found["cache"]["folder"] in people.out
     assert f"torch {found['versions']['torch']}" in people.out
     assert people.code == (1 if found["problems"] else 0)
 

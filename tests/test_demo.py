@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from lora_kit import demo
 from lora_kit.errors import UserError
+from lora_kit.folders import only_writer
+from lora_kit.run import load_run, write_run
 from lora_kit.speed.runtime import float32_is_faster
 from lora_kit.start import start
 
@@ -38,6 +41,39 @@ def test_what_is_no_demo_is_not_removed(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"merged exists and is not from a demo"):
         demo.run_demo()
     assert notes.read_text(encoding="utf-8") == "mine"
+
+
+def of_the_demo(folder: Path, step: str, **changes: Any) -> None:
+    """A run as the demo leaves it, with another setting."""
+    folder.mkdir(parents=True)
+    run = load_run(demo._config(step), needs_sources=False)
+    values = {"name": f"demo/{step}", "base": run.base.model_copy(update={"dtype": "float32"})}
+    write_run(run.model_copy(update={**values, **changes}), folder / "run.yaml")
+
+
+def test_runs_of_ones_own_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    of_the_demo(demo.CPT, "cpt")
+    of_the_demo(demo.SFT, "sft")
+    lock = {"adapter": {"sha256": "abc"}}
+    (demo.SFT / "run.lock.json").write_text(json.dumps(lock), encoding="utf-8")
+    demo.MERGED.mkdir()
+    (demo.MERGED / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="merged exists and is not from a demo"):
+        demo._remove_earlier()
+    (demo.MERGED / "merge.json").write_text(json.dumps(lock), encoding="utf-8")
+    for change in ({"seed": 1}, {"recipe": "sft"}):
+        shutil.rmtree(demo.CPT)
+        of_the_demo(demo.CPT, "cpt", **change)
+        with pytest.raises(UserError, match="cpt exists and is not from a demo: move it away"):
+            demo._remove_earlier()
+        assert demo.CPT.is_dir() and demo.SFT.is_dir() and demo.MERGED.is_dir()
+    shutil.rmtree(demo.CPT)
+    of_the_demo(demo.CPT, "cpt")
+    with only_writer(demo.CPT), pytest.raises(UserError, match="cpt: in use by process"):
+        demo._remove_earlier()
+    demo._remove_earlier()
+    assert not list((tmp_path / "runs/demo").iterdir())
 
 
 @pytest.mark.parametrize("seconds, faster", [((1.0, 30.0), True), ((1.0, 0.6), False)])

@@ -71,6 +71,15 @@ def test_what_a_killed_process_left_is_replaced_and_a_living_one_is_left_alone(
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
+def test_only_leftovers_of_its_own_are_removed(tmp_path: Path) -> None:
+    out, around = tmp_path / "out", tmp_path / ".out.lora-kit-partial"
+    around.mkdir()
+    (around / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.txt is not from lora-kit"), new_folder(out, 0):
+        pass
+    assert (around / "thesis.txt").read_text() == "years of work" and not out.exists()
+
+
 def test_the_lock_is_of_the_name_and_not_of_a_folder_that_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
 import processes
+import psutil
 import pytest
 from processes import left_over, lora_kit, send_when, until
 
 from lora_kit import launch, start
-from lora_kit.errors import CheckFailed, UserError
+from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import check_sharded
@@ -129,6 +135,8 @@ def test_fewer_processes_than_asked_for(run_file: Any, work: Path) -> None:
         ("cpu", signal.SIGTERM, 143),
         ("cpu_2proc", signal.SIGINT, 130),
         ("cpu_2proc", signal.SIGTERM, 143),
+        ("cpu", signal.SIGHUP, 129),
+        ("cpu_2proc", signal.SIGHUP, 129),
     ],
 )
 def test_signal_saves_and_leaves_no_process(
@@ -147,13 +155,148 @@ def test_signal_saves_and_leaves_no_process(
     assert (checkpoint / "seal.json").is_file()
     assert stopped_at == steps()[-1] < 200
     assert not Path("runs/test/adapter").exists()
-    if number is signal.SIGINT:
-        return  # going on is the same after either
+    if number is not signal.SIGTERM:
+        return  # going on is the same after each
     code, said = lora_kit("train", file, "--accelerate", config, "--resume")
     assert code == 0, said
     assert f"resuming after step {stopped_at}" in said
     assert steps() == list(range(1, 201))
     assert Path("runs/test/report.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_and_ends(run_file: Any, work: Path) -> None:
+    """As where an ssh session breaks off: a signal, and nowhere left to write to."""
+    file = long_run(run_file)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*processes.LORA_KIT, "train", str(file), "--accelerate", "cpu"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+
+    def trained() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 1 << 16)
+        return len(steps()) >= 3
+
+    assert until(lambda: trained() or process.poll() is not None) and process.poll() is None
+    os.close(ours)
+    assert process.wait(processes.LIMIT_S) == 129
+    assert not left_over(str(work))
+    (checkpoint,) = Path("runs/test/checkpoints").iterdir()
+    assert (checkpoint / "seal.json").is_file()
+
+
+@pytest.mark.slow
+def test_nohup_is_kept(run_file: Any, work: Path) -> None:
+    file = run_file("cpt", **{"train.max_steps": 8})
+    command = [*processes.LORA_KIT, "train", str(file), "--accelerate", "cpu"]
+    process = processes.start(["nohup", *command])
+    # The parent and the process that trains.
+    send_when(process, lambda: len(steps()) >= 1 and hang_up(str(work)), signal.SIGHUP)
+    code, said = processes.finish(process)
+    assert code == 0, said
+    assert steps()[-1] == 8
+
+
+def hang_up(mark: str) -> bool:
+    """SIGHUP to all processes that name `mark`."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(mark in word for word in process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGHUP)
+    return True
+
+
+OUTCOMES: dict[str, tuple[dict[str, dict[str, Any]], int, int | None, type[Exception], str]] = {
+    # A rank died with a traceback, and torchrun stopped the other.
+    "died": (
+        {"0": {"code": 143, "message": "stopped after step 3"}},
+        1,
+        None,
+        CheckFailed,
+        "exited without reporting an error (exit code 1)",
+    ),
+    "interrupted": (
+        {n: {"code": 143, "message": "stopped after step 3"} for n in "01"},
+        0,
+        signal.SIGTERM,
+        Interrupted,
+        "stopped after step 3",
+    ),
+    "a worker was sent the signal": (
+        {n: {"code": 143, "message": "stopped after step 3"} for n in "01"},
+        0,
+        None,
+        Interrupted,
+        "stopped after step 3",
+    ),
+    "error of rank 1": (
+        {
+            "0": {"code": 143, "message": "stopped by SIGTERM"},
+            "1": {"code": 2, "message": "text.txt: no such file"},
+        },
+        0,
+        None,
+        UserError,
+        "text.txt: no such file",
+    ),
+    "two errors": (
+        {"0": {"code": 2, "message": "first"}, "1": {"code": 1, "message": "second"}},
+        0,
+        None,
+        UserError,
+        "first\nsecond",
+    ),
+    "the same error twice": (
+        {n: {"code": 2, "message": "both"} for n in "01"},
+        0,
+        None,
+        UserError,
+        "both",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OUTCOMES)
+def test_what_the_processes_end_with(
+    what: str, run_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes, code, received, kind, words = OUTCOMES[what]
+
+    def child(command: list[str], environment: dict[str, str], *_: Any) -> tuple[int, int | None]:
+        for rank, outcome in outcomes.items():
+            file = Path(environment[launch.OUTCOME_VARIABLE]) / f"{rank}.json"
+            file.write_text(json.dumps(outcome), encoding="utf-8")
+        return code, received
+
+    monkeypatch.setattr(start, "_run_child", child)
+    with pytest.raises(kind) as caught:
+        start.start(run_file(), accelerate="cpu_2proc")
+    assert str(caught.value) == words or words in str(caught.value).splitlines()[0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_no_interruption(run_file: Any, work: Path) -> None:
+    (work / "mine.py").write_text(
+        "import os, sys, time\nfrom lora_kit.launch import recipe_main\n"
+        "from lora_kit.tasks.causal import Text\nTASK = Text()\n\n"
+        "def main(run, resume=False):\n"
+        "    if os.environ['RANK'] == '1':\n        raise ZeroDivisionError('of rank 1')\n"
+        "    time.sleep(3600)\n\n"
+        'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n'
+    )
+    code, said = lora_kit("train", run_file(), "recipe=mine.py", "--accelerate", "cpu_2proc")
+    assert "ZeroDivisionError: of rank 1" in said
+    assert code not in (0, 143), said
+    assert "SIGTERM" not in said.splitlines()[-1]
+    assert not left_over(str(work))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import make_base
 from test_cli import Shell, run  # noqa: F401 - a fixture
-from trained import finish_in
+from trained import finish_in, relock
 
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.errors import CheckFailed, UserError
@@ -151,6 +151,7 @@ def test_a_template_that_refuses_a_turn_is_compared_where_it_does_not(
     refusing = "{% if messages | length > 2 %}{{ raise_exception('one') }}{% endif %}" + TEMPLATE
     run = shutil.copytree(trained, tmp_path / "run")
     (run / "adapter" / "chat_template.jinja").write_text(refusing, encoding="utf-8")
+    relock(run)
     told = []
     compared = module._compared
     monkeypatch.setattr(module, "_compared", lambda *a: told.append(a[1]) or compared(*a))

@@ -12,7 +12,7 @@ import pytest
 from markupsafe import escape
 from reports import full
 from test_ship_hub_pull import CONFIG, weights
-from trained import edit
+from trained import edit, relock
 from typer.testing import CliRunner
 
 from lora_kit.adapter.finished import FinishedRun
@@ -198,6 +198,7 @@ def test_a_secret_stops_it_before_anything_is_shown(
 ) -> None:
     monkeypatch.setenv("MY_API_KEY", "a-canary-of-the-environment")
     (run / "adapter/chat_template.jinja").write_text("x\n{# a-canary-of-the-environment #}")
+    relock(run)
     for more in ([], ["--dry-run"], ["--dry-run", "--json"]):
         done = CliRunner().invoke(app, ["push", str(run), "me/test", *more])
         assert isinstance(done.exception, UserError) and not done.output

@@ -355,6 +355,14 @@ def test_a_stopped_server_leaves_nothing(served: Served, home: Path) -> None:
         served.client.models.list()
 
 
+def test_a_closed_terminal_leaves_nothing_of_a_server(home: Path, tmp_path: Path) -> None:
+    server = start(tmp_path, str(home / "scaled"))
+    assert list(server.temporary.iterdir())
+    server.process.send_signal(signal.SIGHUP)
+    assert server.process.wait(timeout=LIMIT_S) == 129
+    assert not list(server.temporary.iterdir())
+
+
 def test_addresses_that_are_refused(home: Path) -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1"):
         result = CliRunner().invoke(app, ["serve", str(home / "scaled"), "--host", host])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -52,6 +54,19 @@ def test_diverging_keeps_the_last_good_checkpoint(run_file: Any, clip: float) ->
     assert [row["step"] for row in read_metrics(RUN / "metrics.jsonl")] == [1]
     assert not (RUN / "adapter").exists()
     assert not json.loads((RUN / "run.lock.json").read_text())["finished"]
+
+
+@pytest.mark.slow
+def test_a_rate_that_is_too_large_is_explained(
+    run_file: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether or not the weights overflow in the steps that it has."""
+    usual = r"lower train\.learning_rate \(10000; usual with LoRA: 1e-5 to 1e-3\)"
+    with contextlib.suppress(CheckFailed):
+        package.train(run_file("cpt", **{"train.learning_rate": 1e4, "train.eval_steps": 1}))
+    assert re.search(f"warning: training will diverge: {usual}", capsys.readouterr().err)
+    with pytest.raises(CheckFailed, match=f"is not finite .*{usual.replace('10000', '1e.30')}"):
+        package.train(run_file("cpt", **{"train.learning_rate": 1e30, "name": "more"}))
 
 
 MISMATCHES = {

@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.run import shipped
 from lora_kit.train.callbacks import read_metrics
-from lora_kit.train.guards import Guards, best_step, guarded, stopped_early
+from lora_kit.train.guards import GuardEvents, Guards, best_step, guarded, stopped_early
 from lora_kit.train.interrupt import StopSignal
 from lora_kit.train.save import read_seal, save_run
 from lora_kit.train.trainer import fit
@@ -476,3 +477,37 @@ def test_a_library_evaluation_that_is_nan_stops(tmp_path: Path) -> None:
     assert isinstance(own, Library)
     with pytest.raises(CheckFailed, match=r"step 1: eval_loss is nan: check data\.eval"):
         fit(make("a user's", tmp_path, task=own, eval_steps=1), resume=False)
+
+
+def test_random_states_of_another_node_do_not_pile_up(tmp_path: Path) -> None:
+    """A node without a disk shared with rank 0 has only its ranks' files, which nobody seals."""
+    saved = tmp_path / "checkpoints"
+    state = SimpleNamespace(
+        is_world_process_zero=False, is_local_process_zero=True, log_history=[], global_step=0
+    )
+    trainer = SimpleNamespace(
+        state=state, accelerator=SimpleNamespace(wait_for_everyone=lambda: None)
+    )
+    events = GuardEvents.__new__(GuardEvents)
+    events.trainer = trainer
+    events.guard = SimpleNamespace(
+        run=SimpleNamespace(train=SimpleNamespace(save_total_limit=2)),
+        directory=tmp_path,
+        meter=SimpleNamespace(tokens=lambda: 0, seconds=0.0),
+    )
+    events._weights_are_finite = lambda: True
+    for step in range(1, 6):
+        state.global_step = step
+        if step == 2:
+            state.log_history = [{"eval_loss": 1.0, "step": 2}]  # the best
+        folder = saved / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "rng_state_2.pth").write_bytes(b"state")
+        events.on_save()
+    assert kept(tmp_path) == [2, 4, 5]
+    # On a shared disk rank 0 alone decides.
+    (tmp_path / "run.lock.json").write_text('{"id": "this"}', encoding="utf-8")
+    state.global_step = 6
+    (saved / "checkpoint-6").mkdir()
+    events.on_save()
+    assert kept(tmp_path) == [2, 4, 5, 6]

@@ -17,6 +17,7 @@ import pytest
 from conftest import RunMaker
 
 import lora_kit
+from lora_kit.adapter.files import fingerprint
 from lora_kit.data.rows import Rows
 
 # Loud enough that the adapter changes what the model says, not only its digits.
@@ -55,6 +56,11 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads(file.read_text(encoding="utf-8"))
     change(values)
     file.write_text(json.dumps(values), encoding="utf-8")
+
+
+def relock(run: Path) -> None:
+    """Let the lock file of a run name the files of its adapter as they are now."""
+    edit(run / "run.lock.json", lambda c: c.update(adapter=fingerprint(run / "adapter")))
 
 
 def labelled(rows: list[tuple[list[int], list[int]]], units: list[int], sizes: list[int]) -> Rows:

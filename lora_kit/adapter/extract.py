@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from lora_kit.adapter.files import WEIGHTS, write_json, write_standard
+from lora_kit.adapter.files import fingerprint, write_json, write_standard
 from lora_kit.base.pin import pin
 from lora_kit.base.tensors import FLOATS, Stored, stored_in
 from lora_kit.errors import CheckFailed, UserError, harmless
@@ -106,7 +106,7 @@ def write_metadata(folder: Path, tokenizer: Path, lock: Json) -> None:
     """
     for file in sorted({f for pattern in _TOKENIZER for f in tokenizer.glob(pattern)}):
         shutil.copyfile(file, folder / file.name)
-    lock = {**lock, "adapter": {"sha256": file_hash(folder / WEIGHTS)}}
+    lock = {**lock, "adapter": fingerprint(folder)}
     if (folder / "tokenizer.json").is_file():
         lock["tokenizer"] = {"sha256": file_hash(folder / "tokenizer.json")}
     write_json(folder / "run.lock.json", lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, TypedDict
 from lora_kit.adapter.foreign import VALUE_HEAD, other_library
 from lora_kit.base.tensors import Stored, stored
 from lora_kit.errors import UserError
+from lora_kit.hashes import file_hash
 from lora_kit.schema import Json
 from lora_kit.trust import time_limit
 
@@ -40,6 +42,13 @@ _DROPPED = {
     "qalora_group_size", "eva_config", "lora_ga_config", "velora_config",
 }
 # fmt: on
+# Keys that may be edited: where the base is.
+_NAMES_OF_BASE = {"base_model_name_or_path", "revision"}
+# The files that an adapter's processor and head are loaded from.
+_PROCESSOR = (
+    *("tokenizer*", "vocab*", "merges.txt", "*.model", "*tokens*.json", "*.jinja"),
+    *("*processor*.json", "head.json"),
+)
 _NAME = re.compile(r"\w+([.-]\w+)*")
 # PEFT's prefix, and no name of a wrapper after it.
 _LOADED = re.compile(
@@ -272,6 +281,26 @@ def write_standard(
 
 def write_json(file: Path, values: Mapping[str, object]) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def fingerprint(folder: Path) -> Json:
+    """The entry `adapter` of run.lock.json: the hash of the weights, that of the config without
+    the base's name, and `files`: {file: sha256} of the processor."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    entry = {"sha256": file_hash(folder / WEIGHTS), "config": config_hash(config)}
+    return {**entry, "files": processor_hashes(folder)}
+
+
+def config_hash(config: Json) -> str:
+    """A hash of what an adapter_config.json says, other than where the base is."""
+    kept = {key: config[key] for key in config if key in _READ - _NAMES_OF_BASE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def processor_hashes(folder: Path) -> dict[str, str]:
+    """{file: sha256} of the files of a folder that its processor is loaded from."""
+    files = {file for pattern in _PROCESSOR for file in folder.glob(pattern)}
+    return {file.name: file_hash(file) for file in sorted(files) if file.is_file()}
 
 
 def adapter_folder(run: str | Path) -> Path:

@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_kit import nano
-from lora_kit.adapter.files import WEIGHTS, Adapter, adapter_folder, open_adapter, read_config
+from lora_kit.adapter.files import (
+    WEIGHTS,
+    Adapter,
+    adapter_folder,
+    config_hash,
+    open_adapter,
+    processor_hashes,
+    read_config,
+)
 from lora_kit.base.head import CAUSAL, Head
 from lora_kit.base.load import load_tokenizer
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.base.templates import set_template
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-from lora_kit.run import TaskKeys, load_run, read_json, read_lock
+from lora_kit.run import TaskKeys, check_settings, load_run, read_json, read_lock
 from lora_kit.schema import Base, Json, Run
 
 if TYPE_CHECKING:
@@ -34,6 +42,9 @@ class FinishedRun:
 
     Files are verified by the hashes in run.lock.json, not by path: a run that was moved or copied
     with its project still works. Expensive properties are read on access.
+
+    A user may edit in run.yaml: name, `prove:`, FREE_TO_CHANGE of `run`, and paths; in
+    adapter_config.json: base_model_name_or_path and revision; and may add other files.
 
     Attributes:
         path: as given, for messages.
@@ -70,10 +81,12 @@ class FinishedRun:
 
     @cached_property
     def run(self) -> Run | None:
-        """The run file with absolute paths; None for an adapter without a run."""
+        """The run file with absolute paths; None for an adapter without a run. Raises UserError if
+        its settings were changed since the run."""
         file = self.home / "run.yaml"
         if not file.is_file():
             return None
+        check_settings(self.home)
         return load_run(file, self._overrides, needs_sources=False)
 
     def require_run(self) -> Run:
@@ -93,16 +106,39 @@ class FinishedRun:
     def adapter(self) -> Adapter:
         """The adapter's files. Raises UserError if they were changed since the run, or PEFT would
         not load all of it."""
-        weights = self.folder / WEIGHTS
-        saved = self.lock.get("adapter", {}).get("sha256")
-        if saved is not None and weights.is_file() and file_hash(weights) != saved:
-            raise UserError(
-                f"{weights}: was changed since the run saved it: copy it again, or train again"
-            )
+        self.refuse_changed()
         found = open_adapter(self.folder)
         if found.misnamed:
+            weights = self.folder / WEIGHTS
             raise UserError(f"{weights}: {found.misnamed}: save it again, from an unwrapped model")
         return found
+
+    @cached_property
+    def changed(self) -> list[str]:
+        """The files of the adapter that are not as the run saved them, by its lock file."""
+        locked, weights = self.lock.get("adapter") or {}, self.folder / WEIGHTS
+        changed = []
+        if "sha256" in locked and weights.is_file() and file_hash(weights) != locked["sha256"]:
+            changed.append(WEIGHTS)
+        if locked.get("config") not in (None, config_hash(read_config(self.folder))):
+            changed.append("adapter_config.json")
+        found = processor_hashes(self.folder)
+        known = locked.get("files")
+        if known is None:  # of an older version
+            tokenizer = self.lock.get("tokenizer", {}).get("sha256")
+            known = {**found, "tokenizer.json": tokenizer} if tokenizer else found
+        if not isinstance(known, dict):
+            raise UserError(f"{self.home}/run.lock.json: adapter.files: invalid: edited or corrupt")
+        names = sorted(known.keys() | found.keys())
+        return changed + [name for name in names if known.get(name) != found.get(name)]
+
+    def refuse_changed(self) -> None:
+        """Raises UserError if a file of the adapter was changed since the run."""
+        if self.changed:
+            raise UserError(
+                f"{self.folder / self.changed[0]}: was changed since the run saved it: copy it "
+                "again, or train again (only the base's name in adapter_config.json may be edited)"
+            )
 
     # ------------------------------------------------------------------ the task
     @cached_property
@@ -276,6 +312,7 @@ class FinishedRun:
     def processor(self) -> PreTrainedTokenizerBase:
         """The tokenizer of training with its chat template; the base's if the adapter folder has
         none."""
+        self.refuse_changed()
         folder = self.folder
         if not any(folder.glob("tokenizer*")):
             folder = Path(self.located.folder)

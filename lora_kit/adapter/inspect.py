@@ -14,13 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from lora_kit.adapter.files import WEIGHTS, Adapter, Figures, Update, open_adapter
+from lora_kit.adapter.files import Adapter, Figures, Update, open_adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.loaders import loader_issues
 from lora_kit.errors import UserError, harmless
-from lora_kit.hashes import file_hash
 from lora_kit.run import is_hub_id
-from lora_kit.schema import Json
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +45,10 @@ class ModuleComparison(Comparison):
 _Row = TypeVar("_Row", bound=Mapping[str, object])
 
 
-def _issues(adapter: Adapter, lock: Json, modules: list[Figures]) -> list[dict[str, str]]:
+def _issues(adapter: Adapter, changed: list[str], modules: list[Figures]) -> list[dict[str, str]]:
     """Issues of an adapter: what, which program is affected, and what happens."""
     base = str(adapter.base["model"] or "")
     norms = [module["norm"] for module in modules]
-    saved = lock.get("adapter", {}).get("sha256")
-    changed = saved and saved != file_hash(adapter.folder / WEIGHTS)
     unpinned = is_hub_id(base) and not adapter.base["revision"]
     no_tokenizer = not any(adapter.folder.glob("tokenizer*"))
     own = [
@@ -63,7 +59,7 @@ def _issues(adapter: Adapter, lock: Json, modules: list[Figures]) -> list[dict[s
         (_FOLDER.match(base), "a base named by local path", "PEFT", "found on this machine only"),
         (unpinned, "a base without revision", "PEFT", "the newest is used"),
         (no_tokenizer, "no tokenizer", "every target", "added tokens and chat template are lost"),
-        (changed, "weights changed since the run saved them", "lora-kit", "not loaded"),
+        (changed, f"{', '.join(changed)} changed since the run", "lora-kit", "not loaded"),
     ]
     found = []
     for one in loader_issues(adapter.config, adapter.factors, adapter.others):
@@ -85,7 +81,7 @@ def inspect(run: FinishedRun) -> dict[str, object]:
     Raises:
         UserError: see `open_adapter`.
     """
-    adapter = open_adapter(run.folder)
+    adapter = open_adapter(run.folder)  # shown although it was changed
     modules = adapter.figures()
     norms = [module["norm"] for module in modules]
     keys = (
@@ -108,7 +104,7 @@ def inspect(run: FinishedRun) -> dict[str, object]:
         "norm": math.hypot(*finite) if len(finite) == len(norms) else None,
         "modules": modules,
         "others": {name: list(tensor.shape) for name, tensor in adapter.others.items()},
-        "loaders": _issues(adapter, run.lock, modules),
+        "loaders": _issues(adapter, run.changed, modules),
     }
 
 
@@ -128,7 +124,7 @@ def difference(first: FinishedRun, second: FinishedRun) -> dict[str, object]:
     Raises:
         UserError: see `open_adapter`; or values are not finite.
     """
-    a, b = open_adapter(first.folder), open_adapter(second.folder)
+    a, b = first.adapter, second.adapter
     known = first.hashes and second.hashes
     same_base = first.hashes == second.hashes if known else a.base == b.base
     modules, other_shapes = [], []

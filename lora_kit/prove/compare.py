@@ -13,6 +13,7 @@ from lora_kit.adapter.finished import FinishedRun
 from lora_kit.adapter.load import load_model
 from lora_kit.base.load import gpu_is_used
 from lora_kit.errors import UserError
+from lora_kit.folders import only_writer
 from lora_kit.hashes import file_hash
 from lora_kit.prove.evaluate import add_harness, check_prove, evaluate
 from lora_kit.prove.report import write_report
@@ -53,20 +54,28 @@ def compare(
         The content of report.json.
 
     Raises:
-        UserError: there is no finished run, or its data, base or recipe changed since it was
-            trained.
+        UserError: there is no finished run, its data, base or recipe changed since it was trained,
+            or another process writes into its directory.
     """
     if strange := [item for item in overrides if not item.startswith(_FREE)]:
         allowed = "prove.* keys and train.per_device_eval_batch_size"
         raise UserError(f"{', '.join(strange)}: a finished run takes other {allowed} only")
     finished = FinishedRun(run, base, overrides)
     task = task_of(finished)
+    with only_writer(finished.home):
+        return _measured(finished, task, gate, scratch)
+
+
+def _measured(finished: FinishedRun, task: Task, gate: bool, scratch: bool) -> Json:
+    """See `compare`."""
     opened = finished.run_of(task)
     before = read_json(finished.home / "report.json")
     processor, data = prepared_again(finished, task)
     check_prove(task, data, processor, opened)
     if scratch and "loss" not in task.scores:
-        raise UserError(f"{run}: --scratch applies to the loss on text only: to cpt or sft runs")
+        raise UserError(
+            f"{finished.path}: --scratch applies to the loss on text only: to cpt or sft runs"
+        )
     model, processor = load_model(finished)
     tokens = (before.get("training") or {}).get("tokens")
     report = evaluate(task, model, data, processor, opened, finished.fresh, trained=tokens)

@@ -16,6 +16,7 @@ from lora_kit.adapter.files import open_adapter
 from lora_kit.data.rows import Rows
 from lora_kit.data.splits import take_units
 from lora_kit.errors import CheckFailed, Interrupted, UserError
+from lora_kit.folders import sync_tree
 from lora_kit.prove.harness import check_tasks, run_harness
 from lora_kit.prove.into import original_weights
 from lora_kit.prove.report import ahead, evaluated_text, in_lines, write_report
@@ -143,6 +144,7 @@ def _prove(trainer: Guards, data: Prepared, processor: Processor, fresh: tuple[s
     if is_first_rank():
         report["layers"] = open_adapter(directory / "adapter").figures()
         write_report(directory, run, report)
+        sync_tree(directory)  # metrics.jsonl, too
         add_to_lock(directory, finished=True)
         for line in in_lines(report):
             say(line)

@@ -123,6 +123,7 @@ def in_words(problem: Problem) -> str:
 
 def _problems(run: FinishedRun, target: str, notes: list[str]) -> list[tuple[str, Problem]]:
     """Each problem with the kind of its fix; adds to `notes` what could not be checked."""
+    run.refuse_changed()
     adapter = open_adapter(run.folder)
     config, file = (str(adapter.folder / name) for name in ("adapter_config.json", WEIGHTS))
     rank = max((adapter.rank_and_scale(module)[0] for module in adapter.factors), default=1)

@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import version
@@ -25,27 +26,21 @@ from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.load import base_is_sharded, gpu_is_used
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, UserError, redact
-from lora_kit.folders import write_whole
+from lora_kit.folders import sync, write_whole
 from lora_kit.hashes import file_hash
-from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, load_run, read_lock, write_run
+from lora_kit.run import (
+    FREE_TO_CHANGE,
+    WORLD_SIZE_VARIABLE,
+    check_free,
+    check_settings,
+    load_run,
+    read_lock,
+    settings_hashes,
+    write_run,
+)
 from lora_kit.schema import Adapter, Json, Run, Train
 from lora_kit.tasks.task import Task
 
-# Keys that may change on resume: they do not affect the training. eval_steps does: it determines
-# the best adapter and early stopping.
-FREE_TO_CHANGE = {
-    "train.logging_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-    "train.report_to",
-    "train.dataloader_num_workers",
-    "train.ddp_timeout",
-    "train.per_device_eval_batch_size",
-    "train.load_best_model_at_end",  # to use the last adapter if the best checkpoint is corrupt
-    "data.workers",
-    "base.model",  # the base is compared by the hashes of its files
-    "base.revision",
-}
 # Keys that name files without a hash in the lock file.
 _NOT_HASHED = ("recipe", "adapter.start", "data.labels")
 # Keys that may differ between ranks; the base, the recipe and the adapter are compared by hash.
@@ -214,11 +209,15 @@ def create(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries: Json) -
         UserError: it exists, or cannot be created.
     """
     check_free(run.directory)
+    new = [path for path in (run.directory, *run.directory.parents) if not path.exists()]
     try:
         run.directory.mkdir(parents=True)
+        for folder in new:
+            sync(folder.parent)
     except OSError as error:
         raise UserError(f"{run.directory}: cannot be created ({error.strerror})") from None
     fixed = {
+        "id": uuid.uuid4().hex,
         "batch": batch_geometry(run.train),
         "seed": run.seed,
         "versions": versions(),
@@ -235,11 +234,13 @@ def write_run_files(run: Run, pinned: Pinned, hashes: Mapping[str, str], entries
     base = run.base.model_copy(update={"revision": pinned.revision})
     partial = path / "run.yaml.partial"
     write_run(run.model_copy(update={"base": base}), partial)
+    sync(partial)
     partial.replace(path / "run.yaml")
     locked = {**pinned.to_lock(), **run.base.model_dump(include={"dtype", "quantize"})}
     locked["model"] = run.written(pinned.model, path)
     data = {run.written(name, path): digest for name, digest in hashes.items()}
-    add_to_lock(path, base=locked, data=data, **entries)
+    settings = settings_hashes(path / "run.yaml")
+    add_to_lock(path, base=locked, data=data, settings=settings, **entries)
 
 
 def remove(directory: Path) -> None:
@@ -264,6 +265,7 @@ def check_start(adapter: Adapter, pinned: Pinned, auto: str, labels: Sequence[st
     if not adapter.start:
         return
     start = FinishedRun(adapter.start)
+    _ = start.adapter  # verified
     if start.auto != auto:
         raise UserError(
             f"adapter.start: {adapter.start}: an adapter for {start.auto}, and this recipe trains "
@@ -303,6 +305,7 @@ def check_same(run: Run, task: Task, pinned: Pinned, hashes: Mapping[str, str]) 
         )
     if lock.get("finished"):
         raise UserError(f"{path}: already finished; choose another with name=NAME")
+    check_settings(path)
     begun = load_run(path / "run.yaml", needs_sources=False, task_of=lambda _: task)
     before, now = _flat(begun.model_dump(mode="json")), _flat(run.model_dump(mode="json"))
     recorded: dict[str, str] = lock["data"]

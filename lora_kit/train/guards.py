@@ -23,11 +23,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from lora_kit.adapter.audit import Audit, Groups
 from lora_kit.errors import CheckFailed
-from lora_kit.schema import Run
+from lora_kit.run import read_lock
+from lora_kit.schema import Run, Train
 from lora_kit.speed.prefix import Prefix
 from lora_kit.tasks.task import Batch, Task
 from lora_kit.train.callbacks import Meter
@@ -179,10 +187,12 @@ class Guards(Trainer):
         ranks, so all of them stop; DeepSpeed exposes nothing else of the gradients."""
         norm: torch.Tensor | float | None = super()._get_grad_norm(model, grad_norm)
         if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has none yet
+            # The first step computes with the weights as they were loaded.
+            rate = f"{rate_advice(self.args)}, or " if self.state.global_step else ""
             raise CheckFailed(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
                 f"(gradient norm {float(norm)}): stopped before the optimizer step; earlier "
-                "checkpoints are kept; lower train.learning_rate, or check the base's weights"
+                f"checkpoints are kept; {rate}check the base's weights"
             )
         return norm
 
@@ -190,7 +200,7 @@ class Guards(Trainer):
         if not self.guard.own_loss:
             with _own_random_numbers(self.args.seed):
                 metrics = super().evaluate(*args, **options)
-            _check_finite(metrics.get("eval_loss", 0.0), self.state.global_step)
+            _check_finite(metrics.get("eval_loss", 0.0), self)
             return metrics
         metrics = {"eval_loss": self._held_out_loss()}
         self.log(metrics)
@@ -230,7 +240,7 @@ class Guards(Trainer):
         model.train()
         total, count = self.accelerator.reduce(sums, "sum").tolist()
         mean: float = total / count if count else math.nan
-        _check_finite(mean, self.state.global_step, f" over {count:.0f} held-out labels")
+        _check_finite(mean, self, f" over {count:.0f} held-out labels")
         return mean
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -329,6 +339,7 @@ class GuardEvents(TrainerCallback):
         """Seal the checkpoint once all its files are written, and remove old ones."""
         trainer, meter = self.trainer, self.guard.meter
         step, first = trainer.state.global_step, trainer.state.is_world_process_zero
+        keep = self.guard.run.train.save_total_limit
         folder = self.guard.directory / "checkpoints" / f"checkpoint-{step}"
         finite = self._weights_are_finite()
         if finite and hasattr(trainer, "_buffered_inputs"):
@@ -340,14 +351,17 @@ class GuardEvents(TrainerCallback):
             for name in _UNUSED_FILES:
                 (folder / name).unlink(missing_ok=True)
             seal(folder, step, tokens, meter.seconds)
-            rotate(folder.parent, self.guard.run.train.save_total_limit, best_step(trainer.state))
+            rotate(folder.parent, keep, best_step(trainer.state))
         elif first:
             shutil.rmtree(folder)
+        elif trainer.state.is_local_process_zero and not read_lock(self.guard.directory):
+            # A node without a disk shared with rank 0.
+            rotate(folder.parent, keep, best_step(trainer.state), sealed_only=False)
         trainer.accelerator.wait_for_everyone()
         if not finite:
             raise CheckFailed(
                 f"step {step}: the adapter's weights are no longer finite: "
-                "the previous checkpoint is kept; lower train.learning_rate"
+                f"the previous checkpoint is kept; {rate_advice(trainer.args)}"
             )
 
     def _weights_are_finite(self) -> bool:
@@ -382,12 +396,18 @@ def stopped_early(state: TrainerState, patience: int | None) -> bool:
     return sum(step > best for _, step in _evaluations(state)) >= patience
 
 
-def _check_finite(loss: float, step: int, over: str = "") -> None:
+def _check_finite(loss: float, trainer: Guards, over: str = "") -> None:
     """Raises CheckFailed if eval_loss is NaN or infinite."""
     if not math.isfinite(loss):
         raise CheckFailed(
-            f"step {step}: eval_loss is {loss}{over}: check data.eval, or lower train.learning_rate"
+            f"step {trainer.state.global_step}: eval_loss is {loss}{over}: check data.eval, or "
+            f"{rate_advice(trainer.args)}"
         )
+
+
+def rate_advice(train: TrainingArguments | Train) -> str:
+    """Advice for a training that diverges."""
+    return f"lower train.learning_rate ({train.learning_rate:g}; usual with LoRA: 1e-5 to 1e-3)"
 
 
 @contextlib.contextmanager

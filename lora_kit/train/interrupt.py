@@ -1,12 +1,15 @@
-"""SIGINT and SIGTERM: finish the step, save and stop. Also: exit when the parent process exits."""
+"""SIGINT, SIGTERM and SIGHUP: finish the step, save and stop. Also: exit when the parent process
+exits."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +24,27 @@ HEARD = ".heard"  # suffix of the file with which a rank confirms a signal
 _PR_SET_PDEATHSIG = 1
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """SIGINT, SIGTERM, and SIGHUP unless it is ignored, as under nohup."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return (signal.SIGINT, signal.SIGTERM)
+    return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def leave_terminal() -> None:
+    """Discard further output to a terminal that was closed (SIGHUP); writing to it would fail."""
+    for stream in (1, 2):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream)
+                os.close(null)
+
+
 class StopSignal:
-    """Records the first SIGINT or SIGTERM. While `saving` is set, the trainer stops at the end of
+    """Records the first of `stop_signals`. While `saving` is set, the trainer stops at the end of
     its step; otherwise there is nothing to save and `Interrupted` is raised immediately."""
 
     def __init__(self) -> None:
@@ -33,6 +55,7 @@ class StopSignal:
         if self.signum is not None:  # ignore a second one, for example from the launcher
             return
         self.signum = signum
+        leave_terminal()
         if folder := os.environ.get(OUTCOME_VARIABLE):
             with contextlib.suppress(OSError):  # the disk is full
                 (Path(folder) / f"{os.environ.get('LOCAL_RANK', '0')}{HEARD}").touch()
@@ -41,11 +64,11 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Handle SIGINT and SIGTERM inside the block (main thread only)."""
+        """Handle `stop_signals` inside the block (main thread only)."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = stop_signals()
         before = [signal.signal(number, self._received) for number in numbers]
         try:
             yield self

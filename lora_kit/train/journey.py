@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_kit.base.load import base_is_sharded, check_length
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import CheckFailed, LoraKitError, out_of_memory
+from lora_kit.folders import only_writer
 from lora_kit.hashes import file_hash
 from lora_kit.run import read_lock, recipe_file
 from lora_kit.schema import Json, Run
@@ -41,13 +43,14 @@ class Journey:
 
     Raises:
         RunFileError: on entry, a key that the installed libraries do not support.
+        UserError: on entry, another process is writing into the run directory to resume.
     """
 
     def __init__(self, run: Run, task: Task, resume: bool = False) -> None:
         self.run, self.task, self.resume = run, task, resume
         self.lock: Json = read_lock(run.directory) if resume else {}
         self.stop = StopSignal()
-        self._listening = self.stop.listening()
+        self._inside = ExitStack()
         self._created = False
         self._facts: Json = {}
 
@@ -57,8 +60,16 @@ class Journey:
 
     def __enter__(self) -> Journey:
         check_installed(self.run, self.task.classes()[1])
-        self._listening.__enter__()
+        if self.resume and self.run.directory.is_dir():
+            self._hold()
+        self._inside.enter_context(self.stop.listening())
         return self
+
+    def _hold(self) -> None:
+        """Be the only writer of the run directory until the end of the block; for rank 0, which
+        writes for all."""
+        if directory.is_first_rank():
+            self._inside.enter_context(only_writer(self.run.directory))
 
     def __exit__(
         self,
@@ -70,7 +81,7 @@ class Journey:
         user_error |= out_of_memory(error)
         if user_error and self._created and not any(self.run.directory.glob("checkpoints/*")):
             directory.remove(self.run.directory)
-        self._listening.__exit__(None, None, None)
+        self._inside.close()
 
     def begin(self, pinned: Pinned, data: Prepared, processor: Processor) -> None:
         """Connect the processes, and check that they agree; create the run directory, or open the
@@ -110,6 +121,7 @@ class Journey:
                         known[name] = data.facts[name]
                 entries = {"recipe": recipe, "auto": task.auto, **known}
                 directory.create(run, pinned, data.hashes, entries)
+                self._hold()
                 self._created = True
                 directory.write_json(run.directory / "census.json", data.census.to_json())
         self.say("\n".join(data.summary()))

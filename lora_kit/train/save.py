@@ -1,8 +1,9 @@
 """What training saves: sealed checkpoints, and the adapter at the end.
 
-The seal of a checkpoint is written last and lists every file with its sha256. A run never resumes
-from a checkpoint that is incomplete or was changed; transformers would silently use it, with a
-fresh optimizer or wrong weights.
+The seal of a checkpoint is written last, when everything that it lists is on disk: every file with
+its sha256. The run's lock file lists the seals. A run never resumes from a checkpoint that is
+incomplete, was changed, or is of another run; transformers would silently use it, with a fresh
+optimizer or wrong weights, and unpickle its files.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_kit.adapter.files import WEIGHTS
+from lora_kit.adapter.files import WEIGHTS, fingerprint
 from lora_kit.base.head import CAUSAL, Head
 from lora_kit.base.pin import Pinned
 from lora_kit.errors import UserError
+from lora_kit.folders import sync, sync_tree, write_whole
 from lora_kit.hashes import file_hash
 from lora_kit.run import read_lock
 from lora_kit.tasks.task import Processor
-from lora_kit.train.directory import add_to_lock, is_first_rank, say, write_json
+from lora_kit.train.directory import add_to_lock, is_first_rank, say
 
 if TYPE_CHECKING:
     from lora_kit.train.guards import Guards
@@ -40,33 +42,59 @@ class Checkpoint:
 
 
 def seal(folder: Path, step: int, tokens: int, seconds: float) -> None:
-    """Write the seal: every file of the checkpoint with its hash. Atomic; must come last."""
-    files = {
+    """Write the seal: the run, and every file of the checkpoint with its hash. Atomic; must come
+    last. The checkpoint is on disk when this returns."""
+    sync_tree(folder)
+    directory = folder.parent.parent
+    for parent in (folder.parent, directory):
+        sync(parent)
+    lock = read_lock(directory)
+    content = {"step": step, "tokens": tokens, "seconds": seconds, "files": _hashes(folder)}
+    text = json.dumps({"run": lock.get("id"), **content}, indent=1) + "\n"
+    if "id" in lock:
+        known = lock.get("checkpoints", {})
+        kept = {name: known[name] for name in known if (folder.parent / name / SEAL).is_file()}
+        kept[folder.name] = hashlib.sha256(text.encode()).hexdigest()
+        add_to_lock(directory, checkpoints=kept)  # before the seal is there: it is never unknown
+    write_whole(folder / SEAL, text)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """{file: sha256} of a checkpoint, without its seal."""
+    return {
         str(file.relative_to(folder)): file_hash(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != SEAL
     }
-    content = {"step": step, "tokens": tokens, "seconds": seconds, "files": files}
-    write_json(folder / SEAL, content)
 
 
 def read_seal(folder: Path) -> Checkpoint:
-    """Verify a checkpoint.
+    """Verify a checkpoint of a run directory.
 
     Raises:
-        UserError: it has no seal, or a file is missing or changed.
+        UserError: it has no seal, is not of this run, or a file is missing, changed or added.
     """
+    lock = read_lock(folder.parent.parent)
     try:
-        content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        text = (folder / SEAL).read_bytes()
+        content = json.loads(text)
         files = dict(content["files"])
         sealed = Checkpoint(folder, content["step"], content["tokens"], content["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder}: incomplete: the run was stopped while saving it") from None
-    for name, expected in files.items():
-        file = folder / name
-        if not file.is_file():
+    if "id" in lock:  # not of runs of older versions
+        if content.get("run") != lock["id"]:
+            raise UserError(f"{folder}: a checkpoint of another run")
+        known = (lock.get("checkpoints") or {}).get(folder.name)
+        if known != hashlib.sha256(text).hexdigest():
+            raise UserError(f"{folder}: {SEAL} is not the one that the run's run.lock.json names")
+    found = _hashes(folder)
+    for name in sorted(files.keys() | found.keys()):
+        if name not in found:
             raise UserError(f"{folder}: {name} is missing")
-        if file_hash(file) != expected:
+        if name not in files:
+            raise UserError(f"{folder}: {name} was added after it was saved")
+        if files[name] != found[name]:
             raise UserError(f"{folder}: {name} was changed after it was saved")
     return sealed
 
@@ -97,12 +125,17 @@ def _newest_first(checkpoints: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: -int(folder.name.partition("-")[2]))
 
 
-def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
-    """Keep only the newest `keep` sealed checkpoints and that of step `best`."""
+def rotate(checkpoints: Path, keep: int, best: int | None = None, sealed_only: bool = True) -> None:
+    """Keep only the newest `keep` checkpoints and that of step `best`.
+
+    Args:
+        sealed_only: count sealed ones only, and remove others. False on a node without a disk
+            shared with rank 0, where a checkpoint is the random states of this node's ranks.
+    """
     folders = _newest_first(checkpoints)
-    sealed = [folder for folder in folders if (folder / SEAL).is_file()]
+    counted = [folder for folder in folders if not sealed_only or (folder / SEAL).is_file()]
     for folder in folders:
-        if folder not in sealed[:keep] and folder.name != f"checkpoint-{best}":
+        if folder not in counted[:keep] and folder.name != f"checkpoint-{best}":
             # The seal first, so that an interrupted removal leaves no sealed checkpoint.
             (folder / SEAL).unlink(missing_ok=True)
             shutil.rmtree(folder)
@@ -146,6 +179,7 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
         trainer.guard.audit.check_saved(partial / WEIGHTS)
         if adapter.exists():  # this run was stopped after saving
             shutil.rmtree(adapter)
+        sync_tree(partial)
         partial.replace(adapter)
         add_to_lock(directory, **_hashes_of(adapter, processor))
     trainer.accelerator.wait_for_everyone()
@@ -166,7 +200,7 @@ def _name_base(config: Path, pinned: Pinned) -> None:
 
 def _hashes_of(adapter: Path, processor: Processor) -> dict[str, object]:
     """Entries of the lock file about a saved adapter."""
-    entries: dict[str, object] = {"adapter": {"sha256": file_hash(adapter / WEIGHTS)}}
+    entries: dict[str, object] = {"adapter": fingerprint(adapter)}
     tokenizer = adapter / "tokenizer.json"
     if tokenizer.is_file():
         entries["tokenizer"] = {"sha256": file_hash(tokenizer)}

@@ -31,7 +31,14 @@ from lora_kit.train.directory import (
     check_sharded,
     say,
 )
-from lora_kit.train.guards import Guards, best_step, guarded, has_own_loss, resume_from
+from lora_kit.train.guards import (
+    Guards,
+    best_step,
+    guarded,
+    has_own_loss,
+    rate_advice,
+    resume_from,
+)
 from lora_kit.train.journey import Journey
 from lora_kit.train.save import SEAL, checkpoint_bytes, newest_intact, read_seal
 from lora_kit.train.strategies import Strategy
@@ -49,6 +56,8 @@ PARAMETERS_PER_LABEL = 1_000
 # Repeated tokens are worth nearly as much as new ones up to 4 epochs, and little beyond 16
 # (Muennighoff et al. 2023, arXiv:2305.16264).
 EPOCHS = 10
+# Far above any that trains an adapter: tiny models in tests are still trained with 3e-2.
+LARGEST_RATE = 0.1
 
 
 def make_trainer(
@@ -230,7 +239,8 @@ def _epochs(train: Train, rows: int) -> float:
 
 
 def too_little(task: Task, train: Train, data: Prepared, trainable: int) -> list[str]:
-    """Warnings about few supervised tokens or many epochs; none for a usual run.
+    """Warnings about few supervised tokens, many epochs or a large learning rate; none for a usual
+    run.
 
     Args:
         trainable: number of trainable parameters.
@@ -243,6 +253,8 @@ def too_little(task: Task, train: Train, data: Prepared, trainable: int) -> list
             f"epochs) for {trainable:,} trainable parameters; the adapter may memorize these rows: "
             "add data, or lower adapter.r"
         )
+    if train.learning_rate > LARGEST_RATE:
+        lines.append(f"warning: training will diverge: {rate_advice(train)}")
     # If the best adapter is kept, too many epochs only cost time.
     if epochs > EPOCHS and not (train.eval_steps and train.load_best_model_at_end):
         key = "max_steps" if train.max_steps else "num_train_epochs"
