@@ -536,10 +536,11 @@ def check(
         return _answer(view.fidelity(_opened(adapter, base)), as_json, view.show)
     _prepare()
     from lora_kit.ship import targets
+    from lora_kit.ship.check import check as run_check
 
     if target is None:
         raise UserError(f"--target is missing: one of {', '.join(targets.TARGETS)}; or --fidelity")
-    found = targets.check(_opened(adapter, base), target)
+    found = run_check(_opened(adapter, base), target)
     for note in found["notes"]:
         _say(f"note: {note}")
     if as_json or found["loads"]:

@@ -26,11 +26,11 @@ from lora_kit.errors import UserError
 from lora_kit.prove.compare import prepared_again
 from lora_kit.prove.into import better_base, in_words, original_weights
 from lora_kit.ship import fidelity as room
+from lora_kit.ship.check import check
 from lora_kit.ship.export import export
 from lora_kit.ship.fidelity import fidelity
 from lora_kit.ship.hub import make_plan
 from lora_kit.ship.merge import merge
-from lora_kit.ship.targets import check
 from lora_kit.tasks.causal import Text
 from lora_kit.tasks.measure import measure
 

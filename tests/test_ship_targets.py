@@ -26,8 +26,9 @@ from lora_kit.adapter.loaders import loader_issues
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.run import shipped
 from lora_kit.schema import Adapter, Ship
+from lora_kit.ship.check import check
 from lora_kit.ship.merge import merge
-from lora_kit.ship.targets import TARGETS, check, check_settings
+from lora_kit.ship.targets import TARGETS, check_settings
 
 # Of an adapter on all that is linear: what is set, and which targets do not take it as it is.
 ODD: dict[str, tuple[dict[str, Any], set[str]]] = {

@@ -20,20 +20,21 @@ from lora_kit.speed.patch import put_in, take_out
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
 Weights = Literal["base", "dequantized"]  # the original ones, or the dequantized ones
 
 
 @contextmanager
-def original_weights(model: Any) -> Iterator[Any]:
-    """Within the block, the quantized layers of a PEFT model use the base's original weights.
+def original_weights(model: PeftModel) -> Iterator[PeftModel]:
+    """Within the block, the quantized layers of a model use the base's original weights.
 
     Each is read when its layer is called, and dropped again: there is no second model in memory.
 
     Raises:
         UserError: the base's files have no such weight.
     """
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     tensors = stored_in(Path(base.config._name_or_path))  # the folder that it was loaded from
     turned = base.config.model_type in CONV1D
     try:
