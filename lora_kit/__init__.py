@@ -36,6 +36,10 @@ _telemetry = os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 _constants: Any = sys.modules.get("huggingface_hub.constants")
 if _constants and _telemetry == "1":
     _constants.HF_HUB_DISABLE_TELEMETRY = True
+# OpenMP's threads spin while they wait for each other: beside other processes they take the cores
+# from the threads that they wait for. libgomp reads this when torch is imported.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "5000"
 
 
 class _CallablePackage(ModuleType):

@@ -27,13 +27,14 @@ from lora_kit.errors import (
     LoraKitError,
     UserError,
     harmless,
+    in_a_line,
     out_of_memory,
     redact,
     redact_tracebacks,
     unforeseen,
 )
 from lora_kit.train.interrupt import leave_terminal, stop_signals
-from lora_kit.trust import no_kernels_from_the_hub
+from lora_kit.trust import is_panic, no_kernels_from_the_hub
 
 if TYPE_CHECKING:
     from lora_kit.adapter.finished import FinishedRun
@@ -703,4 +704,8 @@ def main() -> None:
     except Exception as error:
         failed = _in_one_line(error, f"lora-kit {' '.join(arguments[len(debug) :][:1])}")
         _fail(str(failed), failed.exit_code)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        _fail(f"{in_a_line(error)}: the base's tokenizer is not usable: use another base", 3)
     raise SystemExit(code or 0)

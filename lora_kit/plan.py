@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,7 @@ from lora_kit.train.strategies import choose
 
 _MIB = 2**20
 _PROBED_S, _PROBED_ROWS = 0.05, 1024  # seconds and rows per measurement of the device
+_LEAST_SHARE = 0.8  # of the measurement that this process had a core, for a rate to be stated
 _ADAM_BYTES, _ADAM_CALLS = 40, 12  # bytes read and written per value; operations per tensor
 _CODES = 2 * 16 * 4 + 256 * 4  # bytes of the lookup tables of NF4 and of its 8-bit scales
 _FEWEST_TOKENS = 64  # smallest max_length to suggest
@@ -61,9 +63,11 @@ class MemoryPlan:
         memory: peak bytes by cause.
         room: bytes that the process may use.
         flops: per optimizer step.
-        tokens_per_second: of all processes, without padding.
-        seconds: of the training steps only.
-        evaluation_seconds: of scoring the contenders afterwards, without generated text.
+        tokens_per_second: of all processes, without padding; None: unknown, since other processes
+            used the CPU while its rates were measured.
+        seconds: of the training steps only; None: unknown.
+        evaluation_seconds: of scoring the contenders afterwards, without generated text; None:
+            unknown.
         disk: bytes by kind.
         fits: whether `needed` is within `room`.
         choice: micro-batch, accumulation and number of recomputed layers.
@@ -74,9 +78,9 @@ class MemoryPlan:
     memory: dict[str, int]
     room: int
     flops: int
-    tokens_per_second: float
-    seconds: float
-    evaluation_seconds: float
+    tokens_per_second: float | None
+    seconds: float | None
+    evaluation_seconds: float | None
     disk: dict[str, int]
     fits: bool
     choice: Choice
@@ -107,9 +111,9 @@ class MemoryPlan:
             "layers": self.layers,
             "why": self.why,
             "flops_per_step": self.flops,
-            "tokens_per_second": round(self.tokens_per_second, 1),
-            "seconds": round(self.seconds, 1),
-            "evaluation_seconds": round(self.evaluation_seconds, 1),
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation_seconds,
             "disk_mib": mib(self.disk),
         }
 
@@ -119,12 +123,19 @@ class MemoryPlan:
         rows += [("available", self.room)]
         disk = ", ".join(f"{what} {n / _MIB:,.0f} MiB" for what, n in self.disk.items())
         lines = [f"{cause:>16} {n / _MIB:>10,.1f} MiB" for cause, n in rows]
-        lines.append(
-            f"{self.tokens_per_second:,.0f} tokens/s, {self.flops / 1e9:,.0f} GFLOP a step, "
-            f"{self.seconds:,.0f} s of training, {self.evaluation_seconds:,.0f} s of evaluation; "
-            f"disk: {disk}"
-        )
+        long = ""
+        if self.seconds is not None and self.evaluation_seconds is not None:
+            long = f", {self.seconds:,.0f} s of training"
+            long += f", {self.evaluation_seconds:,.0f} s of evaluation"
+        lines.append(f"{self.speed}, {self.flops / 1e9:,.0f} GFLOP a step{long}; disk: {disk}")
         return "\n".join([*lines, self.why])
+
+    @property
+    def speed(self) -> str:
+        """Tokens per second in words."""
+        if self.tokens_per_second is None:
+            return "tokens/s unknown (other processes use the CPU)"
+        return f"about {self.tokens_per_second:,.0f} tokens/s"
 
 
 def plan(run: Run, task: Task) -> MemoryPlan:
@@ -190,8 +201,7 @@ def plan_training(
     except Uncountable as error:
         say(f"no memory plan: using the batch as written: {error}")
         return None
-    needs = f"{found.total / _MIB:,.0f} MiB, about {found.tokens_per_second:,.0f} tokens/s"
-    say(f"plan: {needs}; {found.why}")
+    say(f"plan: {found.total / _MIB:,.0f} MiB, {found.speed}; {found.why}")
     return found
 
 
@@ -357,14 +367,16 @@ class _Planner:
         epoch = math.ceil(count / (self.rows * self.processes))  # steps
         steps = train.max_steps or math.ceil(epoch * train.num_train_epochs)
         tokens_of_step = mean * min(self.rows, count) * self.processes
+        evaluation = self.evaluation_seconds(tokens_of_step * steps) / self.processes
+        known = machine.share >= _LEAST_SHARE
         keep = train.save_total_limit + bool(train.eval_steps)
         return MemoryPlan(
             memory={cause: size for cause, size in held.items() if size},
             room=machine.room,
             flops=int(work.flops * choice.accumulation * usual),
-            tokens_per_second=tokens_of_step / step,
-            seconds=step * steps,
-            evaluation_seconds=self.evaluation_seconds(tokens_of_step * steps) / self.processes,
+            tokens_per_second=round(tokens_of_step / step, 1) if known else None,
+            seconds=round(step * steps, 1) if known else None,
+            evaluation_seconds=round(evaluation, 1) if known else None,
             disk={
                 "checkpoints": checkpoint_bytes(trained, keep, train.optim),
                 "adapter": 4 * trained,
@@ -504,18 +516,21 @@ def _machine(base_dtype: str, model: Any) -> Machine:
     head = {model.get_input_embeddings().weight.shape}
     out, into = max((linear - head) or head, key=math.prod)
     rates: dict[str, float] = {}
+    start, used = time.perf_counter(), time.thread_time()
     for name in ("float32", base_dtype):
         dtype = getattr(torch, name)
         x = torch.ones(_PROBED_ROWS, into, dtype=dtype, device=device)
         w = torch.ones(into, out, dtype=dtype, device=device)
         rates[name] = 2 * x.numel() * out / _time(torch.mm, x, w)
     bandwidth = 3 * x.numel() * x.element_size() / _time(torch.mul, x, x)
+    share = (time.thread_time() - used) / (time.perf_counter() - start)
     if device.type == "cuda":
+        share = 1.0
         room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     else:
         # Divided by the number of local processes.
         room = framework + free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    mine = Machine(device.type, room, framework, rates, bandwidth)
+    mine = Machine(device.type, room, framework, rates, bandwidth, share)
     return min(gather_object([mine]), key=lambda machine: machine.room)
 
 

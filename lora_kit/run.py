@@ -68,7 +68,8 @@ _FILE_ENDINGS = {
 # Set by `lora-kit train` for its workers: the requested number of processes.
 WORLD_SIZE_VARIABLE = "LORA_KIT_WORLD_SIZE"
 # Larger files are not run files.
-_LARGEST_BYTES = 2**20
+_LARGEST_BYTES = 2**17
+_MOST_MISTAKES = 50  # are described
 
 _REMOTE_CODE = "use --trust-remote-code on the command line; a file cannot allow code from the Hub"
 # Keys of the installed classes that are set elsewhere.
@@ -400,8 +401,8 @@ def read_json(file: Path) -> Json:
     """
     if not file.exists():
         return {}
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(file.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError):
+        found = trust.read_json(file)
         whole = isinstance(found, dict)
         if whole and all(isinstance(found.get(name) or {}, dict) for name in _OBJECTS):
             return dict(found)
@@ -611,7 +612,7 @@ def _overridden(values: Json) -> list[str]:
 def _describe(error: ValidationError, values: Json, models: Models) -> list[str]:
     """One line per mistake: key, value, expected type, nearest name."""
     lines: dict[str, str] = {}
-    for item in error.errors():
+    for item in error.errors()[:_MOST_MISTAKES]:
         path = _path_in_file(item, values, models)
         key, value = _key(path), _short(_at(values, path))
         if item["type"] == "extra_forbidden":

@@ -3,18 +3,20 @@
 Code from the Hub (a metric's script) runs only with `--trust-remote-code` on the command line, or
 if the user's own program sets the environment variable; run files and folders cannot allow it. Code
 of a base (auto_map) never runs. Pulled files are data: no program in or below a folder with a
-pulled.json is run. Also here: starting a module without the working folder in its path, and a time
-limit for third-party templates and regular expressions.
+pulled.json is run. Also here: starting a module without the working folder in its path, and bounds
+for third-party files, templates and regular expressions.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +25,7 @@ from lora_kit.errors import UserError
 
 VARIABLE = "LORA_KIT_TRUST_REMOTE_CODE"  # inherited by the processes of `lora-kit train`
 PULLED = "pulled.json"
+LARGEST_JSON = 2**24  # bytes of a JSON file, other than a tokenizer's
 
 
 def say(allowed: bool) -> None:
@@ -89,9 +92,10 @@ def no_kernels_from_the_hub() -> None:
 
 
 @contextmanager
-def time_limit(seconds: float, error: str) -> Iterator[None]:
-    """Raises UserError(error) after `seconds`, for third-party templates and regular expressions.
-    Only works in the main thread."""
+def bounded(seconds: float, error: str, mib: int = 256) -> Iterator[None]:
+    """Raises UserError(error) after `seconds`, or beyond `mib` MiB of further memory, for
+    third-party templates and regular expressions. Only works in the main thread; the memory only on
+    Linux."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -99,10 +103,38 @@ def time_limit(seconds: float, error: str) -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         raise UserError(error)
 
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    with suppress(OSError, ValueError):  # other systems have no /proc; a lower limit stays
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        most = pages * resource.getpagesize() + (mib << 20)
+        if soft == resource.RLIM_INFINITY or most < soft:
+            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except MemoryError:
+        raise UserError(error) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+# Any: JSON.
+def read_json(file: Path, most: int = LARGEST_JSON) -> Any:
+    """The content of a third-party JSON file. Raises OSError; or ValueError if it has more than
+    `most` bytes, or is no JSON."""
+    with file.open("rb") as opened:
+        content = opened.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most:,} bytes")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nesting too deep") from None
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust (tokenizers) panicked: its error is not an Exception."""
+    return type(error).__name__ == "PanicException"

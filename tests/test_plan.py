@@ -78,6 +78,7 @@ def test_the_verb_needs_no_weights(
         if file.suffix != ".safetensors":
             (folder / file.name).write_bytes(file.read_bytes())
     file = str(run_file("sft", **{"base.model": str(folder)}))
+    monkeypatch.setattr("lora_kit.plan._LEAST_SHARE", 0.0)  # also on a busy machine
     code, out, _ = command(monkeypatch, capsys, file, "--json")
     assert code == 0
     found = json.loads(out)
@@ -91,6 +92,17 @@ def test_the_verb_needs_no_weights(
     assert found["disk_mib"].keys() == {"checkpoints", "adapter", "merged model"}
     code, out, _ = command(monkeypatch, capsys, file, "train.max_steps=8", "speed=plain")
     assert code == 0 and "activations" in out and "tokens/s" in out and "as written" in out
+
+
+def test_a_rate_that_others_disturbed_is_unknown(
+    run_file: RunMaker, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lora_kit.plan.time.thread_time", lambda: 0.0)  # this thread had no core
+    code, out, _ = command(monkeypatch, capsys, str(run_file()), "--json")
+    found = json.loads(out)
+    assert (code, found["tokens_per_second"], found["seconds"]) == (0, None, None)
+    code, out, _ = command(monkeypatch, capsys, str(run_file()))
+    assert code == 0 and "tokens/s unknown (other processes use the CPU)" in out
 
 
 def test_mistakes_are_one_line(

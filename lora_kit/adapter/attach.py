@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from lora_kit.adapter.audit import coverage
 from lora_kit.errors import UserError, out_of_memory
 from lora_kit.run import nearest
 from lora_kit.schema import Adapter
+from lora_kit.trust import bounded
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 # Fields of `adapter:` that are not arguments of PEFT's LoraConfig.
 OWN_FIELDS = {"start"}
+_SECONDS_TO_MATCH = 4.0
 _PATTERNS = ("target_modules", "exclude_modules")  # a string there is a regular expression
 # PEFT's value for LoRA on no module (it rejects an empty list), to train only a new head.
 NO_MODULE = "dummy-target-modules"
@@ -248,6 +251,13 @@ def _check_layers(model: Model, adapter: Adapter) -> None:
 def _check_names(model: Model, adapter: Adapter, linear: list[str]) -> None:
     """Every given name must match a module; PEFT only requires that one of them does."""
     names = [name for name, _ in model.named_modules()]
+    regular = [p for p in (adapter.target_modules, adapter.exclude_modules) if isinstance(p, str)]
+    late = "adapter: matching its patterns to modules takes too long: write simpler ones"
+    # PEFT matches them without a limit, and reports invalid ones.
+    with bounded(_SECONDS_TO_MATCH, late), suppress(re.error):
+        for pattern in (*regular, *adapter.rank_pattern, *adapter.alpha_pattern):
+            for name in names:
+                re.match(rf"(.*\.)?({pattern})$", name)
     problems = []
     for key in ("target_modules", "exclude_modules"):
         given = getattr(adapter, key)

@@ -18,14 +18,15 @@ from lora_kit.base.tensors import Stored, stored
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
 from lora_kit.schema import Json
-from lora_kit.trust import time_limit
+from lora_kit.trust import bounded, read_json
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "adapter_model.safetensors"
 _LARGEST_SCALE = 1e30  # far below the limit of float32
-_SECONDS_TO_MATCH = 10.0  # for all patterns of a config; usually a millisecond
+_SECONDS_TO_MATCH = 4.0  # for all patterns of a config; usually a millisecond
+_LARGEST_CONFIG = 2**20  # bytes
 # fmt: off
 # Keys of adapter_config.json that are read ...
 _READ = {
@@ -371,7 +372,7 @@ def open_adapter(path: str | Path) -> Adapter:
     adapter = Adapter(folder, config, dict(factors), others)
     try:
         late = f"{folder}: a pattern of its config takes too long to match"
-        with time_limit(_SECONDS_TO_MATCH, late):
+        with bounded(_SECONDS_TO_MATCH, late):
             _check_settings(config)
             found = [_misfit(adapter, module) for module in factors]
     except (TypeError, AttributeError, ArithmeticError, re.error) as error:
@@ -392,10 +393,10 @@ def read_config(folder: Path) -> Json:
     """
     file = folder / "adapter_config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file, _LARGEST_CONFIG)
         kind = config.get("peft_type")
         library = (config.get("auto_mapping") or {}).get("parent_library") or "transformers"
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         raise UserError(f"{file}: not a JSON object: copy the adapter again") from None
     if kind != "LORA":
         what = other_library(folder) if kind is None else None

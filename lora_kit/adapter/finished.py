@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -316,7 +317,10 @@ class FinishedRun:
         folder = self.folder
         if not any(folder.glob("tokenizer*")):
             folder = Path(self.located.folder)
-        tokenizer = load_tokenizer(folder, generates=self.auto == CAUSAL)
+        base = None
+        with suppress(UserError):  # an adapter's own tokenizer is usable without the base
+            base = Path(self.base.model) if Path(self.base.model).is_dir() else None
+        tokenizer = load_tokenizer(folder, generates=self.auto == CAUSAL, base=base)
         set_template(tokenizer, None)  # rejects a template that does not terminate
         return tokenizer
 

@@ -31,6 +31,7 @@ from lora_kit.base.pin import Pinned
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import UserError
 from lora_kit.schema import Base, Json
+from lora_kit.trust import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ class Head:
         if not file.is_file():
             return None
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             names = values["id2label"]
             labels = tuple(str(names[str(number)]) for number in range(len(names)))
             return cls(str(values["auto"]), labels, values["pooling"])
@@ -175,7 +176,7 @@ def pooling_of(folder: Path) -> str | None:
     is not supported here."""
     file = folder / "1_Pooling" / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         named = values.get("pooling_mode")
         return next((n for n, m in POOLING_MODES.items() if values.get(m) or named == n), None)
     except (OSError, ValueError, AttributeError):

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lora_kit.base.pin import Pinned
+from lora_kit.base.pin import Pinned, check_sizes
 from lora_kit.base.tensors import stored_in
 from lora_kit.errors import LoraKitError, UserError, out_of_memory
 from lora_kit.schema import Base, Json
-from lora_kit.trust import no_kernels_from_the_hub
+from lora_kit.trust import is_panic, no_kernels_from_the_hub, read_json
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers.normalizers import Normalizer
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
 # their standard deviation; an encoder with random weights changes them by 0.012, a trained one by
 # more than 1.
 _ROUNDING = 5e-3
+_PROBE = "Aa 1.\n\u00e9"  # a broken tokenizer may only fail when it is used
+_LARGEST_GROWTH, _MOST_ADDED = 4096, 65_536
+_SMALL, _BYTES_PER_TOKEN = 2**21, 512  # of a tokenizer.json; Gemma's has 127 a token
+# Parts of keys of config.json, and the largest value of such a key: each layer takes time to build.
+_LARGEST_COUNTS = {"layers": 1000, "n_layer": 1000, "experts": 4096, "heads": 4096, "labels": 2**20}
+# Types of the keys that are read here.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), (int, float)),
+    **dict.fromkeys(("text_config", "rope_parameters", "rope_scaling"), (dict,)),
+    "factor": (int, float),
+}
 
 
 def quiet_libraries() -> None:
@@ -72,24 +84,41 @@ def _accelerate_uses(what: Literal["CPU", "FSDP", "DEEPSPEED"]) -> bool:
     return bool(parse_flag_from_env(f"ACCELERATE_USE_{what}"))
 
 
-def load_tokenizer(folder: str | Path, generates: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: str | Path, generates: bool = True, base: Path | None = None
+) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a base, with a padding token and right padding.
 
     Args:
         folder: of the base, or of an adapter that has a tokenizer.
         generates: the model generates text, so an end-of-text token is required.
+        base: the folder of the base, if `folder` is an adapter's.
 
     Raises:
         UserError: there is none, or it has more tokens than the base has embeddings.
     """
     from transformers import AutoTokenizer
 
+    check_sizes(Path(folder))
+    stored = Path(folder) / "tokenizer.json"
+    content = stored.read_bytes() if stored.is_file() else b""
+    added = content.count(b'"single_word"')
+    if added > _MOST_ADDED:  # adding a token takes 50 us
+        raise UserError(f"base.model: {stored}: {added:,} added tokens: use another base")
+    rows = embedding_rows(base or Path(folder))
+    if rows is not None and len(content) > _SMALL + _BYTES_PER_TOKEN * rows:
+        raise UserError(f"base.model: {stored}: too large for a base of {rows:,} embeddings")
     try:
         # Without trust_remote_code, transformers asks at the terminal whether to run code.
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # parsers raise anything on a corrupt file
+        if tokenizer.is_fast:
+            _check_normalizer(tokenizer.backend_tokenizer.normalizer)
+            tokenizer(_PROBE)
+    except BaseException as error:  # parsers raise anything on a corrupt file
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise unusable(folder, "no usable tokenizer", error) from None
     if not tokenizer.is_fast:
         raise UserError(f"base.model: {folder}: no fast tokenizer: a tokenizer.json is required")
@@ -110,6 +139,23 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> PreTrainedToke
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _check_normalizer(normalizer: Normalizer | None) -> None:
+    """Raises ValueError if a tokenizer's normalizer can make a text more than 4,096 times longer:
+    by replacing parts by longer ones, repeatedly."""
+    parts = [json.loads(normalizer.__getstate__())] if normalizer is not None else []
+    growth = 1.0
+    while parts:
+        part = parts.pop()
+        parts += part.get("normalizers", [])
+        pattern, content = part.get("pattern") or {}, part.get("content") or ""
+        if "String" in pattern:
+            growth *= max(1.0, len(content) / max(1, len(pattern["String"])))
+        elif pattern:  # a regular expression can match between any two characters
+            growth *= 1 + len(content)
+        if max(growth, len(part.get("prepend", ""))) > _LARGEST_GROWTH:
+            raise ValueError("its normalizer makes texts thousands of times longer")
 
 
 def embedding_rows(folder: Path) -> int | None:
@@ -143,14 +189,31 @@ def check_length(pinned: Pinned, max_length: int) -> None:
 
 
 def _config(folder: Path) -> Json:
-    """config.json. Raises UserError if it is not a JSON object."""
+    """config.json. Raises UserError if it is not a JSON object, has more layers than any model, or
+    names a compiled attention kernel of the Hub."""
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):
         raise UserError(f"base.model: {file}: not a JSON object: download the base again")
+    objects = [config]
+    while objects:
+        for key, value in objects.pop().items():
+            if isinstance(value, dict):
+                objects.append(value)
+            if key.endswith("_implementation") and "/" in json.dumps(value):
+                raise UserError(f"base.model: {folder}: config.json: {key} names code: remove it")
+            kinds = _KINDS.get(key)
+            if kinds and value is not None and not isinstance(value, kinds):
+                raise UserError(f"base.model: {file}: {key}: invalid: download the base again")
+            most = next((most for part, most in _LARGEST_COUNTS.items() if part in key), None)
+            if most and isinstance(value, (int, float)) and value > most:
+                raise UserError(
+                    f"base.model: {file}: {key}: {value!s:.20} is too large (most: {most:,}): use "
+                    "another base"
+                )
     return config
 
 
@@ -168,7 +231,7 @@ def unquantized_config(folder: Path) -> Json:
     return config
 
 
-def unusable(folder: str | Path, what: str, error: Exception) -> LoraKitError:
+def unusable(folder: str | Path, what: str, error: BaseException) -> LoraKitError:
     """The error for a base that a library cannot load: `what` is wrong, and why."""
     if isinstance(error, LoraKitError):
         return error  # for instance a signal
@@ -313,21 +376,13 @@ def check_causal(model: Model, pinned: Pinned) -> None:
 
 
 def _safe_config(folder: Path) -> Json:
-    """config.json. Raises UserError if the shard index points outside of the folder, or config.json
-    names a compiled attention kernel of the Hub."""
+    """config.json. Raises UserError as `_config`, or if the shard index points outside of the
+    folder."""
     try:
         stored_in(folder)
     except UserError as error:
         raise UserError(f"base.model: {error}") from None
-    config = _config(folder)
-    objects = [config]
-    while objects:
-        for key, value in objects.pop().items():
-            if isinstance(value, dict):
-                objects.append(value)
-            if key.endswith("_implementation") and "/" in json.dumps(value):
-                raise UserError(f"base.model: {folder}: config.json: {key} names code: remove it")
-    return config
+    return _config(folder)
 
 
 def _quantization(

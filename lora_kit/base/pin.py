@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lora_kit import hub_errors, nano
+from lora_kit.base.tensors import INDEX
 from lora_kit.errors import UserError
 from lora_kit.hashes import cached_hash
 from lora_kit.run import is_hub_id
 from lora_kit.schema import Base, Json
+from lora_kit.trust import LARGEST_JSON
 
 # Files of a base. Other weight formats than safetensors can run code and are not read. README.md
 # has the licence.
@@ -24,6 +26,12 @@ _NOT_READ = ["[!1]*/*", "1[!_]*/*", "*/*.safetensors", "consolidated*.safetensor
 # Names that repositories with quantized weights usually have.
 _QUANTIZED_NAME = re.compile(r"(?i)[-_.]([48]-?bit|int[48]|fp8|gptq|awq|gguf)\b")
 _QUANTIZED = "its weights are already quantized: name the original model"
+# Bytes of a tokenizer; a vocabulary of 262,144 tokens takes 33 MB. Libraries read such files whole.
+LARGEST_FILE = 2**26
+_LARGEST_CARD = 2**20
+_FRONT_MATTER = re.compile(r"\s*---\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
+# Its `license:`: a value, or a list in the lines below. The rest can have megabytes of results.
+_LICENCE = re.compile(r"^license:[^\n]{0,500}(?:\n[ \t-][^\n]{0,100}){0,20}", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,21 @@ def pin(base: Base, lock: Json | None = None, weights: bool = True) -> Pinned:
         raise UserError(
             f"base.model: {folder}: no .safetensors weights (other formats are not supported)"
         )
+    check_sizes(folder)
     hashed = [*_HASHED, _WEIGHTS] if weights else _HASHED
-    files = {file for pattern in hashed for file in folder.glob(pattern)}
+    files = {file for pattern in hashed for file in folder.glob(pattern) if file.is_file()}
     hashes = {file.name: cached_hash(file) for file in sorted(files)}
     return Pinned(model, str(folder), revision, licence_of(folder / "README.md"), hashes)
+
+
+def check_sizes(folder: Path) -> None:
+    """Raises UserError if a file of a base or adapter that libraries read whole is too large."""
+    for file in folder.iterdir():
+        named = file.name in ("tokenizer.json", "vocab.json") or file.suffix in (".txt", ".model")
+        most = LARGEST_FILE if named else LARGEST_JSON
+        read = named or (file.suffix in (".json", ".jinja") and file.name != INDEX)
+        if read and file.is_file() and file.stat().st_size > most:
+            raise UserError(f"{file}: larger than {most:,} bytes: copy it again, or use another")
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
@@ -114,15 +133,15 @@ def _is_quantized(model: str, revision: str | None) -> bool:
 
 def licence_of(card: Path) -> str | None:
     """The `license:` of a card's front matter; None if unknown."""
-    if not card.is_file():
-        return None
     import yaml
-    from huggingface_hub.repocard import metadata_load
 
     try:
-        value = (metadata_load(card) or {}).get("license")
+        with card.open(encoding="utf-8-sig") as opened:
+            front = _FRONT_MATTER.match(opened.read(_LARGEST_CARD))
+        found = _LICENCE.search(front[1]) if front else None
+        value = yaml.safe_load(found[0])["license"] if found else None
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
+    if isinstance(value, list):  # texts only: nested aliases can have any size as a text
+        return ", ".join(name for name in value if isinstance(name, str))
     return value if isinstance(value, str) else None

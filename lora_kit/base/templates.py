@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_kit.errors import LoraKitError, NotUsable, UserError
-from lora_kit.trust import time_limit
+from lora_kit.trust import bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]  # role, content, and any other fields that a template reads
 Tool = dict[str, Any]  # the JSON schema of a function
-SECONDS_TO_RENDER = 10.0
+SECONDS_TO_RENDER = 4.0
+_LONGEST_TEMPLATE = 2**18  # characters; those of models have 20,000
+# A template writes at most as many characters, or so many times those of the conversation.
+_LONGEST_TEXT, _LARGEST_RATIO = 2**18, 16
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 
 
@@ -53,6 +56,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not isinstance(template, str):
         names = ", ".join(template) if isinstance(template, dict) else type(template).__name__
         raise UserError(f"base: several chat templates ({names}): keep only one")
+    if len(template) > _LONGEST_TEMPLATE:
+        raise UserError(f"base: a chat template of {len(template):,} characters: use another base")
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             _GENERATION.sub("", template)
@@ -145,11 +150,11 @@ def _rendered(
     add_generation_prompt: bool,
 ) -> list[str]:
     late = (
-        f"the chat template did not finish in {SECONDS_TO_RENDER:g} s: use the template of a base "
-        "you trust"
+        f"the chat template did not finish in {SECONDS_TO_RENDER:g} s and 256 MiB: use the "
+        "template of a base you trust"
     )
     try:
-        with time_limit(SECONDS_TO_RENDER, late):
+        with bounded(SECONDS_TO_RENDER, late):
             texts = tokenizer.apply_chat_template(
                 conversations,
                 tools=list(tools) or None,
@@ -162,6 +167,13 @@ def _rendered(
         roles = "-".join(turn["role"] for turn in conversations[0])
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise NotUsable("rejected by the chat template", f"{roles:.60}: {reason}") from None
+    for text, turns in zip(texts, conversations, strict=True):
+        size = len(text)
+        if size > _LONGEST_TEXT and size > _LARGEST_RATIO * len(str((turns, tools))):
+            raise UserError(
+                f"the chat template writes {size:,} characters for a short conversation: use the "
+                "template of a base you trust"
+            )
     return [str(text) for text in texts]
 
 

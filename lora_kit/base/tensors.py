@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from lora_kit.errors import UserError
+from lora_kit.trust import read_json
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
-_LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
+_LARGEST_HEADER = 25_000_000  # bytes; the library takes 100,000,000
+# Tensors of a file, and of a model: 384 experts in 60 layers are 70,000.
+_MOST_IN_FILE, _MOST = 65_536, 100_000
+_LARGEST_SHAPE = 16  # dimensions
 PIECE = 16 * 2**20  # bytes of a large tensor that are in memory at once
 # safetensors dtype -> (torch dtype, bytes per element).
 # fmt: off
@@ -119,12 +123,16 @@ def _parsed(file: Path, opened: BinaryIO) -> dict[str, Stored]:
         raise ValueError(f"a header of {length:,} bytes")
     header = json.loads(opened.read(length), object_pairs_hook=_unique_keys)
     header.pop("__metadata__", None)
+    if len(header) > _MOST_IN_FILE:
+        raise ValueError(f"{len(header):,} tensors")
     found: dict[str, Stored] = {}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        whole_numbers = all(type(n) is int and n >= 0 for n in (start, stop, *shape))
+        shape = tuple(entry["shape"][: _LARGEST_SHAPE + 1])
+        whole_numbers = all(type(n) is int and 0 <= n < 2**63 for n in (start, stop, *shape))
+        if len(shape) > _LARGEST_SHAPE:
+            raise ValueError(f"{name!r:.80}: more than {_LARGEST_SHAPE} dimensions")
         size = math.prod(shape) * DTYPES[entry["dtype"]][1]
         if not whole_numbers or start != end or stop - start != size:
             raise ValueError(f"{name!r:.80}: offsets do not match its shape")
@@ -153,7 +161,7 @@ def stored_in(folder: Path) -> dict[str, Stored]:
     index, names = folder / INDEX, {"model.safetensors"}
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(read_json(index, _LARGEST_HEADER)["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index}: invalid shard index: copy the model again") from None
         for name in names:
@@ -168,6 +176,8 @@ def stored_in(folder: Path) -> dict[str, Stored]:
         if twice:
             raise UserError(f"{folder}: {twice[0]} is in two shards: copy the model again")
         found |= shard
+        if len(found) > _MOST:
+            raise UserError(f"{folder}: more than {_MOST:,} tensors: use another model")
     return found
 
 

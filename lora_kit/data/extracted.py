@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_kit.data.json_rows import PIECE, error_text, open_bytes, text_pieces
 from lora_kit.errors import UserError
+from lora_kit.trust import bounded
 
 SUFFIXES = {".html", ".htm", ".pdf"}
 _DECLARED = re.compile(
@@ -18,6 +19,7 @@ _DECLARED = re.compile(
 )
 _WHOLE_PAGE = re.compile(r"<(?:!doctype|html|head|body)\b", re.IGNORECASE)
 _DECLARED_WITHIN = 4096  # bytes
+_SECONDS, _SECONDS_PER_MIB = 4.0, 60.0  # a page of text takes 0.1 s
 # Encodings that browsers use instead of the declared one (the Encoding Standard's labels).
 _BROWSER_ENCODINGS = {
     "ascii": "cp1252",
@@ -40,7 +42,10 @@ def text_of(file: Path, suffix: str) -> str:
             library is not installed.
     """
     try:
-        text = _of_pdf(file) if suffix == ".pdf" else _of_html(file)
+        seconds = _SECONDS + _SECONDS_PER_MIB * file.stat().st_size / 2**20
+        late = f"{file}: extracting its text takes too much time or memory: remove it"
+        with bounded(seconds, late, mib=450):
+            text = _of_pdf(file) if suffix == ".pdf" else _of_html(file)
     except UserError:
         raise
     except ImportError as error:

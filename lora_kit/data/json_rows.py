@@ -7,7 +7,9 @@ import io
 import json
 import re
 import reprlib
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,12 @@ from lora_kit.errors import UserError
 from lora_kit.schema import Json
 
 PIECE = 2**20  # characters
-_LONGEST = 2**26  # characters of one object; beyond, a syntax error is reported
+LONGEST_ROW = 2**22  # characters; tokenizing takes up to 200 bytes for each
+# A .gz file that expands to more than 2 MiB and 100 times its size is no data: text compresses to a
+# third, tables to a tenth.
+_LARGEST_RATIO, _SMALL = 100, 2**21
+# Compressed bytes of a row of JSON or CSV, and of another line, at least; words with tags take two.
+_BYTES_OF_ROW, _BYTES_OF_LINE, _FEW_LINES = 8, 1, 2**17
 _BROKEN = re.compile("[\0\udc80-\udcff]")
 # Errors of reading a corrupt file or a truncated gzip file.
 UNREADABLE = (OSError, EOFError, zlib.error)
@@ -26,8 +33,27 @@ UNREADABLE = (OSError, EOFError, zlib.error)
 def open_bytes(file: Path) -> BinaryIO:
     """Open a file for reading, decompressed if its name ends with .gz."""
     if file.suffix.lower() == ".gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
+        return io.BufferedReader(_Decompressed(file), 2**17)
     return file.open("rb")
+
+
+class _Decompressed(io.RawIOBase):
+    """The content of a .gz file. Reading raises OSError beyond _LARGEST_RATIO."""
+
+    def __init__(self, file: Path) -> None:
+        self.opened = gzip.GzipFile(file)
+        self.left = max(_SMALL, _LARGEST_RATIO * file.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    # Any: a buffer.
+    def readinto(self, into: Any) -> int:
+        size = self.opened.readinto(into)
+        self.left -= size
+        if self.left < 0:
+            raise OSError(f"expands to more than {_LARGEST_RATIO} times its size: unpack it first")
+        return size
 
 
 def text_pieces(
@@ -40,11 +66,19 @@ def text_pieces(
         UserError: the file cannot be read, or a line has a NUL byte or is not in this encoding.
     """
     line = 1
+    zipped = file.suffix.lower() == ".gz"
     try:
+        least = _BYTES_OF_ROW if ".json" in file.name or ".csv" in file.name else _BYTES_OF_LINE
+        most = max(_FEW_LINES, file.stat().st_size // least) if zipped else sys.maxsize
         with open_bytes(file) as opened:
             # Undecodable bytes become lone surrogates, so that their line can be reported.
             text = io.TextIOWrapper(opened, encoding, errors="surrogateescape")
-            for piece in iter(partial(text.read, size) if size else text.readline, ""):
+            read = partial(text.read, size) if size else partial(text.readline, LONGEST_ROW + 1)
+            for piece in iter(read, ""):
+                if not size and len(piece) > LONGEST_ROW:
+                    raise too_long(f"{file}:{line}")
+                if line > most:
+                    raise UserError(f"{file}: more than {most:,} lines: unpack it first")
                 plain = piece.isascii() and "\0" not in piece  # most text; the search is slow
                 if not plain and (found := _BROKEN.search(piece)):
                     line += piece.count("\n", 0, found.start())
@@ -56,6 +90,11 @@ def text_pieces(
                 line += piece.count("\n")
     except UNREADABLE as error:
         raise UserError(f"{file}:{line}: cannot be read ({error_text(error)})") from None
+
+
+def too_long(place: str) -> UserError:
+    """The error for a row that would take gigabytes of memory."""
+    return UserError(f"{place}: a row of more than {LONGEST_ROW:,} characters: split it")
 
 
 def short_repr(value: object) -> str:
@@ -157,7 +196,7 @@ class JsonList:
                 # with pieces of a fixed size a long object would take quadratic time.
                 ahead = error.pos - self.position
                 left = len(self.text) - self.position
-                if left < _LONGEST and self._more(left):
+                if left < LONGEST_ROW and self._more(left):
                     continue
                 self.position += ahead
                 what = f"not JSON: {error.msg} (column {self._column()})"
@@ -203,8 +242,7 @@ class JsonList:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"duplicate key {short_repr(twice)} in an object")
     return values
 

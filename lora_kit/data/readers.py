@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit.data import extracted
 from lora_kit.data.json_rows import (
+    LONGEST_ROW,
     UNREADABLE,
     JsonList,
     error_text,
@@ -28,6 +29,7 @@ from lora_kit.data.json_rows import (
     parse_line,
     short_repr,
     text_pieces,
+    too_long,
 )
 from lora_kit.errors import UserError
 from lora_kit.schema import Json
@@ -49,7 +51,8 @@ _TAG = re.compile(r"O|[BIESLU]-\S+")
 BATCH_ROWS = 256
 BATCH_BYTES = 2**20
 FEWEST_DOCUMENTS = 20  # with fewer, documents are cut into blocks
-_LONGEST_LINE = 2**26  # bytes that are read to recognise JSON Lines
+_LARGEST_BATCH = 2**28  # bytes of the texts of an Arrow batch, if each row were all of it
+_ROWS_PER_BYTE, _FEW_ROWS = 16, 2**18  # more are no data
 # The index of a pandas table, in CSV and in Parquet.
 INDEX = re.compile(r"Unnamed: [\d.]+|__index_level_\d+__")
 # Fields of tools and tool calls in which an object without any key has a meaning.
@@ -133,6 +136,14 @@ def is_table(file: Path) -> bool:
     return suffix_of(file) in TABLE_SUFFIXES
 
 
+def check_first_line(file: Path) -> None:
+    """Raises UserError if the first line is too long, before a large file is hashed."""
+    if file.suffix.lower() in (".jsonl", ".csv", ".tsv", ".txt"):
+        with file.open("rb") as opened:
+            if len(opened.readline(4 * LONGEST_ROW + 1)) > 4 * LONGEST_ROW:  # bytes of a character
+                raise too_long(f"{file}:1")
+
+
 def table_batches(file: Path) -> Iterator[RowBatch]:
     """The rows of a table, in batches."""
     suffix = suffix_of(file)
@@ -173,6 +184,8 @@ def documents(file: Path, size: int | None = None) -> Iterator[tuple[int, str, b
             first = number
         parts.append(rest)
         length += len(rest)
+        if length > LONGEST_ROW:
+            raise too_long(f"{file}:{first}")
     yield from _pieces(first, "".join(parts).rstrip(), size, begins)
 
 
@@ -224,9 +237,12 @@ def _batches(
         kept.append(row)
         try:
             # Characters of its texts, and 8 for any other value.
-            size += sum(len(v) if isinstance(v, (str, bytes)) else 8 for v in leaves(row))
+            own = sum(len(v) if isinstance(v, (str, bytes)) else 8 for v in leaves(row))
         except RecursionError:  # such a row cannot be pickled for a worker
             raise UserError(f"{style.format(file, number)}: nesting too deep") from None
+        if own > LONGEST_ROW:
+            raise too_long(style.format(file, number))
+        size += own
         if len(kept) >= BATCH_ROWS or size >= BATCH_BYTES:
             yield RowBatch(str(file), style, numbers, kept)
             numbers, kept, size = [], [], 0
@@ -246,7 +262,7 @@ def _has_json_lines(file: Path) -> bool:
     """Whether a .json file is really JSON Lines, as many on the Hub are."""
     try:
         with open_bytes(file) as opened:
-            first, second = (opened.readline(_LONGEST_LINE) for _ in range(2))
+            first, second = (opened.readline(LONGEST_ROW) for _ in range(2))
         return second.startswith(b"{") and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError, *UNREADABLE):
         return False  # its reader reports what is wrong
@@ -254,7 +270,7 @@ def _has_json_lines(file: Path) -> bool:
 
 def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, Json]]:
     """Rows of a table with a header, numbered by their first line."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(LONGEST_ROW)
     lines = (text for _, text in _lines(file))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -332,7 +348,8 @@ def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, Json]]:
             stream = pa.memory_map(str(file))
         if suffix == ".parquet":
             parquet = pq.ParquetFile(stream)
-            schema, batches = parquet.schema_arrow, parquet.iter_batches(batch_size=BATCH_ROWS)
+            schema = parquet.schema_arrow
+            batches = parquet.iter_batches(batch_size=_rows_at_once(parquet.metadata))
         else:
             try:
                 reader: Any = pa.ipc.open_file(stream)
@@ -350,10 +367,15 @@ def _arrow(file: Path, suffix: str) -> Iterator[tuple[int, Json]]:
             for field in schema
             if pa.types.is_nested(field.type) or isinstance(field.type, pa.JsonType)
         ]
+        most = max(_FEW_ROWS, _ROWS_PER_BYTE * file.stat().st_size)
         for batch in batches:
             batch.validate(full=True)  # else a corrupt batch is read out of bounds
-            for start in range(0, batch.num_rows, BATCH_ROWS):
-                for row in batch.slice(start, BATCH_ROWS).to_pylist():
+            if number + batch.num_rows > most:
+                raise UserError(f"{file}: more than {most:,} rows in a file of its size: no data")
+            # Rows of a dictionary share its texts, and do not as Python objects.
+            step = max(1, min(BATCH_ROWS, _LARGEST_BATCH // max(1, batch.nbytes)))
+            for start in range(0, batch.num_rows, step):
+                for row in batch.slice(start, step).to_pylist():
                     for field in nested:
                         row[field.name] = _without_filling(row[field.name], field)
                     yield number, named(row, names)
@@ -393,6 +415,17 @@ def _without_filling(value: Any, field: pa.Field) -> Any:
         kept = {name: part for name, part in filled.items() if part is not None}
         return kept if kept or field.name in _CAN_BE_EMPTY else None
     return value
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Rows of Parquet to read in one batch: fewer if each can be a long text of a dictionary."""
+    largest = 1
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(column)
+            if chunk.has_dictionary_page:
+                largest = max(largest, chunk.data_page_offset - chunk.dictionary_page_offset)
+    return max(1, min(BATCH_ROWS, _LARGEST_BATCH // (4 * largest)))  # 4: decompressed
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -114,6 +114,7 @@ def _open(source: Source, commits: dict[str, str], use: str) -> OpenedSource:
     digest = hashlib.sha256(json.dumps(labels).encode() if labels else b"")
     for file in files:
         try:
+            readers.check_first_line(file)
             digest.update(bytes.fromhex(file_hash(file)))
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None

@@ -167,7 +167,7 @@ def _training(trainer: Guards) -> Json:
         "epochs": round(trainer.state.epoch or 0.0, 3),
         "tokens": guard.meter.tokens(),
         "tokens_per_second": speeds[-1] if speeds else 0.0,
-        "predicted_tokens_per_second": plan and round(plan.tokens_per_second, 1),
+        "predicted_tokens_per_second": plan and plan.tokens_per_second,
         "seconds": round(guard.meter.seconds, 3),
         "trainable_parameters": sum(
             p.numel() for p in trainer.model.parameters() if p.requires_grad

@@ -14,9 +14,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+from lora_kit import trust
 from lora_kit.adapter.files import WEIGHTS, Adapter, open_adapter
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.base.head import pooling_of
+from lora_kit.base.pin import LARGEST_FILE
 from lora_kit.base.tensors import INDEX, stored, stored_in
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.folders import new_folder
@@ -316,6 +318,9 @@ def pull(repo: str, out: str | Path, revision: str | None, say: Callable[[str], 
         if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
             raise UserError(f"{repo}: names a file outside of its folder: {name!r:.80}")
     wanted = {n: f for n, f in there.items() if _PULLED.fullmatch(n) and n != PULLED}
+    for name, file in wanted.items():
+        if file.size > LARGEST_FILE and not name.endswith(".safetensors"):
+            raise UserError(f"{repo}: {name}: {file.size:,} bytes: not a file of this kind")
     left = sorted(there.keys() - wanted.keys() - {".gitattributes"})
     if not wanted.keys() & {WEIGHTS, "model.safetensors", INDEX}:
         others = ", ".join(left[:5]) or "empty"
@@ -385,8 +390,8 @@ def _check_finite(adapter: Adapter) -> None:
 def _check_json(file: Path) -> None:
     """Raises UserError unless the file is JSON."""
     try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        trust.read_json(file, LARGEST_FILE)
+    except ValueError:
         raise UserError(f"{file}: no JSON: ask its owner") from None
 
 

@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import ipaddress
 import json
+import math
 import os
 import select
 import shlex
@@ -19,6 +20,7 @@ import socket
 import socketserver
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -65,6 +67,12 @@ _AS_IT_IS: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+MOST_CLIENTS = 768  # connections: two more files for each of those in llama.cpp, of usually 1,024
+_LARGEST_BODIES = 2**28  # bytes of all requests together
+_SECONDS_TO_ASK = 30.0  # for the whole request
+# Entries of a list or object of a request; llama.cpp starts a task for each prompt, and looks up
+# each token in the biases.
+_MOST_ENTRIES, _MOST_OF = 1024, {"prompt": 64, "messages": 4096}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 _FORMAT = 1  # increased whenever the same base gives another GGUF
 
@@ -209,15 +217,21 @@ class _Front(socketserver.ThreadingTCPServer):
         engine: path of llama.cpp's socket.
         template: the base's chat template; empty: it has none.
         calls: the open connections to llama.cpp.
+        clients: {connection: its start; infinite once its request was read}.
+        bodies: {connection: bytes of its request}.
+        turns: to ask llama.cpp, whose threads for connections are few.
     """
 
     daemon_threads = allow_reuse_address = True
-    request_queue_size = 64
+    request_queue_size = 1024
     engine, template = "", ""
     models: dict[str, Adapter | None]
 
     def __init__(self, host: str, port: int, public: bool) -> None:
         self.public, self.calls = public, set[socket.socket]()
+        self.clients: dict[socket.socket, float] = {}
+        self.bodies: dict[socket.socket, int] = {}
+        self.turns = threading.Semaphore(SLOTS + 2)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             others = [a[4][0] for a in found if not _is_loopback(str(a[4][0]))]
@@ -239,7 +253,26 @@ class _Front(socketserver.ThreadingTCPServer):
             with contextlib.suppress(OSError):
                 call.shutdown(socket.SHUT_RDWR)
 
+    def service_actions(self) -> None:
+        """Twice a second: end requests that are sent too slowly."""
+        for client, start in list(self.clients.items()):
+            if time.monotonic() - start > _SECONDS_TO_ASK:
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RD)
+
     # Signatures of the standard library: Any is what it passes.
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, or hang up if there are too many."""
+        if len(self.clients) >= MOST_CLIENTS:
+            return self.shutdown_request(request)
+        self.clients[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.clients.pop(request, None)
+        self.bodies.pop(request, None)
+        super().shutdown_request(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore disconnected clients; report an error of ours in one line, without the prompt."""
         error = sys.exc_info()[1]
@@ -266,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404, f"{path} is not served here")
 
     def do_POST(self) -> None:
-        path, models = urlsplit(self.path).path, self.server.models
+        path = urlsplit(self.path).path
         length = self.headers["Content-Length"] or ""
         if not self._may_ask():
             return
@@ -274,14 +307,31 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_error(404, f"{path} is not served here, but {CHAT} and {TEXT}")
         if not length.isdecimal() or len(length) > 9 or int(length) > LARGEST_BODY:
             return self.send_error(413, f"a body of a stated length, {LARGEST_BODY:,} at most")
+        self.server.bodies[self.connection] = int(length)
+        if sum(list(self.server.bodies.values())) > _LARGEST_BODIES:
+            return self.send_error(503, "too many large requests wait: try again later")
+        body = self.rfile.read(int(length))
+        self.server.clients[self.connection] = math.inf
+        with self.server.turns:
+            self._answer(path, body)
+
+    def _answer(self, path: str, body: bytes) -> None:
+        """Check a request, and pass it on to llama.cpp."""
+        models = self.server.models
         try:
-            request = json.loads(self.rfile.read(int(length)))
+            request = json.loads(body)
             name = str(request["model"])
         except (ValueError, TypeError, KeyError, RecursionError):
             return self.send_error(400, "the body must be a JSON object with `model`")
         if name not in models:
             known = f"model {name[:80]!r} is not served: one of {', '.join(models)}"
             return self.send_error(404, known, "model_not_found")
+        for key, value in request.items():
+            most, tokens = _MOST_OF.get(key, _MOST_ENTRIES), 0
+            if isinstance(value, list) and key == "prompt":
+                tokens = sum(type(part) is int for part in value)
+            if isinstance(value, (list, dict)) and len(value) - tokens > most:
+                return self.send_error(400, f"{key:.40}: more than {most:,} entries")
         if path == CHAT and not self.server.template:
             return self.send_error(400, f"the base has no chat template: use {TEXT}")
         if ignored := _ignored(request, self.server.template):

@@ -77,6 +77,7 @@ class Machine:
     Attributes:
         room: bytes that this process may use. framework: bytes in use before the base is loaded.
         flops: FLOP/s of matrix products by dtype. bandwidth: bytes/s of elementwise operations.
+        share: of the time of their measurement that this process had a core; else others had it.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Machine:
     framework: int
     flops: dict[str, float]
     bandwidth: float
+    share: float = 1.0
 
     @property
     def limit(self) -> int:

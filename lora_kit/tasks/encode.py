@@ -37,6 +37,7 @@ from lora_kit.run import run_class, section_fields
 from lora_kit.schema import Json, Run
 from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import Dropped, Facts, Processor, Task
+from lora_kit.trust import is_panic
 
 _SECONDS_BETWEEN_LINES = 15
 _LIBRARIES = ("tokenizers", "transformers")
@@ -258,7 +259,15 @@ class Encoder:
 
     def _encoded(self, task: Task, examples: list[Example]) -> list[list[Row] | Dropped]:
         """The rows of each example. Raises UserError if the task's results are no rows."""
-        encoded = list(task.encode(examples, self.processor, self.facts, self._run))
+        try:
+            encoded = list(task.encode(examples, self.processor, self.facts, self._run))
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise UserError(
+                f"{examples[0].place}, or soon after it: the tokenizer cannot encode a row "
+                f"({in_a_line(error)}): use another base"
+            ) from None
         if len(encoded) != len(examples):
             raise UserError(f"TASK.encode: {len(encoded)} results for {len(examples)} examples")
         for example, found in zip(examples, encoded, strict=True):

@@ -67,7 +67,8 @@ def test_recipe_leaves_a_whole_run(
             low, high = figures["ci95"]
             assert low <= figures["difference"] <= high
     epochs = report["training"].pop("epochs")
-    assert report["training"].pop("predicted_tokens_per_second") > 0
+    predicted = report["training"].pop("predicted_tokens_per_second")
+    assert predicted is None or predicted > 0  # unknown on a busy machine
     assert epochs == pytest.approx(4 / 9 if recipe == "sft" else 4, abs=1e-3)
     assert report["training"] == {
         "steps": 4,
