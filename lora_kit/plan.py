@@ -111,9 +111,9 @@ class MemoryPlan:
             "layers": self.layers,
             "why": self.why,
             "flops_per_step": self.flops,
-            "tokens_per_second": self.tokens_per_second,
-            "seconds": self.seconds,
-            "evaluation_seconds": self.evaluation_seconds,
+            "tokens_per_second": _rounded(self.tokens_per_second),
+            "seconds": _rounded(self.seconds),
+            "evaluation_seconds": _rounded(self.evaluation_seconds),
             "disk_mib": mib(self.disk),
         }
 
@@ -136,6 +136,10 @@ class MemoryPlan:
         if self.tokens_per_second is None:
             return "tokens/s unknown (other processes use the CPU)"
         return f"about {self.tokens_per_second:,.0f} tokens/s"
+
+
+def _rounded(rate: float | None) -> float | None:
+    return None if rate is None else round(rate, 1)
 
 
 def plan(run: Run, task: Task) -> MemoryPlan:
@@ -374,9 +378,9 @@ class _Planner:
             memory={cause: size for cause, size in held.items() if size},
             room=machine.room,
             flops=int(work.flops * choice.accumulation * usual),
-            tokens_per_second=round(tokens_of_step / step, 1) if known else None,
-            seconds=round(step * steps, 1) if known else None,
-            evaluation_seconds=round(evaluation, 1) if known else None,
+            tokens_per_second=tokens_of_step / step if known else None,
+            seconds=step * steps if known else None,
+            evaluation_seconds=evaluation if known else None,
             disk={
                 "checkpoints": checkpoint_bytes(trained, keep, train.optim),
                 "adapter": 4 * trained,

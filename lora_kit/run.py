@@ -31,7 +31,7 @@ from lora_kit.schema import SECTIONS, Adapter, Json, Run, Section
 # Keys that must be objects or null in JSON files (run.lock.json, report.json).
 _OBJECTS = (
     "base", "adapter", "data", "batch", "commits", "uses", "verdict", "domain", "general",
-    "overfitting", "metrics", "harness", "audit", "training", "memory", "gate", "evaluated", "into",
+    "overfitting", "metrics", "harness", "audit", "training", "memory", "gate", "evaluated",
     "settings", "checkpoints", "tokenizer",
 )  # fmt: skip
 KeyPath = list[str | int]  # `data.train[1].fraction` as ["data", "train", 1, "fraction"]
@@ -208,6 +208,8 @@ def load_run(
         if "against" in data:  # the key's former name, in the directory of an old run
             values["data"] = {k: v for k, v in data.items() if k != "against"}
             values["data"].setdefault("decontaminate", data["against"])
+        # A run directory has all keys: one without this is of a version that evaluated all rows.
+        values["prove"] = {"budget": None, **_section(values, "prove")}
     values, relative = _absolute(values, path.resolve().parent)
     task: TaskKeys | None = None
     # Checked before the schema, so that all mistakes are reported at once.

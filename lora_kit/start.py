@@ -123,11 +123,15 @@ def _failure(
         killed: the kernel killed a process for lack of memory.
     """
     failed = [outcome for outcome in outcomes if outcome["code"]]
-    for outcome in failed:
-        # torchrun interrupts the ranks that are left, and these lose the others.
-        consequence = outcome.get("lost") or (outcome["code"] > 128 and not received)
-        if not consequence:
-            return _as_error(outcome["code"], outcome["message"])
+    # torchrun interrupts the ranks that are left, and these lose the others.
+    causes = [
+        outcome
+        for outcome in failed
+        if not (outcome.get("lost") or (outcome["code"] > 128 and not received))
+    ]
+    if causes:
+        messages = dict.fromkeys(outcome["message"] for outcome in causes)
+        return _as_error(causes[0]["code"], "\n".join(messages))
     more = ""
     if any((run.directory / "checkpoints").glob("*/seal.json")):
         more = f"; resume with lora-kit train {run.directory / 'run.yaml'} --resume"

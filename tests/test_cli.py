@@ -117,7 +117,7 @@ def test_without_a_verb_comes_the_help(run: Shell) -> None:
         ("generate gone", "Missing argument 'prompt'."),
         ("merge gone --out merged", "gone: neither a run directory nor an adapter folder"),
         ("merge gone", "Missing option '--out'."),
-        ("merge gone --out merged --dtype float16", "'float16' is not one of 'bfloat16', 'fl"),
+        ("merge gone --out merged --dtype float8", "'float8' is not one of "),
         ("copy spt folder", "unknown name `spt`; did you mean `sft`?"),
         ("copy sft file.txt", "file.txt: cannot be written (File exists)"),
         ("schema more", 'unknown recipe "more"'),

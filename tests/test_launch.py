@@ -221,7 +221,7 @@ OUTCOMES: dict[str, tuple[dict[str, dict[str, Any]], int, int | None, type[Excep
         1,
         None,
         CheckFailed,
-        "exited without reporting an error (exit code 1)",
+        "the process of rank 1 exited without reporting an error during loading the base (exit co",
     ),
     "interrupted": (
         {n: {"code": 143, "message": "stopped after step 3"} for n in "01"},
@@ -271,9 +271,11 @@ def test_what_the_processes_end_with(
     outcomes, code, received, kind, words = OUTCOMES[what]
 
     def child(command: list[str], environment: dict[str, str], *_: Any) -> tuple[int, int | None]:
+        folder = Path(environment[launch.OUTCOME_VARIABLE])
+        for rank in "01":
+            (folder / f"{rank}.pid").write_text("1")
         for rank, outcome in outcomes.items():
-            file = Path(environment[launch.OUTCOME_VARIABLE]) / f"{rank}.json"
-            file.write_text(json.dumps(outcome), encoding="utf-8")
+            (folder / f"{rank}.json").write_text(json.dumps(outcome), encoding="utf-8")
         return code, received
 
     monkeypatch.setattr(start, "_run_child", child)

@@ -148,9 +148,9 @@ def test_the_evaluation_is_planned(run_file: RunMaker, room: Any) -> None:
     assert 0 < least.evaluation_seconds < whole.evaluation_seconds / 2
     assert f"{whole.evaluation_seconds:,.0f} s of evaluation" in str(whole)
     # Long rows after training on short ones.
-    rows = [{"prompt": f"{n}?", "completion": " ".join(sentences(4, n))} for n in range(30)]
+    rows = [{"prompt": f"{n}?", "completion": " ".join(sentences(9, n))} for n in range(30)]
     Path("long.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    one = {"train.per_device_train_batch_size": 1}
+    one = {"train.per_device_train_batch_size": 1, "train.max_length": 256}
     short = planned(run_file, "sft", **one)
     long = planned(run_file, "sft", **one, **{"data.eval": "long.jsonl"})
     assert long.memory["logits"] > short.memory["logits"]
@@ -196,7 +196,7 @@ def test_bytes_of_the_base_are_those_of_the_loaded_one(run_file: RunMaker, quant
 
 
 def test_longer_rows_and_higher_ranks_take_more(run_file: RunMaker, room: Any) -> None:
-    one = {"train.per_device_train_batch_size": 1}
+    one = {"train.per_device_train_batch_size": 1, "train.max_length": 256}
     small = planned(run_file, **one)
     long = planned(run_file, **one, **{"train.max_length": 256})
     wide = planned(run_file, **one, **{"adapter.r": 16})

@@ -84,6 +84,7 @@ OTHERS = {
             "supervise",
             "packing",
             "group",
+            "ignore",
             "limits",
             "workers",
         ),

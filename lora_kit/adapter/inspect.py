@@ -52,7 +52,7 @@ def _issues(adapter: Adapter, changed: list[str], modules: list[Figures]) -> lis
     unpinned = is_hub_id(base) and not adapter.base["revision"]
     no_tokenizer = not any(adapter.folder.glob("tokenizer*"))
     own = [
-        (adapter.misnamed, adapter.misnamed, "every target", "not loaded, silently"),
+        (adapter.misnamed, adapter.misnamed or "", "every target", "not loaded, silently"),
         (None in norms, "NaN or infinite values", "every target", "generates noise"),
         (0 in norms, "a zero update", "every target", "no effect: it did not train"),
         (not base, "no base model named", "PEFT", "base not found"),
@@ -124,7 +124,7 @@ def difference(first: FinishedRun, second: FinishedRun) -> dict[str, object]:
     Raises:
         UserError: see `open_adapter`; or values are not finite.
     """
-    a, b = first.adapter, second.adapter
+    a, b = open_adapter(first.folder), open_adapter(second.folder)
     known = first.hashes and second.hashes
     same_base = first.hashes == second.hashes if known else a.base == b.base
     modules, other_shapes = [], []

@@ -93,7 +93,9 @@ def cost_of_original(run: FinishedRun) -> str | None:
 def measured_of(run: FinishedRun) -> Json | None:
     """`into` of the run's report, if both bases were measured."""
     found = read_json(run.home / "report.json").get("into")
-    return found if found and all(found.get(name) for name in ("base", "dequantized")) else None
+    if not isinstance(found, dict):
+        return None
+    return found if all(found.get(name) for name in ("base", "dequantized")) else None
 
 
 def better_base(into: Json) -> Weights:

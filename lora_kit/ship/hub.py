@@ -161,8 +161,8 @@ def make_plan(
     report = {**report, **figures} if with_samples else figures
     files = _files_to_push(folder, within=bool(merged))
     made = _merged_config(run, folder, files, base) if merged else {"adapter_config.json": config}
-    if known := (lock.get("adapter") or {}).get("files"):
-        uploaded = {name: known[name] for name in known if name in files}
+    if saved := (lock.get("adapter") or {}).get("files"):
+        uploaded = {name: saved[name] for name in saved if name in files}
         lock = {**lock, "adapter": {**lock["adapter"], "files": uploaded}}
     made |= {"run.lock.json": lock, "report.json": report}
     card = make_card(

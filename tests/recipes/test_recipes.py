@@ -17,6 +17,7 @@ from lora_kit.run import load_run, shipped
 RUN = Path("runs/test")
 FILES = {
     *("run.yaml", "run.lock.json", "census.json", "metrics.jsonl", "report.json", "report.html"),
+    ".writer",  # the lock of the process that writes
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja"),
     *(
