@@ -93,20 +93,12 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
         lock = FileLock(root / f"{key}.lock")
         lock.acquire(blocking=False)
     except TimeoutError:
-        print(
-            "data: waiting for another process that prepares the same data",
-            file=sys.stderr,
-            flush=True,
-        )
+        print("data: waiting for another process that prepares the same data", file=sys.stderr)
         lock.acquire()
     except OSError as error:
         folder = Path(tempfile.mkdtemp(prefix="lora_kit-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        print(
-            f"data: {root}: not writable, not caching ({error.strerror})",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"data: {root}: not writable, not caching ({error.strerror})", file=sys.stderr)
         build(folder)
         return folder
     folder = root / key
@@ -138,7 +130,7 @@ def _is_whole(folder: Path) -> bool:
         if seal and all(file_hash(folder / name) == seal[name] for name in seal):
             return True
     if folder.exists():
-        print(f"data: {folder}: corrupt: preparing it again", file=sys.stderr, flush=True)
+        print(f"data: {folder}: corrupt: preparing it again", file=sys.stderr)
     return False
 
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import traceback
 import unicodedata
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +69,15 @@ class RunFileError(UserError):
     def __init__(self, path: str, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("\n".join(f"{path}: {problem}" for problem in problems))
+
+
+def problems_of(check: Callable[..., None], *given: object) -> list[str]:
+    """The message of a UserError that a check raises; without one no message."""
+    try:
+        check(*given)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 class CheckFailed(LoraKitError):

@@ -4,6 +4,7 @@ then, also after a power cut. One writer per run directory."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -123,10 +124,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or folder."""
+    """fsync a file or folder; of a folder, some network file systems do not support it."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(opened)
 

@@ -43,7 +43,7 @@ from lora_kit.train.strategies import choose
 
 _MIB = 2**20
 _PROBED_S, _PROBED_ROWS = 0.05, 1024  # seconds and rows per measurement of the device
-_LEAST_SHARE = 0.8  # of the measurement that this process had a core, for a rate to be stated
+_LEAST_SHARE = 0.8  # of the measurement's time on a core, for the rates to be reported
 _ADAM_BYTES, _ADAM_CALLS = 40, 12  # bytes read and written per value; operations per tensor
 _CODES = 2 * 16 * 4 + 256 * 4  # bytes of the lookup tables of NF4 and of its 8-bit scales
 _FEWEST_TOKENS = 64  # smallest max_length to suggest
@@ -403,18 +403,19 @@ class _Planner:
 
     def _why(self, choice: Choice, needed: int) -> str:
         rows, passes, again = choice.micro_batch, choice.accumulation, choice.recomputed
-        what = f"{rows} row{'s' * (rows > 1)} a micro-batch, "
-        what += f"{passes} micro-batch{'es' * (passes > 1)} a step; "
-        what += f"{again} of {self.layers} layers are" if again else "no layer is"
-        what += " recomputed: "
+        layers = f"{again} of {self.layers} layers are" if again else "no layer is"
         if (rows, again) != (self.own, self.forced):
             written = sum(self.memory(self.own, self.forced).values()) / _MIB
-            what += f"the fastest that fits; as written it would take {written:,.0f} MiB"
+            reason = f"the fastest that fits; as written it would take {written:,.0f} MiB"
         elif self.run.speed == "plain":
-            what += f"as written (speed: plain){', does not fit' * (needed > self.machine.room)}"
+            reason = f"as written (speed: plain){', does not fit' * (needed > self.machine.room)}"
         else:
-            what += "as written, which fits"
-        what += f"; {self.machine.room / _MIB:,.0f} MiB available"
+            reason = "as written, which fits"
+        what = (
+            f"{rows} row{'s' * (rows > 1)} a micro-batch, {passes} micro-batch"
+            f"{'es' * (passes > 1)} a step; {layers} recomputed: {reason}; "
+            f"{self.machine.room / _MIB:,.0f} MiB available"
+        )
         slower = self.machine.flops["float32"] / self.machine.flops[self.run.base.dtype]
         if slower > 1.1:
             what += f"; bfloat16 is {slower:.1f} times slower than float32 on this CPU: "

@@ -239,12 +239,7 @@ def check_page(file: Path) -> None:
 
 
 def write_page(
-    file: Path,
-    task: Task,
-    run: Run,
-    prepared: Prepared,
-    processor: Processor,
-    problems: list[str],
+    file: Path, task: Task, run: Run, prepared: Prepared, processor: Processor, problems: list[str]
 ) -> None:
     """Write a self-contained page; all text from data is escaped."""
     check_page(file)

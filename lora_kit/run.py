@@ -39,19 +39,13 @@ KeyPath = list[str | int]  # `data.train[1].fraction` as ["data", "train", 1, "f
 SOURCE_KEYS = ("train", "eval", "general", "decontaminate")
 # Keys that may change on resume, and be edited in a run directory's run.yaml: they do not affect
 # the training. eval_steps does: it determines the best adapter and early stopping.
+# load_best_model_at_end does not: the last adapter is used if the best checkpoint is corrupt. The
+# base is compared by the hashes of its files.
 FREE_TO_CHANGE = {
-    "train.logging_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-    "train.report_to",
-    "train.dataloader_num_workers",
-    "train.ddp_timeout",
-    "train.per_device_eval_batch_size",
-    "train.load_best_model_at_end",  # to use the last adapter if the best checkpoint is corrupt
-    "data.workers",
-    "base.model",  # the base is compared by the hashes of its files
-    "base.revision",
-}
+    "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.report_to",
+    "train.dataloader_num_workers", "train.ddp_timeout", "train.per_device_eval_batch_size",
+    "train.load_best_model_at_end", "data.workers", "base.model", "base.revision",
+}  # fmt: skip
 # Keys by section with the paths of files.
 _PATHS = {"data": (*SOURCE_KEYS, "against", "labels"), "adapter": ("start",)}
 # The class of each section, also of nested ones such as `data.limits`.
@@ -360,7 +354,8 @@ def settings_hashes(path: Path) -> dict[str, str]:
         if isinstance(values, dict):
             values = {k: v for k, v in values.items() if f"{section}.{k}" not in FREE_TO_CHANGE}
             for key in _PATHS.get(section, ()):
-                values[key] = _without_text(values.get(key))
+                if key != "labels" or not isinstance(values.get(key), list):  # a list of names
+                    values[key] = _without_text(values.get(key))
         text = json.dumps(values, sort_keys=True, default=str)
         hashes[section] = hashlib.sha256(text.encode()).hexdigest()
     return hashes
@@ -503,7 +498,8 @@ def _absolute(values: Json, folder: Path) -> tuple[Json, set[str]]:
         return normal
 
     values = dict(values)
-    data, base, adapter = (dict(_section(values, name)) for name in ("data", "base", "adapter"))
+    names = ("data", "base", "adapter", "prove")
+    data, base, adapter, prove = (dict(_section(values, name)) for name in names)
     for key in SOURCE_KEYS:
         if key in data:
             data[key] = place(data[key])
@@ -514,16 +510,14 @@ def _absolute(values: Json, folder: Path) -> tuple[Json, set[str]]:
         base["model"] = place(base["model"], Path.cwd(), must_exist=True)
     if "start" in adapter:
         adapter["start"] = place(adapter["start"], Path.cwd(), must_exist=True)
-    values |= {k: v for k, v in (("data", data), ("base", base), ("adapter", adapter)) if v}
-    prove = _section(values, "prove")
     for key in _PROGRAMS:
         if isinstance(prove.get(key), list):
             # Only values that look like paths: `f1` is a metric even if a folder has this name.
-            words = [
+            prove[key] = [
                 place(v, must_exist=True) if set("/.") & set(str(v)) else v for v in prove[key]
             ]
-            prove = {**prove, key: words}
-            values["prove"] = prove
+    sections = zip(names, (data, base, adapter, prove), strict=True)
+    values |= {name: section for name, section in sections if section}
     recipe = values.get("recipe")
     if isinstance(recipe, str) and recipe.endswith(".py"):
         values["recipe"] = place(recipe)

@@ -12,14 +12,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator
 
 # A JSON object of a file (config.json, report.json, the lock), whose values are checked where they
 # are read.
@@ -99,8 +92,10 @@ class Source(Section):
     """A source with further settings."""
 
     source: Path_ = Field(description="A file, folder, glob or Hub data set (owner/name).")
-    config: str | None = Field(None, description="Config of a Hub data set; null: its default.")
-    split: str = Field("train", min_length=1, description="Split of a Hub data set.")
+    config: str | None = Field(None, description="Config of a data set; null: its default.")
+    split: str = Field(
+        "train", min_length=1, description="Split of a data set of the Hub, or of a folder of one."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
     fraction: float | None = Field(
         None, gt=0, lt=1, description="Share of the training tokens from this source."
@@ -144,8 +139,7 @@ class Data(Section):
         "none.",
     )
     decontaminate: Sources | None = Field(
-        None,
-        description="Benchmark files, of any columns, whose rows must not be training rows.",
+        None, description="Benchmark files, of any columns, whose rows must not be training rows."
     )
     columns: dict[Column, str] = Field(
         default_factory=dict,
@@ -239,12 +233,10 @@ class Train(Section):
         "the lowest is kept. null: only at the end.",
     )
     early_stopping_patience: Positive | None = Field(
-        None,
-        description="Evaluations without a lower eval_loss before early stopping; null: off.",
+        None, description="Evaluations without a lower eval_loss before early stopping; null: off."
     )
     load_best_model_at_end: bool = Field(
-        True,
-        description="With eval_steps: save the adapter of the lowest eval_loss, not the last.",
+        True, description="With eval_steps: save the adapter of the lowest eval_loss, not the last."
     )
     save_steps: Positive = Field(500, description="Steps between checkpoints.")
     save_total_limit: Positive = Field(2, description="Checkpoints kept, besides the best.")
@@ -291,9 +283,7 @@ class Gate(Section):
         None, description="Minimal verdict against the base with prove.shots examples."
     )
     loss: float | None = Field(
-        None,
-        gt=0,
-        description="Largest loss of the adapted model on the domain, in nats a token.",
+        None, gt=0, description="Largest loss of the adapted model on the domain, in nats a token."
     )
     metrics: dict[str, float] = Field(
         default_factory=dict,

@@ -179,7 +179,12 @@ def test_settings_that_are_compared(tmp_path: Path) -> None:
             "seed": 0,
             "base": {"model": "here", "revision": None, "dtype": "float32"},
             "adapter": {"r": 4, "start": "../a"},
-            "data": {"train": [{"source": "a.txt", "fraction": 0.5}], "eval": 0.1, "workers": None},
+            "data": {
+                "train": [{"source": "a.txt", "fraction": 0.5}],
+                "eval": 0.1,
+                "labels": ["no", "yes"],
+                "workers": None,
+            },
             "train": dict.fromkeys(k.removeprefix("train.") for k in FREE_TO_CHANGE),
             "prove": {"shots": 4},
         }
@@ -205,6 +210,7 @@ def test_settings_that_are_compared(tmp_path: Path) -> None:
         ("data", {"data__train": [{"source": "a.txt", "fraction": 0.6}]}),
         ("data", {"data__train": [*moved, "c.txt"]}),
         ("data", {"data__eval": 0.2}),
+        ("data", {"data__labels": ["yes", "no"]}),
         ("base", {"base__dtype": "bfloat16"}),
         ("train", {"train__learning_rate": 1}),
         ("seed", {"seed": 1}),

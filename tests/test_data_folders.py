@@ -124,6 +124,8 @@ def test_it_is_not_guessed_which_files_are_for_training(
     assert f"{names[1]} is named after a held-out split, {names[0]} is not" in line
     assert line.endswith(str(tmp_path / names[0]))
     assert read(tmp_path, use="eval") == [*names]
+    split = "test" if "test" in names[1] else "validation"
+    assert read(tmp_path, use="eval", split=split) == [names[1]]
 
 
 def test_a_pattern_does_not_mix_splits(tmp_path: Path) -> None:
@@ -148,6 +150,28 @@ def test_a_folder_of_documents_is_read_whole(tmp_path: Path) -> None:
     assert read(tmp_path) == names
     assert "has no split `test`: it is no data set" in refused(tmp_path, split="test")
     assert "has no config `en`" in refused(tmp_path, config="en")
+
+
+def test_a_readme_alone_is_a_document(tmp_path: Path) -> None:
+    put(tmp_path, "README.md", "Words of a document.")
+    assert read(tmp_path) == ["README.md"]
+
+
+def test_what_has_no_splits_is_not_given_one(tmp_path: Path) -> None:
+    table(tmp_path, "a.jsonl", "b.jsonl")
+    saved(tmp_path / "set", train=["a"])
+    embedded = "nano:topics"
+    for source in (tmp_path / "a.jsonl", f"{tmp_path}/*.jsonl", embedded, tmp_path / "set/train"):
+        assert "has no split `test`: it " in refused(source, split="test")
+        assert "has no config `en`: it " in refused(source, config="en")
+    assert "has no config `en`: it " in refused(tmp_path / "set", config="en")
+    for source in (tmp_path, tmp_path / "a.jsonl"):
+        assert "has no revision `v1`: it is a " in refused(source, revision="v1")
+
+
+def test_a_benchmark_in_a_split_is_told_from_the_training_rows(tmp_path: Path) -> None:
+    table(tmp_path, "train.jsonl", "test.jsonl")
+    assert read(tmp_path, use="decontaminate", split="test") == ["test.jsonl"]
 
 
 def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path) -> None:
@@ -185,7 +209,7 @@ def test_a_saved_data_set_is_read_as_its_state_says(tmp_path: Path) -> None:
     assert "has no split `dev`; it has: train, test" in refused(tmp_path, split="dev")
     (tmp_path / "train" / "data-00001-of-00002.arrow").unlink()
     assert "without its 'data-00001-of-00002.arrow'" in refused(tmp_path)
-    (tmp_path / "test" / "state.json").unlink()
+    (tmp_path / "test" / "state.json").write_text('{"_data_files": [1]}')
     assert "without its 'test/state.json'" in refused(tmp_path, split="test")
 
 

@@ -94,6 +94,11 @@ def test_the_limit_of_the_base_is_one_of_them(tmp_path: Path, positions: int) ->
     assert census.train.rows_kept + census.eval.rows_kept == values[-1][2]
 
 
+def test_a_value_is_named_once() -> None:
+    count = Count(rows_read=2, dropped={"too long": 2}, too_long={"150": 1, "200": 1})
+    assert count.fitting(200) == "200 (the base's limit) keeps 2 rows"
+
+
 def test_where_no_row_is_left_the_value_is_named_too(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="no rows left") as caught:
         prepared(tokenizer, train=put(tmp_path / "a.jsonl", rising()), max_length=8)

@@ -93,7 +93,8 @@ def test_a_flag_that_is_neither_true_nor_false_is_refused(name: str, value: Any)
     "extra",
     [{"label": "travel"}, {"rejected": "another completion"}, {"chosen": [ASK, ANSWER]},
      {"loss": 1.73}, {"history": []}, {"tools": None}, {"split": "train"}, {"id": 0, "score": 0},
-     {"image": None}, {"images": []}, {"path": "a/b.py"}, {"audio": ""}],
+     {"image": None}, {"images": []}, {"path": "a/b.py"}, {"audio": ""},
+     {"source": {"path": "docs/a.md"}}, {"source": {"path": None}}],
 )  # fmt: skip
 def test_other_columns_are_ignored(extra: Values) -> None:
     assert one(ROWS["question-answer"] | extra) == one(ROWS["question-answer"])
@@ -204,6 +205,14 @@ def test_rows_of_another_split_can_be_evaluated_on(tmp_path: Path) -> None:
     held.write_text("".join(json.dumps(chat(n) | {"split": "test"}) + "\n" for n in range(60, 90)))
     _, out = preview(tmp_path, [chat(n) | {"split": "train"} for n in range(60)], eval=str(held))
     assert "eval: 30 rows read, 30 kept" in out and "dropped" not in out
+
+
+def test_a_flag_that_is_not_used_is_listed_as_unused(tmp_path: Path) -> None:
+    general = tmp_path / "general.jsonl"
+    general.write_text(json.dumps({"text": "Some words of no field.", "weight": 0}) + "\n")
+    code, out = preview(tmp_path, [chat(n) for n in range(60)], general=str(general))
+    assert code == 0 and "general: 1 rows read, 1 kept" in out
+    assert "unused columns: weight (first: " in out
 
 
 def test_a_row_with_an_image_stops_the_run(tmp_path: Path) -> None:

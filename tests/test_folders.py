@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +42,26 @@ def test_after_an_error_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left"), new_folder(tmp_path / "out", 0):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_that_does_not_sync_folders_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, code = os.fsync, errno.EINVAL
+
+    def synced(opened: int) -> None:
+        if stat.S_ISDIR(os.fstat(opened).st_mode):
+            raise OSError(code, "of a folder")
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with new_folder(tmp_path / "out", 0) as partial:
+        (partial / "file").write_text("x")
+    assert (tmp_path / "out" / "file").read_text() == "x"
+    code = errno.EIO
+    with pytest.raises(UserError, match="of a folder"), new_folder(tmp_path / "other", 0):
+        pass
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_exists_is_not_touched_and_room_is_asked_for(tmp_path: Path) -> None:

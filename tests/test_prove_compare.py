@@ -74,6 +74,9 @@ def test_compare_can_spend_more_or_less(run: Path, tmp_path: Path, capfd: Any) -
     more = lora_kit.compare(own, ["prove.budget=null"])
     assert more["domain"]["documents"] == 24 and more["general"]["documents"] == 30
     assert more["evaluated"]["budget"] is None and more["evaluated"]["share"] > 0
+    # As after a training whose evaluation was stopped.
+    (own / "report.json").unlink()
+    assert lora_kit.compare(own, ["prove.budget=0.001"])["evaluated"]["domain"]["units"] == 20
 
 
 @pytest.mark.parametrize("what", ["text.txt", "general.jsonl"])
@@ -87,6 +90,15 @@ def test_other_data_are_refused_and_named(run: Path, what: str) -> None:
     finally:
         file.write_bytes(before)
     assert what in str(raised.value) and str(run) in str(raised.value)
+
+
+def test_a_version_that_holds_out_other_rows_is_refused(run: Path, tmp_path: Path) -> None:
+    own = copied(run, tmp_path)
+    edit(own / "census.json", lambda census: census["eval"].update(rows_kept=23))
+    with pytest.raises(UserError, match=r"24 rows are held out, and 23 were when it was trained"):
+        lora_kit.compare(own)
+    (own / "census.json").unlink()
+    assert lora_kit.compare(own)["domain"]["documents"] == 24
 
 
 def test_another_base_is_refused_and_named(cpt_run: Path, base: Path, tmp_path: Path) -> None:

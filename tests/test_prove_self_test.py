@@ -170,7 +170,7 @@ def learned_from(batch: dict[str, Any], pad_id: int) -> None:
     [
         (without_positions, "packing", "documents of one row see each other"),
         (left_without_mask, "padding", "padding is attended to"),
-        (learned_from, "padding", "padding is attended to or learned from"),
+        (learned_from, "padding", "padding is attended to or trained on"),
     ],
 )
 def test_a_collator_gone_wrong_is_found(

@@ -17,6 +17,7 @@ from lora_kit.schema import Json, Limits
 NO_SUPERVISION = "without supervised tokens"  # data.limits.without_supervision counts them
 LEAKED = "that are also in data.train"  # rows of data.eval: data.limits.exact_leaks counts them
 
+_MEANT = (LEAKED, REJECTED, EXCLUDED)  # beginnings of reasons that are meant by the data
 _SUMMED = (
     "rows_read", "rows_kept", "unused", "samples", "tokens", "supervised_tokens",
     "samples_without_supervision", "end_markers_supervised",
@@ -93,7 +94,7 @@ class Count:
         if len(within):
             values = np.unique(np.quantile(within, (0.5, 0.95, 1), method="higher")).tolist()
         if positions:
-            values = [*values[-2:], positions]
+            values = sorted({*values[-2:], positions})
         lost = sum(self.dropped.values()) + sum(self.truncated.values())
         kept = [(n, self.rows_read - lost + int((lengths <= n).sum())) for n in values]
         named = {positions: " (the base's limit)"}
@@ -179,13 +180,11 @@ class Census:
         for name, count in parts.items():
             read = count.rows_read
             for what, limit in (("dropped", limits.dropped), ("truncated", limits.truncated)):
-                lost = Counter(getattr(count, what))
-                for reason in list(lost):
-                    if reason.startswith((LEAKED, REJECTED, EXCLUDED)):  # as the data means it
-                        del lost[reason]
-                total = lost.total()
+                reasons: dict[str, int] = getattr(count, what)
+                lost = {r: n for r, n in reasons.items() if not r.startswith(_MEANT)}
+                total = sum(lost.values())
                 if read and total > limit * read:
-                    most = lost.most_common(1)[0][0]
+                    most = max(lost, key=lost.__getitem__)
                     long = "train.max_length" in most or what == "truncated"
                     fix = "raise train.max_length" if long else "fix them"
                     if long and count.too_long:

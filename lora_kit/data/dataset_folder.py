@@ -6,26 +6,21 @@ another folder all files are read, without the card of a data set.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_kit.data import hub
+from lora_kit.data.marks import HELD_OUT
 from lora_kit.data.readers import is_table, suffix_of
 from lora_kit.errors import UserError
 from lora_kit.schema import Json, Source
+from lora_kit.trust import read_json
 
-# As in `datasets.data_files`.
-_SPLITS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "dev", "val"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
+_TRAIN = {"train", "training"}  # as in `datasets.data_files`
 _BETWEEN_WORDS = re.compile("[-._ 0-9/]+")
 _CARD_KEYS = {"configs", "dataset_info", "task_categories", "size_categories"}
 _BESIDE_DATA = re.compile(r"state\.json|cache-\w+\.arrow")
-_SHARDS = "_data_files"  # of state.json
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 
 
@@ -34,15 +29,17 @@ def choose(source: Source, found: list[Path], use: str) -> tuple[list[Path], dic
 
     Args:
         found: all of its files that are not hidden.
-        use: the key of `data:`; of `decontaminate` every split is read.
+        use: the key of `data:`; of `decontaminate` every split is read, unless another
+            than `train` is named.
 
     Raises:
         UserError: the data set has no such split or config; some files are named after a test
             split, and it is not clear which are for training; or the data set is incomplete.
     """
+    check_unused(source, "it is a folder, not a data set of the Hub", ("revision",))
     folder = Path(source.source)
     rest = _without_descriptions(found)
-    if use == "decontaminate":
+    if use == "decontaminate" and source.split == "train" and source.config is None:
         return rest, {}
     saved = _saved(source, folder)
     if saved:
@@ -51,9 +48,9 @@ def choose(source: Source, found: list[Path], use: str) -> tuple[list[Path], dic
     card = _card(readme)
     # Documents other than .txt are not data of a split.
     data = [file for file in rest if is_table(file) or suffix_of(file) == ".txt"]
-    splits = {split for file in data for split in _splits(file, folder)}
+    words = {word for file in data for word in _words(file, folder)}
     described = bool(_CARD_KEYS & card.keys()) or (folder / "dataset_infos.json") in found
-    if described or ("train" in splits and len(splits) > 1):
+    if described or (words & HELD_OUT and (words & _TRAIN or source.split != "train")):
         # A README.md without a card is nothing for `datasets`.
         names = [f.relative_to(folder).as_posix() for f in rest if card or f != readme]
         names += [name for name in hub.CARD[1:] if (folder / name).is_file() and name not in names]
@@ -61,21 +58,26 @@ def choose(source: Source, found: list[Path], use: str) -> tuple[list[Path], dic
         return [folder / name for name in chosen], labels
     if use == "train":
         check_splits(source.source, rest, folder)
-    if source.config or source.split != "train":
-        key = "config" if source.config else "split"
-        raise UserError(
-            f"{source.source}: has no {key} `{source.config or source.split}`: it is no data set "
-            "with a card, and its files are not named after splits"
-        )
-    if "license" in card or all(is_table(file) for file in rest if file != readme):
-        rest = [file for file in rest if file != readme]
-    return rest, {}
+    check_unused(source, "it is no data set with a card, and its files are not named after splits")
+    others = [file for file in rest if file != readme]
+    describes = "license" in card or all(map(is_table, others))
+    return (others if others and describes else rest), {}
+
+
+def check_unused(
+    source: Source, why: str, keys: Sequence[str] = ("config", "split", "revision")
+) -> None:
+    """Raises UserError if a source is given one of these keys, which it has no use for."""
+    for key in keys:
+        value = getattr(source, key)
+        if value != Source.model_fields[key].default:
+            raise UserError(f"{source.source}: has no {key} `{value}`: {why}")
 
 
 def check_splits(name: str, files: Sequence[Path], folder: Path) -> None:
     """Raises UserError if some of these tables are named after a held-out split and others are
     not."""
-    held_out = [file for file in files if is_table(file) and _splits(file, folder) - {"train"}]
+    held_out = [file for file in files if is_table(file) and HELD_OUT & _words(file, folder)]
     others = [file for file in files if is_table(file) and file not in held_out]
     if held_out and others:
         raise UserError(
@@ -97,9 +99,9 @@ def _listed(files: Sequence[Path], folder: Path) -> str:
     return ", ".join(names) + (f" and {len(files) - 6:,} more" if len(files) > 6 else "")
 
 
-def _splits(file: Path, folder: Path) -> set[str]:
-    words = {*_BETWEEN_WORDS.split(file.relative_to(folder).as_posix().lower())}
-    return {split for split, names in _SPLITS.items() if names & words}
+def _words(file: Path, folder: Path) -> set[str]:
+    """The words of a file's path below a folder."""
+    return set(_BETWEEN_WORDS.split(file.relative_to(folder).as_posix().lower()))
 
 
 def _without_descriptions(found: list[Path]) -> list[Path]:
@@ -127,23 +129,27 @@ def _card(file: Path) -> Json:
 def _saved(source: Source, folder: Path) -> list[Path]:
     """The files of a Dataset or of a split of a DatasetDict as `save_to_disk` wrote them, in their
     order; empty if the folder is neither."""
-    splits = _object(folder / "dataset_dict.json").get("splits")
+    splits = _listed_in(folder / "dataset_dict.json", "splits")
     if splits:
         if source.split not in splits:
             raise hub.name_one_of(source.source, "split", source.split, splits)
         folder = folder / source.split
-    listed = [str(file["filename"]) for file in _object(folder / "state.json").get(_SHARDS, ())]
+    listed = _listed_in(folder / "state.json", "_data_files")
     missing = [name for name in listed if "/" in name or not (folder / name).is_file()]
     if missing or (splits and not listed):
         lost = missing[0] if missing else f"{source.split}/state.json"
         raise UserError(f"{source.source}: saved by `datasets`, but without its {lost!r:.80}")
+    if listed:
+        unused = ("config",) if splits else ("config", "split")
+        check_unused(source, "it was saved by `datasets` without one", unused)
     return [folder / name for name in listed]
 
 
-def _object(file: Path) -> Json:
-    """A JSON object; empty if the file has another content or does not exist."""
+def _listed_in(file: Path, key: str) -> list[str]:
+    """The names in a list of a JSON file, such as those of shards; empty if the file has another
+    content or does not exist."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        listed = read_json(file)[key]
+        return [part if isinstance(part, str) else str(part["filename"]) for part in listed]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []

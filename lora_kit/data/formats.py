@@ -29,7 +29,7 @@ _PUNCTUATION = ".,;:!?\"'`“”‘’„«»…"  # of prose, not of formulas a
 REJECTED = "with a rejected completion (`label` is false)"
 _TAG = re.compile(r"O|([BIESLU])-(\S+)")
 _NUMBER = re.compile("[0-9]{1,9}")
-_WITHOUT_PROMPT = ("text", "text-label", "sentence-pair", "tokens-tags")
+WITHOUT_PROMPT = ("text", "text-label", "sentence-pair", "tokens-tags")
 _DEEPEST = 64  # nesting levels of a tool definition or tool call
 
 
@@ -289,7 +289,7 @@ def to_example(row: RawRow, format_name: str, columns: Columns, use: str = "trai
             raise NotUsable(f"with a null `{name}`")
     if len(row.columns) > len(known.needed) and use != "general":
         others = {name: row.columns[name] for name in unread(row, format_name, columns)}
-        marks.check(others, format_name not in _WITHOUT_PROMPT, train=use == "train")
+        marks.check(others, format_name not in WITHOUT_PROMPT, train=use == "train")
     group = None
     if columns.group and row.columns.keys() != {"text"}:
         if row.columns.get(columns.group) is None:

@@ -31,14 +31,15 @@ _MEDIA_FILES = (
     ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".wav", ".mp3", ".flac",
     ".ogg", ".opus", ".m4a", ".mp4", ".webm", ".avi", ".mov", ".mkv",
 )  # fmt: skip
-_HELD_OUT = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
+# Names of held-out splits, as in `datasets.data_files`.
+HELD_OUT = {"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
 # Reasons that begin so are meant by the data, and not counted by data.limits.dropped.
 EXCLUDED = "excluded by "
 _IGNORE = "remove it, or add it to data.ignore"
 
 
 class Unseen(NotUsable):
-    """A row has images, audio or video, which a model of text cannot see: the run stops."""
+    """A row has images, audio or video, which a text model cannot read: the run stops."""
 
 
 def check(values: Json, prompted: bool, train: bool) -> None:
@@ -59,9 +60,9 @@ def check(values: Json, prompted: bool, train: bool) -> None:
         if prompted and name in _PROMPT and value:
             part = "it is a part of the prompt: use `messages`"
             raise NotUsable(f"whose `{name}` is not read", f"{part}, {_IGNORE}")
-        if name == "split" and train and str(value).lower() in _HELD_OUT:
+        if name == "split" and train and str(value).lower() in HELD_OUT:
             raise NotUsable("whose `split` is not train", f"it is {short_repr(value)}: {_IGNORE}")
-    flag = excluding(values, values.keys() - ({"loss"} if prompted else {"loss", "label"}))
+    flag = excluding(values, _row_flags(prompted) & values.keys())
     if flag:
         raise NotUsable(f"{EXCLUDED}`{flag}`")
 
@@ -70,12 +71,16 @@ def is_media(name: str, value: object) -> bool:
     """Whether a value is an image, audio or video, as `datasets` stores it, or names its file."""
     if isinstance(value, list):
         return bool(value) and is_media(name, value[0])
-    called = name.lower() in MEDIA
-    if isinstance(value, dict):
-        return bool(value) and (called or value.keys() <= {"bytes", "path"})
-    if isinstance(value, str) and value:
-        return called or (name in _PATHS and value.lower().endswith(_MEDIA_FILES))
-    return isinstance(value, bytes)
+    if isinstance(value, bytes):
+        return True
+    if not value or not isinstance(value, (str, dict)):
+        return False
+    if name.lower() in MEDIA:
+        return True
+    if isinstance(value, dict):  # either of the two can be missing
+        stored = value.keys() <= {"bytes", "path"}
+        return stored and ("bytes" in value or is_media("path", value["path"]))
+    return name in _PATHS and value.lower().endswith(_MEDIA_FILES)
 
 
 def excluding(values: Json, names: Iterable[str], where: str = "") -> str:
@@ -106,9 +111,14 @@ def excluding(values: Json, names: Iterable[str], where: str = "") -> str:
     return ""
 
 
-def is_flag(name: str, value: object) -> bool:
-    """Whether a column is used as a flag, by a value of it."""
-    return name in FLAGS and (name == "weight" or as_flag(value) is not None)
+def _row_flags(prompted: bool) -> set[str]:
+    """The flags of rows: `loss` is one of turns, and without a prompt `label` is a class."""
+    return FLAGS.keys() - ({"loss"} if prompted else {"loss", "label"})
+
+
+def is_flag(name: str, value: object, prompted: bool) -> bool:
+    """Whether a column is used as a flag, by a value of it. prompted: as in `check`."""
+    return name in _row_flags(prompted) and (name == "weight" or as_flag(value) is not None)
 
 
 def as_flag(value: object) -> bool | None:

@@ -25,7 +25,7 @@ from lora_kit import cache
 from lora_kit.data.census import Census, Count
 from lora_kit.data.duplicates import SignatureSample
 from lora_kit.data.examples import Examples, ReadFile, SignedExamples
-from lora_kit.data.formats import Columns, format_of, unread
+from lora_kit.data.formats import WITHOUT_PROMPT, Columns, format_of, unread
 from lora_kit.data.marks import is_flag
 from lora_kit.data.readers import OpenedSource, RowBatch
 from lora_kit.data.reading import DataTask, Reader, ReadJob
@@ -97,8 +97,8 @@ def prepare(data: Data, task: DataTask, seed: int, lock: Json | None = None) -> 
         tuple(data.ignore),
     )
     reader = Reader(task, columns, seed, questions="decontaminate" in opened)
-    # Keys of `data:` that the split depends on besides its sources.
-    decisive = {"eval", "replay", "decontaminate", "columns", "labels", "group"}
+    # Keys of `data:` that the split depends on besides its sources and `columns`.
+    decisive = {"eval", "replay", "decontaminate"}
     key = cache.key_of(
         {  # the same content under another file name can be another format
             use: [(s.name, s.fraction, s.digest, *map(str, s.files)) for s in found]
@@ -165,12 +165,7 @@ def _opened(data: Data, commits: dict[str, str]) -> dict[str, list[OpenedSource]
     return opened
 
 
-def _build(
-    data: Data,
-    opened: dict[str, list[OpenedSource]],
-    reader: Reader,
-    folder: Path,
-) -> None:
+def _build(data: Data, opened: dict[str, list[OpenedSource]], reader: Reader, folder: Path) -> None:
     """Read and split everything into the files of a cache entry, which `_load` reads."""
     files: list[ReadFile] = []
     census = Census()
@@ -294,7 +289,12 @@ def _format(batch: RowBatch, plain: bool, reader: Reader, census: Census) -> str
     else:
         columns, formats = reader.columns, reader.task.formats
     name = format_of(row, columns, formats)
-    ignored = [n for n in unread(row, name, columns) if not is_flag(n, row.columns[n])]
+    prompted = name not in WITHOUT_PROMPT
+    ignored = [
+        other
+        for other in unread(row, name, columns)
+        if plain or not is_flag(other, row.columns[other], prompted)
+    ]
     note = f"unused columns: {', '.join(ignored)[:200]}"
     if ignored and not any(known.startswith(note) for known in census.notes):
         census.notes.append(f"{note} (first: {batch.name})")

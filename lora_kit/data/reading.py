@@ -93,9 +93,8 @@ class Reader:
                 yield number, to_example(row, job.format, columns, job.use)
             except Unseen as error:
                 raise UserError(
-                    f"{row.place}: {error.reason}: images, audio and video cannot be seen by a "
-                    "model of text: remove these rows, or add a column that is not needed to "
-                    "data.ignore"
+                    f"{row.place}: {error.reason}: a text model cannot read images, audio or "
+                    "video: remove these rows, or add a column that is not needed to data.ignore"
                 ) from None
             except NotUsable as error:
                 detail = f"{row.place}: {error.detail}" if error.detail else row.place

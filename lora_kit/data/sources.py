@@ -91,10 +91,12 @@ def _open(source: Source, commits: dict[str, str], use: str) -> OpenedSource:
         found = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p, name))
         wanted, labels = dataset_folder.choose(source, found, use)
     elif os.path.isfile(name):
-        wanted = found = [Path(name)]
+        wanted = found = [folder]
+        dataset_folder.check_unused(source, "it is a file")
         if readers.suffix_of(found[0]) in _BINARY_DOCUMENTS:
             raise UserError(f"{name}: not text: save it as text, HTML or PDF first")
     elif glob.has_magic(name):
+        dataset_folder.check_unused(source, "it is a pattern of files")
         matches = filter(os.path.isfile, glob.glob(name, recursive=True))
         wanted = found = sorted({Path(path) for path in matches})
         folder = Path(os.path.commonpath([file.parent for file in found] or [Path()]))
@@ -139,6 +141,7 @@ def _check_not_empty(name: str, files: Iterable[Path]) -> None:
 
 def _open_nano(source: Source) -> OpenedSource:
     name = source.source
+    dataset_folder.check_unused(source, "it is an embedded text")
     if name not in EMBEDDED:
         raise UserError(f"{name}: no such embedded text: {', '.join(EMBEDDED)}")
     rows: list[dict[str, Any]]

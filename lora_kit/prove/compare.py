@@ -25,6 +25,7 @@ from lora_kit.tasks.encode import Prepared, rows_of
 from lora_kit.tasks.recipe import load_recipe
 from lora_kit.tasks.task import Processor, Task
 from lora_kit.train.arguments import training_arguments
+from lora_kit.train.callbacks import read_metrics
 
 # Keys that may differ from those of the training.
 _FREE = ("prove.", "train.per_device_eval_batch_size=")
@@ -78,6 +79,9 @@ def _measured(finished: FinishedRun, task: Task, gate: bool, scratch: bool) -> J
         )
     model, processor = load_model(finished)
     tokens = (before.get("training") or {}).get("tokens")
+    if tokens is None:  # the evaluation was stopped before there was a report
+        logged = read_metrics(finished.home / "metrics.jsonl")
+        tokens = max((row.get("tokens") or 0 for row in logged), default=None)
     report = evaluate(task, model, data, processor, opened, finished.fresh, trained=tokens)
     del report["adapter_effect"]  # of a training's audit
     if opened.prove.harness:
@@ -131,7 +135,8 @@ def task_of(finished: FinishedRun) -> Task:
 
 
 def prepared_again(finished: FinishedRun, task: Task) -> tuple[Processor, Prepared]:
-    """Processor and rows of a finished run. Raises UserError if its data changed since."""
+    """Processor and rows of a finished run. Raises UserError if its data changed since, or is not
+    read as it was."""
     # What the limits allow was decided when the run was trained.
     run, lock = finished.run_of(task), finished.lock
     _, data = rows_of(task, run, finished.located, lock, limits=False)
@@ -142,6 +147,15 @@ def prepared_again(finished: FinishedRun, task: Task) -> tuple[Processor, Prepar
         raise UserError(
             f"{', '.join(changed)} changed since {finished.path} was trained: rows it was trained "
             "on could be among those it is evaluated on; restore the data, or train again"
+        )
+    # Another version may drop other rows, and then hold out others.
+    before = read_json(finished.home / "census.json").get("eval") or {}
+    kept, now = before.get("rows_kept"), data.census.eval.rows_kept
+    if data.census.held_out and kept not in (None, now):
+        raise UserError(
+            f"{finished.path}: {now:,} rows are held out, and {kept:,} were when it was trained: "
+            "this version reads its data differently, so rows it was trained on could be among "
+            "those it is evaluated on: train again"
         )
     return finished.processor, data
 
@@ -179,18 +193,15 @@ def _against_scratch(
     import torch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
 
-    train: dict[str, object] = {
+    settings = {
         "eval_steps": None,
         "report_to": [],
         "gradient_accumulation_steps": passes,
+        "max_steps": steps or run.train.max_steps,
     }
-    if steps is not None:
-        train["max_steps"] = steps
-    changes = {
-        "prove": run.prove.model_copy(update={"metrics": []}),
-        "train": run.train.model_copy(update=train),
-    }
-    run = run.model_copy(update=changes)
+    train = run.train.model_copy(update=settings)
+    prove = run.prove.model_copy(update={"metrics": []})
+    run = run.model_copy(update={"prove": prove, "train": train})
     adapter_scores = task.score(adapted, data.eval, processor, data.facts, run)
     config = adapted.get_base_model().config.__class__.from_dict(adapted.config.to_dict())
     config.quantization_config = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from lora_kit.adapter.files import open_adapter
 from lora_kit.data.rows import Rows
 from lora_kit.data.splits import take_units
-from lora_kit.errors import CheckFailed, Interrupted, UserError
+from lora_kit.errors import CheckFailed, Interrupted, UserError, problems_of
 from lora_kit.folders import sync_tree
 from lora_kit.prove.harness import check_tasks, run_harness
 from lora_kit.prove.into import original_weights
@@ -33,12 +34,7 @@ from lora_kit.schema import Json, Run
 from lora_kit.speed.runtime import return_freed_memory
 from lora_kit.tasks.bootstrap import retention, verdict
 from lora_kit.tasks.encode import Prepared
-from lora_kit.tasks.measure import (
-    COMPLETION_TOKENS,
-    EvaluationBar,
-    evaluation_bar,
-    evaluation_mode,
-)
+from lora_kit.tasks.measure import COMPLETION_TOKENS, EvaluationBar, evaluation_bar, evaluation_mode
 from lora_kit.tasks.task import Contender, Processor, Score, Task
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import add_to_lock, is_first_rank, say
@@ -46,7 +42,7 @@ from lora_kit.train.guards import Guards, best_step, stopped_early
 
 _HALF = 0.5  # cost of a forward pass, compared with LoRA's forward and backward pass
 _GAP_ROWS = 64  # training rows that are scored for the gap, at most
-_EXAMINED = 64  # completions that take about as long as `Task.examine`, for the progress bar
+_EXAMINED = 64  # for the progress bar, `Task.examine` takes as long as so many completions
 # Entries that are null unless measured.
 _ABSENT = ("general", "few_shot", "scratch", "prompt_use", "metrics", "harness", "classes", "into")
 
@@ -60,10 +56,7 @@ def check_prove(task: Task, data: Prepared, processor: Processor, run: Run) -> N
     """
     problems = task.check(data, processor, data.facts, run)
     if run.prove.harness:
-        try:
-            check_tasks(run.prove.harness)
-        except UserError as error:
-            problems.append(str(error))
+        problems += problems_of(check_tasks, run.prove.harness)
     gate = run.prove.gate
     if gate:
         if gate.general and task.general is not None and data.general is None:
@@ -249,19 +242,16 @@ class _Subject:
 
     def score(self, rows: Rows, contender: Contender | None = None) -> list[Score]:
         """Scores of the adapted model, or of a contender."""
-        if contender is None:
-            return self._score(self.model, rows)
+        contender = contender or Contender("adapted", contextlib.nullcontext)
         if contender.rows is not None:
             rows = contender.rows(rows)
-        with contender.enter() as entered:
+        size = COMPLETION_TOKENS * self.completions(rows)
+        size += int(self.task.tokens(rows).sum()) if self.bar else 0
+        with contender.enter() as entered, self.phase(size):
             # PEFT's `disable_adapter` yields None: the model itself is scored. What others yield is
             # for the task's `score`.
-            base = contender.enter == self.model.disable_adapter
-            return self._score(self.model if base else entered, rows)
-
-    def _score(self, model: Any, rows: Rows) -> list[Score]:
-        tokens = int(self.task.tokens(rows).sum()) if self.bar else 0
-        with self.phase(tokens + COMPLETION_TOKENS * self.completions(rows)):
+            itself = contender.name == "adapted" or contender.enter == self.model.disable_adapter
+            model = self.model if itself else entered
             return self.task.score(model, rows, self.processor, self.data.facts, self.run)
 
     def phase(self, size: int) -> AbstractContextManager[None]:
@@ -301,27 +291,25 @@ def _within_budget(
     `evaluated` of report.json: {"budget", "tokens" of all contenders, "share" of the budget's
     tokens in those trained on, "domain": {"units", "of"}, "general"}."""
     task, data, budget = subject.task, subject.data, subject.run.prove.budget
-    whole, costs = {"domain": data.eval}, {}
+    whole = {"domain": data.eval}
     if task.general is not None and data.general is not None:
         whole["general"] = data.general
+    about: Json = {"budget": budget, "tokens": None, "share": None, "general": None}
+    kept = dict(whole)
     if trained:
-        passes = 1 + len(contenders)
-        costs["domain"] = task.tokens(data.eval) * passes + _longer(contenders)
+        # Examples in the prompt are tokens, too.
+        longer = sum(one.about.get("tokens", 0) for one in contenders if one.rows is not None)
+        costs = {"domain": task.tokens(data.eval) * (1 + len(contenders)) + longer}
         if task.general is not None and data.general is not None:
             costs["general"] = task.general.tokens(data.general) * 2  # base and adapted
-    about: Json = {"budget": budget, "tokens": None, "share": None, "general": None}
-    kept, tokens = dict(whole), 0
-    for use, cost in costs.items():
-        chosen = np.arange(len(cost))
-        if budget is not None and trained:
-            most = budget * trained / _HALF
-            others = sum(int(other.sum()) for name, other in costs.items() if name != use)
+        most = math.inf if budget is None else budget * trained / _HALF
+        total = sum(int(cost.sum()) for cost in costs.values())
+        for use, cost in list(costs.items()):
             # What the other use leaves, at least an equal share.
-            room = max(most / len(costs), most - others)
+            room = max(most / len(whole), most - total + int(cost.sum()))
             chosen = take_units(whole[use].column("unit"), cost, room, subject.run.seed)
-            kept[use] = whole[use].select(chosen)
-        tokens += int(cost[chosen].sum())
-    if trained:
+            kept[use], costs[use] = whole[use].select(chosen), cost[chosen]
+        tokens = sum(int(cost.sum()) for cost in costs.values())
         about |= {"tokens": tokens, "share": round(_HALF * tokens / trained, 4)}
     for use, rows in kept.items():
         about[use] = {"units": _units(rows), "of": _units(whole[use])}
@@ -331,11 +319,6 @@ def _within_budget(
 
 def _units(rows: Rows) -> int:
     return len(np.unique(rows.column("unit")))
-
-
-def _longer(contenders: Sequence[Contender]) -> int:
-    """Tokens that contenders such as few-shot prompts add to each row."""
-    return sum(one.about.get("tokens", 0) for one in contenders if one.rows is not None)
 
 
 def _report(subject: _Subject, contenders: Sequence[Contender], generates: bool) -> Json:
@@ -434,7 +417,7 @@ def _into(subject: _Subject, report: Json, whole: bool) -> Json | None:
     on_original = Contender("base", partial(original_weights, subject.model))
     # DoRA's norms are of the quantized weights.
     if not whole or subject.model.peft_config["default"].use_dora:
-        report["not_measured"].append("into: the original base, with DoRA or a sharded model")
+        report["not_measured"].append("into: not measured with DoRA, or with a sharded model")
         return None
     try:
         scores = _without_extra_metrics(subject).score(subject.data.eval, on_original)

@@ -71,7 +71,7 @@ def choose(run: FinishedRun, into: Literal["auto", "base", "dequantized"]) -> tu
     if quantize == "none":
         return chosen, ""
     if measured is None:
-        why = f"trained on {quantize}, and its report does not say which base is better"
+        why = f"trained on {quantize}, and its report has no scores of both bases"
         how = "; lora-kit check --fidelity measures both" if quantize == "nf4" else ""
         return chosen, "" if into != "auto" else f"{why}: merged into the original one{how}"
     if into == "auto" and quantize == "nf4":  # int8 weights are not merged into
@@ -81,13 +81,13 @@ def choose(run: FinishedRun, into: Literal["auto", "base", "dequantized"]) -> tu
 
 
 def cost_of_original(run: FinishedRun) -> str | None:
-    """What an adapter loses on the original base, onto which programs load it; None: nothing, or
-    it was not measured."""
+    """What an adapter loses on the original base, which inference engines load it onto; None:
+    nothing, or it was not measured."""
     measured = measured_of(run)
     if measured is None or better_base(measured) == "base":
         return None
     merge = f"lora-kit merge {shlex.quote(run.path)} --into dequantized --out merged"
-    return f"{in_words(measured)}, onto which it is loaded: better is {merge}"
+    return f"{in_words(measured)}, which it is loaded onto: merge it with {merge}"
 
 
 def measured_of(run: FinishedRun) -> Json | None:
@@ -95,7 +95,7 @@ def measured_of(run: FinishedRun) -> Json | None:
     found = read_json(run.home / "report.json").get("into")
     if not isinstance(found, dict):
         return None
-    return found if all(found.get(name) for name in ("base", "dequantized")) else None
+    return found if found.get("base") and found.get("dequantized") else None
 
 
 def better_base(into: Json) -> Weights:
@@ -108,7 +108,7 @@ def better_base(into: Json) -> Weights:
 def in_words(into: Json) -> str:
     """`into` of report.json in words."""
     name, base, dequantized = _deciding(into)
-    return f"{name} {dequantized:.4f} on the base as it was quantized, {base:.4f} on the original"
+    return f"{name} {dequantized:.4f} on the quantized base, {base:.4f} on the original one"
 
 
 def _deciding(into: Json) -> tuple[str, float, float]:

@@ -49,16 +49,16 @@ _CAUSES = {
     "(as in transformers#34191)",
     "packing": "documents of one row see each other (position_ids are ignored or lost), or a first "
     "token is predicted from the document before it",
-    "padding": "padding is attended to or learned from, or the model's loss is more than the mean "
+    "padding": "padding is attended to or trained on, or the model's loss is more than the mean "
     "over its labels",
     "processes": "gradients are summed and not averaged over the ranks, or each rank counts only "
     "its own labels",
-    "speed": "a quick path is not exact on these rows: set speed=plain, and report it",
+    "speed": "a fast path is not exact on these rows: set speed=plain, and report it",
 }
 _NOT_CHECKED = {
     "packing": "not supported by this base",
     "processes": "one GPU is no two processes",
-    "speed": "transformers' path is taken",
+    "speed": "the standard path is used",
 }
 
 
@@ -102,11 +102,10 @@ def self_test(run: Run, task: Task, in_two_processes: Callable[[str], None]) -> 
     rows = setup.rows
     padded = one_step(setup, rows, ROWS, 1)
     accumulated = one_step(setup, rows, 1, ROWS)
+    by_hand = _step_by_hand(setup)
     packed, packed_rows, quick = None, 0, None
     if _token_labels(rows):
         packed, packed_rows = _packed_step(setup)
-    by_hand = _step_by_hand(setup)
-    if _token_labels(rows):
         quick = _quick_step(setup)
     found = [
         compare_steps(name, ways, padded, other, TOLERANCE[run.base.dtype])
@@ -114,7 +113,7 @@ def self_test(run: Run, task: Task, in_two_processes: Callable[[str], None]) -> 
             ("accumulation", [f"{ROWS} rows x 1 pass", f"1 row x {ROWS} passes"], accumulated),
             ("packing", ["a document a row", f"{packed_rows} packed rows"], packed),
             ("padding", [f"{ROWS} rows padded", "each row alone, by hand"], by_hand),
-            ("speed", ["the standard path", "the quick paths"], quick),
+            ("speed", ["the standard path", "the fast paths"], quick),
             ("processes", ["one process", "two processes"], two),
         )
     ]

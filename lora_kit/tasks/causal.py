@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from lora_kit.data.census import NO_SUPERVISION
 from lora_kit.data.examples import Examples
 from lora_kit.data.formats import FORMATS, Example
 from lora_kit.data.rows import Row, Rows
-from lora_kit.errors import NotUsable, UserError
+from lora_kit.errors import NotUsable, UserError, problems_of
 from lora_kit.tasks.batches import IGNORED, collator, halves, in_one_row, labels_with_loss
 from lora_kit.tasks.chat import ChatEncoder, word_encoder
 from lora_kit.tasks.task import (
@@ -101,17 +102,11 @@ class Causal(Task):
         problems, names = [], run.prove.metrics
         if not self.supervised(data.eval):
             problems.append("data.eval: no row has two tokens, so there is nothing to predict")
-        try:
-            metrics.check_names(names, self.chat)
-        except UserError as error:
-            problems.append(str(error))
-        try:
-            if "accuracy" in names:
-                held_out = answers.answers_of(data.eval, self.chat, processor)
-                trained = answers.answers_of(data.rows("train"), self.chat, processor)
-                metrics.check_classes(held_out, trained)
-        except UserError as error:
-            problems.append(str(error))
+        problems += problems_of(metrics.check_names, names, self.chat)
+        if "accuracy" in names:
+            held_out = answers.answers_of(data.eval, self.chat, processor)
+            trained = answers.answers_of(data.rows("train"), self.chat, processor)
+            problems += problems_of(metrics.check_classes, held_out, trained)
         if names and run.data.supervise == "all":
             problems.append(
                 "prove.metrics: with data.supervise: all there is no completion to score"
@@ -305,14 +300,13 @@ class Conversations(Causal):
                 yield Dropped(NO_SUPERVISION)
             else:
                 ids, labels = found.ids_and_labels()
+                cut = "cut after the last completion that fits" if found.cut_from else ""
                 row = {
                     "input_ids": ids,
                     "labels": labels,
                     "bytes": found.supervised_bytes,
                     "end_markers": found.completions,
-                    "truncated": "cut after the last completion that fits"
-                    if found.cut_from
-                    else "",
+                    "truncated": cut,
                     "cut_from": found.cut_from,
                 }
                 yield [row]
@@ -322,14 +316,8 @@ class Conversations(Causal):
     ) -> Iterable[Row] | None:
         if replayed is None:
             return None
-        return self._with_replay(rows, replayed, processor, run.train.max_length)
-
-    def _with_replay(
-        self, rows: Rows, replayed: Rows, processor: Processor, length: int
-    ) -> Iterator[Row]:
-        for row in rows:
-            yield {name: row[name] for name in _TRAINED}
-        yield from _closed(replayed, processor, length)
+        own = ({name: row[name] for name in _TRAINED} for row in rows)
+        return chain(own, _closed(replayed, processor, run.train.max_length))
 
 
 # The columns of a row that general text for replay has as well.

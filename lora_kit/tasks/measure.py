@@ -132,10 +132,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def measure(
-    model: torch.nn.Module,
-    rows: Rows,
-    pad_id: int,
-    rows_at_once: int = ROWS_AT_ONCE,
+    model: torch.nn.Module, rows: Rows, pad_id: int, rows_at_once: int = ROWS_AT_ONCE
 ) -> Losses:
     """The loss of all labels, summed per unit.
 
@@ -224,8 +221,7 @@ def each_row(
             f"{what} {int(broken[0]) + 1} of {len(rows)} is not finite: check for NaN or infinite "
             "weights in base and adapter"
         )
-    array: np.ndarray = found.cpu().numpy()
-    return array
+    return np.asarray(found.cpu().numpy())
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -297,8 +293,7 @@ def generate(
 ) -> list[str]:
     """`generate_ids` as text, without special tokens."""
     found = generate_ids(model, tokenizer, prompts, max_new_tokens, at_once)
-    texts: list[str] = tokenizer.batch_decode(found, skip_special_tokens=True)
-    return texts
+    return list(tokenizer.batch_decode(found, skip_special_tokens=True))
 
 
 def generate_ids(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_kit.errors import UserError, in_a_line
+from lora_kit.errors import UserError, in_a_line, problems_of
 from lora_kit.run import nearest
 from lora_kit.schema import Json
 from lora_kit.trust import metrics_checked
@@ -76,10 +76,7 @@ def check_each(key: str, names: list[str], check: Callable[[str], None]) -> None
     counts = Counter(names)
     problems = [f"{name}: named {counts[name]} times" for name in counts if counts[name] > 1]
     for name in counts:
-        try:
-            check(name)
-        except UserError as error:
-            problems.append(str(error))
+        problems += problems_of(check, name)
     if problems:
         raise UserError("\n".join(f"{key}: {problem}" for problem in problems))
 

@@ -204,7 +204,8 @@ class Task:
         Columns have the names of transformers and TRL (`input_ids`, `labels`): arrays of integers,
         numbers or texts; all rows of a task have the same columns. Optional columns: `length`,
         training tokens of the row, for mixtures (default: `tokens`); `truncated`, the reason if the
-        row was truncated, else ""; `end_markers`, number of supervised end-of-turn tokens.
+        row was truncated, else "", and `cut_from`, its tokens before, else 0; `end_markers`, number
+        of supervised end-of-turn tokens.
         """
         raise NotImplementedError
 
