@@ -27,14 +27,15 @@ from lora_kit.errors import (
     LoraKitError,
     UserError,
     harmless,
-    in_a_line,
+    is_panic,
     out_of_memory,
     redact,
     redact_tracebacks,
-    unforeseen,
+    report,
+    unexpected,
 )
 from lora_kit.train.interrupt import leave_terminal, stop_signals
-from lora_kit.trust import is_panic, no_kernels_from_the_hub
+from lora_kit.trust import no_kernels_from_the_hub
 
 if TYPE_CHECKING:
     from lora_kit.adapter.finished import FinishedRun
@@ -53,9 +54,7 @@ RunDir = Annotated[Path, typer.Argument(help="A finished run, such as runs/demo/
 BaseOption = Annotated[
     str | None,
     typer.Option(
-        "--base",
-        metavar="FOLDER_OR_ID",
-        help="A folder or Hub id of the base, if it has moved.",
+        "--base", metavar="FOLDER_OR_ID", help="A folder or Hub id of the base, if it has moved."
     ),
 ]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
@@ -88,14 +87,12 @@ def _say(text: str) -> None:
     print(harmless(redact(text)), file=sys.stderr, flush=True)
 
 
-def _fail(message: str, code: int, prefix: str = "error: ") -> NoReturn:
-    """Print the lines of an error and exit; with --debug, the traceback first."""
+def _fail(error: LoraKitError) -> NoReturn:
+    """Report an error and exit; with --debug, the traceback first."""
     if os.environ.get("LORA_KIT_DEBUG"):
         print(redact(traceback.format_exc()), file=sys.stderr)
-    for line in redact(message).splitlines():
-        # Names and texts of the user may contain control characters.
-        print(f"{prefix}{harmless(line)}", file=sys.stderr)
-    raise SystemExit(code) from None
+    report(error)
+    raise SystemExit(error.exit_code) from None
 
 
 def _opened(path: Path, base: str | None = None) -> FinishedRun:
@@ -156,7 +153,7 @@ def train(
     from lora_kit import trust
     from lora_kit.start import start
 
-    trust.say(trust_remote_code)
+    trust.allow_remote_code(trust_remote_code)
     start(run_file, overrides or [], accelerate, processes, resume)
 
 
@@ -244,7 +241,7 @@ def compare(
     from lora_kit import trust
     from lora_kit.prove.show import comparison, side_by_side
 
-    trust.say(trust_remote_code)
+    trust.allow_remote_code(trust_remote_code)
     with contextlib.redirect_stdout(sys.stderr):  # third-party metrics print to stdout
         report = lora_kit.compare(run, overrides or [], base=base, gate=gate, scratch=scratch)
     if not as_json:
@@ -399,12 +396,8 @@ def serve(
     """
     from lora_kit.ship.serve import serve as run_server
 
-    try:
-        opened = [_opened(run, base) for run in runs]
-        run_server(opened, host, port, kind=kind, context=context, public=public)
-    except Interrupted as error:  # how a server ends
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+    opened = [_opened(run, base) for run in runs]
+    run_server(opened, host, port, kind=kind, context=context, public=public)
 
 
 @app.command()
@@ -530,12 +523,11 @@ def check(
     """
     if fidelity and target:
         raise UserError(f"--fidelity --target {target}: use only one of them")
+    _prepare()
     if fidelity:
-        _prepare()
         from lora_kit.ship import fidelity as view
 
         return _answer(view.fidelity(_opened(adapter, base)), as_json, view.show)
-    _prepare()
     from lora_kit.ship import targets
     from lora_kit.ship.check import check as run_check
 
@@ -668,7 +660,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(signum, f"stopped by {signal.Signals(signum).name}")
 
 
-def _in_one_line(error: Exception, verb: str) -> LoraKitError:
+def _in_one_line(error: BaseException, verb: str) -> LoraKitError:
     """What an exception of a library is for the user, in one line."""
     if out_of_memory(error):
         from lora_kit.launch import no_memory
@@ -677,7 +669,7 @@ def _in_one_line(error: Exception, verb: str) -> LoraKitError:
         return no_memory([frame.name for frame in frames], verb)
     if isinstance(error, (OSError, UnicodeError)):  # for instance invalid paths
         return UserError(f"{' '.join(str(error).split())} (more: lora-kit --debug)")
-    return unforeseen(error, verb)
+    return unexpected(error, verb)
 
 
 def main() -> None:
@@ -695,17 +687,14 @@ def main() -> None:
     try:
         code = app(arguments, prog_name="lora-kit", standalone_mode=False)
     except LoraKitError as error:
-        _fail(str(error), error.exit_code, error.prefix)
+        _fail(error)
     except typer.Abort:
-        _fail("stopped by SIGINT", 130, Interrupted.prefix)
+        _fail(Interrupted(signal.SIGINT, "stopped by SIGINT"))
     except _WrongUsage as error:
         verb = error.ctx.command_path if error.ctx else "lora-kit"
-        _fail(f"{' '.join(error.format_message().split())} (see {verb} --help)", 2)
-    except Exception as error:
-        failed = _in_one_line(error, f"lora-kit {' '.join(arguments[len(debug) :][:1])}")
-        _fail(str(failed), failed.exit_code)
+        _fail(UserError(f"{' '.join(error.format_message().split())} (see {verb} --help)"))
     except BaseException as error:
-        if not is_panic(error):
+        if not (isinstance(error, Exception) or is_panic(error)):
             raise
-        _fail(f"{in_a_line(error)}: the base's tokenizer is not usable: use another base", 3)
+        _fail(_in_one_line(error, f"lora-kit {' '.join(arguments[len(debug) :][:1])}"))
     raise SystemExit(code or 0)

@@ -101,8 +101,8 @@ class RankLost(CheckFailed):
     """Another rank died or stopped responding: the cause is there. Exit code 1."""
 
 
-class Unforeseen(LoraKitError):
-    """An error that nobody foresaw; its traceback is in a file. Exit code 3."""
+class UnexpectedError(LoraKitError):
+    """An unexpected error; its traceback is in a file. Exit code 3."""
 
     exit_code = 3
 
@@ -118,13 +118,25 @@ class NotUsable(Exception):
         self.length = length
 
 
-def in_a_line(error: BaseException) -> str:
-    """An exception's type and message in one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust (tokenizers) panicked: its error is not an Exception."""
+    return type(error).__name__ == "PanicException"
 
 
-def unforeseen(error: BaseException, where: str, log: Path | None = None) -> Unforeseen:
-    """An error that nobody foresaw in one line: its type and message, where it happened, and the
+def in_a_line(error: BaseException, most: int = 200) -> str:
+    """An exception's type and message in one line of at most `most` characters, without secrets."""
+    # Redacted before it is cut: a part of a secret would no longer be recognized.
+    return " ".join(redact(f"{type(error).__name__}: {error}").split())[:most]
+
+
+def report(error: LoraKitError) -> None:
+    """Print an error's lines to stderr, without secrets and control characters."""
+    for line in redact(str(error)).splitlines():
+        print(f"{error.prefix}{harmless(line)}", file=sys.stderr)
+
+
+def unexpected(error: BaseException, where: str, log: Path | None = None) -> UnexpectedError:
+    """An unexpected error in one line: its type and message, where it happened, and the
     file with its traceback.
 
     Args:
@@ -137,9 +149,8 @@ def unforeseen(error: BaseException, where: str, log: Path | None = None) -> Unf
         place = str(_write_log(text, log))
     if place == "above":
         print(text, file=sys.stderr)
-    # Redacted before it is cut: a part of a secret would no longer be recognized.
-    words = redact(f"{type(error).__name__}: {error}").split()
-    return Unforeseen(f"{' '.join(words)[:300]} (during {where}; traceback: {place})")
+    fix = ": the base's tokenizer is not usable: use another base" if is_panic(error) else ""
+    return UnexpectedError(f"{in_a_line(error, 300)} (during {where}; traceback: {place}){fix}")
 
 
 def _write_log(text: str, log: Path | None) -> Path:

@@ -24,10 +24,12 @@ from lora_kit.errors import (
     LoraKitError,
     RankLost,
     UserError,
+    is_panic,
     out_of_memory,
     redact,
     redact_tracebacks,
-    unforeseen,
+    report,
+    unexpected,
 )
 from lora_kit.run import load_run
 from lora_kit.schema import Json, Run
@@ -134,7 +136,9 @@ def recipe_main(main: Main) -> int:
                 )
             prepare_process()
             main(run, resume="--resume" in sys.argv[1:])
-        except Exception as error:
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
             stop.saving = True  # torchrun sends SIGTERM when another rank fails: not now
             failed = error if isinstance(error, LoraKitError) else _in_one_line(error, main, run)
             if os.environ.get(DEBUG_VARIABLE):
@@ -143,7 +147,7 @@ def recipe_main(main: Main) -> int:
         if folder:
             return _leave_outcome(Path(folder), rank, failed)
     if failed:
-        print(f"{failed.prefix}{redact(str(failed))}", file=sys.stderr)
+        report(failed)
         return failed.exit_code
     _leave_group()
     return 0
@@ -163,7 +167,7 @@ def _join(folder: Path, rank: str) -> None:
     faulthandler.register(signal.SIGUSR1)
 
 
-def _in_one_line(error: Exception, main: Main, run: Run | None) -> LoraKitError:
+def _in_one_line(error: BaseException, main: Main, run: Run | None) -> LoraKitError:
     """What any other exception of a recipe is for the user, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     recipe = inspect.getsourcefile(main) or ""
@@ -181,7 +185,7 @@ def _in_one_line(error: Exception, main: Main, run: Run | None) -> LoraKitError:
     rank = os.environ.get("RANK", "0")
     name = "error.log" if rank == "0" else f"error-{rank}.log"
     log = run.directory / name if run is not None and run.directory.is_dir() else None
-    return unforeseen(error, where, log)
+    return unexpected(error, where, log)
 
 
 def no_memory(functions: Sequence[str], where: str, run: Run | None = None) -> UserError:
@@ -200,7 +204,7 @@ def advice(phase: str, run: Run | None) -> str:
     return text
 
 
-def _is_of_another_rank(error: Exception) -> bool:
+def _is_of_another_rank(error: BaseException) -> bool:
     """Whether an exception says that the connection to another rank broke, or timed out."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
         return False
@@ -223,7 +227,7 @@ def _leave_outcome(folder: Path, rank: str, failed: LoraKitError | None) -> int:
         partial.replace(partial.with_suffix(".json"))
     except OSError:  # the disk is full; the exit code tells `start` whether the run is finished
         if failed:
-            print(f"{failed.prefix}{redact(message)}", file=sys.stderr)
+            report(failed)
         _leave_group()
         return code
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from lora_kit.errors import in_a_line, redact
+from lora_kit.errors import in_a_line
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     except SignalException as error:
         code = -error.sigval
     except Exception as error:
-        print(redact(f"accelerate: {in_a_line(error)}"), file=sys.stderr)
+        print(f"accelerate: {in_a_line(error)}", file=sys.stderr)
         code = 1
     raise SystemExit(code if code >= 0 else 128 - code)
 

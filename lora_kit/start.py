@@ -23,24 +23,16 @@ from lora_kit.errors import (
     CheckFailed,
     Interrupted,
     LoraKitError,
-    Unforeseen,
+    UnexpectedError,
     UserError,
     harmless,
     redact,
 )
-from lora_kit.launch import (
-    STDERR,
-    advice,
-    gpu_count,
-    kill,
-    read_run,
-    send,
-    worker_ids,
-)
+from lora_kit.launch import STDERR, advice, gpu_count, kill, read_run, send, worker_ids
 from lora_kit.run import WORLD_SIZE_VARIABLE, check_free, nearest, recipe_file, shipped
 from lora_kit.schema import Json, Run
 from lora_kit.train.interrupt import (
-    HEARD,
+    CONFIRMED,
     OUTCOME_VARIABLE,
     die_with_parent,
     leave_terminal,
@@ -52,7 +44,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _POLL_S = 0.1
 # A rank that does not handle a signal, and computes nothing for this long, hangs.
-_DEAF_S = 20.0
+_UNRESPONSIVE_S = 20.0
 
 
 def start(
@@ -83,9 +75,9 @@ def start(
     if processes is None and accelerate is None and gpu_count() > 1:
         processes = gpu_count()
     asked = processes or values["num_processes"]
-    here = asked // values["num_machines"]  # processes on this machine
+    here = max(1, asked // values["num_machines"])  # processes on this machine
     ranks = range(here * values["machine_rank"], here * (values["machine_rank"] + 1))
-    cores = len(os.sched_getaffinity(0)) // max(1, here)
+    cores = len(os.sched_getaffinity(0)) // here
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores)
     options = ["--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
     if processes:
@@ -106,10 +98,11 @@ def start(
         }
         joined = worker_ids(folder).keys() - outcomes.keys()
         dead = [ranks[int(local)] for local in sorted(joined, key=int)]
-    if code or any(outcome["code"] for outcome in outcomes.values()):
+    codes = [outcome["code"] for outcome in outcomes.values()]
+    # If all ranks finished, a signal or a crash while they exited changes nothing.
+    if any(codes) or (code and len(codes) < here):
         killed = _killed_for_memory() > killed_before
         raise _failure(run, list(outcomes.values()), received, dead, code, killed)
-    # Even after a signal, if training had already ended.
 
 
 def _failure(
@@ -130,6 +123,7 @@ def _failure(
         if not (outcome.get("lost") or (outcome["code"] > 128 and not received))
     ]
     if causes:
+        causes.sort(key=lambda outcome: outcome["code"] > 128)  # errors before interruptions
         messages = dict.fromkeys(outcome["message"] for outcome in causes)
         return _as_error(causes[0]["code"], "\n".join(messages))
     more = ""
@@ -138,6 +132,8 @@ def _failure(
     if received:
         return Interrupted(received, f"stopped by {signal.Signals(received).name}{more}")
     if failed and not dead:
+        # An interrupted rank names the command itself.
+        more = more if failed[0].get("lost") else ""
         return _as_error(failed[0]["code"], f"{failed[0]['message']}{more}")
     phase = "loading the base"
     if (run.directory / "adapter").is_dir():
@@ -150,7 +146,9 @@ def _failure(
     what = f"{advice(phase, run)}{more}"
     if killed:
         return UserError(f"out of memory: the kernel killed {who} during {phase}: {what}")
-    how = f"killed by {signal.Signals(code - 128).name}" if code > 128 else f"exit code {code}"
+    number = -code if code < 0 else code - 128
+    names = [one.name for one in signal.Signals if one == number]
+    how = f"killed by {names[0]}" if names else f"exit code {code}"
     return CheckFailed(
         f"{who} exited without reporting an error during {phase} ({how}); see its output above. "
         f"If it was killed, memory may have run out: {what}"
@@ -319,17 +317,18 @@ class _Hang:
         self._since, self._used = 0.0, 0.0
 
     def end(self) -> None:
-        deaf = {
+        waiting = {
             rank: pid
             for rank, pid in worker_ids(self._folder).items()
-            if not any((self._folder / f"{rank}{end}").exists() for end in (HEARD, ".json"))
+            if not any((self._folder / f"{rank}{end}").exists() for end in (CONFIRMED, ".json"))
         }
-        used = sum(map(_cpu_seconds, deaf.values()))
+        used = sum(map(_cpu_seconds, waiting.values()))
         now = time.monotonic()
-        if not self._since or used - self._used > _DEAF_S / 20:
+        # Less than before: one of them has handled it.
+        if not self._since or used < self._used or used - self._used > _UNRESPONSIVE_S / 20:
             self._since, self._used = now, used
-        elif deaf and now - self._since > _DEAF_S:
-            kill({self._workers[int(rank)]: pid for rank, pid in deaf.items()})
+        elif waiting and now - self._since > _UNRESPONSIVE_S:
+            kill({self._workers[int(rank)]: pid for rank, pid in waiting.items()})
             self._since = now
 
 
@@ -366,4 +365,4 @@ def _as_error(code: int, message: str) -> LoraKitError:
     """A worker's error, from its exit code and message."""
     if code > 128:
         return Interrupted(code - 128, message)
-    return {1: CheckFailed, 3: Unforeseen}.get(code, UserError)(message)
+    return {1: CheckFailed, 3: UnexpectedError}.get(code, UserError)(message)

@@ -28,7 +28,7 @@ PULLED = "pulled.json"
 LARGEST_JSON = 2**24  # bytes of a JSON file, other than a tokenizer's
 
 
-def say(allowed: bool) -> None:
+def allow_remote_code(allowed: bool) -> None:
     """Set VARIABLE from --trust-remote-code of this command; an inherited value is overwritten."""
     os.environ[VARIABLE] = str(int(allowed))
 
@@ -133,8 +133,3 @@ def read_json(file: Path, most: int = LARGEST_JSON) -> Any:
         return json.loads(content.decode("utf-8"))
     except RecursionError:
         raise ValueError("nesting too deep") from None
-
-
-def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust (tokenizers) panicked: its error is not an Exception."""
-    return type(error).__name__ == "PanicException"

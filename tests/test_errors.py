@@ -1,4 +1,4 @@
-"""An error that nobody foresaw is one line too: what, where, its file; no secret in either."""
+"""An unexpected error is one line too: what, where, its file; no secret in either."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from lora_kit.errors import (
     Interrupted,
     LoraKitError,
     RankLost,
-    Unforeseen,
+    UnexpectedError,
     UserError,
+    in_a_line,
     out_of_memory,
     redact_tracebacks,
-    unforeseen,
+    unexpected,
 )
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz123456"
@@ -60,7 +61,7 @@ def started(
 
 
 @pytest.mark.parametrize("name", ["directory", "nothing"])
-def test_an_error_that_nobody_foresaw_is_one_line(name: str, started: Run) -> None:
+def test_an_unexpected_error_is_one_line(name: str, started: Run) -> None:
     code, said = started(broken, f"name={name}")
     (line,) = (line for line in said.splitlines() if "error" in line)
     assert code == 3
@@ -75,6 +76,33 @@ def test_an_error_that_nobody_foresaw_is_one_line(name: str, started: Run) -> No
     assert "Traceback" not in said and SECRET not in said + written
 
 
+class PanicException(BaseException):
+    """Named as that of libraries in Rust."""
+
+
+def test_a_panic_of_a_tokenizer_is_one_line(
+    started: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(run: Any, resume: bool = False) -> None:
+        # 6. Train.
+        raise PanicException("index out of bounds")
+
+    def fail(*_: Any) -> None:
+        raise PanicException("index out of bounds")
+
+    code, recipe = started(main)
+    monkeypatch.setattr(lora_kit.cli, "_opened", fail)
+    monkeypatch.setattr(sys, "argv", ["lora-kit", "inspect", "x"])
+    with pytest.raises(SystemExit) as caught:
+        lora_kit.cli.main()
+    assert code == caught.value.code == 3
+    for said in (recipe, capsys.readouterr().err):
+        (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+        assert line.startswith("error: PanicException: index out of bounds (during ")
+        assert line.endswith(": the base's tokenizer is not usable: use another base")
+        Path(line.partition("traceback: ")[2].partition(")")[0]).unlink()
+
+
 def test_an_error_before_the_recipe_says_so(started: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_run(*_: Any) -> None:
         raise TypeError("no such thing")
@@ -86,13 +114,14 @@ def test_an_error_before_the_recipe_says_so(started: Run, monkeypatch: pytest.Mo
 
 def test_a_secret_is_removed_before_the_line_is_cut() -> None:
     error = ValueError("x " * 140 + SECRET)
-    found = str(unforeseen(error, "a test", Path("no/such/folder/error.log")))
+    assert "hf_" not in in_a_line(error) + in_a_line(ValueError("x " * 90 + SECRET))
+    found = str(unexpected(error, "a test", Path("no/such/folder/error.log")))
     Path(found.rpartition(": ")[2].rstrip(")")).unlink()
     assert "x x (during" in found or "***" in found
     assert "hf_" not in found
 
 
-def test_a_verb_that_fails_unforeseen(
+def test_a_verb_with_an_unexpected_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any) -> None:
@@ -170,7 +199,7 @@ def test_an_interruption_is_no_error(started: Run) -> None:
 def test_each_error_has_its_code() -> None:
     from lora_kit.start import _as_error
 
-    for error in (UserError("x"), RankLost("x"), Unforeseen("x"), Interrupted(15, "x")):
+    for error in (UserError("x"), RankLost("x"), UnexpectedError("x"), Interrupted(15, "x")):
         found = _as_error(error.exit_code, "x")
         assert found.exit_code == error.exit_code and found.prefix == error.prefix
         assert isinstance(error, LoraKitError)

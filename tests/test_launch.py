@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import processes
@@ -214,6 +215,7 @@ def hang_up(mark: str) -> bool:
     return True
 
 
+STOPPED: dict[str, Any] = {"code": 143, "message": "stopped after step 3: resume with X --resume"}
 OUTCOMES: dict[str, tuple[dict[str, dict[str, Any]], int, int | None, type[Exception], str]] = {
     # A rank died with a traceback, and torchrun stopped the other.
     "died": (
@@ -231,11 +233,11 @@ OUTCOMES: dict[str, tuple[dict[str, dict[str, Any]], int, int | None, type[Excep
         "stopped after step 3",
     ),
     "a worker was sent the signal": (
-        {n: {"code": 143, "message": "stopped after step 3"} for n in "01"},
+        dict.fromkeys("01", STOPPED),
         0,
         None,
         Interrupted,
-        "stopped after step 3",
+        STOPPED["message"],
     ),
     "error of rank 1": (
         {
@@ -247,12 +249,43 @@ OUTCOMES: dict[str, tuple[dict[str, dict[str, Any]], int, int | None, type[Excep
         UserError,
         "text.txt: no such file",
     ),
+    "error of rank 1 after Ctrl-C": (
+        {
+            "0": {"code": 130, "message": "stopped by SIGINT"},
+            "1": {"code": 1, "message": "the adapter's weights are not finite"},
+        },
+        0,
+        signal.SIGINT,
+        CheckFailed,
+        "the adapter's weights are not finite\nstopped by SIGINT",
+    ),
     "two errors": (
         {"0": {"code": 2, "message": "first"}, "1": {"code": 1, "message": "second"}},
         0,
         None,
         UserError,
         "first\nsecond",
+    ),
+    "a rank was sent the signal alone": (
+        {"0": {"code": 1, "message": "rank 1 is lost", "lost": True}, "1": STOPPED},
+        0,
+        None,
+        CheckFailed,
+        "rank 1 is lost; resume with lora-kit train runs/test/run.yaml --resume",
+    ),
+    "an exit code that is no signal": (
+        {"0": {"code": 0, "message": ""}},
+        255,
+        None,
+        CheckFailed,
+        "the process of rank 1 exited without reporting an error during loading the base (exit co",
+    ),
+    "the launcher was killed": (
+        {"0": {"code": 0, "message": ""}},
+        -9,
+        None,
+        CheckFailed,
+        "during loading the base (killed by SIGKILL)",
     ),
     "the same error twice": (
         {n: {"code": 2, "message": "both"} for n in "01"},
@@ -279,9 +312,53 @@ def test_what_the_processes_end_with(
         return code, received
 
     monkeypatch.setattr(start, "_run_child", child)
+    seal = Path("runs/test/checkpoints/checkpoint-3/seal.json")
+    file = run_file()
     with pytest.raises(kind) as caught:
-        start.start(run_file(), accelerate="cpu_2proc")
+        monkeypatch.setattr(start, "check_free", lambda directory: None)
+        seal.parent.mkdir(parents=True)
+        seal.touch()
+        start.start(file, accelerate="cpu_2proc")
     assert str(caught.value) == words or words in str(caught.value).splitlines()[0]
+    assert str(caught.value).count("resume with") < 2
+
+
+@pytest.mark.parametrize(("code", "received"), [(143, signal.SIGTERM), (134, None)])
+def test_a_finished_run_stays_one(
+    code: int, received: int | None, run_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal, or a crash of a library, while the processes exit."""
+
+    def child(command: list[str], environment: dict[str, str], *_: Any) -> tuple[int, int | None]:
+        for rank in "01":
+            file = Path(environment[launch.OUTCOME_VARIABLE]) / f"{rank}.json"
+            file.write_text('{"code": 0, "message": ""}')
+        return code, received
+
+    monkeypatch.setattr(start, "_run_child", child)
+    start.start(run_file(), accelerate="cpu_2proc")
+
+
+def test_a_rank_that_computes_does_not_hang(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after another one, which had used more, has handled the signal."""
+    used = {1: 500.0, 2: 400.0}
+    ended: list[dict[int, int]] = []
+    clock = iter(range(5, 1000, 5))
+    for rank, pid in (("0", 1), ("1", 2)):
+        (work / f"{rank}.pid").write_text(str(pid))
+    monkeypatch.setattr(start, "_cpu_seconds", used.__getitem__)
+    monkeypatch.setattr(start, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(start, "kill", ended.append)
+    hang = start._Hang(work, range(2))
+    hang.end()
+    (work / f"0{start.CONFIRMED}").touch()
+    for _ in range(9):
+        used[2] += 5
+        hang.end()
+    assert not ended
+    for _ in range(9):
+        hang.end()
+    assert ended[0] == {1: 2}
 
 
 @pytest.mark.slow

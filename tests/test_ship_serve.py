@@ -294,7 +294,7 @@ def test_fields_that_llama_cpp_follows(served: Served) -> None:
         for name in ("echo", "suffix", "best_of"):
             assert ask(served, path, **{name: 2}) == (
                 400,
-                f"{name}: not supported here: leave it out",
+                f"{name}: not supported here: remove it",
             )
     (choice,) = ask(served, logprobs=True, top_logprobs=3)[1]["choices"]
     chosen = choice["logprobs"]["content"]

@@ -136,7 +136,9 @@ def test_nodes_that_differ_stop_before_the_first_step(run_file: Any, work: Path)
 
 
 # ------------------------------------------------------------------ a rank that dies or hangs
-IMPATIENT = "import lora_kit.start as s; s._DEAF_S = 2.0; from lora_kit.cli import main; main()"
+IMPATIENT = (
+    "import lora_kit.start as s; s._UNRESPONSIVE_S = 2.0; from lora_kit.cli import main; main()"
+)
 
 
 def rank_1(work: Path) -> psutil.Process:

@@ -21,7 +21,7 @@ from lora_kit.errors import CheckFailed, RunFileError, UserError
 from lora_kit.run import load_run
 from lora_kit.schema import Adapter, Train
 from lora_kit.speed.prefix import first_trained_layer
-from lora_kit.train.strategies import HeadOnly, choose
+from lora_kit.train.strategies import choose
 from lora_kit.train.trainer import fit
 
 SIZES = {
@@ -83,7 +83,7 @@ def test_the_head_alone(tmp_path: Path) -> None:
     """No LoRA is made; the file holds the head, and can be put on the base again."""
     adapter = Adapter(target_modules=TARGETS, rank_pattern={"q_proj": 2})
     strategy = choose(Train(trainable="head"), adapter, classifier(), ("score",))
-    assert isinstance(strategy, HeadOnly)
+    assert not strategy.lora
     model = attach(classifier(), strategy.adapter, ("score",), 0)
     assert trained(model) == ["base_model.model.score.modules_to_save.default.weight"]
     assert describe(model).startswith("no LoRA: 96 trainable parameters ")

@@ -134,12 +134,12 @@ def test_a_metric_of_the_hub_waits_for_the_word(hub: list[str], name: str) -> No
     with pytest.raises(UserError, match="add --trust-remote-code"):
         metrics.check_names([name], True)
     assert not hub
-    trust.say(True)
+    trust.allow_remote_code(True)
     with pytest.raises(UserError, match="no metric of this name on the Hub"):
         metrics.check_names([name], True)
     assert hub
     # What is said counts for one command.
-    trust.say(False)
+    trust.allow_remote_code(False)
     with pytest.raises(UserError, match="add --trust-remote-code"):
         metrics.check_names([name], True)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 # Entries of the first adapter's lock file that are kept.
-_FROM_FIRST = ("base", "kind", "joiner", "chat_template")
+_FROM_FIRST = ("base", "kind", "joiner")
 METHODS = ("linear", "svd", "ties", "dare")
 
 
@@ -77,14 +77,8 @@ def combine(
     exact = method == "linear" and rank is None
     if rank is None:
         rank = _default_rank(adapters, sum if exact else max)
-    factors = _combined(
-        list(zip(weights, adapters, strict=True)),
-        sizes,
-        method,
-        None if exact else rank,
-        density,
-        seed,
-    )
+    weighted = list(zip(weights, adapters, strict=True))
+    factors = _combined(weighted, sizes, method, None if exact else rank, density, seed)
     of = [{"adapter": run.name, "sha256": file_hash(run.folder / WEIGHTS)} for run in runs]
     settings: dict[str, Any] = {"method": method, "weights": weights, "rank": rank, "of": of}
     if method in ("ties", "dare"):

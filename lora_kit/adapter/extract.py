@@ -22,7 +22,6 @@ from lora_kit.base.pin import pin
 from lora_kit.base.tensors import FLOATS, Stored, stored_in
 from lora_kit.errors import CheckFailed, UserError, harmless
 from lora_kit.folders import new_folder, refuse_existing
-from lora_kit.hashes import file_hash
 from lora_kit.schema import Base, Json
 
 if TYPE_CHECKING:
@@ -106,10 +105,7 @@ def write_metadata(folder: Path, tokenizer: Path, lock: Json) -> None:
     """
     for file in sorted({f for pattern in _TOKENIZER for f in tokenizer.glob(pattern)}):
         shutil.copyfile(file, folder / file.name)
-    lock = {**lock, "adapter": fingerprint(folder)}
-    if (folder / "tokenizer.json").is_file():
-        lock["tokenizer"] = {"sha256": file_hash(folder / "tokenizer.json")}
-    write_json(folder / "run.lock.json", lock)
+    write_json(folder / "run.lock.json", {**lock, "adapter": fingerprint(folder)})
 
 
 def extract(

@@ -140,7 +140,7 @@ class Adapter:
 
     @property
     def misnamed(self) -> str | None:
-        """Why PEFT loads some tensors into nothing, on any base; None: no such name.
+        """Why PEFT ignores some tensors, on any base; None: no such name.
 
         PEFT skips tensors whose names its model does not have: those of a wrapped model
         (torch.compile, DDP, FSDP), or without PEFT's own prefix."""
@@ -149,7 +149,7 @@ class Adapter:
         wrong = [name for name in names if not _LOADED.match(name)]
         if not wrong:
             return None
-        return f"PEFT loads {len(wrong)} of {len(names)} tensors into nothing, such as {wrong[0]}"
+        return f"PEFT ignores {len(wrong)} of {len(names)} tensors, such as {wrong[0]}"
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, by their names in the file."""
@@ -293,8 +293,9 @@ def fingerprint(folder: Path) -> Json:
 
 
 def config_hash(config: Json) -> str:
-    """A hash of what an adapter_config.json says, other than where the base is."""
-    kept = {key: config[key] for key in config if key in _READ - _NAMES_OF_BASE}
+    """A hash of an adapter_config.json without the base's name. Keys without a value do not count,
+    so that a key that a later version also reads changes no hash of an older adapter."""
+    kept = {key: config[key] for key in config if config[key] and key in _READ - _NAMES_OF_BASE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -85,15 +85,9 @@ def inspect(run: FinishedRun) -> dict[str, object]:
     modules = adapter.figures()
     norms = [module["norm"] for module in modules]
     keys = (
-        "task_type",
-        "target_modules",
-        "r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-    )
+        "task_type", "target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+        "use_rslora", "use_dora",
+    )  # fmt: skip
     finite = [norm for norm in norms if norm is not None]
     return {
         "adapter": run.path,
@@ -243,9 +237,7 @@ def show_difference(found: dict[str, Any]) -> None:
 
 
 def module_table(
-    heads: list[str],
-    modules: list[_Row],
-    cells: Callable[[list[_Row]], Sequence[object]],
+    heads: list[str], modules: list[_Row], cells: Callable[[list[_Row]], Sequence[object]]
 ) -> None:
     """Print a row for all modules, for each kind of module, and for each layer.
 

@@ -40,10 +40,7 @@ class LoaderIssue:
 
 
 def loader_issues(
-    config: Json,
-    modules: Collection[str],
-    beside: Iterable[str] = (),
-    tied: bool = False,
+    config: Json, modules: Collection[str], beside: Iterable[str] = (), tied: bool = False
 ) -> list[LoaderIssue]:
     """The issues of an adapter in the programs that load it.
 

@@ -117,10 +117,7 @@ class Head:
 
 
 def choose_pooling(
-    pooling: str | None,
-    folder: Path,
-    config: PreTrainedConfig,
-    skeleton: PreTrainedModel | None,
+    pooling: str | None, folder: Path, config: PreTrainedConfig, skeleton: PreTrainedModel | None
 ) -> tuple[str, bool]:
     """The pooling of a classifier, and whether transformers' own class implements it; otherwise
     `PooledClassifier` does.

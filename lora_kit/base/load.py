@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_kit.base.pin import Pinned, check_sizes
 from lora_kit.base.tensors import stored_in
-from lora_kit.errors import LoraKitError, UserError, out_of_memory
+from lora_kit.errors import LoraKitError, UserError, is_panic, out_of_memory
 from lora_kit.schema import Base, Json
-from lora_kit.trust import is_panic, no_kernels_from_the_hub, read_json
+from lora_kit.trust import no_kernels_from_the_hub, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -220,7 +220,11 @@ def _config(folder: Path) -> Json:
 def unquantized_config(folder: Path) -> Json:
     """config.json. Raises UserError if it is invalid, the weights are already quantized, or files
     point outside of the folder or to code."""
-    config = _safe_config(folder)
+    try:
+        stored_in(folder)
+    except UserError as error:
+        raise UserError(f"base.model: {error}") from None
+    config = _config(folder)
     stored = config.get("quantization_config")
     if stored:
         method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else "unknown"
@@ -373,16 +377,6 @@ def check_causal(model: Model, pinned: Pinned) -> None:
             f"base.model: {pinned.model}: {type(model).__name__} is not causal: the last token "
             "changes earlier predictions, as in an encoder; use a decoder, or recipe: classify"
         )
-
-
-def _safe_config(folder: Path) -> Json:
-    """config.json. Raises UserError as `_config`, or if the shard index points outside of the
-    folder."""
-    try:
-        stored_in(folder)
-    except UserError as error:
-        raise UserError(f"base.model: {error}") from None
-    return _config(folder)
 
 
 def _quantization(

@@ -135,7 +135,7 @@ def make_card(
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"run.lock.json or report.json: not as they were written ({error!r:.80}): copy the "
-            "run again, or leave them out"
+            "run again, or remove them"
         ) from None
     notice = terms.notices[0] if terms.notices else None
     return Card(f"---\n{front.to_yaml()}\n---\n\n{body}", str(front.license), notice, warnings)

@@ -281,10 +281,7 @@ def push(plan: UploadPlan, say: Callable[[str], None]) -> dict[str, object]:
         files = [CommitOperationAdd(n, content) for n, content in sorted(plan.files.items())]
         gone = [CommitOperationDelete(name) for name in stale("main")]
         done = api.create_commit(
-            repo,
-            [*files, *gone],
-            commit_message="Upload with lora-kit",
-            parent_commit=info.sha,
+            repo, [*files, *gone], commit_message="Upload with lora-kit", parent_commit=info.sha
         )
         return done.oid
 

@@ -179,11 +179,8 @@ def _write_generation_config(
     """
     known = generation(base, tokenizer)
     dropped = () if known.get("do_sample") else _SAMPLING
-    kept = {key: value for key, value in known.items() if key not in dropped}
-    write_json(
-        folder / "generation_config.json",
-        {key: value for key, value in kept.items() if value is not None},
-    )
+    kept = {k: v for k, v in known.items() if v is not None and k not in dropped}
+    write_json(folder / "generation_config.json", kept)
 
 
 def _max_length(run: FinishedRun, config: Json) -> int:

@@ -86,7 +86,7 @@ def serve(
     context: int = CONTEXT,
     public: bool = False,
 ) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT, SIGTERM or SIGHUP.
 
     The base is written as GGUF once and cached; adapters, which are small, are written to a
     temporary folder at each start. Requests wait until everything is loaded.
@@ -201,7 +201,7 @@ def _welcome(front: _Front, run: FinishedRun) -> str:
         [
             f"{url}/v1 serves {', '.join(front.models)}; Ctrl-C stops it. Try:",
             f"  {shlex.join(curl)}",
-            f"The same with vLLM ({check} says what it takes):",
+            f"The same with vLLM ({check} shows what it supports):",
             f"  {shlex.join(['vllm', 'serve', *base, *words, *loras])}",
             "With transformers, one merged model at a time (pip install 'transformers[serving]'):",
             f"  {merge} && transformers serve merged",
@@ -238,7 +238,7 @@ class _Front(socketserver.ThreadingTCPServer):
             if others and not public:
                 raise UserError(
                     f"--host {host}: others can reach {others[0]}, and use what is served there: "
-                    "add --public if that is wanted, or leave --host out"
+                    "add --public if that is wanted, or remove --host"
                 )
             self.address_family = found[0][0]
             super().__init__((host, port), _Handler)
@@ -335,7 +335,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == CHAT and not self.server.template:
             return self.send_error(400, f"the base has no chat template: use {TEXT}")
         if ignored := _ignored(request, self.server.template):
-            return self.send_error(400, f"{', '.join(ignored)}: not supported here: leave it out")
+            return self.send_error(400, f"{', '.join(ignored)}: not supported here: remove it")
         request = {name: value for name, value in request.items() if name in _FOLLOWED}
         adapters = enumerate(adapter for adapter in models.values() if adapter)
         request["lora"] = [{"id": n, "scale": float(a is models[name])} for n, a in adapters]

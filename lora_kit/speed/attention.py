@@ -31,16 +31,9 @@ _KINDS = ("full_attention", _SLIDING)
 # Arguments that do not change the arithmetic below; any other (softcap, sinks, a position bias) is
 # unsupported.
 _HARMLESS = {
-    "cache_position",
-    "is_causal",
-    "num_items_in_batch",
-    "output_attentions",
-    "output_hidden_states",
-    "past_key_values",
-    "position_embeddings",
-    "position_ids",
-    "use_cache",
-}
+    "cache_position", "is_causal", "num_items_in_batch", "output_attentions",
+    "output_hidden_states", "past_key_values", "position_embeddings", "position_ids", "use_cache",
+}  # fmt: skip
 
 _States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
 

@@ -31,12 +31,10 @@ if TYPE_CHECKING:
 _ATEN = torch.ops.aten
 # Operations whose FLOPs torch does not register: attention on a CPU (the same as on a GPU), and
 # in-place products.
+_FLASH = "_scaled_dot_product_flash_attention"
 for _known, _missing in (
-    ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-    (
-        "_scaled_dot_product_flash_attention_backward",
-        "_scaled_dot_product_flash_attention_for_cpu_backward",
-    ),
+    (_FLASH, f"{_FLASH}_for_cpu"),
+    (f"{_FLASH}_backward", f"{_FLASH}_for_cpu_backward"),
     ("addmm", "addmm_"),
     ("baddbmm", "baddbmm_"),
 ):

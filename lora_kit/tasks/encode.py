@@ -32,12 +32,11 @@ from lora_kit.data.rows import Row, Rows, RowsWriter, record_batch, record_batch
 from lora_kit.data.sources import source_list
 from lora_kit.data.splits import FEWEST_TO_EVALUATE, mix, take
 from lora_kit.data.workers import in_order, stop
-from lora_kit.errors import UserError, in_a_line
+from lora_kit.errors import UserError, in_a_line, is_panic
 from lora_kit.run import run_class, section_fields
 from lora_kit.schema import Json, Run
 from lora_kit.tasks.packing import Packed
 from lora_kit.tasks.task import Dropped, Facts, Processor, Task
-from lora_kit.trust import is_panic
 
 _SECONDS_BETWEEN_LINES = 15
 _LIBRARIES = ("tokenizers", "transformers")

@@ -12,10 +12,6 @@ from lora_kit.tasks.task import Batch
 from lora_kit.train.directory import say
 
 MOST = 3  # a micro-batch is halved at most 3 times: 8 parts
-_NO_MEMORY = (
-    "out of memory, {halved}: lower train.max_length or "
-    "adapter.r, set train.gradient_checkpointing=true, or base.quantize=nf4"
-)
 
 
 class MicroBatch(dict[str, Any]):
@@ -99,8 +95,11 @@ class Halving:
         halves = self._halves(part)
         if halved == MOST or not halves:
             parts = f"even with the micro-batch in {2**halved} parts"
-            whole = "and the micro-batch cannot be halved"
-            raise UserError(_NO_MEMORY.format(halved=parts if halved else whole))
+            tried = parts if halved else "and the micro-batch cannot be halved"
+            raise UserError(
+                f"out of memory, {tried}: lower train.max_length or adapter.r, set "
+                "train.gradient_checkpointing=true, or base.quantize=nf4"
+            )
         halved += 1
         if halved > self.times:
             self.times = halved

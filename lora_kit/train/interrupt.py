@@ -20,7 +20,7 @@ from lora_kit.errors import Interrupted
 # The folder in which a worker writes its exit code and message for `start.start`: accelerate
 # reports every failure as 1, with a traceback.
 OUTCOME_VARIABLE = "LORA_KIT_OUTCOME"
-HEARD = ".heard"  # suffix of the file with which a rank confirms a signal
+CONFIRMED = ".confirmed"  # suffix of the file with which a rank confirms a signal
 _PR_SET_PDEATHSIG = 1
 
 
@@ -58,7 +58,7 @@ class StopSignal:
         leave_terminal()
         if folder := os.environ.get(OUTCOME_VARIABLE):
             with contextlib.suppress(OSError):  # the disk is full
-                (Path(folder) / f"{os.environ.get('LOCAL_RANK', '0')}{HEARD}").touch()
+                (Path(folder) / f"{os.environ.get('LOCAL_RANK', '0')}{CONFIRMED}").touch()
         if not self.saving:
             raise Interrupted(signum, f"stopped by {signal.Signals(signum).name}")
 

@@ -33,9 +33,9 @@ class Journey:
     ...     ...
     ...     journey.begin(pinned, data, processor)
 
-    Inside the block SIGINT and SIGTERM are handled: `fit` saves and stops; elsewhere they raise
-    `Interrupted`. On a user error before the first checkpoint the run directory is removed, so that
-    the corrected run can use the same name.
+    Inside the block SIGINT, SIGTERM and SIGHUP are handled: `fit` saves and stops; elsewhere they
+    raise `Interrupted`. On a user error before the first checkpoint the run directory is removed,
+    so that the corrected run can use the same name.
 
     Attributes:
         lock: run.lock.json of the run to resume; empty for a new one.

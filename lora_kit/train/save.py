@@ -181,7 +181,7 @@ def save_run(trainer: Guards, processor: Processor, pinned: Pinned) -> None:
             shutil.rmtree(adapter)
         sync_tree(partial)
         partial.replace(adapter)
-        add_to_lock(directory, **_hashes_of(adapter, processor))
+        add_to_lock(directory, adapter=fingerprint(adapter))
     trainer.accelerator.wait_for_everyone()
 
 
@@ -196,15 +196,3 @@ def _name_base(config: Path, pinned: Pinned) -> None:
         # PEFT's loader would import the base's class, which is one of ours.
         values["auto_mapping"] = None
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _hashes_of(adapter: Path, processor: Processor) -> dict[str, object]:
-    """Entries of the lock file about a saved adapter."""
-    entries: dict[str, object] = {"adapter": fingerprint(adapter)}
-    tokenizer = adapter / "tokenizer.json"
-    if tokenizer.is_file():
-        entries["tokenizer"] = {"sha256": file_hash(tokenizer)}
-        template = getattr(processor, "chat_template", None)
-        sha256 = template and hashlib.sha256(str(template).encode()).hexdigest()
-        entries["chat_template"] = sha256
-    return entries

@@ -2,8 +2,8 @@
 
 A strategy is chosen before the adapter is attached. It adjusts `adapter:` and selects the groups of
 tensors that train, which the audit checks. Once it is attached, the frozen prefix and the memory
-plan only look at `requires_grad` of the parameters. A new strategy is a function here, a class as
-well if other groups train, and keys in `schema.Train`.
+plan only look at `requires_grad` of the parameters. A new strategy is a function here, and keys in
+`schema.Train`.
 """
 
 from __future__ import annotations
@@ -28,21 +28,15 @@ class Strategy:
 
     Attributes:
         adapter: `adapter:` of the run file, adjusted for `attach`.
+        lora: False: only the fresh modules train.
     """
 
     adapter: Adapter
+    lora: bool = True
 
     def groups(self, groups: Groups) -> Groups:
-        """Those of the task's groups (`Task.groups`) that train; here all of them."""
-        return groups
-
-
-class HeadOnly(Strategy):
-    """`train.trainable: head`: only the fresh modules train, without LoRA: a linear probe on the
-    frozen base, trained by gradient descent."""
-
-    def groups(self, groups: Groups) -> Groups:
-        return {name: has for name, has in groups.items() if name != "adapter"}
+        """Those of the task's groups (`Task.groups`) that train."""
+        return {name: has for name, has in groups.items() if self.lora or name != "adapter"}
 
 
 def choose(train: Train, adapter: Adapter, model: Model, fresh: Sequence[str]) -> Strategy:
@@ -64,6 +58,8 @@ def choose(train: Train, adapter: Adapter, model: Model, fresh: Sequence[str]) -
 
 
 def _head_only(adapter: Adapter, fresh: Sequence[str]) -> Strategy:
+    """`train.trainable: head`: only the fresh modules train, without LoRA: a linear probe on the
+    frozen base, trained by gradient descent."""
     if not fresh:
         raise UserError(
             "train.trainable: head: this task adds no new head to train: use train.trainable: "
@@ -81,7 +77,7 @@ def _head_only(adapter: Adapter, fresh: Sequence[str]) -> Strategy:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    return HeadOnly(adapter.model_copy(update=own))
+    return Strategy(adapter.model_copy(update=own), lora=False)
 
 
 def _top_layers(count: int, adapter: Adapter, model: Model) -> Strategy:

@@ -31,14 +31,7 @@ from lora_kit.train.directory import (
     check_sharded,
     say,
 )
-from lora_kit.train.guards import (
-    Guards,
-    best_step,
-    guarded,
-    has_own_loss,
-    rate_advice,
-    resume_from,
-)
+from lora_kit.train.guards import Guards, best_step, guarded, has_own_loss, rate_advice, resume_from
 from lora_kit.train.journey import Journey
 from lora_kit.train.save import SEAL, checkpoint_bytes, newest_intact, read_seal
 from lora_kit.train.strategies import Strategy
@@ -181,12 +174,7 @@ def _loss_of(
 
 
 def _rows_and_collator(
-    task: Task,
-    run: Run,
-    model: torch.nn.Module,
-    processor: Processor,
-    data: Prepared,
-    flat: bool,
+    task: Task, run: Run, model: torch.nn.Module, processor: Processor, data: Prepared, flat: bool
 ) -> dict[str, Any]:
     """The trainer's arguments that depend on the rows and on the task."""
     train: Any = data.train
@@ -271,7 +259,7 @@ def fit(trainer: Guards, resume: bool) -> None:
     Raises:
         CheckFailed: the loss or its gradient became NaN or infinite, or no gradient reached the
             adapter (exit code 1).
-        Interrupted: SIGINT or SIGTERM; a checkpoint was saved (exit code 130 or 143).
+        Interrupted: by a signal; a checkpoint was saved (exit code 130, 143 or 129).
         UserError: there is no intact checkpoint to resume from; or the checkpoint of the best
             adapter is corrupt.
     """

@@ -1,4 +1,4 @@
-"""How fast is a training beside others, and does what helps there cost anything alone?
+"""Training speed while other trainings run, and what each setting costs without them.
 
     python scripts/bench/busy.py --out busy.json               # a quiet machine, 20 minutes
     python scripts/bench/busy.py --settings ours OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1

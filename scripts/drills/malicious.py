@@ -1,4 +1,4 @@
-"""What does a file that was made to harm cost whoever opens it?
+"""Time and memory that malicious files cost, and whether one runs code or crashes a verb.
 
     python scripts/drills/malicious.py                        # every input, half an hour
     python scripts/drills/malicious.py --only gzip template   # those whose name has one of these

@@ -1,6 +1,6 @@
 """A drill: cut the power while a run trains, and look at what is on the disk.
 
-    sudo python scripts/power_cut.py [--steps 40] [--without-fsync]
+    sudo python scripts/drills/power_cut.py [--steps 40] [--without-fsync]
 
 A small run trains in an ext4 file system in an image file, on a loop device. After each seal, and
 at the message "written to", its processes are stopped and the image is copied: the copy is the disk
@@ -132,7 +132,7 @@ def main() -> int:
         image.write_bytes(b"")
         os.truncate(image, 256 * 2**20)
         subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
-        path = [str(Path(__file__).resolve().parent.parent)]
+        path = [str(Path(__file__).resolve().parents[2])]
         if given.without_fsync:
             (folder / "sitecustomize.py").write_text("import os\nos.fsync = lambda opened: None\n")
             path.insert(0, temporary)
