@@ -19,7 +19,8 @@ from lora_kit.errors import UserError
 from lora_kit.schema import Json
 
 PIECE = 2**20  # characters
-LONGEST_ROW = 2**22  # characters; tokenizing takes up to 200 bytes for each
+# Characters: books have up to 10 million. Tokenizing takes up to 200 bytes for each.
+LONGEST_ROW = 2**24
 # A .gz file that expands to more than 2 MiB and 100 times its size is no data: text compresses to a
 # third, tables to a tenth.
 _LARGEST_RATIO, _SMALL = 100, 2**21

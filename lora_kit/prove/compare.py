@@ -193,7 +193,7 @@ def _against_scratch(
     import torch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
 
-    settings = {
+    settings: Json = {
         "eval_steps": None,
         "report_to": [],
         "gradient_accumulation_steps": passes,
