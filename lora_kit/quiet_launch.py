@@ -10,6 +10,9 @@ from lora_kit.errors import in_a_line
 
 
 def main() -> None:
+    from lora_kit.base.load import quiet_libraries
+
+    quiet_libraries()
     from accelerate.commands.launch import main as launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

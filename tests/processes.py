@@ -31,8 +31,19 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     """Start a command in the working folder, its output kept for `finish`."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=as_in_a_terminal,
     )
+
+
+def as_in_a_terminal() -> None:
+    """Signals that the tests' own process ignores, as one in the background does, are received."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -170,13 +170,18 @@ def test_a_closed_terminal_saves_and_ends(run_file: Any, work: Path) -> None:
     """As where an ssh session breaks off: a signal, and nowhere left to write to."""
     file = long_run(run_file)
     ours, theirs = pty.openpty()
+
+    def as_its_terminal() -> None:
+        processes.as_in_a_terminal()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
         [*processes.LORA_KIT, "train", str(file), "--accelerate", "cpu"],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=as_its_terminal,
     )
     os.close(theirs)
     os.set_blocking(ours, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -172,6 +173,7 @@ def test_a_rank_that_dies_or_hangs_ends_all(how: str, run_file: Any, work: Path)
         assert code == 1, said
         assert "error: the process of rank 1 exited without reporting an error" in last
         return
-    assert (code, "rank 1 does not respond" in said) == ((130 if "Ctrl-C" in how else 1), True)
+    assert code == (130 if "Ctrl-C" in how else 1), said
+    assert re.search("rank (0, )?1 does not respond", said), said  # the other may wait for it
     stack = [line for line in said.splitlines() if line.startswith("[rank 1]   File ")]
     assert stack, said  # where it stood

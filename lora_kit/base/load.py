@@ -50,6 +50,8 @@ def quiet_libraries() -> None:
     no_kernels_from_the_hub()
     # bitsandbytes looks for an optional kernel package on every CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed logs to stdout, from which `--json` is read; it sets its level when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
     # transformers renamed it; PEFT 0.21 and our key use the old name, which works until 6.
     old_name = ".*gradient_checkpointing.*is deprecated.*"
