@@ -33,7 +33,7 @@ BOUND_VARIABLE = "LORA_KIT_CACHE_GB"  # gigabytes; unset: no bound
 VERSION = 10
 DAYS_KEPT = 30
 _SEAL = "seal.json"
-_LEFTOVER = ".lora-kit-partial"  # ending of what a killed process left: see `new_folder`
+_LEFTOVER = ".lora-kit-partial"  # suffix of partial folders of killed processes: see `new_folder`
 # Entries that this process uses, locked while it lives.
 _in_use: dict[Path, int] = {}
 

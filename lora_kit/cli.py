@@ -657,7 +657,7 @@ def doctor(
 def _terminated(signum: int, frame: FrameType | None) -> None:
     """Raise, so that partial output is removed, as after Ctrl-C."""
     leave_terminal()
-    raise Interrupted(signum, f"stopped by {signal.Signals(signum).name}")
+    raise Interrupted(signum)
 
 
 def _in_one_line(error: BaseException, verb: str) -> LoraKitError:
@@ -689,7 +689,7 @@ def main() -> None:
     except LoraKitError as error:
         _fail(error)
     except typer.Abort:
-        _fail(Interrupted(signal.SIGINT, "stopped by SIGINT"))
+        _fail(Interrupted(signal.SIGINT))
     except _WrongUsage as error:
         verb = error.ctx.command_path if error.ctx else "lora-kit"
         _fail(UserError(f"{' '.join(error.format_message().split())} (see {verb} --help)"))

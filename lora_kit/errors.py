@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -92,9 +93,9 @@ class Interrupted(LoraKitError):
 
     prefix = ""  # not an error
 
-    def __init__(self, signum: int, message: str) -> None:
+    def __init__(self, signum: int, message: str = "") -> None:
         self.exit_code = 128 + signum
-        super().__init__(message)
+        super().__init__(message or f"stopped by {signal.Signals(signum).name}")
 
 
 class RankLost(CheckFailed):

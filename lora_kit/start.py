@@ -40,7 +40,6 @@ from lora_kit.train.interrupt import (
 )
 from lora_kit.trust import run_module
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _POLL_S = 0.1
 # A rank that does not handle a signal, and computes nothing for this long, hangs.
@@ -254,14 +253,14 @@ def _run_child(
 
     output, hang = _Output(folder, workers), _Hang(folder, workers)
     # Block signals between the child's start and the installation of the handlers.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         child = subprocess.Popen(
             command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
         )
         before = {number: signal.signal(number, forward) for number in stop_signals()}
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     try:
         # accelerate may exit before its workers, which are still saving.
         while (code := child.poll()) is None or _alive(child.pid, worker_ids(folder).values()):
@@ -344,7 +343,7 @@ def _cpu_seconds(pid: int) -> float:
 
 def _end_with_parent() -> None:
     """In the child: unblock signals, and receive SIGTERM when the launcher exits (Linux)."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     die_with_parent()
 
 

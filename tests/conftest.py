@@ -199,6 +199,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of one test; its folder is not there yet."""
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer with a chat template; some modules have their own."""
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
+
+
+@pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, entered."""
     monkeypatch.chdir(tmp_path)

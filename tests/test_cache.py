@@ -24,10 +24,9 @@ KEY = "0123abc"
 
 
 @pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(own_cache: Path) -> Path:
     """The folder of the cache; it is not there yet."""
-    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return own_cache
 
 
 class Build:
@@ -157,8 +156,13 @@ def test_what_no_run_has_used_for_a_month_is_forgotten(root: Path) -> None:
     cache.prepared("used", build)  # it counts when it was used, not when it was made
     cache.prepared("next", build)
     assert names(root) == [
-        *("killed.lora-kit-partial.lock", "new", "new.lock", "next", "next.lock"),
-        *("used", "used.lock"),
+        "killed.lora-kit-partial.lock",
+        "new",
+        "new.lock",
+        "next",
+        "next.lock",
+        "used",
+        "used.lock",
     ]
     assert build.times == 4
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, make_tokenizer
 from prepared import chats, ids_of, prepared, put, put_texts, supervised, texts, tokens
 
 from lora_kit.data.census import Census, Count
@@ -16,15 +15,7 @@ from lora_kit.errors import UserError
 from lora_kit.schema import Limits
 from lora_kit.tasks.batches import IGNORED
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def conversation(*said: str, **last: Any) -> dict[str, Any]:

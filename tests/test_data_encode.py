@@ -13,18 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, texts
 from processes import until
 
 from lora_kit.data import duplicates, readers, workers
 from lora_kit.errors import UserError
 from lora_kit.hashes import file_hash
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
 
 
 @pytest.fixture(autouse=True)

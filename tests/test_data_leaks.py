@@ -7,21 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, texts
 
 from lora_kit.data import duplicates
 from lora_kit.errors import UserError
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def edited(text: str, seed: int) -> str:

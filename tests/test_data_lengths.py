@@ -25,14 +25,7 @@ from lora_kit.tasks.task import Task
 FITS = re.compile(r"(\d+)( \(the base's limit\))? keeps ([\d,]+) rows")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rising(count: int = 60) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHATML, make_tokenizer
 from prepared import chats, prepared, put, put_texts, run_of, said, supervised, texts
 
 from lora_kit.base.pin import Pinned
@@ -25,15 +24,9 @@ from lora_kit.tasks.encode import Prepared
 from lora_kit.tasks.packing import Packed
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
-
-
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def cache(own_cache: Path) -> Path:
+    return own_cache
 
 
 def rows(count: int = 60) -> list[dict[str, Any]]:

@@ -51,6 +51,17 @@ def long_run(run_file: Any, max_steps: int = 200) -> Path:
     return run_file("cpt", **{f"train.{key}": value for key, value in changes.items()})
 
 
+def write_recipe(file: Path, body: str) -> None:
+    """A recipe whose `main` has these lines."""
+    file.write_text(
+        "import os, signal, sys, time\nfrom lora_kit.launch import recipe_main\n"
+        "from lora_kit.tasks.causal import Text\nTASK = Text()\n\n"
+        f"def main(run, resume=False):\n{body}\n"
+        'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n',
+        encoding="utf-8",
+    )
+
+
 def test_configs_are_the_ones_of_the_house() -> None:
     assert {file.stem for file in shipped("accelerate_configs").glob("*.yaml")} == set(CONFIGS)
 
@@ -133,8 +144,11 @@ def test_fewer_processes_than_asked_for(run_file: Any, work: Path) -> None:
     ("config", "number", "expected"),
     [
         ("cpu", signal.SIGINT, 130),
+        ("cpu", signal.SIGTERM, 143),
+        ("cpu_2proc", signal.SIGINT, 130),
         ("cpu_2proc", signal.SIGTERM, 143),
         ("cpu", signal.SIGHUP, 129),
+        ("cpu_2proc", signal.SIGHUP, 129),
     ],
 )
 def test_signal_saves_and_leaves_no_process(
@@ -365,13 +379,10 @@ def test_a_rank_that_computes_does_not_hang(work: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_no_interruption(run_file: Any, work: Path) -> None:
-    (work / "mine.py").write_text(
-        "import os, sys, time\nfrom lora_kit.launch import recipe_main\n"
-        "from lora_kit.tasks.causal import Text\nTASK = Text()\n\n"
-        "def main(run, resume=False):\n"
+    write_recipe(
+        work / "mine.py",
         "    if os.environ['RANK'] == '1':\n        raise ZeroDivisionError('of rank 1')\n"
-        "    time.sleep(3600)\n\n"
-        'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n'
+        "    time.sleep(3600)\n",
     )
     code, said = lora_kit("train", run_file(), "recipe=mine.py", "--accelerate", "cpu_2proc")
     assert "ZeroDivisionError: of rank 1" in said
@@ -440,13 +451,10 @@ def test_ended_process_that_nobody_reaps_is_not_awaited() -> None:
 
 @pytest.mark.slow
 def test_second_signal_kills(run_file: Any, work: Path) -> None:
-    (work / "deaf.py").write_text(
-        "import signal, sys, time\nfrom lora_kit.launch import recipe_main\n"
-        "from lora_kit.tasks.causal import Text\nTASK = Text()\n\n"
-        "def main(run, resume=False):\n"
+    write_recipe(
+        work / "deaf.py",
         "    signal.signal(signal.SIGTERM, lambda *_: open('heard', 'w').close())\n"
-        "    open('ready', 'w').close()\n    time.sleep(3600)\n\n"
-        'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n'
+        "    open('ready', 'w').close()\n    time.sleep(3600)\n",
     )
     command = [*processes.LORA_KIT, "train", str(run_file()), "recipe=deaf.py"]
     process = processes.start(command)
@@ -459,12 +467,7 @@ def test_second_signal_kills(run_file: Any, work: Path) -> None:
 
 @pytest.mark.slow
 def test_worker_that_dies_without_a_word(run_file: Any, work: Path) -> None:
-    (work / "mine.py").write_text(
-        "import os, sys\nfrom lora_kit.launch import recipe_main\n"
-        "from lora_kit.tasks.causal import Text\nTASK = Text()\n\n"
-        "def main(run, resume=False):\n    os.kill(os.getpid(), 9)\n\n"
-        'if __name__ == "__main__":\n    sys.exit(recipe_main(main))\n'
-    )
+    write_recipe(work / "mine.py", "    os.kill(os.getpid(), 9)\n")
     code, said = lora_kit("train", run_file(), "recipe=mine.py")
     assert code == 1
     assert "error: the training process exited without reporting an error" in said

@@ -10,7 +10,7 @@ from typing import Any
 
 import processes
 import pytest
-from conftest import CHATML, make_tokenizer, sentences
+from conftest import sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared import chats, prepared, put, put_texts
@@ -23,11 +23,6 @@ from lora_kit.tasks.encode import Prepared
 
 CHAT = Conversations()
 HOSTILE = "\x1b[31mred\x07 \u202eback \x85 <b>\r\n\ttab \udcff"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
 
 
 @pytest.fixture(scope="module")

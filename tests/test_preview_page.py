@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from browser import Browser, browser
 from classifiers import classify_file, make_body
-from conftest import CHATML, make_tokenizer, sentences
+from conftest import sentences
 from prepared import prepared, put
 
 from lora_kit import preview
@@ -41,11 +41,6 @@ NAME = "<img src=x onerror=\"document.title='ran'\">\u202e.jsonl"
 def run_of(**values: Any) -> Run:
     known = {"recipe": "sft", "name": "test", "base": {"model": "nano"}, "data": {"train": "x"}}
     return Run.model_validate(known | values)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHATML)
 
 
 @pytest.fixture(scope="module")

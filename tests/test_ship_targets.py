@@ -205,7 +205,7 @@ RENAMED: dict[str, Any] = {
     "twice": lambda n: UNWRAPPED + n,
     "fsdp": lambda n: n.replace(".self_attn.", "._fsdp_wrapped_module.self_attn."),
     "in part": lambda n: n.replace(f"{UNWRAPPED}model.layers.1", f"{UNWRAPPED}_orig_mod.1"),
-    # Only seen beside the base.
+    # Found only by comparing with the base.
     "other names": lambda n: n.replace(".self_attn.", ".attention."),
     "a layer more": lambda n: n.replace(".layers.1.", ".layers.7."),
 }

@@ -33,9 +33,8 @@ SHAPE = {
 
 
 @pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def root(own_cache: Path) -> Path:
+    return own_cache
 
 
 def base(family: str = "llama", **changes: Any) -> Any:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from lora_kit.adapter.files import fingerprint, write_json, write_standard
+from lora_kit.adapter.files import TOKENIZER_FILES, fingerprint, write_json, write_standard
 from lora_kit.base.pin import pin
 from lora_kit.base.tensors import FLOATS, Stored, stored_in
 from lora_kit.errors import CheckFailed, UserError, harmless
@@ -36,7 +36,6 @@ _EXACT = 256  # up to this width the subspace is the whole space
 _OVERSAMPLING = 16  # columns of the subspace beyond the rank
 _POWERS = 3  # iterations
 _LAYER = re.compile(r"(?:.+\.)?(?:layers|blocks)\.[0-9]+\..+\.weight")
-_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.jinja")
 
 
 class NotCarried(TypedDict):
@@ -103,7 +102,7 @@ def write_metadata(folder: Path, tokenizer: Path, lock: Json) -> None:
         tokenizer: a folder whose tokenizer and chat template are copied.
         lock: entries of run.lock.json; the hashes of this folder's files are added.
     """
-    for file in sorted({f for pattern in _TOKENIZER for f in tokenizer.glob(pattern)}):
+    for file in sorted({f for pattern in TOKENIZER_FILES for f in tokenizer.glob(pattern)}):
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "run.lock.json", {**lock, "adapter": fingerprint(folder)})
 

@@ -45,11 +45,9 @@ _DROPPED = {
 # fmt: on
 # Keys that may be edited: where the base is.
 _NAMES_OF_BASE = {"base_model_name_or_path", "revision"}
-# The files that an adapter's processor and head are loaded from.
-_PROCESSOR = (
-    *("tokenizer*", "vocab*", "merges.txt", "*.model", "*tokens*.json", "*.jinja"),
-    *("*processor*.json", "head.json"),
-)
+# The files that a tokenizer is loaded from, and those of an adapter's processor and head.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.jinja")
+_PROCESSOR = (*TOKENIZER_FILES, "*.model", "*processor*.json", "head.json")
 _NAME = re.compile(r"\w+([.-]\w+)*")
 # PEFT's prefix, and no name of a wrapper after it.
 _LOADED = re.compile(

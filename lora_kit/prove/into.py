@@ -93,9 +93,8 @@ def cost_of_original(run: FinishedRun) -> str | None:
 def measured_of(run: FinishedRun) -> Json | None:
     """`into` of the run's report, if both bases were measured."""
     found = read_json(run.home / "report.json").get("into")
-    if not isinstance(found, dict):
-        return None
-    return found if found.get("base") and found.get("dequantized") else None
+    whole = isinstance(found, dict) and found.get("base") and found.get("dequantized")
+    return found if whole else None
 
 
 def better_base(into: Json) -> Weights:

@@ -45,9 +45,9 @@ from lora_kit.tasks.task import Task
 _NOT_HASHED = ("recipe", "adapter.start", "data.labels")
 # Keys that may differ between ranks; the base, the recipe and the adapter are compared by hash.
 _OF_ONE_RANK = {
-    *("base.model", "base.revision", "recipe", "adapter.start", "data.workers"),
-    *("train.dataloader_num_workers", "train.ddp_timeout"),
-}
+    "base.model", "base.revision", "recipe", "adapter.start", "data.workers",
+    "train.dataloader_num_workers", "train.ddp_timeout",
+}  # fmt: skip
 _MOST_NAMED = 5
 _START_S = 1800  # for all processes to connect
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lora-kit")

@@ -60,7 +60,7 @@ class StopSignal:
             with contextlib.suppress(OSError):  # the disk is full
                 (Path(folder) / f"{os.environ.get('LOCAL_RANK', '0')}{CONFIRMED}").touch()
         if not self.saving:
-            raise Interrupted(signum, f"stopped by {signal.Signals(signum).name}")
+            raise Interrupted(signum)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:

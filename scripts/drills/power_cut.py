@@ -53,9 +53,15 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
 def train(work: Path, steps: int, environment: dict[str, str], image: Path) -> Iterator[Path]:
     """Train in `work`; yields a copy of the image at each moment."""
     settings = [
-        *("name=drill", "base.quantize=none", "base.dtype=float32", "prove.shots=0"),
-        *("data.general=", f"train.max_steps={steps}", f"train.save_steps={steps // 4}"),
-        *("train.per_device_train_batch_size=2", "train.save_total_limit=9"),
+        "name=drill",
+        "base.quantize=none",
+        "base.dtype=float32",
+        "prove.shots=0",
+        "data.general=",
+        f"train.max_steps={steps}",
+        f"train.save_steps={steps // 4}",
+        "train.per_device_train_batch_size=2",
+        "train.save_total_limit=9",
     ]
     config = shipped("recipes") / "configs" / "nano-cpt.yaml"
     log = image.with_name("log")
