@@ -125,6 +125,8 @@ def serve(
         key = key_of("gguf", _FORMAT, kind, untie, pinned.hashes, identity(tokenizer))
         base = prepared(key, build)
         front.engine = str(temporary / "llama.sock")
+        if len(os.fsencode(front.engine)) > 100:  # the path of a Unix socket has at most 107 bytes
+            front.engine = stack.enter_context(TemporaryDirectory(dir="/tmp")) + "/llama.sock"
         front.template = str(tokenizer.chat_template or "")
         exact = kind == "f32"
         # At neither verbosity does it log prompts or completions.
