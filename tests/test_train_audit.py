@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_base
-from processes import lora_kit
+from forked import two_ranks
 from safetensors.torch import load_file, save_file
 from trained import finish
 
@@ -225,6 +225,6 @@ def test_no_false_alarm_where_a_run_goes_on(run_file: Any, monkeypatch: pytest.M
 def test_two_processes_find_the_same(run_file: Any) -> None:
     """That a good run of two passes every check is part of test_train_equivalence.py."""
     file = run_file("sft")
-    code, said = lora_kit("train", file, "--accelerate", "cpu_2proc", "train.learning_rate=0")
+    code, said = two_ranks("sft", file, "train.learning_rate=0")
     assert code == 1
     assert "the adapter did not change" in said

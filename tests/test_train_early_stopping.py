@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from conftest import RunMaker
-from processes import adapter_hash, lora_kit
+from forked import two_ranks
+from processes import adapter_hash
 from trained import folder_maker
 
 import lora_kit as package
@@ -205,7 +206,7 @@ def test_the_best_checkpoint_is_damaged(
 
 def test_all_ranks_stop_at_the_same_step(run_file: RunMaker) -> None:
     file = run_file("cpt", **OVERFIT, **{"train.per_device_train_batch_size": 2})
-    code, said = lora_kit("train", file, PATIENCE, "--accelerate", "cpu_2proc")
+    code, said = two_ranks("cpt", file, PATIENCE)
     assert code == 0, said
     run = Path("runs/test")
     best, stop = expected_stop(losses(run), 2)

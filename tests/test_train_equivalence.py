@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import make_base
+from forked import two_ranks
 from processes import adapter_hash, finish, lora_kit, start
 from trained import prepared
 
@@ -54,7 +55,7 @@ def test_two_processes_are_two_accumulation_steps(run_file: Any) -> None:
         },
     )
     one = package.train(file, "name=one", "train.gradient_accumulation_steps=2")
-    code, said = lora_kit("train", file, "name=two", "--accelerate", "cpu_2proc")
+    code, said = two_ranks("sft", file, "name=two")
     assert code == 0, said
     assert losses("runs/two") == pytest.approx(losses("runs/one"), abs=1e-4)
     evals = [losses(run, "eval_loss") for run in ("runs/one", "runs/two")]

@@ -6,15 +6,14 @@ import itertools
 import json
 import math
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from forked import launch
 from guarded import KINDS, At, Library, Penalized, crash, halves_of, make, tokenizer
-from processes import finish, start
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
@@ -232,11 +231,10 @@ def test_metrics_hold_what_the_trainer_logs(tmp_path: Path) -> None:
 def test_two_ranks_resume_exactly(kind: str, tmp_path: Path) -> None:
     """Each rank takes up its own random numbers, and what it had sampled."""
     config = shipped("accelerate_configs") / "cpu_2proc.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     file = Path(__file__).with_name("guarded.py")
     for name, stops in (("straight", ""), ("broken", "4")):
-        code, errors = finish(start([*launch, str(file), kind, str(tmp_path / name), stops]))
-        assert code == 0, errors
+        code, said = launch(config, file, kind, str(tmp_path / name), stops)
+        assert code == 0, said
     names = {path.name for path in (tmp_path / "broken" / "checkpoints" / "checkpoint-3").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
     assert ({"rollout_0.pt", "rollout_1.pt"} <= names) == (kind == "GRPO")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import processes
 import pytest
 import torch
 import yaml
+from forked import launch
 from processes import adapter_hash
 from safetensors.torch import load_file
 from test_train_equivalence import losses
@@ -60,11 +60,10 @@ def config(name: str, **changes: Any) -> str:
 
 
 def sharded(config_file: str, *arguments: str) -> None:
-    """Train with `accelerate launch`, sharded on a CPU."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file]
+    """Train as `accelerate launch` would, sharded on a CPU."""
     recipe = str(shipped("recipes") / "sft.py")
-    command = [*launch, str(HERE / "sharded_on_cpu.py"), recipe, "run.yaml", *arguments]
-    code, said = processes.finish(processes.start(command))
+    script = HERE / "sharded_on_cpu.py"
+    code, said = launch(config_file, script, recipe, "run.yaml", *arguments)
     assert code == 0, said
 
 

@@ -123,16 +123,14 @@ def serve(
             write_model(folder, out / "base.gguf", kind, untie=untie, tokenizer=tokenizer)
 
         key = key_of("gguf", _FORMAT, kind, untie, pinned.hashes, identity(tokenizer))
-        base = prepared(key, build)
+        base = prepared(key, build) / "base.gguf"
         front.engine = str(temporary / "llama.sock")
         if len(os.fsencode(front.engine)) > 100:  # the path of a Unix socket has at most 107 bytes
             front.engine = stack.enter_context(TemporaryDirectory(dir="/tmp")) + "/llama.sock"
         front.template = str(tokenizer.chat_template or "")
-        exact = kind == "f32"
         # At neither verbosity does it log prompts or completions.
         verbosity = 3 if os.environ.get("LORA_KIT_DEBUG") else -1
-        engine = (front.engine, context, SLOTS, exact, verbosity)
-        llama = [open_server(base / "base.gguf", files, *engine)]
+        llama = [open_server(base, files, front.engine, context, SLOTS, kind == "f32", verbosity)]
         stack.callback(llama.clear)  # its threads end with the object, once no request is running
         stack.callback(front.hang_up)
         # Signals are handled in the main thread, which only waits here. It wakes up regularly,
