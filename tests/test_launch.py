@@ -416,15 +416,24 @@ def test_killed_launcher_takes_its_workers_along(run_file: Any, work: Path, conf
 
 @pytest.mark.slow
 def test_mistake_comes_through_as_one_line(run_file: Any, work: Path) -> None:
-    file = run_file("cpt", **{"adapter.target_modules": ["q_prj"]})
-    code, said = lora_kit("train", file, "--accelerate", "cpu_2proc")
+    write_recipe(
+        work / "mine.py",
+        "    from lora_kit.errors import UserError\n    raise UserError('q_prj: no such module')\n",
+    )
+    code, said = lora_kit("train", run_file(), "recipe=mine.py", "--accelerate", "cpu_2proc")
     assert code == 2, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "did you mean `q_proj`" in errors[0]
+    assert errors == ["error: q_prj: no such module"]
     assert "Traceback" not in said, said
     assert not Path("runs").exists()
     assert not left_over(str(work))
+
+
+@pytest.mark.slow
+def test_a_module_that_is_not_there_leaves_nothing(run_file: Any) -> None:
+    with pytest.raises(UserError, match=r"did you mean `q_proj`"):
+        launch.train(run_file("cpt", **{"adapter.target_modules": ["q_prj"]}))
+    assert not Path("runs").exists()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import numpy as np
 import processes
 import pytest
 from conftest import make_tokenizer
-from processes import left_over, lora_kit, send_when
+from processes import here, left_over, send_when
 
 from lora_kit.errors import UserError
 from lora_kit.prove import self_test as module
@@ -286,8 +286,8 @@ def test_a_table_and_an_exit_code(
 
 
 def test_mistakes_are_the_users(run_file: Any, alone: None) -> None:
-    assert lora_kit("doctor", "--loss", "nothing.yaml")[0] == 2
-    code, said = lora_kit("doctor", "base.dtype=float32")
+    assert here("doctor", "--loss", "nothing.yaml")[0] == 2
+    code, said = here("doctor", "base.dtype=float32")
     assert code == 2 and "settings need --loss RUN.yaml" in said
     file = run_file("sft")
     with pytest.raises(UserError, match="adapter\\.target_modules"):
