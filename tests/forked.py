@@ -1,22 +1,21 @@
 """What `accelerate launch` starts, as forks of a process that has imported the libraries.
 
-A fresh Python computes for ten seconds until it has them. For tests of what several ranks compute:
-how they are started, and how they end, is tested with the commands themselves.
+A fresh Python process needs ten seconds of CPU time to import them. Tests of what several ranks
+compute use this; tests of how ranks start and end run the commands themselves.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
 from accelerate.commands import launch as launching
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.other import get_free_port
 from processes import LIMIT_S
 
 from lora_kit.run import shipped
@@ -36,11 +35,12 @@ def launch(config: str | Path, script: str | Path, *arguments: str) -> tuple[int
     launchers = dict.fromkeys(("multi_gpu_launcher", "deepspeed_launcher"), lambda _: None)
     with patch.multiple(launching, **launchers):
         launching.launch_command(given)  # takes the config's values up, and starts nothing
-    environment, world = _environment(given), given.num_processes
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if given.use_deepspeed:
+        _, environment = prepare_deepspeed_cmd_env(given)
+    else:
+        environment = prepare_multi_gpu_env(given)
+    world = given.num_processes
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
     environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     ranks = []
     for rank in range(world):
@@ -66,14 +66,6 @@ def two_ranks(recipe: str, *arguments: str | Path) -> tuple[int, str]:
     return launch(config, shipped("recipes") / f"{recipe}.py", *map(str, arguments))
 
 
-def _environment(given: argparse.Namespace) -> dict[str, str]:
-    """That of each rank."""
-    if given.use_deepspeed:
-        _, environment = prepare_deepspeed_cmd_env(given)
-        return dict(environment)
-    return dict(prepare_multi_gpu_env(given))
-
-
 def _run(command: list[str], environment: dict[str, str], folder: Path, said: Path) -> None:
     """`python COMMAND`, in the fork."""
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -83,5 +75,5 @@ def _run(command: list[str], environment: dict[str, str], folder: Path, said: Pa
     os.environ.clear()
     os.environ.update(environment)
     sys.path.insert(0, str(Path(command[0]).parent))
-    with patch.object(sys, "argv", command):
-        runpy.run_path(command[0], run_name="__main__")
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")

@@ -358,7 +358,7 @@ def test_a_stopped_server_leaves_nothing(served: Served, home: Path) -> None:
 def test_a_closed_terminal_leaves_nothing_of_a_server(home: Path, tmp_path: Path) -> None:
     # The path of a Unix socket has at most 107 bytes, a temporary folder may have more.
     folder = tmp_path / ("long" * 30)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     server = start(folder, str(home / "scaled"))
     assert list(server.temporary.iterdir())
     server.process.send_signal(signal.SIGHUP)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import processes
 import psutil
 import pytest
 import yaml
+from accelerate.utils.other import get_free_port
 from processes import left_over, send_when
 from test_launch import long_run, steps
 
@@ -106,9 +106,7 @@ def test_every_difference_that_matters_is_among_the_facts(
 
 def nodes(folders: Sequence[Path], *arguments: Sequence[str]) -> list[tuple[int, str]]:
     """Train on two machines, which are two folders; returns exit code and stderr of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     values = yaml.safe_load((shipped("accelerate_configs") / "cpu_2nodes.yaml").read_text())
     started = []
     for rank, folder in enumerate(folders):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import processes
 import pytest
 import torch
 import yaml
+from accelerate.utils.other import get_free_port
 from forked import launch
 from processes import adapter_hash
 from safetensors.torch import load_file
@@ -123,9 +123,7 @@ def test_two_nodes_equals_one_process(place: Path) -> None:
     """Two machines are two launches on one."""
 
     def train(*arguments: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = get_free_port()
         started = []
         for rank in (0, 1):
             file = config("cpu_2nodes", machine_rank=rank, main_process_port=port)
