@@ -665,8 +665,7 @@ def _in_one_line(error: BaseException, verb: str) -> LoraKitError:
     if out_of_memory(error):
         from lora_kit.launch import no_memory
 
-        frames = traceback.extract_tb(error.__traceback__)
-        return no_memory([frame.name for frame in frames], verb)
+        return no_memory(traceback.extract_tb(error.__traceback__), verb)
     if isinstance(error, (OSError, UnicodeError)):  # for instance invalid paths
         return UserError(f"{' '.join(str(error).split())} (more: lora-kit --debug)")
     return unexpected(error, verb)

@@ -32,7 +32,6 @@ TOKENS_OF_A_PAGE = 800  # per sample: 120,000 tokens are a page of about 5 MB
 TOKENS_OF_A_TERMINAL = 512
 # Pages begin with this; other files are not overwritten.
 MARK = "<!doctype html>\n<!-- lora-kit preview -->\n"
-_TEMPLATE = Path(__file__).with_name("preview.html.jinja")
 _CHARACTERS = 6  # per token, to limit a text that has no tokens
 _LONGEST_CHARACTER = 8  # tokens; a character has up to four bytes
 _BROKEN = "\ufffd"  # what an incomplete character is decoded as
@@ -258,7 +257,7 @@ def page(
     uses = [use for use in USES if getattr(census, use).samples]
     notes = [line.removeprefix("note: ") for line in prepared.summary() if line[:6] == "note: "]
     return render_page(
-        _TEMPLATE,
+        "preview.html.jinja",
         run=run,
         prepared=prepared,
         packing=packing(task, run, prepared),

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+import lora_kit
 from lora_kit import demo
 from lora_kit.errors import UserError
 from lora_kit.folders import only_writer
 from lora_kit.run import load_run, write_run
 from lora_kit.speed.runtime import float32_is_faster
-from lora_kit.start import start
 
 
 @pytest.mark.slow
@@ -23,7 +23,8 @@ def test_the_demo_ends_with_a_merged_model_and_an_answer(
 ) -> None:
     short = ["train.max_steps=3", "prove.shots=0", "data.general="]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "start", lambda file, given: start(file, [*given, *short]))
+    # In this process: two starts take twenty seconds of CPU time.
+    monkeypatch.setattr(demo, "start", lambda file, given: lora_kit.train(file, *given, *short))
     demo.run_demo()
     out = capsys.readouterr().out
     assert "1. Continued pre-training" in out and "2. Instruction tuning" in out

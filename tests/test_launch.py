@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import pty
@@ -19,13 +20,16 @@ from typing import Any
 import processes
 import psutil
 import pytest
+from forked import two_ranks
 from processes import left_over, lora_kit, send_when, until
 
 from lora_kit import launch, start
 from lora_kit.errors import CheckFailed, Interrupted, UserError
 from lora_kit.run import shipped
+from lora_kit.tasks.causal import Text
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import check_sharded
+from lora_kit.train.journey import Journey
 from lora_kit.trust import run_module
 
 CONFIGS = {
@@ -169,7 +173,10 @@ def test_signal_saves_and_leaves_no_process(
     assert not Path("runs/test/adapter").exists()
     if number is not signal.SIGTERM:
         return  # going on is the same after each
-    code, said = lora_kit("train", file, "--accelerate", config, "--resume")
+    if config == "cpu":
+        code, said = lora_kit("train", file, "--resume")
+    else:
+        code, said = two_ranks("cpt", file, "--resume")
     assert code == 0, said
     assert f"resuming after step {stopped_at}" in said
     assert steps() == list(range(1, 201))
@@ -418,7 +425,8 @@ def test_killed_launcher_takes_its_workers_along(run_file: Any, work: Path, conf
 def test_mistake_comes_through_as_one_line(run_file: Any, work: Path) -> None:
     write_recipe(
         work / "mine.py",
-        "    from lora_kit.errors import UserError\n    raise UserError('q_prj: no such module')\n",
+        "    import gc\n    from lora_kit.errors import UserError\n    assert not gc.isenabled()\n"
+        "    raise UserError('q_prj: no such module')\n",
     )
     code, said = lora_kit("train", run_file(), "recipe=mine.py", "--accelerate", "cpu_2proc")
     assert code == 2, said
@@ -434,6 +442,20 @@ def test_a_module_that_is_not_there_leaves_nothing(run_file: Any) -> None:
     with pytest.raises(UserError, match=r"did you mean `q_proj`"):
         launch.train(run_file("cpt", **{"adapter.target_modules": ["q_prj"]}))
     assert not Path("runs").exists()
+
+
+def test_importing_the_libraries_collects_no_garbage(run_file: Any) -> None:
+    """In a recipe's own process, where `Journey` then enables it; elsewhere nothing changes."""
+    run = launch.read_run(run_file(), [])[0]
+    frozen = gc.get_freeze_count()
+    with Journey(run, Text()):
+        assert gc.isenabled() and gc.get_freeze_count() == frozen
+    gc.disable()
+    try:
+        with Journey(run, Text()):
+            assert gc.isenabled() and gc.get_freeze_count() > frozen
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

@@ -58,11 +58,14 @@ def attach(model: Model, adapter: Adapter, fresh: Sequence[str], seed: int) -> P
     if adapter.layers_to_transform and adapter.target_modules == "all-linear":
         # PEFT supports layers_to_transform only with a list of names.
         adapter = adapter.model_copy(update={"target_modules": linear})
+    # PEFT fully trains every module whose name ends with one of these, such as `pre_classifier` for
+    # `classifier`, but keeps LoRA out of exactly matching modules only: so all are listed.
+    whole = [name for name, _ in model.named_modules() if name.endswith(tuple(fresh))]
     try:
         config = LoraConfig(
             # With a task type PEFT adds modules to train by name, and replaces heads.
             task_type="CAUSAL_LM" if model.can_generate() else None,
-            modules_to_save=_trained_whole(model, fresh) or None,
+            modules_to_save=whole or None,
             **adapter.model_dump(exclude=OWN_FIELDS),
         )
         attached = get_peft_model(model, config)
@@ -86,13 +89,6 @@ def _rejected(adapter: Adapter, linear: list[str], error: ValueError) -> UserErr
         f"adapter.target_modules: {wanted!r} matches no module{hint}; "
         f"linear modules: {', '.join(linear)}"
     )
-
-
-def _trained_whole(model: Model, fresh: Sequence[str]) -> list[str]:
-    """The names for modules_to_save. PEFT fully trains every module whose name ends with one of
-    them, such as `pre_classifier` for `classifier`, but keeps LoRA out of exactly matching modules
-    only: so all that end so are listed."""
-    return [name for name, _ in model.named_modules() if name.endswith(tuple(fresh))]
 
 
 def _freeze_statistics(model: Model) -> None:

@@ -51,7 +51,7 @@ def quiet_libraries() -> None:
     # bitsandbytes looks for an optional kernel package on every CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed logs to stdout, from which `--json` is read; it sets its level when it is imported.
-    logging.getLogger("DeepSpeed").addFilter(_is_error)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
     # transformers renamed it; PEFT 0.21 and our key use the old name, which works until 6.
     old_name = ".*gradient_checkpointing.*is deprecated.*"
@@ -59,10 +59,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 def gpu_is_used() -> bool:

@@ -30,7 +30,6 @@ from lora_kit.schema import Json, Run
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.directory import write_json
 
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 # The parts of a report that `scores.against` returned, with their titles.
 PARTS = {
     "domain": "Domain",
@@ -391,7 +390,7 @@ def _page(directory: Path, run: Run, report: Json) -> str:
     if any(MOODS.get(one.word) == "bad" for one in found):
         mood = "warn" if word == "better" else "bad"
     return render_page(
-        _TEMPLATE,
+        "prove/report.html.jinja",
         run=run,
         report=report,
         findings=found,
