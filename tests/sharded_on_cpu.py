@@ -3,8 +3,8 @@
     accelerate launch --config_file fsdp.yaml tests/sharded_on_cpu.py recipes/cpt.py run.yaml
 
 accelerate takes a process group on a CPU for one that cannot shard (FSDP becomes DDP), and has no
-backend for DeepSpeed there. Nothing else is changed: sharding, collectives, saving and loading are
-those of a GPU.
+backend for DeepSpeed there. DeepSpeed would also compile collectives for CPUs, which takes a
+minute. Nothing else is changed: sharding, collectives, saving and loading are those of a GPU.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ if __name__ == "__main__":
     state.PartialState.__init__ = partial
     state.AcceleratorState.__init__ = whole
     if DEEPSPEED:
+        from deepspeed.comm import torch as deepspeed_over_torch
+
+        deepspeed_over_torch.build_shm_op = lambda: None
         state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     sys.argv.pop(0)
     runpy.run_path(sys.argv[0], run_name="__main__")
