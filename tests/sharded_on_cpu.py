@@ -37,9 +37,9 @@ if __name__ == "__main__":
     state.PartialState.__init__ = partial
     state.AcceleratorState.__init__ = whole
     if DEEPSPEED:
-        from deepspeed.comm import torch as deepspeed_over_torch
+        from deepspeed.ops import __compatible_ops__ as compiled
 
-        deepspeed_over_torch.build_shm_op = lambda: None
+        compiled["deepspeed_shm_comm"] = False
         state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     sys.argv.pop(0)
     runpy.run_path(sys.argv[0], run_name="__main__")
