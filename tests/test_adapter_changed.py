@@ -85,6 +85,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "rank": (settings(lambda v: v["adapter"].update(r=8)), "run.yaml: adapter: changed"),
     "held-out share": (settings(lambda v: v["data"].update(eval=0.1)), "run.yaml: data: changed"),
     "seed": (settings(lambda v: v.update(seed=1)), "run.yaml: seed: changed"),
+    "no run file": (lambda run: (run / "run.yaml").unlink(), "run.yaml: "),
 }
 VERBS = {
     "merge": ["merge", "RUN", "--out", "out"],
@@ -123,7 +124,7 @@ def test_what_was_changed_is_refused(what: str, run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["lora_alpha", "exchanged tokens"])
+@pytest.mark.parametrize("what", ["lora_alpha", "exchanged tokens", "no run file"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_it(verb: str, what: str, run: Path) -> None:
     change, words = REFUSED[what]

@@ -216,10 +216,8 @@ class FinishedRun:
             try:
                 named = Base.model_validate(values)
             except ValueError:
-                raise UserError(
-                    f"{self.home}: adapter_config.json or run.lock.json: the base they name is "
-                    "invalid"
-                ) from None
+                files = "adapter_config.json or run.lock.json"
+                raise UserError(f"{self.home}: {files}: the base in it is invalid") from None
         if self._given is not None:
             named = named.model_copy(update={"model": self._given, "revision": None})
         return named
@@ -326,10 +324,14 @@ class FinishedRun:
 
 
 def _home(path: Path, folder: Path) -> Path:
-    """The run directory of an adapter folder; the folder itself if it belongs to no run."""
+    """The run directory of an adapter folder; the folder itself if it belongs to no run. Raises
+    UserError for a run whose run file is missing."""
     if (path / "run.yaml").is_file():
         return path
     # A run's lock file is next to adapter/; a pulled or exported adapter has it inside, and may be
     # in a folder with an unrelated run.yaml.
     own = (folder / "run.lock.json").is_file() or folder.name != "adapter"
-    return folder if own or not (folder.parent / "run.yaml").is_file() else folder.parent
+    file = folder.parent / "run.yaml"
+    if not own and not file.is_file() and read_lock(folder.parent):
+        raise UserError(f"{file}: missing, beside run.lock.json: copy it again")
+    return folder.parent if file.is_file() and not own else folder
