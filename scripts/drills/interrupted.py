@@ -4,7 +4,7 @@
     python scripts/drills/interrupted.py --only resumes --times 5
 
 kills: SIGKILL at a random moment, to all processes of `lora-kit train` or to one of them; then
-`--resume`, or the same command again where nothing had been saved. signals: the same with SIGINT, SIGTERM
+`--resume`, or the same command where nothing had been saved. signals: the same with SIGINT, SIGTERM
 and SIGHUP in turn, which must save, leave no process, and exit with 130, 143 or 129. resumes: two
 `--resume` of one run at once; one must finish it, the other be refused with exit code 2.
 The moments depend on --seed and on the time that the first run takes.

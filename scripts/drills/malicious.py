@@ -46,7 +46,7 @@ TOUCH = f"__import__('os').system('touch {CANARY}')"
 DATA = ("preview",)
 RUN = ("preview", "plan")
 BASE = ("preview", "plan", "train", "generate", "extract")
-ADAPTER = ("inspect", "check", "push", "generate", "merge", "combine", "export")
+ADAPTER = ("inspect", "check", "push", "generate", "merge", "export")
 FINISHED = ("compare", "inspect", "check", "push", "merge")
 VERBS = {
     "preview": ["preview", "run.yaml", "train.max_length=128"],
@@ -57,7 +57,6 @@ VERBS = {
     "push": ["push", "adapter", "me/it", "--dry-run"],
     "generate": ["generate", "adapter", "What is it?", "--max-new-tokens", "4"],
     "merge": ["merge", "adapter", "--out", "out"],
-    "combine": ["combine", "adapter", "second", "--out", "out"],
     "export": ["export", "adapter", "--to", "portable", "--out", "out"],
     "extract": ["extract", "base", "tuned", "--out", "out", "--rank", "2"],
     "compare": ["compare", "runs/test"],
@@ -533,7 +532,6 @@ def make_project(folder: Path) -> None:
     model.save_pretrained(str(folder / "adapter"))
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "adapter")
     edited("adapter/adapter_config.json", base_model_name_or_path="base")(folder)
-    shutil.copytree(folder / "adapter", folder / "second")
     tuned: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.nn.init.ones_(tuned.model.layers[0].self_attn.q_proj.weight)
     tuned.save_pretrained(folder / "tuned")
@@ -683,7 +681,6 @@ def main() -> None:
     import lora_kit.plan
     import lora_kit.preview
     import lora_kit.prove.evaluate
-    import lora_kit.ship.combined
     import lora_kit.ship.export
     import lora_kit.ship.hub
     import lora_kit.ship.merge
