@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import resource
+import shutil
 import socket
 import threading
 import time
@@ -25,7 +26,8 @@ from trained import edit
 
 from lora_kit import trust
 from lora_kit.adapter.attach import attach
-from lora_kit.adapter.files import read_config
+from lora_kit.adapter.files import open_adapter, read_config
+from lora_kit.base.head import Head
 from lora_kit.base.load import _config, base_on_meta, load_tokenizer
 from lora_kit.base.pin import check_sizes, licence_of, pin
 from lora_kit.base.templates import check_template, render
@@ -36,6 +38,7 @@ from lora_kit.errors import UserError
 from lora_kit.run import load_run
 from lora_kit.schema import Adapter, Base
 from lora_kit.ship import serve
+from lora_kit.train.callbacks import read_metrics
 
 MIB = 2**20
 
@@ -124,6 +127,33 @@ def test_a_row_that_is_too_long(
         assert read(tmp_path / name) == 1
 
 
+@pytest.mark.parametrize(("name", "line"), [("a.txt", "\n"), ("a.conll", "word O\n")])
+def test_a_row_of_many_short_lines(
+    tmp_path: Path, name: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line takes time, however few characters it has."""
+    monkeypatch.setattr("lora_kit.data.readers.LONGEST_ROW", 10_000)
+    (tmp_path / name).write_text(line * 2000)
+    with pytest.raises(UserError, match=rf"{name}:1: a row of more than"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_text_without_white_space(tmp_path: Path, name: str) -> None:
+    """A tokenizer takes 200 bytes for each character of a word."""
+
+    def write(text: str) -> None:
+        marked = "a<|endoftext|>" * 30 + text
+        content = json.dumps({"text": text}) if name == "a.jsonl" else marked
+        (tmp_path / name).write_text(content)
+
+    write("a" * (2 * MIB + 1))
+    with pytest.raises(UserError, match=rf"{name}:1: 1,048,576 characters without white space"):
+        read(tmp_path / name)
+    write("\n".join(["a" * (MIB - 1)] * 4))
+    assert read(tmp_path / name) == (31 if name == "a.txt" else 1)
+
+
 def test_a_file_of_one_line_is_not_hashed_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,23 +174,32 @@ def test_an_object_of_many_keys_with_one_twice(tmp_path: Path) -> None:
 def test_rows_of_nothing(tmp_path: Path) -> None:
     for file, most in ((tmp_path / "a.arrow", 2**31 - 1), (tmp_path / "a.parquet", 2**20)):
         nothing = pa.table({"text": pa.Array.from_buffers(pa.null(), most, [None])})
-        if file.suffix == ".arrow":
-            with pa.ipc.new_file(str(file), nothing.schema) as writer:
-                writer.write_table(nothing)
-        else:
-            pq.write_table(nothing, file)
+        write(file, nothing)
         with pytest.raises(UserError, match="rows in a file of its size"):
             read(file)
 
 
-def test_a_text_that_is_stored_once_is_not_copied_for_every_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+def test_a_text_that_is_stored_once_is_not_read_for_every_row(tmp_path: Path, name: str) -> None:
     index = pa.array([0] * 200, pa.int32())
     column = pa.DictionaryArray.from_arrays(index, pa.array(["a " * (2 * MIB)]))
-    with pa.ipc.new_file(str(tmp_path / "a.arrow"), pa.schema([("text", column.type)])) as writer:
-        writer.write_batch(pa.record_batch({"text": column}))
-    with trust.bounded(600, "too much", mib=400):
-        batches = table_batches(tmp_path / "a.arrow")
-        assert sum(len(batch.rows) for batch in batches) == 200
+    write(tmp_path / name, pa.table({"text": column}))
+    refused = pytest.raises(UserError, match="long rows are more than 10 times its size: no data")
+    with trust.bounded(600, "too much", mib=400), refused:
+        read(tmp_path / name)
+    # As a prompt that many rows share.
+    column = pa.DictionaryArray.from_arrays(index, pa.array(["a " * 8000]))
+    write(tmp_path / name, pa.table({"text": column}))
+    assert read(tmp_path / name) == 200
+
+
+def write(file: Path, table: pa.Table) -> None:
+    """A table as Arrow or Parquet."""
+    if file.suffix == ".parquet":
+        pq.write_table(table, file)
+        return
+    with pa.ipc.new_file(str(file), table.schema) as writer:
+        writer.write_table(table)
 
 
 # --- Bases and adapters
@@ -240,6 +279,35 @@ def test_a_card_whose_licence_would_be_a_terabyte(tmp_path: Path) -> None:
     assert licence_of(card) == "mit"
     card.write_text("---\ntags:\n" + "- a\n" * 50_000 + "license:\n- mit\n- gpl\nb: 1\n---\n")
     assert licence_of(card) == "mit, gpl"
+
+
+def test_an_adapters_config_of_many_names(cpt_run: Path, tmp_path: Path) -> None:
+    """PEFT compares each of them with each."""
+    adapter = shutil.copytree(cpt_run / "adapter", tmp_path / "adapter")
+    names = [f"m{n}" for n in range(10_001)]
+    edit(adapter / "adapter_config.json", lambda config: config.update(target_modules=names))
+    with pytest.raises(UserError, match=r"adapter_config\.json: .*target_modules has 10,001 names"):
+        open_adapter(adapter)
+
+
+def test_a_head_of_many_labels(tmp_path: Path) -> None:
+    names = {str(number): "a" for number in range(2**17 + 1)}
+    values = {"auto": "AutoModelForSequenceClassification", "pooling": None, "id2label": names}
+    (tmp_path / "head.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"head\.json: corrupt"):
+        Head.read(tmp_path)
+
+
+def test_metrics_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + bytes(600 * MIB))
+    with trust.bounded(600, "too much", mib=200):
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_a_page_of_many_megabytes(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_bytes(b"<html><body>" + b"<p>a b c</p>" * (2 * MIB))
+    with pytest.raises(UserError, match=r"a\.html:1: a row of more than 16,777,216 characters"):
+        read(tmp_path / "a.html")
 
 
 def test_an_adapters_config_of_many_patterns(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ approximation of rank k (Eckart & Young 1936).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -22,6 +21,7 @@ from lora_kit.base.pin import pin
 from lora_kit.base.tensors import FLOATS, Stored, stored_in
 from lora_kit.errors import CheckFailed, UserError, harmless
 from lora_kit.folders import new_folder, refuse_existing
+from lora_kit.run import read_json
 from lora_kit.schema import Base, Json
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _linear(before: dict[str, Stored], after: dict[str, Stored], folder: Path) -
     Raises:
         UserError: they differ in shape, are quantized, or are stored transposed.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     if config.get("model_type") in ("gpt2", "openai-gpt") or any(".c_attn." in n for n in before):
         raise UserError(f"{folder}: weights are stored transposed, as in GPT-2: not supported")
     moe = any(".experts." in name for name in before)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 _LARGEST_SCALE = 1e30  # far below the limit of float32
+_MOST_NAMES = 10_000  # PEFT compares each with each, and saves fewer
 _SECONDS_TO_MATCH = 4.0  # for all patterns of a config; usually a millisecond
 _LARGEST_CONFIG = 2**20  # bytes
 # fmt: off
@@ -423,6 +424,8 @@ def _check_settings(config: Json) -> None:
     named = config.get("target_modules") or ""
     if not all(isinstance(one, str) for one in (named if isinstance(named, list) else [named])):
         raise TypeError(f"target_modules is {named!r:.40}")
+    if isinstance(named, list) and len(named) > _MOST_NAMES:
+        raise TypeError(f"target_modules has {len(named):,} names")
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         for value in (config.get(key, 8), *(config.get(patterns) or {}).values()):
             whole = type(value) is int and value > 0

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 CAUSAL = "AutoModelForCausalLM"
 SEQUENCE = "AutoModelForSequenceClassification"
+_MOST_LABELS = 2**17
 HEAD_FILE = "head.json"  # in an adapter's folder; PEFT and transformers ignore it
 Pooling = Literal["mean", "cls", "last"]
 # sentence-transformers' names of the pooling modes (1_Pooling/config.json).
@@ -89,6 +90,8 @@ class Head:
         try:
             values = read_json(file)
             names = values["id2label"]
+            if len(names) > _MOST_LABELS:
+                raise ValueError
             labels = tuple(str(names[str(number)]) for number in range(len(names)))
             return cls(str(values["auto"]), labels, values["pooling"])
         except (OSError, ValueError, KeyError, TypeError):

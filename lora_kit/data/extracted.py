@@ -8,7 +8,14 @@ import logging
 import re
 from pathlib import Path
 
-from lora_kit.data.json_rows import PIECE, error_text, open_bytes, text_pieces
+from lora_kit.data.json_rows import (
+    LONGEST_ROW,
+    PIECE,
+    error_text,
+    open_bytes,
+    text_pieces,
+    too_long,
+)
 from lora_kit.errors import UserError
 from lora_kit.trust import bounded
 
@@ -80,6 +87,8 @@ def _of_html(file: Path) -> str:
     known = codecs.lookup((declared[1] or declared[2]).decode() if declared else "utf-8").name
     encoding = _BROWSER_ENCODINGS.get(known, known)
     page = "".join(piece for _, piece in text_pieces(file, PIECE, encoding))
+    if len(page) > LONGEST_ROW:
+        raise too_long(f"{file}:1")
     # The text is decoded already; trafilatura would apply the declaration again.
     page = re.sub(r"^\s*<\?xml[^>]*\?>", "", page)
     if not _WHOLE_PAGE.search(page):  # else a fragment is parsed as a page without a body

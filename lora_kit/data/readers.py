@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,10 @@ _TAG = re.compile(r"O|[BIESLU]-\S+")
 BATCH_ROWS = 256
 BATCH_BYTES = 2**20
 FEWEST_DOCUMENTS = 20  # with fewer, documents are cut into blocks
+# Characters without white space: a tokenizer takes 200 bytes for each one of a word.
+_WORD = 2**20
+_SPACE = re.compile(r"\s")
+_LONG_ROW = 2**16  # characters
 _LARGEST_BATCH = 2**28  # bytes of the texts of an Arrow batch, if each row were all of it
 _ROWS_PER_BYTE, _FEW_ROWS = 16, 2**18  # more are no data
 # The index of a pandas table, in CSV and in Parquet.
@@ -153,7 +158,9 @@ def table_batches(file: Path) -> Iterator[RowBatch]:
     elif suffix == ".json":
         yield from _batches(file, "{}[{}]", JsonList(file).objects())
     elif suffix in (".parquet", ".arrow"):
-        yield from _batches(file, "{}[{}]", _arrow(file, suffix))
+        # A text that is stored once can be that of every row.
+        most = max(2 * LONGEST_ROW, 10 * file.stat().st_size)
+        yield from _batches(file, "{}[{}]", _arrow(file, suffix), most)
     elif suffix in _IOB_SUFFIXES or (suffix == ".tsv" and _looks_tagged(file)):
         yield from _batches(file, "{}:{}", _tagged_sentences(file))
     else:
@@ -184,7 +191,7 @@ def documents(file: Path, size: int | None = None) -> Iterator[tuple[int, str, b
             first = number
         parts.append(rest)
         length += len(rest)
-        if length > LONGEST_ROW:
+        if length > LONGEST_ROW or len(parts) > LONGEST_ROW // 8:  # a line takes time, too
             raise too_long(f"{file}:{first}")
     yield from _pieces(first, "".join(parts).rstrip(), size, begins)
 
@@ -226,12 +233,16 @@ def text_batches(files: Iterable[Path], whole: bool) -> Iterator[RowBatch]:
 
 
 def _batches(
-    file: Path | str, style: str, rows: Iterable[tuple[int, Json | str]]
+    file: Path | str, style: str, rows: Iterable[tuple[int, Json | str]], most: float = math.inf
 ) -> Iterator[RowBatch]:
-    """Numbered rows in batches of at most BATCH_ROWS rows and about BATCH_BYTES characters."""
+    """Numbered rows in batches of at most BATCH_ROWS rows and about BATCH_BYTES characters.
+
+    Args:
+        most: characters of all long rows together.
+    """
     numbers: list[int] = []
     kept: list[Json | str] = []
-    size = 0
+    size = long = 0
     for number, row in rows:
         numbers.append(number)
         kept.append(row)
@@ -242,12 +253,30 @@ def _batches(
             raise UserError(f"{style.format(file, number)}: nesting too deep") from None
         if own > LONGEST_ROW:
             raise too_long(style.format(file, number))
+        long += own if own > _LONG_ROW else 0
+        if long > most:
+            raise UserError(f"{file}: its long rows are more than 10 times its size: no data")
+        if own > _WORD:
+            _check_words(style.format(file, number), row)
         size += own
         if len(kept) >= BATCH_ROWS or size >= BATCH_BYTES:
             yield RowBatch(str(file), style, numbers, kept)
             numbers, kept, size = [], [], 0
     if kept:
         yield RowBatch(str(file), style, numbers, kept)
+
+
+def _check_words(place: str, row: Json | str) -> None:
+    """Raises UserError for a text of which too much is without white space."""
+    try:
+        values = leaves(json.loads(row) if isinstance(row, str) else row)
+        texts = [value for value in values if isinstance(value, str)]
+    except (ValueError, RecursionError):  # reported when the row is parsed
+        return
+    for text in texts:
+        for first in range(0, len(text) - _WORD + 1, _WORD):
+            if not _SPACE.search(text, first, first + _WORD):
+                raise UserError(f"{place}: {_WORD:,} characters without white space: split them")
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -330,6 +359,8 @@ def _tagged_sentences(file: Path) -> Iterator[tuple[int, Json]]:
                 f"{file}:{number}: expected a token and its tag, not {short_repr(line)}"
             )
         start = start or number
+        if len(tokens) > LONGEST_ROW // 16:
+            raise too_long(f"{file}:{start}")
         tokens.append(fields[0])
         tags.append(fields[-1])
 

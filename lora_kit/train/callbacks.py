@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 import time
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from lora_kit.tasks.task import Batch
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+_LONGEST_LINE = 2**20  # characters of metrics.jsonl
 Logs = dict[str, float] | None
 # Logged values that are not written: the step, evaluation speed, and TRL's token count, which
 # restarts at 0 in a resumed run.
@@ -76,13 +78,14 @@ def read_metrics(path: Path) -> list[Json]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if isinstance(row, dict):
-            rows.append(row)
+    with path.open(encoding="utf-8", errors="replace") as opened:
+        for line in iter(partial(opened.readline, _LONGEST_LINE), ""):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 

@@ -33,6 +33,7 @@ from lora_kit.adapter.files import WEIGHTS
 from lora_kit.adapter.finished import FinishedRun
 from lora_kit.errors import LoraKitError
 from lora_kit.hashes import file_hash
+from lora_kit.launch import train
 from lora_kit.ship.merge import merge as merged
 
 Damage = Callable[[Path, Path], None]  # of a file; the same file of another run
@@ -88,7 +89,7 @@ def compare(run: Path) -> str:
 
 def resume(run: Path) -> str:
     """The hash of the finished adapter."""
-    lora_kit.train(run / "run.yaml", resume=True)
+    train(run / "run.yaml", resume=True)
     return file_hash(run / "adapter" / WEIGHTS)
 
 
@@ -117,7 +118,7 @@ def made(place: Path) -> dict[str, Path]:
         process.terminate()
         finish(process)
         with chdir(whole):
-            lora_kit.train("run.yaml", *settings)
+            train("run.yaml", *settings)
         found[f"stopped-{seed}"], found[f"whole-{seed}"] = stopped, whole
     return found
 
