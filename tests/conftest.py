@@ -12,9 +12,9 @@ Where the variable CI is set nothing may be skipped: a skip is a failure.
 
 A test passes on a busy machine too: it waits for events (`processes.until`), measures no time, and
 a limit is only there for what would hang (`processes.LIMIT_S`). Tests that only look at a finished
-run share one that is trained once (the fixtures in `trained.py` and below). A child process
-needs ten seconds of CPU time to import the libraries: use `processes.here`, or `forked` for several
-ranks, unless the test is about the process itself.
+run share one that is trained once (the fixtures in `trained.py` and below). Importing the libraries
+takes a child process ten seconds of CPU time: use `processes.here`, or `forked` for several ranks,
+unless the test is about the process itself.
 """
 
 from __future__ import annotations

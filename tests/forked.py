@@ -1,7 +1,7 @@
 """What `accelerate launch` starts, as forks of a process that has imported the libraries.
 
-A fresh Python process needs ten seconds of CPU time to import them. Tests of what several ranks
-compute use this; tests of how ranks start and end run the commands themselves.
+Importing them takes a new process ten seconds of CPU time. Tests of the results of several ranks
+use this; tests of how ranks start and end run the commands themselves.
 """
 
 from __future__ import annotations

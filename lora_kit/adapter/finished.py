@@ -217,7 +217,7 @@ class FinishedRun:
                 named = Base.model_validate(values)
             except ValueError:
                 files = "adapter_config.json or run.lock.json"
-                raise UserError(f"{self.home}: {files}: the base in it is invalid") from None
+                raise UserError(f"{self.home}: {files}: names an invalid base") from None
         if self._given is not None:
             named = named.model_copy(update={"model": self._given, "revision": None})
         return named

@@ -22,17 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+
+from processes import LORA_KIT, as_in_a_terminal
+
 from lora_kit.adapter.files import WEIGHTS
 from lora_kit.hashes import file_hash
 from lora_kit.run import read_lock
 
-LORA_KIT = [sys.executable, "-c", "from lora_kit.cli import main; main()"]
 RUN = Path("runs/drill")
 SETTINGS = {
     "recipe": "cpt",
@@ -78,12 +82,7 @@ def prepared(folder: Path) -> Path:
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """`lora-kit train` as a shell starts it: signals that this process ignores are received."""
-
-    def as_in_a_terminal() -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-
+    """`lora-kit train`, which receives signals that this process may ignore."""
     return subprocess.Popen(
         [*LORA_KIT, "train", "run.yaml", *options],
         cwd=folder,
@@ -100,13 +99,18 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, (said.strip().splitlines() or [""])[-1]
 
 
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def family(pid: int) -> list[psutil.Process]:
     """A process and all that it started."""
     try:
-        parent = psutil.Process(process.pid)
+        parent = psutil.Process(pid)
         return [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def left_of(processes: Sequence[psutil.Process]) -> list[int]:
+    """The process ids of those that still run."""
+    return [one.pid for one in processes if one.is_running() and one.status() != "zombie"]
 
 
 def wrong_end(drill: Drill, folder: Path) -> str:
@@ -129,12 +133,12 @@ def kills(drill: Drill, number: int, chance: random.Random) -> str:
     folder = prepared(drill.folder / f"kills-{number}")
     process = start(folder)
     time.sleep(chance.uniform(0.3, 1) * drill.seconds)
-    found = family(process)
+    found = family(process.pid)
     for one in found if number % 2 else chance.sample(found, min(1, len(found))):
         one.kill()
     finish(process)
     psutil.wait_procs(found, timeout=60)
-    left = [one.pid for one in found if one.is_running() and one.status() != "zombie"]
+    left = left_of(found)
     return f"left: {left}" if left else wrong_end(drill, folder)
 
 
@@ -143,10 +147,10 @@ def signals(drill: Drill, number: int, chance: random.Random) -> str:
     sent, expected = list(SIGNALS.items())[number % len(SIGNALS)]
     process = start(folder)
     time.sleep(chance.uniform(0.3, 1) * drill.seconds)
-    found = family(process)
+    found = family(process.pid)
     process.send_signal(sent)
     code, last = finish(process)
-    left = [one.pid for one in found if one.is_running() and one.status() != "zombie"]
+    left = left_of(found)
     if left or code not in (0, expected) or last.startswith("Traceback"):
         return f"{sent.name}: exit {code}: {last}; left: {left}"
     return wrong_end(drill, folder)

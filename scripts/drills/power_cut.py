@@ -21,7 +21,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,13 +28,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from interrupted import LORA_KIT, family
 
 from lora_kit.errors import UserError
 from lora_kit.run import read_lock, shipped
 from lora_kit.train.save import SEAL, read_seal
 
 RUN = Path("runs/drill")
-LORA_KIT = [sys.executable, "-c", "from lora_kit.cli import main; main()"]
 
 
 @contextmanager
@@ -88,9 +87,7 @@ def train(work: Path, steps: int, environment: dict[str, str], image: Path) -> I
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """Hold a process and all that it started."""
-    found = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        found = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    found = family(pid)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
