@@ -21,7 +21,7 @@ from lora_kit.speed.runtime import float32_is_faster
 def test_the_demo_ends_with_a_merged_model_and_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = ["train.max_steps=3", "prove.shots=0", "data.general="]
+    short = ["train.max_steps=3", "prove.shots=0", "train.logging_steps=1"]
     monkeypatch.chdir(tmp_path)
     # In this process: two starts take twenty seconds of CPU time.
     monkeypatch.setattr(demo, "start", lambda file, given: lora_kit.train(file, *given, *short))
@@ -30,8 +30,12 @@ def test_the_demo_ends_with_a_merged_model_and_an_answer(
     assert "1. Continued pre-training" in out and "2. Instruction tuning" in out
     assert out.partition("A: ")[2].splitlines()[0].strip()
     assert (tmp_path / "runs/demo/merged/model.safetensors").is_file()
-    lock = json.loads((tmp_path / "runs/demo/sft/run.lock.json").read_text(encoding="utf-8"))
-    assert lock["finished"]
+    for step in ("cpt", "sft"):
+        run = tmp_path / "runs/demo" / step
+        assert json.loads((run / "run.lock.json").read_text(encoding="utf-8"))["finished"]
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        assert report["training"]["steps"] == 3
+        assert report["domain"]["documents"] >= 20 and report["general"]["documents"] >= 20
 
 
 def test_what_is_no_demo_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,10 +32,11 @@ NANO = {
     "data.limits": {"near_leaks": 1.0, "exact_leaks": 10_000},
     "prove.shots": 0,
 }
+FILES = {"data.train": "train.jsonl", "data.eval": "eval.jsonl"}
 
 
 def report_of(run_file: RunMaker, recipe: str, **changes: Any) -> dict[str, Any]:
-    lora_kit.train(run_file(recipe, **NANO, **changes))
+    lora_kit.train(run_file(recipe, **{**NANO, **changes}))
     found: dict[str, Any] = json.loads(Path("runs/test/report.json").read_text(encoding="utf-8"))
     return found
 
@@ -53,7 +54,7 @@ def test_real_labels_are_learned(run_file: RunMaker, work: Path, form: str) -> N
         put(
             work / f"{name}.jsonl", [row | {"completion": form + row["completion"]} for row in rows]
         )
-    found = report_of(run_file, "sft", **{"data.train": "train.jsonl", "data.eval": "eval.jsonl"})
+    found = report_of(run_file, "sft", **FILES, **{"train.max_steps": 20})
     assert found["verdict"]["domain"] == "better" and not found["prompt_use"]["blind"]
     assert found["prompt_use"]["adapted"] > found["prompt_use"]["base"]
 
@@ -67,7 +68,7 @@ def test_shuffled_labels_are_never_better(run_file: RunMaker, work: Path, form: 
     shuffled = zip(train, answers, strict=True)
     put(work / "train.jsonl", [row | {"completion": form + a} for row, a in shuffled])
     put(work / "eval.jsonl", [row | {"completion": form + row["completion"]} for row in held_out])
-    found = report_of(run_file, "sft", **{"data.train": "train.jsonl", "data.eval": "eval.jsonl"})
+    found = report_of(run_file, "sft", **FILES)
     assert found["verdict"]["domain"] in ("no different", "worse"), found["prompt_use"]
 
 
@@ -79,7 +80,7 @@ def test_a_form_that_is_new_hides_no_shuffled_labels(run_file: RunMaker, work: P
     rows = [{"prompt": s, "completion": chooser.choice(names)} for s in sentences(460)]
     put(work / "train.jsonl", rows[60:])
     put(work / "eval.jsonl", rows[:60])
-    found = report_of(run_file, "sft", **{"data.train": "train.jsonl", "data.eval": "eval.jsonl"})
+    found = report_of(run_file, "sft", **FILES)
     assert found["domain"]["loss"]["ci95"][1] < -0.5
     assert found["verdict"]["domain"] == "no different"
     assert found["prompt_use"]["blind"]
@@ -90,7 +91,7 @@ def test_another_language_is_forgetting(run_file: RunMaker, work: Path) -> None:
     put_texts(work / "invented.txt", texts(300, words=40))
     put_texts(work / "general.txt", [text for _, text in nano.docstrings()[:40]])
     changes = {"data.train": "invented.txt", "data.general": "general.txt", "data.eval": 0.1}
-    gate: dict[str, Any] = {"prove.gate": {"domain": None}}
+    gate: dict[str, Any] = {"prove.gate": {"domain": None}, "train.max_steps": 15}
     with pytest.raises(CheckFailed, match=r"gate: general: forgot \(asked for: kept\)"):
         report_of(run_file, "cpt", **changes, **gate)
     found = json.loads(Path("runs/test/report.json").read_text(encoding="utf-8"))

@@ -61,17 +61,13 @@ def test_is_valid_and_says_how_to_start_it(config: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nano-cpt", "nano-dpo", "nano-sft"])
-def test_nano_runs(name: str, work: Path) -> None:
-    config = shipped("recipes") / "configs" / f"{name}.yaml"
-    if name == "nano-dpo":  # whose data are the user's own
-        load(config, work)
-        config = work / "run.yaml"
+def test_nano_learns_preferences(work: Path) -> None:
+    """Run for real; `lora-kit demo` runs the other two of nano, and so does its test."""
+    load(shipped("recipes") / "configs" / "nano-dpo.yaml", work)
     # float32: many CPUs compute bfloat16 ten times slower.
-    changes = ("base.dtype=float32", "train.max_steps=2", "train.logging_steps=1")
-    changes += ("data.eval=0.4",) if name == "nano-dpo" else ("prove.shots=0",)
-    report = lora_kit.train(config, *changes)
+    changes = ("base.dtype=float32", "train.max_steps=2", "train.logging_steps=1", "data.eval=0.4")
+    report = lora_kit.train(work / "run.yaml", *changes)
     assert report["training"]["steps"] == 2
     assert report["domain"]["documents"] >= 20
     assert report["general"]["documents"] >= 20
-    assert (work / "runs" / name / "adapter" / "adapter_model.safetensors").is_file()
+    assert (work / "runs/nano-dpo/adapter/adapter_model.safetensors").is_file()
