@@ -29,6 +29,7 @@ from lora_kit.errors import (
     harmless,
     is_panic,
     out_of_memory,
+    reason_of,
     redact,
     redact_tracebacks,
     report,
@@ -667,7 +668,7 @@ def _in_one_line(error: BaseException, verb: str) -> LoraKitError:
 
         return no_memory(traceback.extract_tb(error.__traceback__), verb)
     if isinstance(error, (OSError, UnicodeError)):  # for instance invalid paths
-        return UserError(f"{' '.join(str(error).split())} (more: lora-kit --debug)")
+        return UserError(f"{reason_of(error, most=1000)} (more: lora-kit --debug)")
     return unexpected(error, verb)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.cache import BOUND_VARIABLE, CACHE_VARIABLE, installed, root_folder, size_of
+from lora_kit.errors import reason_of
 from lora_kit.run import recipe_file
 from lora_kit.schema import Json, Run
 
@@ -59,7 +60,7 @@ def _devices(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
     try:
         import torch
     except (ImportError, OSError) as error:  # a missing system library
-        what = f"torch cannot be imported ({' '.join(str(error).split())[:120]})"
+        what = f"torch cannot be imported ({reason_of(error)})"
         fix = "reinstall it: pip install --force-reinstall torch"
         problems.append({"what": what, "fix": fix})
         return []

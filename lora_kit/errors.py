@@ -126,8 +126,17 @@ def is_panic(error: BaseException) -> bool:
 
 def in_a_line(error: BaseException, most: int = 200) -> str:
     """An exception's type and message in one line of at most `most` characters, without secrets."""
+    return _line(f"{type(error).__name__}: {error}", most)
+
+
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """`in_a_line` without the type; the type where there is no message."""
+    return _line(str(error), most) or type(error).__name__
+
+
+def _line(text: str, most: int) -> str:
     # Redacted before it is cut: a part of a secret would no longer be recognized.
-    return " ".join(redact(f"{type(error).__name__}: {error}").split())[:most]
+    return " ".join(redact(text).split())[:most]
 
 
 def report(error: LoraKitError) -> None:

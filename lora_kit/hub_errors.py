@@ -5,6 +5,8 @@ from __future__ import annotations
 from json import JSONDecodeError
 from typing import Any, Literal
 
+from lora_kit.errors import reason_of
+
 
 def cause_of(error: Exception) -> tuple[BaseException, int | None, str]:
     """The underlying cause of a "not in the cache" error, the HTTP status if the Hub responded, and
@@ -34,7 +36,7 @@ def problem(
     here = {"model": "no such folder here, ", "dataset": "no such file or folder here, "}.get(kind)
     login = "run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, hub.HFValidationError):
-        return f"not a Hub id: {_short(error)}"
+        return f"not a Hub id: {reason_of(error)}"
     if isinstance(error, hub.RevisionNotFoundError):
         return f"has no revision `{revision}`: remove it for the newest"
     # Gated is a kind of not found to the client.
@@ -50,7 +52,7 @@ def problem(
             409: "another commit is in progress (409): try again later",
             412: "changed by someone else in the meantime (412): review it, then push again",
             429: f"too many requests (429): try again in {after or 'some hundred'} seconds",
-        }.get(status, f"{where} responds {status}: {later}{_short(error)}")
+        }.get(status, f"{where} responds {status}: {later}{reason_of(error)}")
     lost = (FileNotFoundError, ConnectionError, TimeoutError, hub.HTTPError, JSONDecodeError)
     if isinstance(error, (*lost, hub.CachedRepoTreeNotFoundError)):
         offline = constants.HF_HUB_OFFLINE
@@ -59,8 +61,4 @@ def problem(
             return f"{reason}: fix the connection and retry; retrying is safe"
         fetch = f"hf download {'--repo-type dataset ' * (kind == 'dataset')}{name}"
         return f"{here}not completely in the Hub's cache, and {reason}: download it with `{fetch}`"
-    return _short(error)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return reason_of(error)

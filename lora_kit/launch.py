@@ -26,6 +26,7 @@ from lora_kit.errors import (
     UserError,
     is_panic,
     out_of_memory,
+    reason_of,
     redact,
     redact_tracebacks,
     report,
@@ -180,8 +181,7 @@ def _in_one_line(error: BaseException, main: Main, run: Run | None) -> LoraKitEr
     if out_of_memory(error):
         return no_memory(frames, where, run)
     if _is_of_another_rank(error):
-        why = " ".join(str(error).split())[:200]
-        return RankLost(f"another rank died or does not respond (during {where}): {why}")
+        return RankLost(f"another rank died or does not respond ({where}): {reason_of(error)}")
     rank = os.environ.get("RANK", "0")
     name = "error.log" if rank == "0" else f"error-{rank}.log"
     log = run.directory / name if run is not None and run.directory.is_dir() else None

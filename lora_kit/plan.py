@@ -29,7 +29,7 @@ from lora_kit.base.head import CAUSAL
 from lora_kit.base.load import base_is_sharded, check_length, gpu_is_used
 from lora_kit.base.pin import Pinned, pin
 from lora_kit.data.rows import Row
-from lora_kit.errors import LoraKitError, UserError
+from lora_kit.errors import LoraKitError, UserError, reason_of
 from lora_kit.schema import Run
 from lora_kit.speed import memory as costs
 from lora_kit.speed.memory import Choice, Machine, PassCost
@@ -178,8 +178,9 @@ def plan_run(
     except Exception as error:  # an untested architecture can raise anything
         if run.speed == "auto" and quick:  # training will fall back to the standard path, too
             return plan_run(run, task, pinned, processor, data, quick=False)
-        reason = " ".join(str(error).split())[:200]
-        raise Uncountable(f"base.model: {pinned.folder}: cannot be planned: {reason}") from error
+        raise Uncountable(
+            f"base.model: {pinned.folder}: cannot be planned: {reason_of(error)}"
+        ) from error
 
 
 def plan_training(

@@ -26,6 +26,7 @@ from lora_kit.errors import (
     UnexpectedError,
     UserError,
     harmless,
+    reason_of,
     redact,
 )
 from lora_kit.launch import STDERR, advice, gpu_count, kill, read_run, send, worker_ids
@@ -219,7 +220,7 @@ def _read_config(config: Path) -> Json:
             values[key] = max(1, int(values.get(key, 1)))
         values["machine_rank"] = int(values.get("machine_rank", 0))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = reason_of(error)
         raise UserError(f"--accelerate {config}: not an accelerate config ({reason})") from None
     return values
 

@@ -202,13 +202,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FROZEN = False
+
+
 @pytest.fixture(autouse=True)
 def without_what_costs_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The garbage collector leaves alone what the libraries made, which takes 0.3 s a visit; and
     the plan measures this machine in a moment."""
-    if "transformers.trainer" in sys.modules and not gc.get_freeze_count():
+    global FROZEN  # gc.get_freeze_count() counts a million objects each time
+    if "transformers.trainer" in sys.modules and not FROZEN:
         gc.collect()
         gc.freeze()
+        FROZEN = True
     if "lora_kit.plan" in sys.modules:
         monkeypatch.setattr("lora_kit.plan._PROBED_S", 0.0)
 

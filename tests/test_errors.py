@@ -21,6 +21,7 @@ from lora_kit.errors import (
     UserError,
     in_a_line,
     out_of_memory,
+    reason_of,
     redact_tracebacks,
     unexpected,
 )
@@ -114,11 +115,19 @@ def test_an_error_before_the_recipe_says_so(started: Run, monkeypatch: pytest.Mo
 
 def test_a_secret_is_removed_before_the_line_is_cut() -> None:
     error = ValueError("x " * 140 + SECRET)
-    assert "hf_" not in in_a_line(error) + in_a_line(ValueError("x " * 90 + SECRET))
+    for size in range(80, 140):
+        cut = ValueError("x " * size + SECRET)
+        assert "hf_" not in in_a_line(cut) + reason_of(cut)
     found = str(unexpected(error, "a test", Path("no/such/folder/error.log")))
     Path(found.rpartition(": ")[2].rstrip(")")).unlink()
     assert "x x (during" in found or "***" in found
     assert "hf_" not in found
+
+
+def test_a_reason_is_a_line_and_never_empty() -> None:
+    assert reason_of(ValueError("two\n  lines ")) == "two lines"
+    assert reason_of(ValueError("\n")) == "ValueError"
+    assert len(reason_of(ValueError("x" * 999))) == 200
 
 
 def test_a_verb_with_an_unexpected_error(
@@ -185,7 +194,7 @@ def test_a_lost_rank_is_not_an_error_of_ours(started: Run, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, said = started(main)
     assert code == RankLost.exit_code
-    assert "error: another rank died or does not respond (during" in said
+    assert "error: another rank died or does not respond (" in said
 
 
 def test_an_interruption_is_no_error(started: Run) -> None:

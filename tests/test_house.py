@@ -14,8 +14,8 @@ from measure_code import files_of, functions, lines_of_code, reached
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; rooms on one floor do not import each other.
 FLOORS = (
-    {"errors", "hashes", "hub_errors", "nano"},
-    {"schema", "folders", "trust", "pages"},
+    {"errors", "hashes", "nano"},
+    {"schema", "folders", "hub_errors", "trust", "pages"},
     {"run", "cache"},
     {"data", "base", "speed"},
     {"adapter"},
@@ -45,8 +45,8 @@ FILES_TODAY = 120
 RECIPES_TODAY = 4
 # What there is to read, by scripts/measure_code.py: lowered whenever it shrinks. A line is never
 # made denser for it.
-LINES_OF_THE_PACKAGE = 19_490
-FILES_A_RECIPE_REACHES, LINES_A_RECIPE_REACHES = 86, 13_810
+LINES_OF_THE_PACKAGE = 19_500
+FILES_A_RECIPE_REACHES, LINES_A_RECIPE_REACHES = 86, 13_815
 ANYS_IN_PUBLIC_SIGNATURES = 32
 LINES_OF_A_FUNCTION = 60
 LINES_OF_A_RECIPE = 80

@@ -15,6 +15,7 @@ from classifiers import classify_file, make_body, texts, write_rows
 from conftest import make_tokenizer
 
 from lora_kit.adapter.attach import attach
+from lora_kit.base.load import LARGEST_COUNTS
 from lora_kit.base.pin import pin
 from lora_kit.data.rows import Rows
 from lora_kit.errors import RunFileError, UserError
@@ -70,6 +71,15 @@ def test_one_class_is_refused_and_few_rows_are_reported() -> None:
         "1 class has no training row: g",
         "5 classes have one training row: a, b, c and 2 more",
     ]
+
+
+def test_more_classes_than_an_adapter_can_name() -> None:
+    """`Head.read` and a base's config have the same limit."""
+    most = LARGEST_COUNTS["labels"]
+    names = [str(number) for number in range(most + 1)]
+    assert len(facts(dict.fromkeys(names[:-1], 1))["labels"]) == most
+    with pytest.raises(UserError, match=r"data\.train: 131,073 classes: at most 131,072 are"):
+        facts(dict.fromkeys(names, 1))
 
 
 def test_names_of_labels_are_not_empty_and_differ_by_more_than_white_space() -> None:

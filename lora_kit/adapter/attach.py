@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit.adapter import files
 from lora_kit.adapter.audit import coverage
-from lora_kit.errors import UserError, out_of_memory
+from lora_kit.errors import UserError, out_of_memory, reason_of
 from lora_kit.run import nearest
 from lora_kit.schema import Adapter
 from lora_kit.trust import bounded
@@ -77,7 +77,7 @@ def attach(model: Model, adapter: Adapter, fresh: Sequence[str], seed: int) -> P
 
 def _rejected(adapter: Adapter, linear: list[str], error: ValueError) -> UserError:
     """The error for settings that PEFT rejects."""
-    reason = " ".join(str(error).split())
+    reason = reason_of(error, most=1000)
     if "not found in the base model" not in reason and "No modules were targeted" not in reason:
         return UserError(f"adapter: {reason[:240]}")
     wanted, hint = adapter.target_modules, ""
@@ -138,7 +138,7 @@ def load_adapter(model: Model, found: files.Adapter, trainable: bool = False) ->
     except Exception as error:  # PEFT raises anything on settings and shapes
         if out_of_memory(error):
             raise
-        raise _does_not_fit(found, " ".join(str(error).split())[:200]) from None
+        raise _does_not_fit(found, reason_of(error)) from None
     unknown = [n for n in tensors if n not in known and n not in whole and ".lora_" not in n]
     unexpected = [*sorted(unknown), *loaded.unexpected_keys]
     if unexpected:

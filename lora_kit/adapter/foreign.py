@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from pathlib import Path
 
 from lora_kit.base.tensors import stored
 from lora_kit.errors import UserError
+from lora_kit.trust import read_json
 
 _EXTRACT = "and make an adapter of the result with lora-kit extract BASE TUNED --out ADAPTER"
 _IMAGES = "is for an image model: load it with diffusers"
@@ -50,15 +50,15 @@ def other_library(path: Path) -> str | None:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     names = [file.name for file in files]
     for file in files:
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError, UserError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, UserError):
             if file.name == "adapter_config.json":
-                config = json.loads(file.read_text(encoding="utf-8"))
+                config = read_json(file)
                 names += [f"config: {key}" for key in config if "peft_type" not in config]
                 library = (config.get("auto_mapping") or {}).get("parent_library")
                 names.append(f"config: {str(library).partition('.')[0]}")
             elif file.suffix == ".safetensors":
                 names += stored(file)
     for pattern, found in _SIGNS.items():
-        if any(re.fullmatch(pattern, name) for name in names):
+        if any(map(re.compile(pattern).fullmatch, names)):
             return found
     return None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_kit.base.load import (
+    LARGEST_COUNTS,
     base_on_meta,
     check_whole,
     freeze,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 CAUSAL = "AutoModelForCausalLM"
 SEQUENCE = "AutoModelForSequenceClassification"
-_MOST_LABELS = 2**17
 HEAD_FILE = "head.json"  # in an adapter's folder; PEFT and transformers ignore it
 Pooling = Literal["mean", "cls", "last"]
 # sentence-transformers' names of the pooling modes (1_Pooling/config.json).
@@ -90,7 +90,7 @@ class Head:
         try:
             values = read_json(file)
             names = values["id2label"]
-            if len(names) > _MOST_LABELS:
+            if len(names) > LARGEST_COUNTS["labels"]:
                 raise ValueError
             labels = tuple(str(names[str(number)]) for number in range(len(names)))
             return cls(str(values["auto"]), labels, values["pooling"])

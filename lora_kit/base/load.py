@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_kit.base.pin import Pinned, check_sizes
 from lora_kit.base.tensors import stored_in
-from lora_kit.errors import LoraKitError, UserError, is_panic, out_of_memory
+from lora_kit.errors import LoraKitError, UserError, is_panic, out_of_memory, reason_of
 from lora_kit.schema import Base, Json
 from lora_kit.trust import no_kernels_from_the_hub, read_json
 
@@ -34,7 +34,7 @@ _PROBE = "Aa 1.\n\u00e9"  # a broken tokenizer may only fail when it is used
 _LARGEST_GROWTH, _MOST_ADDED = 4096, 65_536
 _SMALL, _BYTES_PER_TOKEN = 2**21, 512  # of a tokenizer.json; Gemma's has 127 a token
 # Parts of keys of config.json, and the largest value of such a key: each layer takes time to build.
-_LARGEST_COUNTS = {"layers": 1000, "n_layer": 1000, "experts": 4096, "heads": 4096, "labels": 2**20}
+LARGEST_COUNTS = {"layers": 1000, "n_layer": 1000, "experts": 4096, "heads": 4096, "labels": 2**17}
 # Types of the keys that are read here.
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), (int, float)),
@@ -210,7 +210,7 @@ def _config(folder: Path) -> Json:
             kinds = _KINDS.get(key)
             if kinds and value is not None and not isinstance(value, kinds):
                 raise UserError(f"base.model: {file}: {key}: invalid: download the base again")
-            most = next((most for part, most in _LARGEST_COUNTS.items() if part in key), None)
+            most = next((most for part, most in LARGEST_COUNTS.items() if part in key), None)
             if most and isinstance(value, (int, float)) and value > most:
                 raise UserError(
                     f"base.model: {file}: {key}: {value!s:.20} is too large (most: {most:,}): use "
@@ -243,7 +243,7 @@ def unusable(folder: str | Path, what: str, error: BaseException) -> LoraKitErro
         return error  # for instance a signal
     if out_of_memory(error):
         raise error  # it says nothing about the base
-    reason = " ".join(str(error).split())[:240] or type(error).__name__
+    reason = reason_of(error, most=240)
     kinds = re.search(r"configuration class <class '.*\.(\w+)'> .*: (AutoModel\w*)\.", reason)
     if kinds:
         reason = f"transformers has no {kinds[2]} for {kinds[1]}: use another base"

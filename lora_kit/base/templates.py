@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_kit.errors import LoraKitError, NotUsable, UserError
+from lora_kit.errors import LoraKitError, NotUsable, UserError, reason_of
 from lora_kit.trust import bounded
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ def _rendered(
         raise
     except Exception as error:  # templates raise anything
         roles = "-".join(turn["role"] for turn in conversations[0])
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise NotUsable("rejected by the chat template", f"{roles:.60}: {reason}") from None
+        why = f"{roles:.60}: {reason_of(error)}"
+        raise NotUsable("rejected by the chat template", why) from None
     for text, turns in zip(texts, conversations, strict=True):
         size = len(text)
         if size > _LONGEST_TEXT and size > _LARGEST_RATIO * len(str((turns, tools))):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, reason_of
 from lora_kit.trust import read_json
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def stored(file: Path) -> dict[str, Stored]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = " ".join(str(error).split())[:160]
+        why = reason_of(error)
         raise UserError(f"{file}: corrupt safetensors file ({why}): copy it again") from None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from lora_kit import hub_errors
 from lora_kit.data import readers
 from lora_kit.data.readers import OpenedSource
-from lora_kit.errors import UserError
+from lora_kit.errors import UserError, reason_of
 from lora_kit.hashes import cached_hash
 from lora_kit.run import nearest
 from lora_kit.schema import Source
@@ -110,7 +110,7 @@ def files_of_split(
         except UserError:
             raise
         except Exception as error:  # datasets raises anything on an invalid card
-            reason = " ".join(str(error).replace(str(root), repo).split())[:160]
+            reason = reason_of(error, most=1000).replace(str(root), repo)[:200]
             raise UserError(f"{repo}: no data files found: {reason}") from None
         splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
         if source.split not in splits:

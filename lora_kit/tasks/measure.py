@@ -32,6 +32,7 @@ ROWS_AT_ONCE = 8  # of the longest rows, but not more than training has in a mic
 TOKENS_AT_ONCE = 2**14  # prompt and completion tokens of a batch, for the KV cache
 # For the progress bar: generating a completion takes about as long as scoring so many tokens.
 COMPLETION_TOKENS = 400
+_PROMPTS_AT_ONCE = 16  # fewer if they are long
 PIECE = {"cpu": 2**22, "cuda": 2**25}  # float32 logits at a time for the loss: 16 or 128 MiB
 
 
@@ -289,10 +290,9 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    at_once: int = 16,
 ) -> list[str]:
     """`generate_ids` as text, without special tokens."""
-    found = generate_ids(model, tokenizer, prompts, max_new_tokens, at_once)
+    found = generate_ids(model, tokenizer, prompts, max_new_tokens)
     return list(tokenizer.batch_decode(found, skip_special_tokens=True))
 
 
@@ -301,7 +301,6 @@ def generate_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    at_once: int = 16,
 ) -> list[list[int]]:
     """Greedy completions as tokens, in the order of the prompts, each with its end token, if one
     was generated.
@@ -310,7 +309,7 @@ def generate_ids(
     returns all completions.
 
     Args:
-        prompts: token ids. at_once: prompts per batch; fewer if they are long.
+        prompts: token ids.
         max_new_tokens: at most; fewer if the base has too few positions.
     """
     import torch
@@ -329,7 +328,7 @@ def generate_ids(
         while waiting:
             width = len(prompts[waiting[0]])
             length = min(max_new_tokens, room - width)
-            rows = max(1, min(at_once, TOKENS_AT_ONCE // (width + length)))
+            rows = max(1, min(_PROMPTS_AT_ONCE, TOKENS_AT_ONCE // (width + length)))
             chosen, waiting = waiting[:rows], waiting[rows:]
             ids = torch.full((len(chosen), width), pad, device=device)  # (prompts, longest prompt)
             mask = torch.zeros_like(ids)

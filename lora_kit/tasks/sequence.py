@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from lora_kit.base.head import SEQUENCE, Pooling
+from lora_kit.base.load import LARGEST_COUNTS
 from lora_kit.data.examples import Examples
 from lora_kit.data.formats import Example
 from lora_kit.data.prepare import label_names
@@ -252,7 +253,11 @@ class Classification(Task):
 
 
 def _check_names(labels: Sequence[str], key: str) -> None:
-    """Raises UserError if class names are empty or equal up to white space."""
+    """Raises UserError if there are too many class names, or some are empty or equal up to white
+    space."""
+    most = LARGEST_COUNTS["labels"]
+    if len(labels) > most:
+        raise UserError(f"{key}: {len(labels):,} classes: at most {most:,} are supported")
     counts = Counter(label.strip() for label in labels)
     for name, count in counts.items():
         if count > 1 or not name:

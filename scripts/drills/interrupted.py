@@ -115,7 +115,7 @@ def left_of(processes: Sequence[psutil.Process]) -> list[int]:
 
 def wrong_end(drill: Drill, folder: Path) -> str:
     """Continue to the end; what is wrong with the result, or ""."""
-    begun = any((folder / RUN / "checkpoints").glob("*"))
+    begun = any((folder / RUN / "checkpoints").glob("*/seal.json"))
     if not begun:  # as `--resume` asks for
         shutil.rmtree(folder / RUN, ignore_errors=True)
     code, last = 0, ""

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path.append(str(ROOT / "tests"))
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,12 +42,13 @@ MIB = 2**20
 SECONDS, MORE_MIB = 5.0, 500
 KILLED_AFTER_S, KILLED_BEYOND_MIB = 90.0, 6000
 CANARY = "canary"
+REVISION = "c0ffee" + "0" * 34
 TOUCH = f"__import__('os').system('touch {CANARY}')"
 
 DATA = ("preview",)
 RUN = ("preview", "plan")
 BASE = ("preview", "plan", "train", "generate", "extract")
-ADAPTER = ("inspect", "check", "push", "generate", "merge", "export")
+ADAPTER = ("inspect", "check", "push", "pull", "generate", "merge", "export", "combine")
 FINISHED = ("compare", "inspect", "check", "push", "merge")
 VERBS = {
     "preview": ["preview", "run.yaml", "train.max_length=128"],
@@ -57,7 +59,9 @@ VERBS = {
     "push": ["push", "adapter", "me/it", "--dry-run"],
     "generate": ["generate", "adapter", "What is it?", "--max-new-tokens", "4"],
     "merge": ["merge", "adapter", "--out", "out"],
+    "pull": ["pull", "me/it", "--out", "out"],
     "export": ["export", "adapter", "--to", "portable", "--out", "out"],
+    "combine": ["combine", "runs/test", "adapter", "--out", "out"],
     "extract": ["extract", "base", "tuned", "--out", "out", "--rank", "2"],
     "compare": ["compare", "runs/test"],
     "serve": ["serve", "adapter", "--port", "0"],
@@ -575,6 +579,10 @@ def run_verb(verb: str) -> int:
         return recipe_main(load_recipe(recipe_file(name)).main)
     from lora_kit.cli import main
 
+    if verb == "pull":
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = False
     sys.argv = ["lora-kit", *VERBS[verb]]
     if verb in FINISHED and Path("of_run").exists():
         sys.argv = [arg.replace("adapter", "runs/test") for arg in sys.argv]
@@ -632,14 +640,20 @@ def forked(verb: str, folder: Path, cpu: bool) -> tuple[int, float, float, str]:
 
 
 def measured(
-    case: Input, project: Path, good: dict[str, tuple[float, float]], cpu: bool
+    case: Input,
+    project: Path,
+    pulled: dict[str, Path],
+    good: dict[str, tuple[float, float]],
+    cpu: bool,
 ) -> list[Outcome]:
+    """A case's verbs. `pulled`: {revision: folder} of the Hub's repository me/it, the adapter."""
     found = []
     for verb in case.verbs:
         with tempfile.TemporaryDirectory(prefix="malicious-") as place:
             folder = Path(place) / "project"
             shutil.copytree(project, folder, symlinks=True)
             case.spoil(folder)
+            pulled[REVISION] = folder / "adapter"
             if case.verbs in (FINISHED, ("push", "compare")):
                 (folder / "of_run").touch()
             code, seconds, mib, text = forked(verb, folder, cpu)
@@ -671,6 +685,12 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="on a busy machine")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    from hub import Hub
+
+    pulled: dict[str, Path] = {}
+    hub = Hub({"me/it": pulled}, {"main": REVISION})
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    os.environ |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}  # read on import
     import peft  # noqa: F401 - in memory before the processes are forked
     import pyarrow.parquet  # noqa: F401
     import torch
@@ -708,7 +728,7 @@ def main() -> None:
         good = {}
         for verb in verbs:  # twice: the first fills caches
             case = Input("good", lambda d: None, (verb,))
-            tries = [measured(case, project, {}, asked.cpu) for _ in range(2)]
+            tries = [measured(case, project, pulled, {}, asked.cpu) for _ in range(2)]
             (one,) = min(tries, key=lambda found: found[0].seconds)
             assert one.code == 0 and not one.bad, one
             good[verb] = (one.seconds, one.mib)
@@ -719,7 +739,7 @@ def main() -> None:
                 continue
             if asked.verbs:
                 case = Input(case.name, case.spoil, tuple(set(case.verbs) & set(asked.verbs)))
-            for one in measured(case, project, good, asked.cpu):
+            for one in measured(case, project, pulled, good, asked.cpu):
                 outcomes.append(one)
                 state = ", ".join(one.bad) or "ok"
                 more = one.seconds - good[one.verb][0], one.mib - good[one.verb][1]
