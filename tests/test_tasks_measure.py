@@ -179,12 +179,16 @@ def steered(model: Any) -> Iterator[dict[str, Any]]:
     hook.remove()
 
 
-def test_a_batch_says_what_its_prompts_say_one_by_one(model: Any, tokenizer: Any) -> None:
+def test_a_batch_says_what_its_prompts_say_one_by_one(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = ["the", " ".join(sentences(3)), "", "seven wizards make", "a 🦊"]
     prompts = [ids_of(tokenizer, text) for text in texts]
     together = generate(model, tokenizer, prompts, 12)
     assert together == [generate(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
-    assert together == generate(model, tokenizer, prompts, 12, at_once=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_PROMPTS_AT_ONCE", 2)
+        assert together == generate(model, tokenizer, prompts, 12)
     assert len(set(together)) > 2  # not all the same babble
     # And what transformers says to the very ids that training would show it.
     ids = prompts[1]
