@@ -126,17 +126,14 @@ def is_panic(error: BaseException) -> bool:
 
 def in_a_line(error: BaseException, most: int = 200) -> str:
     """An exception's type and message in one line of at most `most` characters, without secrets."""
-    return _line(f"{type(error).__name__}: {error}", most)
+    return reason_of(error, most, f"{type(error).__name__}: ")
 
 
-def reason_of(error: BaseException, most: int = 200) -> str:
-    """`in_a_line` without the type; the type where there is no message."""
-    return _line(str(error), most) or type(error).__name__
-
-
-def _line(text: str, most: int) -> str:
+def reason_of(error: BaseException, most: int = 200, before: str = "") -> str:
+    """An exception's message in one line of at most `most` characters, without secrets, after the
+    text `before`; its type if that is empty."""
     # Redacted before it is cut: a part of a secret would no longer be recognized.
-    return " ".join(redact(text).split())[:most]
+    return " ".join(redact(f"{before}{error}").split())[:most] or type(error).__name__
 
 
 def report(error: LoraKitError) -> None:

@@ -313,9 +313,11 @@ class _Planner:
         return self.evaluated[rows, scores]
 
     def evaluation_seconds(self, trained: float) -> float:
-        """Seconds of scoring the held-out rows within `prove.budget`: by the adapted model, the
-        base, and one more contender; general text by two. trained: tokens of the training."""
-        held_out = 3 * float(self.task.tokens(self.data.eval).sum())
+        """Seconds of scoring the held-out rows within `prove.budget`: by the adapted model (on a
+        quantized base with both weights), the base, and one more contender; general text by two.
+        trained: tokens of the training."""
+        times = 3 + (self.run.base.quantize != "none")
+        held_out = times * float(self.task.tokens(self.data.eval).sum())
         if self.task.general is not None and self.data.general is not None:
             held_out += 2 * float(self.task.general.tokens(self.data.general).sum())
         budget = self.run.prove.budget

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import sentences
+from prepared import put_texts, texts
 
 import lora_kit as package
+from lora_kit.tasks import measure as measuring
 from lora_kit.train.callbacks import read_metrics
 from lora_kit.train.guards import Guards
 
@@ -76,3 +78,24 @@ def test_trains_and_fits_the_plain_base(
     assert effect > 0.05
     # Trained on the rounded base, it says nearly the same on the exact one.
     assert float((one - quantized).abs().max()) < effect / 2
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_all_tokens_that_are_scored_are_counted(
+    run_file: Any, work: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of training rows, examples in the prompt, and a quantized base's own weights."""
+    scored: list[int] = []
+    real = measuring.measure
+
+    def measure(model: Any, rows: Any, *given: Any) -> Any:
+        scored.append(int(rows.sizes("input_ids").sum()))
+        return real(model, rows, *given)
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    put_texts(work / "general.txt", texts(40))
+    changes = {"base.quantize": kind, "prove.budget": 0.25, "data.general": "general.txt"}
+    found = package.train(run_file("cpt", **changes))["evaluated"]
+    assert found["domain"]["units"] < found["domain"]["of"]
+    assert len(scored) == (7 if kind == "none" else 8)
+    assert sum(scored) == found["tokens"]

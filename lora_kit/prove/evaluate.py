@@ -288,33 +288,37 @@ def _within_budget(
     subject: _Subject, contenders: Sequence[Contender], trained: int | None
 ) -> tuple[_Subject, Json]:
     """The subject with as many random held-out units as `prove.budget` allows, at least 20; and
-    `evaluated` of report.json: {"budget", "tokens" of all contenders, "share" of the budget's
-    tokens in those trained on, "domain": {"units", "of"}, "general"}."""
+    `evaluated` of report.json: {"budget", "tokens" that all contenders are scored on, "share" of
+    the budget's tokens in those trained on, "domain": {"units", "of"}, "general"}."""
     task, data, budget = subject.task, subject.data, subject.run.prove.budget
     whole = {"domain": data.eval}
     if task.general is not None and data.general is not None:
         whole["general"] = data.general
     about: Json = {"budget": budget, "tokens": None, "share": None, "general": None}
-    kept = dict(whole)
+    kept, costs = dict(whole), {}
     if trained:
         # Examples in the prompt are tokens, too.
         longer = sum(one.about.get("tokens", 0) for one in contenders if one.rows is not None)
-        costs = {"domain": task.tokens(data.eval) * (1 + len(contenders)) + longer}
+        # On a quantized base the adapted model is also scored on the original weights.
+        passes = 1 + len(contenders) + (subject.run.base.quantize != "none")
+        costs = {"domain": task.tokens(data.eval) * passes + longer}
         if task.general is not None and data.general is not None:
             costs["general"] = task.general.tokens(data.general) * 2  # base and adapted
-        most = math.inf if budget is None else budget * trained / _HALF
+        most = math.inf if budget is None else budget * trained / _HALF - _gap_tokens(subject)
         total = sum(int(cost.sum()) for cost in costs.values())
         for use, cost in list(costs.items()):
             # What the other use leaves, at least an equal share.
             room = max(most / len(whole), most - total + int(cost.sum()))
             chosen = take_units(whole[use].column("unit"), cost, room, subject.run.seed)
             kept[use], costs[use] = whole[use].select(chosen), cost[chosen]
-        tokens = sum(int(cost.sum()) for cost in costs.values())
-        about |= {"tokens": tokens, "share": round(_HALF * tokens / trained, 4)}
     for use, rows in kept.items():
         about[use] = {"units": _units(rows), "of": _units(whole[use])}
     data = replace(data, eval=kept["domain"], general=kept.get("general", data.general))
-    return replace(subject, data=data), about
+    subject = replace(subject, data=data)
+    if trained:
+        tokens = sum(int(cost.sum()) for cost in costs.values()) + _gap_tokens(subject)
+        about |= {"tokens": tokens, "share": round(_HALF * tokens / trained, 4)}
+    return subject, about
 
 
 def _units(rows: Rows) -> int:
@@ -428,13 +432,22 @@ def _into(subject: _Subject, report: Json, whole: bool) -> Json | None:
     return {"base": base, "dequantized": {n: report["domain"][n]["adapted"] for n in base}}
 
 
+def _gap_rows(subject: _Subject) -> Rows:
+    """Random training rows, as many as there are held-out ones, at most _GAP_ROWS."""
+    rows = subject.data.rows("train")
+    most = min(len(subject.data.eval), _GAP_ROWS)
+    return rows.select(np.random.default_rng(subject.run.seed).permutation(len(rows))[:most])
+
+
+def _gap_tokens(subject: _Subject) -> int:
+    """Tokens that `_gap` scores: of its rows, by the rival and by the adapted model."""
+    return 2 * int(subject.task.tokens(_gap_rows(subject)).sum())
+
+
 def _gap(subject: _Subject, rival: Contender, domain: Json) -> Json:
     """`overfitting` of report.json: how much more the adapter gained on training rows than on
     held-out ones, by the deciding score; by the task's first one if that needs generated text."""
-    rows = subject.data.rows("train")
-    most = min(len(subject.data.eval), _GAP_ROWS)
-    drawn = np.random.default_rng(subject.run.seed).permutation(len(rows))[:most]
-    some, quick = rows.select(drawn), _without_extra_metrics(subject)
+    some, quick = _gap_rows(subject), _without_extra_metrics(subject)
     before = subject.own_scores(quick.score(some, rival))[0]
     after = subject.own_scores(quick.score(some))[0]
     held_out = domain[after.name]["difference"]
