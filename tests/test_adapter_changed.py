@@ -85,7 +85,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "rank": (settings(lambda v: v["adapter"].update(r=8)), "run.yaml: adapter: changed"),
     "held-out share": (settings(lambda v: v["data"].update(eval=0.1)), "run.yaml: data: changed"),
     "seed": (settings(lambda v: v.update(seed=1)), "run.yaml: seed: changed"),
-    "no run file": (lambda run: (run / "run.yaml").unlink(), "run.yaml: "),
+    "no run file": (
+        lambda run: (run / "run.yaml").unlink(),
+        "run.yaml: missing, beside run.lock.json: copy it again",
+    ),
+    "no lock file": (
+        lambda run: (run / "run.lock.json").unlink(),
+        "run.lock.json: missing, beside run.yaml: copy it again",
+    ),
 }
 VERBS = {
     "merge": ["merge", "RUN", "--out", "out"],
@@ -124,7 +131,7 @@ def test_what_was_changed_is_refused(what: str, run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["lora_alpha", "exchanged tokens", "no run file"])
+@pytest.mark.parametrize("what", ["lora_alpha", "exchanged tokens", "no run file", "no lock file"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_it(verb: str, what: str, run: Path) -> None:
     change, words = REFUSED[what]
@@ -133,6 +140,21 @@ def test_every_verb_refuses_it(verb: str, what: str, run: Path) -> None:
     assert isinstance(done.exception, UserError), done.output
     assert words in str(done.exception)
     assert not Path("out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_adapter_beside_a_run_file_of_another_run(inside: bool, run: Path) -> None:
+    """It is opened as what it is, whether the project's folder or its own is named."""
+    shutil.copytree(run / "adapter", "project/adapter")
+    if inside:  # as it is pulled or exported
+        shutil.copy(run / "run.lock.json", "project/adapter")
+    Path("project/run.yaml").write_text("recipe: sft\nname: other\nbase: {model: elsewhere}\n")
+    for path in ("project", "project/adapter"):
+        opened = FinishedRun(path)
+        assert opened.home.name == "adapter" and opened.run is None
+        assert bool(opened.lock) == inside
+        lora_kit.load(path)
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OPTION = "--base FOLDER_OR_ID"
+_OF_A_RUN = ("run.yaml", "run.lock.json", "metrics.jsonl", "report.json")
 # Tokenizer files.
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 
@@ -325,13 +326,14 @@ class FinishedRun:
 
 def _home(path: Path, folder: Path) -> Path:
     """The run directory of an adapter folder; the folder itself if it belongs to no run. Raises
-    UserError for a run whose run file is missing."""
-    if (path / "run.yaml").is_file():
-        return path
+    UserError for a run whose run file or lock file is missing."""
     # A run's lock file is next to adapter/; a pulled or exported adapter has it inside, and may be
     # in a folder with an unrelated run.yaml.
-    own = (folder / "run.lock.json").is_file() or folder.name != "adapter"
-    file = folder.parent / "run.yaml"
-    if not own and not file.is_file() and read_lock(folder.parent):
-        raise UserError(f"{file}: missing, beside run.lock.json: copy it again")
-    return folder.parent if file.is_file() and not own else folder
+    if folder.name != "adapter" or (folder / "run.lock.json").is_file():
+        return folder
+    home = path if (path / "adapter").exists() else folder.parent
+    here = [name for name in _OF_A_RUN if (home / name).is_file()]
+    missing = [name for name in _OF_A_RUN[:2] if name not in here]
+    if missing and here not in ([], ["run.yaml"]):
+        raise UserError(f"{home / missing[0]}: missing, beside {here[0]}: copy it again")
+    return folder if missing else home
