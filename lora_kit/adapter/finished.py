@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OPTION = "--base FOLDER_OR_ID"
-_OF_A_RUN = ("run.yaml", "run.lock.json", "metrics.jsonl", "report.json")
 # Tokenizer files.
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 
@@ -332,8 +331,11 @@ def _home(path: Path, folder: Path) -> Path:
     if folder.name != "adapter" or (folder / "run.lock.json").is_file():
         return folder
     home = path if (path / "adapter").exists() else folder.parent
-    here = [name for name in _OF_A_RUN if (home / name).is_file()]
-    missing = [name for name in _OF_A_RUN[:2] if name not in here]
-    if missing and here not in ([], ["run.yaml"]):
-        raise UserError(f"{home / missing[0]}: missing, beside {here[0]}: copy it again")
-    return folder if missing else home
+    run, lock, trained = (
+        (home / name).is_file() for name in ("run.yaml", "run.lock.json", "metrics.jsonl")
+    )
+    if lock and not run:
+        raise UserError(f"{home / 'run.yaml'}: missing, beside run.lock.json: copy it again")
+    if run and trained and not lock:
+        raise UserError(f"{home / 'run.lock.json'}: missing, beside run.yaml: copy it again")
+    return home if lock else folder
