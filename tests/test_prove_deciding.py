@@ -353,6 +353,11 @@ def test_general_text_has_its_share_of_the_budget() -> None:
     little, _ = budgeted(rows_of(1000), 9200, rows_of(40))
     assert little["evaluated"]["general"] == {"units": 40, "of": 40}
     assert little["evaluated"]["domain"]["units"] == 160
+    # Twenty units of the domain take more than half: general text has the rest, and also twenty.
+    for trained, units in ((4000, 30), (2800, 20)):
+        found, _ = budgeted(rows_of(1000, each=2), trained, rows_of(1000))
+        assert found["evaluated"]["domain"]["units"] == 20
+        assert found["evaluated"]["general"]["units"] == units
 
 
 # ------------------------------------------------------------------ of a task that is there

@@ -305,12 +305,14 @@ def _within_budget(
         if task.general is not None and data.general is not None:
             costs["general"] = task.general.tokens(data.general) * 2  # base and adapted
         most = math.inf if budget is None else budget * trained / _HALF - _gap_tokens(subject)
-        total = sum(int(cost.sum()) for cost in costs.values())
-        for use, cost in list(costs.items()):
-            # What the other use leaves, at least an equal share.
-            room = max(most / len(whole), most - total + int(cost.sum()))
+        later = sum(int(cost.sum()) for cost in costs.values())
+        for number, (use, cost) in enumerate(list(costs.items())):
+            # What the later use leaves, at least an equal share; the last has what is left.
+            later -= int(cost.sum())
+            room = max(most / (len(costs) - number), most - later)
             chosen = take_units(whole[use].column("unit"), cost, room, subject.run.seed)
             kept[use], costs[use] = whole[use].select(chosen), cost[chosen]
+            most -= int(costs[use].sum())
     for use, rows in kept.items():
         about[use] = {"units": _units(rows), "of": _units(whole[use])}
     data = replace(data, eval=kept["domain"], general=kept.get("general", data.general))
