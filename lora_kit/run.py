@@ -197,12 +197,12 @@ def load_run(
     values = _read(path)
     problems = _programs(values) if trust.pulled(path) else []
     problems += [problem for item in overrides if (problem := _override(values, item))]
-    if not needs_sources or (path.parent / "run.lock.json").is_file():
+    if (path.parent / "run.lock.json").is_file():  # a run directory
         data = _section(values, "data")
-        if "against" in data:  # the key's former name, in the directory of an old run
+        if "against" in data:  # the key's former name
             values["data"] = {k: v for k, v in data.items() if k != "against"}
             values["data"].setdefault("decontaminate", data["against"])
-        # A run directory has all keys: one without this is of a version that evaluated all rows.
+        # All keys are written there: one without this is of a version that evaluated all rows.
         values["prove"] = {"budget": None, **_section(values, "prove")}
     values, relative = _absolute(values, path.resolve().parent)
     task: TaskKeys | None = None

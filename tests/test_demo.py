@@ -51,9 +51,10 @@ def test_what_is_no_demo_is_not_removed(tmp_path: Path, monkeypatch: pytest.Monk
 def of_the_demo(folder: Path, step: str, **changes: Any) -> None:
     """A run as the demo leaves it, with another setting."""
     folder.mkdir(parents=True)
-    run = load_run(demo._config(step), needs_sources=False)
+    run = load_run(demo._config(step))
     values = {"name": f"demo/{step}", "base": run.base.model_copy(update={"dtype": "float32"})}
     write_run(run.model_copy(update={**values, **changes}), folder / "run.yaml")
+    (folder / "run.lock.json").write_text("{}", encoding="utf-8")
 
 
 def test_runs_of_ones_own_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

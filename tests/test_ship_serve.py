@@ -20,7 +20,7 @@ from typing import Any
 
 import openai
 import pytest
-from processes import LIMIT_S, LORA_KIT
+from processes import LIMIT_S, LORA_KIT, as_in_a_terminal
 from trained import edit
 from typer.testing import CliRunner
 
@@ -66,6 +66,7 @@ def start(folder: Path, *arguments: str) -> Served:
         stderr=(folder / "stderr").open("w"),
         text=True,
         env={**os.environ, "TMPDIR": str(temporary)},
+        preexec_fn=as_in_a_terminal,
     )
     assert process.stdout is not None
     lines = [process.stdout.readline().rstrip() for _ in range(6)]
