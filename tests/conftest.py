@@ -19,6 +19,7 @@ unless the test is about the process itself.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -202,18 +203,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FROZEN = False
+@functools.cache  # gc.get_freeze_count() counts a million objects each time
+def freeze_libraries() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def without_what_costs_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The garbage collector leaves alone what the libraries made, which takes 0.3 s a visit; and
     the plan measures this machine in a moment."""
-    global FROZEN  # gc.get_freeze_count() counts a million objects each time
-    if "transformers.trainer" in sys.modules and not FROZEN:
-        gc.collect()
-        gc.freeze()
-        FROZEN = True
+    if "transformers.trainer" in sys.modules:
+        freeze_libraries()
     if "lora_kit.plan" in sys.modules:
         monkeypatch.setattr("lora_kit.plan._PROBED_S", 0.0)
 

@@ -148,6 +148,7 @@ def test_fewer_processes_than_asked_for(run_file: Any, work: Path) -> None:
     ("config", "number", "expected"),
     [
         ("cpu", signal.SIGINT, 130),
+        ("cpu", signal.SIGTERM, 143),
         ("cpu_2proc", signal.SIGTERM, 143),
         ("cpu_2proc", signal.SIGHUP, 129),
     ],
@@ -170,7 +171,10 @@ def test_signal_saves_and_leaves_no_process(
     assert not Path("runs/test/adapter").exists()
     if number is not signal.SIGTERM:
         return  # going on is the same after each
-    code, said = two_ranks("cpt", file, "--resume")
+    if config == "cpu":
+        code, said = lora_kit("train", file, "--resume")
+    else:
+        code, said = two_ranks("cpt", file, "--resume")
     assert code == 0, said
     assert f"resuming after step {stopped_at}" in said
     assert steps() == list(range(1, 201))
@@ -436,6 +440,9 @@ def test_mistake_comes_through_as_one_line(run_file: Any, work: Path) -> None:
 def test_a_module_that_is_not_there_leaves_nothing(run_file: Any) -> None:
     with pytest.raises(UserError, match=r"did you mean `q_proj`"):
         launch.train(run_file("cpt", **{"adapter.target_modules": ["q_prj"]}))
+    pattern = "|".join(f".*{number}.q_prj" for number in range(200))  # PEFT's error begins with it
+    with pytest.raises(UserError, match=r"adapter\.target_modules: .*matches no module"):
+        launch.train(run_file("cpt", **{"adapter.target_modules": pattern}))
     assert not Path("runs").exists()
 
 

@@ -77,9 +77,9 @@ def attach(model: Model, adapter: Adapter, fresh: Sequence[str], seed: int) -> P
 
 def _rejected(adapter: Adapter, linear: list[str], error: ValueError) -> UserError:
     """The error for settings that PEFT rejects."""
-    reason = reason_of(error, most=1000)
-    if "not found in the base model" not in reason and "No modules were targeted" not in reason:
-        return UserError(f"adapter: {reason[:240]}")
+    text = str(error)
+    if "not found in the base model" not in text and "No modules were targeted" not in text:
+        return UserError(f"adapter: {reason_of(error, most=240)}")
     wanted, hint = adapter.target_modules, ""
     if isinstance(wanted, str):
         hint = nearest(wanted, linear)
