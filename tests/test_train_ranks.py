@@ -134,6 +134,33 @@ def test_nodes_that_differ_stop_before_the_first_step(run_file: Any, work: Path)
     assert not Path(work, "runs").exists() and not Path(other, "runs").exists()
 
 
+EXIT_BARRIER = """
+import os, sys
+from types import SimpleNamespace
+from lora_kit.quiet_launch import quiet_agent
+if sys.argv[1] == "quiet":
+    quiet_agent()
+from torch.distributed import TCPStore
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+store = TCPStore("127.0.0.1", server.port)
+del server
+group = SimpleNamespace(state="SUCCEEDED", group_world_size=2)
+agent = SimpleNamespace(_store=store, _exit_barrier_timeout=60, _worker_group=group)
+SimpleElasticAgent._exit_barrier(agent)
+assert "TORCH_CPP_LOG_LEVEL" not in os.environ
+"""
+
+
+def test_a_launcher_that_ends_last_does_not_complain(work: Path) -> None:
+    given = [sys.executable, "-c", EXIT_BARRIER]
+    loud, quiet = processes.run([*given, "loud"]), processes.run([*given, "quiet"])
+    assert loud.returncode == quiet.returncode == 0, quiet.stderr
+    assert "Traceback" in loud.stderr
+    assert "Failed to recv" in loud.stderr
+    assert quiet.stderr == ""
+
+
 # ------------------------------------------------------------------ a rank that dies or hangs
 IMPATIENT = (
     "import lora_kit.start as s; s._UNRESPONSIVE_S = 2.0; from lora_kit.cli import main; main()"
