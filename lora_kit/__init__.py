@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import lora_kit.train as _package
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lora_kit.adapter.load import load
     from lora_kit.prove.compare import compare
     from lora_kit.schema import Json
@@ -36,10 +36,24 @@ _telemetry = os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 _constants: Any = sys.modules.get("huggingface_hub.constants")
 if _constants and _telemetry == "1":
     _constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+def _cores_are_taken() -> bool:
+    """Whether other processes keep all cores busy: Linux counts the threads that run or could."""
+    running = []
+    for _ in range(9):
+        try:
+            running.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
+        except OSError:  # another system
+            return False
+        time.sleep(0.002)
+    return sorted(running)[4] > (os.cpu_count() or 1)  # this one is counted as well
+
+
 # OpenMP's threads spin while they wait for each other: beside other processes they take the cores
 # from the threads that they wait for. libgomp reads this when torch is imported.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "5000"
+    os.environ["GOMP_SPINCOUNT"] = "2000" if _cores_are_taken() else "5000"
 
 
 class _CallablePackage(ModuleType):

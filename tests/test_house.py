@@ -45,7 +45,7 @@ FILES_TODAY = 120
 RECIPES_TODAY = 4
 # What there is to read, by scripts/measure_code.py: lowered whenever it shrinks. A line is never
 # made denser for it.
-LINES_OF_THE_PACKAGE = 19_521
+LINES_OF_THE_PACKAGE = 19_531
 FILES_A_RECIPE_REACHES, LINES_A_RECIPE_REACHES = 86, 13_825
 ANYS_IN_PUBLIC_SIGNATURES = 32
 LINES_OF_A_FUNCTION = 60
