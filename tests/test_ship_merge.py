@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from typer.testing import CliRunner
 
 import lora_kit
 from lora_kit.adapter.finished import FinishedRun
+from lora_kit.base import tensors as files
 from lora_kit.cli import app
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.hashes import file_hash
+from lora_kit.ship import weights
 from lora_kit.ship.merge import FLOAT32_TOLERANCE, ROUNDING_SHARE, Merged, merge
 
 pytestmark = pytest.mark.slow
@@ -209,9 +214,7 @@ def test_a_merge_that_is_wrong_leaves_nothing(
     monkeypatch.setattr(Weights, "_read_factors", right)
 
     # What lies on the disk is not what was written.
-    import lora_kit.ship.weights as room
-
-    check_file = room._check_file
+    check_file = weights._check_file
 
     def spoil(file: Path, *written: Any) -> None:
         with file.open("r+b") as opened:
@@ -221,7 +224,7 @@ def test_a_merge_that_is_wrong_leaves_nothing(
             opened.write(bytes([last ^ 1]))
         check_file(file, *written)
 
-    monkeypatch.setattr(room, "_check_file", spoil)
+    monkeypatch.setattr(weights, "_check_file", spoil)
     with pytest.raises(CheckFailed, match="not what was written"):
         merge(FinishedRun(run), tmp_path / "merged")
     assert sorted(tmp_path.rglob("*")) == before
@@ -248,3 +251,25 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
     with pytest.raises(UserError, match=r"needs \d+ MiB of disk space, 0 MiB are free"):
         merge(FinishedRun(run), tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, files.PIECE, files.PIECE + 1, 2 * files.PIECE + 4097])
+@pytest.mark.parametrize("refused", [None, "open", "read"])
+def test_a_file_is_read_past_the_page_cache_or_else_through_it(
+    tmp_path: Path, size: int, refused: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(random.Random(size).randbytes(size))
+    really, flags = os.open, []
+
+    def opened(path: str, flag: int) -> int:
+        flags.append(flag & os.O_DIRECT)
+        if refused == "open":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return really(tmp_path, os.O_RDONLY) if refused == "read" else really(path, flag)
+
+    monkeypatch.setattr(os, "open", opened)
+    pieces = [bytes(piece) for piece in weights._pieces(file)]
+    assert b"".join(pieces) == file.read_bytes()
+    assert [len(piece) for piece in pieces[:-1]] == [files.PIECE] * (len(pieces) - 1)
+    assert flags == [os.O_DIRECT]

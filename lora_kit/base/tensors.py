@@ -14,6 +14,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -186,11 +187,12 @@ def write_file(
     entries: Mapping[str, tuple[str, tuple[int, ...]]],
     blocks: Callable[[str], Iterable[torch.Tensor]],
 ) -> int:
-    """Write a new file, of which only a block is in memory at a time; it is on disk at the end.
+    """Write a new file, of which only two blocks are in memory at a time.
 
     Args:
         entries: {name: (dtype, shape)}, in the order of the file.
-        blocks: the values of a tensor by its name, in consecutive blocks of the declared dtype.
+        blocks: the values of a tensor by its name, in consecutive blocks of the declared dtype,
+            which stay as they are: a block is written while the next one is asked for.
 
     Returns:
         zlib's crc32 of the whole file.
@@ -207,18 +209,28 @@ def write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start_of_file = len(text).to_bytes(8, "little") + text
-    crc = zlib.crc32(start_of_file)
-    with file.open("xb") as opened:
-        opened.write(start_of_file)
+    crc = 0
+
+    def put(data: bytes | memoryview) -> None:
+        nonlocal crc
+        crc = zlib.crc32(data, crc)
+        opened.write(data)
+        if hasattr(os, "posix_fadvise"):  # the disk begins to write now, not at the end
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    # A thread writes each block while the next one is computed.
+    with file.open("xb") as opened, ThreadPoolExecutor(1) as writer:
+        last = writer.submit(put, start_of_file)
         for name, (dtype, _) in entries.items():
             left = sizes[name]
             for block in blocks(name):
                 assert block.dtype == torch_dtype(dtype), f"{name} is {block.dtype}"
                 data = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 left -= len(data)
-                crc = zlib.crc32(data, crc)
-                opened.write(data)
+                last.result()
+                last = writer.submit(put, data)
             assert left == 0, f"{name}: {sizes[name]} bytes declared, {sizes[name] - left} written"
+        last.result()
         opened.flush()
         os.fsync(opened.fileno())
     return crc

@@ -8,6 +8,7 @@ needed (NF4, and DoRA on transposed weights).
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import zlib
 from collections import Counter
@@ -26,6 +27,7 @@ from lora_kit.base.tensors import DTYPES, FLOATS, INDEX, Stored, torch_dtype
 from lora_kit.errors import CheckFailed, UserError
 from lora_kit.hashes import file_hash
 from lora_kit.schema import Json
+from lora_kit.speed.runtime import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +139,7 @@ class Weights:
         """
         import torch
 
+        keep_freed_memory()  # each block would be mapped, zeroed and unmapped
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the work is too small to share, and hashing has the other cores
         try:
@@ -271,10 +274,29 @@ def _check_file(file: Path, entries: dict[str, tuple[str, tuple[int, ...]]], crc
     """Raises CheckFailed unless the disk has what was written."""
     found = {name: (one.dtype, one.shape) for name, one in files.stored(file).items()}
     again = 0
-    with file.open("rb", buffering=0) as opened:
-        if hasattr(os, "posix_fadvise"):  # read from the disk, not from the page cache
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while piece := opened.read(files.PIECE):
-            again = zlib.crc32(piece, again)
+    for piece in _pieces(file):
+        again = zlib.crc32(piece, again)
     if found != entries or again != crc:
         raise CheckFailed(f"{file.name}: read back, it is not what was written: a bad disk?")
+
+
+def _pieces(file: Path) -> Iterator[memoryview]:
+    """The bytes of a file in pieces of 16 MiB, each overwritten by the next; past the page cache
+    where the file system can."""
+
+    def direct(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0))
+
+    piece = mmap.mmap(-1, files.PIECE)  # O_DIRECT needs whole pages of memory
+    try:
+        opened = open(file, "rb", buffering=0, opener=direct)  # noqa: SIM115
+        count = opened.readinto(piece)
+    except OSError:  # EINVAL: for instance on tmpfs
+        opened = file.open("rb", buffering=0)
+        count = opened.readinto(piece)
+    with opened:
+        left = os.fstat(opened.fileno()).st_size
+        while count:
+            yield memoryview(piece)[:count]
+            left -= count
+            count = opened.readinto(piece) if left else 0
