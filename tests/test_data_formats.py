@@ -68,7 +68,7 @@ CASES: list[tuple[str, Values, Any]] = [
     ("question-answer", ASKED | {"context": None}, QA),
     ("question-answer", ASKED | {"context": "C"}, ("C\n\nQ", "A")),
     ("question-answer", ASKED | {"context": ["C", "D"]}, ("C\n\nD\n\nQ", "A")),
-    ("question-answer", ASKED | {"input": "of another format"}, QA),
+    ("question-answer", ASKED | {"output": "of another format"}, QA),
     ("instruction-response", {"instruction": "Q", "response": "A", "context": ""}, QA),
     ("instruction-output", TOLD | {"input": " \n"}, QA),
     ("instruction-output", TOLD | {"input": "I"}, ("Q\n\nI", "A")),

@@ -66,6 +66,15 @@ def chat(number: int, answer: str = "Here it is.") -> Values:
         ("rejected", False, True),
         ("is_rejected", "false", "true"),
         ("exclude", False, True),
+        ("loss_scale", 1.0, 0.0),
+        ("loss_mask", 1, 0),
+        ("trainable", True, False),
+        ("train_on_turn", "true", "false"),
+        ("is_train", True, False),
+        ("valid", True, False),
+        ("is_valid", True, False),
+        ("deleted", False, True),
+        ("masked", False, True),
     ],
 )
 def test_a_flag_excludes_a_row(kind: str, name: str, good: Any, bad: Any) -> None:
@@ -80,11 +89,13 @@ def test_a_flag_excludes_a_row(kind: str, name: str, good: Any, bad: Any) -> Non
 @pytest.mark.parametrize(
     ("name", "value"),
     [("label", 0), ("label", "1"), ("weight", 0.5), ("weight", "high"), ("train", "no"),
-     ("training", 1), ("kto_tag", "good"), ("rejected", 1), ("keep", 0)],
+     ("training", 1), ("kto_tag", "good"), ("rejected", 1), ("keep", 0), ("loss_scale", 2.0),
+     ("loss_mask", [0, 1]), ("trainable", "maybe"), ("deleted", 0)],
 )  # fmt: skip
 def test_a_flag_that_is_neither_true_nor_false_is_refused(name: str, value: Any) -> None:
     reason, detail = dropped(ROWS["messages"] | {name: value})
-    expected = "0 or 1" if name == "weight" else "true or false"
+    zero_or_one = name in ("weight", "loss_scale", "loss_mask")
+    expected = "0 or 1" if zero_or_one else "true or false"
     assert reason == f"with a `{name}` other than {expected}"
     assert detail == f"it has {value!r}: remove it, or add it to data.ignore"
 
@@ -103,11 +114,27 @@ def test_other_columns_are_ignored(extra: Values) -> None:
 @pytest.mark.parametrize(
     "flag",
     [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"label": False},
-     {"rejected": True}],
+     {"rejected": True}, {"loss_scale": 0.0}, {"loss_mask": 0}, {"masked": True},
+     {"train_on_turn": False}, {"trainable": False}],
 )  # fmt: skip
 def test_a_flag_excludes_a_turn(flag: Values) -> None:
     turns = one({"messages": [ASK, ANSWER | flag, ASK, ANSWER]}).messages
     assert [turn.get("weight") for turn in turns] == [None, 0, None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_detail", [{"begin_offset": 0, "end_offset": 2, "train": False}]),  # Axolotl
+        ("training_detail", "0-2"),
+        ("mask", False),
+    ],
+)
+def test_a_turn_of_which_a_part_is_trained_on_is_refused(name: str, value: Any) -> None:
+    reason, detail = dropped({"messages": [ASK, ANSWER | {name: value}]})
+    assert reason == f"with a turn that has a `{name}`"
+    assert detail == "turn 2: a turn is excluded as a whole, by `train: false`"
+    assert one({"messages": [ASK, ANSWER | {name: None}]}) == one(ROWS["messages"])
 
 
 def test_a_class_of_a_text_is_no_flag() -> None:
@@ -123,6 +150,37 @@ def test_a_part_of_the_prompt_is_not_left_out(name: str) -> None:
     assert reason == f"whose `{name}` is not read" and "data.ignore" in detail
     assert one(row, ignored=(name,)) == one(ROWS["instruction-output"])
     assert one({"text": "x", name: "y"}).text == "x"
+
+
+@pytest.mark.parametrize(
+    "name", ["context", "documents", "instruction", "input", "system_prompt", "system_message"]
+)
+@pytest.mark.parametrize("value", ["A long passage.", ["A long", "passage."], {"text": "A long"}])
+def test_a_text_of_the_prompt_is_not_left_out(name: str, value: Any) -> None:
+    turns = {"prompt": "What is it?", "completion": "A thing."}
+    plain = one(turns)
+    reason, detail = dropped(turns | {name: value})
+    assert reason == f"whose `{name}` is not read"
+    use = f"data.columns: {{system: {name}}}" if "system" in name else "`messages`"
+    expected = f"it is a part of the prompt: use {use}, remove it, or add it to data.ignore"
+    assert detail == expected
+    assert one(turns | {name: value}, ignored=(name,)) == plain
+    for empty in (None, "", []):
+        assert one(turns | {name: empty}) == plain
+    # The turns have it already.
+    asked = turns | {"prompt": "Given: A  long\npassage. What is it?"}
+    if not isinstance(value, dict):
+        assert one(asked | {name: value}) == one(asked)
+    said = {"messages": [{"role": "system", "content": "A long passage."}, ASK, ANSWER]}
+    assert one(said | {name: "A long passage."}) == one(said)
+    assert one({"text": "x", name: value}).text == "x"
+
+
+@pytest.mark.parametrize("name", ["split", "partition", "set"])
+def test_a_row_of_a_held_out_split_is_not_trained_on(name: str) -> None:
+    reason, _ = dropped(ROWS["messages"] | {name: "Test"})
+    assert reason == f"whose `{name}` is not train"
+    assert one(ROWS["messages"] | {name: "train"}) == one(ROWS["messages"])
 
 
 def test_a_call_in_the_old_form_is_not_left_out() -> None:
@@ -175,6 +233,74 @@ def test_turns_with_images_or_audio_are_refused(turn: Values, words: str) -> Non
         one({"messages": [ASK | turn, ANSWER]})
     with pytest.raises(Unseen, match=words):
         one({"prompt": [ASK | turn], "completion": [ANSWER]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<image>\nWhat is it?",  # LLaVA
+        "What is it?\n<image>",
+        "<image>What is it?",  # LLaMA-Factory
+        "<image><image>What differs?",
+        "First:\n <image_2> \nand what else?",
+        "<video>\nWhat happens?",
+        "What is said?<audio>",
+        "<|vision_start|><|image_pad|><|vision_end|>What is it?",  # Qwen
+        "What is <|image_1|> of?",  # Phi
+        "What is <start_of_image>?",  # Gemma
+        "Look: data:image/png;base64,iVBORw0KGgo=",
+        "clips/1.WAV",
+        " https://example.org/cat.jpg?size=9 ",
+    ],
+)
+@pytest.mark.parametrize("kind", ["prompt", "messages", "text-label", "question-answer", "pair"])
+def test_a_mark_of_an_image_in_a_prompt_is_refused(kind: str, text: str) -> None:
+    rows: dict[str, Values] = {
+        "prompt": {"prompt": text, "completion": "A cat."},
+        "messages": {"messages": [ASK, ANSWER, {"role": "user", "content": text}, ANSWER]},
+        "text-label": {"text": text, "label": "cat"},
+        "question-answer": {"question": text, "answer": "A cat."},
+        "pair": {"prompt": text, "chosen": "A cat.", "rejected": "A dog."},
+    }
+    reason, detail = dropped(rows[kind])
+    assert reason == "with an image, audio or video in its text"
+    assert detail.endswith(": a text model cannot read images, audio or video: remove the row")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "How does the <image> of an RSS feed work?",
+        "<audio>\n<source src='a.ogg'>\n</audio>\nWhy is it silent?",
+        "How do I open cat.jpg?",
+        "What is data:image/png?",
+        "Explain <img> and <picture>.",
+        "is the.mp3 file gone",
+    ],
+)
+def test_words_about_images_are_no_mark_of_one(text: str) -> None:
+    assert one({"prompt": text, "completion": "So."}).messages[0]["content"] == text
+    assert one({"text": text}).text == text
+
+
+def test_a_document_is_refused_where_it_begins_with_an_image() -> None:
+    assert dropped({"text": "<image>\nA cat."})[0] == "with an image, audio or video in its text"
+    assert dropped({"text": "a/b.png"})[0] == "with an image, audio or video in its text"
+    for text in ("A cat:\n<image>\nIt sits.", "The token <|image_pad|> is special."):
+        assert one({"text": text}).text == text
+    assert one({"messages": [ASK, ANSWER | {"content": "<image>"}]}).messages[1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("image_path", "a/b.png"), ("img_url", "https://x.org/1.jpg?w=3"), ("audio_file", "my a.wav"),
+     ("filename", "1.mp4"), ("wav", "1.wav")],
+)  # fmt: skip
+def test_a_column_with_the_path_of_an_image_is_refused(name: str, value: str) -> None:
+    with pytest.raises(Unseen, match="the column"):
+        one(ROWS["messages"] | {name: value})
+    assert one(ROWS["messages"] | {name: "a/b.py"}) == one(ROWS["messages"])
+    assert one(ROWS["messages"] | {"thumbnail_of": value}) == one(ROWS["messages"])
 
 
 # --- As a user meets it

@@ -287,6 +287,7 @@ def to_example(row: RawRow, format_name: str, columns: Columns, use: str = "trai
             raise NotUsable(f"without `{name}`")
         if values[name] is None:
             raise NotUsable(f"with a null `{name}`")
+    others: Json = {}
     if len(row.columns) > len(known.needed) and use != "general":
         others = {name: row.columns[name] for name in unread(row, format_name, columns)}
         marks.check(others, format_name not in WITHOUT_PROMPT, train=use == "train")
@@ -299,6 +300,8 @@ def to_example(row: RawRow, format_name: str, columns: Columns, use: str = "trai
         document = _text(values, "text")
         if not document.strip():
             raise NotUsable("empty")
+        if use != "general":
+            marks.check_seen(document, document=True)
         return Example(row.place, text=document, group=group)
     tools = _tools(values.get("tools"))
     text: str | None = None
@@ -316,7 +319,12 @@ def to_example(row: RawRow, format_name: str, columns: Columns, use: str = "trai
         messages = _conversation(values, format_name, columns.labels)
     if tools:
         _drop_null_arguments([*messages, *rejected], tools)
+    for message in messages:
+        if message["role"] != "assistant":
+            marks.check_seen(message["content"], document=False)
     system = _optional(values, "system")
+    if others and format_name not in WITHOUT_PROMPT:
+        marks.check_prompt(others, "\n".join([system, *map(message_text, messages)]))
     return Example(
         place=row.place,
         text=text,
@@ -615,9 +623,13 @@ def _turns(value: Any) -> list[Message]:
 
 def _check_seen(turn: Json, content: object, where: str) -> None:
     """Raises marks.Unseen if a turn has images, audio or video; NotUsable for a call in OpenAI's
-    old form."""
+    old form, or for a key that says which words of the turn are trained on."""
     if turn.get("function_call"):
         raise NotUsable("with a `function_call`", f"{where}: use `tool_calls`")
+    for name in marks.PARTS_OF_TURNS & turn.keys():
+        if turn[name] not in (None, "", []):
+            whole = "a turn is excluded as a whole, by `train: false`"
+            raise NotUsable(f"with a turn that has a `{name}`", f"{where}: {whole}")
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video")):

@@ -7,6 +7,7 @@ that are not meant so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from lora_kit.data.json_rows import short_repr
@@ -15,22 +16,48 @@ from lora_kit.schema import Json
 
 # Flags of other training libraries, and whether a true one means: train on it. `label`: TRL's
 # unpaired preference; `kto_tag`: LLaMA-Factory; `weight`: OpenAI; `train`, `training`: Axolotl;
-# `loss`, of turns: ms-swift; the others are what annotation tools export.
+# `loss`, of turns, and `loss_scale`: ms-swift; the others are what training scripts and annotation
+# tools write.
 FLAGS = {
     "label": True, "kto_tag": True, "weight": True, "train": True, "training": True, "loss": True,
-    "chosen": True, "accepted": True, "keep": True,
-    "rejected": False, "is_rejected": False, "exclude": False,
+    "loss_scale": True, "loss_mask": True, "trainable": True, "train_on_turn": True,
+    "is_train": True, "chosen": True, "accepted": True, "keep": True, "valid": True,
+    "is_valid": True, "rejected": False, "is_rejected": False, "exclude": False, "deleted": False,
+    "masked": False,
 }  # fmt: skip
-_ONLY_FLAGS = ("weight", "train", "training", "kto_tag")
-# Parts of a prompt: earlier turns, and tools under their old name.
+_ZERO_OR_ONE = ("weight", "loss_scale", "loss_mask")
+_ONLY_FLAGS = (*_ZERO_OR_ONE, "train", "training", "trainable", "train_on_turn", "kto_tag")
+# Parts of a prompt: earlier turns, and tools under their old name; and texts, which are missing
+# unless the turns hold them.
 _PROMPT = ("history", "functions", "tools")
+_TEXTS = (
+    "context", "contexts", "documents", "passage", "passages", "instruction", "input",
+    "system_prompt", "system_message",
+)  # fmt: skip
+# Keys of turns that say which of their words are trained on.
+PARTS_OF_TURNS = frozenset({"train_detail", "training_detail", "mask"})
+_SPLITS = ("split", "partition", "set")
 MEDIA = frozenset({"image", "images", "img", "audio", "audios", "video", "videos"})
-# Columns of ImageFolder, Common Voice and LibriSpeech.
-_PATHS = ("file_name", "path", "file")
+# Words of columns that name a file, as in ImageFolder, Common Voice and LibriSpeech.
+_PATHS = frozenset({"file", "filename", "path", "picture", "photo", "wav", "clip", "speech"})
 _MEDIA_FILES = (
     ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".wav", ".mp3", ".flac",
     ".ogg", ".opus", ".m4a", ".mp4", ".webm", ".avi", ".mov", ".mkv",
 )  # fmt: skip
+# Where image processors and data of LLaVA's kind put an image into a prompt: special tokens and
+# data anywhere; plain tags, which HTML has as well, at an end of the text or alone in a line.
+_SPECIAL = re.compile(
+    r"<\|(?:image|video|audio|vision)\w*\|>|<start_of_image>|<image_soft_token>"
+    r"|data:(?:image|audio|video)/[-.+\w]+;base64,",
+    re.IGNORECASE,
+)
+_TAG = re.compile(
+    r"\A\s*<(image|video|audio)_?\d*>"
+    r"|^[ \t]*<(image|video|audio)_?\d*>[ \t]*$"
+    r"|<(image|video|audio)_?\d*>\s*\Z",
+    re.MULTILINE,
+)
+_LONGEST_PATH = 2000  # characters
 # Names of held-out splits, as in `datasets.data_files`.
 HELD_OUT = {"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
 # Reasons that begin so are meant by the data, and not counted by data.limits.dropped.
@@ -60,11 +87,24 @@ def check(values: Json, prompted: bool, train: bool) -> None:
         if prompted and name in _PROMPT and value:
             part = "it is a part of the prompt: use `messages`"
             raise NotUsable(f"whose `{name}` is not read", f"{part}, {_IGNORE}")
-        if name == "split" and train and str(value).lower() in HELD_OUT:
-            raise NotUsable("whose `split` is not train", f"it is {short_repr(value)}: {_IGNORE}")
+        if name in _SPLITS and train and str(value).lower() in HELD_OUT:
+            raise NotUsable(f"whose `{name}` is not train", f"it is {short_repr(value)}: {_IGNORE}")
     flag = excluding(values, _row_flags(prompted) & values.keys())
     if flag:
         raise NotUsable(f"{EXCLUDED}`{flag}`")
+
+
+def check_prompt(values: Json, turns: str) -> None:
+    """Raises NotUsable if a column that a row's format does not read holds a text of the prompt
+    that is not in its turns."""
+    said = " ".join(turns.split())
+    for name in _TEXTS:
+        value = values.get(name)
+        for part in value if isinstance(value, list) else [value]:
+            if part and not (isinstance(part, str) and " ".join(part.split()) in said):
+                use = f"data.columns: {{system: {name}}}" if "system" in name else "`messages`"
+                why = f"it is a part of the prompt: use {use}, {_IGNORE}"
+                raise NotUsable(f"whose `{name}` is not read", why)
 
 
 def is_media(name: str, value: object) -> bool:
@@ -80,7 +120,32 @@ def is_media(name: str, value: object) -> bool:
     if isinstance(value, dict):  # either of the two can be missing
         stored = value.keys() <= {"bytes", "path"}
         return stored and ("bytes" in value or is_media("path", value["path"]))
-    return name in _PATHS and value.lower().endswith(_MEDIA_FILES)
+    words = set(re.split("[^a-z]+", name.lower()))
+    return bool(words & (_PATHS | MEDIA)) and _is_media_file(value)
+
+
+def _is_media_file(path: str) -> bool:
+    """Whether a path or an address is that of an image, a sound or a video."""
+    return path.partition("?")[0].lower().endswith(_MEDIA_FILES)
+
+
+def check_seen(text: str, document: bool) -> None:
+    """Raises NotUsable if a prompt or a document is the path of an image, a sound or a video, or
+    has a mark where one belongs; in a document only at its beginning."""
+    found = text.strip() if len(text) < _LONGEST_PATH else ""
+    if re.search(r"\s", found) or not _is_media_file(found):
+        if "<" not in text and "data:" not in text:  # faster than the patterns
+            return
+        special = None if document else _SPECIAL.search(text)
+        tag = _TAG.match(text) if document else _TAG.search(text)
+        if special:
+            found = special[0]
+        elif tag and f"</{tag[1] or tag[2] or tag[3]}>" not in text:  # else HTML
+            found = tag[0].strip()
+        else:
+            return
+    why = "a text model cannot read images, audio or video: remove the row"
+    raise NotUsable("with an image, audio or video in its text", f"{short_repr(found)}: {why}")
 
 
 def excluding(values: Json, names: Iterable[str], where: str = "") -> str:
@@ -98,11 +163,11 @@ def excluding(values: Json, names: Iterable[str], where: str = "") -> str:
         if value is None or value == "":
             continue
         text, flag = str(value), as_flag(value)
-        if name == "weight" and flag is None:
+        if name in _ZERO_OR_ONE and flag is None:
             flag = {"0": False, "0.0": False, "1": True, "1.0": True}.get(text)
         number = text.lstrip("-").replace(".", "", 1).isdecimal()
         if flag is None and (number or name in _ONLY_FLAGS):
-            expected = "0 or 1" if name == "weight" else "true or false"
+            expected = "0 or 1" if name in _ZERO_OR_ONE else "true or false"
             found = f"{where or 'it'} has {short_repr(value)}"
             fix = "" if where else f": {_IGNORE}"
             raise NotUsable(f"with a `{name}` other than {expected}", f"{found}{fix}")
@@ -118,7 +183,7 @@ def _row_flags(prompted: bool) -> set[str]:
 
 def is_flag(name: str, value: object, prompted: bool) -> bool:
     """Whether a column is used as a flag, by a value of it. prompted: as in `check`."""
-    return name in _row_flags(prompted) and (name == "weight" or as_flag(value) is not None)
+    return name in _row_flags(prompted) and (name in _ZERO_OR_ONE or as_flag(value) is not None)
 
 
 def as_flag(value: object) -> bool | None:
