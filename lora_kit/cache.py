@@ -30,7 +30,7 @@ from lora_kit.hashes import file_hash
 CACHE_VARIABLE = "LORA_KIT_CACHE"
 BOUND_VARIABLE = "LORA_KIT_CACHE_GB"  # gigabytes; unset: no bound
 # Increased whenever the same input gives different files.
-VERSION = 10
+VERSION = 11
 DAYS_KEPT = 30
 _SEAL = "seal.json"
 _LEFTOVER = ".lora-kit-partial"  # suffix of partial folders of killed processes: see `new_folder`
