@@ -187,7 +187,7 @@ def write_file(
     entries: Mapping[str, tuple[str, tuple[int, ...]]],
     blocks: Callable[[str], Iterable[torch.Tensor]],
 ) -> int:
-    """Write a new file, of which only two blocks are in memory at a time.
+    """Write a new file, of which only two blocks are in memory at a time; it is on disk at the end.
 
     Args:
         entries: {name: (dtype, shape)}, in the order of the file.

@@ -324,7 +324,7 @@ def to_example(row: RawRow, format_name: str, columns: Columns, use: str = "trai
             marks.check_seen(message["content"], document=False)
     system = _optional(values, "system")
     if others and format_name not in WITHOUT_PROMPT:
-        marks.check_prompt(others, "\n".join([system, *map(message_text, messages)]))
+        marks.check_prompt(others, (system, *map(message_text, messages)))
     return Example(
         place=row.place,
         text=text,

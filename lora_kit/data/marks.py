@@ -39,7 +39,7 @@ PARTS_OF_TURNS = frozenset({"train_detail", "training_detail", "mask"})
 _SPLITS = ("split", "partition", "set")
 MEDIA = frozenset({"image", "images", "img", "audio", "audios", "video", "videos"})
 # Words of columns that name a file, as in ImageFolder, Common Voice and LibriSpeech.
-_PATHS = frozenset({"file", "filename", "path", "picture", "photo", "wav", "clip", "speech"})
+_PATHS = MEDIA | {"file", "filename", "path", "picture", "photo", "wav", "clip", "speech"}
 _MEDIA_FILES = (
     ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".wav", ".mp3", ".flac",
     ".ogg", ".opus", ".m4a", ".mp4", ".webm", ".avi", ".mov", ".mkv",
@@ -51,12 +51,8 @@ _SPECIAL = re.compile(
     r"|data:(?:image|audio|video)/[-.+\w]+;base64,",
     re.IGNORECASE,
 )
-_TAG = re.compile(
-    r"\A\s*<(image|video|audio)_?\d*>"
-    r"|^[ \t]*<(image|video|audio)_?\d*>[ \t]*$"
-    r"|<(image|video|audio)_?\d*>\s*\Z",
-    re.MULTILINE,
-)
+_NAMED = r"<(image|video|audio)_?\d*>"
+_TAG = re.compile(rf"\A\s*{_NAMED}|^[ \t]*{_NAMED}[ \t]*$|{_NAMED}\s*\Z", re.MULTILINE)
 _HINTS = ("<|", "<image", "<video", "<audio", "<start_of_image", "data:")  # faster than patterns
 _LONGEST_PATH = 2000  # characters
 # Names of held-out splits, as in `datasets.data_files`.
@@ -86,8 +82,7 @@ def check(values: Json, prompted: bool, train: bool) -> None:
         if is_media(name, value):
             raise Unseen(f"the column `{name}` ({short_repr(value)})")
         if prompted and name in _PROMPT and value:
-            part = "it is a part of the prompt: use `messages`"
-            raise NotUsable(f"whose `{name}` is not read", f"{part}, {_IGNORE}")
+            raise _left_out(name)
         if name in _SPLITS and train and str(value).lower() in HELD_OUT:
             raise NotUsable(f"whose `{name}` is not train", f"it is {short_repr(value)}: {_IGNORE}")
     flag = excluding(values, _row_flags(prompted) & values.keys())
@@ -95,17 +90,23 @@ def check(values: Json, prompted: bool, train: bool) -> None:
         raise NotUsable(f"{EXCLUDED}`{flag}`")
 
 
-def check_prompt(values: Json, turns: str) -> None:
+def check_prompt(values: Json, turns: Iterable[str]) -> None:
     """Raises NotUsable if a column that a row's format does not read holds a text of the prompt
     that is not in its turns."""
-    said = " ".join(turns.split())
-    for name in _TEXTS:
-        value = values.get(name)
+    held = [name for name in _TEXTS if values.get(name)]
+    said = " ".join(" ".join(turns).split()) if held else ""
+    for name in held:
+        value = values[name]
         for part in value if isinstance(value, list) else [value]:
             if part and not (isinstance(part, str) and " ".join(part.split()) in said):
-                use = f"data.columns: {{system: {name}}}" if "system" in name else "`messages`"
-                why = f"it is a part of the prompt: use {use}, {_IGNORE}"
-                raise NotUsable(f"whose `{name}` is not read", why)
+                raise _left_out(name)
+
+
+def _left_out(name: str) -> NotUsable:
+    """The error for a part of the prompt that would be missing."""
+    use = f"data.columns: {{system: {name}}}" if "system" in name else "`messages`"
+    why = f"it is a part of the prompt: use {use}, {_IGNORE}"
+    return NotUsable(f"whose `{name}` is not read", why)
 
 
 def is_media(name: str, value: object) -> bool:
@@ -121,8 +122,7 @@ def is_media(name: str, value: object) -> bool:
     if isinstance(value, dict):  # either of the two can be missing
         stored = value.keys() <= {"bytes", "path"}
         return stored and ("bytes" in value or is_media("path", value["path"]))
-    words = set(re.split("[^a-z]+", name.lower()))
-    return bool(words & (_PATHS | MEDIA)) and _is_media_file(value)
+    return _is_media_file(value) and not _PATHS.isdisjoint(re.split("[^a-z]+", name.lower()))
 
 
 def _is_media_file(path: str) -> bool:

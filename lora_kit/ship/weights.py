@@ -293,6 +293,8 @@ def _pieces(file: Path) -> Iterator[memoryview]:
         count = opened.readinto(piece)
     except OSError:  # EINVAL: for instance on tmpfs
         opened = file.open("rb", buffering=0)
+        if hasattr(os, "posix_fadvise"):  # what the cache holds is read from the disk again
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         count = opened.readinto(piece)
     with opened:
         left = os.fstat(opened.fileno()).st_size
